@@ -1,0 +1,75 @@
+"""Fast kernels, one file each. Each computes what the plain PyTorch in the package's root computes, and is tested
+against it.
+
+A kernel is a module with two things: `unavailable(device_type)`, which says in a sentence why the kernel cannot be used
+for tensors on such a device, or None where it can; and one function for each operation that it speeds up
+(`selective_scan`, `depthwise_conv2d`), with the arguments of its plain counterpart.
+"""
+
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from hf_vssm_prune.kernels import cpu
+
+
+# In the order in which `auto` tries them.
+KERNELS: dict[str, ModuleType] = {"cpu": cpu}
+
+DEVICE_TYPES = ("cpu", "cuda")
+
+
+def available() -> dict[str, str]:
+    """For each kernel and device type, `"available"` or the reason why not, under the key `"kernel (device)"`."""
+    return {
+        f"{name} ({device_type})": kernel.unavailable(device_type) or "available"
+        for name, kernel in KERNELS.items()
+        for device_type in DEVICE_TYPES
+    }
+
+
+def choose_kernel(operation: str, backend: str, device_type: str) -> Callable[..., Tensor] | None:
+    """The function that computes `operation` on `device_type`, or None for plain PyTorch.
+
+    Args:
+        operation: `selective_scan` or `depthwise_conv2d`.
+        backend: `torch`, the name of a kernel, or `auto`.
+        device_type: of the tensors, as `torch.device.type` has it.
+
+    Raises:
+        ValueError: no such backend.
+        ImportError: the named kernel cannot be used here; the message says why.
+    """
+    name = _choose_name(operation, backend, device_type)
+    return None if name == "torch" else getattr(KERNELS[name], operation)
+
+
+@torch.compiler.assume_constant_result
+def _choose_name(operation: str, backend: str, device_type: str) -> str:
+    if backend == "torch":
+        return "torch"
+    if backend != "auto":
+        if backend not in KERNELS:
+            raise ValueError(f"unknown backend {backend!r}; known are 'auto', 'torch', {', '.join(map(repr, KERNELS))}.")
+        if reason := KERNELS[backend].unavailable(device_type):
+            raise ImportError(f"backend {backend!r} cannot be used on {device_type}: {reason}")
+        return backend
+    reasons = {name: kernel.unavailable(device_type) for name, kernel in KERNELS.items() if hasattr(kernel, operation)}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    if device_type != "meta":
+        _warn_once(device_type, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    return "torch"
+
+
+_WARNED: set[str] = set()
+
+
+def _warn_once(device_type: str, reasons: str) -> None:
+    if device_type not in _WARNED:
+        _WARNED.add(device_type)
+        warnings.warn(f"no fast kernel for {device_type}, plain PyTorch is used and is slower ({reasons})", stacklevel=4)
