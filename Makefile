@@ -1,0 +1,38 @@
+PYTHON ?= python3
+WORKERS ?= 2
+
+PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint format demo clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+test: .venv/installed lint  ## Make .venv, check style and types, run all tests
+	.venv/bin/python -m pytest -n $(WORKERS)
+
+lint: .venv/installed  ## Check style and types
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy
+
+format: .venv/installed  ## Sort imports, apply the style
+	.venv/bin/python -m ruff check --fix
+	.venv/bin/python -m ruff format
+
+demo: .venv-demo/installed  ## Make .venv-demo, prune and fine-tune the shipped model
+	.venv-demo/bin/python scripts/demo.py
+
+clean:  ## Remove both environments and all caches
+	rm -rf .venv .venv-demo .mypy_cache .pytest_cache .ruff_cache build dist
+
+.venv/installed: EXTRA = dev
+.venv-demo/installed: EXTRA = demo
+# The stamp is written last, so an interrupted installation starts afresh.
+.venv/installed .venv-demo/installed: pyproject.toml constraints-ci.txt
+	@echo "Installing the package with its extra '$(EXTRA)' into $(@D); this takes a few minutes."
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/$(PIP_INSTALL) --constraint constraints-ci.txt torch
+	$(@D)/$(PIP_INSTALL) --constraint constraints-ci.txt --editable '.[$(EXTRA)]'
+	@touch $@

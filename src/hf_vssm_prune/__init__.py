@@ -1,0 +1,45 @@
+"""Token pruning for vision Mambas (PlainMamba, Vim) in Hugging Face transformers.
+
+Importing the package registers its models, so that `AutoModelForImageClassification.from_pretrained` and its siblings
+open them.
+"""
+
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .configuration_plainmamba import PlainMambaConfig
+from .configuration_vim import VimConfig
+from .flops import count_flops
+from .modeling_plainmamba import (
+    PlainMambaBackbone,
+    PlainMambaForImageClassification,
+    PlainMambaModel,
+    PlainMambaPreTrainedModel,
+)
+from .modeling_vim import VimBackbone, VimForImageClassification, VimModel, VimPreTrainedModel
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("plainmamba", PlainMambaConfig)
+AutoModel.register(PlainMambaConfig, PlainMambaModel)
+AutoModelForImageClassification.register(PlainMambaConfig, PlainMambaForImageClassification)
+AutoBackbone.register(PlainMambaConfig, PlainMambaBackbone)
+
+AutoConfig.register("vim", VimConfig)
+AutoModel.register(VimConfig, VimModel)
+AutoModelForImageClassification.register(VimConfig, VimForImageClassification)
+AutoBackbone.register(VimConfig, VimBackbone)
+
+__all__ = [
+    "PlainMambaBackbone",
+    "PlainMambaConfig",
+    "PlainMambaForImageClassification",
+    "PlainMambaModel",
+    "PlainMambaPreTrainedModel",
+    "VimBackbone",
+    "VimConfig",
+    "VimForImageClassification",
+    "VimModel",
+    "VimPreTrainedModel",
+    "count_flops",
+]

@@ -1,0 +1,223 @@
+"""How much a model computes, dense and pruned, counted from its configuration; and a schedule found from a budget.
+
+One multiply-add counts as one FLOP, as the field has it. Counted are linear layers, convolutions and, for each scan over
+L tokens with E channels and N states, 9 L E N. The figures that were published for these models follow two conventions:
+PlainMamba's count all of its four scans, Vim's only one of its two directions.
+"""
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from .token_pruning import count_kept
+
+
+FLOPS_PER_SCAN_STATE = 9
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs (multiply-adds) of one image.
+
+    Attributes:
+        total: everything counted.
+        published: by the convention of the model's published figures.
+        breakdown: `total` by part.
+    """
+
+    total: int
+    published: int
+    breakdown: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """The counts of a model without its pruning schedule, and with it (the same where it has none)."""
+
+    dense: FlopCount
+    pruned: FlopCount
+
+    @property
+    def reduction(self) -> float:
+        """The share of the published FLOPs that pruning removes, 0 to 1."""
+        return 1 - self.pruned.published / self.dense.published
+
+
+def count_flops(config, image_size: int | tuple[int, int] | None = None) -> ModelFlops:
+    """Counts the FLOPs of one image.
+
+    Args:
+        config: a `PlainMambaConfig` or `VimConfig`.
+        image_size: pixels, or (height, width); None for `config.image_size`.
+    """
+    size = config.image_height_width(config.image_size if image_size is None else image_size)
+    num_patches = math.prod(config.grid_size_for(*size))
+    dense = tokens_per_layer(num_patches, config.num_hidden_layers, None)
+    pruned = tokens_per_layer(num_patches, config.num_hidden_layers, config.token_pruning)
+    return ModelFlops(_count(config, size, dense), _count(config, size, pruned))
+
+
+def tokens_per_layer(num_patches: int, num_hidden_layers: int, token_pruning: dict[str, Any] | None) -> list[int]:
+    """Patch tokens that each layer sees."""
+    ratios = {} if token_pruning is None else dict(zip(token_pruning["layers"], token_pruning["keep_ratios"], strict=True))
+    tokens = [num_patches]
+    for layer in range(1, num_hidden_layers):
+        tokens.append(count_kept(tokens[-1], ratios[layer]) if layer in ratios else tokens[-1])
+    return tokens
+
+
+def _count(config, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
+    count = {"plainmamba": _count_plainmamba, "vim": _count_vim}[config.model_type]
+    return count(config, image_size, tokens)
+
+
+def _count_plainmamba(config, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
+    hidden, width, stem = config.hidden_size, config.intermediate_size, config.stem_channels
+    stem_pixels = math.prod(math.ceil(size / 2) for size in image_size)
+    parts = Counter(
+        stem=stem_pixels * stem * (config.num_channels * 7**2 + config.num_stem_convs * stem * 3**2),
+        patch_projection=tokens[0] * (config.patch_size // 2) ** 2 * stem * hidden,
+        head=hidden * config.num_labels,
+    )
+    for layer, length in enumerate(tokens):
+        parts.update(_projections(config, length))
+        parts["convolutions"] += length * width * config.conv_kernel**2
+        parts["input_projections"] += _input_projections(config, length)
+        parts["scans"] += 4 * _scan(config, length)
+        if layer in config.depthwise_layers:
+            parts["convolutions"] += length * hidden * 3**2
+    return FlopCount(parts.total(), parts.total(), dict(parts))
+
+
+def _count_vim(config, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
+    hidden, width = config.hidden_size, config.intermediate_size
+    parts = Counter(
+        patch_projection=tokens[0] * config.patch_size**2 * config.num_channels * hidden,
+        head=hidden * config.num_labels,
+    )
+    one_direction = 0
+    for patches in tokens:
+        length = patches + 1  # the class token
+        direction = Counter(
+            convolutions=length * width * config.conv_kernel,
+            input_projections=_input_projections(config, length),
+            scans=_scan(config, length),
+        )
+        parts.update(_projections(config, length))
+        parts.update(direction)
+        parts.update(direction)
+        one_direction += direction.total()
+    return FlopCount(parts.total(), parts.total() - one_direction, dict(parts))
+
+
+def _projections(config, length: int) -> Counter[str]:
+    return Counter(in_and_out_projections=length * 3 * config.hidden_size * config.intermediate_size)
+
+
+def _input_projections(config, length: int) -> int:
+    """x_proj, which makes time-step features, B and C from each token, and dt_proj."""
+    return length * config.intermediate_size * (2 * config.time_step_rank + 2 * config.state_size)
+
+
+def _scan(config, length: int) -> int:
+    return FLOPS_PER_SCAN_STATE * length * config.intermediate_size * config.state_size
+
+
+# ---- A schedule from a budget ------------------------------------------------------------------------------------
+
+BUDGET_TOLERANCE = 0.005
+
+
+def schedule_for_budget(config, flops_reduction: float) -> dict[str, list]:
+    """Finds the pruning schedule that removes a share of the published FLOPs, at `config.image_size`.
+
+    Tokens go in three stages, at a sixth, a third and half of the depth (the paper's model of 36 layers: 6, 12, 18),
+    with one keep ratio for all where one meets the budget, else with ratios that differ. Of the schedules that remove at
+    least what was asked for, the one that removes least is taken.
+
+    Args:
+        config: a `PlainMambaConfig` or `VimConfig`.
+        flops_reduction: in (0, 1), for instance 0.416.
+
+    Returns:
+        `layers` and `keep_ratios`.
+
+    Raises:
+        ValueError: no schedule comes within half a point of the share; the message says what is possible.
+    """
+    if not isinstance(flops_reduction, int | float) or isinstance(flops_reduction, bool) or not 0 < flops_reduction < 1:
+        raise ValueError(f"`flops_reduction` is {flops_reduction!r}; a share in (0, 1) is needed, for instance 0.416.")
+    depth = config.num_hidden_layers
+    layers = sorted({round(depth * share) for share in (1 / 6, 1 / 3, 1 / 2)} - {0})
+    layers = [layer for layer in layers if layer < depth]
+    if not layers:
+        raise ValueError(f"a model of {depth} layer has no layer before which tokens could be dropped.")
+
+    num_patches = math.prod(config.grid_size)
+    savings = _savings_per_token(config, layers)
+    most = sum(savings) * (num_patches - 1)
+    if flops_reduction > most + BUDGET_TOLERANCE:
+        raise ValueError(f"`flops_reduction` is {flops_reduction}; dropping all but one token at {layers} removes {most:.3f}.")
+
+    def reduction(counts: Counts) -> float:
+        return sum(saving * (num_patches - count) for saving, count in zip(savings, counts, strict=True))
+
+    equal = {_chain(num_patches, (step / 1000,) * len(layers)): (step / 1000,) * len(layers) for step in range(1, 1000)}
+    fitting = [counts for counts in equal if abs(reduction(counts) - flops_reduction) <= BUDGET_TOLERANCE]
+    if fitting:
+        best = min(fitting, key=lambda c: (reduction(c) < flops_reduction, abs(reduction(c) - flops_reduction)))
+        return {"layers": layers, "keep_ratios": list(equal[best])}
+
+    exact = _counts_near(flops_reduction, savings, num_patches)
+    fitting = [counts for counts in exact if abs(reduction(counts) - flops_reduction) <= BUDGET_TOLERANCE]
+    if fitting:
+        best = min(fitting, key=lambda c: (reduction(c) < flops_reduction, _spread(num_patches, c)))
+        return {"layers": layers, "keep_ratios": _ratios(num_patches, best)}
+    nearest = min((reduction(counts) for counts in exact), key=lambda cut: abs(cut - flops_reduction))
+    raise ValueError(
+        f"`flops_reduction` is {flops_reduction}; with {num_patches} tokens and stages at {layers} no schedule comes within "
+        f"half a point of it, the nearest removes {nearest:.3f}."
+    )
+
+
+Counts = tuple[int, ...]
+
+
+def _savings_per_token(config, layers: list[int]) -> list[float]:
+    """For each stage, the share of the dense FLOPs that goes with one token, from its layer to the next stage's."""
+    size = config.image_height_width(config.image_size)
+    dense = tokens_per_layer(math.prod(config.grid_size), config.num_hidden_layers, None)
+    cost = _count(config, size, dense).published
+    savings = []
+    for first, last in zip(layers, [*layers[1:], len(dense)], strict=True):
+        one_less = [count - (first <= layer < last) for layer, count in enumerate(dense)]
+        savings.append(1 - _count(config, size, one_less).published / cost)
+    return savings
+
+
+def _chain(num_patches: int, keep_ratios: tuple[float, ...]) -> Counts:
+    """Tokens left after each stage."""
+    return tuple(itertools.accumulate(keep_ratios, count_kept, initial=num_patches))[1:]
+
+
+def _ratios(num_patches: int, counts: Counts) -> list[float]:
+    """Keep ratios that leave exactly these counts."""
+    return [kept / there for there, kept in zip((num_patches, *counts), counts, strict=False)]
+
+
+def _spread(num_patches: int, counts: Counts) -> float:
+    ratios = _ratios(num_patches, counts)
+    return max(ratios) - min(ratios)
+
+
+def _counts_near(flops_reduction: float, savings: list[float], num_patches: int) -> list[Counts]:
+    """For all counts of the stages but the last, the two of the last that come nearest to the reduction."""
+    found = []
+    for counts in itertools.combinations_with_replacement(range(num_patches, 0, -1), len(savings) - 1):
+        saved = sum(saving * (num_patches - count) for saving, count in zip(savings, counts, strict=False))
+        last = num_patches - (flops_reduction - saved) / savings[-1]
+        most = (num_patches, *counts)[-1]
+        found += [(*counts, min(max(1, count), most)) for count in (math.floor(last), math.ceil(last))]
+    return found

@@ -1,0 +1,44 @@
+// What Python passes to the kernels. The structures mirror those in cpu.py, field by field; strides count elements, a
+// null pointer stands for an argument that was not given.
+#pragma once
+
+#include <cstdint>
+
+// A tensor of shape (batch, length, width) whose rows are contiguous.
+struct Rows {
+    const float* data;
+    int64_t batch_stride, row_stride;
+
+    const float* row(int64_t sample, int64_t index) const { return data + sample * batch_stride + index * row_stride; }
+};
+
+// Contiguous integers of shape (batch or 1, paths, length); the batch stride is 0 where the batch shares them.
+struct Paths {
+    const int32_t* data;
+    int64_t batch_stride;
+};
+
+struct ScanArguments {
+    int64_t batch, length, channels, states, paths, move_kinds;
+    Rows hidden_states, time_step, B, C, gate;
+    const float *A, *D, *time_step_bias, *hole_time_step, *direction_B;
+    Paths order, gaps, moves;
+};
+
+// All contiguous.
+struct ScanGradients {
+    float *hidden_states, *time_step, *A, *B, *C, *D, *time_step_bias, *gate, *hole_time_step, *direction_B;
+};
+
+struct ConvolutionArguments {
+    int64_t batch, tokens, channels, kernel, height, width;
+    Rows hidden_states;
+    const float *weight, *bias;  // weight: (kernel * kernel, channels)
+    const int32_t* kept;         // (batch, tokens)
+    int32_t silu;
+};
+
+// All contiguous, `weight` laid out as in the arguments.
+struct ConvolutionGradients {
+    float *hidden_states, *weight, *bias;
+};

@@ -1,0 +1,519 @@
+// The pruning-aware selective scan, forward and backward.
+//
+// For each path k over the tokens that are left, with o = order[k, t] the token visited at step t and g = gaps[k, t]:
+//
+//     s_t = delta_t + e_t                             decay step; e_t is the time spent in the hole before step t
+//     h_t = exp(s_t A) h_{t-1} + delta_t B_t u_o      state; A, B and C have one entry for each state
+//     y_o += C_t h_t + D u_o                          summed over paths, then multiplied by SiLU(gate)
+//
+// Channels are independent of each other: a block of kLanes channels is one vector, and its states stay in the cache.
+// States are independent as well, up to the sum in C_t h_t: they are taken in slices of S.
+//
+// Every sum is made in an order that the sizes alone decide, never the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "arguments.h"
+#include "thread_pool.h"
+#include "vectors.h"
+
+namespace {
+
+// Blocks of channels that one task works through, one after the other.
+constexpr int kBlocksPerTask = 4;
+
+// Up to this gap exp(gap x) is made from exp(x) by multiplications; they would cost too many digits, and time, beyond it.
+constexpr int kLargestPower = 8;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A block of channels of one sample, copied into the cache
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Block {
+    int64_t sample, first_channel;
+    int width;  // channels in the block: kLanes, fewer in the last one
+
+    Vec D, hole_step, hole_step_log2;
+    std::vector<Vec> u, delta, y;  // by token
+
+    // Only for the backward.
+    Vec grad_D, grad_hole_step;
+    std::vector<Vec> grad_y, grad_u, grad_delta;  // by token
+    std::vector<Vec> states, decays;              // h_t and exp(delta_t A), by step
+    std::vector<Vec> grad_direction_B;            // by kind of move
+};
+
+// One for each thread, so that its memory is used again.
+thread_local Block thread_block;
+
+Vec load_channels(const float* channels, const Block& block) {
+    return channels ? load(channels + block.first_channel, block.width) : Vec{};
+}
+
+Vec load_token(const Rows& rows, const Block& block, int64_t token) {
+    return load(rows.row(block.sample, token) + block.first_channel, block.width);
+}
+
+Vec time_step_before_softplus(const ScanArguments& arguments, const Block& block, int64_t token) {
+    return load_token(arguments.time_step, block, token) + load_channels(arguments.time_step_bias, block);
+}
+
+void load_block(const ScanArguments& arguments, int64_t sample, int64_t first_channel, Block& block) {
+    block.sample = sample;
+    block.first_channel = first_channel;
+    block.width = static_cast<int>(std::min<int64_t>(kLanes, arguments.channels - first_channel));
+    block.D = load_channels(arguments.D, block);
+    block.hole_step = load_channels(arguments.hole_time_step, block);
+    block.u.resize(arguments.length);
+    block.delta.resize(arguments.length);
+    block.y.assign(arguments.length, Vec{});
+    for (int64_t token = 0; token < arguments.length; ++token) {
+        block.u[token] = load_token(arguments.hidden_states, block, token);
+        block.delta[token] = softplus(time_step_before_softplus(arguments, block, token));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A slice of S states, and one step of K paths in it
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <int S>
+struct Slice {
+    int64_t first_state;
+    int count;            // states in the slice: S, fewer in the last one; the others have A = B = C = 0
+    Vec A[S];             // times log2(e), for exp2
+    Vec hole_decay[S];    // exp(hole_time_step A)
+    Vec skip;             // D in the first slice, 0 in the others: D u is to be added once
+};
+
+template <int S>
+Slice<S> load_slice(const ScanArguments& arguments, const Block& block, int64_t first_state) {
+    Slice<S> slice{};
+    slice.first_state = first_state;
+    slice.count = static_cast<int>(std::min<int64_t>(S, arguments.states - first_state));
+    for (int n = 0; n < slice.count; ++n) {
+        for (int lane = 0; lane < block.width; ++lane) {
+            slice.A[n][lane] = kLog2E * arguments.A[(block.first_channel + lane) * arguments.states + first_state + n];
+        }
+        slice.hole_decay[n] = exp2(block.hole_step * slice.A[n]);
+    }
+    if (first_state == 0) slice.skip = block.D;
+    return slice;
+}
+
+template <int S, int K>
+struct Step {
+    int64_t token[K];
+    int gap[K];
+    int move[K];
+    Vec u[K];
+    Vec decay_step[K];  // s_t
+    Vec delta;
+    float B[K][S], C[S];
+};
+
+int path_entry(const Paths& paths, const ScanArguments& arguments, int64_t sample, int64_t path, int64_t t) {
+    return paths.data[sample * paths.batch_stride + path * arguments.length + t];
+}
+
+template <int S, int K>
+Step<S, K> load_step(const ScanArguments& arguments, const Block& block, const Slice<S>& slice, int64_t first_path,
+                     int64_t t) {
+    Step<S, K> step;
+    step.delta = block.delta[t];
+    std::fill_n(step.C, S, 0.0f);
+    std::copy_n(arguments.C.row(block.sample, t) + slice.first_state, slice.count, step.C);
+    const float* B = arguments.B.row(block.sample, t) + slice.first_state;
+    for (int k = 0; k < K; ++k) {
+        const auto entry = [&](const Paths& paths, int64_t otherwise) -> int64_t {
+            return paths.data ? path_entry(paths, arguments, block.sample, first_path + k, t) : otherwise;
+        };
+        step.token[k] = entry(arguments.order, t);
+        step.gap[k] = static_cast<int>(entry(arguments.gaps, 1));
+        step.move[k] = static_cast<int>(entry(arguments.moves, 0));
+        step.u[k] = block.u[step.token[k]];
+        const float holes = static_cast<float>(step.gap[k] - 1);
+        step.decay_step[k] = step.delta + holes * (arguments.hole_time_step ? block.hole_step : step.delta);
+        std::fill_n(step.B[k], S, 0.0f);
+        std::copy_n(B, slice.count, step.B[k]);
+        if (arguments.direction_B) {
+            const float* direction = arguments.direction_B + step.move[k] * arguments.states + slice.first_state;
+            for (int n = 0; n < slice.count; ++n) step.B[k][n] += direction[n];
+        }
+    }
+    return step;
+}
+
+// result = base^exponent, exponent >= 1, from the exponent's highest bit to its lowest.
+template <int S>
+void power(const Vec* base, int exponent, Vec* result) {
+    std::copy_n(base, S, result);
+    int bit = 1;
+    while (bit <= exponent / 2) bit *= 2;
+    while (bit /= 2) {
+        for (int n = 0; n < S; ++n) result[n] *= result[n];
+        if (exponent & bit) {
+            for (int n = 0; n < S; ++n) result[n] *= base[n];
+        }
+    }
+}
+
+// The decays exp(s_t A) of K paths. A path without a hole before this step shares exp(delta_t A) with the others.
+template <int S, int K>
+struct PathDecays {
+    const Vec* of_path[K];
+    Vec across_hole[K][S];
+
+    PathDecays(const ScanArguments& arguments, const Slice<S>& slice, const Step<S, K>& step, const Vec* decay) {
+        for (int k = 0; k < K; ++k) {
+            of_path[k] = decay;
+            if (step.gap[k] == 1) continue;
+            of_path[k] = across_hole[k];
+            if (step.gap[k] > kLargestPower) {
+                for (int n = 0; n < S; ++n) across_hole[k][n] = exp2(step.decay_step[k] * slice.A[n]);
+            } else if (arguments.hole_time_step) {
+                power<S>(slice.hole_decay, step.gap[k] - 1, across_hole[k]);
+                for (int n = 0; n < S; ++n) across_hole[k][n] *= decay[n];
+            } else {
+                power<S>(decay, step.gap[k], across_hole[k]);
+            }
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Scans K paths and adds what they put out to block.y. With `kKeep`, h_t and exp(delta_t A) of all steps are kept for the
+// backward; h_0 = 0 comes before them.
+template <int S, int K, bool kKeep>
+void scan_paths(const ScanArguments& arguments, Block& block, const Slice<S>& slice, int64_t first_path) {
+    Vec state[K * S] = {};
+    Vec decay[S];
+    if constexpr (kKeep) {
+        block.states.resize((arguments.length + 1) * K * S);
+        block.decays.resize(arguments.length * S);
+        std::copy_n(state, K * S, block.states.data());
+    }
+    for (int64_t t = 0; t < arguments.length; ++t) {
+        const Step<S, K> step = load_step<S, K>(arguments, block, slice, first_path, t);
+        for (int n = 0; n < S; ++n) decay[n] = exp2(step.delta * slice.A[n]);
+        const PathDecays<S, K> decays(arguments, slice, step, decay);
+
+        Vec input[K], y[K];
+        for (int k = 0; k < K; ++k) {
+            input[k] = step.delta * step.u[k];
+            y[k] = slice.skip * step.u[k];
+        }
+        for (int n = 0; n < S; ++n) {
+            for (int k = 0; k < K; ++k) {
+                const Vec h = decays.of_path[k][n] * state[k * S + n] + input[k] * step.B[k][n];
+                state[k * S + n] = h;
+                y[k] += step.C[n] * h;
+            }
+        }
+        for (int k = 0; k < K; ++k) block.y[step.token[k]] += y[k];
+
+        if constexpr (kKeep) {
+            std::copy_n(state, K * S, &block.states[(t + 1) * K * S]);
+            std::copy_n(decay, S, &block.decays[t * S]);
+        }
+    }
+}
+
+// Calls visit.run<K>(first_path) so that every path is in one group of K: groups of four while there are as many.
+template <typename Visitor>
+void for_path_groups(int64_t paths, const Visitor& visit) {
+    int64_t first_path = 0;
+    for (; first_path + 4 <= paths; first_path += 4) visit(std::integral_constant<int, 4>{}, first_path);
+    for (; first_path < paths; ++first_path) visit(std::integral_constant<int, 1>{}, first_path);
+}
+
+template <int S>
+void forward_block(const ScanArguments& arguments, Block& block, float* output) {
+    for (int64_t first_state = 0; first_state < arguments.states; first_state += S) {
+        const Slice<S> slice = load_slice<S>(arguments, block, first_state);
+        for_path_groups(arguments.paths, [&](auto group, int64_t first_path) {
+            scan_paths<S, decltype(group)::value, false>(arguments, block, slice, first_path);
+        });
+    }
+    for (int64_t token = 0; token < arguments.length; ++token) {
+        Vec y = block.y[token];
+        if (arguments.gate.data) y *= silu(load_token(arguments.gate, block, token));
+        float* row = output + (block.sample * arguments.length + token) * arguments.channels;
+        store(row + block.first_channel, y, block.width);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Sums over samples, or over blocks of channels, are made in two steps: each task has its own partial sums, and these
+// are added up afterwards in the order of the tasks.
+struct PartialSums {
+    int64_t rows, width, padded_width;
+    std::unique_ptr<float[]> data;
+
+    PartialSums(int64_t tasks, int64_t rows, int64_t width, int64_t padded_width)
+        : rows(rows), width(width), padded_width(padded_width), data(new float[tasks * rows * padded_width]) {}
+
+    float* row(int64_t task, int64_t row) { return data.get() + (task * rows + row) * padded_width; }
+
+    void clear(int64_t task) { std::fill_n(row(task, 0), rows * padded_width, 0.0f); }
+
+    // target (rows, width) = the sum of the partial sums of tasks [first, first + count).
+    void add_up(int64_t first, int64_t count, float* target) {
+        std::fill_n(target, rows * width, 0.0f);
+        for (int64_t task = first; task < first + count; ++task) {
+            for (int64_t r = 0; r < rows; ++r) {
+                const float* source = row(task, r);
+                for (int64_t i = 0; i < width; ++i) target[r * width + i] += source[i];
+            }
+        }
+    }
+};
+
+template <int S>
+constexpr int kSumWidth = S > kLanes ? S : kLanes;  // sum_lanes gives kLanes sums at once
+
+// target[n] += the sum of the lanes of vectors[n], for n < S.
+template <int S>
+void add_lane_sums(const Vec (&vectors)[kSumWidth<S>], float* target) {
+    for (int n = 0; n < S; n += kLanes) store(target + n, load(target + n) + sum_lanes(vectors + n));
+}
+
+struct Partials {
+    PartialSums A;                                   // by sample: (channels, states)
+    PartialSums D, time_step_bias, hole_time_step;   // by sample: (1, channels)
+    PartialSums B, C;                                // by task: (length, states)
+    PartialSums direction_B;                         // by task: (move_kinds, states)
+};
+
+// The reverse of scan_paths: with the gradient of y known, adds to the gradients of everything that went in.
+template <int S, int K, bool kMoves>
+void reverse_paths(const ScanArguments& arguments, Block& block, const Slice<S>& slice, int64_t first_path, int64_t task,
+                   Partials& partials) {
+    Vec carry[K * S] = {};  // exp(s_{t+1} A) times the gradient of h_{t+1}
+    Vec grad_A[S] = {};
+    if constexpr (kMoves) block.grad_direction_B.assign(arguments.move_kinds * S, Vec{});
+
+    for (int64_t t = arguments.length - 1; t >= 0; --t) {
+        const Step<S, K> step = load_step<S, K>(arguments, block, slice, first_path, t);
+        const PathDecays<S, K> decays(arguments, slice, step, &block.decays[t * S]);
+        const Vec* before = &block.states[t * K * S];
+        const Vec* after = before + K * S;
+
+        Vec grad_y[K], input[K], grad_input[K], grad_decay_step[K];
+        for (int k = 0; k < K; ++k) {
+            grad_y[k] = block.grad_y[step.token[k]];
+            input[k] = step.delta * step.u[k];
+            grad_input[k] = grad_decay_step[k] = Vec{};
+        }
+        Vec grad_B[kSumWidth<S>] = {}, grad_C[kSumWidth<S>] = {};
+        for (int n = 0; n < S; ++n) {
+            Vec sum_B{}, sum_C{}, sum_A{};
+            for (int k = 0; k < K; ++k) {
+                const int i = k * S + n;
+                const Vec grad_h = grad_y[k] * step.C[n] + carry[i];
+                sum_C += grad_y[k] * after[i];
+                sum_B += grad_h * input[k];
+                if constexpr (kMoves) block.grad_direction_B[step.move[k] * S + n] += grad_h * input[k];
+                grad_input[k] += grad_h * step.B[k][n];
+                carry[i] = grad_h * decays.of_path[k][n];
+                const Vec grad_exponent = carry[i] * before[i];
+                grad_decay_step[k] += grad_exponent * slice.A[n];
+                sum_A += grad_exponent * step.decay_step[k];
+            }
+            grad_B[n] = sum_B;
+            grad_C[n] = sum_C;
+            grad_A[n] += sum_A;
+        }
+        add_lane_sums<S>(grad_B, partials.B.row(task, t) + slice.first_state);
+        add_lane_sums<S>(grad_C, partials.C.row(task, t) + slice.first_state);
+
+        for (int k = 0; k < K; ++k) {
+            const Vec grad_step = grad_decay_step[k] * (1.0f / kLog2E);  // slice.A holds A log2(e)
+            const float holes = static_cast<float>(step.gap[k] - 1);
+            block.grad_u[step.token[k]] += grad_input[k] * step.delta + grad_y[k] * slice.skip;
+            block.grad_delta[t] += grad_input[k] * step.u[k] + grad_step;
+            if (arguments.hole_time_step) {
+                block.grad_hole_step += grad_step * holes;
+            } else {
+                block.grad_delta[t] += grad_step * holes;
+            }
+            if (slice.first_state == 0) block.grad_D += grad_y[k] * step.u[k];
+        }
+    }
+
+    for (int lane = 0; lane < block.width; ++lane) {
+        float* row = partials.A.row(block.sample, block.first_channel + lane) + slice.first_state;
+        for (int n = 0; n < slice.count; ++n) row[n] += grad_A[n][lane];
+    }
+    if constexpr (kMoves) {
+        for (int64_t move = 0; move < arguments.move_kinds; ++move) {
+            Vec sums[kSumWidth<S>] = {};
+            std::copy_n(&block.grad_direction_B[move * S], S, sums);
+            add_lane_sums<S>(sums, partials.direction_B.row(task, move) + slice.first_state);
+        }
+    }
+}
+
+void clear_gradients(const ScanArguments& arguments, Block& block) {
+    block.grad_D = block.grad_hole_step = Vec{};
+    block.grad_u.assign(arguments.length, Vec{});
+    block.grad_delta.assign(arguments.length, Vec{});
+}
+
+// The gradient of y, the scan's output before the gate.
+void load_grad_y(const ScanArguments& arguments, const Rows& grad_output, Block& block) {
+    block.grad_y.resize(arguments.length);
+    for (int64_t token = 0; token < arguments.length; ++token) {
+        Vec grad = load_token(grad_output, block, token);
+        if (arguments.gate.data) grad *= silu(load_token(arguments.gate, block, token));
+        block.grad_y[token] = grad;
+    }
+}
+
+void store_token_gradients(const ScanArguments& arguments, const Rows& grad_output, const Block& block,
+                           const ScanGradients& gradients, Partials& partials) {
+    Vec grad_bias{};
+    for (int64_t token = 0; token < arguments.length; ++token) {
+        const int64_t place = (block.sample * arguments.length + token) * arguments.channels + block.first_channel;
+        const Vec grad_time_step =
+            block.grad_delta[token] * sigmoid(time_step_before_softplus(arguments, block, token));
+        grad_bias += grad_time_step;
+        store(gradients.hidden_states + place, block.grad_u[token], block.width);
+        store(gradients.time_step + place, grad_time_step, block.width);
+        if (arguments.gate.data) {
+            const Vec slope = silu_derivative(load_token(arguments.gate, block, token));
+            store(gradients.gate + place, load_token(grad_output, block, token) * block.y[token] * slope, block.width);
+        }
+    }
+    store(partials.D.row(block.sample, 0) + block.first_channel, block.grad_D, block.width);
+    store(partials.time_step_bias.row(block.sample, 0) + block.first_channel, grad_bias, block.width);
+    store(partials.hole_time_step.row(block.sample, 0) + block.first_channel, block.grad_hole_step, block.width);
+}
+
+template <int S>
+void backward_block(const ScanArguments& arguments, const Rows& grad_output, Block& block, int64_t task,
+                    const ScanGradients& gradients, Partials& partials) {
+    clear_gradients(arguments, block);
+    load_grad_y(arguments, grad_output, block);
+    for (int lane = 0; lane < block.width; ++lane) {
+        std::fill_n(partials.A.row(block.sample, block.first_channel + lane), arguments.states, 0.0f);
+    }
+    for (int64_t first_state = 0; first_state < arguments.states; first_state += S) {
+        const Slice<S> slice = load_slice<S>(arguments, block, first_state);
+        for_path_groups(arguments.paths, [&](auto group, int64_t first_path) {
+            constexpr int K = decltype(group)::value;
+            scan_paths<S, K, true>(arguments, block, slice, first_path);
+            if (arguments.moves.data) {
+                reverse_paths<S, K, true>(arguments, block, slice, first_path, task, partials);
+            } else {
+                reverse_paths<S, K, false>(arguments, block, slice, first_path, task, partials);
+            }
+        });
+    }
+    store_token_gradients(arguments, grad_output, block, gradients, partials);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tasks: a sample and a few blocks of its channels
+// ---------------------------------------------------------------------------------------------------------------------
+
+int64_t tasks_per_sample(const ScanArguments& arguments) {
+    return divide_up(arguments.channels, kLanes * kBlocksPerTask);
+}
+
+template <typename Work>
+void for_blocks_of_task(const ScanArguments& arguments, int64_t task, const Work& work) {
+    const int64_t sample = task / tasks_per_sample(arguments);
+    const int64_t first = task % tasks_per_sample(arguments) * kLanes * kBlocksPerTask;
+    const int64_t last = std::min<int64_t>(first + kLanes * kBlocksPerTask, arguments.channels);
+    for (int64_t channel = first; channel < last; channel += kLanes) {
+        load_block(arguments, sample, channel, thread_block);
+        work(thread_block);
+    }
+}
+
+template <int S>
+void forward(const ScanArguments& arguments, float* output, int threads) {
+    parallel_for(arguments.batch * tasks_per_sample(arguments), threads, [&](int64_t task) {
+        for_blocks_of_task(arguments, task, [&](Block& block) { forward_block<S>(arguments, block, output); });
+    });
+}
+
+template <int S>
+void backward(const ScanArguments& arguments, const Rows& grad_output, const ScanGradients& gradients, int threads) {
+    const int64_t batch = arguments.batch, channels = arguments.channels, states = arguments.states;
+    const int64_t groups = tasks_per_sample(arguments), tasks = batch * groups;
+    const int64_t padded_states = divide_up(states, kSumWidth<S>) * kSumWidth<S>;
+    Partials partials{{batch, channels, states, states},
+                      {batch, 1, channels, channels},
+                      {batch, 1, channels, channels},
+                      {batch, 1, channels, channels},
+                      {tasks, arguments.length, states, padded_states},
+                      {tasks, arguments.length, states, padded_states},
+                      {tasks, arguments.move_kinds, states, padded_states}};
+
+    parallel_for(tasks, threads, [&](int64_t task) {
+        partials.B.clear(task);
+        partials.C.clear(task);
+        partials.direction_B.clear(task);
+        for_blocks_of_task(arguments, task, [&](Block& block) {
+            backward_block<S>(arguments, grad_output, block, task, gradients, partials);
+        });
+    });
+
+    parallel_for(batch, threads, [&](int64_t sample) {
+        const int64_t place = sample * arguments.length * states;
+        partials.B.add_up(sample * groups, groups, gradients.B + place);
+        partials.C.add_up(sample * groups, groups, gradients.C + place);
+    });
+    partials.A.add_up(0, batch, gradients.A);
+    partials.D.add_up(0, batch, gradients.D);
+    partials.time_step_bias.add_up(0, batch, gradients.time_step_bias);
+    if (gradients.hole_time_step) partials.hole_time_step.add_up(0, batch, gradients.hole_time_step);
+    if (gradients.direction_B) partials.direction_B.add_up(0, tasks, gradients.direction_B);
+}
+
+bool all_within(const ScanArguments& arguments, const Paths& paths, int64_t low, int64_t high) {
+    if (!paths.data) return true;
+    const int64_t count = (paths.batch_stride ? arguments.batch : 1) * arguments.paths * arguments.length;
+    bool within = true;
+    for (int64_t i = 0; i < count; ++i) within &= paths.data[i] >= low && paths.data[i] < high;
+    return within;
+}
+
+const char* find_error(const ScanArguments& arguments) {
+    if (!all_within(arguments, arguments.order, 0, arguments.length)) return "`order` must be in [0, length)";
+    if (!all_within(arguments, arguments.gaps, 1, INT32_MAX)) return "`gaps` must be at least 1";
+    if (!all_within(arguments, arguments.moves, 0, arguments.move_kinds)) {
+        return "`moves` must be in [0, direction_B.shape[0])";
+    }
+    return nullptr;
+}
+
+}  // namespace
+
+// Both return null, or what is wrong with the arguments.
+
+extern "C" const char* selective_scan_forward(const ScanArguments* arguments, float* output, int threads) {
+    if (const char* error = find_error(*arguments)) return error;
+    (arguments->states <= 8 ? forward<8> : forward<16>)(*arguments, output, threads);
+    return nullptr;
+}
+
+extern "C" const char* selective_scan_backward(const ScanArguments* arguments, const Rows* grad_output,
+                                               const ScanGradients* gradients, int threads) {
+    if (const char* error = find_error(*arguments)) return error;
+    (arguments->states <= 8 ? backward<8> : backward<16>)(*arguments, *grad_output, *gradients, threads);
+    return nullptr;
+}

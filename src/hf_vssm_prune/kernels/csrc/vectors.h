@@ -1,0 +1,132 @@
+// Short vectors of floats, and the elementary functions of the kernels on them.
+//
+// The compilers' vector extensions (GCC, Clang) turn the same source into AVX-512, AVX2, SSE2 or NEON instructions. The
+// lanes of a vector are neighbouring channels.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+inline Vec broadcast(float value) { return Vec{} + value; }
+
+inline Vec load(const float* source) {
+    Vec result;
+    std::memcpy(&result, source, sizeof(Vec));
+    return result;
+}
+
+inline void store(float* target, Vec value) { std::memcpy(target, &value, sizeof(Vec)); }
+
+// The first `count` lanes; the others are 0.
+inline Vec load(const float* source, int count) {
+    if (count == kLanes) return load(source);
+    Vec result{};
+    std::memcpy(&result, source, count * sizeof(float));
+    return result;
+}
+
+inline void store(float* target, Vec value, int count) {
+    if (count == kLanes) return store(target, value);
+    std::memcpy(target, &value, count * sizeof(float));
+}
+
+// In both, a lane of `x` that is NaN stays NaN.
+inline Vec at_least(Vec x, float low) { return x < low ? broadcast(low) : x; }
+inline Vec at_most(Vec x, float high) { return x > high ? broadcast(high) : x; }
+
+// 2^x, within 2e-7 of it; 0 below 2^-126, NaN where x is NaN, saturated at 2^127.
+inline Vec exp2(Vec x) {
+    x = at_most(at_least(x, -127.0f), 127.0f);
+    // Adding 1.5 * 2^23 rounds x to an integer n, found in the sum's low bits. With the exponent's bias added too, these
+    // bits only have to be shifted to become the number 2^n, and n = -127 becomes 0.
+    constexpr float kRound = 12582912.0f + 127.0f;
+    const Vec rounded = x + kRound;
+    const Vec f = x - (rounded - kRound);
+    const IntVec scale_bits = reinterpret_cast<IntVec>(rounded) << 23;
+    // 2^f on [-1/2, 1/2], the polynomial of least relative error that is exact at 0.
+    Vec power = f * 1.326472731307149e-3f + 9.671512991189957e-3f;
+    power = power * f + 5.550733581185341e-2f;
+    power = power * f + 0.24022242426872253f;
+    power = power * f + 0.6931470036506653f;
+    power = power * f + 1.0f;
+    return power * reinterpret_cast<Vec>(scale_bits);
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+inline Vec exp(Vec x) { return exp2(x * kLog2E); }
+
+// log(1 + y) for y in [0, 1]: 2 artanh(s) with s = y / (2 + y) <= 1/3, which keeps all digits of a small y.
+inline Vec log1p(Vec y) {
+    const Vec s = y / (y + 2.0f);
+    const Vec square = s * s;
+    Vec series = square * (1.0f / 15) + 1.0f / 13;
+    series = series * square + 1.0f / 11;
+    series = series * square + 1.0f / 9;
+    series = series * square + 1.0f / 7;
+    series = series * square + 1.0f / 5;
+    series = series * square + 1.0f / 3;
+    series = series * square + 1.0f;
+    return 2.0f * s * series;
+}
+
+// log(1 + exp(x)) without overflow.
+inline Vec softplus(Vec x) {
+    const Vec magnitude = x < 0.0f ? -x : x;
+    return at_least(x, 0.0f) + log1p(exp(-magnitude));
+}
+
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+
+inline Vec silu(Vec x) { return x * sigmoid(x); }
+
+inline Vec silu_derivative(Vec x) {
+    const Vec s = sigmoid(x);
+    return s * (1.0f + x * (1.0f - s));
+}
+
+template <int... lanes>
+inline Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, lanes...);
+#else
+    return __builtin_shuffle(a, b, IntVec{lanes...});
+#endif
+}
+
+// The lane, of the pair (a, b), that add_halves takes as summand `half` (0 or 1) of `lane`.
+constexpr int half_lane(int lane, int group, int half) {
+    const int start = lane / group * group, rest = lane % group;
+    return start + half * (group / 2) + (rest < group / 2 ? rest : kLanes - group / 2 + rest);
+}
+
+// Cuts both vectors into groups of `group` lanes and adds each group's upper half to its lower half; in the result,
+// the sums of a group of `a` are followed by those of the same group of `b`.
+template <int group, int... lanes>
+inline Vec add_halves(Vec a, Vec b, std::integer_sequence<int, lanes...>) {
+    return shuffle<half_lane(lanes, group, 0)...>(a, b) + shuffle<half_lane(lanes, group, 1)...>(a, b);
+}
+
+// Lane i of the result is the sum of the lanes of vectors[i], for i < kLanes.
+template <int group = 2>
+inline Vec sum_lanes(const Vec* vectors, int stride = 1) {
+    if constexpr (group > kLanes) {
+        return *vectors;
+    } else {
+        const Vec even = sum_lanes<2 * group>(vectors, 2 * stride);
+        const Vec odd = sum_lanes<2 * group>(vectors + stride, 2 * stride);
+        return add_halves<group>(even, odd, std::make_integer_sequence<int, kLanes>{});
+    }
+}

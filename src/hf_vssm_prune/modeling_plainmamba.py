@@ -1,0 +1,312 @@
+"""PlainMamba with token pruning.
+
+The model is that of "PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition" (arXiv 2403.17695), pruned as in
+"Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_plainmamba import PlainMambaConfig
+from .grid_convolution import depthwise_conv2d
+from .modeling_common import (
+    DropPath,
+    PrunedImageClassifierOutput,
+    PrunedModelOutput,
+    TokenPruningMixin,
+    check_pixel_values,
+    drop_path_rates,
+    encode,
+    full_hidden_states,
+    init_decay,
+    init_time_step_projection,
+    resize_position_embeddings,
+)
+from .selective_scan import selective_scan
+from .token_pruning import ScanPaths, prune_paths, snake_paths
+
+
+class PlainMambaTokenLayout(NamedTuple):
+    """Where the tokens that are left lie on the grid.
+
+    Attributes:
+        grid: (height, width) of the full grid.
+        full_paths: the scans' paths over it.
+        kept: the cell of each token, shape (batch, n). None: every cell has its token.
+        paths: the paths over these cells.
+        alignment: how the scans cross the holes.
+        class_position: None, PlainMamba has no class token.
+    """
+
+    grid: tuple[int, int]
+    full_paths: ScanPaths
+    kept: Tensor | None
+    paths: ScanPaths
+    alignment: str
+    class_position: None = None
+
+    @classmethod
+    def of_grid(cls, grid: tuple[int, int], device: torch.device) -> "PlainMambaTokenLayout":
+        paths = snake_paths(grid, device)
+        return cls(grid, paths, kept=None, paths=paths, alignment="none")
+
+    def keep(self, positions: Tensor, alignment: str) -> "PlainMambaTokenLayout":
+        kept = positions if self.kept is None else self.kept.gather(1, positions)
+        return self._replace(kept=kept, paths=prune_paths(self.full_paths, kept, alignment), alignment=alignment)
+
+
+class PlainMambaConvNorm(nn.Module):
+    """Convolution without bias, batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
+        )
+        self.normalization = nn.BatchNorm2d(out_channels)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.relu(self.normalization(self.convolution(hidden_states)))
+
+
+class PlainMambaEmbeddings(nn.Module):
+    """Pixel values to tokens: a convolutional stem at half the resolution, the patch projection, position embeddings."""
+
+    def __init__(self, config: PlainMambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.stem_channels
+        stem = [PlainMambaConvNorm(config.num_channels, channels, kernel_size=7, stride=2)]
+        stem += [PlainMambaConvNorm(channels, channels, kernel_size=3, stride=1) for _ in range(config.num_stem_convs)]
+        self.stem = nn.Sequential(*stem)
+        self.half_patch = config.patch_size // 2
+        self.projection = nn.Conv2d(channels, config.hidden_size, kernel_size=self.half_patch, stride=self.half_patch)
+        num_patches = config.grid_size[0] * config.grid_size[1]
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches, config.hidden_size))
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, tuple[int, int]]:
+        check_pixel_values(pixel_values, self.config.num_channels)
+        pixels = self.stem(pixel_values.to(self.projection.weight.dtype))
+        missing = [-size % self.half_patch for size in pixels.shape[2:]]
+        tokens = self.projection(F.pad(pixels, (0, missing[1], 0, missing[0])))
+        grid = (tokens.shape[2], tokens.shape[3])
+        positions = resize_position_embeddings(
+            self.position_embeddings, self.config.grid_size, grid, interpolate_pos_encoding
+        )
+        return tokens.flatten(2).transpose(1, 2) + positions, grid
+
+
+class PlainMambaMixer(nn.Module):
+    """Depthwise convolution on the grid, then four selective scans along snake paths that share one set of parameters."""
+
+    def __init__(self, config: PlainMambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.intermediate_size
+        self.in_proj = nn.Linear(config.hidden_size, 2 * width)
+        self.conv2d = nn.Conv2d(width, width, config.conv_kernel, padding=config.conv_kernel // 2, groups=width)
+        self.x_proj = nn.Linear(width, config.time_step_rank + 2 * config.state_size, bias=False)
+        self.dt_proj = nn.Linear(config.time_step_rank, width)
+        self.A_log = nn.Parameter(torch.empty(width, config.state_size))
+        self.D = nn.Parameter(torch.empty(width))
+        # What each kind of move adds to B: start, right, left, up, down.
+        self.direction_B = nn.Parameter(torch.empty(5, config.state_size))
+        self.out_proj = nn.Linear(width, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> tuple[Tensor, Tensor]:
+        """Returns the mixed tokens, and the gated output that they were projected from (batch, n, channels)."""
+        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x = depthwise_conv2d(
+            x, self.conv2d.weight, self.conv2d.bias, layout.grid, layout.kept, silu=True, backend=self.config.scan_backend
+        )
+        rank, state_size = self.config.time_step_rank, self.config.state_size
+        time_step, B, C = self.x_proj(x).split([rank, state_size, state_size], dim=-1)
+        # The published weights want the bias twice: once in the projection, once more before the softplus.
+        bias = self.dt_proj.bias
+        gated = selective_scan(
+            x,
+            self.dt_proj(time_step),
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            time_step_bias=bias,
+            gate=gate,
+            order=layout.paths.order,
+            gaps=layout.paths.gaps,
+            hole_time_step=F.softplus(2 * bias.float()) if layout.alignment == "zero_input" else None,
+            direction_B=self.direction_B,
+            moves=layout.paths.moves,
+            backend=self.config.scan_backend,
+        )
+        return self.out_proj(gated), gated
+
+
+class PlainMambaDepthwise(nn.Module):
+    """Depthwise 3x3 convolution on the grid, batch norm, GELU; after L1's first layer."""
+
+    def __init__(self, config: PlainMambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.convolution = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False)
+        self.normalization = nn.BatchNorm1d(hidden)
+
+    def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> Tensor:
+        weight, backend = self.convolution.weight, self.config.scan_backend
+        hidden_states = depthwise_conv2d(hidden_states, weight, None, layout.grid, layout.kept, backend=backend)
+        return F.gelu(self.normalization(hidden_states.transpose(1, 2)).transpose(1, 2))
+
+
+class PlainMambaLayer(GradientCheckpointingLayer):
+    def __init__(self, config: PlainMambaConfig, layer_idx: int, drop_path_rate: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = PlainMambaMixer(config)
+        self.drop_path = DropPath(drop_path_rate)
+        self.depthwise = PlainMambaDepthwise(config) if layer_idx in config.depthwise_layers else None
+
+    def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> tuple[Tensor, Tensor]:
+        """Returns the layer's output, and the mixer's gated output, by which the next layer may score the tokens."""
+        mixed, gated = self.mixer(self.norm(hidden_states), layout)
+        hidden_states = hidden_states + self.drop_path(mixed)
+        if self.depthwise is not None:
+            hidden_states = self.depthwise(hidden_states, layout)
+        return hidden_states, gated.detach()
+
+
+class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
+    config: PlainMambaConfig
+    config_class = PlainMambaConfig
+    base_model_prefix = "plainmamba"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PlainMambaEmbeddings", "PlainMambaLayer"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "direction_B"]
+    _can_record_outputs = {"hidden_states": PlainMambaLayer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, PlainMambaEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+        elif isinstance(module, PlainMambaMixer):
+            init_time_step_projection(module.dt_proj, self.config)
+            init_decay(module.A_log)
+            init.ones_(module.D)
+            init.trunc_normal_(module.direction_B, std=self.config.initializer_range)
+
+
+class PlainMambaModel(PlainMambaPreTrainedModel):
+    """PlainMamba without a head: `last_hidden_state` after the final norm, `pooler_output` its mean over tokens."""
+
+    def __init__(self, config: PlainMambaConfig) -> None:
+        super().__init__(config)
+        self.embeddings = PlainMambaEmbeddings(config)
+        rates = drop_path_rates(config)
+        self.layers = nn.ModuleList([PlainMambaLayer(config, i, rates[i]) for i in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.final_layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.projection
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[TransformersKwargs]
+    ) -> PrunedModelOutput:
+        """
+        Args:
+            pixel_values: shape (batch, channels, height, width), normalised.
+            interpolate_pos_encoding: resize the position embeddings where the grid of patches is not the configuration's;
+                False: refuse such images.
+        """
+        hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
+        layout = PlainMambaTokenLayout.of_grid(grid, hidden_states.device)
+        encoded = encode(self.layers, hidden_states, layout, self.config)
+        last_hidden_state = self.norm(encoded.hidden_states)
+        return PrunedModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state.mean(dim=1),
+            kept_tokens=encoded.kept_tokens,
+            token_scores=encoded.token_scores,
+        )
+
+
+class PlainMambaForImageClassification(PlainMambaPreTrainedModel):
+    """PlainMamba with a linear classifier on the mean of the tokens that are left."""
+
+    def __init__(self, config: PlainMambaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.plainmamba = PlainMambaModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> PrunedImageClassifierOutput:
+        """
+        Args:
+            pixel_values: shape (batch, channels, height, width), normalised.
+            labels: class ids (batch,), or what `config.problem_type` says; then `loss` is returned.
+        """
+        outputs = self.plainmamba(pixel_values, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return PrunedImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            kept_tokens=outputs.kept_tokens,
+            token_scores=outputs.token_scores,
+        )
+
+
+class PlainMambaBackbone(BackboneMixin, PlainMambaModel):
+    """PlainMamba as a feature extractor: maps of the full grid, in which a dropped token keeps its last state."""
+
+    has_attentions = False
+
+    def __init__(self, config: PlainMambaConfig) -> None:
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """
+        Args:
+            pixel_values: shape (batch, channels, height, width), normalised.
+        """
+        outputs = super().forward(pixel_values, **kwargs)
+        grid = self.config.grid_size_for(*pixel_values.shape[2:])
+        states = [full_hidden_states(self.config, outputs, self.stage_names.index(name)) for name in self.out_features]
+        feature_maps = tuple(self.norm(state).transpose(1, 2).unflatten(2, grid) for state in states)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=outputs.hidden_states)
+
+
+__all__ = ["PlainMambaBackbone", "PlainMambaForImageClassification", "PlainMambaModel", "PlainMambaPreTrainedModel"]

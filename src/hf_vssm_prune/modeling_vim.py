@@ -1,0 +1,301 @@
+"""Vim with token pruning.
+
+The model is that of "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model"
+(arXiv 2401.09417), pruned as in "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_vim import VimConfig
+from .modeling_common import (
+    DropPath,
+    PrunedImageClassifierOutput,
+    PrunedModelOutput,
+    TokenPruningMixin,
+    check_pixel_values,
+    drop_path_rates,
+    encode,
+    full_hidden_states,
+    init_decay,
+    init_time_step_projection,
+    resize_position_embeddings,
+)
+from .selective_scan import selective_scan
+from .token_pruning import gather_tokens, path_gaps
+
+
+class VimTokenLayout(NamedTuple):
+    """Where the tokens that are left lie in the full sequence, patches with the class token in their middle.
+
+    Attributes:
+        class_id: the class token's place in the full sequence.
+        class_position: its row among the tokens that are left, shape (batch, 1).
+        kept: the place of each token in the full sequence, shape (batch, n). None: all are there.
+        gaps: for the forward and the backward direction the distances between tokens, each (batch, n), in the order of
+            the direction. None: no alignment, or nothing was dropped.
+        alignment: how the scans cross the holes.
+    """
+
+    class_id: int
+    class_position: Tensor
+    kept: Tensor | None = None
+    gaps: tuple[Tensor, Tensor] | None = None
+    alignment: str = "none"
+
+    def keep(self, positions: Tensor, alignment: str) -> "VimTokenLayout":
+        kept = positions if self.kept is None else self.kept.gather(1, positions)
+        gaps = None if alignment == "none" else (path_gaps(kept), path_gaps(-kept.flip(1)))
+        class_position = (kept < self.class_id).sum(dim=1, keepdim=True)
+        return VimTokenLayout(self.class_id, class_position, kept, gaps, alignment)
+
+
+class VimEmbeddings(nn.Module):
+    """Pixel values to tokens: the patch projection, the class token in the middle, position embeddings over all of it."""
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_stride
+        )
+        self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.grid_size) + 1, config.hidden_size))
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+        check_pixel_values(pixel_values, self.config.num_channels)
+        grid = self.config.grid_size_for(*pixel_values.shape[2:])
+        if min(grid) < 1:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}: too small for one patch of "
+                f"{self.config.patch_size} x {self.config.patch_size} pixels."
+            )
+        patches = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+        class_token = self.class_token.expand(patches.shape[0], -1, -1)
+        tokens = self._insert_in_middle(patches, class_token)
+        return tokens + self._positions(grid, interpolate_pos_encoding)
+
+    def _positions(self, grid: tuple[int, int], interpolate: bool) -> Tensor:
+        middle = math.prod(self.config.grid_size) // 2
+        before, class_token, after = self.position_embeddings.tensor_split([middle, middle + 1], dim=1)
+        patches = torch.cat([before, after], dim=1)
+        return self._insert_in_middle(
+            resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), class_token
+        )
+
+    @staticmethod
+    def _insert_in_middle(patches: Tensor, class_token: Tensor) -> Tensor:
+        before, after = patches.tensor_split([patches.shape[1] // 2], dim=1)
+        return torch.cat([before, class_token, after], dim=1)
+
+
+class VimScan(nn.Module):
+    """One direction of the mixer: causal depthwise convolution, then the selective scan."""
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.intermediate_size
+        self.conv1d = nn.Conv1d(width, width, config.conv_kernel, padding=config.conv_kernel - 1, groups=width)
+        self.x_proj = nn.Linear(width, config.time_step_rank + 2 * config.state_size, bias=False)
+        self.dt_proj = nn.Linear(config.time_step_rank, width)
+        self.A_log = nn.Parameter(torch.empty(width, config.state_size))
+        self.D = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor, gate: Tensor, gaps: Tensor | None, alignment: str) -> Tensor:
+        """Gated output of the scan; `x`, `gate` and the result are (batch, n, channels), `gaps` (batch, n)."""
+        x = F.silu(self.conv1d(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+        rank, state_size = self.config.time_step_rank, self.config.state_size
+        time_step, B, C = self.x_proj(x).split([rank, state_size, state_size], dim=-1)
+        bias = self.dt_proj.bias.float()
+        return selective_scan(
+            x,
+            F.linear(time_step, self.dt_proj.weight),
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            time_step_bias=bias,
+            gate=gate,
+            gaps=None if gaps is None else gaps.unsqueeze(1),
+            hole_time_step=F.softplus(bias) if alignment == "zero_input" else None,
+            backend=self.config.scan_backend,
+        )
+
+
+class VimMixer(nn.Module):
+    """A scan in each direction between projections that the two share."""
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.forward_scan = VimScan(config)
+        self.backward_scan = VimScan(config)
+        self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> tuple[Tensor, Tensor]:
+        """Returns the mixed tokens, and the gated output that they were projected from (batch, n, channels)."""
+        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        forward_gaps, backward_gaps = layout.gaps or (None, None)
+        gated = self.forward_scan(x, gate, forward_gaps, layout.alignment)
+        gated = gated + self.backward_scan(x.flip(1), gate.flip(1), backward_gaps, layout.alignment).flip(1)
+        gated = gated / 2
+        return self.out_proj(gated), gated
+
+
+class VimLayer(GradientCheckpointingLayer):
+    def __init__(self, config: VimConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = VimMixer(config)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> tuple[Tensor, Tensor]:
+        """Returns the layer's output, and the mixer's gated output, by which the next layer may score the tokens.
+
+        `hidden_states` is the residual stream, float32 in every precision.
+        """
+        mixed, gated = self.mixer(self.norm(hidden_states.to(self.norm.weight.dtype)), layout)
+        return hidden_states + self.drop_path(mixed).float(), gated.detach()
+
+
+class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
+    config: VimConfig
+    config_class = VimConfig
+    base_model_prefix = "vim"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VimEmbeddings", "VimLayer"]
+    _keep_in_fp32_modules_strict = ["A_log", "D"]
+    _can_record_outputs = {"hidden_states": VimLayer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv1d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            init.zeros_(module.bias)
+        elif isinstance(module, VimEmbeddings):
+            init.trunc_normal_(module.class_token, std=self.config.initializer_range)
+            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+        elif isinstance(module, VimScan):
+            init_time_step_projection(module.dt_proj, self.config)
+            init_decay(module.A_log)
+            init.ones_(module.D)
+
+
+class VimModel(VimPreTrainedModel):
+    """Vim without a head: `last_hidden_state` after the final norm, `pooler_output` the class token's row of it."""
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__(config)
+        self.embeddings = VimEmbeddings(config)
+        self.layers = nn.ModuleList([VimLayer(config, rate) for rate in drop_path_rates(config)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.projection
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[TransformersKwargs]
+    ) -> PrunedModelOutput:
+        """
+        Args:
+            pixel_values: shape (batch, channels, height, width), normalised.
+            interpolate_pos_encoding: resize the position embeddings where the grid of patches is not the configuration's;
+                False: refuse such images.
+        """
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding).float()
+        class_id = (hidden_states.shape[1] - 1) // 2
+        class_position = torch.full((hidden_states.shape[0], 1), class_id, device=hidden_states.device)
+        encoded = encode(self.layers, hidden_states, VimTokenLayout(class_id, class_position), self.config)
+        last_hidden_state = self.norm(encoded.hidden_states.to(self.norm.weight.dtype))
+        return PrunedModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=gather_tokens(last_hidden_state, encoded.layout.class_position).squeeze(1),
+            kept_tokens=encoded.kept_tokens,
+            token_scores=encoded.token_scores,
+        )
+
+
+class VimForImageClassification(VimPreTrainedModel):
+    """Vim with a linear classifier on the class token."""
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vim = VimModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> PrunedImageClassifierOutput:
+        """
+        Args:
+            pixel_values: shape (batch, channels, height, width), normalised.
+            labels: class ids (batch,), or what `config.problem_type` says; then `loss` is returned.
+        """
+        outputs = self.vim(pixel_values, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return PrunedImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            kept_tokens=outputs.kept_tokens,
+            token_scores=outputs.token_scores,
+        )
+
+
+class VimBackbone(BackboneMixin, VimModel):
+    """Vim as a feature extractor: maps of the full grid, in which a dropped token keeps its last state."""
+
+    has_attentions = False
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """
+        Args:
+            pixel_values: shape (batch, channels, height, width), normalised.
+        """
+        outputs = super().forward(pixel_values, **kwargs)
+        grid = self.config.grid_size_for(*pixel_values.shape[2:])
+        states = [full_hidden_states(self.config, outputs, self.stage_names.index(name)) for name in self.out_features]
+        feature_maps = tuple(self._feature_map(state, grid) for state in states)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=outputs.hidden_states)
+
+    def _feature_map(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
+        class_id = math.prod(grid) // 2
+        patches = torch.cat([hidden_states[:, :class_id], hidden_states[:, class_id + 1 :]], dim=1)
+        return self.norm(patches.to(self.norm.weight.dtype)).transpose(1, 2).unflatten(2, grid)
+
+
+__all__ = ["VimBackbone", "VimForImageClassification", "VimModel", "VimPreTrainedModel"]

@@ -1,0 +1,244 @@
+"""Token pruning for vision state space models, as pure functions in the order of the method.
+
+"Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962): a *schedule* says before which layers
+tokens go and what share stays; the *importance* of a token is read off the output of the mixer before; the most
+important tokens are *selected*; and the *alignment* tells the scans that follow how far apart the tokens left over are,
+so that the hidden state goes on decaying across the holes between them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+ALIGNMENTS = ("repeat", "zero_input", "none")
+IMPORTANCES = ("clip", "mean", "l1", "l2", "random")
+
+
+# ---- Schedule ----------------------------------------------------------------------------------------------------
+
+
+def check_token_pruning(token_pruning: dict[str, Any], num_hidden_layers: int) -> dict[str, Any]:
+    """Checks pruning options and returns them complete, as `config.json` holds them.
+
+    Args:
+        token_pruning: `layers`, before which tokens are dropped, ascending, each in 1 ... num_hidden_layers - 1;
+            `keep_ratios`, for each of them the share of the tokens still there that stays, in (0, 1]; `alignment`
+            (default `repeat`), one of `ALIGNMENTS`; `importance` (default `clip`), one of `IMPORTANCES`.
+        num_hidden_layers: depth of the model.
+
+    Raises:
+        ValueError: an option is unknown or missing, or its value is not allowed; the message says what was given and
+            what is allowed.
+    """
+    allowed = ("layers", "keep_ratios", "alignment", "importance")
+    if unknown := sorted(set(token_pruning) - set(allowed)):
+        raise ValueError(f"`token_pruning` has unknown options {unknown}; allowed are {list(allowed)}.")
+    if missing := [name for name in allowed[:2] if token_pruning.get(name) is None]:
+        raise ValueError(f"`token_pruning` needs {missing}; given were {sorted(token_pruning)}.")
+    options = {
+        "layers": _as_list("layers", token_pruning["layers"]),
+        "keep_ratios": _as_list("keep_ratios", token_pruning["keep_ratios"]),
+        "alignment": token_pruning.get("alignment", ALIGNMENTS[0]),
+        "importance": token_pruning.get("importance", IMPORTANCES[0]),
+    }
+    _check_layers(options["layers"], num_hidden_layers)
+    _check_keep_ratios(options["keep_ratios"], len(options["layers"]))
+    for name, choices in (("alignment", ALIGNMENTS), ("importance", IMPORTANCES)):
+        if options[name] not in choices:
+            raise ValueError(f"`token_pruning[{name!r}]` is {options[name]!r}; allowed are {list(choices)}.")
+    return options
+
+
+def _as_list(name: str, values: object) -> list[Any]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError(f"`token_pruning[{name!r}]` is {values!r}; a list is needed, with one entry for each stage.")
+    return list(values)
+
+
+def _check_layers(layers: list[Any], num_hidden_layers: int) -> None:
+    given = f"`token_pruning['layers']` is {layers}"
+    if not layers:
+        raise ValueError(f"{given}; give at least one layer, or `token_pruning=None` for a dense model.")
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise ValueError(f"{given}; layers are whole numbers.")
+    if not all(1 <= layer < num_hidden_layers for layer in layers):
+        raise ValueError(
+            f"{given}; tokens are scored by the layer before, so that 1 to {num_hidden_layers - 1} are allowed "
+            f"in a model of {num_hidden_layers} layers."
+        )
+    if any(later <= earlier for earlier, later in zip(layers, layers[1:], strict=False)):
+        raise ValueError(f"{given}; layers must ascend, each given once.")
+
+
+def _check_keep_ratios(keep_ratios: list[Any], num_stages: int) -> None:
+    given = f"`token_pruning['keep_ratios']` is {keep_ratios}"
+    if len(keep_ratios) != num_stages:
+        raise ValueError(f"{given}, {len(keep_ratios)} ratios for {num_stages} layers; one for each layer is needed.")
+    for ratio in keep_ratios:
+        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+            raise ValueError(f"{given}; {ratio!r} is not in (0, 1].")
+
+
+def count_kept(num_tokens: int, keep_ratio: float) -> int:
+    """How many of `num_tokens` stay: max(1, ceil(keep_ratio * num_tokens)).
+
+    The product is rounded to nine decimals first: 0.55 * 100 is 55.00000000000001 in floating point, and means 55.
+    """
+    return max(1, math.ceil(round(keep_ratio * num_tokens, 9)))
+
+
+# ---- Importance --------------------------------------------------------------------------------------------------
+
+
+def token_importance(mixer_output: Tensor, importance: str = "clip") -> Tensor:
+    """The importance of each token, from the mixer's gated output y before its output projection.
+
+    `clip`, the paper's: the mean over channels of max(0, y). To compare with: `mean`, the mean of y; `l1`, the mean of
+    |y|; `l2`, the root of the mean square; `random`, uniform numbers from torch's generator (`torch.manual_seed`).
+
+    Args:
+        mixer_output: shape (batch, tokens, channels).
+        importance: one of `IMPORTANCES`.
+
+    Returns:
+        float32 (float64 when the input is) of shape (batch, tokens), without gradient.
+    """
+    y = mixer_output.detach()
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    if importance == "clip":
+        return y.clamp(min=0).mean(-1)
+    if importance == "mean":
+        return y.mean(-1)
+    if importance == "l1":
+        return y.abs().mean(-1)
+    if importance == "l2":
+        return y.square().mean(-1).sqrt()
+    if importance == "random":
+        return torch.rand(y.shape[:-1], dtype=y.dtype, device=y.device)
+    raise ValueError(f"unknown importance {importance!r}; allowed are {list(IMPORTANCES)}.")
+
+
+# ---- Selection ---------------------------------------------------------------------------------------------------
+
+
+def select_tokens(scores: Tensor, count: int) -> Tensor:
+    """Positions of the `count` best scores of each sample, ascending; of equal scores the earlier token is better.
+
+    Args:
+        scores: shape (batch, tokens).
+        count: how many to select.
+
+    Returns:
+        int64 of shape (batch, count).
+    """
+    ranking = scores.argsort(dim=-1, descending=True, stable=True)
+    return ranking[:, :count].sort(dim=-1).values
+
+
+def select_beside_class_token(scores: Tensor, count: int, class_position: Tensor) -> tuple[Tensor, Tensor]:
+    """As `select_tokens`, with a class token among the tokens that is neither scored nor dropped.
+
+    Args:
+        scores: shape (batch, tokens), the class token's too.
+        count: how many of the others to select.
+        class_position: of the class token in each sample, shape (batch, 1).
+
+    Returns:
+        Positions of the selected tokens and the class token, ascending (batch, count + 1), and the scores without the
+        class token's (batch, tokens - 1).
+    """
+    others = torch.arange(scores.shape[1] - 1, device=scores.device)
+    others = others + (others >= class_position)
+    scores = scores.gather(1, others)
+    selected = others.gather(1, select_tokens(scores, count))
+    return torch.cat([selected, class_position], dim=1).sort(dim=-1).values, scores
+
+
+def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Rows `positions` (batch, n) of `tokens` (batch, length, channels): (batch, n, channels)."""
+    return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def fill_dropped_tokens(hidden_states: Sequence[Tensor], kept_tokens: Sequence[Tensor]) -> Tensor:
+    """The latest hidden state of every token: a dropped token has the one with which it was dropped.
+
+    Args:
+        hidden_states: one tensor (batch, n, channels) before each stage and one after the last; n tokens still there.
+        kept_tokens: for each stage the original ids (batch, n) of the tokens left after it, among all of the first
+            hidden states' tokens.
+
+    Returns:
+        (batch, all tokens, channels).
+    """
+    filled = hidden_states[0]
+    for kept, states in zip(kept_tokens, hidden_states[1:], strict=True):
+        filled = filled.scatter(1, kept.unsqueeze(-1).expand_as(states), states)
+    return filled
+
+
+# ---- Alignment ---------------------------------------------------------------------------------------------------
+
+
+def path_gaps(positions: Tensor) -> Tensor:
+    """The distance g_i = p_i - p_(i-1) of each kept token from the one before it on a scan path; g_1 = 1.
+
+    Args:
+        positions: ascending positions on the full path, shape (..., n).
+
+    Returns:
+        int64 of shape (..., n); 1 where no token was dropped in between.
+    """
+    first = torch.ones_like(positions[..., :1])
+    return torch.cat([first, positions[..., 1:] - positions[..., :-1]], dim=-1)
+
+
+class ScanPaths(NamedTuple):
+    """The scan paths of tokens on a grid, each tensor int64 of shape (batch or 1, paths, tokens).
+
+    Attributes:
+        order: the token (its row among those that are left) that a path visits at each step.
+        gaps: the distance on the full path from the token visited before. None: no alignment, or nothing was dropped.
+        moves: the move that enters the token's cell on the full path: 0 start, 1 right, 2 left, 3 up, 4 down.
+    """
+
+    order: Tensor
+    gaps: Tensor | None
+    moves: Tensor
+
+
+def snake_paths(grid: tuple[int, int], device: torch.device | None = None) -> ScanPaths:
+    """PlainMamba's four continuous paths over a full grid (arXiv 2403.17695, section 3.3): rows from the top, the same
+    path backwards, columns from the left, the same path backwards."""
+    height, width = grid
+    cells = torch.arange(height * width, device=device).view(height, width)
+    rows, columns = _snake(cells), _snake(cells.T)
+    order = torch.stack([rows, rows.flip(0), columns, columns.flip(0)])
+
+    down = (order // width).diff(dim=-1, prepend=order[:, :1] // width)
+    right = (order % width).diff(dim=-1, prepend=order[:, :1] % width)
+    moves = (right == 1) * 1 + (right == -1) * 2 + (down == -1) * 3 + (down == 1) * 4
+    return ScanPaths(order.unsqueeze(0), None, moves.unsqueeze(0))
+
+
+def _snake(cells: Tensor) -> Tensor:
+    """The cells row by row, every second row backwards."""
+    backwards = torch.arange(cells.shape[0], device=cells.device) % 2 == 1
+    return torch.where(backwards.unsqueeze(1), cells.flip(1), cells).flatten()
+
+
+def prune_paths(full_paths: ScanPaths, kept: Tensor, alignment: str) -> ScanPaths:
+    """The full grid's paths, shortened to the cells that are left.
+
+    Args:
+        full_paths: of the full grid, from `snake_paths`.
+        kept: ids of the cells that are left, in raster order, shape (batch, n).
+        alignment: one of `ALIGNMENTS`; `none` leaves out the gaps.
+    """
+    position_of_cell = full_paths.order[0].argsort(dim=-1)  # (paths, cells): the inverse permutation
+    positions, order = position_of_cell[:, kept].transpose(0, 1).sort(dim=-1)  # (batch, paths, n)
+    moves = full_paths.moves.expand(kept.shape[0], -1, -1).gather(-1, positions)
+    return ScanPaths(order, None if alignment == "none" else path_gaps(positions), moves)

@@ -1,0 +1,116 @@
+"""What all tests share: no network, one thread for each pytest worker, fixed seeds, tiny configurations."""
+
+import os
+import random
+import tempfile
+from pathlib import Path
+
+
+# Libraries read these when they are imported, hence before anything else.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="hf_vssm_prune-tests-")
+os.environ.update(
+    HF_HOME=_HF_HOME.name,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_EVALUATE_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+)
+IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IS_XDIST_WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from hf_vssm_prune import PlainMambaConfig, VimConfig  # noqa: E402
+
+
+if IS_XDIST_WORKER:
+    torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the same random state, in whatever order they run."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with golden cases and data, which is not part of the repository."""
+    folder = Path(os.environ.get("HF_VSSM_PRUNE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing; HF_VSSM_PRUNE_SHARED may name another folder")
+    return folder
+
+
+TOKEN_PRUNING = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "alignment": "repeat", "importance": "clip"}
+
+
+def make_plainmamba_config(**changes) -> PlainMambaConfig:
+    """4 layers, 16 tokens."""
+    defaults = {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "state_size": 4,
+        "num_stem_convs": 1,
+        "depthwise_layers": (0,),
+        "num_labels": 3,
+    }
+    return PlainMambaConfig(**{**defaults, **changes})
+
+
+def make_vim_config(**changes) -> VimConfig:
+    """4 layers, 16 patch tokens and the class token."""
+    defaults = {
+        "image_size": 32,
+        "patch_size": 8,
+        "patch_stride": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "state_size": 4,
+        "num_labels": 3,
+    }
+    return VimConfig(**{**defaults, **changes})
+
+
+MAKE_CONFIG = {"plainmamba": make_plainmamba_config, "vim": make_vim_config}
+
+
+@pytest.fixture
+def plainmamba_config() -> PlainMambaConfig:
+    return make_plainmamba_config()
+
+
+@pytest.fixture
+def vim_config() -> VimConfig:
+    return make_vim_config()
+
+
+@pytest.fixture(params=sorted(MAKE_CONFIG))
+def tiny_config(request: pytest.FixtureRequest) -> PlainMambaConfig | VimConfig:
+    """Each family in turn, dense."""
+    return MAKE_CONFIG[request.param]()
+
+
+@pytest.fixture(params=sorted(MAKE_CONFIG))
+def tiny_pruned_config(request: pytest.FixtureRequest) -> PlainMambaConfig | VimConfig:
+    """Each family in turn, with two stages of token pruning."""
+    return MAKE_CONFIG[request.param](token_pruning=dict(TOKEN_PRUNING))
+
+
+@pytest.fixture
+def pixel_values(seed: int) -> torch.Tensor:
+    """Two images for any of the tiny configurations."""
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,48 @@
+"""The golden cases: recipes that rebuild a published model's weights, and the results it has to give."""
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class GoldenCase:
+    recipe: dict[str, Any]
+    expected: dict[str, np.ndarray]
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> "GoldenCase":
+        with np.load(folder / f"{name}.npz") as arrays:
+            return cls(json.loads((folder / f"{name}.json").read_text()), dict(arrays))
+
+    def pixel_values(self) -> Tensor:
+        shape = (self.recipe["batch"], 3, *self.recipe["image"])
+        return torch.from_numpy(np.random.RandomState(self.recipe["seed"] + 1).standard_normal(shape).astype(np.float32))
+
+    def overrides(self) -> dict[str, Any]:
+        """What the weights do not say of the configuration."""
+        arch = self.recipe["arch"]
+        return {"image_size": arch["img_size"]} | ({"patch_stride": arch["stride"]} if "stride" in arch else {})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights under the published names."""
+        return {key: self._tensor(key, **entry) for key, entry in self.recipe["parameters"].items()}
+
+    def _tensor(
+        self, key: str, shape: list[int], init: str, mean: float = 0.0, std: float = 0.0, value: float = 0.0
+    ) -> Tensor:
+        seed = zlib.crc32(f"{self.recipe['seed']}:{key}".encode())
+        normal = np.random.RandomState(seed).standard_normal(shape)
+        values = {
+            "normal": lambda: mean + std * normal,
+            "abs_normal": lambda: mean + std * np.abs(normal),
+            "s4d": lambda: np.log(np.arange(1, shape[-1] + 1)) + std * normal,
+            "constant": lambda: np.full(shape, value),
+        }[init]()
+        return torch.from_numpy(values.astype(np.int64 if key.endswith("num_batches_tracked") else np.float32))

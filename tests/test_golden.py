@@ -1,0 +1,81 @@
+"""Our models against the official ones' results, dense and pruned."""
+
+import pytest
+import torch
+from golden import GoldenCase
+
+from hf_vssm_prune import PlainMambaForImageClassification, VimForImageClassification, count_flops
+from hf_vssm_prune.conversion import convert_official_state_dict, convert_to_official_state_dict, infer_config
+
+MODELS = {"plainmamba": PlainMambaForImageClassification, "vim": VimForImageClassification}
+CASES = [
+    "plainmamba_small_even",
+    "plainmamba_small_odd",
+    "plainmamba_small_padded",
+    "plainmamba_small_resized",
+    "plainmamba_l3_full",
+    "vim_small_even",
+    "vim_small_odd",
+    "vim_small_stride",
+    "vim_s_full",
+]
+
+
+@pytest.fixture(params=CASES)
+def case(request, shared):
+    return GoldenCase.load(shared / "golden", request.param)
+
+
+@pytest.fixture
+def model(case):
+    state_dict = case.state_dict()
+    config = infer_config(state_dict, **case.overrides())
+    model = MODELS[case.recipe["family"]](config).eval()
+    model.load_state_dict(convert_official_state_dict(config, state_dict))
+    return model
+
+
+# Hidden states and scores of these random weights differ by 2e-4 between our own float32 and float64.
+INTERMEDIATE_TOLERANCE = 1e-3
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    torch.testing.assert_close(actual, torch.from_numpy(expected), atol=tolerance, rtol=tolerance)
+
+
+def test_model_matches_official(case, model):
+    pixel_values, expected = case.pixel_values(), case.expected
+    assert pixel_values.double().sum().item() == pytest.approx(expected["pixel_checksum"].item(), abs=1e-6)
+    assert sum(parameter.numel() for parameter in model.parameters()) == case.recipe["num_parameters"]
+
+    with torch.no_grad():
+        assert_close(model(pixel_values).logits, expected["dense_logits"])
+        if "dense_last_hidden_state" in expected:
+            last_hidden_state = model.base_model(pixel_values).last_hidden_state
+            assert_close(last_hidden_state, expected["dense_last_hidden_state"], INTERMEDIATE_TOLERANCE)
+        for variant in case.recipe["pruned"]:
+            name = variant["name"]
+            model.set_token_pruning(
+                {
+                    "layers": variant["layers"],
+                    "keep_ratios": variant["keep"],
+                    "alignment": variant["alignment"],
+                    "importance": variant["importance"],
+                }
+            )
+            outputs = model(pixel_values)
+            for stage, (kept, scores) in enumerate(zip(outputs.kept_tokens, outputs.token_scores, strict=True)):
+                assert kept.tolist() == expected[f"{name}.kept{stage}"].tolist()
+                assert_close(scores, expected[f"{name}.scores{stage}"], INTERMEDIATE_TOLERANCE)
+            assert_close(outputs.logits, expected[f"{name}.logits"])
+            if f"{name}.last_hidden_state" in expected:
+                last_hidden_state = model.base_model(pixel_values).last_hidden_state
+                assert_close(last_hidden_state, expected[f"{name}.last_hidden_state"], INTERMEDIATE_TOLERANCE)
+
+
+def test_conversion_round_trip(case, model):
+    official = convert_to_official_state_dict(model.config, model.state_dict())
+    expected = case.state_dict()
+    assert official.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(official[key], tensor), key

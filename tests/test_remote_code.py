@@ -1,0 +1,105 @@
+"""A saved folder opens with `trust_remote_code=True` where hf_vssm_prune is not installed, and answers the same."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from PIL import Image
+from transformers import BitImageProcessor, pipeline
+
+import hf_vssm_prune
+from hf_vssm_prune.hub.saving import save_for_hub
+
+
+CLIENT = Path(__file__).with_name("open_without_package.py")
+CLASSIFIERS = {
+    "plainmamba": hf_vssm_prune.PlainMambaForImageClassification,
+    "vim": hf_vssm_prune.VimForImageClassification,
+}
+BACKBONES = {"plainmamba": hf_vssm_prune.PlainMambaBackbone, "vim": hf_vssm_prune.VimBackbone}
+
+
+@pytest.fixture(scope="module")
+def python_without_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a new environment that has everything this one has, but for hf_vssm_prune."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True, with_pip=False)
+    new_site_packages = next(folder.glob("lib/python*/site-packages"))
+    for site_packages in [Path(entry) for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]:
+        for installed in site_packages.iterdir():
+            link = new_site_packages / installed.name
+            # An editable installation leaves a .pth file or a finder, both with the package's name in theirs.
+            if "hf_vssm_prune" not in installed.name and not link.exists():
+                link.symlink_to(installed)
+    python = folder / "bin" / "python"
+    found = subprocess.run([python, "-I", "-c", "import hf_vssm_prune"], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "ModuleNotFoundError: No module named 'hf_vssm_prune'" in found.stderr
+    return python
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("family", sorted(CLASSIFIERS))
+def test_pruned_model_without_package(
+    family: str, image: Image.Image, tmp_path: Path, python_without_package: Path
+) -> None:
+    config = MAKE_CONFIG[family](token_pruning=dict(TOKEN_PRUNING), id2label={0: "bag", 1: "boot", 2: "coat"})
+    model = CLASSIFIERS[family](config).eval()
+    image_processor = BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    folder = tmp_path / "model"
+    save_for_hub(model, folder, image_processor)
+
+    opened = open_without_package(python_without_package, folder, image, tmp_path)
+
+    pixel_values = image_processor(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        output = model(pixel_values)
+        base_output = model.base_model(pixel_values)
+        feature_maps = BACKBONES[family].from_pretrained(folder).eval()(pixel_values).feature_maps
+    assert opened["config"] == {"model_type": family, "token_pruning": config.token_pruning}
+    assert opened["kept_tokens"] == [kept.tolist() for kept in output.kept_tokens]
+    assert len(opened["feature_maps"]) == len(feature_maps)
+    for name, expected in [
+        ("pixel_values", pixel_values),
+        ("last_hidden_state", base_output.last_hidden_state),
+        ("logits", output.logits),
+    ]:
+        torch.testing.assert_close(torch.tensor(opened[name]), expected, rtol=1e-4, atol=1e-5)
+    for found, expected in zip(opened["feature_maps"], feature_maps, strict=True):
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-5)
+
+    classify = pipeline("image-classification", model=model, image_processor=image_processor, device="cpu")
+    expected = classify(image, top_k=config.num_labels)
+    assert [answer["label"] for answer in opened["pipeline"]] == [answer["label"] for answer in expected]
+    scores = [answer["score"] for answer in expected]
+    assert [answer["score"] for answer in opened["pipeline"]] == pytest.approx(scores, abs=1e-5)
+
+
+def open_without_package(python: Path, folder: Path, image: Image.Image, scratch: Path) -> dict:
+    """What `open_without_package.py` prints, run far from this repository and with a cache of its own."""
+    image_file = scratch / "image.png"
+    image.save(image_file)
+    environment = {**os.environ, "HF_HOME": str(scratch / "hf_home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [python, "-I", CLIENT, folder, image_file],
+        cwd=scratch,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
