@@ -15,12 +15,14 @@ import os
 import struct
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from tqdm import tqdm
+
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 PACKAGED_FOLDER = Path(__file__).resolve().parents[1] / "src" / "hf_vssm_prune" / "data" / "fashion_mnist"
@@ -65,19 +67,21 @@ SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Reads an unsigned-byte array from a gzipped IDX file (two zero bytes, the type 0x08, the number of dimensions, the
-    dimensions as big-endian 32-bit numbers, the values).
+    """Reads an unsigned-byte array from a gzipped IDX file (two zero bytes, the type 0x08, the number of dimensions,
+    the dimensions as big-endian 32-bit numbers, the values).
 
     Raises:
         ValueError: The file is not such a file, or holds fewer or more values than its header says.
     """
     try:
         content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as a gzipped IDX file: {error}") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} does not start like an IDX file of unsigned bytes (00 00 08): {content[:4].hex(' ')}")
     rank = content[3]
+    if len(content) < 4 + 4 * rank:
+        raise ValueError(f"{path} ends inside its header.")
     shape = struct.unpack_from(f">{rank}I", content, 4)
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
     if values.size != np.prod(shape):
@@ -96,8 +100,8 @@ def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def choose_balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Chooses `count` rows at random with the same number of each class (one more of the first classes where ten does not
-    divide `count`), and returns their indices in ascending order."""
+    """Chooses `count` rows at random with the same number of each class (one more of the first classes where ten does
+    not divide `count`), and returns their indices in ascending order."""
     generator = np.random.default_rng(seed)
     chosen = []
     for label in range(len(CLASS_NAMES)):

@@ -6,6 +6,7 @@ Run by test_remote_code.py, in an environment of its own: `python -I open_withou
 import importlib.util
 import json
 import sys
+from unittest import mock
 
 import torch
 from PIL import Image
@@ -28,7 +29,9 @@ def main(folder: str, image_file: str) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     classifier = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
-    backbone = AutoBackbone.from_pretrained(folder, trust_remote_code=True).eval()
+    # AutoBackbone asks the Hub for a repository of this name before it looks for a folder, and there is no Hub here.
+    with mock.patch("huggingface_hub.HfApi.repo_exists", return_value=True):
+        backbone = AutoBackbone.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.no_grad():
         base_output, output, features = base(pixel_values), classifier(pixel_values), backbone(pixel_values)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from PIL import Image
-from transformers import BitImageProcessor, pipeline
+from transformers import BitImageProcessorPil, pipeline
 
 import hf_vssm_prune
 from hf_vssm_prune.hub.saving import save_for_hub
@@ -56,7 +56,7 @@ def test_pruned_model_without_package(
 ) -> None:
     config = MAKE_CONFIG[family](token_pruning=dict(TOKEN_PRUNING), id2label={0: "bag", 1: "boot", 2: "coat"})
     model = CLASSIFIERS[family](config).eval()
-    image_processor = BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    image_processor = BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     folder = tmp_path / "model"
     save_for_hub(model, folder, image_processor)
 

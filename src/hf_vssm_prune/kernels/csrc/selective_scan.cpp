@@ -31,6 +31,64 @@ constexpr int kLargestPower = 8;
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// What all channels of a sample share: the paths, B and C
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Sums over lanes come kLanes at a time, so tables by state have at least that width.
+template <int S>
+constexpr int kTableWidth = S > kLanes ? S : kLanes;
+
+template <int S>
+int64_t padded_states(const ScanArguments& arguments) {
+    return divide_up(arguments.states, kTableWidth<S>) * kTableWidth<S>;
+}
+
+// One step of one path.
+struct Visit {
+    int32_t token, gap, move;
+};
+
+struct Sample {
+    int64_t index, paths, padded_states;
+    std::vector<Visit> visits;  // (length, paths)
+    std::vector<float> B;       // (length, paths, padded_states), with direction_B added
+    std::vector<float> C;       // (length, padded_states)
+
+    const Visit* visits_at(int64_t t, int64_t path) const { return &visits[t * paths + path]; }
+    const float* B_at(int64_t t, int64_t path) const { return &B[(t * paths + path) * padded_states]; }
+    const float* C_at(int64_t t) const { return &C[t * padded_states]; }
+};
+
+int32_t entry(const Paths& paths, const ScanArguments& arguments, int64_t sample, int64_t path, int64_t t, int64_t none) {
+    if (!paths.data) return static_cast<int32_t>(none);
+    return paths.data[sample * paths.batch_stride + path * arguments.length + t];
+}
+
+void load_sample(const ScanArguments& arguments, int64_t index, int64_t padded_states, Sample& sample) {
+    const int64_t length = arguments.length, paths = arguments.paths, states = arguments.states;
+    sample.index = index;
+    sample.paths = paths;
+    sample.padded_states = padded_states;
+    sample.visits.resize(length * paths);
+    sample.B.assign(length * paths * padded_states, 0.0f);
+    sample.C.assign(length * padded_states, 0.0f);
+    for (int64_t t = 0; t < length; ++t) {
+        std::copy_n(arguments.C.row(index, t), states, &sample.C[t * padded_states]);
+        for (int64_t path = 0; path < paths; ++path) {
+            Visit& visit = sample.visits[t * paths + path];
+            visit.token = entry(arguments.order, arguments, index, path, t, t);
+            visit.gap = entry(arguments.gaps, arguments, index, path, t, 1);
+            visit.move = entry(arguments.moves, arguments, index, path, t, 0);
+            float* B = &sample.B[(t * paths + path) * padded_states];
+            std::copy_n(arguments.B.row(index, t), states, B);
+            if (!arguments.direction_B) continue;
+            const float* direction = arguments.direction_B + visit.move * states;
+            for (int64_t n = 0; n < states; ++n) B[n] += direction[n];
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // A block of channels of one sample, copied into the cache
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -49,6 +107,7 @@ struct Block {
 };
 
 // One for each thread, so that its memory is used again.
+thread_local Sample thread_sample;
 thread_local Block thread_block;
 
 Vec load_channels(const float* channels, const Block& block) {
@@ -86,9 +145,12 @@ template <int S>
 struct Slice {
     int64_t first_state;
     int count;            // states in the slice: S, fewer in the last one; the others have A = B = C = 0
-    Vec A[S];             // times log2(e), for exp2
-    Vec hole_decay[S];    // exp(hole_time_step A)
-    Vec skip;             // D in the first slice, 0 in the others: D u is to be added once
+    Vec A[S];           // times log2(e)
+    Vec longest[S];     // the step after which nothing of the state is left in float32: exp2 needs |step A| <= 127
+    Vec hole_decay[S];  // exp(hole_time_step A)
+    Vec skip;           // D in the first slice, 0 in the others: D u is to be added once
+
+    Vec decay(Vec step, int n) const { return exp2_in_range(minimum(longest[n], step) * A[n]); }
 };
 
 template <int S>
@@ -100,7 +162,8 @@ Slice<S> load_slice(const ScanArguments& arguments, const Block& block, int64_t 
         for (int lane = 0; lane < block.width; ++lane) {
             slice.A[n][lane] = kLog2E * arguments.A[(block.first_channel + lane) * arguments.states + first_state + n];
         }
-        slice.hole_decay[n] = exp2(block.hole_step * slice.A[n]);
+        slice.longest[n] = 127.0f / (slice.A[n] < 0.0f ? -slice.A[n] : slice.A[n]);
+        slice.hole_decay[n] = slice.decay(block.hole_step, n);
     }
     if (first_state == 0) slice.skip = block.D;
     return slice;
@@ -108,43 +171,31 @@ Slice<S> load_slice(const ScanArguments& arguments, const Block& block, int64_t 
 
 template <int S, int K>
 struct Step {
-    int64_t token[K];
-    int gap[K];
-    int move[K];
+    const Visit* visits;
+    const float *B, *C;  // B: (K, padded_states)
+    Vec delta;
     Vec u[K];
     Vec decay_step[K];  // s_t
-    Vec delta;
-    float B[K][S], C[S];
+
+    bool has_hole() const {
+        bool hole = false;
+        for (int k = 0; k < K; ++k) hole |= visits[k].gap > 1;
+        return hole;
+    }
 };
 
-int path_entry(const Paths& paths, const ScanArguments& arguments, int64_t sample, int64_t path, int64_t t) {
-    return paths.data[sample * paths.batch_stride + path * arguments.length + t];
-}
-
 template <int S, int K>
-Step<S, K> load_step(const ScanArguments& arguments, const Block& block, const Slice<S>& slice, int64_t first_path,
-                     int64_t t) {
+[[gnu::always_inline]] inline Step<S, K> load_step(const ScanArguments& arguments, const Sample& sample, const Block& block, const Slice<S>& slice,
+                     int64_t first_path, int64_t t) {
     Step<S, K> step;
+    step.visits = sample.visits_at(t, first_path);
+    step.B = sample.B_at(t, first_path) + slice.first_state;
+    step.C = sample.C_at(t) + slice.first_state;
     step.delta = block.delta[t];
-    std::fill_n(step.C, S, 0.0f);
-    std::copy_n(arguments.C.row(block.sample, t) + slice.first_state, slice.count, step.C);
-    const float* B = arguments.B.row(block.sample, t) + slice.first_state;
+    const Vec hole_step = arguments.hole_time_step ? block.hole_step : step.delta;
     for (int k = 0; k < K; ++k) {
-        const auto entry = [&](const Paths& paths, int64_t otherwise) -> int64_t {
-            return paths.data ? path_entry(paths, arguments, block.sample, first_path + k, t) : otherwise;
-        };
-        step.token[k] = entry(arguments.order, t);
-        step.gap[k] = static_cast<int>(entry(arguments.gaps, 1));
-        step.move[k] = static_cast<int>(entry(arguments.moves, 0));
-        step.u[k] = block.u[step.token[k]];
-        const float holes = static_cast<float>(step.gap[k] - 1);
-        step.decay_step[k] = step.delta + holes * (arguments.hole_time_step ? block.hole_step : step.delta);
-        std::fill_n(step.B[k], S, 0.0f);
-        std::copy_n(B, slice.count, step.B[k]);
-        if (arguments.direction_B) {
-            const float* direction = arguments.direction_B + step.move[k] * arguments.states + slice.first_state;
-            for (int n = 0; n < slice.count; ++n) step.B[k][n] += direction[n];
-        }
+        step.u[k] = block.u[step.visits[k].token];
+        step.decay_step[k] = step.delta + static_cast<float>(step.visits[k].gap - 1) * hole_step;
     }
     return step;
 }
@@ -172,15 +223,15 @@ struct PathDecays {
     PathDecays(const ScanArguments& arguments, const Slice<S>& slice, const Step<S, K>& step, const Vec* decay) {
         for (int k = 0; k < K; ++k) {
             of_path[k] = decay;
-            if (step.gap[k] == 1) continue;
+            if (step.visits[k].gap == 1) continue;
             of_path[k] = across_hole[k];
-            if (step.gap[k] > kLargestPower) {
-                for (int n = 0; n < S; ++n) across_hole[k][n] = exp2(step.decay_step[k] * slice.A[n]);
+            if (step.visits[k].gap > kLargestPower) {
+                for (int n = 0; n < S; ++n) across_hole[k][n] = slice.decay(step.decay_step[k], n);
             } else if (arguments.hole_time_step) {
-                power<S>(slice.hole_decay, step.gap[k] - 1, across_hole[k]);
+                power<S>(slice.hole_decay, step.visits[k].gap - 1, across_hole[k]);
                 for (int n = 0; n < S; ++n) across_hole[k][n] *= decay[n];
             } else {
-                power<S>(decay, step.gap[k], across_hole[k]);
+                power<S>(decay, step.visits[k].gap, across_hole[k]);
             }
         }
     }
@@ -190,10 +241,30 @@ struct PathDecays {
 // Forward
 // ---------------------------------------------------------------------------------------------------------------------
 
+// One step: the states move on, and what they put out is added to block.y.
+template <int S, int K, typename DecayOf>
+[[gnu::always_inline]] inline void advance(const Sample& sample, const Slice<S>& slice, const Step<S, K>& step, Block& block,
+                                           Vec* state, const DecayOf& decay_of) {
+    Vec input[K], y[K];
+    for (int k = 0; k < K; ++k) {
+        input[k] = step.delta * step.u[k];
+        y[k] = slice.skip * step.u[k];
+    }
+    for (int n = 0; n < S; ++n) {
+        for (int k = 0; k < K; ++k) {
+            const Vec h = decay_of(k, n) * state[k * S + n] + input[k] * step.B[k * sample.padded_states + n];
+            state[k * S + n] = h;
+            y[k] += step.C[n] * h;
+        }
+    }
+    for (int k = 0; k < K; ++k) block.y[step.visits[k].token] += y[k];
+}
+
 // Scans K paths and adds what they put out to block.y. With `kKeep`, h_t and exp(delta_t A) of all steps are kept for the
 // backward; h_0 = 0 comes before them.
 template <int S, int K, bool kKeep>
-void scan_paths(const ScanArguments& arguments, Block& block, const Slice<S>& slice, int64_t first_path) {
+void scan_paths(const ScanArguments& arguments, const Sample& sample, Block& block, const Slice<S>& slice,
+                int64_t first_path) {
     Vec state[K * S] = {};
     Vec decay[S];
     if constexpr (kKeep) {
@@ -202,24 +273,14 @@ void scan_paths(const ScanArguments& arguments, Block& block, const Slice<S>& sl
         std::copy_n(state, K * S, block.states.data());
     }
     for (int64_t t = 0; t < arguments.length; ++t) {
-        const Step<S, K> step = load_step<S, K>(arguments, block, slice, first_path, t);
-        for (int n = 0; n < S; ++n) decay[n] = exp2(step.delta * slice.A[n]);
-        const PathDecays<S, K> decays(arguments, slice, step, decay);
-
-        Vec input[K], y[K];
-        for (int k = 0; k < K; ++k) {
-            input[k] = step.delta * step.u[k];
-            y[k] = slice.skip * step.u[k];
+        const Step<S, K> step = load_step<S, K>(arguments, sample, block, slice, first_path, t);
+        for (int n = 0; n < S; ++n) decay[n] = slice.decay(step.delta, n);
+        if (step.has_hole()) {
+            const PathDecays<S, K> decays(arguments, slice, step, decay);
+            advance<S, K>(sample, slice, step, block, state, [&](int k, int n) { return decays.of_path[k][n]; });
+        } else {
+            advance<S, K>(sample, slice, step, block, state, [&](int, int n) { return decay[n]; });
         }
-        for (int n = 0; n < S; ++n) {
-            for (int k = 0; k < K; ++k) {
-                const Vec h = decays.of_path[k][n] * state[k * S + n] + input[k] * step.B[k][n];
-                state[k * S + n] = h;
-                y[k] += step.C[n] * h;
-            }
-        }
-        for (int k = 0; k < K; ++k) block.y[step.token[k]] += y[k];
-
         if constexpr (kKeep) {
             std::copy_n(state, K * S, &block.states[(t + 1) * K * S]);
             std::copy_n(decay, S, &block.decays[t * S]);
@@ -236,11 +297,11 @@ void for_path_groups(int64_t paths, const Visitor& visit) {
 }
 
 template <int S>
-void forward_block(const ScanArguments& arguments, Block& block, float* output) {
+void forward_block(const ScanArguments& arguments, const Sample& sample, Block& block, float* output) {
     for (int64_t first_state = 0; first_state < arguments.states; first_state += S) {
         const Slice<S> slice = load_slice<S>(arguments, block, first_state);
         for_path_groups(arguments.paths, [&](auto group, int64_t first_path) {
-            scan_paths<S, decltype(group)::value, false>(arguments, block, slice, first_path);
+            scan_paths<S, decltype(group)::value, false>(arguments, sample, block, slice, first_path);
         });
     }
     for (int64_t token = 0; token < arguments.length; ++token) {
@@ -280,12 +341,9 @@ struct PartialSums {
     }
 };
 
-template <int S>
-constexpr int kSumWidth = S > kLanes ? S : kLanes;  // sum_lanes gives kLanes sums at once
-
 // target[n] += the sum of the lanes of vectors[n], for n < S.
 template <int S>
-void add_lane_sums(const Vec (&vectors)[kSumWidth<S>], float* target) {
+void add_lane_sums(const Vec (&vectors)[kTableWidth<S>], float* target) {
     for (int n = 0; n < S; n += kLanes) store(target + n, load(target + n) + sum_lanes(vectors + n));
 }
 
@@ -298,25 +356,25 @@ struct Partials {
 
 // The reverse of scan_paths: with the gradient of y known, adds to the gradients of everything that went in.
 template <int S, int K, bool kMoves>
-void reverse_paths(const ScanArguments& arguments, Block& block, const Slice<S>& slice, int64_t first_path, int64_t task,
-                   Partials& partials) {
+void reverse_paths(const ScanArguments& arguments, const Sample& sample, Block& block, const Slice<S>& slice,
+                   int64_t first_path, int64_t task, Partials& partials) {
     Vec carry[K * S] = {};  // exp(s_{t+1} A) times the gradient of h_{t+1}
     Vec grad_A[S] = {};
     if constexpr (kMoves) block.grad_direction_B.assign(arguments.move_kinds * S, Vec{});
 
     for (int64_t t = arguments.length - 1; t >= 0; --t) {
-        const Step<S, K> step = load_step<S, K>(arguments, block, slice, first_path, t);
+        const Step<S, K> step = load_step<S, K>(arguments, sample, block, slice, first_path, t);
         const PathDecays<S, K> decays(arguments, slice, step, &block.decays[t * S]);
         const Vec* before = &block.states[t * K * S];
         const Vec* after = before + K * S;
 
         Vec grad_y[K], input[K], grad_input[K], grad_decay_step[K];
         for (int k = 0; k < K; ++k) {
-            grad_y[k] = block.grad_y[step.token[k]];
+            grad_y[k] = block.grad_y[step.visits[k].token];
             input[k] = step.delta * step.u[k];
             grad_input[k] = grad_decay_step[k] = Vec{};
         }
-        Vec grad_B[kSumWidth<S>] = {}, grad_C[kSumWidth<S>] = {};
+        Vec grad_B[kTableWidth<S>] = {}, grad_C[kTableWidth<S>] = {};
         for (int n = 0; n < S; ++n) {
             Vec sum_B{}, sum_C{}, sum_A{};
             for (int k = 0; k < K; ++k) {
@@ -324,8 +382,8 @@ void reverse_paths(const ScanArguments& arguments, Block& block, const Slice<S>&
                 const Vec grad_h = grad_y[k] * step.C[n] + carry[i];
                 sum_C += grad_y[k] * after[i];
                 sum_B += grad_h * input[k];
-                if constexpr (kMoves) block.grad_direction_B[step.move[k] * S + n] += grad_h * input[k];
-                grad_input[k] += grad_h * step.B[k][n];
+                if constexpr (kMoves) block.grad_direction_B[step.visits[k].move * S + n] += grad_h * input[k];
+                grad_input[k] += grad_h * step.B[k * sample.padded_states + n];
                 carry[i] = grad_h * decays.of_path[k][n];
                 const Vec grad_exponent = carry[i] * before[i];
                 grad_decay_step[k] += grad_exponent * slice.A[n];
@@ -340,8 +398,8 @@ void reverse_paths(const ScanArguments& arguments, Block& block, const Slice<S>&
 
         for (int k = 0; k < K; ++k) {
             const Vec grad_step = grad_decay_step[k] * (1.0f / kLog2E);  // slice.A holds A log2(e)
-            const float holes = static_cast<float>(step.gap[k] - 1);
-            block.grad_u[step.token[k]] += grad_input[k] * step.delta + grad_y[k] * slice.skip;
+            const float holes = static_cast<float>(step.visits[k].gap - 1);
+            block.grad_u[step.visits[k].token] += grad_input[k] * step.delta + grad_y[k] * slice.skip;
             block.grad_delta[t] += grad_input[k] * step.u[k] + grad_step;
             if (arguments.hole_time_step) {
                 block.grad_hole_step += grad_step * holes;
@@ -358,7 +416,7 @@ void reverse_paths(const ScanArguments& arguments, Block& block, const Slice<S>&
     }
     if constexpr (kMoves) {
         for (int64_t move = 0; move < arguments.move_kinds; ++move) {
-            Vec sums[kSumWidth<S>] = {};
+            Vec sums[kTableWidth<S>] = {};
             std::copy_n(&block.grad_direction_B[move * S], S, sums);
             add_lane_sums<S>(sums, partials.direction_B.row(task, move) + slice.first_state);
         }
@@ -402,8 +460,8 @@ void store_token_gradients(const ScanArguments& arguments, const Rows& grad_outp
 }
 
 template <int S>
-void backward_block(const ScanArguments& arguments, const Rows& grad_output, Block& block, int64_t task,
-                    const ScanGradients& gradients, Partials& partials) {
+void backward_block(const ScanArguments& arguments, const Rows& grad_output, const Sample& sample, Block& block,
+                    int64_t task, const ScanGradients& gradients, Partials& partials) {
     clear_gradients(arguments, block);
     load_grad_y(arguments, grad_output, block);
     for (int lane = 0; lane < block.width; ++lane) {
@@ -413,11 +471,11 @@ void backward_block(const ScanArguments& arguments, const Rows& grad_output, Blo
         const Slice<S> slice = load_slice<S>(arguments, block, first_state);
         for_path_groups(arguments.paths, [&](auto group, int64_t first_path) {
             constexpr int K = decltype(group)::value;
-            scan_paths<S, K, true>(arguments, block, slice, first_path);
+            scan_paths<S, K, true>(arguments, sample, block, slice, first_path);
             if (arguments.moves.data) {
-                reverse_paths<S, K, true>(arguments, block, slice, first_path, task, partials);
+                reverse_paths<S, K, true>(arguments, sample, block, slice, first_path, task, partials);
             } else {
-                reverse_paths<S, K, false>(arguments, block, slice, first_path, task, partials);
+                reverse_paths<S, K, false>(arguments, sample, block, slice, first_path, task, partials);
             }
         });
     }
@@ -432,21 +490,24 @@ int64_t tasks_per_sample(const ScanArguments& arguments) {
     return divide_up(arguments.channels, kLanes * kBlocksPerTask);
 }
 
-template <typename Work>
+template <int S, typename Work>
 void for_blocks_of_task(const ScanArguments& arguments, int64_t task, const Work& work) {
     const int64_t sample = task / tasks_per_sample(arguments);
+    load_sample(arguments, sample, padded_states<S>(arguments), thread_sample);
     const int64_t first = task % tasks_per_sample(arguments) * kLanes * kBlocksPerTask;
     const int64_t last = std::min<int64_t>(first + kLanes * kBlocksPerTask, arguments.channels);
     for (int64_t channel = first; channel < last; channel += kLanes) {
         load_block(arguments, sample, channel, thread_block);
-        work(thread_block);
+        work(thread_sample, thread_block);
     }
 }
 
 template <int S>
 void forward(const ScanArguments& arguments, float* output, int threads) {
     parallel_for(arguments.batch * tasks_per_sample(arguments), threads, [&](int64_t task) {
-        for_blocks_of_task(arguments, task, [&](Block& block) { forward_block<S>(arguments, block, output); });
+        for_blocks_of_task<S>(arguments, task, [&](const Sample& sample, Block& block) {
+            forward_block<S>(arguments, sample, block, output);
+        });
     });
 }
 
@@ -454,21 +515,21 @@ template <int S>
 void backward(const ScanArguments& arguments, const Rows& grad_output, const ScanGradients& gradients, int threads) {
     const int64_t batch = arguments.batch, channels = arguments.channels, states = arguments.states;
     const int64_t groups = tasks_per_sample(arguments), tasks = batch * groups;
-    const int64_t padded_states = divide_up(states, kSumWidth<S>) * kSumWidth<S>;
+    const int64_t width = padded_states<S>(arguments);
     Partials partials{{batch, channels, states, states},
                       {batch, 1, channels, channels},
                       {batch, 1, channels, channels},
                       {batch, 1, channels, channels},
-                      {tasks, arguments.length, states, padded_states},
-                      {tasks, arguments.length, states, padded_states},
-                      {tasks, arguments.move_kinds, states, padded_states}};
+                      {tasks, arguments.length, states, width},
+                      {tasks, arguments.length, states, width},
+                      {tasks, arguments.move_kinds, states, width}};
 
     parallel_for(tasks, threads, [&](int64_t task) {
         partials.B.clear(task);
         partials.C.clear(task);
         partials.direction_B.clear(task);
-        for_blocks_of_task(arguments, task, [&](Block& block) {
-            backward_block<S>(arguments, grad_output, block, task, gradients, partials);
+        for_blocks_of_task<S>(arguments, task, [&](const Sample& sample, Block& block) {
+            backward_block<S>(arguments, grad_output, sample, block, task, gradients, partials);
         });
     });
 

@@ -19,7 +19,7 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
-inline Vec broadcast(float value) { return Vec{} + value; }
+inline Vec broadcast(float value) { return value - Vec{}; }
 
 inline Vec load(const float* source) {
     Vec result;
@@ -42,13 +42,12 @@ inline void store(float* target, Vec value, int count) {
     std::memcpy(target, &value, count * sizeof(float));
 }
 
-// In both, a lane of `x` that is NaN stays NaN.
-inline Vec at_least(Vec x, float low) { return x < low ? broadcast(low) : x; }
-inline Vec at_most(Vec x, float high) { return x > high ? broadcast(high) : x; }
+// In both, a lane where `x` is NaN stays NaN.
+inline Vec minimum(Vec limit, Vec x) { return limit < x ? limit : x; }
+inline Vec maximum(Vec limit, Vec x) { return limit > x ? limit : x; }
 
-// 2^x, within 2e-7 of it; 0 below 2^-126, NaN where x is NaN, saturated at 2^127.
-inline Vec exp2(Vec x) {
-    x = at_most(at_least(x, -127.0f), 127.0f);
+// 2^x for x in [-127, 127], within 2e-7 of it; 0 below 2^-126, NaN where x is NaN.
+inline Vec exp2_in_range(Vec x) {
     // Adding 1.5 * 2^23 rounds x to an integer n, found in the sum's low bits. With the exponent's bias added too, these
     // bits only have to be shifted to become the number 2^n, and n = -127 becomes 0.
     constexpr float kRound = 12582912.0f + 127.0f;
@@ -66,7 +65,8 @@ inline Vec exp2(Vec x) {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-inline Vec exp(Vec x) { return exp2(x * kLog2E); }
+// 0 below 2^-126, and never more than 2^127.
+inline Vec exp(Vec x) { return exp2_in_range(minimum(broadcast(127.0f), maximum(broadcast(-127.0f), x * kLog2E))); }
 
 // log(1 + y) for y in [0, 1]: 2 artanh(s) with s = y / (2 + y) <= 1/3, which keeps all digits of a small y.
 inline Vec log1p(Vec y) {
@@ -85,7 +85,7 @@ inline Vec log1p(Vec y) {
 // log(1 + exp(x)) without overflow.
 inline Vec softplus(Vec x) {
     const Vec magnitude = x < 0.0f ? -x : x;
-    return at_least(x, 0.0f) + log1p(exp(-magnitude));
+    return maximum(Vec{}, x) + log1p(exp(-magnitude));
 }
 
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }

@@ -1,0 +1,41 @@
+"""Prunes tokens of a dense Vim or PlainMamba and fine-tunes it, with the dense model as its teacher.
+
+    python scripts/finetune.py --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder> \\
+        --flops_reduction 0.416 --output_dir runs/pruned
+
+On several devices: `accelerate launch scripts/finetune.py ...`. The defaults are the paper's recipe (arXiv 2409.18962)
+with the distillation and alignment losses of this project beside its cross-entropy. `--help` lists all options.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from hf_vssm_prune.training import jobs
+from hf_vssm_prune.training.arguments import (
+    AugmentationArguments,
+    DataArguments,
+    FinetuneArguments,
+    OptimizationArguments,
+    PruningArguments,
+    RunArguments,
+    parse_arguments,
+)
+from hf_vssm_prune.training.loop import Recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    types = [
+        DataArguments,
+        FinetuneArguments,
+        PruningArguments,
+        OptimizationArguments,
+        AugmentationArguments,
+        RunArguments,
+    ]
+    data, model, pruning, optimization, augmentation, run = parse_arguments(types, arguments, __doc__)
+    recipe = Recipe(optimization, augmentation, run, model.loss_weights(), data.dataloader_num_workers)
+    return jobs.run(lambda: jobs.prepare_finetuning(data, model, pruning, recipe), run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""Model cards: what a checkpoint is, how to use it, what was pruned, and how good it is.
+
+Parameters, FLOPs and the pruning schedule are taken from the model. The rest comes in as a `ModelCardInfo`, and a
+section about which nothing is known is left out.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.image_processing_base import ImageProcessingMixin
+
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.flops import count_flops, tokens_per_layer
+from hf_vssm_prune.hub.published_results import published_results
+from hf_vssm_prune.modeling_plainmamba import PlainMambaPreTrainedModel
+from hf_vssm_prune.modeling_vim import VimPreTrainedModel
+
+
+VisionMamba: TypeAlias = PlainMambaPreTrainedModel | VimPreTrainedModel
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper that the card refers to.
+
+    Attributes:
+        name: of the method.
+        title: of the paper.
+        arxiv: its number on arXiv.
+        citation: a BibTeX entry.
+        flops_convention: what the paper's figures count, for a model family.
+    """
+
+    name: str
+    title: str
+    arxiv: str
+    citation: str
+    flops_convention: str | None = None
+
+
+PAPERS = {
+    "plainmamba": Paper(
+        name="PlainMamba",
+        title="PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition",
+        arxiv="2403.17695",
+        citation="""@inproceedings{yang2024plainmamba,
+  title     = {{PlainMamba}: Improving Non-Hierarchical {Mamba} in Visual Recognition},
+  author    = {Yang, Chenhongyi and Chen, Zehui and Espinosa, Miguel and Ericsson, Linus and Wang, Zhenyu and
+               Liu, Jiaming and Crowley, Elliot J.},
+  booktitle = {British Machine Vision Conference},
+  year      = {2024}
+}""",
+        flops_convention="linear layers, convolutions and all four scans",
+    ),
+    "vim": Paper(
+        name="Vim",
+        title="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+        arxiv="2401.09417",
+        citation="""@inproceedings{zhu2024vim,
+  title     = {Vision {Mamba}: Efficient Visual Representation Learning with Bidirectional State Space Model},
+  author    = {Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024}
+}""",
+        flops_convention="linear layers, convolutions and one of the two scan directions",
+    ),
+    "pruning": Paper(
+        name="ToP",
+        title="Exploring Token Pruning in Vision State Space Models",
+        arxiv="2409.18962",
+        citation="""@inproceedings{zhan2024exploring,
+  title     = {Exploring Token Pruning in Vision State Space Models},
+  author    = {Zhan, Zheng and Kong, Zhenglun and Gong, Yifan and Wu, Yushu and Meng, Zichong and Zheng, Hangyu and
+               Shen, Xuan and Ioannidis, Stratis and Niu, Wei and Zhao, Pu and Wang, Yanzhi},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024}
+}""",
+    ),
+}
+
+
+# ---- What is known about a checkpoint ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How one variant of the model did on the evaluation's images.
+
+    Args:
+        name: of the variant, for instance "dense" or "pruned, fine-tuned".
+        top1: accuracy in percent.
+        top5: accuracy in percent, None where it was not measured.
+        images_per_second: None where it was not measured.
+        pruned: whether this model's pruning schedule was on; it decides which FLOPs stand beside it.
+    """
+
+    name: str
+    top1: float
+    top5: float | None = None
+    images_per_second: float | None = None
+    pruned: bool = False
+
+    def __post_init__(self) -> None:
+        for metric in ("top1", "top5"):
+            value = getattr(self, metric)
+            if value is not None and not 0 <= value <= 100:
+                raise ValueError(f"`{metric}` of {self.name!r} is {value}; a percentage from 0 to 100 is needed.")
+        if self.images_per_second is not None and not self.images_per_second > 0:
+            raise ValueError(f"`images_per_second` of {self.name!r} is {self.images_per_second}; it must be above 0.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one data set.
+
+    Args:
+        dataset_name: for people, "Fashion-MNIST".
+        dataset_id: on the Hub, or a short name where it is not there.
+        split: of the data set.
+        num_images: that were classified.
+        this_model: the checkpoint of the card.
+        others: what it is compared with, for instance the dense model.
+        hardware: on which images per second were measured.
+    """
+
+    dataset_name: str
+    dataset_id: str
+    split: str
+    num_images: int
+    this_model: Measurement
+    others: Sequence[Measurement] = ()
+    hardware: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How the checkpoint was trained.
+
+    Args:
+        command: the command line that trained it.
+        description: what was done, in a sentence or two.
+        hyperparameters: by name.
+    """
+
+    command: str
+    description: str | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelCardInfo:
+    """What a model card says beside what the model itself tells; None or empty leaves it out.
+
+    Args:
+        name: of the model, the card's title.
+        model_id: what the code in the card loads, `organisation/name` on the Hub or a folder. None: the folder that the
+            model is saved to.
+        summary: what the model is for, a sentence or two.
+        license: of the weights, an identifier of the Hub such as "apache-2.0".
+        license_notice: what the weights' licence asks to be said, and which licences the data has.
+        base_model: Hub id of the checkpoint that was fine-tuned or pruned.
+        original_weights: where the weights were first published.
+        datasets: Hub ids of the data sets that the model was trained on.
+        training: how it was trained.
+        evaluation: what was measured.
+        picture: an image file of the tokens that are kept; it goes into the model's folder.
+        limits: what the model cannot do or was not tested for, a sentence each.
+        tags: to find the model by, beside the card's own.
+    """
+
+    name: str
+    model_id: str | None = None
+    summary: str | None = None
+    license: str | None = None
+    license_notice: str | None = None
+    base_model: str | None = None
+    original_weights: str | None = None
+    datasets: Sequence[str] = ()
+    training: TrainingRecipe | None = None
+    evaluation: Evaluation | None = None
+    picture: str | os.PathLike[str] | None = None
+    limits: Sequence[str] = ()
+    tags: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError("`name` of a model card is empty; the model needs a title.")
+        if self.picture is not None and not Path(self.picture).is_file():
+            raise FileNotFoundError(f"`picture` of the model card is missing: there is no file {self.picture}.")
+
+
+# ---- The card ----------------------------------------------------------------------------------------------------
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+
+def create_model_card(
+    model: VisionMamba, info: ModelCardInfo, image_processor: ImageProcessingMixin | None = None
+) -> ModelCard:
+    """The model card of a PlainMamba or Vim model.
+
+    Args:
+        model: tells parameters, FLOPs, image size and pruning schedule.
+        info: everything else.
+        image_processor: the one that is saved beside the model. None: the card shows no code that needs it.
+    """
+    config, flops = model.config, count_flops(model.config)
+    return ModelCard.from_template(
+        _metadata(model, info, has_image_processor=image_processor is not None),
+        template_path=str(TEMPLATE),
+        info=info,
+        config=config,
+        image_height_width=config.image_height_width(config.image_size),
+        num_parameters=model.num_parameters(),
+        flops=flops,
+        format_flops=format_flops,
+        is_classifier=_is_classifier(model),
+        has_image_processor=image_processor is not None,
+        model_id=info.model_id or info.name,
+        picture=None if info.picture is None else Path(info.picture).name,
+        stages=_stages(config),
+        measurements=[] if info.evaluation is None else [*info.evaluation.others, info.evaluation.this_model],
+        published_results=published_results(config) if _is_classifier(model) else [],
+        family=PAPERS[config.model_type],
+        papers=[PAPERS[config.model_type], *([PAPERS["pruning"]] if config.token_pruning else [])],
+    )
+
+
+def format_flops(count: int) -> str:
+    """A number of multiply-adds for people: 14.41 G, 86.3 M."""
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _is_classifier(model: VisionMamba) -> bool:
+    return type(model).__name__.endswith("ForImageClassification")
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage of a pruning schedule: of `num_tokens` patch tokens at the input of `layer`, `num_kept` stay."""
+
+    layer: int
+    keep_ratio: float
+    num_tokens: int
+    num_kept: int
+
+
+def _stages(config: VisionMambaConfig) -> list[_Stage]:
+    if config.token_pruning is None:
+        return []
+    tokens = tokens_per_layer(math.prod(config.grid_size), config.num_hidden_layers, config.token_pruning)
+    schedule = zip(config.token_pruning["layers"], config.token_pruning["keep_ratios"], strict=True)
+    return [_Stage(layer, keep_ratio, tokens[layer - 1], tokens[layer]) for layer, keep_ratio in schedule]
+
+
+def _metadata(model: VisionMamba, info: ModelCardInfo, has_image_processor: bool) -> ModelCardData:
+    is_classifier = _is_classifier(model)
+    pruning_tags = ["token-pruning"] if model.config.token_pruning else []
+    task = "image-classification" if is_classifier else "image-feature-extraction"
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task if has_image_processor or not is_classifier else None,
+        license=info.license,
+        base_model=info.base_model,
+        base_model_relation="finetune" if info.base_model else None,
+        datasets=list(info.datasets) or None,
+        metrics=["accuracy"] if info.evaluation else None,
+        tags=list(
+            dict.fromkeys([model.config.model_type, "vision", "mamba", *pruning_tags, "custom_code", *info.tags])
+        ),
+        **_model_index(info),
+    )
+
+
+METRIC_NAMES = {"accuracy": "Top-1 accuracy", "top_5_accuracy": "Top-5 accuracy"}
+
+
+def _model_index(info: ModelCardInfo) -> dict[str, Any]:
+    if info.evaluation is None:
+        return {}
+    evaluation = info.evaluation
+    measured = {"accuracy": evaluation.this_model.top1, "top_5_accuracy": evaluation.this_model.top5}
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=evaluation.dataset_id,
+            dataset_name=evaluation.dataset_name,
+            dataset_split=evaluation.split,
+            metric_type=metric,
+            metric_name=METRIC_NAMES[metric],
+            metric_value=round(percent / 100, 6),
+        )
+        for metric, percent in measured.items()
+        if percent is not None
+    ]
+    return {"model_name": info.name, "eval_results": results}

@@ -1,0 +1,154 @@
+"""Writes a model as a folder for the Hub: weights, configuration, the code that it needs, image processor, model card.
+
+The folder opens with transformers' Auto classes after `import hf_vssm_prune`, and with `trust_remote_code=True` where
+the package is not installed. Both read the same code: the flat files of the package's root that the model's module
+imports, copied byte for byte.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.image_processing_base import ImageProcessingMixin
+
+import hf_vssm_prune
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.hub.model_card import ModelCardInfo, VisionMamba, create_model_card
+
+
+PACKAGE = Path(hf_vssm_prune.__file__).parent
+CARD, CONFIG = "README.md", "config.json"
+# transformers prefers a single weight file to shards, so that those of an earlier save must not stay beside new ones.
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+
+
+def save_for_hub(
+    model: VisionMamba,
+    folder: str | os.PathLike[str],
+    image_processor: ImageProcessingMixin | None = None,
+    model_card: ModelCardInfo | None = None,
+) -> Path:
+    """Saves a model as a folder that can be put on the Hub as it is.
+
+    Everything is written to a temporary folder first. A new folder then appears at once and complete. In an existing
+    one the new files take the place of their predecessors, `config.json` last, so that a folder which opens is never
+    half old and half new; files that are not part of the model stay as they are.
+
+    Args:
+        model: a PlainMamba or Vim model of this package, with any head.
+        folder: where to save it; made, with its parents, where it is missing.
+        image_processor: prepares the images of this model. None: the folder gets none, and keeps one that it has.
+        model_card: what is known about the model beside what the model itself tells. None: a card of the latter alone,
+            unless the folder has a card already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: the model or the image processor is not one.
+        NotADirectoryError: `folder`, or a parent of it, is a file.
+        OSError: the files cannot be written, and what was there before is unchanged; or cannot be moved into place.
+    """
+    _check_arguments(model, image_processor)
+    folder = Path(os.path.abspath(folder))
+    _check_folder(folder)
+    if model_card is None and not (folder / CARD).exists():
+        model_card = ModelCardInfo(name=folder.name)
+    if model_card is not None and model_card.model_id is None:
+        model_card = replace(model_card, model_id=folder.name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # On the same file system as the folder, for the moves to be atomic.
+        with tempfile.TemporaryDirectory(
+            prefix=".saving-", dir=folder if folder.exists() else folder.parent
+        ) as scratch:
+            staged = Path(scratch) / "model"
+            staged.mkdir()
+            _write(model, staged, image_processor, model_card)
+            _publish(staged, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"The model could not be saved to {folder}: {error}") from error
+    return folder
+
+
+def auto_map(config: VisionMambaConfig) -> dict[str, str]:
+    """Where transformers finds a model family's classes in its flat code files, by the names of the Auto classes."""
+    family, name = config.model_type, type(config).__name__.removesuffix("Config")
+    return {
+        "AutoConfig": f"configuration_{family}.{name}Config",
+        "AutoModel": f"modeling_{family}.{name}Model",
+        "AutoModelForImageClassification": f"modeling_{family}.{name}ForImageClassification",
+        "AutoBackbone": f"modeling_{family}.{name}Backbone",
+    }
+
+
+def code_files(config: VisionMambaConfig) -> list[Path]:
+    """The modules of this package that a model family needs, found the way transformers finds them on loading."""
+    modules = {PACKAGE / f"{target.split('.')[0]}.py" for target in auto_map(config).values()}
+    imported = {Path(file) for module in modules for file in get_relative_import_files(module)}
+    return sorted(modules | imported)
+
+
+def _check_arguments(model: VisionMamba, image_processor: ImageProcessingMixin | None) -> None:
+    if not isinstance(model, VisionMamba):
+        raise TypeError(
+            f"A PlainMamba or Vim model of hf_vssm_prune is needed, given was a {_name(model)}. Unwrap a compiled or "
+            "distributed model first; open a model that came with remote code again after `import hf_vssm_prune`."
+        )
+    if image_processor is not None and not isinstance(image_processor, ImageProcessingMixin):
+        raise TypeError(
+            f"`image_processor` is a {_name(image_processor)}; an image processor of transformers is needed."
+        )
+
+
+def _name(given: object) -> str:
+    return f"{type(given).__module__}.{type(given).__qualname__}"
+
+
+def _check_folder(folder: Path) -> None:
+    first_existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not first_existing.is_dir():
+        raise NotADirectoryError(f"The model cannot be saved to {folder}: {first_existing} is a file.")
+
+
+def _write(
+    model: VisionMamba,
+    staged: Path,
+    image_processor: ImageProcessingMixin | None,
+    model_card: ModelCardInfo | None,
+) -> None:
+    model.save_pretrained(staged)
+    _complete_config(staged / CONFIG, auto_map(model.config))
+    for file in code_files(model.config):
+        shutil.copyfile(file, staged / file.name)
+    if image_processor is not None:
+        image_processor.save_pretrained(staged)
+    if model_card is not None:
+        create_model_card(model, model_card, image_processor).save(staged / CARD)
+        if model_card.picture is not None:
+            shutil.copyfile(model_card.picture, staged / Path(model_card.picture).name)
+
+
+def _complete_config(file: Path, classes: dict[str, str]) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["auto_map"] = classes
+    # Which kernel scans is a choice of the machine: the next one may not have it.
+    config.pop("scan_backend", None)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _publish(staged: Path, folder: Path) -> None:
+    if not folder.exists():
+        staged.rename(folder)
+        return
+    (folder / CONFIG).unlink(missing_ok=True)
+    for pattern in WEIGHTS:
+        for outdated in folder.glob(pattern):
+            outdated.unlink()
+    for file in sorted(staged.iterdir(), key=lambda file: file.name == CONFIG):
+        file.replace(folder / file.name)

@@ -1,0 +1,125 @@
+"""Compiles the C++ kernels in `csrc/` at their first use, into a cache; or finds them prebuilt in the package.
+
+`python -m hf_vssm_prune.kernels.build` puts a prebuilt library for every variant into the package, for a wheel to ship.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+SOURCE_DIRECTORY = Path(__file__).parent / "csrc"
+PREBUILT_DIRECTORY = Path(__file__).parent / "prebuilt"
+
+# No -ffast-math: it would break the range reduction of exp2 and the handling of NaN.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
+
+# The instruction sets that a library is compiled for. `baseline` is what every processor of the architecture has.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+    "baseline": (),
+}
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be compiled here; the message says why, and what would help."""
+
+
+def library_path() -> Path:
+    """The library for this machine, compiled if it is not there yet.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    variant = best_variant()
+    prebuilt = PREBUILT_DIRECTORY / _prebuilt_name(variant)
+    if prebuilt.exists():
+        return prebuilt
+    compiler = find_compiler()
+    path = _cache_directory() / _digest(_sources(), *compiler, _version(compiler), variant) / "kernels.so"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                compile_library(compiler, variant, path)
+    except OSError as error:
+        raise BuildError(f"the kernels' cache {path.parent} cannot be used ({error}); set HF_VSSM_PRUNE_CACHE") from error
+    return path
+
+
+def best_variant() -> str:
+    """The widest variant that this machine's processor can run."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return capability if capability in VARIANTS else "baseline"
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: `$CXX`, g++ or clang++, the first that is there."""
+    candidates = [shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"]]
+    for command in candidates:
+        if command and shutil.which(command[0]):
+            return command
+    raise BuildError("no C++ compiler was found; install g++ or clang++, or set CXX to one")
+
+
+def compile_library(compiler: list[str], variant: str, path: Path) -> None:
+    """Compile `csrc/` for `variant` into `path`, which appears only when it is complete."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    sources = [str(source) for source in sorted(SOURCE_DIRECTORY.glob("*.cpp"))]
+    command = [*compiler, *FLAGS, *VARIANTS[variant], *sources, "-o", str(temporary)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise BuildError(f"compiling the kernels failed ({shlex.join(command)}):\n{result.stderr[-2000:]}")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def build_prebuilt() -> list[Path]:
+    """Compile every variant of this architecture into the package."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    shutil.rmtree(PREBUILT_DIRECTORY, ignore_errors=True)
+    PREBUILT_DIRECTORY.mkdir()
+    paths = []
+    for variant in VARIANTS if is_x86 else ("baseline",):
+        paths.append(PREBUILT_DIRECTORY / _prebuilt_name(variant))
+        compile_library(find_compiler(), variant, paths[-1])
+    return paths
+
+
+def _prebuilt_name(variant: str) -> str:
+    """Holds a digest of the sources, so that a library left over from other sources is not taken."""
+    return f"{platform.system().lower()}-{platform.machine().lower()}-{variant}-{_digest(_sources())}.so"
+
+
+def _cache_directory() -> Path:
+    root = os.environ.get("HF_VSSM_PRUNE_CACHE") or Path.home() / ".cache" / "hf_vssm_prune"
+    return Path(root) / "kernels"
+
+
+@functools.cache
+def _sources() -> str:
+    return "".join(path.name + path.read_text() for path in sorted(SOURCE_DIRECTORY.iterdir()))
+
+
+def _version(compiler: list[str]) -> str:
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _digest(*parts: str) -> str:
+    text = "\0".join((*parts, *FLAGS, str(VARIANTS), platform.machine()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    for library in build_prebuilt():
+        print(library)

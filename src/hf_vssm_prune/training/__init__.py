@@ -1,0 +1,1 @@
+"""Training and fine-tuning: data, augmentation, losses and the loop."""

@@ -1,0 +1,47 @@
+"""An exponential moving average of a model's weights."""
+
+import copy
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class ExponentialMovingAverage(Generic[Model]):
+    """Keeps a second model whose weights follow those of the first: average += (1 - decay) * (weights - average).
+
+    Floating-point buffers (the statistics of batch norm) are averaged like weights; other buffers are copied.
+
+    Args:
+        model: the model to follow, not yet wrapped or compiled.
+        decay: of the average with each update, in [0, 1).
+        warmup: let the decay rise from 0 as 1 - (1 + updates)^(-2/3) until it reaches `decay`, as timm's
+            `ModelEmaV3` does: the average forgets the first weights sooner, which matters in short runs.
+
+    Attributes:
+        model: the average, in evaluation mode, without gradients.
+    """
+
+    def __init__(self, model: Model, decay: float, warmup: bool = False) -> None:
+        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.warmup = warmup
+
+    def decay_at(self, updates: int) -> float:
+        """The decay of update number `updates`, the first being 1."""
+        return min(self.decay, 1 - updates ** (-2 / 3)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, updates: int) -> None:
+        """Takes in the model's weights after its update number `updates`."""
+        weight = 1 - self.decay_at(updates)
+        averages, values = self.model.state_dict(), model.state_dict()
+        floating = [name for name, average in averages.items() if average.is_floating_point()]
+        torch._foreach_lerp_(
+            [averages[name] for name in floating], [values[name].to(averages[name].dtype) for name in floating], weight
+        )
+        for name in averages.keys() - set(floating):
+            averages[name].copy_(values[name])

@@ -1,0 +1,155 @@
+"""From a stored image to pixel values: decoding, and an image processor's steps without its cost per call."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BaseImageProcessor
+
+
+# Two of the 255 levels: torchvision's resizing, where it is installed, rounds otherwise than Pillow's.
+PROBE_TOLERANCE_IN_LEVELS = 2
+
+
+def decode_image(stored: Mapping[str, Any], mode: str, name: str) -> Image.Image:
+    """Decodes an image that `datasets.Image(decode=False)` stored, upright (EXIF) and in one mode.
+
+    Transparent pixels are blended onto white, as transformers' image processors do.
+
+    Args:
+        stored: {"bytes": the encoded file or None, "path": where the file is, used without bytes}.
+        mode: "RGB" or "L".
+        name: What an error calls the image.
+
+    Raises:
+        ValueError: The image is missing, damaged, of no known format, or of a pixel type without a known range.
+    """
+    source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+    if source is None:
+        raise ValueError(f"{name} has neither bytes nor a path.")
+    try:
+        with Image.open(source) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    # Pillow's readers raise OSError, SyntaxError, ValueError, EOFError, struct.error, … for damaged files.
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    if upright.mode.startswith("I") or upright.mode == "F":
+        upright = _to_8_bits(upright, name)
+    if "A" in upright.getbands() or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    return upright if upright.mode == mode else upright.convert(mode)
+
+
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Scales 16-bit grayscale to 8 bits, where Pillow's own conversion would clip at 255. Depending on its version and
+    on the file, Pillow opens it as "I;16" or as 32-bit integers."""
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 0xFFFF:
+        raise ValueError(
+            f"{name} has pixels of mode '{image.mode}' from {pixels.min()} to {pixels.max()}: "
+            "convert it to 8 or 16 bits per channel."
+        )
+    return Image.fromarray((pixels.astype(np.uint16) >> 8).astype(np.uint8))
+
+
+class ImageProcessorSteps:
+    """The steps of an image processor that resizes, crops the center, rescales and normalises, such as
+    `CLIPImageProcessor` and `BitImageProcessor`: one by one for training, and several times as fast for a small image.
+
+    Attributes:
+        size: (height, width) of the pixel values.
+        mode: "RGB" or "L", by the processor's number of means.
+        resample: Filter of the resizing.
+        fill: The mean colour, 0 to 255 for each channel.
+
+    Raises:
+        ValueError: The processor gives images of varying sizes, or does something else than these steps (this is found
+            by comparing both on two test images).
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor) -> None:
+        values = image_processor.to_dict()
+        self._resize_to: dict[str, int] = _set_values(values["size"]) if values.get("do_resize") else {}
+        self._crops = bool(values.get("do_center_crop"))
+        crop_size = _set_values(values["crop_size"]) if self._crops else {}
+        fixed = crop_size or self._resize_to
+        if not {"height", "width"} <= fixed.keys():
+            raise ValueError(
+                f"{type(image_processor).__name__} gives images of varying sizes (size={values.get('size')}, "
+                f"do_center_crop={self._crops}): a model needs a size with height and width, or a center crop."
+            )
+        self.size = (int(fixed["height"]), int(fixed["width"]))
+        if set(self._resize_to) not in (set(), {"height", "width"}, {"shortest_edge"}):
+            raise ValueError(
+                f"{type(image_processor).__name__} resizes to {self._resize_to}: "
+                "supported are height and width, or shortest_edge."
+            )
+        resample = values.get("resample")
+        self.resample = Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
+
+        normalizes = bool(values.get("do_normalize"))
+        means = np.atleast_1d(values["image_mean"] if normalizes else [0.0] * 3).tolist()
+        stds = np.atleast_1d(values["image_std"] if normalizes else [1.0] * 3).tolist()
+        if len(means) not in (1, 3) or len(stds) != len(means):
+            raise ValueError(f"image_mean is {means} and image_std is {stds}: each must have 1 or 3 values.")
+        self.mode = "RGB" if len(means) == 3 else "L"
+        self._scale = float(values["rescale_factor"]) if values.get("do_rescale") else 1.0
+        self._mean = torch.tensor(means)[:, None, None]
+        self._std = torch.tensor(stds)[:, None, None]
+        self.fill = tuple(min(255, max(0, round(mean / self._scale))) for mean in means)
+        self._compare_with(image_processor)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Returns the pixel values (channels, height, width), float32, of an image in `self.mode`."""
+        return self.normalize(self.resize_and_crop(image))
+
+    def resize_and_crop(self, image: Image.Image) -> Image.Image:
+        """Returns the image in `self.size`."""
+        if self._resize_to:
+            height, width = self._resized_size(image)
+            if (width, height) != image.size:
+                image = image.resize((width, height), self.resample)
+        if self._crops and image.size != self.size[::-1]:
+            height, width = self.size
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            # Beyond the image's border, Pillow's crop is black, and so is the image processor's.
+            image = image.crop((left, top, left + width, top + height))
+        return image
+
+    def normalize(self, image: Image.Image) -> torch.Tensor:
+        """Returns the rescaled and normalised pixel values (channels, height, width), float32."""
+        pixels = np.array(image)
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        values = torch.from_numpy(pixels).to(torch.float32, memory_format=torch.contiguous_format)
+        return values.mul_(self._scale).sub_(self._mean).div_(self._std)
+
+    def _resized_size(self, image: Image.Image) -> tuple[int, int]:
+        shortest = self._resize_to.get("shortest_edge")
+        if shortest is None:
+            return self._resize_to["height"], self._resize_to["width"]
+        longest = int(shortest * max(image.size) / min(image.size))
+        return (longest, shortest) if image.width <= image.height else (shortest, longest)
+
+    def _compare_with(self, image_processor: BaseImageProcessor) -> None:
+        generator = np.random.default_rng(0)
+        tolerance = PROBE_TOLERANCE_IN_LEVELS * self._scale / float(self._std.min())
+        for height, width in ((37, 53), (53, 37)):
+            shape = (height, width, 3) if self.mode == "RGB" else (height, width)
+            image = Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8))
+            expected = image_processor(image, return_tensors="pt")["pixel_values"][0]
+            actual = self(image)
+            if expected.shape != actual.shape or not torch.allclose(actual, expected, rtol=0, atol=tolerance):
+                raise ValueError(
+                    f"{type(image_processor).__name__} does something else than resize, crop the center, rescale and "
+                    "normalise with its size, crop_size, rescale_factor, image_mean and image_std: "
+                    "use CLIPImageProcessor or BitImageProcessor."
+                )
+
+
+def _set_values(size: Mapping[str, int | None]) -> dict[str, int]:
+    return {name: value for name, value in size.items() if value is not None}

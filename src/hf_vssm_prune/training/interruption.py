@@ -1,0 +1,55 @@
+"""Stopping a run from outside: the first signal asks it to save and end, a second one ends it at once."""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+
+
+class TrainingInterruptedError(Exception):
+    """A run was stopped by a signal after it saved a checkpoint.
+
+    Attributes:
+        signal: which one.
+        checkpoint: from which the run can go on.
+    """
+
+    def __init__(self, received: signal.Signals, checkpoint: Path) -> None:
+        super().__init__(
+            f"Stopped by {received.name}; everything is saved in {checkpoint}. Go on with --resume latest."
+        )
+        self.signal = received
+        self.checkpoint = checkpoint
+
+
+class StopRequest:
+    """Within this context SIGINT (Ctrl-C) and SIGTERM are noted rather than obeyed.
+
+    Attributes:
+        received: the signal, or None so far.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        # Python lets only the main thread set handlers; elsewhere signals act as they always do.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()

@@ -1,0 +1,307 @@
+"""What the scripts do: from options to images, models and a `Trainer`, and how a run ends on the command line."""
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    BitImageProcessor,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
+from hf_vssm_prune.training.arguments import (
+    DataArguments,
+    DenseModelArguments,
+    EvaluationArguments,
+    FinetuneArguments,
+    PruningArguments,
+    RunArguments,
+    label_maps,
+)
+from hf_vssm_prune.training.data import (
+    EvaluationImages,
+    ImageDatasets,
+    collate,
+    load_evaluation_dataset,
+    load_image_dataset,
+)
+from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
+from hf_vssm_prune.training.interruption import TrainingInterruptedError
+from hf_vssm_prune.training.loop import ImageClassifier, Recipe, Trainer, TrainingDivergedError, check_output_dir
+
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_finetuning(
+    data: DataArguments, model: FinetuneArguments, pruning: PruningArguments, recipe: Recipe
+) -> Trainer:
+    """Pruned fine-tuning of a checkpoint, which is its own dense teacher by default.
+
+    Raises:
+        ValueError, OSError: something does not fit or is not there; the message names it.
+    """
+    check_output_dir(recipe.run)
+    config = load_config(model.model_name_or_path)
+    # The checkpoint's configuration checks the schedule, before weights and images are loaded.
+    schedule = config.complete_token_pruning(pruning.token_pruning() or config.token_pruning)
+    if schedule is None:
+        raise ValueError(
+            f"{model.model_name_or_path} has no pruning schedule, and none was given: give --prune_layers and "
+            "--keep_ratios, or --flops_reduction. To fine-tune a dense model use scripts/train.py."
+        )
+    set_seed(recipe.run.seed)
+    datasets = load_datasets(data, recipe.run.seed)
+    drop_path = recipe.optimization.drop_path
+    student = load_model(model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes)
+    student.set_token_pruning(schedule)
+    teacher = None
+    if recipe.losses.needs_teacher:
+        teacher = load_teacher(model.teacher_name_or_path or model.model_name_or_path, student.config, recipe)
+    processor = AutoImageProcessor.from_pretrained(model.model_name_or_path)
+    card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=True)
+    return Trainer(student, datasets, processor, recipe, teacher, card)
+
+
+def prepare_dense_training(data: DataArguments, model: DenseModelArguments, recipe: Recipe) -> Trainer:
+    """Training of a new dense model, or on from a checkpoint.
+
+    Raises:
+        ValueError, OSError: something does not fit or is not there; the message names it.
+    """
+    check_output_dir(recipe.run)
+    set_seed(recipe.run.seed)
+    datasets = load_datasets(data, recipe.run.seed)
+    drop_path = recipe.optimization.drop_path
+    if model.model_name_or_path is None:
+        config = model.config(datasets.label_names, drop_path)
+        network = AutoModelForImageClassification.from_config(config)
+        processor = new_image_processor(config, model.image_mean, model.image_std, model.crop_pct)
+    else:
+        network = load_model(model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes)
+        network.set_token_pruning(None)
+        processor = AutoImageProcessor.from_pretrained(model.model_name_or_path)
+    card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=False)
+    return Trainer(network, datasets, processor, recipe, write_card=card)
+
+
+def evaluate(
+    data: DataArguments, options: EvaluationArguments, pruning: PruningArguments
+) -> dict[str, ModelEvaluation]:
+    """A model without pruning and, where it or the options have a schedule, with it.
+
+    Raises:
+        ValueError, OSError: something does not fit or is not there; the message names it.
+    """
+    config = load_config(options.model_name_or_path)
+    schedule = config.complete_token_pruning(pruning.token_pruning() or config.token_pruning)
+    set_seed(options.seed)
+    dataset, label_names = load_evaluation_dataset(
+        data.dataset_name,
+        config_name=data.dataset_config_name,
+        split=data.eval_split,
+        image_column=data.image_column_name,
+        label_column=data.label_column_name,
+        max_samples=data.max_eval_samples,
+        seed=options.seed,
+    )
+    models = {"dense": load_model(options.dense_name_or_path or options.model_name_or_path, label_names)}
+    models["dense"].set_token_pruning(None)
+    if schedule is not None:
+        models["pruned"] = load_model(options.model_name_or_path, label_names)
+        models["pruned"].set_token_pruning(schedule)
+    processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
+    loader = DataLoader(
+        EvaluationImages(dataset, processor),
+        batch_size=options.per_device_eval_batch_size,
+        collate_fn=collate,
+        num_workers=data.dataloader_num_workers,
+    )
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtypes = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return compare_models(models, loader, device, dtypes[options.mixed_precision])
+
+
+def load_datasets(data: DataArguments, seed: int) -> ImageDatasets:
+    """The images that the options name."""
+    return load_image_dataset(
+        data.dataset_name,
+        config_name=data.dataset_config_name,
+        train_split=data.train_split,
+        eval_split=data.eval_split,
+        image_column=data.image_column_name,
+        label_column=data.label_column_name,
+        validation_share=data.train_val_split,
+        max_train_samples=data.max_train_samples,
+        max_eval_samples=data.max_eval_samples,
+        seed=seed,
+    )
+
+
+def load_config(name_or_path: str) -> VisionMambaConfig:
+    """A checkpoint's configuration.
+
+    Raises:
+        ValueError: it is of no family of this package.
+    """
+    config = AutoConfig.from_pretrained(name_or_path)
+    if not isinstance(config, VisionMambaConfig):
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a plainmamba or vim model is needed.")
+    return config
+
+
+def load_model(
+    name_or_path: str, label_names: Sequence[str], drop_path_rate: float = 0.0, ignore_mismatched_sizes: bool = False
+) -> ImageClassifier:
+    """A checkpoint as a classifier of the data set's labels, in float32.
+
+    Raises:
+        ValueError: it classifies another number of labels, and must not get a new classifier.
+    """
+    config = load_config(name_or_path)
+    options: dict[str, Any] = {"drop_path_rate": drop_path_rate}
+    names = list((config.id2label or {}).values())
+    if len(names) != len(label_names):
+        if not ignore_mismatched_sizes:
+            raise ValueError(
+                f"{name_or_path} classifies {len(names)} labels, the data set has {len(label_names)}: for a new "
+                "classifier give --ignore_mismatched_sizes, and train it dense with scripts/train.py before pruning."
+            )
+        options |= {"num_labels": len(label_names), **label_maps(label_names)}
+    elif names == [f"LABEL_{i}" for i in range(len(names))]:
+        options |= label_maps(label_names)
+    elif names != list(label_names):
+        logger.warning(
+            "The labels of %s (%s, ...) and of the data set (%s, ...) have other names: are they in the same order?",
+            name_or_path,
+            names[0],
+            label_names[0],
+        )
+    return AutoModelForImageClassification.from_pretrained(
+        name_or_path, dtype="float32", ignore_mismatched_sizes=ignore_mismatched_sizes, **options
+    )
+
+
+def load_teacher(name_or_path: str, student: VisionMambaConfig, recipe: Recipe) -> ImageClassifier:
+    """The dense, frozen model from which a student learns.
+
+    Raises:
+        ValueError: its labels, tokens or hidden states are not those of the student, and the losses compare them.
+    """
+    config = load_config(name_or_path)
+    compared = ["num_labels"] if recipe.losses.kd_weight > 0 else []
+    if recipe.losses.alignment_weight > 0:
+        compared += ["model_type", "hidden_size", "num_hidden_layers", "grid_size"]
+    for name in compared:
+        if getattr(config, name) != getattr(student, name):
+            raise ValueError(
+                f"The teacher {name_or_path} has {name} {getattr(config, name)}, the model {getattr(student, name)}: "
+                "they cannot be compared."
+            )
+    teacher = AutoModelForImageClassification.from_pretrained(name_or_path, dtype="float32")
+    teacher.set_token_pruning(None)
+    return teacher
+
+
+def new_image_processor(
+    config: VisionMambaConfig, mean: Sequence[float], std: Sequence[float], crop_share: float
+) -> BaseImageProcessor:
+    """Resizes the shortest edge, crops the center to the model's image size, and normalises.
+
+    Args:
+        config: of the model.
+        mean, std: of each channel, of pixels from 0 to 1.
+        crop_share: the crop's side as a share of the resized image's (timm's `crop_pct`).
+    """
+    height, width = config.image_height_width(config.image_size)
+    return BitImageProcessor(
+        size={"shortest_edge": round(max(height, width) / crop_share)},
+        crop_size={"height": height, "width": width},
+        image_mean=list(mean),
+        image_std=list(std),
+        do_convert_rgb=config.num_channels == 3,
+    )
+
+
+def card_writer(
+    data: DataArguments, recipe: Recipe, base_model: str | None, pruned: bool
+) -> Callable[[float, float, int], ModelCardInfo]:
+    """What a `Trainer` needs to write model cards: the command, the options, and where the model came from."""
+    options = {**asdict(recipe.optimization), **asdict(recipe.augmentation), "seed": recipe.run.seed}
+    if recipe.losses.needs_teacher:
+        options |= asdict(recipe.losses)
+    training = TrainingRecipe(
+        command=shlex.join(["python", *sys.argv]),
+        hyperparameters={name: value for name, value in options.items() if value is not None},
+    )
+    # The card's metadata links to the Hub; what is a folder here is not there.
+    dataset_on_hub = not Path(data.dataset_name).exists()
+    dataset_name = data.dataset_name if dataset_on_hub else Path(data.dataset_name).name
+    if base_model is not None and Path(base_model).exists():
+        base_model = None
+
+    def write(top1: float, top5: float, num_images: int) -> ModelCardInfo:
+        return ModelCardInfo(
+            name=(recipe.run.hub_model_id or Path(recipe.run.output_dir).absolute().name).split("/")[-1],
+            model_id=recipe.run.hub_model_id,
+            base_model=base_model,
+            datasets=[dataset_name] if dataset_on_hub else [],
+            training=training,
+            evaluation=Evaluation(
+                dataset_name=dataset_name,
+                dataset_id=dataset_name,
+                split=data.eval_split or "evaluation",
+                num_images=num_images,
+                this_model=Measurement("this model", 100 * top1, 100 * top5, pruned=pruned),
+            ),
+        )
+
+    return write
+
+
+def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
+    """Runs a job to its end and returns the exit status: 0; 1 after an error, which is printed in one line; 128 + the
+    signal's number where a signal stopped the run, as shells have it."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
+    for library in ("accelerate", "httpx"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    # Bars for writing a few megabytes would break the training's own.
+    transformers_logging.disable_progress_bar()
+    try:
+        trainer = prepare()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    try:
+        trainer.train()
+    except TrainingInterruptedError as interruption:
+        print(interruption, file=sys.stderr)
+        return 128 + interruption.signal
+    except TrainingDivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if arguments.push_to_hub and trainer.accelerator.is_main_process:
+        push(Path(arguments.output_dir) / "best", str(arguments.hub_model_id))
+    return 0
+
+
+def push(folder: Path, repo_id: str) -> None:
+    """Uploads a saved model to the Hub; the repository is made where it is missing."""
+    api = HfApi()
+    api.create_repo(repo_id, exist_ok=True)
+    url = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Pruned and fine-tuned")
+    logger.info("Pushed to %s", url)

@@ -1,0 +1,528 @@
+"""The training loop, on Accelerate: dense training and pruned fine-tuning, on one or more devices.
+
+Whatever is random in an update depends on the seed, the epoch, the batch and the process alone, never on what was drawn
+before. A run that is killed and resumed therefore ends with the very weights of one that was not.
+"""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import BaseImageProcessor
+
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.flops import count_flops
+from hf_vssm_prune.hub.model_card import ModelCardInfo
+from hf_vssm_prune.hub.saving import save_for_hub
+from hf_vssm_prune.modeling_plainmamba import PlainMambaForImageClassification
+from hf_vssm_prune.modeling_vim import VimForImageClassification
+from hf_vssm_prune.training.arguments import (
+    AugmentationArguments,
+    OptimizationArguments,
+    RunArguments,
+)
+from hf_vssm_prune.training.augmentation import mix_batch
+from hf_vssm_prune.training.checkpoints import (
+    TrainingState,
+    find_checkpoints,
+    find_resumed,
+    load_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+    write_json,
+)
+from hf_vssm_prune.training.data import EvaluationImages, ImageDatasets, TrainingImages, collate
+from hf_vssm_prune.training.ema import ExponentialMovingAverage
+from hf_vssm_prune.training.evaluation import evaluate_accuracy
+from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError
+from hf_vssm_prune.training.losses import LossTerms, LossWeights, training_loss
+from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer
+from hf_vssm_prune.training.sampling import EpochSampler
+
+
+logger = logging.getLogger(__name__)
+
+ImageClassifier = PlainMambaForImageClassification | VimForImageClassification
+
+RESULTS = "all_results.json"
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or its gradient became NaN or infinite. The weights are those before the update."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained: the options of the scripts, and the losses."""
+
+    optimization: OptimizationArguments
+    augmentation: AugmentationArguments
+    run: RunArguments
+    losses: LossWeights = field(default_factory=LossWeights)
+    num_workers: int = 0
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    return Accelerator(
+        mixed_precision=recipe.optimization.mixed_precision,
+        gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
+        log_with=recipe.run.report_to if recipe.run.with_tracking else None,
+        project_dir=recipe.run.output_dir,
+        cpu=recipe.run.use_cpu,
+    )
+
+
+def check_output_dir(run: RunArguments) -> None:
+    """Refuses to mix two runs in a folder.
+
+    Raises:
+        FileExistsError: the folder has checkpoints, and the run is not to go on from one.
+        NotADirectoryError: the folder is a file.
+        FileNotFoundError: the checkpoint to go on from is not there.
+    """
+    output_dir = Path(run.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise NotADirectoryError(f"--output_dir {output_dir} is a file.")
+    if run.resume is not None:
+        find_resumed(output_dir, run.resume)
+    elif found := find_checkpoints(output_dir):
+        raise FileExistsError(
+            f"--output_dir {output_dir} has the checkpoints of an earlier run, the last is {found[-1].name}: "
+            "go on with --resume latest, or choose another folder."
+        )
+
+
+class Trainer:
+    """Trains one model and saves it.
+
+    In the recipe's output folder are afterwards `best/` (the best weights, or the best average of them), `last/` and,
+    with an average, `last_ema/`, each of which `from_pretrained` opens; `checkpoint-*/`; and `all_results.json`.
+
+    Args:
+        model: an image classifier of this package, with its pruning schedule.
+        datasets: images to train and to evaluate on.
+        image_processor: prepares the model's images, and is saved with it.
+        recipe: how to train.
+        teacher: the dense model, where the recipe's losses need one. It is frozen.
+        write_card: what the model card says, from top-1, top-5 (0 to 1) and the number of images; None: no more than
+            the model itself tells.
+
+    Raises:
+        ValueError: the losses need a teacher and there is none, a layer to align is not there, there is not one full
+            batch, or the checkpoint to go on from is of another run.
+        OSError: the output folder cannot be used, see `check_output_dir`.
+    """
+
+    def __init__(
+        self,
+        model: ImageClassifier,
+        datasets: ImageDatasets,
+        image_processor: BaseImageProcessor,
+        recipe: Recipe,
+        teacher: ImageClassifier | None = None,
+        write_card: Callable[[float, float, int], ModelCardInfo] | None = None,
+    ) -> None:
+        if recipe.losses.needs_teacher and teacher is None:
+            raise ValueError("Distillation and alignment need a teacher: give one, or set their weights to 0.")
+        _check_alignment_layers(recipe.losses, model.config)
+        check_output_dir(recipe.run)
+        self.recipe = recipe
+        self.output_dir = Path(recipe.run.output_dir)
+        self.image_processor = image_processor
+        self.write_card = write_card
+        self.accelerator = make_accelerator(recipe)
+        self._make_loaders(datasets)
+        self._make_schedule()
+
+        self.plain_model = model.to(self.accelerator.device)
+        self.teacher = None if teacher is None else teacher.to(self.accelerator.device).eval().requires_grad_(False)
+        options = recipe.optimization
+        self.ema = None
+        if options.model_ema:
+            self.ema = ExponentialMovingAverage(model, options.model_ema_decay, options.model_ema_warmup)
+        optimizer = make_optimizer(
+            model,
+            options.learning_rate,
+            options.weight_decay,
+            options.layer_decay,
+            (options.adam_beta1, options.adam_beta2),
+            options.adam_epsilon,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.state = TrainingState()
+        self.stop_request = StopRequest()
+        self._stop_agreed = False
+        self._resume()
+
+    # Preparation
+
+    def _make_loaders(self, datasets: ImageDatasets) -> None:
+        options, run = self.recipe.optimization, self.recipe.run
+        self.train_images = TrainingImages(
+            datasets.train, self.image_processor, self.recipe.augmentation.image_augmentation(), run.seed
+        )
+        self.sampler = EpochSampler(len(self.train_images), run.seed)
+        train_loader = DataLoader(
+            self.train_images,
+            batch_size=options.per_device_train_batch_size,
+            sampler=self.sampler,
+            collate_fn=collate,
+            num_workers=self.recipe.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            # The images of a smaller last batch would weigh more. Each epoch leaves out others.
+            drop_last=True,
+        )
+        eval_loader = DataLoader(
+            EvaluationImages(datasets.evaluation, self.image_processor),
+            batch_size=options.per_device_eval_batch_size,
+            collate_fn=collate,
+            num_workers=self.recipe.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        self.num_eval_images = len(datasets.evaluation)
+        self.train_loader, self.eval_loader = self.accelerator.prepare(train_loader, eval_loader)
+        self.batches_per_epoch = len(self.train_loader)
+        if self.batches_per_epoch == 0:
+            raise ValueError(
+                f"{len(self.train_images)} training images do not fill one batch of "
+                f"{options.per_device_train_batch_size} on {self.accelerator.num_processes} device(s): "
+                "lower --per_device_train_batch_size."
+            )
+
+    def _make_schedule(self) -> None:
+        options = self.recipe.optimization
+        self.updates_per_epoch = math.ceil(self.batches_per_epoch / options.gradient_accumulation_steps)
+        self.num_updates = options.max_train_steps or options.num_train_epochs * self.updates_per_epoch
+        self.num_epochs = math.ceil(self.num_updates / self.updates_per_epoch)
+        warmup_updates = options.num_warmup_steps
+        if warmup_updates is None:
+            epochs = self.num_epochs / 30 if options.warmup_epochs is None else options.warmup_epochs
+            warmup_updates = round(epochs * self.updates_per_epoch)
+        if warmup_updates >= self.num_updates:
+            raise ValueError(f"{warmup_updates} updates of warm-up leave nothing of the run's {self.num_updates}.")
+        self.schedule = LearningRateSchedule(
+            options.lr_scheduler_type,
+            self.num_updates,
+            warmup_updates,
+            warmup_share=options.warmup_lr / options.learning_rate,
+            min_share=options.min_lr / options.learning_rate,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """What a run and its continuation must share for the weights to come out the same."""
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "num_training_images": len(self.train_images),
+            "token_pruning": self.plain_model.config.token_pruning,
+            "seed": self.recipe.run.seed,
+            **asdict(self.recipe.optimization),
+            **asdict(self.recipe.augmentation),
+            **asdict(self.recipe.losses),
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
+
+    # The run
+
+    def train(self) -> dict[str, Any]:
+        """Runs to the end and returns the results, which `all_results.json` holds as well.
+
+        Raises:
+            TrainingDivergedError: the loss became NaN or infinite.
+            TrainingInterruptedError: SIGINT or SIGTERM came; a checkpoint was saved.
+        """
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            remove_unfinished(self.output_dir)
+        if self.recipe.run.with_tracking:
+            self.accelerator.init_trackers("hf_vssm_prune", config=_flat(self._settings()))
+        self._describe()
+        start = time.perf_counter()
+        progress = tqdm(
+            desc="training",
+            total=self.num_updates,
+            initial=self.state.updates,
+            unit="update",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        with self.stop_request, logging_redirect_tqdm(), progress:
+            for epoch in range(self.state.evaluated_epochs, self.num_epochs):
+                self._train_epoch(epoch, progress)
+                self._evaluate(epoch)
+                if self.recipe.run.checkpointing_steps == "epoch":
+                    self._save_checkpoint()
+        results = self._finish(time.perf_counter() - start)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return results
+
+    def _resume(self) -> None:
+        resume = self.recipe.run.resume
+        folder = None if resume is None else find_resumed(self.output_dir, resume)
+        if folder is not None:
+            self.state = load_checkpoint(self.accelerator, folder, self.ema, self._settings())
+            if not (self.output_dir / "best").is_dir():
+                # The checkpoint was copied from another folder: the best model so far did not come along.
+                self.state.best = {}
+            self._log(f"Going on from {folder}, after {self.state.updates} updates.")
+        elif resume is not None:
+            self._log(f"No checkpoint in {self.output_dir} yet: starting afresh.")
+
+    def _describe(self) -> None:
+        options = self.recipe.optimization
+        accumulated = options.gradient_accumulation_steps * self.accelerator.num_processes
+        flops = count_flops(self.plain_model.config)
+        self._log(
+            f"{len(self.train_images)} training images, {self.num_epochs} epochs, {self.num_updates} updates of "
+            f"{options.per_device_train_batch_size * accumulated} images; {self.plain_model.num_parameters():,} "
+            f"parameters, {flops.pruned.published / 1e9:.4g} GFLOPs ({flops.reduction:.1%} pruned)."
+        )
+
+    def _train_epoch(self, epoch: int, progress: tqdm) -> None:
+        accumulation = self.recipe.optimization.gradient_accumulation_steps
+        done = (self.state.updates - epoch * self.updates_per_epoch) * accumulation
+        self.model.train()
+        log = _LogWindow()
+        for index, batch in self._batches(epoch, done):
+            # Accelerate divides by the number of accumulated batches; at an epoch's end there may be fewer.
+            group = min(accumulation, self.batches_per_epoch - index // accumulation * accumulation)
+            with self.accelerator.accumulate(self.model):
+                terms = self._losses(batch, epoch, index)
+                self.accelerator.backward(terms.loss * (accumulation / group))
+                log.add_batch(terms.named(), group)
+            if not self.accelerator.sync_gradients:
+                continue
+            self._update(log)
+            progress.update()
+            if self.state.updates % self.recipe.run.logging_steps == 0 or self.state.updates == self.num_updates:
+                self._log_losses(epoch, log)
+                log = _LogWindow()
+            self._checkpoint_if_due()
+            if self.state.updates == self.num_updates:
+                return
+
+    def _batches(self, epoch: int, done: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """The batches of an epoch that come after the first `done`, each with its number."""
+        if done >= min(self.batches_per_epoch, self._batches_left_of_run(epoch)):
+            return
+        self.train_images.set_epoch(epoch)
+        batch_size = self.recipe.optimization.per_device_train_batch_size * self.accelerator.num_processes
+        self.sampler.start_at(epoch, done * batch_size)
+        self.train_loader.set_epoch(epoch)
+        yield from enumerate(self.train_loader, start=done)
+
+    def _batches_left_of_run(self, epoch: int) -> int:
+        left = self.num_updates - epoch * self.updates_per_epoch
+        return left * self.recipe.optimization.gradient_accumulation_steps
+
+    def _losses(self, batch: dict[str, Tensor], epoch: int, index: int) -> LossTerms:
+        place = [self.recipe.run.seed, epoch, index, self.accelerator.process_index]
+        pixel_values, labels = mix_batch(
+            batch["pixel_values"],
+            batch["labels"],
+            self.plain_model.config.num_labels,
+            self.recipe.augmentation.mix(),
+            np.random.default_rng(place),
+        )
+        # Drop path and random importance draw from torch's own generator.
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+        with_states = self.recipe.losses.alignment_weight > 0
+        student = self.model(pixel_values, output_hidden_states=with_states)
+        teacher = None
+        if self.teacher is not None and self.recipe.losses.needs_teacher:
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher = self.teacher(pixel_values, output_hidden_states=with_states)
+        pruning = self.plain_model.config.token_pruning
+        pruning_layers = () if pruning is None else pruning["layers"]
+        return training_loss(student, teacher, labels, self.recipe.losses, pruning_layers)
+
+    def _update(self, log: "_LogWindow") -> None:
+        """Changes the weights by the gradients that have come together."""
+        values = self._agree(log)
+        largest_norm = self.recipe.optimization.clip_grad or math.inf
+        values["gradient_norm"] = float(self.accelerator.clip_grad_norm_(self.model.parameters(), largest_norm))
+        finite = {name: math.isfinite(value) for name, value in values.items()}
+        # With fp16 an infinite gradient only means that its scale was too large: the scaler skips the update.
+        if self.accelerator.scaler is not None:
+            finite.pop("gradient_norm")
+        if not all(finite.values()):
+            raise TrainingDivergedError(self._divergence(values))
+        self.schedule.apply(self.optimizer, self.state.updates)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.updates += 1
+        if self.ema is not None:
+            self.ema.update(self.accelerator.unwrap_model(self.model), self.state.updates)
+        log.add_update(values)
+
+    def _agree(self, log: "_LogWindow") -> dict[str, float]:
+        """The loss terms of this update, mean over processes; in passing, whether any process was asked to stop."""
+        stop = torch.tensor(float(self.stop_request.received is not None), device=self.accelerator.device)
+        values = self.accelerator.reduce(torch.stack([*log.terms.values(), stop]), reduction="mean").tolist()
+        self._stop_agreed = values.pop() > 0
+        return dict(zip(log.terms, values, strict=True))
+
+    def _should_stop(self) -> bool:
+        stop = torch.tensor(float(self.stop_request.received is not None), device=self.accelerator.device)
+        self._stop_agreed = self.accelerator.reduce(stop, reduction="sum").item() > 0
+        return self._stop_agreed
+
+    def _divergence(self, values: dict[str, float]) -> str:
+        options = self.recipe.optimization
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        checkpoints = find_checkpoints(self.output_dir)
+        last = f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
+        return (
+            f"The loss or its gradient is not finite at update {self.state.updates + 1} of {self.num_updates}: "
+            f"{terms}. Try a smaller --learning_rate (it is {options.learning_rate:g}), a longer warm-up, --clip_grad "
+            f"(it is {options.clip_grad}), or --mixed_precision no (it is {self.accelerator.mixed_precision}). {last}"
+        )
+
+    # Checkpoints
+
+    def _checkpoint_if_due(self) -> None:
+        steps = self.recipe.run.checkpointing_steps
+        due = steps != "epoch" and self.state.updates % int(steps) == 0
+        if self._stop_agreed:
+            self._interrupt()
+        elif due:
+            self._save_checkpoint()
+
+    def _save_checkpoint(self) -> Path:
+        run = self.recipe.run
+        return save_checkpoint(
+            self.accelerator, self.output_dir, self.state, self.ema, self._settings(), run.save_total_limit
+        )
+
+    def _interrupt(self) -> None:
+        folder = self._save_checkpoint()
+        # A process that was not asked itself stops with the one that was.
+        raise TrainingInterruptedError(self.stop_request.received or signal.SIGTERM, folder)
+
+    # Evaluation and results
+
+    def _evaluate(self, epoch: int) -> None:
+        """Evaluates the weights and their average, and saves the better one if it is the best so far."""
+        torch.manual_seed(self.recipe.run.seed)
+        candidates: dict[str, ImageClassifier] = {"model": self.accelerator.unwrap_model(self.model)}
+        if self.ema is not None:
+            candidates["ema"] = self.ema.model
+        figures: dict[str, Any] = {"epoch": epoch + 1, "update": self.state.updates}
+        for name, candidate in candidates.items():
+            accuracy = evaluate_accuracy(candidate, self.eval_loader, self.accelerator, self._should_stop)
+            if accuracy is None:
+                self._interrupt()
+                return
+            prefix = "eval" if name == "model" else "eval_ema"
+            figures |= {f"{prefix}_{key}": getattr(accuracy, key) for key in ("top1", "top5", "loss")}
+            if accuracy.top1 > self.state.best.get("top1", -1.0):
+                self.state.best = {"top1": accuracy.top1, "top5": accuracy.top5, "epoch": epoch + 1, "weights": name}
+                self._save_model(candidate, "best", accuracy.top1, accuracy.top5)
+        self.state.history.append(figures)
+        self.state.evaluated_epochs = epoch + 1
+        self._log(_line(f"epoch {epoch + 1}/{self.num_epochs}", figures))
+        self._track({name: value for name, value in figures.items() if name.startswith("eval")})
+
+    def _save_model(self, model: ImageClassifier, name: str, top1: float, top5: float) -> None:
+        if self.accelerator.is_main_process:
+            card = self.write_card and self.write_card(top1, top5, self.num_eval_images)
+            save_for_hub(model, self.output_dir / name, self.image_processor, card)
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self, seconds: float) -> dict[str, Any]:
+        figures = self.state.history[-1]
+        model = self.accelerator.unwrap_model(self.model)
+        self._save_model(model, "last", figures["eval_top1"], figures["eval_top5"])
+        if self.ema is not None:
+            self._save_model(self.ema.model, "last_ema", figures["eval_ema_top1"], figures["eval_ema_top5"])
+        flops = count_flops(self.plain_model.config)
+        results = {
+            **figures,
+            "best": self.state.best,
+            "num_parameters": self.plain_model.num_parameters(),
+            "gflops_dense": flops.dense.published / 1e9,
+            "gflops_pruned": flops.pruned.published / 1e9,
+            "seconds": seconds,
+            "history": self.state.history,
+        }
+        if self.accelerator.is_main_process:
+            write_json(results, self.output_dir / RESULTS)
+        self._log(f"Done: the best top-1 is {self.state.best['top1']:.2%}; see {self.output_dir / RESULTS}.")
+        return results
+
+    # Logging
+
+    def _log_losses(self, epoch: int, log: "_LogWindow") -> None:
+        images = self.recipe.optimization.per_device_train_batch_size * self.accelerator.num_processes
+        figures = {
+            **log.means(),
+            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
+            "images_per_second": log.num_batches * images / log.seconds(),
+        }
+        self._log(_line(f"epoch {epoch + 1}/{self.num_epochs} update {self.state.updates}/{self.num_updates}", figures))
+        self._track({f"train_{name}": value for name, value in figures.items()})
+
+    def _log(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.info(message)
+
+    def _track(self, figures: dict[str, float]) -> None:
+        if self.recipe.run.with_tracking:
+            self.accelerator.log(figures, step=self.state.updates)
+
+
+def _check_alignment_layers(losses: LossWeights, config: VisionMambaConfig) -> None:
+    if outside := [layer for layer in losses.alignment_layers or () if not 0 <= layer < config.num_hidden_layers]:
+        raise ValueError(f"--alignment_layers has {outside}: the model has layers 0 to {config.num_hidden_layers - 1}.")
+
+
+class _LogWindow:
+    """Loss terms and the gradient's norm between two log lines.
+
+    Attributes:
+        terms: of the update in the making, mean over its batches, on the device.
+        num_batches: so far.
+    """
+
+    def __init__(self) -> None:
+        self.terms: dict[str, Tensor] = {}
+        self.num_batches = 0
+        self._updates: list[dict[str, float]] = []
+        self._start = time.perf_counter()
+
+    def add_batch(self, terms: dict[str, Tensor], group: int) -> None:
+        """Adds one of the `group` batches of an update."""
+        self.num_batches += 1
+        self.terms = {name: self.terms.get(name, 0) + value / group for name, value in terms.items()}
+
+    def add_update(self, values: dict[str, float]) -> None:
+        self.terms = {}
+        self._updates.append(values)
+
+    def means(self) -> dict[str, float]:
+        return {name: sum(update[name] for update in self._updates) / len(self._updates) for name in self._updates[0]}
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def _line(title: str, figures: dict[str, Any]) -> str:
+    return " ".join(
+        [title, *(f"{name} {value:.6g}" for name, value in figures.items() if name not in ("epoch", "update"))]
+    )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as trackers take them: numbers and text."""
+    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}

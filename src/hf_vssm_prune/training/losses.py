@@ -1,0 +1,174 @@
+"""The losses of pruned fine-tuning, as pure functions.
+
+    loss = cross-entropy + kd_weight * T² * KL(teacher ‖ student logits) + alignment_weight * alignment
+
+The teacher is the same network, dense and frozen; the alignment compares hidden states at the tokens that the student
+kept. All of them are computed in float32 at least, whatever the precision of the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_vssm_prune.token_pruning import gather_tokens
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy, mean over the batch.
+
+    Args:
+        logits: (batch, labels).
+        labels: class ids (batch,), or probabilities (batch, labels) as mixup and CutMix make them.
+        label_smoothing: share of each label that is spread evenly over all classes.
+    """
+    return F.cross_entropy(_full_precision(logits), labels, label_smoothing=label_smoothing)
+
+
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² KL(teacher ‖ student) of the softened predictions, mean over the batch (Hinton et al., arXiv 1503.02531).
+
+    T² keeps the gradient's size independent of the temperature. No gradient flows into the teacher.
+
+    Args:
+        student_logits, teacher_logits: (batch, labels).
+        temperature: T > 0.
+    """
+    student = F.log_softmax(_full_precision(student_logits) / temperature, dim=-1)
+    teacher = F.log_softmax(_full_precision(teacher_logits.detach()) / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _mean_squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    channels = student.shape[-1:]
+    return F.mse_loss(F.layer_norm(student, channels), F.layer_norm(teacher, channels))
+
+
+def _cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
+
+
+ALIGNMENT_DISTANCES = {"mse": _mean_squared_distance, "cosine": _cosine_distance}
+
+
+def alignment_loss(
+    student_hidden_states: Sequence[Tensor],
+    teacher_hidden_states: Sequence[Tensor],
+    kept_tokens: Sequence[Tensor],
+    pruning_layers: Sequence[int],
+    layers: Sequence[int],
+    distance: str = "mse",
+) -> Tensor:
+    """The distance between the student's and the teacher's hidden states at the tokens that the student kept, mean over
+    layers. No gradient flows into the teacher.
+
+    Args:
+        student_hidden_states: a model's `hidden_states`: the embeddings' output, then each layer's, (batch, n, hidden)
+            with the n tokens that were still there.
+        teacher_hidden_states: the same of the dense model, with all tokens.
+        kept_tokens: for each stage of pruning the original ids (batch, n) of the tokens left after it.
+        pruning_layers: the layers at whose input these stages drop tokens, ascending.
+        layers: the layers whose outputs are compared.
+        distance: `mse`, the mean squared difference after a layer norm without parameters; or `cosine`, one minus the
+            cosine of the angle between the states of a token.
+    """
+    measure = ALIGNMENT_DISTANCES[distance]
+    distances = []
+    for layer in layers:
+        student, teacher = student_hidden_states[layer + 1], teacher_hidden_states[layer + 1].detach()
+        stages_before = sum(pruning_layer <= layer for pruning_layer in pruning_layers)
+        if stages_before:
+            teacher = gather_tokens(teacher, kept_tokens[stages_before - 1])
+        distances.append(measure(_full_precision(student), _full_precision(teacher)))
+    return torch.stack(distances).mean()
+
+
+def segment_ends(pruning_layers: Sequence[int], num_hidden_layers: int) -> list[int]:
+    """The last layer that sees the tokens of each stage: where a stage's effect on the hidden states is complete."""
+    return [layer - 1 for layer in pruning_layers[1:]] + [num_hidden_layers - 1]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How the terms add up.
+
+    Attributes:
+        kd_weight: of the distillation loss; 0 leaves it out.
+        kd_temperature: T.
+        alignment_weight: of the alignment loss; 0 leaves it out.
+        alignment_layers: layers whose outputs are compared; None for `segment_ends`.
+        alignment_distance: one of `ALIGNMENT_DISTANCES`.
+    """
+
+    kd_weight: float = 0.0
+    kd_temperature: float = 1.0
+    alignment_weight: float = 0.0
+    alignment_layers: tuple[int, ...] | None = None
+    alignment_distance: str = "mse"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kd_weight > 0 or self.alignment_weight > 0
+
+
+class LossTerms(NamedTuple):
+    """The loss and its unweighted terms, each a scalar; None where a term is off."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    distillation: Tensor | None = None
+    alignment: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """The terms that are on, without gradient."""
+        return {name: value.detach() for name, value in self._asdict().items() if value is not None}
+
+
+class ClassifierOutput(Protocol):
+    """What the losses read from an image classifier's output; `hidden_states` for the alignment only."""
+
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...]
+    kept_tokens: tuple[Tensor, ...] | None
+
+
+def training_loss(
+    student: ClassifierOutput,
+    teacher: ClassifierOutput | None,
+    labels: Tensor,
+    weights: LossWeights,
+    pruning_layers: Sequence[int] = (),
+) -> LossTerms:
+    """The whole loss of one batch.
+
+    Args:
+        student: output of the model in training, with hidden states where the alignment is on.
+        teacher: the same of the dense model; None where neither distillation nor alignment is on.
+        labels: class ids (batch,) or probabilities (batch, labels), smoothed already if they are to be.
+        weights: of the terms.
+        pruning_layers: the student's schedule.
+    """
+    loss = classification = cross_entropy(student.logits, labels)
+    distillation = alignment = None
+    if teacher is not None and weights.kd_weight > 0:
+        distillation = distillation_loss(student.logits, teacher.logits, weights.kd_temperature)
+        loss = loss + weights.kd_weight * distillation
+    if teacher is not None and weights.alignment_weight > 0:
+        layers = weights.alignment_layers or segment_ends(pruning_layers, len(student.hidden_states) - 1)
+        alignment = alignment_loss(
+            student.hidden_states,
+            teacher.hidden_states,
+            student.kept_tokens or (),
+            pruning_layers,
+            layers,
+            weights.alignment_distance,
+        )
+        loss = loss + weights.alignment_weight * alignment
+    return LossTerms(loss, classification, distillation, alignment)
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,196 @@
+"""Pictures of which tokens a model keeps: each image, and beside it what is left of it after each pruning stage.
+
+output = model(pixel_values)
+patches = kept_patches(output.kept_tokens, model.config, pixel_values.shape[2:])
+draw_kept_tokens(images, patches, grid, captions).save("kept_tokens.png")
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .configuration_common import VisionMambaConfig
+
+
+PANEL_SIZE = 224  # pixels along the longer side of a panel
+MARGIN = 12
+FONT_SIZE = 15
+BACKGROUND, TEXT = (255, 255, 255), (38, 38, 38)
+# Blue of Okabe and Ito's palette: in images of any brightness, and to any kind of colour vision, unlike grey and black.
+DROPPED = (0, 114, 178)
+DROPPED_OPACITY = 0.72
+OUTLINE = (240, 228, 66)  # the palette's yellow
+
+
+def kept_patches(
+    kept_tokens: Sequence[Tensor], config: VisionMambaConfig, image_size: tuple[int, int] | None = None
+) -> list[Tensor]:
+    """The patches among the tokens that a model kept: Vim counts its class token, which lies in their middle, too.
+
+    Args:
+        kept_tokens: `kept_tokens` of a model's output, for each stage ids of shape (batch, n).
+        config: the model's.
+        image_size: (height, width) of the pixel values; None for `config.image_size`.
+
+    Returns:
+        For each stage ids of patches in raster order, shape (batch, n), for Vim (batch, n - 1).
+    """
+    if config.model_type != "vim":
+        return list(kept_tokens)
+    size = config.image_height_width(config.image_size if image_size is None else (image_size[0], image_size[1]))
+    class_id = math.prod(config.grid_size_for(*size)) // 2
+    without_class = [kept[kept != class_id].view(kept.shape[0], -1) for kept in kept_tokens]
+    return [ids - (ids > class_id).long() for ids in without_class]
+
+
+def image_from_pixel_values(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """What the model saw, after the image processor's resizing and cropping.
+
+    Args:
+        pixel_values: one image, normalised, shape (channels, height, width), with 1 or 3 channels.
+        mean: of the image processor, for each channel.
+        std: likewise.
+    """
+    if pixel_values.ndim != 3 or pixel_values.shape[0] not in (1, 3):
+        raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; (1 or 3, height, width) is needed.")
+    pixels = pixel_values.detach().cpu().float()
+    pixels = pixels * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    pixels = (pixels * 255).round().clamp(0, 255).byte().expand(3, -1, -1)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def draw_kept_tokens(
+    images: Sequence[Image.Image],
+    kept_tokens: Sequence[Tensor],
+    grid: tuple[int, int],
+    captions: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+) -> Image.Image:
+    """Draws one row for each image: the image, then for each stage the patches that are left.
+
+    Dropped patches are covered with blue, the border between them and those that are left is yellow.
+
+    Args:
+        images: what the model saw, any size; small ones are enlarged without blurring.
+        kept_tokens: for each stage the ids of the patches that are left, in raster order, shape (len(images), n);
+            see `kept_patches`.
+        grid: (height, width) in patches, which share the image evenly.
+        captions: below each image, for instance its label and the prediction.
+        layers: of the stages, for the columns' headings (`config.token_pruning["layers"]`).
+
+    Raises:
+        ValueError: images, tokens, captions and layers do not match, or an id is not on the grid.
+    """
+    _check(images, kept_tokens, grid, captions, layers)
+    masks = torch.stack([_kept_mask(kept, grid) for kept in kept_tokens], dim=1)  # (images, stages, height, width)
+    rows = [_draw_row(image, row) for image, row in zip(images, masks, strict=True)]
+    headings = ["input", *_headings(len(kept_tokens), layers)]
+    total = math.prod(grid)
+    counts = [f"{kept.shape[1]} / {total} tokens" for kept in kept_tokens]
+    return _lay_out(rows, headings, [[caption, *counts] for caption in captions or [""] * len(rows)])
+
+
+def _check(
+    images: Sequence[Image.Image],
+    kept_tokens: Sequence[Tensor],
+    grid: tuple[int, int],
+    captions: Sequence[str] | None,
+    layers: Sequence[int] | None,
+) -> None:
+    if not images:
+        raise ValueError("`images` is empty; at least one image is needed.")
+    if not kept_tokens:
+        raise ValueError("`kept_tokens` is empty; a dense model keeps every token, so that there is nothing to show.")
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"`grid` is {grid}; (height, width) in patches is needed.")
+    for stage, kept in enumerate(kept_tokens):
+        if kept.ndim != 2 or kept.shape[0] != len(images):
+            raise ValueError(
+                f"`kept_tokens[{stage}]` has shape {tuple(kept.shape)}; ({len(images)}, tokens) is needed for "
+                f"{len(images)} images."
+            )
+        if kept.numel() and (kept.min() < 0 or kept.max() >= math.prod(grid)):
+            raise ValueError(
+                f"`kept_tokens[{stage}]` has ids from {kept.min()} to {kept.max()}; a grid of {grid[0]} x {grid[1]} "
+                f"patches has 0 to {math.prod(grid) - 1}."
+            )
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"`captions` has {len(captions)} entries for {len(images)} images.")
+    if layers is not None and len(layers) != len(kept_tokens):
+        raise ValueError(f"`layers` has {len(layers)} entries for {len(kept_tokens)} stages.")
+
+
+def _headings(num_stages: int, layers: Sequence[int] | None) -> list[str]:
+    if layers is None:
+        return [f"stage {stage}" for stage in range(1, num_stages + 1)]
+    return [f"from layer {layer} on" for layer in layers]
+
+
+def _kept_mask(kept: Tensor, grid: tuple[int, int]) -> Tensor:
+    """True at the patches that are left: bool of shape (batch, *grid)."""
+    mask = torch.zeros(kept.shape[0], math.prod(grid), dtype=torch.bool)
+    return mask.scatter(1, kept.cpu(), True).unflatten(1, grid)
+
+
+def _draw_row(image: Image.Image, masks: Tensor) -> list[Image.Image]:
+    panel = _fit(image.convert("RGB"))
+    return [panel, *(_draw_mask(panel, mask) for mask in masks)]
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    """The image at a panel's size: enlarged by a whole factor, so that pixels stay crisp, or made smaller."""
+    longer = max(image.size)
+    if longer <= PANEL_SIZE:
+        factor = PANEL_SIZE // longer
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    size = [max(1, round(side * PANEL_SIZE / longer)) for side in image.size]
+    return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+
+
+def _draw_mask(panel: Image.Image, mask: Tensor) -> Image.Image:
+    dropped = Image.fromarray((~mask).byte().numpy() * 255)
+    opacity = dropped.resize(panel.size, Image.Resampling.NEAREST).point(lambda value: round(value * DROPPED_OPACITY))
+    covered = Image.composite(Image.new("RGB", panel.size, DROPPED), panel, opacity)
+    draw = ImageDraw.Draw(covered)
+    for line in _borders(mask, panel.size):
+        draw.line(line, fill=OUTLINE, width=2)
+    return covered
+
+
+def _borders(mask: Tensor, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
+    """The sides between a patch that is left and one that is not, as lines (x0, y0, x1, y1) in pixels."""
+    height, width = size[1] / mask.shape[0], size[0] / mask.shape[1]
+    beside = (mask[:, 1:] != mask[:, :-1]).nonzero().tolist()
+    below = (mask[1:] != mask[:-1]).nonzero().tolist()
+    lines = [((x + 1) * width, y * height, (x + 1) * width, (y + 1) * height) for y, x in beside]
+    return lines + [(x * width, (y + 1) * height, (x + 1) * width, (y + 1) * height) for y, x in below]
+
+
+def _lay_out(rows: list[list[Image.Image]], headings: list[str], captions: list[list[str]]) -> Image.Image:
+    """Panels in rows and columns, a heading above each column and a caption below each panel."""
+    font = ImageFont.load_default(FONT_SIZE)
+    texts = [*headings, *(text for row in captions for text in row)]
+    line_height = round(1.6 * FONT_SIZE)
+    text_heights = [line_height * max(text.count("\n") + 1 for text in row) for row in captions]
+    text_width = math.ceil(max(font.getlength(line) for text in texts for line in text.split("\n")))
+    column_width = max(text_width, *(panel.width for row in rows for panel in row))
+    row_heights = [row[0].height + text_height for row, text_height in zip(rows, text_heights, strict=True)]
+
+    width = MARGIN + (column_width + MARGIN) * len(headings)
+    height = MARGIN + line_height + sum(row_heights) + MARGIN * len(rows)
+    canvas = Image.new("RGB", (width, height), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    centres = [MARGIN + column_width // 2 + column * (column_width + MARGIN) for column in range(len(headings))]
+    for centre, heading in zip(centres, headings, strict=True):
+        draw.text((centre, MARGIN), heading, TEXT, font, anchor="ma")
+
+    top = MARGIN + line_height
+    for panels, row_captions, row_height in zip(rows, captions, row_heights, strict=True):
+        for centre, panel, caption in zip(centres, panels, row_captions, strict=True):
+            canvas.paste(panel, (centre - panel.width // 2, top))
+            draw.multiline_text((centre, top + panel.height + 4), caption, TEXT, font, anchor="ma", align="center")
+        top += row_height + MARGIN
+    return canvas

@@ -1,0 +1,217 @@
+"""Decoding of images of all kinds, and pixel values equal to the image processor's."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import BitImageProcessor, CLIPImageProcessor, ConvNextImageProcessor, ViTImageProcessor
+
+from hf_vssm_prune.training.image_steps import ImageProcessorSteps, decode_image
+
+
+GRAY = {"do_convert_rgb": False, "image_mean": [0.29], "image_std": [0.35]}
+SQUARE = {"size": {"height": 20, "width": 24}, "do_center_crop": False}
+CROPPED = {"size": {"shortest_edge": 20}, "crop_size": {"height": 18, "width": 16}}
+
+
+def random_pixels(height: int = 30, width: int = 40, channels: int = 3) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(2).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encode(image: Image.Image, form: str = "PNG", **options) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def decode(stored: dict, mode: str = "RGB") -> np.ndarray:
+    image = decode_image(stored, mode, "The image")
+    assert image.mode == mode
+    return np.asarray(image)
+
+
+# Pixel values
+
+
+@pytest.mark.parametrize(
+    "image_processor",
+    [
+        CLIPImageProcessor(**SQUARE),
+        CLIPImageProcessor(**CROPPED),
+        CLIPImageProcessor(size={"shortest_edge": 10}, crop_size={"height": 30, "width": 17}),
+        CLIPImageProcessor(do_resize=False, crop_size={"height": 11, "width": 50}),
+        CLIPImageProcessor(**SQUARE, **GRAY),
+        CLIPImageProcessor(**CROPPED, do_normalize=False),
+        CLIPImageProcessor(**CROPPED, do_rescale=False),
+        BitImageProcessor(**CROPPED, resample=Image.Resampling.BILINEAR),
+        BitImageProcessor(**SQUARE, resample=Image.Resampling.NEAREST, rescale_factor=1 / 127),
+        ViTImageProcessor(size={"height": 16, "width": 16}),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_pixel_values_equal_the_image_processors(image_processor):
+    steps = ImageProcessorSteps(image_processor)
+
+    @given(height=st.integers(1, 60), width=st.integers(1, 60))
+    def check(height: int, width: int):
+        image = Image.fromarray(random_pixels(height, width, 3 if steps.mode == "RGB" else 1))
+        expected = image_processor(image, return_tensors="pt", input_data_format=None)["pixel_values"][0]
+        actual = steps(image)
+        assert actual.shape[1:] == steps.size
+        assert actual.is_contiguous()
+        torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
+
+    check()
+
+
+def test_what_training_reads_from_the_image_processor():
+    steps = ImageProcessorSteps(CLIPImageProcessor(**CROPPED, image_mean=[0.0, 0.5, 1.0], image_std=[1.0] * 3))
+    assert (steps.size, steps.mode, steps.resample) == ((18, 16), "RGB", Image.Resampling.BICUBIC)
+    assert steps.fill == (0, 128, 255)
+
+
+@pytest.mark.parametrize(
+    ("image_processor", "message"),
+    [
+        (CLIPImageProcessor(size={"shortest_edge": 20}, do_center_crop=False), "images of varying sizes"),
+        (CLIPImageProcessor(do_resize=False, do_center_crop=False), "images of varying sizes"),
+        (
+            CLIPImageProcessor(size={"max_height": 20, "max_width": 20}, crop_size={"height": 9, "width": 9}),
+            "resizes to {'max_height': 20, 'max_width': 20}: supported are height and width, or shortest_edge",
+        ),
+        (CLIPImageProcessor(**SQUARE, image_mean=[0.5] * 4, image_std=[0.5] * 4), "must have 1 or 3 values"),
+        (CLIPImageProcessor(**SQUARE, do_pad=True, pad_size={"height": 40, "width": 40}), "does something else"),
+        (ConvNextImageProcessor(size={"shortest_edge": 20}), "ConvNextImageProcessor.* gives images of varying sizes"),
+    ],
+)
+def test_other_image_processors_are_refused(image_processor, message: str):
+    with pytest.raises(ValueError, match=message):
+        ImageProcessorSteps(image_processor)
+
+
+# Decoding
+
+
+def test_lossless_images_come_back():
+    pixels = random_pixels()
+    assert np.array_equal(decode(encode(Image.fromarray(pixels))), pixels)
+
+
+def test_bytes_or_path(tmp_path):
+    pixels = random_pixels()
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert np.array_equal(decode({"bytes": None, "path": str(tmp_path / "a.png")}), pixels)
+    # A Parquet file of the Hub often holds the bytes and a path that leads nowhere.
+    assert np.array_equal(decode({**encode(Image.fromarray(pixels)), "path": "gone.png"}), pixels)
+
+
+def test_grayscale_becomes_rgb_and_back():
+    pixels = random_pixels(channels=1)
+    stored = encode(Image.fromarray(pixels))
+    assert np.array_equal(decode(stored), np.stack([pixels] * 3, axis=-1))
+    assert np.array_equal(decode(stored, "L"), pixels)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_16_bits_are_scaled_and_not_clipped(form: str):
+    pixels = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    expected = (pixels >> 8).astype(np.uint8)
+    stored = encode(Image.fromarray(pixels), form)
+    assert np.array_equal(decode(stored, "L"), expected)
+    assert np.array_equal(decode(stored)[..., 1], expected)
+
+
+def test_cmyk():
+    stored = encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)
+    assert np.abs(decode(stored).astype(int) - (255, 0, 0)).max() < 6
+
+
+@pytest.mark.parametrize(("transparency", "expected"), [(None, (10, 200, 30)), (1, (255, 255, 255))])
+def test_palette(transparency: int | None, expected: tuple):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    options = {} if transparency is None else {"transparency": transparency}
+    assert (decode(encode(image, **options)) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [("RGBA", (9, 8, 7, 0), 255), ("RGBA", (9, 9, 9, 255), 9), ("RGBA", (5, 5, 5, 128), 130), ("LA", (9, 0), 255)],
+)
+def test_alpha_is_blended_onto_white_as_the_image_processor_does(mode: str, color: tuple, expected: int):
+    stored = encode(Image.new(mode, (4, 4), color))
+    assert np.abs(decode(stored).astype(int) - expected).max() <= 1
+    processor = CLIPImageProcessor(do_resize=False, do_center_crop=False, do_normalize=False, do_rescale=False)
+    pixel_values = processor(Image.open(io.BytesIO(stored["bytes"])), return_tensors="np")["pixel_values"][0]
+    assert np.array_equal(pixel_values.transpose(1, 2, 0), decode(stored))
+
+
+def test_1_bit():
+    assert set(np.unique(decode(encode(Image.fromarray(random_pixels(channels=1)).convert("1"))))) == {0, 255}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int):
+    """The EXIF standard says at which side of the upright picture the first stored row and column are."""
+    first_row, first_column = {
+        1: ("top", "left"),
+        2: ("top", "right"),
+        3: ("bottom", "right"),
+        4: ("bottom", "left"),
+        5: ("left", "top"),
+        6: ("right", "top"),
+        7: ("right", "bottom"),
+        8: ("left", "bottom"),
+    }[orientation]
+    upright = random_pixels(8, 12)
+    stored_pixels = upright if first_row in ("top", "bottom") else upright.transpose(1, 0, 2)
+    stored_pixels = stored_pixels[::-1] if first_row in ("bottom", "right") else stored_pixels
+    stored_pixels = stored_pixels[:, ::-1] if first_column in ("bottom", "right") else stored_pixels
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = encode(Image.fromarray(np.ascontiguousarray(stored_pixels)), exif=exif.tobytes())
+    assert np.array_equal(decode(stored), upright)
+
+
+def broken_png_chunk() -> bytes:
+    content = bytearray(encode(Image.fromarray(random_pixels()))["bytes"])
+    position = content.index(b"IDAT")
+    content[position - 4 : position] = struct.pack(">I", 10)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not an image",
+        encode(Image.fromarray(random_pixels(300, 300)), "JPEG")["bytes"][:2000],
+        encode(Image.fromarray(random_pixels()))["bytes"][:700],
+        encode(Image.fromarray(random_pixels()))["bytes"][:20],
+        broken_png_chunk(),
+        b"II*\x00\x08\x00\x00\x00",
+    ],
+    ids=["empty", "text", "cut JPEG", "cut PNG", "cut PNG header", "broken PNG chunk", "cut TIFF"],
+)
+def test_damaged_images_are_named(content: bytes):
+    with pytest.raises(ValueError, match=r"^Row 7 cannot be read: ."):
+        decode_image({"bytes": content, "path": None}, "RGB", "Row 7")
+
+
+def test_missing_images_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^Row 7 cannot be read: .*No such file"):
+        decode_image({"bytes": None, "path": str(tmp_path / "gone.png")}, "RGB", "Row 7")
+    with pytest.raises(ValueError, match=r"^Row 7 has neither bytes nor a path"):
+        decode_image({"bytes": None, "path": None}, "RGB", "Row 7")
+
+
+@pytest.mark.parametrize("pixels", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
+def test_pixels_of_unknown_range_are_refused(pixels: np.ndarray):
+    with pytest.raises(ValueError, match=r"The image has pixels of mode '[FI]' from .* convert it to 8 or 16 bits"):
+        decode(encode(Image.fromarray(pixels), "TIFF"))

@@ -1,0 +1,210 @@
+"""Model cards: valid, computed and not invented, and with code that runs."""
+
+import re
+
+import pytest
+import yaml
+from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModelForImageClassification, BitImageProcessorPil
+
+from hf_vssm_prune import PlainMambaModel, VimConfig, count_flops
+from hf_vssm_prune.hub import (
+    Evaluation,
+    Measurement,
+    ModelCardInfo,
+    TrainingRecipe,
+    create_model_card,
+    save_for_hub,
+)
+from hf_vssm_prune.hub.model_card import format_flops
+from hf_vssm_prune.hub.published_results import PUBLISHED_RESULTS, preset_of, published_results
+
+
+ALL_SECTIONS = [
+    "Model details",
+    "How to use",
+    "Token pruning",
+    "Training",
+    "Evaluation",
+    "Limits",
+    "Licence",
+    "Citation",
+]
+EVALUATION = Evaluation(
+    dataset_name="Fashion-MNIST",
+    dataset_id="fashion_mnist",
+    split="test",
+    num_images=2000,
+    this_model=Measurement("pruned, fine-tuned", top1=90.15, top5=99.6, images_per_second=321.04, pruned=True),
+    others=[Measurement("dense", top1=90.4, images_per_second=200.0), Measurement("pruned", top1=80.0, pruned=True)],
+    hardware="a CPU with 2 cores",
+)
+INFO = ModelCardInfo(
+    name="A small model",
+    summary="It tells bags from boots.",
+    license="mit",
+    license_notice="The data is under the MIT licence.",
+    base_model="someone/dense",
+    original_weights="trained by us",
+    datasets=["zalando-datasets/fashion_mnist"],
+    training=TrainingRecipe("python scripts/finetune.py --epochs 3", "Three epochs.", {"learning rate": 1e-5}),
+    evaluation=EVALUATION,
+    limits=["It knows three classes.", "It saw grey images only."],
+    tags=["fashion"],
+)
+
+
+@pytest.fixture
+def image_processor() -> BitImageProcessorPil:
+    return BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+def make_classifier(config):
+    return AutoModelForImageClassification.from_config(config).eval()
+
+
+def sections(card: ModelCard) -> list[str]:
+    return re.findall(r"^## (.+)$", card.text, re.MULTILINE)
+
+
+def python_blocks(card: ModelCard) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", card.text, re.MULTILINE | re.DOTALL)
+
+
+def test_full_card(tiny_pruned_config, image_processor) -> None:
+    model = make_classifier(tiny_pruned_config)
+    card = create_model_card(model, INFO, image_processor)
+    assert sections(card) == ALL_SECTIONS
+    flops = count_flops(model.config)
+    assert f"| Parameters | {sum(parameter.numel() for parameter in model.parameters()):,} |" in card.text
+    assert f"| Multiply-adds, dense | {format_flops(flops.dense.published)} |" in card.text
+    assert f"{format_flops(flops.pruned.published)} (−{100 * flops.reduction:.1f}%)" in card.text
+    assert "| 1 | 0.7 | 16 | 12 |\n| 3 | 0.6 | 12 | 8 |" in card.text
+    assert "```bash\npython scripts/finetune.py --epochs 3\n```" in card.text
+    assert f"| dense | {format_flops(flops.dense.published)} | 90.40 | – | 200.0 |" in card.text
+    pruned = format_flops(flops.pruned.published)
+    assert f"| pruned, fine-tuned | {pruned} | 90.15 | 99.60 | 321.0 |" in card.text
+    assert "2409.18962" in card.text
+
+
+def test_metadata(tiny_pruned_config, image_processor) -> None:
+    card = create_model_card(make_classifier(tiny_pruned_config), INFO, image_processor)
+    metadata = yaml.safe_load(card.content.split("---")[1])
+    assert metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "image-classification"
+    assert metadata["license"] == "mit"
+    assert metadata["base_model"] == "someone/dense"
+    assert metadata["base_model_relation"] == "finetune"
+    assert metadata["datasets"] == ["zalando-datasets/fashion_mnist"]
+    assert {tiny_pruned_config.model_type, "token-pruning", "fashion"} <= set(metadata["tags"])
+    (result,) = ModelCard(card.content).data.eval_results[:1]
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.9015)
+    assert (result.dataset_name, result.dataset_split) == ("Fashion-MNIST", "test")
+
+
+def test_nothing_is_invented(tiny_config) -> None:
+    card = create_model_card(make_classifier(tiny_config), ModelCardInfo(name="Unknown"))
+    assert sections(card) == ["Model details", "How to use", "Citation"]
+    assert set(card.data.to_dict()) == {"library_name", "tags"}
+    assert "None" not in card.content
+    assert "pruned" not in card.text
+    assert "2409.18962" not in card.text, "the paper on pruning has no part in a dense model"
+
+
+def test_headless_model(plainmamba_config, image_processor) -> None:
+    card = create_model_card(PlainMambaModel(plainmamba_config), ModelCardInfo(name="Features"), image_processor)
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert "AutoModelForImageClassification" not in card.text
+    assert "Classes" not in card.text
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("token_pruning", [None, TOKEN_PRUNING], ids=["dense", "pruned"])
+@pytest.mark.parametrize("head", [True, False], ids=["classifier", "headless"])
+def test_code_in_the_card_runs(family, token_pruning, head, image_processor, tmp_path, monkeypatch, capsys) -> None:
+    model = make_classifier(MAKE_CONFIG[family](token_pruning=token_pruning))
+    folder = save_for_hub(
+        model if head else model.base_model, tmp_path / "my model", image_processor, ModelCardInfo("M")
+    )
+    Image.new("L", (40, 50), 128).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks(ModelCard.load(folder / "README.md"))
+    assert len(blocks) == (4 if head else 3)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert ("LABEL_" in printed) == head
+    if token_pruning:
+        assert str([12 + (family == "vim"), 8 + (family == "vim")]) in printed
+
+
+def test_card_without_image_processor_shows_no_code_that_needs_one(tiny_pruned_config) -> None:
+    card = create_model_card(make_classifier(tiny_pruned_config), INFO)
+    assert "pipeline_tag" not in card.data.to_dict()
+    assert "AutoImageProcessor" not in card.text
+    assert 'pipeline("' not in card.text
+
+
+def test_model_id_in_code(tiny_config, tmp_path) -> None:
+    model = make_classifier(tiny_config)
+    assert 'from_pretrained("org/name")' in create_model_card(model, ModelCardInfo("Title", model_id="org/name")).text
+    folder = save_for_hub(model, tmp_path / "name", model_card=ModelCardInfo("Some title"))
+    assert 'from_pretrained("name")' in (folder / "README.md").read_text()
+
+
+# ---- Published results -------------------------------------------------------------------------------------------
+
+
+def test_published_results_are_marked_as_the_papers(image_processor) -> None:
+    config = VimConfig.from_preset("T", token_pruning={"layers": [10, 20], "keep_ratios": [0.8, 0.8]})
+    card = create_model_card(make_classifier(config), ModelCardInfo("Vim-T"), image_processor)
+    assert "## What papers report" in card.text
+    assert "| token pruning with alignment | 75.1 | 1.29 G | ToP, arXiv 2409.18962 |" in card.text
+    assert "none of them was measured with this checkpoint" in card.text
+    assert "model-index" not in card.data.to_dict()
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_every_preset_is_recognised(family) -> None:
+    config_class = type(MAKE_CONFIG[family]())
+    for preset in config_class.presets:
+        assert preset_of(config_class.from_preset(preset)) == preset
+        assert preset_of(config_class.from_preset(preset, num_labels=10)) is None
+        assert preset_of(config_class.from_preset(preset, image_size=448)) is None
+    assert {preset for model_type, preset in PUBLISHED_RESULTS if model_type == family} <= set(config_class.presets)
+    assert published_results(MAKE_CONFIG[family]()) == []
+
+
+# ---- Bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top1", [-0.1, 100.1, float("nan")])
+def test_accuracy_out_of_range(top1) -> None:
+    with pytest.raises(ValueError, match=r"`top1` of 'dense' is .*from 0 to 100"):
+        Measurement("dense", top1=top1)
+
+
+@pytest.mark.parametrize("speed", [0.0, -1.0, float("nan")])
+def test_speed_out_of_range(speed) -> None:
+    with pytest.raises(ValueError, match="`images_per_second` of 'dense'"):
+        Measurement("dense", top1=50.0, images_per_second=speed)
+
+
+def test_empty_name() -> None:
+    with pytest.raises(ValueError, match="`name` of a model card is empty"):
+        ModelCardInfo(name=" ")
+
+
+def test_missing_picture(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.png"):
+        ModelCardInfo(name="Model", picture=tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(14_410_000_000, "14.41 G"), (86_312_000, "86.3 M"), (1_446_000_000, "1.45 G")]
+)
+def test_format_flops(count, text) -> None:
+    assert format_flops(count) == text

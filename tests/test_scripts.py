@@ -1,0 +1,262 @@
+"""The training scripts as a user runs them: whole runs, killed and resumed ones, two processes, and wrong options."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import make_plainmamba_config
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from hf_vssm_prune.hub import save_for_hub
+from hf_vssm_prune.training.jobs import new_image_processor
+
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SCHEDULE = ["--prune_layers", "1", "3", "--keep_ratios", "0.7", "0.6"]
+SMALL = ["--batch_size", "4", "--grad_accum_steps", "3", "--lr", "1e-3", "--workers", "0", "--use_cpu"]
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 training and 9 test images of random noise, of three classes."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 50), ("test", 9)):
+        for i in range(count):
+            file = folder / split / f"class {i % 3}" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense PlainMamba, which has batch norm in its stem."""
+    torch.manual_seed(0)
+    config = make_plainmamba_config()
+    model = AutoModelForImageClassification.from_config(config)
+    processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_share=1.0)
+    return save_for_hub(model, tmp_path_factory.mktemp("dense") / "model", processor)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its state in singletons."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def command(script: str, *arguments: str | Path, num_processes: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if num_processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", f"--master_port={port}"]
+    return [*launcher, str(SCRIPTS / script), *map(str, arguments)]
+
+
+def run(script: str, *arguments: str | Path, num_processes: int = 1) -> subprocess.CompletedProcess:
+    full = command(script, *arguments, num_processes=num_processes)
+    result = subprocess.run(full, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def stop(full: list[str], awaited: Path, number: signal.Signals) -> subprocess.Popen:
+    """Starts a command, and sends it a signal once a file or folder is there."""
+    process = subprocess.Popen(full, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not awaited.exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline, f"{awaited} did not appear"
+        time.sleep(0.002)
+    process.send_signal(number)
+    return process
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    for name in ("last", "last_ema"):
+        weights, others = (load_file(run / name / "model.safetensors") for run in (first, second))
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weights[key], others[key]) for key in weights), name
+
+
+def finetuning(image_folder: Path, checkpoint: Path) -> list[str | Path]:
+    """Everything random at once: augmentation, mixing, drop path. An epoch is 4 updates of 3 batches of 4 images."""
+    options = ["--num_train_epochs", "6", "--checkpointing_steps", "4", "--drop_path", "0.3", "--logging_steps", "5"]
+    model = ["--model_name_or_path", checkpoint, "--model_ema_decay", "0.9", "--alignment_layers", "1", "3"]
+    return ["--dataset_name", image_folder, *model, *options, *SCHEDULE, *SMALL]
+
+
+def test_killed_and_resumed_runs_end_with_the_same_weights_to_the_bit(image_folder, checkpoint, tmp_path):
+    arguments = finetuning(image_folder, checkpoint)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("finetune.py", *arguments, "--output_dir", whole)
+
+    full = command("finetune.py", *arguments, "--output_dir", broken, "--resume", "latest")
+    process = stop(full, broken / "checkpoint-8", signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (broken / "last").exists()
+
+    process = stop(full, broken / "checkpoint-12", signal.SIGTERM)
+    message = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM, message[-3000:]
+    assert "Stopped by SIGTERM" in message
+    assert "--resume latest" in message
+    assert not (broken / "last").exists()
+
+    result = run("finetune.py", *arguments, "--output_dir", broken, "--resume", "latest")
+    assert "Going on from" in result.stderr
+    assert_same_weights(whole, broken)
+    assert not list(broken.glob(".*"))
+    histories = [json.loads((folder / "all_results.json").read_text())["history"] for folder in (whole, broken)]
+    assert histories[0] == histories[1]
+
+
+def test_two_processes_train_and_resume_to_the_bit(image_folder, checkpoint, tmp_path):
+    arguments = [*finetuning(image_folder, checkpoint), "--save_total_limit", "20"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run("finetune.py", *arguments, "--output_dir", whole, num_processes=2)
+    results = json.loads((whole / "all_results.json").read_text())
+    assert [entry["update"] for entry in results["history"]] == [2, 4, 6, 8, 10, 12]
+
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
+    run("finetune.py", *arguments, "--output_dir", resumed, "--resume", "latest", num_processes=2)
+    assert_same_weights(whole, resumed)
+
+
+def test_train_from_scratch_then_prune_then_evaluate(image_folder, tmp_path):
+    sizes = ["hidden_size=16", "num_hidden_layers=4", "state_size=4"]
+    new_model = ["--family", "vim", "--image_size", "32", "--patch_size", "4", "--config_overrides", *sizes]
+    data = ["--dataset_name", image_folder]
+    short = ["--max_train_steps", "2", "--num_warmup_steps", "1", *SMALL]
+    run("train.py", *data, *new_model, *short, "--output_dir", tmp_path / "dense")
+    dense = AutoModelForImageClassification.from_pretrained(tmp_path / "dense" / "last")
+    assert dense.config.model_type == "vim"
+    assert dense.config.token_pruning is None
+    assert dense.config.id2label == {0: "class 0", 1: "class 1", 2: "class 2"}
+
+    start = ["--model_name_or_path", tmp_path / "dense" / "last"]
+    run("finetune.py", *data, *start, *short, "--flops_reduction", "0.4", "--output_dir", tmp_path / "pruned")
+    pruned = AutoModelForImageClassification.from_pretrained(tmp_path / "pruned" / "last")
+    assert pruned.config.token_pruning["alignment"] == "repeat"
+    card = (tmp_path / "pruned" / "last" / "README.md").read_text()
+    assert "finetune.py" in card
+    assert "--flops_reduction 0.4" in card
+
+    model = ["--model_name_or_path", tmp_path / "pruned" / "last", "--dense_name_or_path", tmp_path / "dense" / "last"]
+    result = run("evaluate.py", *data, *model, "--workers", "0", "--device", "cpu", "--json", tmp_path / "out.json")
+    assert "| pruned |" in result.stdout
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures.keys() == {"dense", "pruned"}
+    assert figures["dense"]["accuracy"]["num_images"] == 9
+    reduction = 1 - figures["pruned"]["gflops_published"] / figures["dense"]["gflops_published"]
+    assert reduction == pytest.approx(0.4, abs=0.005)
+
+
+# Wrong options
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FINETUNE = ["--dataset_name", "d", "--output_dir", "o", "--model_name_or_path", "m"]
+TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("finetune", [], "required: --dataset_name"),
+        ("finetune", [*FINETUNE, "--nonsense", "1"], "--nonsense"),
+        ("finetune", [*FINETUNE, "--prune_layers", "6"], "--prune_layers and --keep_ratios go together"),
+        ("finetune", [*FINETUNE, "--prune_layers", "6", "--keep_ratios", "1", "1"], "differ in length"),
+        ("finetune", [*FINETUNE, "--prune_layers", "6", "--keep_ratios", "1.5"], "--keep_ratios has [1.5]"),
+        ("finetune", [*FINETUNE, *SCHEDULE, "--flops_reduction", "0.4"], "exclude each other"),
+        ("finetune", [*FINETUNE, "--flops_reduction", "41.6"], "--flops_reduction is 41.6"),
+        ("finetune", [*FINETUNE, "--prune_alignment", "copy"], "invalid choice: 'copy'"),
+        ("finetune", [*FINETUNE, "--importance", "max"], "invalid choice: 'max'"),
+        ("finetune", [*FINETUNE, "--kd_temperature", "0"], "--kd_temperature is 0.0"),
+        ("finetune", [*FINETUNE, "--kd_weight", "-1"], "--kd_weight is -1.0"),
+        ("finetune", [*FINETUNE, "--alignment_weight", "0", "--alignment_layers", "3"], "needs an --alignment_weight"),
+        ("finetune", [*FINETUNE, "--ignore_mismatched_sizes"], "cannot teach"),
+        ("finetune", [*FINETUNE, "--mixup", "-1"], "mixup_alpha is -1.0"),
+        ("finetune", [*FINETUNE, "--scale", "0.5"], "--scale is [0.5]"),
+        ("finetune", [*FINETUNE, "--no_random_crop", "--random_crop_padding", "4"], "exclude each other"),
+        ("finetune", [*FINETUNE, "--learning_rate", "0"], "--learning_rate is 0.0"),
+        ("finetune", [*FINETUNE, "--learning_rate", "1e-7"], "--min_lr is 1e-06, above --learning_rate"),
+        ("finetune", [*FINETUNE, "--warmup_epochs", "1", "--num_warmup_steps", "9"], "exclude each other"),
+        ("finetune", [*FINETUNE, "--batch_size", "0"], "--per_device_train_batch_size is 0"),
+        ("finetune", [*FINETUNE, "--drop_path", "1"], "--drop_path is 1.0: it must be from 0 to less than 1"),
+        ("finetune", [*FINETUNE, "--clip_grad", "nan"], "--clip_grad is nan"),
+        ("finetune", [*FINETUNE, "--mixed_precision", "int8"], "invalid choice: 'int8'"),
+        ("finetune", [*FINETUNE, "--checkpointing_steps", "often"], "--checkpointing_steps is 'often'"),
+        ("finetune", [*FINETUNE, "--push_to_hub"], "--push_to_hub needs --hub_model_id"),
+        ("finetune", [*FINETUNE, "--train_val_split", "1"], "--train_val_split is 1.0"),
+        ("finetune", [*FINETUNE, "--max_train_samples", "0"], "--max_train_samples is 0"),
+        ("train", TRAIN[:4], "Give either --family"),
+        ("train", [*TRAIN, "--model_name_or_path", "m"], "Give either --family"),
+        ("train", [*TRAIN, "--preset", "S"], "unknown preset 'S' of PlainMambaConfig"),
+        ("train", [*TRAIN, "--patch_size", "7"], "`patch_size` is 7"),
+        ("train", [*TRAIN, "--config_overrides", "hidden_size"], "key=value is needed"),
+        ("train", [*TRAIN, "--config_overrides", "width=3"], "'width', which PlainMambaConfig does not know"),
+        ("train", [*TRAIN, "--config_overrides", "num_channels=1"], "the model's images have 1 channels"),
+        ("train", [*TRAIN[:4], "--model_name_or_path", "m", "--preset", "L1"], "--preset is for a new model"),
+        ("evaluate", [*FINETUNE[:2], "--model_name_or_path", "m", "--json", "/nowhere/out.json"], "does not exist"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_loaded(script, arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        load_script(script).main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["train", "finetune", "evaluate"])
+def test_help(script, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        load_script(script).main(["--help"])
+    assert exit_.value.code == 0
+    assert "--dataset_name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([], "has no pruning schedule, and none was given"),
+        (["--prune_layers", "9", "--keep_ratios", "0.5"], "a model of 4 layers"),
+        ([*SCHEDULE, "--resume", "nowhere"], "--resume nowhere: no checkpoint there"),
+        ([*SCHEDULE, "--batch_size", "51"], "do not fill one batch of 51"),
+        ([*SCHEDULE, "--alignment_layers", "7"], "the model has layers 0 to 3"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_status_1(changes, message, image_folder, checkpoint, tmp_path, capsys):
+    arguments = ["--dataset_name", image_folder, "--model_name_or_path", checkpoint, *SMALL]
+    arguments += [*changes, "--output_dir", tmp_path / "run"]
+    assert load_script("finetune").main([str(argument) for argument in arguments]) == 1
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("error: ")
+    assert message in last_line
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,386 @@
+"""The parts of the training loop, and the loop itself in this process, on a few small images."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+import hf_vssm_prune
+from hf_vssm_prune.training.arguments import AugmentationArguments, OptimizationArguments, RunArguments
+from hf_vssm_prune.training.checkpoints import find_checkpoints, find_resumed
+from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
+from hf_vssm_prune.training.ema import ExponentialMovingAverage
+from hf_vssm_prune.training.evaluation import compare_models, comparison_table, mean_accuracy, score_predictions
+from hf_vssm_prune.training.jobs import new_image_processor
+from hf_vssm_prune.training.loop import Recipe, Trainer, TrainingDivergedError
+from hf_vssm_prune.training.losses import LossWeights
+from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer, parameter_groups
+from hf_vssm_prune.training.sampling import EpochSampler
+
+
+CLASSES = ("blue", "green", "red")
+
+
+def write_images(folder: Path, split: str, per_class: int, generator: np.random.Generator) -> None:
+    for number, name in enumerate(CLASSES):
+        (folder / split / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = generator.integers(0, 120, (32, 32, 3), dtype=np.uint8)
+            pixels[..., 2 - number] += 100
+            Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 training and 5 test images of each of three colours."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    write_images(folder, "train", 12, generator)
+    write_images(folder, "test", 5, generator)
+    return folder
+
+
+@pytest.fixture
+def datasets(image_folder: Path):
+    return load_image_dataset(str(image_folder))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its state in singletons."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def plain_augmentation(**changes) -> AugmentationArguments:
+    """None at all, unless asked for."""
+    nothing = {
+        "no_random_crop": True,
+        "hflip": 0.0,
+        "randaugment_num_ops": 0,
+        "reprob": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "smoothing": 0.0,
+    }
+    return AugmentationArguments(**{**nothing, **changes})
+
+
+def make_recipe(output_dir: Path, losses: LossWeights | None = None, augmentation=None, **optimization) -> Recipe:
+    defaults = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "warmup_epochs": 0.0,
+        "model_ema": False,
+    }
+    return Recipe(
+        OptimizationArguments(**{**defaults, **optimization}),
+        augmentation or plain_augmentation(),
+        RunArguments(output_dir=str(output_dir), use_cpu=True),
+        losses or LossWeights(),
+    )
+
+
+def make_trainer(config, datasets, recipe: Recipe, teacher=None) -> Trainer:
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_config(config)
+    processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_share=1.0)
+    return Trainer(model, datasets, processor, recipe, teacher)
+
+
+# Optimizer and learning rate
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_no_decay_on_norms_biases_and_the_state_space_parameters(family):
+    model = AutoModelForImageClassification.from_config(MAKE_CONFIG[family]())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, learning_rate=1e-3, weight_decay=0.05)
+    found = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert found.keys() == set(names.values())
+    undecayed = ("bias", "A_log", ".D", "position_embeddings", "class_token", "norm.weight", "normalization.weight")
+    for name, decay in found.items():
+        assert decay == (0.0 if name.endswith(undecayed) else 0.05), name
+    assert {group["lr"] for group in groups} == {1e-3}
+
+
+def test_layer_decay_lowers_the_rate_towards_the_input(vim_config):
+    model = AutoModelForImageClassification.from_config(vim_config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.0, layer_decay=0.5)
+    rates = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+    assert rates["vim.embeddings.class_token"] == 0.5**5
+    assert rates["vim.layers.0.norm.weight"] == 0.5**4
+    assert rates["vim.layers.3.mixer.out_proj.weight"] == 0.5
+    assert rates["vim.norm.weight"] == rates["classifier.weight"] == 1.0
+
+
+def test_cosine_schedule_with_warmup_and_lowest_rate():
+    schedule = LearningRateSchedule("cosine", num_updates=110, warmup_updates=10, warmup_share=0.2, min_share=0.1)
+    assert schedule.share(0) == 0.2
+    assert schedule.share(5) == pytest.approx(0.6)
+    assert schedule.share(10) == 1.0
+    assert schedule.share(35) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert schedule.share(110) == pytest.approx(0.1)
+
+
+def test_linear_and_constant_schedules():
+    assert LearningRateSchedule("linear", num_updates=10, min_share=0.5).share(4) == pytest.approx(0.8)
+    assert LearningRateSchedule("constant", num_updates=10, min_share=0.5).share(9) == 1.0
+
+
+def test_a_schedule_keeps_the_ratios_between_groups(vim_config):
+    model = AutoModelForImageClassification.from_config(vim_config)
+    optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.0, layer_decay=0.5)
+    LearningRateSchedule("linear", num_updates=10).apply(optimizer, 5)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+        [group["initial_lr"] / 2 for group in optimizer.param_groups]
+    )
+
+
+# The average of the weights
+
+
+def test_average_of_weights_and_batch_norm_statistics():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    ema = ExponentialMovingAverage(model, decay=0.75)
+    expected = {name: value.double() for name, value in start.items()}
+    for update in (1, 2, 3):
+        model(torch.randn(8, 3))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ema.update(model, update)
+        for name, value in model.state_dict().items():
+            expected[name] = 0.75 * expected[name] + 0.25 * value.double()
+    averages = ema.model.state_dict()
+    assert averages["1.num_batches_tracked"] == 3
+    assert not torch.equal(averages["1.running_mean"], start["1.running_mean"])
+    for name in averages.keys() - {"1.num_batches_tracked"}:
+        torch.testing.assert_close(averages[name].double(), expected[name], rtol=1e-5, atol=1e-6)
+    assert not ema.model.training
+    assert not any(parameter.requires_grad for parameter in ema.model.parameters())
+
+
+def test_decay_warms_up():
+    ema = ExponentialMovingAverage(nn.Linear(1, 1), decay=0.99, warmup=True)
+    assert ema.decay_at(1) == 0.0
+    assert ema.decay_at(8) == pytest.approx(0.75)
+    assert ema.decay_at(10_000) == 0.99
+
+
+# The order of images
+
+
+def test_order_depends_on_seed_and_epoch_and_can_start_in_the_middle():
+    sampler = EpochSampler(20, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(20))
+    assert list(sampler) == first
+    sampler.start_at(epoch=1)
+    second = list(sampler)
+    assert second != first
+    sampler.start_at(epoch=1, image=8)
+    assert list(sampler) == second[8:]
+    assert len(sampler) == 12
+    assert list(EpochSampler(20, seed=2)) != first
+
+
+# Evaluation
+
+
+def test_top1_top5_and_loss():
+    logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9.0, 8, 7, 6, 5, 4], [9.0, 8, 7, 6, 5, 4]])
+    scores = score_predictions(logits, torch.tensor([0, 4, 5]))
+    assert scores[:, :2].tolist() == [[1, 1], [0, 1], [0, 0]]
+    accuracy = mean_accuracy([scores[:1], scores[1:]])
+    assert (accuracy.top1, accuracy.top5) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert accuracy.num_images == 3
+    log_sum = math.log(sum(math.exp(-i) for i in range(6)))
+    assert accuracy.loss == pytest.approx(log_sum + (0 + 4 + 5) / 3, rel=1e-6)
+
+
+def test_fewer_labels_than_five():
+    scores = score_predictions(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([0]))
+    assert scores[0, :2].tolist() == [0, 1]
+
+
+def test_comparison_of_dense_and_pruned(datasets):
+    models = {name: AutoModelForImageClassification.from_config(make_vim_config()) for name in ("dense", "pruned")}
+    models["pruned"].load_state_dict(models["dense"].state_dict())
+    models["pruned"].set_token_pruning(dict(TOKEN_PRUNING))
+    processor = new_image_processor(make_vim_config(), [0.5] * 3, [0.25] * 3, crop_share=1.0)
+    images = EvaluationImages(datasets.evaluation, processor)
+    loader = torch.utils.data.DataLoader(images, batch_size=4, collate_fn=collate)
+    evaluations = compare_models(models, loader, torch.device("cpu"))
+    batch = collate([images[i] for i in range(len(images))])
+    for name, model in models.items():
+        with torch.no_grad():
+            guesses = model.eval()(batch["pixel_values"]).logits.argmax(-1)
+        expected = (guesses == batch["labels"]).float().mean().item()
+        assert evaluations[name].accuracy.top1 == pytest.approx(expected)
+        assert evaluations[name].images_per_second > 0
+    flops = hf_vssm_prune.count_flops(models["pruned"].config)
+    assert evaluations["dense"].gflops_total == flops.dense.total / 1e9
+    assert evaluations["pruned"].gflops_total == flops.pruned.total / 1e9
+    assert "| pruned |" in comparison_table(evaluations)
+
+
+# The loop
+
+
+def test_a_run_leaves_models_checkpoints_and_results(datasets, tmp_path):
+    recipe = make_recipe(tmp_path / "run", num_train_epochs=3, model_ema=True, model_ema_warmup=True)
+    results = make_trainer(make_plainmamba_config(), datasets, recipe).train()
+    assert [folder.name for folder in find_checkpoints(tmp_path / "run")] == ["checkpoint-18", "checkpoint-27"]
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text()) == results
+    assert [entry["update"] for entry in results["history"]] == [9, 18, 27]
+    tops = [entry[key] for entry in results["history"] for key in ("eval_top1", "eval_ema_top1")]
+    assert results["best"]["top1"] == max(tops)
+    for name in ("best", "last", "last_ema"):
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / name)
+        assert (tmp_path / "run" / name / "preprocessor_config.json").is_file()
+        assert model.config.num_labels == 3
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_updates_average_the_gradients_of_their_batches(datasets, tmp_path):
+    """5 batches of 4 in groups of 3: the second update has 2. Adam hides the gradient's size in its step, not in its
+    moments: with a rate near 0 the first moment is 0.9 * 0.1 * first gradient + 0.1 * second."""
+    config = make_vim_config(num_labels=3)
+    datasets = replace(datasets, train=datasets.train.select(range(5, 25)))
+    recipe = make_recipe(tmp_path, gradient_accumulation_steps=3, learning_rate=1e-20, warmup_lr=0.0, min_lr=0.0)
+    trainer = make_trainer(config, datasets, recipe)
+    model = trainer.plain_model
+    images = EvaluationImages(datasets.train, trainer.image_processor)
+    order = list(EpochSampler(20, seed=0))
+
+    def gradient(batches: list[int]) -> torch.Tensor:
+        model.zero_grad()
+        for i in batches:
+            batch = collate([images[k] for k in order[4 * i : 4 * i + 4]])
+            loss = nn.functional.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"])
+            (loss / len(batches)).backward()
+        return model.classifier.weight.grad.clone()
+
+    expected = 0.09 * gradient([0, 1, 2]) + 0.1 * gradient([3, 4])
+    model.zero_grad()
+    trainer.train()
+    assert trainer.state.updates == 2
+    moment = trainer.optimizer.optimizer.state[model.classifier.weight]["exp_avg"]
+    torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_accumulated_small_batches_train_like_large_ones(datasets, tmp_path):
+    weights = {}
+    for batch_size, accumulation in ((12, 1), (4, 3)):
+        recipe = make_recipe(
+            tmp_path / str(batch_size),
+            num_train_epochs=2,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            adam_epsilon=1e-3,
+            clip_grad=0.5,
+        )
+        trainer = make_trainer(make_vim_config(), datasets, recipe)
+        trainer.train()
+        weights[batch_size] = trainer.plain_model.state_dict()
+    for name, value in weights[12].items():
+        torch.testing.assert_close(weights[4][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_finetuning_logs_every_term_and_leaves_the_teacher_alone(datasets, tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_vssm_prune")
+    teacher = AutoModelForImageClassification.from_config(make_plainmamba_config(drop_path_rate=0.5))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    recipe = make_recipe(tmp_path, LossWeights(kd_weight=1.0, alignment_weight=1.0), max_train_steps=3)
+    trainer = make_trainer(make_plainmamba_config(token_pruning=dict(TOKEN_PRUNING)), datasets, recipe, teacher)
+    trainer.train()
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    line = next(record.message for record in caplog.records if "update 3/3" in record.message)
+    for term in ("loss", "cross_entropy", "distillation", "alignment", "gradient_norm", "learning_rate"):
+        assert f" {term} " in line
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "last").config.token_pruning == TOKEN_PRUNING
+
+
+def test_bf16_autocast(datasets, tmp_path):
+    recipe = make_recipe(tmp_path, max_train_steps=2, mixed_precision="bf16")
+    results = make_trainer(make_vim_config(token_pruning=dict(TOKEN_PRUNING)), datasets, recipe).train()
+    assert math.isfinite(results["eval_loss"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(datasets, tmp_path):
+    recipe = make_recipe(tmp_path, max_train_steps=8, learning_rate=1e30)
+    trainer = make_trainer(make_vim_config(), datasets, recipe)
+    with pytest.raises(TrainingDivergedError, match=r"update 2 of 8.*--learning_rate \(it is 1e\+30\)"):
+        trainer.train()
+    assert trainer.state.updates == 1
+    assert all(parameter.isfinite().all() for parameter in trainer.plain_model.parameters())
+
+
+def test_trackers_get_the_figures(datasets, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe = make_recipe(tmp_path, max_train_steps=2)
+    recipe.run.with_tracking = True
+    make_trainer(make_vim_config(), datasets, recipe).train()
+    (file,) = (tmp_path / "hf_vssm_prune").glob("events*")
+    events = event_accumulator.EventAccumulator(str(file)).Reload()
+    assert {"train_loss", "train_learning_rate", "eval_top1"} <= set(events.Tags()["scalars"])
+
+
+def test_a_teacher_is_needed_where_the_losses_need_one(datasets, tmp_path):
+    with pytest.raises(ValueError, match="need a teacher"):
+        make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, LossWeights(kd_weight=1.0)))
+
+
+def test_layers_to_align_must_exist(datasets, tmp_path):
+    recipe = make_recipe(tmp_path, LossWeights(alignment_weight=1.0, alignment_layers=(1, 4)))
+    teacher = AutoModelForImageClassification.from_config(make_vim_config())
+    with pytest.raises(ValueError, match=r"has \[4\]: the model has layers 0 to 3"):
+        make_trainer(make_vim_config(), datasets, recipe, teacher)
+
+
+def test_a_batch_must_be_filled(datasets, tmp_path):
+    with pytest.raises(ValueError, match="36 training images do not fill one batch of 64"):
+        make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, per_device_train_batch_size=64))
+
+
+def test_warmup_must_leave_something(datasets, tmp_path):
+    with pytest.raises(ValueError, match="9 updates of warm-up leave nothing of the run's 9"):
+        make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, warmup_epochs=1.0))
+
+
+def test_two_runs_do_not_mix_in_a_folder(datasets, tmp_path):
+    recipe = make_recipe(tmp_path, max_train_steps=1)
+    make_trainer(make_vim_config(), datasets, recipe).train()
+    with pytest.raises(FileExistsError, match="the last is checkpoint-1"):
+        make_trainer(make_vim_config(), datasets, recipe)
+
+
+def test_a_run_with_other_settings_is_not_continued(datasets, tmp_path):
+    make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=1)).train()
+    recipe = make_recipe(tmp_path, max_train_steps=2, clip_grad=1.0)
+    recipe.run.resume = "latest"
+    with pytest.raises(ValueError, match=r"max_train_steps was 1 and is 2; clip_grad was None and is 1\.0"):
+        make_trainer(make_vim_config(), datasets, recipe)
+
+
+def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    assert find_resumed(tmp_path, "latest") is None
+    with pytest.raises(FileNotFoundError, match="no checkpoint there"):
+        find_resumed(tmp_path, str(tmp_path / "checkpoint-5"))

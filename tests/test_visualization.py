@@ -1,0 +1,144 @@
+"""Pictures of kept tokens: the right patches bright, for both families and any size; bad input refused."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from hf_vssm_prune.visualization import (
+    DROPPED,
+    DROPPED_OPACITY,
+    draw_kept_tokens,
+    image_from_pixel_values,
+    kept_patches,
+)
+
+
+GREY = (100, 100, 100)
+COVERED = tuple(
+    round((1 - DROPPED_OPACITY) * pixel + DROPPED_OPACITY * cover) for pixel, cover in zip(GREY, DROPPED, strict=True)
+)
+
+
+def patch_colours(picture: Image.Image, panel_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """Which patches of a one-row, two-column picture's second panel are covered, from the colour in their middle."""
+    pixels = np.asarray(picture).astype(int)
+    is_grey, is_covered = (np.abs(pixels - colour).max(-1) <= 2 for colour in (GREY, COVERED))
+    is_panel = (is_grey | is_covered)[:, pixels.shape[1] // 2 :]
+    # The edges of letters have these colours too, but never along half a panel.
+    top = np.argmax(is_panel.sum(1) > panel_size[0] // 2)
+    left = pixels.shape[1] // 2 + np.argmax(is_panel.sum(0) > panel_size[1] // 2)
+    y = (top + (np.arange(grid[0]) + 0.5) * panel_size[1] / grid[0]).astype(int)
+    x = (left + (np.arange(grid[1]) + 0.5) * panel_size[0] / grid[1]).astype(int)
+    assert (is_grey | is_covered)[np.ix_(y, x)].all()
+    return is_covered[np.ix_(y, x)]
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "panel_size"),
+    [((28, 28), (14, 14), (224, 224)), ((64, 32), (4, 8), (192, 96)), ((300, 600), (10, 5), (112, 224))],
+    ids=["enlarged", "wide", "made smaller"],
+)
+def test_kept_patches_are_bright_and_others_covered(size, grid, panel_size) -> None:
+    num_patches = grid[0] * grid[1]
+    kept = torch.randperm(num_patches)[: num_patches // 2].sort().values
+    picture = draw_kept_tokens([Image.new("RGB", size, GREY)], [kept.unsqueeze(0)], grid)
+    expected = np.ones(num_patches, dtype=bool)
+    expected[kept] = False
+    np.testing.assert_array_equal(patch_colours(picture, panel_size, grid), expected.reshape(grid))
+
+
+def test_images_are_rows_and_stages_are_columns() -> None:
+    images = [Image.new("L", (28, 28), value) for value in (0, 128, 255)]
+    kept = [torch.arange(n).expand(3, -1) for n in (10, 5)]
+    one = draw_kept_tokens(images[:1], [ids[:1] for ids in kept], (4, 4))
+    three = draw_kept_tokens(images, kept, (4, 4))
+    one_stage = draw_kept_tokens(images, kept[:1], (4, 4))
+    assert three.width == one.width
+    assert three.height > 2.5 * one.height
+    assert one_stage.width < 0.75 * three.width
+
+
+def test_long_captions_and_images_of_different_sizes_fit() -> None:
+    images = [Image.new("RGB", (28, 28)), Image.new("RGBA", (640, 100)), Image.new("P", (1, 1))]
+    kept = [torch.tensor([[0, 3], [1, 2], [0, 1]])]
+    short = draw_kept_tokens(images, kept, (2, 2))
+    long = draw_kept_tokens(
+        images, kept, (2, 2), captions=["boot", "a very long caption\n" + 50 * "x", "bag"], layers=[4]
+    )
+    assert long.width > short.width
+    assert long.height > short.height
+    margins = np.asarray(long)[:, [0, -1]]
+    assert (margins == 255).all(), "text runs over the edge"
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("size", [(32, 32), (48, 24)])
+def test_from_a_model(family, size) -> None:
+    config = MAKE_CONFIG[family](token_pruning=dict(TOKEN_PRUNING))
+    model = AutoModelForImageClassification.from_config(config).eval()
+    pixel_values = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        kept_tokens = model(pixel_values).kept_tokens
+    patches = kept_patches(kept_tokens, config, size)
+    grid = config.grid_size_for(*size)
+    num_patches = grid[0] * grid[1]
+    for ids, tokens in zip(patches, kept_tokens, strict=True):
+        assert ids.shape[1] == tokens.shape[1] - (family == "vim")
+        assert (ids.diff(dim=1) > 0).all()
+        assert ids.min() >= 0
+        assert ids.max() < num_patches
+    images = [image_from_pixel_values(image, [0.5] * 3, [0.25] * 3) for image in pixel_values]
+    draw_kept_tokens(images, patches, grid, layers=config.token_pruning["layers"])
+
+
+def test_class_token_is_left_out_of_the_middle(vim_config) -> None:
+    # 16 patches: the class token has id 8, the patches after it 9 to 16.
+    kept = torch.tensor([[0, 7, 8, 9, 16], [1, 2, 8, 10, 11]])
+    (patches,) = kept_patches([kept], vim_config)
+    assert patches.tolist() == [[0, 7, 8, 15], [1, 2, 9, 10]]
+
+
+def test_image_from_pixel_values_undoes_normalisation() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    values = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
+        :, None, None
+    ]
+    np.testing.assert_array_equal(np.asarray(image_from_pixel_values(values, mean, std)), pixels)
+    assert image_from_pixel_values(torch.zeros(1, 4, 4), [1.0], [1.0]).getpixel((0, 0)) == (255, 255, 255)
+
+
+IMAGE = Image.new("RGB", (8, 8))
+KEPT = torch.tensor([[0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": []}, "`images` is empty"),
+        ({"kept_tokens": []}, "`kept_tokens` is empty; a dense model keeps every token"),
+        ({"images": [IMAGE, IMAGE]}, r"`kept_tokens\[0\]` has shape \(1, 2\).*2 images"),
+        ({"kept_tokens": [KEPT[0]]}, r"`kept_tokens\[0\]` has shape \(2,\)"),
+        (
+            {"kept_tokens": [KEPT, KEPT + 3]},
+            r"`kept_tokens\[1\]` has ids from 3 to 4; a grid of 2 x 2 patches has 0 to 3",
+        ),
+        ({"kept_tokens": [KEPT - 1]}, "has ids from -1 to 0"),
+        ({"grid": (2,)}, "`grid` is"),
+        ({"grid": (0, 4)}, "`grid` is"),
+        ({"captions": ["a", "b"]}, "`captions` has 2 entries for 1 images"),
+        ({"layers": [1, 2]}, "`layers` has 2 entries for 1 stages"),
+    ],
+)
+def test_bad_input(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_kept_tokens(**{"images": [IMAGE], "kept_tokens": [KEPT], "grid": (2, 2), **arguments})
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (2, 8, 8), (1, 3, 8, 8)])
+def test_bad_pixel_values(shape) -> None:
+    with pytest.raises(ValueError, match="`pixel_values` has shape"):
+        image_from_pixel_values(torch.zeros(shape), [0.5], [0.5])
