@@ -77,7 +77,15 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         self.token_pruning = self.complete_token_pruning(self.token_pruning)
 
     def _check_sizes(self) -> None:
-        names = ["patch_size", "num_channels", "hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel"]
+        names = [
+            "patch_size",
+            "num_channels",
+            "hidden_size",
+            "num_hidden_layers",
+            "state_size",
+            "expand",
+            "conv_kernel",
+        ]
         if self.time_step_rank != "auto":
             names.append("time_step_rank")
         for name in names:

@@ -48,7 +48,9 @@ class PlainMambaConfig(VisionMambaConfig):
     def _check_sizes(self) -> None:
         super()._check_sizes()
         if self.patch_size % 2:
-            raise ValueError(f"`patch_size` is {self.patch_size}; PlainMamba's stem halves the image first: it must be even.")
+            raise ValueError(
+                f"`patch_size` is {self.patch_size}; PlainMamba's stem halves the image first: it must be even."
+            )
         if self.conv_kernel % 2 == 0:
             raise ValueError(f"`conv_kernel` is {self.conv_kernel}; it must be odd, so that a patch has a centre.")
         if outside := [layer for layer in self.depthwise_layers if not 0 <= layer < self.num_hidden_layers]:

@@ -46,7 +46,9 @@ class VimConfig(VisionMambaConfig):
 
     def grid_size_for(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in patches: pixels that fill no whole patch are left out."""
-        return tuple(max(0, (size - self.patch_size) // self.patch_stride + 1) for size in (height, width))
+        stride = self.patch_stride or self.patch_size
+        rows, columns = (max(0, (size - self.patch_size) // stride + 1) for size in (height, width))
+        return rows, columns
 
 
 __all__ = ["VimConfig"]

@@ -5,7 +5,7 @@ Both ways go through one table: the published name of each of our tensors. Tenso
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from .modeling_plainmamba import PlainMambaForImageClassification
 from .modeling_vim import VimForImageClassification
 
 
+Names = list[tuple[str, str | Callable[[re.Match[str]], str]]]
+
 # Our names -> published names, the first pattern that matches the whole name counts.
-PLAINMAMBA_NAMES = [
+PLAINMAMBA_NAMES: Names = [
     (r"plainmamba\.embeddings\.position_embeddings", r"backbone.pos_embed"),
     (r"plainmamba\.embeddings\.stem\.0\.convolution\.(.+)", r"backbone.patch_embed.stem.0.\1"),
     (r"plainmamba\.embeddings\.stem\.0\.normalization\.(.+)", r"backbone.patch_embed.stem.1.\1"),
@@ -43,7 +45,7 @@ PLAINMAMBA_NAMES = [
     (r"plainmamba\.norm\.(.+)", r"backbone.ln1.\1"),
     (r"classifier\.(.+)", r"head.fc.\1"),
 ]
-VIM_NAMES = [
+VIM_NAMES: Names = [
     (r"vim\.embeddings\.class_token", r"cls_token"),
     (r"vim\.embeddings\.position_embeddings", r"pos_embed"),
     (r"vim\.embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
@@ -87,9 +89,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has exceptions of its own
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values. It is damaged, or it holds Python objects, "
-            "which are not loaded because they could run code; if you trust its source, load it yourself and save "
-            f'{{"model": state_dict}} alone. The reader said: {error}'
+            f"{path} cannot be read as a checkpoint of tensors and plain values. It is damaged, or it holds Python "
+            "objects, which are not loaded because they could run code; if you trust its source, load it yourself "
+            f'and save {{"model": state_dict}} alone. The reader said: {error}'
         ) from error
 
 
@@ -107,7 +109,9 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
     found = next((checkpoint[key] for key in keys if key in checkpoint), None if ema else checkpoint)
     if not isinstance(found, Mapping) or not found:
         kind = "EMA weights" if ema else "weights"
-        raise ValueError(f"the checkpoint holds no {kind} under any of {list(keys)}; it has {sorted(map(str, checkpoint))[:20]}.")
+        raise ValueError(
+            f"the checkpoint holds no {kind} under any of {list(keys)}; it has {sorted(map(str, checkpoint))[:20]}."
+        )
     tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"the checkpoint holds no tensors; it has {sorted(map(str, found))[:20]}.")
@@ -141,7 +145,9 @@ def convert_official_state_dict(
         if key in official and official[key].shape != tensor.shape
     ]
     if problems:
-        raise ValueError(f"the checkpoint does not fit this {config.model_type} configuration:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            f"the checkpoint does not fit this {config.model_type} configuration:\n  " + "\n  ".join(problems)
+        )
     return {name: official[key] for key, (name, _) in expected.items()}
 
 
@@ -155,7 +161,9 @@ def convert_to_official_state_dict(config: VisionMambaConfig, state_dict: Mappin
     problems = [f"missing: {name}" for name in expected if name not in state_dict]
     problems += [f"unexpected: {name}" for name in state_dict if name not in expected]
     if problems:
-        raise ValueError(f"these are not the weights of this {config.model_type} classifier:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            f"these are not the weights of this {config.model_type} classifier:\n  " + "\n  ".join(problems)
+        )
     return {official_name(config.model_type, name): state_dict[name] for name in expected}
 
 

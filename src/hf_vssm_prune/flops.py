@@ -1,8 +1,8 @@
 """How much a model computes, dense and pruned, counted from its configuration; and a schedule found from a budget.
 
-One multiply-add counts as one FLOP, as the field has it. Counted are linear layers, convolutions and, for each scan over
-L tokens with E channels and N states, 9 L E N. The figures that were published for these models follow two conventions:
-PlainMamba's count all of its four scans, Vim's only one of its two directions.
+One multiply-add counts as one FLOP, as the field has it. Counted are linear layers, convolutions and, for each scan
+over L tokens with E channels and N states, 9 L E N. The figures that were published for these models follow two
+conventions: PlainMamba's count all of its four scans, Vim's only one of its two directions.
 """
 
 import itertools
@@ -10,6 +10,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from .token_pruning import count_kept
 
@@ -45,7 +47,7 @@ class ModelFlops:
         return 1 - self.pruned.published / self.dense.published
 
 
-def count_flops(config, image_size: int | tuple[int, int] | None = None) -> ModelFlops:
+def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | None = None) -> ModelFlops:
     """Counts the FLOPs of one image.
 
     Args:
@@ -61,19 +63,21 @@ def count_flops(config, image_size: int | tuple[int, int] | None = None) -> Mode
 
 def tokens_per_layer(num_patches: int, num_hidden_layers: int, token_pruning: dict[str, Any] | None) -> list[int]:
     """Patch tokens that each layer sees."""
-    ratios = {} if token_pruning is None else dict(zip(token_pruning["layers"], token_pruning["keep_ratios"], strict=True))
+    ratios = (
+        {} if token_pruning is None else dict(zip(token_pruning["layers"], token_pruning["keep_ratios"], strict=True))
+    )
     tokens = [num_patches]
     for layer in range(1, num_hidden_layers):
         tokens.append(count_kept(tokens[-1], ratios[layer]) if layer in ratios else tokens[-1])
     return tokens
 
 
-def _count(config, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
+def _count(config: PreTrainedConfig, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
     count = {"plainmamba": _count_plainmamba, "vim": _count_vim}[config.model_type]
     return count(config, image_size, tokens)
 
 
-def _count_plainmamba(config, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
+def _count_plainmamba(config: PreTrainedConfig, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
     hidden, width, stem = config.hidden_size, config.intermediate_size, config.stem_channels
     stem_pixels = math.prod(math.ceil(size / 2) for size in image_size)
     parts = Counter(
@@ -91,7 +95,7 @@ def _count_plainmamba(config, image_size: tuple[int, int], tokens: list[int]) ->
     return FlopCount(parts.total(), parts.total(), dict(parts))
 
 
-def _count_vim(config, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
+def _count_vim(config: PreTrainedConfig, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
     hidden, width = config.hidden_size, config.intermediate_size
     parts = Counter(
         patch_projection=tokens[0] * config.patch_size**2 * config.num_channels * hidden,
@@ -112,16 +116,16 @@ def _count_vim(config, image_size: tuple[int, int], tokens: list[int]) -> FlopCo
     return FlopCount(parts.total(), parts.total() - one_direction, dict(parts))
 
 
-def _projections(config, length: int) -> Counter[str]:
+def _projections(config: PreTrainedConfig, length: int) -> Counter[str]:
     return Counter(in_and_out_projections=length * 3 * config.hidden_size * config.intermediate_size)
 
 
-def _input_projections(config, length: int) -> int:
+def _input_projections(config: PreTrainedConfig, length: int) -> int:
     """x_proj, which makes time-step features, B and C from each token, and dt_proj."""
     return length * config.intermediate_size * (2 * config.time_step_rank + 2 * config.state_size)
 
 
-def _scan(config, length: int) -> int:
+def _scan(config: PreTrainedConfig, length: int) -> int:
     return FLOPS_PER_SCAN_STATE * length * config.intermediate_size * config.state_size
 
 
@@ -130,12 +134,12 @@ def _scan(config, length: int) -> int:
 BUDGET_TOLERANCE = 0.005
 
 
-def schedule_for_budget(config, flops_reduction: float) -> dict[str, list]:
+def schedule_for_budget(config: PreTrainedConfig, flops_reduction: float) -> dict[str, list]:
     """Finds the pruning schedule that removes a share of the published FLOPs, at `config.image_size`.
 
     Tokens go in three stages, at a sixth, a third and half of the depth (the paper's model of 36 layers: 6, 12, 18),
-    with one keep ratio for all where one meets the budget, else with ratios that differ. Of the schedules that remove at
-    least what was asked for, the one that removes least is taken.
+    with one keep ratio for all where one meets the budget, else with ratios that differ. Of the schedules that remove
+    at least what was asked for, the one that removes least is taken.
 
     Args:
         config: a `PlainMambaConfig` or `VimConfig`.
@@ -159,7 +163,9 @@ def schedule_for_budget(config, flops_reduction: float) -> dict[str, list]:
     savings = _savings_per_token(config, layers)
     most = sum(savings) * (num_patches - 1)
     if flops_reduction > most + BUDGET_TOLERANCE:
-        raise ValueError(f"`flops_reduction` is {flops_reduction}; dropping all but one token at {layers} removes {most:.3f}.")
+        raise ValueError(
+            f"`flops_reduction` is {flops_reduction}; dropping all but one token at {layers} removes {most:.3f}."
+        )
 
     def reduction(counts: Counts) -> float:
         return sum(saving * (num_patches - count) for saving, count in zip(savings, counts, strict=True))
@@ -177,15 +183,15 @@ def schedule_for_budget(config, flops_reduction: float) -> dict[str, list]:
         return {"layers": layers, "keep_ratios": _ratios(num_patches, best)}
     nearest = min((reduction(counts) for counts in exact), key=lambda cut: abs(cut - flops_reduction))
     raise ValueError(
-        f"`flops_reduction` is {flops_reduction}; with {num_patches} tokens and stages at {layers} no schedule comes within "
-        f"half a point of it, the nearest removes {nearest:.3f}."
+        f"`flops_reduction` is {flops_reduction}; with {num_patches} tokens and stages at {layers} no schedule comes "
+        f"within half a point of it, the nearest removes {nearest:.3f}."
     )
 
 
 Counts = tuple[int, ...]
 
 
-def _savings_per_token(config, layers: list[int]) -> list[float]:
+def _savings_per_token(config: PreTrainedConfig, layers: list[int]) -> list[float]:
     """For each stage, the share of the dense FLOPs that goes with one token, from its layer to the next stage's."""
     size = config.image_height_width(config.image_size)
     dense = tokens_per_layer(math.prod(config.grid_size), config.num_hidden_layers, None)

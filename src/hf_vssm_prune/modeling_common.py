@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
+from .configuration_common import VisionMambaConfig
 from .token_pruning import (
     check_token_pruning,
     count_kept,
@@ -31,26 +32,30 @@ class PrunedModelOutput(BaseModelOutputWithPooling):
         token_scores: for each stage the importance of the tokens that could be dropped, shape (batch, candidates).
     """
 
-    kept_tokens: tuple[torch.LongTensor, ...] | None = None
-    token_scores: tuple[torch.FloatTensor, ...] | None = None
+    kept_tokens: tuple[Tensor, ...] | None = None
+    token_scores: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class PrunedImageClassifierOutput(ImageClassifierOutput):
     """Output of an image classifier that can drop tokens on the way; see `PrunedModelOutput` for the last two."""
 
-    kept_tokens: tuple[torch.LongTensor, ...] | None = None
-    token_scores: tuple[torch.FloatTensor, ...] | None = None
+    kept_tokens: tuple[Tensor, ...] | None = None
+    token_scores: tuple[Tensor, ...] | None = None
 
 
 class TokenPruningMixin:
     """For `PreTrainedModel`s whose configuration has `token_pruning`."""
 
-    def set_token_pruning(self, token_pruning: dict | None) -> None:
+    config: VisionMambaConfig
+
+    def set_token_pruning(self, token_pruning: dict[str, Any] | None) -> None:
         """Changes the pruning schedule of a loaded model; None makes it dense. The weights stay as they are.
 
+        The schedule is the configuration's: models that were made from one configuration object change together.
+
         Args:
-            token_pruning: as `config.token_pruning`; also `{"flops_reduction": 0.416}` for a schedule found from a budget.
+            token_pruning: as `config.token_pruning`; with `{"flops_reduction": 0.416}` a schedule is found.
 
         Raises:
             ValueError: the schedule is not allowed; the model keeps the one it has.
@@ -59,31 +64,26 @@ class TokenPruningMixin:
 
 
 class TokenLayout(Protocol):
-    """What a family's layers need to know of the tokens that are left.
+    """What a family's layers need to know of the tokens that are left."""
 
-    Attributes:
-        kept: their original ids, shape (batch, n). None: all are there.
-        class_position: the row of the class token in each sample, shape (batch, 1). None: there is none.
-    """
+    @property
+    def kept(self) -> Tensor | None:
+        """Their original ids, shape (batch, n). None: all are there."""
 
-    kept: Tensor | None
-    class_position: Tensor | None
+    @property
+    def class_position(self) -> Tensor | None:
+        """The row of the class token in each sample, shape (batch, 1). None: there is none."""
 
-    def keep(self, positions: Tensor, alignment: str) -> "TokenLayout":
-        """The layout when only the rows `positions` (batch, n) stay."""
-        ...
-
-
-class EncoderOutput(NamedTuple):
-    """Hidden states (batch, tokens left, hidden), the layout of their tokens, and for each stage what it kept and why."""
-
-    hidden_states: Tensor
-    layout: TokenLayout
-    kept_tokens: tuple[Tensor, ...] | None
-    token_scores: tuple[Tensor, ...] | None
+    def keep(self: "Layout", kept: Tensor, alignment: str) -> "Layout":
+        """The layout when only the tokens with the original ids `kept` (batch, n) stay."""
 
 
-def encode(layers: nn.ModuleList, hidden_states: Tensor, layout: TokenLayout, config) -> EncoderOutput:
+Layout = TypeVar("Layout", bound=TokenLayout)
+
+
+def encode(
+    layers: nn.ModuleList, hidden_states: Tensor, layout: Layout, config: VisionMambaConfig
+) -> tuple[Tensor, Layout, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
     """Runs the layers; at the input of those in the pruning schedule the less important tokens are dropped.
 
     Args:
@@ -91,17 +91,21 @@ def encode(layers: nn.ModuleList, hidden_states: Tensor, layout: TokenLayout, co
         hidden_states: all tokens, shape (batch, tokens, hidden).
         layout: of all tokens.
         config: with `token_pruning`, which is checked once more: an attribute set on a configuration was not.
+
+    Returns:
+        Hidden states (batch, tokens left, hidden), the layout of these tokens, and for each stage what it kept and the
+        scores by which it chose, None in a dense model.
     """
     if config.token_pruning is None:
         for layer in layers:
             hidden_states, _ = layer(hidden_states, layout)
-        return EncoderOutput(hidden_states, layout, None, None)
+        return hidden_states, layout, None, None
 
     pruning = check_token_pruning(config.token_pruning, config.num_hidden_layers)
     keep_ratios = dict(zip(pruning["layers"], pruning["keep_ratios"], strict=True))
     kept_tokens, token_scores = [], []
-    mixer_output = None
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(layers, start=1):
+        hidden_states, mixer_output = layer(hidden_states, layout)
         if index in keep_ratios:
             scores = token_importance(mixer_output, pruning["importance"])
             if layout.class_position is None:
@@ -110,17 +114,24 @@ def encode(layers: nn.ModuleList, hidden_states: Tensor, layout: TokenLayout, co
                 count = count_kept(scores.shape[1] - 1, keep_ratios[index])
                 positions, scores = select_beside_class_token(scores, count, layout.class_position)
             hidden_states = gather_tokens(hidden_states, positions)
-            layout = layout.keep(positions, pruning["alignment"])
-            kept_tokens.append(layout.kept)
+            kept = positions if layout.kept is None else layout.kept.gather(1, positions)
+            layout = layout.keep(kept, pruning["alignment"])
+            kept_tokens.append(kept)
             token_scores.append(scores)
-        hidden_states, mixer_output = layer(hidden_states, layout)
-    return EncoderOutput(hidden_states, layout, tuple(kept_tokens), tuple(token_scores))
+    return hidden_states, layout, tuple(kept_tokens), tuple(token_scores)
 
 
-def full_hidden_states(config, outputs: PrunedModelOutput, index: int) -> Tensor:
-    """Hidden states number `index` of all tokens, shape (batch, tokens, hidden): a dropped token keeps its last state."""
-    stages = [] if config.token_pruning is None else [layer for layer in config.token_pruning["layers"] if layer < index]
-    states = [outputs.hidden_states[layer] for layer in stages] + [outputs.hidden_states[index]]
+def image_classifier(config: VisionMambaConfig) -> nn.Module:
+    """A linear layer from pooled features to logits; where there are no labels, the features themselves."""
+    return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+
+
+def full_hidden_states(config: VisionMambaConfig, outputs: PrunedModelOutput, index: int) -> Tensor:
+    """Hidden states number `index` of all tokens (batch, tokens, hidden): a dropped token keeps its last state."""
+    layers = [] if config.token_pruning is None else config.token_pruning["layers"]
+    stages = [layer for layer in layers if layer < index]
+    hidden_states = outputs.hidden_states or ()
+    states = [hidden_states[layer] for layer in (*stages, index)]
     return fill_dropped_tokens(states, (outputs.kept_tokens or ())[: len(stages)])
 
 
@@ -140,11 +151,15 @@ def check_pixel_values(pixel_values: Tensor, num_channels: int) -> None:
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(f"`pixel_values` has shape {shape}: an image without pixels.")
     if not pixel_values.is_floating_point():
-        raise ValueError(f"`pixel_values` has dtype {pixel_values.dtype}; normalised floating-point values are expected.")
+        raise ValueError(
+            f"`pixel_values` has dtype {pixel_values.dtype}; normalised floating-point values are expected."
+        )
     if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling():
         finite = pixel_values.isfinite().flatten(1).all(1)
         if not finite.all():
-            raise ValueError(f"`pixel_values` holds NaN or infinity in samples {(~finite).nonzero().flatten().tolist()}.")
+            raise ValueError(
+                f"`pixel_values` holds NaN or infinity in samples {(~finite).nonzero().flatten().tolist()}."
+            )
 
 
 def resize_position_embeddings(
@@ -168,7 +183,7 @@ def resize_position_embeddings(
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample (arXiv 1603.09382): in training a residual branch is left out with this probability."""
+    """Stochastic depth per sample (arXiv 1603.09382): training leaves out a residual branch with this probability."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -185,12 +200,12 @@ class DropPath(nn.Module):
         return f"p={self.drop_prob}"
 
 
-def drop_path_rates(config) -> list[float]:
+def drop_path_rates(config: VisionMambaConfig) -> list[float]:
     """Linear from 0 in the first layer to `config.drop_path_rate` in the last."""
     return torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
 
 
-def init_time_step_projection(projection: nn.Linear, config) -> None:
+def init_time_step_projection(projection: nn.Linear, config: VisionMambaConfig) -> None:
     """Mamba's initialisation: time steps spread log-uniformly between `time_step_min` and `time_step_max`.
 
     The bias is the inverse softplus of the step: log(exp(step) - 1) = step + log(1 - exp(-step)).

@@ -1,7 +1,7 @@
 """PlainMamba with token pruning.
 
-The model is that of "PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition" (arXiv 2403.17695), pruned as in
-"Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
+The model is that of "PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition" (arXiv 2403.17695), pruned as
+in "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
 """
 
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from .modeling_common import (
     drop_path_rates,
     encode,
     full_hidden_states,
+    image_classifier,
     init_decay,
     init_time_step_projection,
     resize_position_embeddings,
@@ -62,8 +63,7 @@ class PlainMambaTokenLayout(NamedTuple):
         paths = snake_paths(grid, device)
         return cls(grid, paths, kept=None, paths=paths, alignment="none")
 
-    def keep(self, positions: Tensor, alignment: str) -> "PlainMambaTokenLayout":
-        kept = positions if self.kept is None else self.kept.gather(1, positions)
+    def keep(self, kept: Tensor, alignment: str) -> "PlainMambaTokenLayout":
         return self._replace(kept=kept, paths=prune_paths(self.full_paths, kept, alignment), alignment=alignment)
 
 
@@ -82,7 +82,7 @@ class PlainMambaConvNorm(nn.Module):
 
 
 class PlainMambaEmbeddings(nn.Module):
-    """Pixel values to tokens: a convolutional stem at half the resolution, the patch projection, position embeddings."""
+    """Pixel values to tokens: a convolutional stem at half the resolution, patch projection, position embeddings."""
 
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class PlainMambaEmbeddings(nn.Module):
 
 
 class PlainMambaMixer(nn.Module):
-    """Depthwise convolution on the grid, then four selective scans along snake paths that share one set of parameters."""
+    """Depthwise convolution on the grid, then four selective scans along snake paths with one set of parameters."""
 
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__()
@@ -117,8 +117,10 @@ class PlainMambaMixer(nn.Module):
         width = config.intermediate_size
         self.in_proj = nn.Linear(config.hidden_size, 2 * width)
         self.conv2d = nn.Conv2d(width, width, config.conv_kernel, padding=config.conv_kernel // 2, groups=width)
-        self.x_proj = nn.Linear(width, config.time_step_rank + 2 * config.state_size, bias=False)
-        self.dt_proj = nn.Linear(config.time_step_rank, width)
+        # The parts of the projection: time-step features, B and C.
+        self.sizes = [int(config.time_step_rank), config.state_size, config.state_size]
+        self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)
+        self.dt_proj = nn.Linear(self.sizes[0], width)
         self.A_log = nn.Parameter(torch.empty(width, config.state_size))
         self.D = nn.Parameter(torch.empty(width))
         # What each kind of move adds to B: start, right, left, up, down.
@@ -129,10 +131,15 @@ class PlainMambaMixer(nn.Module):
         """Returns the mixed tokens, and the gated output that they were projected from (batch, n, channels)."""
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         x = depthwise_conv2d(
-            x, self.conv2d.weight, self.conv2d.bias, layout.grid, layout.kept, silu=True, backend=self.config.scan_backend
+            x,
+            self.conv2d.weight,
+            self.conv2d.bias,
+            layout.grid,
+            layout.kept,
+            silu=True,
+            backend=self.config.scan_backend,
         )
-        rank, state_size = self.config.time_step_rank, self.config.state_size
-        time_step, B, C = self.x_proj(x).split([rank, state_size, state_size], dim=-1)
+        time_step, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         # The published weights want the bias twice: once in the projection, once more before the softplus.
         bias = self.dt_proj.bias
         gated = selective_scan(
@@ -192,7 +199,7 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     config_class = PlainMambaConfig
     base_model_prefix = "plainmamba"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["PlainMambaEmbeddings", "PlainMambaLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D", "direction_B"]
@@ -240,18 +247,18 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
         """
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
-            interpolate_pos_encoding: resize the position embeddings where the grid of patches is not the configuration's;
-                False: refuse such images.
+            interpolate_pos_encoding: resize the position embeddings where the grid of patches is not that of the
+                configuration; False: refuse such images.
         """
         hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
         layout = PlainMambaTokenLayout.of_grid(grid, hidden_states.device)
-        encoded = encode(self.layers, hidden_states, layout, self.config)
-        last_hidden_state = self.norm(encoded.hidden_states)
+        hidden_states, _, kept_tokens, token_scores = encode(self.layers, hidden_states, layout, self.config)
+        last_hidden_state = self.norm(hidden_states)
         return PrunedModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=last_hidden_state.mean(dim=1),
-            kept_tokens=encoded.kept_tokens,
-            token_scores=encoded.token_scores,
+            kept_tokens=kept_tokens,
+            token_scores=token_scores,
         )
 
 
@@ -262,7 +269,7 @@ class PlainMambaForImageClassification(PlainMambaPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.plainmamba = PlainMambaModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = image_classifier(config)
         self.post_init()
 
     @can_return_tuple
@@ -302,7 +309,7 @@ class PlainMambaBackbone(BackboneMixin, PlainMambaModel):
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
         """
-        outputs = super().forward(pixel_values, **kwargs)
+        outputs = PlainMambaModel.forward(self, pixel_values, **kwargs)
         grid = self.config.grid_size_for(*pixel_values.shape[2:])
         states = [full_hidden_states(self.config, outputs, self.stage_names.index(name)) for name in self.out_features]
         feature_maps = tuple(self.norm(state).transpose(1, 2).unflatten(2, grid) for state in states)

@@ -5,7 +5,7 @@ The model is that of "Vision Mamba: Efficient Visual Representation Learning wit
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from .modeling_common import (
     drop_path_rates,
     encode,
     full_hidden_states,
+    image_classifier,
     init_decay,
     init_time_step_projection,
     resize_position_embeddings,
@@ -56,21 +57,23 @@ class VimTokenLayout(NamedTuple):
     gaps: tuple[Tensor, Tensor] | None = None
     alignment: str = "none"
 
-    def keep(self, positions: Tensor, alignment: str) -> "VimTokenLayout":
-        kept = positions if self.kept is None else self.kept.gather(1, positions)
+    def keep(self, kept: Tensor, alignment: str) -> "VimTokenLayout":
         gaps = None if alignment == "none" else (path_gaps(kept), path_gaps(-kept.flip(1)))
         class_position = (kept < self.class_id).sum(dim=1, keepdim=True)
         return VimTokenLayout(self.class_id, class_position, kept, gaps, alignment)
 
 
 class VimEmbeddings(nn.Module):
-    """Pixel values to tokens: the patch projection, the class token in the middle, position embeddings over all of it."""
+    """Pixel values to tokens: the patch projection, the class token in the middle, position embeddings."""
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
         self.config = config
         self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_stride
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_stride or config.patch_size,
         )
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.grid_size) + 1, config.hidden_size))
@@ -110,16 +113,17 @@ class VimScan(nn.Module):
         self.config = config
         width = config.intermediate_size
         self.conv1d = nn.Conv1d(width, width, config.conv_kernel, padding=config.conv_kernel - 1, groups=width)
-        self.x_proj = nn.Linear(width, config.time_step_rank + 2 * config.state_size, bias=False)
-        self.dt_proj = nn.Linear(config.time_step_rank, width)
+        # The parts of the projection: time-step features, B and C.
+        self.sizes = [int(config.time_step_rank), config.state_size, config.state_size]
+        self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)
+        self.dt_proj = nn.Linear(self.sizes[0], width)
         self.A_log = nn.Parameter(torch.empty(width, config.state_size))
         self.D = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, gate: Tensor, gaps: Tensor | None, alignment: str) -> Tensor:
         """Gated output of the scan; `x`, `gate` and the result are (batch, n, channels), `gaps` (batch, n)."""
         x = F.silu(self.conv1d(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
-        rank, state_size = self.config.time_step_rank, self.config.state_size
-        time_step, B, C = self.x_proj(x).split([rank, state_size, state_size], dim=-1)
+        time_step, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         bias = self.dt_proj.bias.float()
         return selective_scan(
             x,
@@ -156,10 +160,18 @@ class VimMixer(nn.Module):
         return self.out_proj(gated), gated
 
 
+class VimRMSNorm(nn.RMSNorm):
+    """Normalises the float32 residual stream as it is; the result has the precision of the weights."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normalized = F.rms_norm(hidden_states, self.normalized_shape, eps=self.eps)
+        return self.weight * normalized.to(self.weight.dtype)
+
+
 class VimLayer(GradientCheckpointingLayer):
     def __init__(self, config: VimConfig, drop_path_rate: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = VimRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = VimMixer(config)
         self.drop_path = DropPath(drop_path_rate)
 
@@ -168,7 +180,7 @@ class VimLayer(GradientCheckpointingLayer):
 
         `hidden_states` is the residual stream, float32 in every precision.
         """
-        mixed, gated = self.mixer(self.norm(hidden_states.to(self.norm.weight.dtype)), layout)
+        mixed, gated = self.mixer(self.norm(hidden_states), layout)
         return hidden_states + self.drop_path(mixed).float(), gated.detach()
 
 
@@ -177,7 +189,7 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     config_class = VimConfig
     base_model_prefix = "vim"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["VimEmbeddings", "VimLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D"]
@@ -192,7 +204,7 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv1d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            init.zeros_(module.bias)
+            init.zeros_(cast(Tensor, module.bias))
         elif isinstance(module, VimEmbeddings):
             init.trunc_normal_(module.class_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
@@ -209,7 +221,7 @@ class VimModel(VimPreTrainedModel):
         super().__init__(config)
         self.embeddings = VimEmbeddings(config)
         self.layers = nn.ModuleList([VimLayer(config, rate) for rate in drop_path_rates(config)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = VimRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -223,19 +235,20 @@ class VimModel(VimPreTrainedModel):
         """
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
-            interpolate_pos_encoding: resize the position embeddings where the grid of patches is not the configuration's;
-                False: refuse such images.
+            interpolate_pos_encoding: resize the position embeddings where the grid of patches is not that of the
+                configuration; False: refuse such images.
         """
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding).float()
         class_id = (hidden_states.shape[1] - 1) // 2
         class_position = torch.full((hidden_states.shape[0], 1), class_id, device=hidden_states.device)
-        encoded = encode(self.layers, hidden_states, VimTokenLayout(class_id, class_position), self.config)
-        last_hidden_state = self.norm(encoded.hidden_states.to(self.norm.weight.dtype))
+        layout = VimTokenLayout(class_id, class_position)
+        hidden_states, layout, kept_tokens, token_scores = encode(self.layers, hidden_states, layout, self.config)
+        last_hidden_state = self.norm(hidden_states)
         return PrunedModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=gather_tokens(last_hidden_state, encoded.layout.class_position).squeeze(1),
-            kept_tokens=encoded.kept_tokens,
-            token_scores=encoded.token_scores,
+            pooler_output=gather_tokens(last_hidden_state, layout.class_position).squeeze(1),
+            kept_tokens=kept_tokens,
+            token_scores=token_scores,
         )
 
 
@@ -246,7 +259,7 @@ class VimForImageClassification(VimPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vim = VimModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = image_classifier(config)
         self.post_init()
 
     @can_return_tuple
@@ -286,16 +299,16 @@ class VimBackbone(BackboneMixin, VimModel):
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
         """
-        outputs = super().forward(pixel_values, **kwargs)
+        outputs = VimModel.forward(self, pixel_values, **kwargs)
         grid = self.config.grid_size_for(*pixel_values.shape[2:])
         states = [full_hidden_states(self.config, outputs, self.stage_names.index(name)) for name in self.out_features]
-        feature_maps = tuple(self._feature_map(state, grid) for state in states)
+        feature_maps: tuple = tuple(self._feature_map(state, grid) for state in states)
         return BackboneOutput(feature_maps=feature_maps, hidden_states=outputs.hidden_states)
 
     def _feature_map(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
         class_id = math.prod(grid) // 2
         patches = torch.cat([hidden_states[:, :class_id], hidden_states[:, class_id + 1 :]], dim=1)
-        return self.norm(patches.to(self.norm.weight.dtype)).transpose(1, 2).unflatten(2, grid)
+        return self.norm(patches).transpose(1, 2).unflatten(2, grid)
 
 
 __all__ = ["VimBackbone", "VimForImageClassification", "VimModel", "VimPreTrainedModel"]

@@ -1,12 +1,12 @@
 """The pruning-aware selective scan: its mathematics in plain PyTorch, and the choice of a kernel.
 
-For one direction, over the tokens that are left (Mamba, arXiv 2312.00752, eq. 2; ToP, arXiv 2409.18962, section 4.2):
+For one direction, over the tokens that are left (Mamba, arXiv 2312.00752, eq. 2; ToP, arXiv 2409.18962):
 
     h_i = exp((time_step_i + e_i) A) * h_{i-1} + time_step_i B_i u_i
     y_i = C_i h_i + D u_i
 
-`e_i` is the time that passes in the hole before token i, where tokens were dropped: the state decays across the hole and
-nothing enters it. Without holes e_i = 0 and this is the scan of a dense model.
+`e_i` is the time that passes in the hole before token i, where tokens were dropped: the state decays across the hole
+and nothing enters it. Without holes e_i = 0 and this is the scan of a dense model.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 
 try:
     from hf_vssm_prune.kernels import choose_kernel
@@ -152,4 +153,3 @@ def _return_to_tokens(steps: Tensor, order: Tensor) -> Tensor:
     batch, _, length, channels = steps.shape
     index = order.long().expand(batch, -1, -1).flatten(1).unsqueeze(-1).expand(-1, -1, channels)
     return steps.new_zeros(batch, length, channels).scatter_add(1, index, steps.flatten(1, 2))
-

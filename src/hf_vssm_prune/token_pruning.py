@@ -6,6 +6,7 @@ important tokens are *selected*; and the *alignment* tells the scans that follow
 so that the hidden state goes on decaying across the holes between them.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ def _check_layers(layers: list[Any], num_hidden_layers: int) -> None:
             f"{given}; tokens are scored by the layer before, so that 1 to {num_hidden_layers - 1} are allowed "
             f"in a model of {num_hidden_layers} layers."
         )
-    if any(later <= earlier for earlier, later in zip(layers, layers[1:], strict=False)):
+    if any(later <= earlier for earlier, later in itertools.pairwise(layers)):
         raise ValueError(f"{given}; layers must ascend, each given once.")
 
 
@@ -211,7 +212,7 @@ class ScanPaths(NamedTuple):
 
 
 def snake_paths(grid: tuple[int, int], device: torch.device | None = None) -> ScanPaths:
-    """PlainMamba's four continuous paths over a full grid (arXiv 2403.17695, section 3.3): rows from the top, the same
+    """PlainMamba's four continuous paths over a full grid (arXiv 2403.17695): rows from the top, the same
     path backwards, columns from the left, the same path backwards."""
     height, width = grid
     cells = torch.arange(height * width, device=device).view(height, width)

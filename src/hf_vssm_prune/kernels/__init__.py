@@ -53,7 +53,9 @@ def _choose_name(operation: str, backend: str, device_type: str) -> str:
         return "torch"
     if backend != "auto":
         if backend not in KERNELS:
-            raise ValueError(f"unknown backend {backend!r}; known are 'auto', 'torch', {', '.join(map(repr, KERNELS))}.")
+            raise ValueError(
+                f"unknown backend {backend!r}; known are 'auto', 'torch', {', '.join(map(repr, KERNELS))}."
+            )
         if reason := KERNELS[backend].unavailable(device_type):
             raise ImportError(f"backend {backend!r} cannot be used on {device_type}: {reason}")
         return backend
@@ -72,4 +74,6 @@ _WARNED: set[str] = set()
 def _warn_once(device_type: str, reasons: str) -> None:
     if device_type not in _WARNED:
         _WARNED.add(device_type)
-        warnings.warn(f"no fast kernel for {device_type}, plain PyTorch is used and is slower ({reasons})", stacklevel=4)
+        warnings.warn(
+            f"no fast kernel for {device_type}, plain PyTorch is used and is slower ({reasons})", stacklevel=4
+        )

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+
 SOURCE_DIRECTORY = Path(__file__).parent / "csrc"
 PREBUILT_DIRECTORY = Path(__file__).parent / "prebuilt"
 
@@ -51,7 +52,9 @@ def library_path() -> Path:
             if not path.exists():
                 compile_library(compiler, variant, path)
     except OSError as error:
-        raise BuildError(f"the kernels' cache {path.parent} cannot be used ({error}); set HF_VSSM_PRUNE_CACHE") from error
+        raise BuildError(
+            f"the kernels' cache {path.parent} cannot be used ({error}); set HF_VSSM_PRUNE_CACHE"
+        ) from error
     return path
 
 

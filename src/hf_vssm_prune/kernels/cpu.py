@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_vssm_prune.kernels.build import BuildError, library_path
 
+
 DISABLE = "HF_VSSM_PRUNE_DISABLE_CPU_KERNEL"
 
 
@@ -207,7 +208,21 @@ def _selective_scan(
     moves: Tensor | None,
 ) -> Tensor:
     output = torch.empty(hidden_states.shape)
-    inputs = (hidden_states, time_step, A, B, C, D, time_step_bias, gate, order, gaps, hole_time_step, direction_B, moves)
+    inputs = (
+        hidden_states,
+        time_step,
+        A,
+        B,
+        C,
+        D,
+        time_step_bias,
+        gate,
+        order,
+        gaps,
+        hole_time_step,
+        direction_B,
+        moves,
+    )
     if output.numel():
         arguments, _keep = _scan_arguments(*inputs)
         _call("selective_scan_forward", arguments, output.data_ptr())
@@ -280,16 +295,28 @@ def _selective_scan_backward(
     moves: Tensor | None,
 ) -> list[Tensor]:
     """The gradients of the floating-point inputs that are given, in the order of SCAN_GRADIENTS."""
-    inputs = (hidden_states, time_step, A, B, C, D, time_step_bias, gate, order, gaps, hole_time_step, direction_B, moves)
+    inputs = (
+        hidden_states,
+        time_step,
+        A,
+        B,
+        C,
+        D,
+        time_step_bias,
+        gate,
+        order,
+        gaps,
+        hole_time_step,
+        direction_B,
+        moves,
+    )
     wanted = (hidden_states, time_step, A, B, C, D, time_step_bias, gate, hole_time_step, direction_B)
     if hidden_states.numel() == 0:
         return [torch.zeros(tensor.shape) for tensor in wanted if tensor is not None]
     gradients = [None if tensor is None else torch.empty(tensor.shape) for tensor in wanted]
     arguments, _keep = _scan_arguments(*inputs)
     grad_output = grad_output.contiguous()
-    _call(
-        "selective_scan_backward", arguments, _rows(grad_output), _ScanGradients(*map(_pointer, gradients))
-    )
+    _call("selective_scan_backward", arguments, _rows(grad_output), _ScanGradients(*map(_pointer, gradients)))
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -321,9 +348,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) ->
 def _differentiate_scan(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     gradients = iter(_selective_scan_backward(grad_output, *inputs))
-    return tuple(
-        next(gradients) if tensor is not None and tensor.is_floating_point() else None for tensor in inputs
-    )
+    return tuple(next(gradients) if tensor is not None and tensor.is_floating_point() else None for tensor in inputs)
 
 
 _selective_scan.register_autograd(_differentiate_scan, setup_context=_save_inputs)

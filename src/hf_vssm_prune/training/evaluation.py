@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from hf_vssm_prune.flops import count_flops
 
@@ -99,7 +100,10 @@ class ModelEvaluation:
 
 @torch.no_grad()
 def compare_models(
-    models: Mapping[str, nn.Module], loader: DataLoader, device: torch.device, autocast_dtype: torch.dtype | None = None
+    models: Mapping[str, PreTrainedModel],
+    loader: DataLoader,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, ModelEvaluation]:
     """Evaluates models side by side: every batch goes through all of them in turn, so that a machine that slows down
     meanwhile slows all of them.
@@ -114,7 +118,7 @@ def compare_models(
     scores: dict[str, list[Tensor]] = {name: [] for name in models}
     speeds: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
-        model.to(device).eval()
+        nn.Module.to(model, device).eval()  # the type of PreTrainedModel.to is lost in a decorator
     image_size = None
     for index, batch in enumerate(tqdm(loader, desc="evaluating")):
         pixel_values, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
