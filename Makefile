@@ -28,7 +28,7 @@ clean:  ## Remove both environments and all caches
 	rm -rf .venv .venv-demo .mypy_cache .pytest_cache .ruff_cache build dist
 
 .venv/installed: EXTRA = dev
-.venv-demo/installed: EXTRA = demo
+.venv-demo/installed: EXTRA = train
 # The stamp is written last, so an interrupted installation starts afresh.
 .venv/installed .venv-demo/installed: pyproject.toml constraints-ci.txt
 	@echo "Installing the package with its extra '$(EXTRA)' into $(@D); this takes a few minutes."

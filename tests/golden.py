@@ -23,7 +23,9 @@ class GoldenCase:
 
     def pixel_values(self) -> Tensor:
         shape = (self.recipe["batch"], 3, *self.recipe["image"])
-        return torch.from_numpy(np.random.RandomState(self.recipe["seed"] + 1).standard_normal(shape).astype(np.float32))
+        return torch.from_numpy(
+            np.random.RandomState(self.recipe["seed"] + 1).standard_normal(shape).astype(np.float32)
+        )
 
     def overrides(self) -> dict[str, Any]:
         """What the weights do not say of the configuration."""

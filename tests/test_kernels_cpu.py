@@ -14,6 +14,7 @@ from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
 from hf_vssm_prune.kernels import build, choose_kernel, cpu
 from hf_vssm_prune.selective_scan import selective_scan_torch
 
+
 NO_KERNEL = cpu.unavailable("cpu")
 needs_kernel = pytest.mark.skipif(NO_KERNEL is not None, reason=NO_KERNEL or "")
 
@@ -109,7 +110,9 @@ SCANS = {
     "no gate": {"batch": 2, "length": 9, "channels": 8, "states": 16, "gate": False},
     "four paths": {"batch": 2, "length": 49, "channels": 40, "states": 16, "paths": 4, "direction_B": True},
     "shared order": {"batch": 3, "length": 25, "channels": 24, "states": 8, "paths": 4, "shared_paths": True},
-    "repeat": {"batch": 2, "length": 30, "channels": 24, "states": 16, "paths": 4, "largest_gap": 4, "direction_B": True},
+    "repeat": {
+        "batch": 2, "length": 30, "channels": 24, "states": 16, "paths": 4, "largest_gap": 4, "direction_B": True,
+    },
     "zero_input": {
         "batch": 2, "length": 30, "channels": 24, "states": 16, "paths": 4, "largest_gap": 4, "hole_time_step": True,
         "direction_B": True,
@@ -182,7 +185,9 @@ def test_split_projections_and_int32_indices():
     arguments = scan_arguments(2, 15, 24, 16, paths=4, largest_gap=3, direction_B=True)
     expected = cpu.selective_scan(**arguments)
     strided = dict(arguments)
-    strided["hidden_states"], strided["gate"] = torch.cat([arguments["hidden_states"], arguments["gate"]], -1).chunk(2, -1)
+    strided["hidden_states"], strided["gate"] = torch.cat([arguments["hidden_states"], arguments["gate"]], -1).chunk(
+        2, -1
+    )
     strided["B"], strided["C"] = torch.cat([arguments["B"], arguments["C"]], -1).chunk(2, -1)
     strided["time_step"] = arguments["time_step"].transpose(1, 2).contiguous().transpose(1, 2)
     for name in ("order", "gaps", "moves"):
@@ -383,9 +388,7 @@ def test_says_what_the_compiler_said(without_prebuilt: Path, monkeypatch: pytest
 @needs_kernel
 def test_processes_that_build_at_once_share_one_library(without_prebuilt: Path):
     program = "from hf_vssm_prune.kernels import build; print(build.library_path())"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     paths = {process.communicate(timeout=120)[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0]
     (path,) = map(Path, paths)

@@ -4,6 +4,8 @@ Importing the package registers its models, so that `AutoModelForImageClassifica
 open them.
 """
 
+from pathlib import Path
+
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .configuration_plainmamba import PlainMambaConfig
@@ -20,6 +22,9 @@ from .modeling_vim import VimBackbone, VimForImageClassification, VimModel, VimP
 
 __version__ = "0.1.0"
 
+# A small dense PlainMamba for Fashion-MNIST that comes with the package: to try things with, at no download.
+EXAMPLE_MODEL = Path(__file__).parent / "data" / "plainmamba_fashion_mnist"
+
 AutoConfig.register("plainmamba", PlainMambaConfig)
 AutoModel.register(PlainMambaConfig, PlainMambaModel)
 AutoModelForImageClassification.register(PlainMambaConfig, PlainMambaForImageClassification)
@@ -31,6 +36,7 @@ AutoModelForImageClassification.register(VimConfig, VimForImageClassification)
 AutoBackbone.register(VimConfig, VimBackbone)
 
 __all__ = [
+    "EXAMPLE_MODEL",
     "PlainMambaBackbone",
     "PlainMambaConfig",
     "PlainMambaForImageClassification",
