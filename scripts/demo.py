@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -39,7 +38,7 @@ from hf_vssm_prune.training.arguments import (
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_evaluation_dataset
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
 from hf_vssm_prune.training.loop import ImageClassifier, Recipe
-from hf_vssm_prune.visualization import draw_kept_tokens, image_from_pixel_values, kept_patches
+from hf_vssm_prune.visualization import draw_classification, image_from_pixel_values
 
 
 DATASET = "fashion_mnist"
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     start = time.perf_counter()
     output = Path(options.output_dir)
-    dataset, label_names = load_evaluation_dataset(DATASET)
+    dataset, _ = load_evaluation_dataset(DATASET)
     image_processor = AutoImageProcessor.from_pretrained(EXAMPLE_MODEL)
     images = EvaluationImages(dataset, image_processor)
 
@@ -72,9 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     say("Saving the pruned model, and opening it again in a fresh process")
     output.mkdir(parents=True, exist_ok=True)
-    shown = [images[index]["pixel_values"] for index in range(0, 12, 2)]
+    shown = torch.stack([images[index]["pixel_values"] for index in range(0, 12, 2)])
     picture = output / "kept_tokens.png"
-    draw(models[FINETUNED], torch.stack(shown), label_names, image_processor).save(picture)
+    mean, std = image_processor.image_mean, image_processor.image_std
+    draw_classification(models[FINETUNED], shown, mean, std).save(picture)
     card = model_card(evaluations, picture, shlex.join(["python", *sys.argv]))
     folder = save_for_hub(models[FINETUNED], output / "model", image_processor, card)
     reopened = reopen(folder, models[FINETUNED], shown)
@@ -128,20 +128,6 @@ def load_example(token_pruning: dict | None) -> ImageClassifier:
     return model
 
 
-@torch.no_grad()
-def draw(model: ImageClassifier, pixel_values: Tensor, label_names: Sequence[str], image_processor) -> Image.Image:
-    """The images, what is left of them after each stage, and what the model takes them for."""
-    output = model(pixel_values)
-    mean, std = image_processor.image_mean, image_processor.image_std
-    return draw_kept_tokens(
-        [image_from_pixel_values(image, mean, std) for image in pixel_values],
-        kept_patches(output.kept_tokens, model.config),
-        model.config.grid_size,
-        captions=[label_names[label] for label in output.logits.argmax(-1)],
-        layers=model.config.token_pruning["layers"],
-    )
-
-
 def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: str) -> ModelCardInfo:
     measurements = [
         Measurement(
@@ -175,9 +161,9 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
 
 
 @torch.no_grad()
-def reopen(folder: Path, model: ImageClassifier, pixel_values: Sequence[Tensor]) -> bool:
+def reopen(folder: Path, model: ImageClassifier, pixel_values: Tensor) -> bool:
     """Whether a fresh process that opens the folder gives this model's answers."""
-    logits = model(torch.stack(list(pixel_values))).logits
+    logits = model(pixel_values).logits
     with tempfile.TemporaryDirectory() as scratch:
         files = []
         image_processor = AutoImageProcessor.from_pretrained(folder)

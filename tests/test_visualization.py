@@ -10,6 +10,7 @@ from transformers import AutoModelForImageClassification
 from hf_vssm_prune.visualization import (
     DROPPED,
     DROPPED_OPACITY,
+    draw_classification,
     draw_kept_tokens,
     image_from_pixel_values,
     kept_patches,
@@ -142,3 +143,14 @@ def test_bad_input(arguments, message) -> None:
 def test_bad_pixel_values(shape) -> None:
     with pytest.raises(ValueError, match="`pixel_values` has shape"):
         image_from_pixel_values(torch.zeros(shape), [0.5], [0.5])
+
+
+def test_classification_is_drawn_for_any_image_size(tiny_pruned_config) -> None:
+    model = AutoModelForImageClassification.from_config(tiny_pruned_config).eval()
+    statistics = ([0.5] * 3, [0.5] * 3)
+    square = draw_classification(model, torch.randn(2, 3, 32, 32), *statistics)
+    wide = draw_classification(model, torch.randn(2, 3, 32, 64), *statistics)
+    assert wide.height < square.height
+    model.set_token_pruning(None)
+    with pytest.raises(ValueError, match="dense"):
+        draw_classification(model, torch.randn(1, 3, 32, 32), *statistics)

@@ -1,8 +1,6 @@
 """Pictures of which tokens a model keeps: each image, and beside it what is left of it after each pruning stage.
 
-output = model(pixel_values)
-patches = kept_patches(output.kept_tokens, model.config, pixel_values.shape[2:])
-draw_kept_tokens(images, patches, grid, captions).save("kept_tokens.png")
+draw_classification(model, pixel_values, mean, std).save("kept_tokens.png")
 """
 
 import math
@@ -13,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .configuration_common import VisionMambaConfig
+from .modeling_plainmamba import PlainMambaForImageClassification
+from .modeling_vim import VimForImageClassification
 
 
 PANEL_SIZE = 224  # pixels along the longer side of a panel
@@ -60,6 +60,39 @@ def image_from_pixel_values(pixel_values: Tensor, mean: Sequence[float], std: Se
     pixels = pixels * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     pixels = (pixels * 255).round().clamp(0, 255).byte().expand(3, -1, -1)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+@torch.no_grad()
+def draw_classification(
+    model: PlainMambaForImageClassification | VimForImageClassification,
+    pixel_values: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Image.Image:
+    """Draws what a classifier keeps of each image, with what it takes the image for below it.
+
+    Args:
+        model: a pruned one.
+        pixel_values: as the image processor gives them, shape (batch, channels, height, width).
+        mean: of the image processor, for each channel.
+        std: likewise.
+
+    Raises:
+        ValueError: the model is dense.
+    """
+    config = model.config
+    if config.token_pruning is None:
+        raise ValueError("The model is dense, so that there is nothing to show: give it a schedule, set_token_pruning.")
+    output = model(pixel_values)
+    height, width = pixel_values.shape[2:]
+    labels = list((config.id2label or {}).values())
+    return draw_kept_tokens(
+        [image_from_pixel_values(image, mean, std) for image in pixel_values],
+        kept_patches(output.kept_tokens, config, (height, width)),
+        config.grid_size_for(height, width),
+        captions=[labels[index] for index in output.logits.argmax(-1).tolist()],
+        layers=config.token_pruning["layers"],
+    )
 
 
 def draw_kept_tokens(

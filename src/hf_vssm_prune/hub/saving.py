@@ -123,6 +123,8 @@ def _write(
     model_card: ModelCardInfo | None,
 ) -> None:
     model.save_pretrained(staged)
+    for weights in staged.glob("*.safetensors"):
+        shutil.copymode(staged / CONFIG, weights)  # safetensors lets nobody but their owner read them
     _complete_config(staged / CONFIG, auto_map(model.config))
     for file in code_files(model.config):
         shutil.copyfile(file, staged / file.name)

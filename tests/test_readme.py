@@ -1,0 +1,50 @@
+"""What the README says, it does."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_vssm_prune import PlainMambaConfig, VimConfig, count_flops
+
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def test_python_block_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "% fewer FLOPs" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["PlainMamba-L1", "PlainMamba-L2", "PlainMamba-L3", "Vim-T", "Vim-S", "Vim-B"])
+def test_table_of_flops(name: str):
+    row = next(line for line in README.read_text().splitlines() if line.startswith(f"| {name} |"))
+    _, _, parameters, dense, pruned, _ = (cell.strip() for cell in row.split("|"))
+    family, preset = name.split("-")
+    config_class = {"PlainMamba": PlainMambaConfig, "Vim": VimConfig}[family]
+    config = config_class.from_preset(preset)
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+    assert f"{model.num_parameters():,}" == parameters
+    flops = count_flops(config)
+    assert printed_like(flops.dense.published, dense)
+    if pruned:
+        figure, percent, layers, ratio = re.fullmatch(r"(.+ G) \(−(.+)%\): layers (.+) keep (.+)", pruned).groups()
+        layers = [int(layer) for layer in layers.split(",")]
+        schedule = {"layers": layers, "keep_ratios": [float(ratio)] * len(layers)}
+        flops = count_flops(config_class.from_preset(preset, token_pruning=schedule))
+        assert printed_like(flops.pruned.published, figure)
+        assert f"{flops.reduction:.1%}" == f"{percent}%"
+
+
+def printed_like(flops: int, figure: str) -> bool:
+    """Whether a count, rounded to the digits that a figure such as "14.41 G" shows, is that figure."""
+    number = figure.removesuffix(" G")
+    digits = len(number.partition(".")[2])
+    return f"{flops / 1e9:.{digits}f}" == number
