@@ -1,5 +1,9 @@
 """Pictures of kept tokens: the right patches bright, for both families and any size; bad input refused."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
+from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.visualization import (
     DROPPED,
     DROPPED_OPACITY,
@@ -154,3 +159,15 @@ def test_classification_is_drawn_for_any_image_size(tiny_pruned_config) -> None:
     model.set_token_pruning(None)
     with pytest.raises(ValueError, match="dense"):
         draw_classification(model, torch.randn(1, 3, 32, 32), *statistics)
+
+
+@pytest.mark.parametrize("options", [["--flops_reduction", "0.3"], []], ids=["pruned", "dense"])
+def test_script(tmp_path: Path, options: list[str]) -> None:
+    image, output = tmp_path / "image.png", tmp_path / "kept.png"
+    Image.new("RGB", (40, 30), GREY).save(image)
+    script = Path(__file__).resolve().parents[1] / "scripts" / "visualize.py"
+    command = [sys.executable, script, EXAMPLE_MODEL, image, "--output", output, *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert output.exists() == bool(options)
+    assert result.returncode == (0 if options else 1)
+    assert options or result.stderr.splitlines()[-1].startswith("error: The model is dense")

@@ -3,14 +3,17 @@
 Both ways go through one table: the published name of each of our tensors. Tensors are renamed, never changed.
 """
 
+import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .configuration_common import VisionMambaConfig
@@ -63,6 +66,62 @@ MODELS = {"plainmamba": PlainMambaForImageClassification, "vim": VimForImageClas
 # Where published files keep their weights, and those averaged over training.
 WEIGHT_KEYS = ("state_dict", "model")
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict")
+# Under which of these each family's own training code saves.
+OFFICIAL_WEIGHT_KEY = {"plainmamba": "state_dict", "vim": "model"}
+# PlainMamba's training keeps a second set of weights as buffers of these names beside the model's. It swaps the two
+# before it saves: in a file the model's own names hold the averaged weights, and these the last ones.
+SWAPPED_EMA_PREFIXES = ("ema_backbone_", "ema_head_")
+
+ImageClassifier: TypeAlias = PlainMambaForImageClassification | VimForImageClassification
+
+
+def load_official_model(path: str | Path, ema: bool = False, **overrides: Any) -> ImageClassifier:
+    """A published `.pth` or `.safetensors` file as an image classifier, in evaluation mode, its tensors as they are.
+
+    Args:
+        path: of the file.
+        ema: the weights averaged over training, in place of the last ones.
+        **overrides: options of the configuration that the tensors do not imply, see `infer_config`; for instance
+            `token_pruning`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no PlainMamba or Vim checkpoint, or not a whole one; the message names what is wrong.
+    """
+    state_dict = extract_state_dict(load_checkpoint(path), ema)
+    config = infer_config(state_dict, **overrides)
+    with torch.device("meta"):
+        model = MODELS[config.model_type](config)
+    model.load_state_dict(convert_official_state_dict(config, state_dict), assign=True)
+    return model.eval()
+
+
+def save_official_model(model: ImageClassifier, path: str | Path) -> None:
+    """Saves a classifier the way its family's weights were published, as `.pth` or, bare, as `.safetensors`.
+
+    The file appears at once and complete. A pruning schedule is no part of it.
+
+    Raises:
+        ValueError: the file has another suffix.
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"{path}: published checkpoints are .pth or .safetensors files.")
+    official = convert_to_official_state_dict(model.config, model.state_dict())
+    temporary = path.with_name(f".unfinished-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if path.suffix == ".safetensors":
+                save_file({name: tensor.contiguous() for name, tensor in official.items()}, temporary)
+            else:
+                torch.save({OFFICIAL_WEIGHT_KEY[model.config.model_type]: official}, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch has no exception of its own for a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def official_name(model_type: str, name: str) -> str:
@@ -76,6 +135,8 @@ def official_name(model_type: str, name: str) -> str:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a published `.pth` or `.safetensors` file. Nothing but tensors and plain values is unpickled.
 
+    `argparse.Namespace` counts as one: Vim's training script saves its options in one.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or a pickle that wants more than tensors and plain values.
@@ -86,13 +147,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has exceptions of its own
+        refused = re.search(r"Unsupported (?:global|operand|class).*", str(error))
+        said = refused[0] if refused else f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors and plain values. It is damaged, or it holds Python "
             "objects, which are not loaded because they could run code; if you trust its source, load it yourself "
-            f'and save {{"model": state_dict}} alone. The reader said: {error}'
+            f'and save {{"model": state_dict}} alone. The reader said: {said}'
         ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a dict of tensors is needed.")
+    return dict(checkpoint)
 
 
 def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
@@ -106,7 +173,9 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
         ValueError: there are none.
     """
     keys = EMA_KEYS if ema else WEIGHT_KEYS
-    found = next((checkpoint[key] for key in keys if key in checkpoint), None if ema else checkpoint)
+    found = next((checkpoint[key] for key in keys if key in checkpoint), None)
+    if found is None and (not ema or _has_swapped_ema(checkpoint)):
+        found = next((checkpoint[key] for key in WEIGHT_KEYS if key in checkpoint), checkpoint)
     if not isinstance(found, Mapping) or not found:
         kind = "EMA weights" if ema else "weights"
         raise ValueError(
@@ -115,7 +184,13 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
     tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"the checkpoint holds no tensors; it has {sorted(map(str, found))[:20]}.")
-    return {key.removeprefix("module."): value for key, value in tensors.items()}
+    names = {key: key.removeprefix("module.") for key in tensors}
+    return {name: tensors[key] for key, name in names.items() if not name.startswith(SWAPPED_EMA_PREFIXES)}
+
+
+def _has_swapped_ema(checkpoint: Mapping[str, Any]) -> bool:
+    weights = checkpoint.get("state_dict")
+    return isinstance(weights, Mapping) and any(str(key).startswith(SWAPPED_EMA_PREFIXES) for key in weights)
 
 
 def convert_official_state_dict(
@@ -184,7 +259,8 @@ def infer_config(state_dict: Mapping[str, Any], **overrides: Any) -> VisionMamba
         **overrides: options of the configuration, put over the inferred ones.
 
     Raises:
-        ValueError: it is neither a PlainMamba nor a Vim, or its grid is not square and `image_size` is not given.
+        ValueError: it is neither a PlainMamba nor a Vim, a tensor that tells a size is missing, or the grid is not
+            square and `image_size` is not given.
     """
     official = extract_state_dict(state_dict)
     if "backbone.layers.0.mamba.A_log" in official:
@@ -198,38 +274,41 @@ def infer_config(state_dict: Mapping[str, Any], **overrides: Any) -> VisionMamba
 
 
 def _infer_plainmamba(official: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    if "patch_stride" in overrides:
+        raise ValueError("`patch_stride` is an option of Vim; PlainMamba's patches do not overlap.")
     inferred = _infer_mixer(official, "backbone.layers.{}.mamba")
-    stem = official["backbone.patch_embed.stem.0.weight"]
-    patch_size = 2 * official["backbone.patch_embed.projection.weight"].shape[-1]
+    stem_channels, num_channels, _, _ = _shape(official, "backbone.patch_embed.stem.0.weight", 4)
+    patch_size = 2 * _shape(official, "backbone.patch_embed.projection.weight", 4)[-1]
+    _, num_patches, _ = _shape(official, "backbone.pos_embed", 3)
     depthwise = {int(match[1]) for key in official if (match := re.match(r"backbone\.layers\.(\d+)\.dw\.", key))}
     convolutions = [key for key in official if re.fullmatch(r"backbone\.patch_embed\.convs\.\d+\.weight", key)]
     return inferred | {
-        "image_size": overrides.get("image_size") or _side(official["backbone.pos_embed"].shape[1]) * patch_size,
+        "image_size": overrides.get("image_size") or _side(num_patches) * patch_size,
         "patch_size": patch_size,
-        "num_channels": stem.shape[1],
-        "stem_channels": stem.shape[0],
+        "num_channels": num_channels,
+        "stem_channels": stem_channels,
         "num_stem_convs": sum(official[key].ndim == 4 for key in convolutions),
-        "conv_kernel": official["backbone.layers.0.mamba.conv2d.weight"].shape[-1],
+        "conv_kernel": _shape(official, "backbone.layers.0.mamba.conv2d.weight", 4)[-1],
         "depthwise_layers": sorted(depthwise),
-        "num_labels": official["head.fc.weight"].shape[0],
+        "num_labels": _shape(official, "head.fc.weight", 2)[0],
     }
 
 
 def _infer_vim(official: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
     inferred = _infer_mixer(official, "layers.{}.mixer")
-    projection = official["patch_embed.proj.weight"]
-    patch_size = projection.shape[-1]
+    _, num_channels, _, patch_size = _shape(official, "patch_embed.proj.weight", 4)
+    _, num_tokens, _ = _shape(official, "pos_embed", 3)
     stride = overrides.get("patch_stride") or patch_size
     image_size = overrides.get("image_size")
     if image_size is None:
-        image_size = (_side(official["pos_embed"].shape[1] - 1) - 1) * stride + patch_size
+        image_size = (_side(num_tokens - 1) - 1) * stride + patch_size
     return inferred | {
         "image_size": image_size,
         "patch_size": patch_size,
         "patch_stride": stride,
-        "num_channels": projection.shape[1],
-        "conv_kernel": official["layers.0.mixer.conv1d.weight"].shape[-1],
-        "num_labels": official["head.weight"].shape[0],
+        "num_channels": num_channels,
+        "conv_kernel": _shape(official, "layers.0.mixer.conv1d.weight", 3)[-1],
+        "num_labels": _shape(official, "head.weight", 2)[0],
     }
 
 
@@ -237,15 +316,24 @@ def _infer_mixer(official: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     pattern = re.escape(prefix).replace(r"\{\}", r"(\d+)") + r"\.A_log"
     layers = {int(match[1]) for key in official if (match := re.fullmatch(pattern, key))}
     first = prefix.format(0)
-    width, state_size = official[f"{first}.A_log"].shape
-    hidden_size = official[f"{first}.in_proj.weight"].shape[1]
+    width, state_size = _shape(official, f"{first}.A_log", 2)
+    hidden_size = _shape(official, f"{first}.in_proj.weight", 2)[1]
     return {
         "hidden_size": hidden_size,
         "num_hidden_layers": max(layers) + 1,
         "state_size": state_size,
         "expand": width // hidden_size,
-        "time_step_rank": official[f"{first}.dt_proj.weight"].shape[1],
+        "time_step_rank": _shape(official, f"{first}.dt_proj.weight", 2)[1],
     }
+
+
+def _shape(official: Mapping[str, Tensor], key: str, num_axes: int) -> torch.Size:
+    """The shape of a tensor that tells a size of the model."""
+    if key not in official:
+        raise ValueError(f"the checkpoint is no whole image classifier; missing: {key}.")
+    if official[key].ndim != num_axes:
+        raise ValueError(f"shape: {key} is {list(official[key].shape)} in the checkpoint; {num_axes} axes are needed.")
+    return official[key].shape
 
 
 def _side(num_patches: int) -> int:

@@ -1,0 +1,148 @@
+"""Turns a published PlainMamba or Vim checkpoint into a Hugging Face folder, and such a folder back into a checkpoint.
+
+    python scripts/convert.py vim_s.pth models/vim-s --id2label imagenet_labels.json
+    python scripts/convert.py models/vim-s vim_s.safetensors
+
+A file as the source becomes a folder, and a folder a file; tensors are renamed, never changed. Sizes are read off the
+tensors. Nothing that is there already is overwritten, an empty folder excepted.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from hf_vssm_prune import count_flops
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.conversion import MODELS, ImageClassifier, load_official_model, save_official_model
+from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
+from hf_vssm_prune.hub.model_card import format_flops
+from hf_vssm_prune.training.arguments import label_maps
+from hf_vssm_prune.training.jobs import load_config, new_image_processor
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.target.exists() and not is_empty_folder(options.target):
+            raise FileExistsError(f"{options.target} exists and is not overwritten: remove it, or name another target.")
+        if options.source.is_dir():
+            if given := [f"--{name}" for name in OF_FILES if getattr(options, name) != parser.get_default(name)]:
+                raise ValueError(f"{options.source} is a folder, and {', '.join(given)} is for checkpoint files.")
+            model = to_checkpoint(options)
+        else:
+            model = to_folder(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(summary(model))
+    print(f"saved to {options.target}")
+    return 0
+
+
+OF_FILES = ("ema", "image_size", "patch_stride", "id2label", "image_mean", "image_std", "crop_pct")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a .pth or .safetensors checkpoint, or a Hugging Face folder")
+    parser.add_argument("target", type=Path, help="the folder, or the .pth or .safetensors file, to write")
+    group = parser.add_argument_group("from a checkpoint to a folder")
+    group.add_argument("--ema", action="store_true", help="the weights averaged over training")
+    group.add_argument(
+        "--image_size", type=int, nargs="+", metavar="PIXELS", help="one number, or height and width; default: square"
+    )
+    group.add_argument("--patch_stride", type=int, help="Vim's, where patches overlap (published: 8); default: none do")
+    group.add_argument("--id2label", type=Path, help="names of the labels: JSON (list or dict), or text, one a line")
+    # Both families were evaluated with ImageNet's statistics and a bicubic resize of the shortest edge to 256.
+    group.add_argument("--image_mean", type=float, nargs="+", default=IMAGENET_DEFAULT_MEAN, help="of each channel")
+    group.add_argument("--image_std", type=float, nargs="+", default=IMAGENET_DEFAULT_STD, help="of each channel")
+    group.add_argument("--crop_pct", type=float, default=0.875, help="share of the resized image that is cropped")
+    return parser
+
+
+def is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def to_folder(options: argparse.Namespace) -> ImageClassifier:
+    overrides: dict[str, Any] = {}
+    if options.image_size is not None:
+        overrides["image_size"] = options.image_size[0] if len(options.image_size) == 1 else options.image_size
+    if options.patch_stride is not None:
+        overrides["patch_stride"] = options.patch_stride
+    model = load_official_model(options.source, options.ema, **overrides)
+    if options.id2label is not None:
+        set_labels(model.config, options.id2label)
+    check_image_options(options, model.config.num_channels)
+    processor = new_image_processor(model.config, options.image_mean, options.image_std, options.crop_pct)
+    card = ModelCardInfo(name=options.target.resolve().name, original_weights=options.source.name)
+    save_for_hub(model, options.target, processor, card)
+    return model
+
+
+def to_checkpoint(options: argparse.Namespace) -> ImageClassifier:
+    config = load_config(str(options.source))
+    try:
+        model, info = MODELS[config.model_type].from_pretrained(options.source, output_loading_info=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"the weights in {options.source} cannot be read: {error}") from error
+    if wrong := {kind: sorted(names) for kind, names in info.items() if kind.endswith("_keys") and names}:
+        raise ValueError(f"{options.source} is not a whole image classifier: {wrong}.")
+    save_official_model(model, options.target)
+    return model
+
+
+def set_labels(config: VisionMambaConfig, file: Path) -> None:
+    names = read_labels(file)
+    if len(names) != config.num_labels:
+        raise ValueError(f"{file} names {len(names)} labels; the checkpoint has {config.num_labels}.")
+    for name, labels in label_maps(names).items():
+        setattr(config, name, labels)
+
+
+def read_labels(file: Path) -> list[str]:
+    """Label names in the order of their ids: a JSON list, a JSON dict with the ids as keys, or one name a line."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".json":
+        return text.splitlines()
+    labels = json.loads(text)
+    if isinstance(labels, dict) and sorted(labels) == sorted(map(str, range(len(labels)))):
+        labels = [labels[str(i)] for i in range(len(labels))]
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{file}: a JSON list of names is needed, or a dict from the ids 0, 1, ... to names.")
+    return labels
+
+
+def check_image_options(options: argparse.Namespace, num_channels: int) -> None:
+    if not len(options.image_mean) == len(options.image_std) == num_channels:
+        raise ValueError(
+            f"--image_mean has {len(options.image_mean)} and --image_std {len(options.image_std)} values; the model's "
+            f"images have {num_channels} channels."
+        )
+    if not all(std > 0 for std in options.image_std):
+        raise ValueError(f"--image_std is {options.image_std}: each must be greater than 0.")
+    if not 0 < options.crop_pct <= 1:
+        raise ValueError(f"--crop_pct is {options.crop_pct}: it must be greater than 0 and at most 1.")
+
+
+def summary(model: ImageClassifier) -> str:
+    config, flops = model.config, count_flops(model.config).dense
+    height, width = config.image_height_width(config.image_size)
+    rows, columns = config.grid_size
+    return (
+        f"{config.model_type}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, images of "
+        f"{height} x {width} pixels as {rows} x {columns} patches, {config.num_labels} labels\n"
+        f"{model.num_parameters():,} parameters, {format_flops(flops.published)} FLOPs "
+        f"({format_flops(flops.total)} with all scans counted)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

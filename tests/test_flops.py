@@ -1,0 +1,124 @@
+"""The counts against the published figures, and against a count of what the models really execute."""
+
+import pytest
+import torch
+from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_vssm_prune import PlainMambaConfig, VimConfig, count_flops
+from hf_vssm_prune.conversion import MODELS
+
+
+# Parameters, and published FLOPs in G to their last printed digit.
+PUBLISHED = [
+    (PlainMambaConfig, "L1", 7_551_656, "3.01"),
+    (PlainMambaConfig, "L2", 26_145_832, "8.06"),
+    (PlainMambaConfig, "L3", 50_956_456, "14.41"),
+    (VimConfig, "T", 7_148_008, "1.445"),
+    (VimConfig, "S", 25_796_584, "5.07"),
+    (VimConfig, "B", 97_598_440, "18.85"),
+]
+PUBLISHED_PRUNED = [
+    (PlainMambaConfig, "L3", {"layers": [6, 12, 18], "keep_ratios": [0.7] * 3}, "8.43", "41.5"),
+    (VimConfig, "S", {"layers": [5, 10, 15], "keep_ratios": [0.8] * 3}, "3.585", "29.3"),
+]
+
+
+def printed_like(value: float, figure: str) -> str:
+    return f"{value:.{len(figure.split('.')[1])}f}"
+
+
+@pytest.mark.parametrize(("config_class", "preset", "parameters", "flops"), PUBLISHED)
+def test_published_models(config_class, preset, parameters, flops) -> None:
+    config = config_class.from_preset(preset)
+    count = count_flops(config)
+    assert printed_like(count.dense.published / 1e9, flops) == flops
+    assert count.pruned == count.dense
+    assert count.reduction == 0
+    with torch.device("meta"):
+        model = MODELS[config.model_type](config)
+    assert model.num_parameters() == parameters
+
+
+@pytest.mark.parametrize(("config_class", "preset", "schedule", "flops", "reduction"), PUBLISHED_PRUNED)
+def test_published_pruned_models(config_class, preset, schedule, flops, reduction) -> None:
+    count = count_flops(config_class.from_preset(preset, token_pruning=schedule))
+    assert printed_like(count.pruned.published / 1e9, flops) == flops
+    assert printed_like(100 * count.reduction, reduction) == reduction
+    assert count.dense == count_flops(config_class.from_preset(preset)).dense
+
+
+def test_conventions(tiny_pruned_config) -> None:
+    """PlainMamba's published figures count everything, Vim's one direction of two."""
+    for count in (count_flops(tiny_pruned_config).dense, count_flops(tiny_pruned_config).pruned):
+        assert sum(count.breakdown.values()) == count.total
+        in_directions = sum(count.breakdown[part] for part in ("convolutions", "input_projections", "scans"))
+        left_out = {"plainmamba": 0, "vim": in_directions / 2}[tiny_pruned_config.model_type]
+        assert count.total - count.published == left_out
+
+
+@pytest.mark.parametrize("alignment", ["repeat", "zero_input", "none"])
+def test_alignment_costs_nothing(alignment, tiny_pruned_config) -> None:
+    aligned = type(tiny_pruned_config)(
+        **{**tiny_pruned_config.to_diff_dict(), "token_pruning": TOKEN_PRUNING | {"alignment": alignment}}
+    )
+    assert count_flops(aligned) == count_flops(tiny_pruned_config)
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_scans_are_counted_by_the_fields_formula(family) -> None:
+    config = MAKE_CONFIG[family](token_pruning={"layers": [2], "keep_ratios": [0.5]})
+    tokens, scans = {"plainmamba": (2 * 16 + 2 * 8, 4), "vim": (2 * 17 + 2 * 9, 2)}[family]
+    assert count_flops(config).pruned.breakdown["scans"] == scans * 9 * tokens * 32 * 4
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("token_pruning", [None, dict(TOKEN_PRUNING)], ids=["dense", "pruned"])
+@pytest.mark.parametrize("image_size", [32, (40, 24)])
+@pytest.mark.parametrize("changes", [{}, {"num_channels": 1, "expand": 3, "num_hidden_layers": 5, "num_labels": 7}])
+def test_linear_layers_and_convolutions_are_those_that_run(family, token_pruning, image_size, changes) -> None:
+    config = MAKE_CONFIG[family](token_pruning=token_pruning, scan_backend="torch", **changes)
+    height, width = config.image_height_width(image_size)
+    model = MODELS[family](config).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, config.num_channels, height, width))
+    counted = counter.get_total_flops() // 2  # it counts a multiply-add as two
+
+    flops = count_flops(config, image_size)
+    expected = flops.pruned.total - flops.pruned.breakdown["scans"] + extra_convolutions(model, height, width)
+    assert counted == expected
+    if token_pruning is not None:
+        assert flops.pruned.total < flops.dense.total
+
+
+def extra_convolutions(model: torch.nn.Module, height: int, width: int) -> int:
+    """What plain PyTorch computes beside what is needed, by the shapes of its calls.
+
+    It evaluates PlainMamba's convolutions at the dropped cells of the grid, too, and Vim's causal ones, padded at both
+    ends, at three places after the last token.
+    """
+    config = model.config
+    if config.model_type == "vim":
+        places = (config.conv_kernel - 1) * config.num_hidden_layers
+        return 2 * places * config.intermediate_size * config.conv_kernel
+    tokens = tokens_of_each_layer(model, height, width)
+    dropped = [tokens[0] - count for count in tokens]
+    mixers = sum(dropped) * config.intermediate_size * config.conv_kernel**2
+    return mixers + sum(dropped[layer] for layer in config.depthwise_layers) * config.hidden_size * 3**2
+
+
+def tokens_of_each_layer(model: torch.nn.Module, height: int, width: int) -> list[int]:
+    """How many tokens go into each layer, as the model itself says."""
+    with torch.no_grad():
+        outputs = model(torch.randn(1, model.config.num_channels, height, width), output_hidden_states=True)
+    counts = [states.shape[1] for states in outputs.hidden_states[:-1]]
+    for stage, kept in enumerate(outputs.kept_tokens or ()):
+        counts[model.config.token_pruning["layers"][stage]] = kept.shape[1]
+    return counts
+
+
+def test_image_sizes(tiny_config) -> None:
+    assert count_flops(tiny_config, 32) == count_flops(tiny_config, (32, 32)) == count_flops(tiny_config)
+    assert count_flops(tiny_config, 64).dense.total > count_flops(tiny_config, (64, 32)).dense.total
+    with pytest.raises(ValueError, match=r"`image_size` is \(1, 2, 3\); a number of pixels or \(height, width\)"):
+        count_flops(tiny_config, (1, 2, 3))

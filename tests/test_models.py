@@ -1,0 +1,357 @@
+"""What users rely on in both families, dense and pruned: precision, training, batching, sizes, loading, exporting."""
+
+import pytest
+import torch
+from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from torch import Tensor, nn
+
+import hf_vssm_prune
+from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.token_pruning import fill_dropped_tokens
+
+
+BACKBONES = {"plainmamba": hf_vssm_prune.PlainMambaBackbone, "vim": hf_vssm_prune.VimBackbone}
+CLASS_TOKENS = {"plainmamba": 0, "vim": 1}
+FLOAT32_ALWAYS = {"plainmamba": {"A_log", "D", "direction_B"}, "vim": {"A_log", "D"}}
+
+
+@pytest.fixture(params=[None, TOKEN_PRUNING], ids=["dense", "pruned"])
+def config(request, tiny_config):
+    """Both families, dense and pruned."""
+    tiny_config.token_pruning = tiny_config.complete_token_pruning(request.param)
+    return tiny_config
+
+
+def make_model(config) -> nn.Module:
+    """In evaluation mode, with weights large enough for every part of the model to matter."""
+    model = MODELS[config.model_type](config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def model(config) -> nn.Module:
+    return make_model(config)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+# ---- Precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(dtype, config, pixel_values) -> None:
+    model = MODELS[config.model_type](config)
+    expected = model(pixel_values).logits
+    model.to(dtype)
+    outputs = model(pixel_values.to(dtype), labels=torch.tensor([0, 2]))
+    assert outputs.logits.dtype == dtype
+    torch.testing.assert_close(outputs.logits.float(), expected, atol=0.05, rtol=0.05)
+    outputs.loss.backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, config, pixel_values) -> None:
+    model = MODELS[config.model_type](config)
+    expected = model(pixel_values).logits
+    with torch.autocast("cpu", dtype=dtype):
+        outputs = model(pixel_values, labels=torch.tensor([0, 2]))
+    torch.testing.assert_close(outputs.logits.float(), expected, atol=0.05, rtol=0.05)
+    outputs.loss.backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.dtype == torch.float32
+        assert gradient.isfinite().all(), name
+
+
+def test_loading_in_half_precision_keeps_the_scan_in_float32(model, pixel_values, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    for name, parameter in loaded.named_parameters():
+        in_float32 = name.split(".")[-1] in FLOAT32_ALWAYS[model.config.model_type]
+        assert parameter.dtype == (torch.float32 if in_float32 else torch.bfloat16), name
+    with torch.no_grad():
+        assert loaded(pixel_values.bfloat16()).logits.isfinite().all()
+
+
+def test_float64(config, pixel_values) -> None:
+    model = make_model(config)
+    with torch.no_grad():
+        single = model(pixel_values).logits
+        double = model.double()(pixel_values.double()).logits
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(single.double(), double, atol=1e-3, rtol=1e-3)
+
+
+# ---- Training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant, config, pixel_values) -> None:
+    model = make_model(config).train()
+    model(pixel_values, labels=torch.tensor([0, 2])).loss.backward()
+    expected = gradients(model)
+    assert all(gradient is not None for gradient in expected.values())
+
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert model.is_activation_checkpointing
+    model(pixel_values.requires_grad_(), labels=torch.tensor([0, 2])).loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_drop_path_is_for_training_only(tiny_config, pixel_values) -> None:
+    model = make_model(tiny_config)
+    state_dict, images = model.state_dict(), pixel_values[:1].expand(8, -1, -1, -1)
+    expected = model(images).logits
+    dropping = MODELS[tiny_config.model_type](
+        type(tiny_config)(**{**tiny_config.to_diff_dict(), "drop_path_rate": 0.9})
+    )
+    dropping.load_state_dict(state_dict)
+    assert torch.equal(dropping.eval()(images).logits, expected)
+    dropping.train()
+    for module in dropping.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    rows = {tuple(row) for row in dropping(images).logits.tolist()}
+    assert len(rows) > 1, "equal images of a batch lose different layers"
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels", "labels", "loss"),
+    [
+        ("single_label_classification", 3, [0, 2], nn.CrossEntropyLoss()),
+        ("multi_label_classification", 3, [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]], nn.BCEWithLogitsLoss()),
+        ("regression", 1, [0.5, -1.0], lambda logits, labels: nn.MSELoss()(logits.squeeze(), labels)),
+        ("regression", 3, [[0.5, 1.0, 0.0], [1.0, 2.0, 3.0]], nn.MSELoss()),
+    ],
+)
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_losses(family, problem_type, num_labels, labels, loss, pixel_values) -> None:
+    model = make_model(MAKE_CONFIG[family](num_labels=num_labels, problem_type=problem_type))
+    labels = torch.tensor(labels)
+    outputs = model(pixel_values, labels=labels)
+    torch.testing.assert_close(outputs.loss, loss(outputs.logits, labels))
+    assert outputs.logits.shape == (2, num_labels)
+    assert model(pixel_values).loss is None
+    as_tuple = model(pixel_values, labels=labels, return_dict=False)
+    assert torch.equal(as_tuple[0], outputs.loss)
+    assert torch.equal(as_tuple[1], outputs.logits)
+
+
+def test_scores_carry_no_gradient_and_hidden_states_do(tiny_pruned_config, pixel_values) -> None:
+    outputs = make_model(tiny_pruned_config)(pixel_values, output_hidden_states=True)
+    assert not any(scores.requires_grad for scores in outputs.token_scores)
+    assert all(states.requires_grad for states in outputs.hidden_states)
+
+
+# ---- Batches and tokens ------------------------------------------------------------------------------------------
+
+
+def test_samples_do_not_see_each_other(model) -> None:
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        batched = model(images)
+        for i in range(5):
+            alone = model(images[i : i + 1])
+            torch.testing.assert_close(alone.logits[0], batched.logits[i], atol=1e-5, rtol=1e-4)
+            for kept, expected in zip(alone.kept_tokens or (), batched.kept_tokens or (), strict=True):
+                assert torch.equal(kept[0], expected[i])
+    if batched.kept_tokens is not None:
+        assert not torch.equal(batched.kept_tokens[0][0], batched.kept_tokens[0][1]), "each keeps its own"
+
+
+def test_empty_batch(model) -> None:
+    with torch.no_grad():
+        assert model(torch.zeros(0, 3, 32, 32)).logits.shape == (0, 3)
+
+
+@pytest.mark.parametrize("alignment", ["repeat", "zero_input", "none"])
+def test_keeping_every_token_changes_nothing(alignment, tiny_config, pixel_values) -> None:
+    model = make_model(tiny_config)
+    with torch.no_grad():
+        dense = model(pixel_values).logits
+        model.set_token_pruning({"layers": [1, 2], "keep_ratios": [1.0, 1], "alignment": alignment})
+        outputs = model(pixel_values)
+    assert torch.equal(outputs.logits, dense)
+    count = 16 + CLASS_TOKENS[tiny_config.model_type]
+    for kept in outputs.kept_tokens:
+        assert kept.tolist() == [list(range(count))] * 2
+
+
+def test_alignment_matters(tiny_config, pixel_values) -> None:
+    model, logits = make_model(tiny_config), []
+    for alignment in ("repeat", "zero_input", "none"):
+        model.set_token_pruning(TOKEN_PRUNING | {"alignment": alignment})
+        with torch.no_grad():
+            logits.append(model(pixel_values).logits)
+    assert not any(torch.equal(logits[i], logits[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_hidden_states(config, model, pixel_values) -> None:
+    with torch.no_grad():
+        outputs = model(pixel_values, output_hidden_states=True)
+    class_tokens = CLASS_TOKENS[config.model_type]
+    # What comes out of layer l-1 has lost no token yet; what comes out of layer l has.
+    patches = [16] * 5 if config.token_pruning is None else [16, 16, 12, 12, 8]
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(2, n + class_tokens, 16) for n in patches]
+    with torch.no_grad():
+        assert model(pixel_values).hidden_states is None
+    if config.token_pruning is None:
+        assert outputs.kept_tokens is None
+        return
+    first, second = outputs.kept_tokens
+    assert first.dtype == second.dtype == torch.int64
+    for sample in range(2):
+        assert set(second[sample].tolist()) < set(first[sample].tolist()) < set(range(16 + class_tokens))
+
+
+# ---- Image sizes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 64), (16, 16), (48, 24), (40, 41), (8, 8)])
+def test_other_image_sizes(size, config, model) -> None:
+    images = torch.randn(2, 3, *size)
+    grid = config.grid_size_for(*size)
+    with torch.no_grad():
+        hidden_states = model(images, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
+        assert model(images).logits.isfinite().all()
+    assert hidden_states[0].shape[1] == grid[0] * grid[1] + CLASS_TOKENS[config.model_type]
+    with pytest.raises(ValueError, match=rf"{grid[0]} x {grid[1]} patches, .* laid out for 4 x 4"):
+        model(images, interpolate_pos_encoding=False)
+
+
+def test_laid_out_size_needs_no_interpolation(model, pixel_values) -> None:
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+        assert torch.equal(model(pixel_values, interpolate_pos_encoding=False).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 1, 32, 32), r"\(2, 1, 32, 32\); expected is \(batch, 3, height, width\)"),
+        (torch.zeros(3, 32, 32), r"\(3, 32, 32\); expected is"),
+        (torch.zeros(1, 3, 0, 32), "an image without pixels"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "dtype torch.uint8; normalised floating-point"),
+        (
+            torch.stack([torch.zeros(3, 32, 32), torch.full((3, 32, 32), torch.nan)]),
+            r"NaN or infinity in samples \[1\]",
+        ),
+        (None, "You have to specify `pixel_values`"),
+    ],
+    ids=["channels", "axes", "no pixels", "integers", "nan", "none"],
+)
+def test_wrong_pixel_values(images, message, model) -> None:
+    with pytest.raises(ValueError, match=message):
+        model(images)
+
+
+def test_image_smaller_than_a_patch() -> None:
+    tiny = torch.randn(1, 3, 1, 1)
+    with pytest.raises(ValueError, match="too small for one patch of 8 x 8 pixels"):
+        make_model(MAKE_CONFIG["vim"]())(tiny)
+    # PlainMamba pads.
+    assert make_model(MAKE_CONFIG["plainmamba"]())(tiny).logits.isfinite().all()
+
+
+# ---- Loading -----------------------------------------------------------------------------------------------------
+
+
+def test_saving_and_loading(model, pixel_values, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.token_pruning == model.config.token_pruning
+    with torch.no_grad():
+        assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
+
+
+def test_pruning_on_loading(tiny_config, pixel_values, tmp_path) -> None:
+    make_model(tiny_config).save_pretrained(tmp_path)
+    loaded = MODELS[tiny_config.model_type].from_pretrained(tmp_path, token_pruning=dict(TOKEN_PRUNING))
+    assert len(loaded(pixel_values).kept_tokens) == 2
+
+
+def test_nothing_but_weights_is_made_on_meta(config) -> None:
+    """Loading builds the model there first: a tensor that is no part of the state dict would hold garbage."""
+    with torch.device("meta"):
+        model = MODELS[config.model_type](config)
+    assert {name for name, _ in model.named_buffers()} <= set(model.state_dict())
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert model(torch.zeros(2, 3, 32, 32, device="meta")).logits.shape == (2, 3)
+
+
+def test_device_map_with_offloading(model, pixel_values, tmp_path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    base = model.base_model_prefix
+    device_map = {f"{base}.embeddings": "cpu", f"{base}.layers.0": "cpu", f"{base}.norm": "cpu", "classifier": "cpu"}
+    device_map |= {f"{base}.layers.{i}": "disk" for i in (1, 2, 3)}
+    loaded = type(model).from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits)
+
+
+# ---- Backbones ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 24)])
+def test_backbone_maps_cover_the_full_grid(size, config, model) -> None:
+    config.out_features = ["stem", "stage1", "stage2", "stage4"]
+    backbone = BACKBONES[config.model_type](config).eval()
+    backbone.load_state_dict(model.base_model.state_dict())
+    images, grid = torch.randn(2, 3, *size), config.grid_size_for(*size)
+    with torch.no_grad():
+        maps = backbone(images).feature_maps
+        outputs = model(images, output_hidden_states=True)
+    assert [tuple(map.shape) for map in maps] == [(2, 16, *grid)] * 4
+    assert backbone.channels == [16] * 4
+
+    states = [outputs.hidden_states[4]]
+    if config.token_pruning is not None:
+        before = outputs.hidden_states[1], outputs.hidden_states[3]  # as they were dropped, before layers 1 and 3
+        states = [*before, *states]
+    full = model.base_model.norm(fill_dropped_tokens(states, outputs.kept_tokens or ()))
+    if config.model_type == "vim":
+        middle = grid[0] * grid[1] // 2
+        full = torch.cat([full[:, :middle], full[:, middle + 1 :]], dim=1)
+    torch.testing.assert_close(maps[-1], full.transpose(1, 2).unflatten(2, grid))
+
+
+# ---- Exporting ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=sorted(MAKE_CONFIG))
+def small_pruned_model(request) -> nn.Module:
+    """Two layers and nine tokens: the plain scan becomes as many operations as there are tokens."""
+    schedule = {"layers": [1], "keep_ratios": [0.6]}
+    options = {"image_size": 24, "num_hidden_layers": 2, "scan_backend": "torch", "token_pruning": schedule}
+    return make_model(MAKE_CONFIG[request.param](**options))
+
+
+def test_export_with_dynamic_batch(small_pruned_model) -> None:
+    images, batch = torch.randn(2, 3, 24, 24), torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        small_pruned_model, (), {"pixel_values": images}, dynamic_shapes={"pixel_values": {0: batch}}
+    )
+    for size in (2, 5):
+        images = torch.randn(size, 3, 24, 24)
+        with torch.no_grad():
+            expected, exported = small_pruned_model(images), program.module()(pixel_values=images)
+        torch.testing.assert_close(exported.logits, expected.logits, atol=1e-5, rtol=1e-5)
+        assert torch.equal(exported.kept_tokens[0], expected.kept_tokens[0])
+
+
+def test_compile_in_one_graph(small_pruned_model) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(small_pruned_model, backend="aot_eager", fullgraph=True)
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        expected, outputs = small_pruned_model(images), compiled(images)
+    torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(outputs.kept_tokens[0], expected.kept_tokens[0])

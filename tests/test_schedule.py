@@ -1,0 +1,173 @@
+"""Pruning schedules: wrong ones are refused when the configuration is made, budgets are met."""
+
+import math
+
+import pytest
+import torch
+from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+from hf_vssm_prune import PlainMambaConfig, VimConfig, count_flops
+from hf_vssm_prune.conversion import MODELS
+
+
+# A narrow stem, which pruning cannot make cheaper.
+NARROW = {"plainmamba": {"stem_channels": 4}, "vim": {}}
+
+
+def make_config(family: str, **changes) -> PlainMambaConfig | VimConfig:
+    return MAKE_CONFIG[family](**NARROW[family], **changes)
+
+
+@pytest.fixture(params=sorted(MAKE_CONFIG))
+def config(request) -> PlainMambaConfig | VimConfig:
+    return make_config(request.param)
+
+
+PRESETS = [(config, name) for config in (PlainMambaConfig, VimConfig) for name in config.presets]
+
+
+def schedule(**changes) -> dict:
+    """Of the tiny models, which have four layers."""
+    options = {"layers": [1, 3], "keep_ratios": [0.7, 0.6]} | changes
+    return {name: value for name, value in options.items() if value is not ...}
+
+
+WRONG = [
+    *((schedule(keep_ratios=[0.7, ratio]), rf"{ratio!r} is not in \(0, 1\]") for ratio in (0, -0.1, 1.1, True, "half")),
+    *((schedule(keep_ratios=[ratio, 0.5]), r"is not in \(0, 1\]") for ratio in (math.nan, math.inf, None)),
+    (schedule(keep_ratios=[0.7]), "1 ratios for 2 layers; one for each layer is needed"),
+    (schedule(keep_ratios=[0.7, 0.7, 0.7]), "3 ratios for 2 layers"),
+    (schedule(keep_ratios=0.7), "0.7; a list is needed, with one entry for each stage"),
+    (schedule(layers=[3, 1]), r"\[3, 1\]; layers must ascend, each given once"),
+    (schedule(layers=[2, 2]), r"\[2, 2\]; layers must ascend, each given once"),
+    (schedule(layers=[0, 1]), r"\[0, 1\]; .*1 to 3 are allowed in a model of 4 layers"),
+    (schedule(layers=[1, 4]), r"\[1, 4\]; .*1 to 3 are allowed in a model of 4 layers"),
+    (schedule(layers=[-1, 2]), r"\[-1, 2\]; .*1 to 3 are allowed"),
+    (schedule(layers=[1.0, 2.0]), r"\[1\.0, 2\.0\]; layers are whole numbers"),
+    (schedule(layers=[True, 2]), r"\[True, 2\]; layers are whole numbers"),
+    (schedule(layers="12"), "'12'; a list is needed"),
+    (schedule(layers=1, keep_ratios=0.5), "1; a list is needed"),
+    (schedule(layers=[], keep_ratios=[]), "give at least one layer, or `token_pruning=None`"),
+    (schedule(layers=...), r"needs \['layers'\]; given were \['keep_ratios'\]"),
+    (schedule(keep_ratios=None), r"needs \['keep_ratios'\]"),
+    ({}, r"needs \['layers', 'keep_ratios'\]"),
+    (schedule(alignment="Repeat"), r"'alignment'.*'Repeat'; allowed are \['repeat', 'zero_input', 'none'\]"),
+    (schedule(alignment=None), r"'alignment'.*None; allowed are"),
+    (schedule(importance="norm"), r"'importance'.*'norm'; allowed are \['clip', 'mean', 'l1', 'l2', 'random'\]"),
+    (schedule(importance=["clip"]), r"'importance'.*\['clip'\]; allowed are"),
+    (schedule(ratio=0.5), r"unknown options \['ratio'\]; allowed are \['layers', 'keep_ratios', 'alignment'"),
+    (schedule(flops_reduction=0.4), r"both `flops_reduction` and \['keep_ratios', 'layers'\]; give one of them"),
+    *(
+        ({"flops_reduction": share}, rf"`flops_reduction` is {share!r}; a share in \(0, 1\)")
+        for share in (0, 1, -0.5, 1.5, True, "0.4", None, math.nan)
+    ),
+    ({"flops_reduction": 0.99}, r"`flops_reduction` is 0\.99; dropping all but one token at \[1, 2\] removes 0\.\d+"),
+    ({"flops_reduction": 0.3, "ratio": 0.5}, r"unknown options \['ratio'\]"),
+    ({"flops_reduction": 0.3, "alignment": "no"}, r"'alignment'.*'no'; allowed are"),
+]
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize(("token_pruning", "message"), WRONG, ids=[str(options) for options, _ in WRONG])
+def test_wrong_schedule(token_pruning, message, family) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(family, token_pruning=token_pruning)
+
+    model = MODELS[family](make_config(family, token_pruning=dict(TOKEN_PRUNING)))
+    with pytest.raises(ValueError, match=message):
+        model.set_token_pruning(token_pruning)
+    assert model.config.token_pruning == TOKEN_PRUNING
+
+
+@pytest.mark.parametrize("token_pruning", ["repeat", 0.5, [1, 2]])
+def test_not_a_dict(token_pruning, config) -> None:
+    # The check of the fields' types speaks first when a configuration is made.
+    with pytest.raises(StrictDataclassFieldValidationError, match=r"token_pruning.*\n.*expected"):
+        type(config)(token_pruning=token_pruning)
+    with pytest.raises(ValueError, match="None or a dict is needed"):
+        MODELS[config.model_type](config).set_token_pruning(token_pruning)
+
+
+def test_attribute_set_behind_the_checks_is_refused_in_use(config, pixel_values) -> None:
+    model = MODELS[config.model_type](config)
+    model.config.token_pruning = {"layers": [9], "keep_ratios": [0.5]}
+    with pytest.raises(ValueError, match=r"\[9\]; .*1 to 3 are allowed"):
+        model(pixel_values)
+
+
+def test_schedule_is_completed_and_copied(config) -> None:
+    given = {"layers": (1, 3), "keep_ratios": (1, 0.5)}
+    completed = config.complete_token_pruning(given)
+    assert completed == {"layers": [1, 3], "keep_ratios": [1, 0.5], "alignment": "repeat", "importance": "clip"}
+    assert given == {"layers": (1, 3), "keep_ratios": (1, 0.5)}
+
+
+@pytest.mark.parametrize(
+    "token_pruning", [None, dict(TOKEN_PRUNING), {"flops_reduction": 0.3, "alignment": "zero_input"}]
+)
+def test_config_file_keeps_the_schedule(token_pruning, config, tmp_path) -> None:
+    config = type(config)(**{**config.to_diff_dict(), "token_pruning": token_pruning})
+    config.save_pretrained(tmp_path)
+    opened = type(config).from_pretrained(tmp_path)
+    assert opened.token_pruning == config.token_pruning
+    assert opened.to_dict() == config.to_dict()
+    assert opened.token_pruning is None or set(opened.token_pruning) == set(TOKEN_PRUNING)
+
+
+def test_schedule_of_a_loaded_model(config, pixel_values) -> None:
+    model = MODELS[config.model_type](config).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        dense = model(pixel_values)
+        model.set_token_pruning({"flops_reduction": 0.3})
+        pruned = model(pixel_values)
+        model.set_token_pruning(None)
+        again = model(pixel_values)
+    assert dense.kept_tokens is dense.token_scores is None
+    assert len(pruned.kept_tokens) == len(pruned.token_scores) == 2
+    assert torch.equal(dense.logits, again.logits)
+    assert not torch.equal(dense.logits, pruned.logits)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# ---- Budgets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flops_reduction", [0.1, 0.2, 0.3, 0.4, 0.416, 0.5, 0.6])
+@pytest.mark.parametrize(("config_class", "preset"), PRESETS)
+def test_budget_is_met(config_class, preset, flops_reduction) -> None:
+    config = config_class.from_preset(preset, token_pruning={"flops_reduction": flops_reduction})
+    assert abs(count_flops(config).reduction - flops_reduction) <= 0.005
+    assert set(config.token_pruning) == set(TOKEN_PRUNING)
+    assert all(0 < ratio <= 1 for ratio in config.token_pruning["keep_ratios"])
+
+
+@pytest.mark.parametrize("flops_reduction", [0.01, 0.2, 0.416, 0.6])
+def test_budget_at_other_image_sizes(flops_reduction) -> None:
+    for image_size in (112, [224, 384]):
+        config = PlainMambaConfig.from_preset(
+            "L1", image_size=image_size, token_pruning={"flops_reduction": flops_reduction}
+        )
+        assert count_flops(config).reduction == pytest.approx(flops_reduction, abs=0.005)
+
+
+def test_largest_budgets() -> None:
+    for config_class, preset in [(PlainMambaConfig, "L3"), (VimConfig, "T"), (VimConfig, "S"), (VimConfig, "B")]:
+        config = config_class.from_preset(preset, token_pruning={"flops_reduction": 0.7})
+        assert abs(count_flops(config).reduction - 0.7) <= 0.005
+
+
+def test_budget_near_the_paper_needs_the_papers_layers() -> None:
+    config = PlainMambaConfig.from_preset("L3", token_pruning={"flops_reduction": 0.416})
+    assert config.token_pruning["layers"] == [6, 12, 18]
+    assert config.token_pruning["keep_ratios"] == pytest.approx([0.7, 0.7, 0.7], abs=0.01)
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_budget_that_few_tokens_cannot_meet(family) -> None:
+    """Four tokens: the possible cuts lie far apart."""
+    with pytest.raises(ValueError, match=r"`flops_reduction` is 0\.05; with 4 tokens .* the nearest removes 0\.\d+"):
+        make_config(family, image_size=16, token_pruning={"flops_reduction": 0.05})
+    with pytest.raises(ValueError, match="a model of 1 layer has no layer before which"):
+        make_config(family, num_hidden_layers=1, token_pruning={"flops_reduction": 0.3})
