@@ -21,9 +21,9 @@ from hf_vssm_prune import count_flops
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.conversion import MODELS, ImageClassifier, load_official_model, save_official_model
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
+from hf_vssm_prune.hub.loading import load_config, new_image_processor
 from hf_vssm_prune.hub.model_card import format_flops
 from hf_vssm_prune.training.arguments import label_maps
-from hf_vssm_prune.training.jobs import load_config, new_image_processor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +80,6 @@ def to_folder(options: argparse.Namespace) -> ImageClassifier:
     model = load_official_model(options.source, options.ema, **overrides)
     if options.id2label is not None:
         set_labels(model.config, options.id2label)
-    check_image_options(options, model.config.num_channels)
     processor = new_image_processor(model.config, options.image_mean, options.image_std, options.crop_pct)
     card = ModelCardInfo(name=options.target.resolve().name, original_weights=options.source.name)
     save_for_hub(model, options.target, processor, card)
@@ -118,18 +117,6 @@ def read_labels(file: Path) -> list[str]:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{file}: a JSON list of names is needed, or a dict from the ids 0, 1, ... to names.")
     return labels
-
-
-def check_image_options(options: argparse.Namespace, num_channels: int) -> None:
-    if not len(options.image_mean) == len(options.image_std) == num_channels:
-        raise ValueError(
-            f"--image_mean has {len(options.image_mean)} and --image_std {len(options.image_std)} values; the model's "
-            f"images have {num_channels} channels."
-        )
-    if not all(std > 0 for std in options.image_std):
-        raise ValueError(f"--image_std is {options.image_std}: each must be greater than 0.")
-    if not 0 < options.crop_pct <= 1:
-        raise ValueError(f"--crop_pct is {options.crop_pct}: it must be greater than 0 and at most 1.")
 
 
 def summary(model: ImageClassifier) -> str:

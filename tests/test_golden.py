@@ -4,8 +4,9 @@ import pytest
 import torch
 from golden import GoldenCase
 
-from hf_vssm_prune import PlainMambaForImageClassification, VimForImageClassification, count_flops
+from hf_vssm_prune import PlainMambaForImageClassification, VimForImageClassification
 from hf_vssm_prune.conversion import convert_official_state_dict, convert_to_official_state_dict, infer_config
+
 
 MODELS = {"plainmamba": PlainMambaForImageClassification, "vim": VimForImageClassification}
 CASES = [

@@ -62,7 +62,7 @@ WRONG = [
         ({"flops_reduction": share}, rf"`flops_reduction` is {share!r}; a share in \(0, 1\)")
         for share in (0, 1, -0.5, 1.5, True, "0.4", None, math.nan)
     ),
-    ({"flops_reduction": 0.99}, r"`flops_reduction` is 0\.99; dropping all but one token at \[1, 2\] removes 0\.\d+"),
+    ({"flops_reduction": 0.99}, r"`flops_reduction` is 0\.99; dropping all but one token at \[1\b.*\] removes 0\.\d+"),
     ({"flops_reduction": 0.3, "ratio": 0.5}, r"unknown options \['ratio'\]"),
     ({"flops_reduction": 0.3, "alignment": "no"}, r"'alignment'.*'no'; allowed are"),
 ]
@@ -134,7 +134,7 @@ def test_schedule_of_a_loaded_model(config, pixel_values) -> None:
 # ---- Budgets -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flops_reduction", [0.1, 0.2, 0.3, 0.4, 0.416, 0.5, 0.6])
+@pytest.mark.parametrize("flops_reduction", [0.1, 0.2, 0.3, 0.4, 0.416, 0.5, 0.6, 0.7])
 @pytest.mark.parametrize(("config_class", "preset"), PRESETS)
 def test_budget_is_met(config_class, preset, flops_reduction) -> None:
     config = config_class.from_preset(preset, token_pruning={"flops_reduction": flops_reduction})
@@ -150,12 +150,6 @@ def test_budget_at_other_image_sizes(flops_reduction) -> None:
             "L1", image_size=image_size, token_pruning={"flops_reduction": flops_reduction}
         )
         assert count_flops(config).reduction == pytest.approx(flops_reduction, abs=0.005)
-
-
-def test_largest_budgets() -> None:
-    for config_class, preset in [(PlainMambaConfig, "L3"), (VimConfig, "T"), (VimConfig, "S"), (VimConfig, "B")]:
-        config = config_class.from_preset(preset, token_pruning={"flops_reduction": 0.7})
-        assert abs(count_flops(config).reduction - 0.7) <= 0.005
 
 
 def test_budget_near_the_paper_needs_the_papers_layers() -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune.hub import save_for_hub
-from hf_vssm_prune.training.jobs import new_image_processor
+from hf_vssm_prune.hub.loading import new_image_processor
 
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = make_plainmamba_config()
     model = AutoModelForImageClassification.from_config(config)
-    processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_share=1.0)
+    processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
     return save_for_hub(model, tmp_path_factory.mktemp("dense") / "model", processor)
 
 

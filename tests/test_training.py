@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 import hf_vssm_prune
+from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.training.arguments import AugmentationArguments, OptimizationArguments, RunArguments
 from hf_vssm_prune.training.checkpoints import find_checkpoints, find_resumed
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import compare_models, comparison_table, mean_accuracy, score_predictions
-from hf_vssm_prune.training.jobs import new_image_processor
 from hf_vssm_prune.training.loop import Recipe, Trainer, TrainingDivergedError
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer, parameter_groups
@@ -95,7 +95,7 @@ def make_recipe(output_dir: Path, losses: LossWeights | None = None, augmentatio
 def make_trainer(config, datasets, recipe: Recipe, teacher=None) -> Trainer:
     torch.manual_seed(0)
     model = AutoModelForImageClassification.from_config(config)
-    processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_share=1.0)
+    processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
     return Trainer(model, datasets, processor, recipe, teacher)
 
 
@@ -221,7 +221,7 @@ def test_comparison_of_dense_and_pruned(datasets):
     models = {name: AutoModelForImageClassification.from_config(make_vim_config()) for name in ("dense", "pruned")}
     models["pruned"].load_state_dict(models["dense"].state_dict())
     models["pruned"].set_token_pruning(dict(TOKEN_PRUNING))
-    processor = new_image_processor(make_vim_config(), [0.5] * 3, [0.25] * 3, crop_share=1.0)
+    processor = new_image_processor(make_vim_config(), [0.5] * 3, [0.25] * 3, crop_pct=1.0)
     images = EvaluationImages(datasets.evaluation, processor)
     loader = torch.utils.data.DataLoader(images, batch_size=4, collate_fn=collate)
     evaluations = compare_models(models, loader, torch.device("cpu"))

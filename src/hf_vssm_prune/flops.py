@@ -132,14 +132,16 @@ def _scan(config: PreTrainedConfig, length: int) -> int:
 # ---- A schedule from a budget ------------------------------------------------------------------------------------
 
 BUDGET_TOLERANCE = 0.005
+# Where the stages are, as shares of the depth; the later ones of the list only where the earlier cannot save enough.
+STAGES = ((1 / 6, 1 / 3, 1 / 2), (1 / 12, 1 / 6, 1 / 4), (1 / 24, 1 / 12, 1 / 8))
 
 
 def schedule_for_budget(config: PreTrainedConfig, flops_reduction: float) -> dict[str, list]:
     """Finds the pruning schedule that removes a share of the published FLOPs, at `config.image_size`.
 
     Tokens go in three stages, at a sixth, a third and half of the depth (the paper's model of 36 layers: 6, 12, 18),
-    with one keep ratio for all where one meets the budget, else with ratios that differ. Of the schedules that remove
-    at least what was asked for, the one that removes least is taken.
+    earlier where that cannot save enough; with one keep ratio for all where one meets the budget, else with ratios that
+    differ. Of the schedules that remove at least what was asked for, the one that removes least is taken.
 
     Args:
         config: a `PlainMambaConfig` or `VimConfig`.
@@ -154,14 +156,16 @@ def schedule_for_budget(config: PreTrainedConfig, flops_reduction: float) -> dic
     if not isinstance(flops_reduction, int | float) or isinstance(flops_reduction, bool) or not 0 < flops_reduction < 1:
         raise ValueError(f"`flops_reduction` is {flops_reduction!r}; a share in (0, 1) is needed, for instance 0.416.")
     depth = config.num_hidden_layers
-    layers = sorted({round(depth * share) for share in (1 / 6, 1 / 3, 1 / 2)} - {0})
-    layers = [layer for layer in layers if layer < depth]
-    if not layers:
+    if depth < 2:
         raise ValueError(f"a model of {depth} layer has no layer before which tokens could be dropped.")
 
     num_patches = math.prod(config.grid_size)
-    savings = _savings_per_token(config, layers)
-    most = sum(savings) * (num_patches - 1)
+    for shares in STAGES:
+        layers = sorted({max(1, round(depth * share)) for share in shares})
+        savings = _savings_per_token(config, layers)
+        most = sum(savings) * (num_patches - 1)
+        if flops_reduction <= most:
+            break
     if flops_reduction > most + BUDGET_TOLERANCE:
         raise ValueError(
             f"`flops_reduction` is {flops_reduction}; dropping all but one token at {layers} removes {most:.3f}."

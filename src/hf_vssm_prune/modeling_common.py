@@ -205,6 +205,16 @@ def drop_path_rates(config: VisionMambaConfig) -> list[float]:
     return torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
 
 
+class TimeStepProjection(nn.Linear):
+    """Projects to time steps before bias and softplus, and hands out the bias, which the scan adds.
+
+    The layer is called, its bias not read from outside: weights that were offloaded are there during a call only.
+    """
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return F.linear(features, self.weight), self.bias
+
+
 def init_time_step_projection(projection: nn.Linear, config: VisionMambaConfig) -> None:
     """Mamba's initialisation: time steps spread log-uniformly between `time_step_min` and `time_step_max`.
 

@@ -25,6 +25,7 @@ from .modeling_common import (
     DropPath,
     PrunedImageClassifierOutput,
     PrunedModelOutput,
+    TimeStepProjection,
     TokenPruningMixin,
     check_pixel_values,
     drop_path_rates,
@@ -108,6 +109,20 @@ class PlainMambaEmbeddings(nn.Module):
         return tokens.flatten(2).transpose(1, 2) + positions, grid
 
 
+class PlainMambaGridConvolution(nn.Conv2d):
+    """Depthwise convolution over the cells of the grid that still hold a token."""
+
+    def __init__(self, config: PlainMambaConfig, channels: int, kernel_size: int, bias: bool = True) -> None:
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+        self.config = config
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, layout: PlainMambaTokenLayout, silu: bool = False
+    ) -> Tensor:
+        backend = self.config.scan_backend
+        return depthwise_conv2d(hidden_states, self.weight, self.bias, layout.grid, layout.kept, silu, backend)
+
+
 class PlainMambaMixer(nn.Module):
     """Depthwise convolution on the grid, then four selective scans along snake paths with one set of parameters."""
 
@@ -116,11 +131,11 @@ class PlainMambaMixer(nn.Module):
         self.config = config
         width = config.intermediate_size
         self.in_proj = nn.Linear(config.hidden_size, 2 * width)
-        self.conv2d = nn.Conv2d(width, width, config.conv_kernel, padding=config.conv_kernel // 2, groups=width)
+        self.conv2d = PlainMambaGridConvolution(config, width, config.conv_kernel)
         # The parts of the projection: time-step features, B and C.
         self.sizes = [int(config.time_step_rank), config.state_size, config.state_size]
         self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)
-        self.dt_proj = nn.Linear(self.sizes[0], width)
+        self.dt_proj = TimeStepProjection(self.sizes[0], width)
         self.A_log = nn.Parameter(torch.empty(width, config.state_size))
         self.D = nn.Parameter(torch.empty(width))
         # What each kind of move adds to B: start, right, left, up, down.
@@ -130,21 +145,13 @@ class PlainMambaMixer(nn.Module):
     def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> tuple[Tensor, Tensor]:
         """Returns the mixed tokens, and the gated output that they were projected from (batch, n, channels)."""
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        x = depthwise_conv2d(
-            x,
-            self.conv2d.weight,
-            self.conv2d.bias,
-            layout.grid,
-            layout.kept,
-            silu=True,
-            backend=self.config.scan_backend,
-        )
-        time_step, B, C = self.x_proj(x).split(self.sizes, dim=-1)
-        # The published weights want the bias twice: once in the projection, once more before the softplus.
-        bias = self.dt_proj.bias
+        x = self.conv2d(x, layout, silu=True)
+        features, B, C = self.x_proj(x).split(self.sizes, dim=-1)
+        time_step, bias = self.dt_proj(features)
+        bias = 2 * bias  # the published weights want it twice: in the projection, and once more before the softplus
         gated = selective_scan(
             x,
-            self.dt_proj(time_step),
+            time_step,
             -torch.exp(self.A_log.float()),
             B,
             C,
@@ -153,7 +160,7 @@ class PlainMambaMixer(nn.Module):
             gate=gate,
             order=layout.paths.order,
             gaps=layout.paths.gaps,
-            hole_time_step=F.softplus(2 * bias.float()) if layout.alignment == "zero_input" else None,
+            hole_time_step=F.softplus(bias.float()) if layout.alignment == "zero_input" else None,
             direction_B=self.direction_B,
             moves=layout.paths.moves,
             backend=self.config.scan_backend,
@@ -166,14 +173,11 @@ class PlainMambaDepthwise(nn.Module):
 
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__()
-        self.config = config
-        hidden = config.hidden_size
-        self.convolution = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False)
-        self.normalization = nn.BatchNorm1d(hidden)
+        self.convolution = PlainMambaGridConvolution(config, config.hidden_size, kernel_size=3, bias=False)
+        self.normalization = nn.BatchNorm1d(config.hidden_size)
 
     def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> Tensor:
-        weight, backend = self.convolution.weight, self.config.scan_backend
-        hidden_states = depthwise_conv2d(hidden_states, weight, None, layout.grid, layout.kept, backend=backend)
+        hidden_states = self.convolution(hidden_states, layout)
         return F.gelu(self.normalization(hidden_states.transpose(1, 2)).transpose(1, 2))
 
 

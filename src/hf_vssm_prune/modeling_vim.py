@@ -25,6 +25,7 @@ from .modeling_common import (
     DropPath,
     PrunedImageClassifierOutput,
     PrunedModelOutput,
+    TimeStepProjection,
     TokenPruningMixin,
     check_pixel_values,
     drop_path_rates,
@@ -116,18 +117,18 @@ class VimScan(nn.Module):
         # The parts of the projection: time-step features, B and C.
         self.sizes = [int(config.time_step_rank), config.state_size, config.state_size]
         self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)
-        self.dt_proj = nn.Linear(self.sizes[0], width)
+        self.dt_proj = TimeStepProjection(self.sizes[0], width)
         self.A_log = nn.Parameter(torch.empty(width, config.state_size))
         self.D = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, gate: Tensor, gaps: Tensor | None, alignment: str) -> Tensor:
         """Gated output of the scan; `x`, `gate` and the result are (batch, n, channels), `gaps` (batch, n)."""
         x = F.silu(self.conv1d(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
-        time_step, B, C = self.x_proj(x).split(self.sizes, dim=-1)
-        bias = self.dt_proj.bias.float()
+        features, B, C = self.x_proj(x).split(self.sizes, dim=-1)
+        time_step, bias = self.dt_proj(features)
         return selective_scan(
             x,
-            F.linear(time_step, self.dt_proj.weight),
+            time_step,
             -torch.exp(self.A_log.float()),
             B,
             C,
@@ -135,7 +136,7 @@ class VimScan(nn.Module):
             time_step_bias=bias,
             gate=gate,
             gaps=None if gaps is None else gaps.unsqueeze(1),
-            hole_time_step=F.softplus(bias) if alignment == "zero_input" else None,
+            hole_time_step=F.softplus(bias.float()) if alignment == "zero_input" else None,
             backend=self.config.scan_backend,
         )
 

@@ -182,7 +182,11 @@ def _paths(tensor: Tensor | None) -> _Paths:
 
 
 def _expect_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
-    if tensor is not None and tuple(tensor.shape) not in shapes:
+    if tensor is None:
+        return
+    if tensor.device.type != "cpu":
+        raise ValueError(f"`{name}` is on the device {tensor.device}, other tensors are on the CPU.")
+    if tuple(tensor.shape) not in shapes:
         raise ValueError(f"`{name}` must have the shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}.")
 
 

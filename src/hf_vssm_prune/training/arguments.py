@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.configuration_plainmamba import PlainMambaConfig
 from hf_vssm_prune.configuration_vim import VimConfig
+from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES
 from hf_vssm_prune.training.augmentation import AugmentationConfig, MixConfig
 from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, LossWeights
@@ -438,16 +439,7 @@ class DenseModelArguments:
                     "--config_overrides is for a new model; with --model_name_or_path the checkpoint says it."
                 )
             return
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"--crop_pct is {self.crop_pct}: it must be greater than 0 and at most 1.")
-        if not all(std > 0 for std in self.image_std):
-            raise ValueError(f"--image_std is {self.image_std}: each must be greater than 0.")
-        config = self.config(label_names=["label"])
-        if not len(self.image_mean) == len(self.image_std) == config.num_channels:
-            raise ValueError(
-                f"--image_mean has {len(self.image_mean)} and --image_std {len(self.image_std)} values; "
-                f"the model's images have {config.num_channels} channels."
-            )
+        new_image_processor(self.config(label_names=["label"]), self.image_mean, self.image_std, self.crop_pct)
 
     def config(self, label_names: Sequence[str], drop_path_rate: float = 0.0) -> VisionMambaConfig:
         """The configuration of the new model."""

@@ -12,16 +12,14 @@ import torch
 from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    BaseImageProcessor,
-    BitImageProcessor,
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.hub.loading import load_config, new_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.training.arguments import (
     DataArguments,
@@ -152,18 +150,6 @@ def load_datasets(data: DataArguments, seed: int) -> ImageDatasets:
     )
 
 
-def load_config(name_or_path: str) -> VisionMambaConfig:
-    """A checkpoint's configuration.
-
-    Raises:
-        ValueError: it is of no family of this package.
-    """
-    config = AutoConfig.from_pretrained(name_or_path)
-    if not isinstance(config, VisionMambaConfig):
-        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a plainmamba or vim model is needed.")
-    return config
-
-
 def load_model(
     name_or_path: str, label_names: Sequence[str], drop_path_rate: float = 0.0, ignore_mismatched_sizes: bool = False
 ) -> ImageClassifier:
@@ -215,26 +201,6 @@ def load_teacher(name_or_path: str, student: VisionMambaConfig, recipe: Recipe) 
     teacher = AutoModelForImageClassification.from_pretrained(name_or_path, dtype="float32")
     teacher.set_token_pruning(None)
     return teacher
-
-
-def new_image_processor(
-    config: VisionMambaConfig, mean: Sequence[float], std: Sequence[float], crop_share: float
-) -> BaseImageProcessor:
-    """Resizes the shortest edge, crops the center to the model's image size, and normalises.
-
-    Args:
-        config: of the model.
-        mean, std: of each channel, of pixels from 0 to 1.
-        crop_share: the crop's side as a share of the resized image's (timm's `crop_pct`).
-    """
-    height, width = config.image_height_width(config.image_size)
-    return BitImageProcessor(
-        size={"shortest_edge": round(max(height, width) / crop_share)},
-        crop_size={"height": height, "width": width},
-        image_mean=list(mean),
-        image_std=list(std),
-        do_convert_rgb=config.num_channels == 3,
-    )
 
 
 def card_writer(
