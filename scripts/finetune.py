@@ -14,6 +14,7 @@ from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import (
     AugmentationArguments,
     DataArguments,
+    ElasticArguments,
     FinetuneArguments,
     OptimizationArguments,
     PruningArguments,
@@ -30,10 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         PruningArguments,
         OptimizationArguments,
         AugmentationArguments,
+        ElasticArguments,
         RunArguments,
     ]
-    data, model, pruning, optimization, augmentation, run = parse_arguments(types, arguments, __doc__)
-    recipe = Recipe(optimization, augmentation, run, model.loss_weights(), data.dataloader_num_workers)
+    data, model, pruning, optimization, augmentation, elastic, run = parse_arguments(types, arguments, __doc__)
+    recipe = Recipe(optimization, augmentation, run, model.loss_weights(), elastic, data.dataloader_num_workers)
     return jobs.run(lambda: jobs.prepare_finetuning(data, model, pruning, recipe), run)
 
 

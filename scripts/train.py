@@ -13,6 +13,7 @@ from hf_vssm_prune.training.arguments import (
     AugmentationArguments,
     DataArguments,
     DenseModelArguments,
+    ElasticArguments,
     RunArguments,
     ScratchOptimizationArguments,
     parse_arguments,
@@ -21,9 +22,16 @@ from hf_vssm_prune.training.loop import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    types = [DataArguments, DenseModelArguments, ScratchOptimizationArguments, AugmentationArguments, RunArguments]
-    data, model, optimization, augmentation, run = parse_arguments(types, arguments, __doc__)
-    recipe = Recipe(optimization, augmentation, run, num_workers=data.dataloader_num_workers)
+    types = [
+        DataArguments,
+        DenseModelArguments,
+        ScratchOptimizationArguments,
+        AugmentationArguments,
+        ElasticArguments,
+        RunArguments,
+    ]
+    data, model, optimization, augmentation, elastic, run = parse_arguments(types, arguments, __doc__)
+    recipe = Recipe(optimization, augmentation, run, elastic=elastic, num_workers=data.dataloader_num_workers)
     return jobs.run(lambda: jobs.prepare_dense_training(data, model, recipe), run)
 
 

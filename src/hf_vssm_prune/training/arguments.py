@@ -329,6 +329,39 @@ class PruningArguments:
 
 
 @dataclass
+class ElasticArguments:
+    """Training that prunes each update by another budget, so that one set of weights serves them all."""
+
+    elastic_budgets: list[float] = field(
+        default_factory=list,
+        metadata=_describe(
+            "shares of FLOPs to remove, 0 for none: each update draws one of them; evaluation and the saved model are "
+            "not affected"
+        ),
+    )
+    elastic_importance: str = field(
+        default=IMPORTANCES[0], metadata=_describe("what makes a token worth keeping then", choices=IMPORTANCES)
+    )
+
+    def __post_init__(self) -> None:
+        if outside := [budget for budget in self.elastic_budgets if not 0 <= budget < 1]:
+            raise ValueError(f"--elastic_budgets has {outside}: each must be at least 0 and less than 1.")
+
+    def schedules(self, config: VisionMambaConfig) -> list[dict[str, Any] | None]:
+        """For each budget `token_pruning` options for a model of this configuration; None where nothing is to go.
+
+        Raises:
+            ValueError: no schedule of this model comes near a budget.
+        """
+        return [
+            config.complete_token_pruning({"flops_reduction": budget, "importance": self.elastic_importance})
+            if budget > 0
+            else None
+            for budget in self.elastic_budgets
+        ]
+
+
+@dataclass
 class FinetuneArguments:
     """The checkpoint to prune, its teacher, and the weights of the losses."""
 

@@ -208,6 +208,8 @@ def card_writer(
 ) -> Callable[[float, float, int], ModelCardInfo]:
     """What a `Trainer` needs to write model cards: the command, the options, and where the model came from."""
     options = {**asdict(recipe.optimization), **asdict(recipe.augmentation), "seed": recipe.run.seed}
+    if recipe.elastic.elastic_budgets:
+        options |= asdict(recipe.elastic)
     if recipe.losses.needs_teacher:
         options |= asdict(recipe.losses)
     training = TrainingRecipe(

@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from hf_vssm_prune.modeling_plainmamba import PlainMambaForImageClassification
 from hf_vssm_prune.modeling_vim import VimForImageClassification
 from hf_vssm_prune.training.arguments import (
     AugmentationArguments,
+    ElasticArguments,
     OptimizationArguments,
     RunArguments,
 )
@@ -71,6 +73,7 @@ class Recipe:
     augmentation: AugmentationArguments
     run: RunArguments
     losses: LossWeights = field(default_factory=LossWeights)
+    elastic: ElasticArguments = field(default_factory=ElasticArguments)
     num_workers: int = 0
 
 
@@ -146,6 +149,7 @@ class Trainer:
         self._make_loaders(datasets)
         self._make_schedule()
 
+        self.elastic_schedules = recipe.elastic.schedules(model.config)
         self.plain_model = model.to(self.accelerator.device)
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device).eval().requires_grad_(False)
         options = recipe.optimization
@@ -230,6 +234,7 @@ class Trainer:
             **asdict(self.recipe.optimization),
             **asdict(self.recipe.augmentation),
             **asdict(self.recipe.losses),
+            **asdict(self.recipe.elastic),
             "mixed_precision": self.accelerator.mixed_precision,
         }
 
@@ -338,14 +343,30 @@ class Trainer:
         # Drop path and random importance draw from torch's own generator.
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         with_states = self.recipe.losses.alignment_weight > 0
-        student = self.model(pixel_values, output_hidden_states=with_states)
+        with self._drawn_pruning(epoch, index) as pruning_layers:
+            student = self.model(pixel_values, output_hidden_states=with_states)
         teacher = None
         if self.teacher is not None and self.recipe.losses.needs_teacher:
             with torch.no_grad(), self.accelerator.autocast():
                 teacher = self.teacher(pixel_values, output_hidden_states=with_states)
-        pruning = self.plain_model.config.token_pruning
-        pruning_layers = () if pruning is None else pruning["layers"]
         return training_loss(student, teacher, labels, self.recipe.losses, pruning_layers)
+
+    @contextmanager
+    def _drawn_pruning(self, epoch: int, index: int) -> Iterator[list[int]]:
+        """Prunes by one of the elastic schedules, the same in every process; gives the layers that drop tokens.
+
+        Without elastic schedules the model's own is in force.
+        """
+        own = self.plain_model.config.token_pruning
+        schedule = own
+        if self.elastic_schedules:
+            place = np.random.SeedSequence([self.recipe.run.seed, epoch, index], spawn_key=(1,))
+            schedule = self.elastic_schedules[np.random.default_rng(place).integers(len(self.elastic_schedules))]
+        self.plain_model.set_token_pruning(schedule)
+        try:
+            yield [] if schedule is None else schedule["layers"]
+        finally:
+            self.plain_model.set_token_pruning(own)
 
     def _update(self, log: "_LogWindow") -> None:
         """Changes the weights by the gradients that have come together."""
