@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vssm_prune import count_flops
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.conversion import MODELS, ImageClassifier, load_official_model, save_official_model
+from hf_vssm_prune.conversion import ImageClassifier, load_official_model, save_official_model
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
-from hf_vssm_prune.hub.loading import load_config, new_image_processor
+from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
 from hf_vssm_prune.hub.model_card import format_flops
 from hf_vssm_prune.training.arguments import label_maps
 
@@ -87,13 +86,7 @@ def to_folder(options: argparse.Namespace) -> ImageClassifier:
 
 
 def to_checkpoint(options: argparse.Namespace) -> ImageClassifier:
-    config = load_config(str(options.source))
-    try:
-        model, info = MODELS[config.model_type].from_pretrained(options.source, output_loading_info=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"the weights in {options.source} cannot be read: {error}") from error
-    if wrong := {kind: sorted(names) for kind, names in info.items() if kind.endswith("_keys") and names}:
-        raise ValueError(f"{options.source} is not a whole image classifier: {wrong}.")
+    model = load_classifier(options.source)
     save_official_model(model, options.target)
     return model
 

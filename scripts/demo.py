@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 
 from hf_vssm_prune import EXAMPLE_MODEL
+from hf_vssm_prune.conversion import ImageClassifier
 from hf_vssm_prune.flops import count_flops
+from hf_vssm_prune.hub.loading import load_classifier
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.saving import save_for_hub
 from hf_vssm_prune.training import jobs
@@ -37,7 +39,7 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_evaluation_dataset
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
-from hf_vssm_prune.training.loop import ImageClassifier, Recipe
+from hf_vssm_prune.training.loop import Recipe
 from hf_vssm_prune.visualization import draw_classification, image_from_pixel_values
 
 
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         DENSE: load_example(None),
         NAIVE: load_example(PRUNING | {"alignment": "none"}),
         ALIGNED: load_example(PRUNING),
-        FINETUNED: load_model(output / "finetuning" / "last"),
+        FINETUNED: load_classifier(output / "finetuning" / "last"),
     }
 
     say(f"Evaluating on {len(images)} test images, every batch with all models in turn")
@@ -117,13 +119,9 @@ def recipe(
     return data, model, PruningArguments(**PRUNING), Recipe(optimization, augmentation, run, model.loss_weights())
 
 
-def load_model(folder: Path) -> ImageClassifier:
-    return AutoModelForImageClassification.from_pretrained(folder).eval()
-
-
 def load_example(token_pruning: dict | None) -> ImageClassifier:
     """The dense model that comes with the package, under a pruning schedule; its weights as they are."""
-    model = load_model(EXAMPLE_MODEL)
+    model = load_classifier(EXAMPLE_MODEL)
     model.set_token_pruning(token_pruning)
     return model
 

@@ -7,10 +7,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 
-import hf_vssm_prune  # noqa: F401  (registers the models)
+from hf_vssm_prune.hub.loading import load_classifier
+from hf_vssm_prune.training.image_steps import decode_image
 from hf_vssm_prune.visualization import draw_classification
 
 
@@ -22,11 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="kept_tokens.png", help="where to write (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        model = AutoModelForImageClassification.from_pretrained(options.model).eval()
+        model = load_classifier(options.model)
         if options.flops_reduction is not None:
             model.set_token_pruning({"flops_reduction": options.flops_reduction})
         image_processor = AutoImageProcessor.from_pretrained(options.model)
-        images = [Image.open(file).convert("RGB") for file in options.images]
+        images = [decode_image({"bytes": None, "path": file}, "RGB", file) for file in options.images]
         pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
         mean, std = image_processor.image_mean, image_processor.image_std
         draw_classification(model, pixel_values, mean, std).save(options.output)

@@ -1,9 +1,11 @@
 """What all tests share: no network, one thread for each pytest worker, fixed seeds, tiny configurations."""
 
+import importlib.util
 import os
 import random
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 
 # Libraries read these when they are imported, hence before anything else.
@@ -51,6 +53,17 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is missing; HF_VSSM_PRUNE_SHARED may name another folder")
     return folder
+
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+def load_script(name: str) -> ModuleType:
+    """A script as a module, whose `main` takes the arguments of its command line."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 TOKEN_PRUNING = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "alignment": "repeat", "importance": "clip"}

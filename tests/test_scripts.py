@@ -1,6 +1,5 @@
 """The training scripts as a user runs them: whole runs, killed and resumed ones, two processes, and wrong options."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import make_plainmamba_config
+from conftest import SCRIPTS, load_script, make_plainmamba_config
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -24,7 +23,6 @@ from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import new_image_processor
 
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SCHEDULE = ["--prune_layers", "1", "3", "--keep_ratios", "0.7", "0.6"]
 SMALL = ["--batch_size", "4", "--grad_accum_steps", "3", "--lr", "1e-3", "--workers", "0", "--use_cpu"]
@@ -173,13 +171,6 @@ def test_train_from_scratch_then_prune_then_evaluate(image_folder, tmp_path):
 
 
 # Wrong options
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 FINETUNE = ["--dataset_name", "d", "--output_dir", "o", "--model_name_or_path", "m"]

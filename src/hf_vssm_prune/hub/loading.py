@@ -1,11 +1,16 @@
-"""Opens what a checkpoint says about itself, and makes the image processor of one that comes without."""
+"""Opens a checkpoint's configuration and its whole classifier, and makes the image processor of one without."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, BaseImageProcessor
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageClassification, BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.conversion import ImageClassifier
 
 
 def load_config(name_or_path: str) -> VisionMambaConfig:
@@ -22,6 +27,40 @@ def load_config(name_or_path: str) -> VisionMambaConfig:
     if not isinstance(config, VisionMambaConfig):
         raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a plainmamba or vim model is needed.")
     return config
+
+
+def load_classifier(name_or_path: str | Path, ignore_mismatched_sizes: bool = False, **options: Any) -> ImageClassifier:
+    """An image classifier of this package with all its weights, in evaluation mode.
+
+    transformers draws at random what a checkpoint lacks, and warns: right for a new classifier, and elsewhere an
+    accuracy that means nothing.
+
+    Args:
+        name_or_path: a folder, or a model on the Hub.
+        ignore_mismatched_sizes: a classifier that is missing, or of another number of labels, is replaced by a new one.
+        options: for `from_pretrained`, such as `dtype`.
+
+    Raises:
+        ValueError: the weights are damaged or not finite, or some are missing, of another shape or not the model's own;
+            or see `load_config`.
+        OSError: there is none.
+    """
+    load_config(str(name_or_path))
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name_or_path, ignore_mismatched_sizes=ignore_mismatched_sizes, output_loading_info=True, **options
+        )
+    except (SafetensorError, UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"The weights of {name_or_path} cannot be read: {error}") from error
+    wrong = {kind: sorted(names) for kind, names in info.items() if kind.endswith("_keys") and names}
+    if ignore_mismatched_sizes:
+        wrong = {kind: [name for name in names if "classifier." not in str(name)] for kind, names in wrong.items()}
+    if any(wrong.values()):
+        raise ValueError(f"{name_or_path} is not a whole image classifier: {wrong}.")
+    tensors = model.state_dict().items()
+    if damaged := [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]:
+        raise ValueError(f"The weights of {name_or_path} are not finite in {damaged}.")
+    return model
 
 
 def new_image_processor(

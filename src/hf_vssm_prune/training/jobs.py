@@ -19,7 +19,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.hub.loading import load_config, new_image_processor
+from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.hub.loading import load_classifier, load_config, new_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.training.arguments import (
     DataArguments,
@@ -39,7 +40,7 @@ from hf_vssm_prune.training.data import (
 )
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
-from hf_vssm_prune.training.loop import ImageClassifier, Recipe, Trainer, TrainingDivergedError, check_output_dir
+from hf_vssm_prune.training.loop import Recipe, Trainer, TrainingDivergedError, check_output_dir
 
 
 logger = logging.getLogger(__name__)
@@ -177,9 +178,7 @@ def load_model(
             names[0],
             label_names[0],
         )
-    return AutoModelForImageClassification.from_pretrained(
-        name_or_path, dtype="float32", ignore_mismatched_sizes=ignore_mismatched_sizes, **options
-    )
+    return load_classifier(name_or_path, ignore_mismatched_sizes, dtype="float32", **options)
 
 
 def load_teacher(name_or_path: str, student: VisionMambaConfig, recipe: Recipe) -> ImageClassifier:
@@ -198,7 +197,7 @@ def load_teacher(name_or_path: str, student: VisionMambaConfig, recipe: Recipe) 
                 f"The teacher {name_or_path} has {name} {getattr(config, name)}, the model {getattr(student, name)}: "
                 "they cannot be compared."
             )
-    teacher = AutoModelForImageClassification.from_pretrained(name_or_path, dtype="float32")
+    teacher = load_classifier(name_or_path, dtype="float32")
     teacher.set_token_pruning(None)
     return teacher
 

@@ -24,11 +24,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.conversion import ImageClassifier
 from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.hub.saving import save_for_hub
-from hf_vssm_prune.modeling_plainmamba import PlainMambaForImageClassification
-from hf_vssm_prune.modeling_vim import VimForImageClassification
 from hf_vssm_prune.training.arguments import (
     AugmentationArguments,
     ElasticArguments,
@@ -55,8 +54,6 @@ from hf_vssm_prune.training.sampling import EpochSampler
 
 
 logger = logging.getLogger(__name__)
-
-ImageClassifier = PlainMambaForImageClassification | VimForImageClassification
 
 RESULTS = "all_results.json"
 
