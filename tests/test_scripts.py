@@ -189,6 +189,7 @@ TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
         ("finetune", [*FINETUNE, "--flops_reduction", "41.6"], "--flops_reduction is 41.6"),
         ("finetune", [*FINETUNE, "--prune_alignment", "copy"], "invalid choice: 'copy'"),
         ("finetune", [*FINETUNE, "--importance", "max"], "invalid choice: 'max'"),
+        ("train", [*TRAIN, "--elastic_budgets", "0", "1"], "--elastic_budgets has [1.0]"),
         ("finetune", [*FINETUNE, "--kd_temperature", "0"], "--kd_temperature is 0.0"),
         ("finetune", [*FINETUNE, "--kd_weight", "-1"], "--kd_weight is -1.0"),
         ("finetune", [*FINETUNE, "--alignment_weight", "0", "--alignment_layers", "3"], "needs an --alignment_weight"),

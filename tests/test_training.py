@@ -16,7 +16,12 @@ from transformers import AutoModelForImageClassification
 
 import hf_vssm_prune
 from hf_vssm_prune.hub.loading import new_image_processor
-from hf_vssm_prune.training.arguments import AugmentationArguments, OptimizationArguments, RunArguments
+from hf_vssm_prune.training.arguments import (
+    AugmentationArguments,
+    ElasticArguments,
+    OptimizationArguments,
+    RunArguments,
+)
 from hf_vssm_prune.training.checkpoints import find_checkpoints, find_resumed
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
@@ -315,6 +320,30 @@ def test_finetuning_logs_every_term_and_leaves_the_teacher_alone(datasets, tmp_p
     for term in ("loss", "cross_entropy", "distillation", "alignment", "gradient_norm", "learning_rate"):
         assert f" {term} " in line
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "last").config.token_pruning == TOKEN_PRUNING
+
+
+def test_elastic_training_prunes_each_update_by_a_budget_drawn(datasets, tmp_path):
+    def run(name: str) -> tuple[list[dict | None], Trainer]:
+        elastic = ElasticArguments(elastic_budgets=[0, 0.25, 0.394], elastic_importance="random")
+        losses = LossWeights(kd_weight=1.0, alignment_weight=1.0)
+        recipe = replace(make_recipe(tmp_path / name, losses, num_train_epochs=2), elastic=elastic)
+        config = make_vim_config(token_pruning=TOKEN_PRUNING | {"alignment": "zero_input"})
+        teacher = AutoModelForImageClassification.from_config(make_vim_config())
+        trainer = make_trainer(config, datasets, recipe, teacher)
+        used: list[dict | None] = []
+        trainer.plain_model.register_forward_pre_hook(
+            lambda model, _: used.append(model.config.token_pruning) if model.training else None
+        )
+        trainer.train()
+        return used, trainer
+
+    used, trainer = run("once")
+    assert len(used) == 18
+    assert len({json.dumps(schedule) for schedule in used}) == 3
+    pruned = next(schedule for schedule in used if schedule is not None)
+    assert (pruned["alignment"], pruned["importance"]) == ("zero_input", "random")
+    assert trainer.plain_model.config.token_pruning["layers"] == TOKEN_PRUNING["layers"]
+    assert run("again")[0] == used
 
 
 def test_bf16_autocast(datasets, tmp_path):

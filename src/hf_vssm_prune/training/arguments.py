@@ -339,8 +339,11 @@ class ElasticArguments:
             "not affected"
         ),
     )
-    elastic_importance: str = field(
-        default=IMPORTANCES[0], metadata=_describe("what makes a token worth keeping then", choices=IMPORTANCES)
+    elastic_importance: str | None = field(
+        default=None,
+        metadata=_describe(
+            "what makes a token worth keeping then; by default as in the model's own schedule", choices=IMPORTANCES
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -353,10 +356,12 @@ class ElasticArguments:
         Raises:
             ValueError: no schedule of this model comes near a budget.
         """
+        own = config.token_pruning or {}
+        choices = {name: own[name] for name in ("alignment", "importance") if name in own}
+        if self.elastic_importance is not None:
+            choices["importance"] = self.elastic_importance
         return [
-            config.complete_token_pruning({"flops_reduction": budget, "importance": self.elastic_importance})
-            if budget > 0
-            else None
+            config.complete_token_pruning({"flops_reduction": budget, **choices}) if budget > 0 else None
             for budget in self.elastic_budgets
         ]
 
