@@ -1,4 +1,4 @@
-"""The C++ kernels against the plain PyTorch functions, in float64."""
+"""What only the C++ kernels have: the convolution, threads, operators, building. Their scan: test_scan_kernels.py."""
 
 import multiprocessing
 import os
@@ -8,133 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_arguments import Arguments, assert_close_to_reference, convolution_arguments, run, scan_arguments
 from torch import Tensor
 
 from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
 from hf_vssm_prune.kernels import build, choose_kernel, cpu
-from hf_vssm_prune.selective_scan import selective_scan_torch
 
 
 NO_KERNEL = cpu.unavailable("cpu")
 needs_kernel = pytest.mark.skipif(NO_KERNEL is not None, reason=NO_KERNEL or "")
-
-Arguments = dict[str, Tensor]
-
-
-def scan_arguments(
-    batch: int,
-    length: int,
-    channels: int,
-    states: int,
-    paths: int | None = None,
-    largest_gap: int | None = None,
-    hole_time_step: bool = False,
-    direction_B: bool = False,
-    gate: bool = True,
-    shared_paths: bool = False,
-    seed: int = 0,
-) -> Arguments:
-    """Random arguments of `selective_scan`, float32, by name."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    arguments = {
-        "hidden_states": normal(batch, length, channels),
-        "time_step": normal(batch, length, channels) - 1,
-        "A": -torch.rand(channels, states, generator=generator) * 4 - 0.1,
-        "B": normal(batch, length, states),
-        "C": normal(batch, length, states),
-        "D": normal(channels),
-        "time_step_bias": normal(channels) - 1,
-    }
-    if gate:
-        arguments["gate"] = normal(batch, length, channels)
-    index_shape = (1 if shared_paths else batch, paths or 1, length)
-    if paths is not None:
-        arguments["order"] = torch.rand(index_shape, generator=generator).argsort(-1)
-    if largest_gap is not None:
-        arguments["gaps"] = torch.randint(1, largest_gap + 1, index_shape, generator=generator)
-        arguments["gaps"][0, 0, -1] = largest_gap
-    if hole_time_step:
-        arguments["hole_time_step"] = torch.rand(channels, generator=generator) * 0.2
-    if direction_B:
-        arguments["direction_B"] = normal(5, states)
-        arguments["moves"] = torch.randint(5, index_shape, generator=generator)
-    return arguments
-
-
-def convolution_arguments(
-    batch: int, grid: tuple[int, int], channels: int, kernel: int, keep_ratio: float | None, seed: int = 0
-) -> Arguments:
-    generator = torch.Generator().manual_seed(seed)
-    cells = grid[0] * grid[1]
-    tokens = cells if keep_ratio is None else max(1, int(keep_ratio * cells))
-    arguments = {
-        "hidden_states": torch.randn(batch, tokens, channels, generator=generator),
-        "weight": torch.randn(channels, 1, kernel, kernel, generator=generator),
-        "bias": torch.randn(channels, generator=generator),
-    }
-    if keep_ratio is not None:
-        scores = torch.rand(batch, cells, generator=generator)
-        arguments["kept"] = scores.argsort(-1)[:, :tokens].sort(-1).values
-    return arguments
-
-
-def run(function, arguments: Arguments, dtype: torch.dtype = torch.float32, **options) -> dict[str, Tensor]:
-    """What `function` returns, and the gradients of a random weighting of it, by argument."""
-    inputs = {
-        name: tensor.to(dtype, copy=True).requires_grad_() if tensor.is_floating_point() else tensor
-        for name, tensor in arguments.items()
-    }
-    output = function(**inputs, **options)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
-    output.backward(weights)
-    gradients = {name: tensor.grad for name, tensor in inputs.items() if tensor.is_floating_point()}
-    return {"output": output.detach(), **gradients}
-
-
-def assert_close_to_reference(ours: dict[str, Tensor], reference: dict[str, Tensor], value: float, gradient: float):
-    """Largest error relative to the largest entry."""
-    assert ours.keys() == reference.keys()
-    for name, expected in reference.items():
-        assert ours[name].shape == expected.shape
-        error = (ours[name].double() - expected).abs().max()
-        limit = value if name == "output" else gradient
-        assert error <= limit * expected.abs().max(), f"{name}: {error / expected.abs().max():.1e}"
-
-
-SCANS = {
-    "one path": {"batch": 3, "length": 17, "channels": 13, "states": 8},
-    "no gate": {"batch": 2, "length": 9, "channels": 8, "states": 16, "gate": False},
-    "four paths": {"batch": 2, "length": 49, "channels": 40, "states": 16, "paths": 4, "direction_B": True},
-    "shared order": {"batch": 3, "length": 25, "channels": 24, "states": 8, "paths": 4, "shared_paths": True},
-    "repeat": {
-        "batch": 2, "length": 30, "channels": 24, "states": 16, "paths": 4, "largest_gap": 4, "direction_B": True,
-    },
-    "zero_input": {
-        "batch": 2, "length": 30, "channels": 24, "states": 16, "paths": 4, "largest_gap": 4, "hole_time_step": True,
-        "direction_B": True,
-    },
-    "one path, gaps of up to 195": {"batch": 2, "length": 12, "channels": 16, "states": 16, "largest_gap": 195},
-    "zero_input, gaps of up to 195": {
-        "batch": 2, "length": 12, "channels": 16, "states": 16, "largest_gap": 195, "hole_time_step": True,
-    },
-    "one token": {"batch": 2, "length": 1, "channels": 3, "states": 1, "paths": 4, "largest_gap": 2},
-    "odd sizes": {
-        "batch": 1, "length": 21, "channels": 77, "states": 23, "paths": 5, "largest_gap": 9, "direction_B": True,
-    },
-    "training shape": {"batch": 2, "length": 196, "channels": 96, "states": 16, "paths": 4, "direction_B": True},
-}  # fmt: skip
-
-
-@needs_kernel
-@pytest.mark.parametrize("case", SCANS)
-def test_scan_equals_reference(case: str):
-    arguments = scan_arguments(**SCANS[case])
-    reference = run(selective_scan_torch, arguments, torch.float64)
-    assert_close_to_reference(run(cpu.selective_scan, arguments), reference, value=1e-6, gradient=2e-6)
 
 
 @needs_kernel
@@ -160,71 +42,16 @@ def test_convolution_of_many_channels():
 
 
 @needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(dtype: torch.dtype):
-    arguments = scan_arguments(2, 12, 24, 16, paths=4)
-    rounded = {name: t.to(dtype) if t.is_floating_point() else t for name, t in arguments.items()}
-    output = cpu.selective_scan(**rounded)
-    exact = selective_scan_torch(**{name: t.double() if t.is_floating_point() else t for name, t in rounded.items()})
-    assert output.dtype == dtype
-    torch.testing.assert_close(output, exact.to(dtype))
-
-
-@needs_kernel
-def test_float64_keeps_its_precision():
-    arguments = scan_arguments(1, 6, 4, 4)
-    doubles = {name: tensor.double() for name, tensor in arguments.items()}
-    assert torch.equal(cpu.selective_scan(**doubles), selective_scan_torch(**doubles))
+def test_convolution_in_float64_keeps_its_precision():
     doubles = {name: tensor.double() for name, tensor in convolution_arguments(1, (3, 3), 4, 3, None).items()}
     expected = depthwise_conv2d_torch(**doubles, grid=(3, 3))
     assert torch.equal(cpu.depthwise_conv2d(**doubles, grid=(3, 3)), expected)
 
 
 @needs_kernel
-def test_split_projections_and_int32_indices():
-    arguments = scan_arguments(2, 15, 24, 16, paths=4, largest_gap=3, direction_B=True)
-    expected = cpu.selective_scan(**arguments)
-    strided = dict(arguments)
-    strided["hidden_states"], strided["gate"] = torch.cat([arguments["hidden_states"], arguments["gate"]], -1).chunk(
-        2, -1
-    )
-    strided["B"], strided["C"] = torch.cat([arguments["B"], arguments["C"]], -1).chunk(2, -1)
-    strided["time_step"] = arguments["time_step"].transpose(1, 2).contiguous().transpose(1, 2)
-    for name in ("order", "gaps", "moves"):
-        strided[name] = arguments[name].int()
-    assert not strided["gate"].is_contiguous()
-    assert torch.equal(cpu.selective_scan(**strided), expected)
-
-
-@needs_kernel
-@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
-def test_empty(batch: int, length: int):
-    arguments = scan_arguments(batch, length, 8, 8)
-    results = run(cpu.selective_scan, arguments)
-    assert results["output"].shape == (batch, length, 8)
-    assert all(not results[name].any() for name in arguments)
+def test_convolution_of_nothing():
     arguments = {"hidden_states": torch.zeros(0, 4, 8), "weight": torch.zeros(8, 1, 3, 3), "bias": torch.zeros(8)}
     assert run(cpu.depthwise_conv2d, arguments, grid=(2, 2))["output"].shape == (0, 4, 8)
-
-
-@needs_kernel
-@pytest.mark.parametrize("name", ["hidden_states", "time_step", "B", "gate", "A"])
-def test_nan_reaches_the_output(name: str):
-    arguments = scan_arguments(1, 6, 16, 16)
-    arguments[name].flatten()[3] = torch.nan
-    ours, reference = cpu.selective_scan(**arguments), selective_scan_torch(**arguments)
-    assert reference.isnan().any()
-    assert torch.equal(ours.isnan(), reference.isnan())
-
-
-@needs_kernel
-@pytest.mark.parametrize("time_step", [-200.0, 1e-3, 30.0, 500.0, 1e6])
-def test_extreme_time_steps(time_step: float):
-    arguments = scan_arguments(1, 8, 8, 8, largest_gap=195)
-    arguments["time_step"] = torch.full_like(arguments["time_step"], time_step)
-    reference = selective_scan_torch(**{n: t.double() if t.is_floating_point() else t for n, t in arguments.items()})
-    ours = cpu.selective_scan(**arguments)
-    assert (ours - reference).abs().max() <= 1e-6 * reference.abs().max()
 
 
 @needs_kernel

@@ -105,20 +105,20 @@ def selective_scan_torch(
     time_step = F.softplus(time_step.to(dtype) + time_step_bias.to(dtype))
 
     # Everything below has the layout (batch, paths, length, ...); a path axis of 1 is shared by all paths.
-    u = u.unsqueeze(1) if order is None else _visit(u, order)
+    u = u.unsqueeze(1) if order is None else visit(u, order)
     B = B.unsqueeze(1)
     if direction_B is not None:
         B = B + direction_B.to(dtype)[moves]
-    decay_step = _decay_step(time_step.unsqueeze(1), gaps, hole_time_step)
+    decay_step = decay_steps(time_step.unsqueeze(1), gaps, hole_time_step)
     y = _recurrence(decay_step, time_step.unsqueeze(1) * u, A, B, C.unsqueeze(1)) + D * u
 
-    output = y.squeeze(1) if order is None else _return_to_tokens(y, order)
+    output = y.squeeze(1) if order is None else return_to_tokens(y, order)
     if gate is not None:
         output = output * F.silu(gate.to(dtype))
     return output.to(hidden_states.dtype)
 
 
-def _decay_step(time_step: Tensor, gaps: Tensor | None, hole_time_step: Tensor | None) -> Tensor:
+def decay_steps(time_step: Tensor, gaps: Tensor | None, hole_time_step: Tensor | None) -> Tensor:
     """time_step_i + e_i: the time over which the state decays before token i enters it."""
     if gaps is None:
         return time_step
@@ -140,7 +140,7 @@ def _recurrence(decay_step: Tensor, input: Tensor, A: Tensor, B: Tensor, C: Tens
     return torch.stack(outputs, dim=2)
 
 
-def _visit(tokens: Tensor, order: Tensor) -> Tensor:
+def visit(tokens: Tensor, order: Tensor) -> Tensor:
     """Tokens (batch, length, channels) in the order of each path: (batch, paths, length, channels)."""
     batch, _, channels = tokens.shape
     order = order.long().expand(batch, -1, -1)
@@ -148,7 +148,7 @@ def _visit(tokens: Tensor, order: Tensor) -> Tensor:
     return tokens.gather(1, index).unflatten(1, order.shape[1:])
 
 
-def _return_to_tokens(steps: Tensor, order: Tensor) -> Tensor:
+def return_to_tokens(steps: Tensor, order: Tensor) -> Tensor:
     """Sum over paths of (batch, paths, length, channels), each step's row at the token it visited."""
     batch, _, length, channels = steps.shape
     index = order.long().expand(batch, -1, -1).flatten(1).unsqueeze(-1).expand(-1, -1, channels)

@@ -13,13 +13,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hf_vssm_prune.kernels import cpu
+from hf_vssm_prune.kernels import cpu, mamba_ssm, triton_scan
 
 
-# In the order in which `auto` tries them.
-KERNELS: dict[str, ModuleType] = {"cpu": cpu}
+KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton_scan, "mamba_ssm": mamba_ssm}
 
-DEVICE_TYPES = ("cpu", "cuda")
+# For each device type what `auto` tries, in this order.
+AUTO = {"cpu": ("cpu",), "cuda": ("triton", "mamba_ssm")}
 
 
 def available() -> dict[str, str]:
@@ -27,7 +27,7 @@ def available() -> dict[str, str]:
     return {
         f"{name} ({device_type})": kernel.unavailable(device_type) or "available"
         for name, kernel in KERNELS.items()
-        for device_type in DEVICE_TYPES
+        for device_type in AUTO
     }
 
 
@@ -59,7 +59,8 @@ def _choose_name(operation: str, backend: str, device_type: str) -> str:
         if reason := KERNELS[backend].unavailable(device_type):
             raise ImportError(f"backend {backend!r} cannot be used on {device_type}: {reason}")
         return backend
-    reasons = {name: kernel.unavailable(device_type) for name, kernel in KERNELS.items() if hasattr(kernel, operation)}
+    candidates = [name for name in AUTO.get(device_type, ()) if hasattr(KERNELS[name], operation)]
+    reasons = {name: KERNELS[name].unavailable(device_type) for name in candidates}
     for name, reason in reasons.items():
         if reason is None:
             return name

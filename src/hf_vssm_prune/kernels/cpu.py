@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_vssm_prune.kernels.build import BuildError, library_path
+from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator
 
 
 DISABLE = "HF_VSSM_PRUNE_DISABLE_CPU_KERNEL"
@@ -30,31 +31,14 @@ def unavailable(device_type: str) -> str | None:
     return library if isinstance(library, str) else None
 
 
-def selective_scan(
-    hidden_states: Tensor,
-    time_step: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    time_step_bias: Tensor,
-    gate: Tensor | None = None,
-    order: Tensor | None = None,
-    gaps: Tensor | None = None,
-    hole_time_step: Tensor | None = None,
-    direction_B: Tensor | None = None,
-    moves: Tensor | None = None,
-) -> Tensor:
+def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`."""
-    arguments = (
-        *(hidden_states, time_step, A, B, C, D, time_step_bias, gate),
-        *(order, gaps, hole_time_step, direction_B, moves),
-    )
-    if hidden_states.dtype == torch.float64:
+    arguments = ScanArguments(*args, **kwargs)
+    if arguments.hidden_states.dtype == torch.float64:
         from hf_vssm_prune.selective_scan import selective_scan_torch
 
         return selective_scan_torch(*arguments)
-    return _selective_scan(*map(_to_float32, arguments)).to(hidden_states.dtype)
+    return _selective_scan(*map(_to_float32, arguments)).to(arguments.hidden_states.dtype)
 
 
 def depthwise_conv2d(
@@ -195,167 +179,39 @@ def _expect_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) ->
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("hf_vssm_prune::selective_scan", mutates_args=(), device_types="cpu")
-def _selective_scan(
-    hidden_states: Tensor,
-    time_step: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    time_step_bias: Tensor,
-    gate: Tensor | None,
-    order: Tensor | None,
-    gaps: Tensor | None,
-    hole_time_step: Tensor | None,
-    direction_B: Tensor | None,
-    moves: Tensor | None,
-) -> Tensor:
-    output = torch.empty(hidden_states.shape)
-    inputs = (
-        hidden_states,
-        time_step,
-        A,
-        B,
-        C,
-        D,
-        time_step_bias,
-        gate,
-        order,
-        gaps,
-        hole_time_step,
-        direction_B,
-        moves,
-    )
-    if output.numel():
-        arguments, _keep = _scan_arguments(*inputs)
-        _call("selective_scan_forward", arguments, output.data_ptr())
+def _scan_forward(arguments: ScanArguments) -> Tensor:
+    output = torch.empty(arguments.hidden_states.shape)
+    structure, _keep = _scan_structure(arguments)
+    _call("selective_scan_forward", structure, output.data_ptr())
     return output
 
 
-@_selective_scan.register_fake
-def _(hidden_states: Tensor, *_others: Tensor | None) -> Tensor:
-    return hidden_states.new_empty(hidden_states.shape)
+def _scan_backward(arguments: ScanArguments, grad_output: Tensor) -> list[Tensor]:
+    wanted = [getattr(arguments, name) for name in SCAN_GRADIENTS]
+    gradients = [None if tensor is None else torch.empty(tensor.shape) for tensor in wanted]
+    structure, _keep = _scan_structure(arguments)
+    grad_output = grad_output.contiguous()
+    _call("selective_scan_backward", structure, _rows(grad_output), _ScanGradients(*map(_pointer, gradients)))
+    return [gradient for gradient in gradients if gradient is not None]
 
 
-def _scan_arguments(
-    hidden_states: Tensor,
-    time_step: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    time_step_bias: Tensor,
-    gate: Tensor | None,
-    order: Tensor | None,
-    gaps: Tensor | None,
-    hole_time_step: Tensor | None,
-    direction_B: Tensor | None,
-    moves: Tensor | None,
-) -> tuple[_ScanArguments, list[Tensor | None]]:
+_selective_scan = scan_operator("selective_scan", _scan_forward, _scan_backward, device_types="cpu")
+
+
+def _scan_structure(arguments: ScanArguments) -> tuple[_ScanArguments, list[Tensor | None]]:
     """The arguments as C++ takes them, and the tensors that they point into."""
-    batch, length, channels = hidden_states.shape
-    states = A.shape[-1]
-    paths = 1 if order is None else order.shape[1]
-    move_kinds = 0 if direction_B is None else direction_B.shape[0]
-    for name, tensor in (("time_step", time_step), ("gate", gate)):
-        _expect_shape(name, tensor, (batch, length, channels))
-    _expect_shape("A", A, (channels, states))
-    for name, tensor in (("B", B), ("C", C)):
-        _expect_shape(name, tensor, (batch, length, states))
-    for name, tensor in (("D", D), ("time_step_bias", time_step_bias), ("hole_time_step", hole_time_step)):
-        _expect_shape(name, tensor, (channels,))
-    _expect_shape("direction_B", direction_B, (move_kinds, states))
-    for name, tensor in (("order", order), ("gaps", gaps), ("moves", moves)):
-        _expect_shape(name, tensor, (batch, paths, length), (1, paths, length))
-
-    rows = [_contiguous_rows(tensor) for tensor in (hidden_states, time_step, B, C, gate)]
-    parameters = [_contiguous(tensor) for tensor in (A, D, time_step_bias, hole_time_step, direction_B)]
-    indices = [_contiguous_int32(tensor) for tensor in (order, gaps, moves)]
-    arguments = _ScanArguments(
-        *(batch, length, channels, states, paths, move_kinds),
+    a = arguments
+    rows = [_contiguous_rows(tensor) for tensor in (a.hidden_states, a.time_step, a.B, a.C, a.gate)]
+    parameters = [_contiguous(tensor) for tensor in (a.A, a.D, a.time_step_bias, a.hole_time_step, a.direction_B)]
+    indices = [_contiguous_int32(tensor) for tensor in (a.order, a.gaps, a.moves)]
+    move_kinds = 0 if a.direction_B is None else a.direction_B.shape[0]
+    structure = _ScanArguments(
+        *(*a.hidden_states.shape, a.A.shape[-1], a.num_paths(), move_kinds),
         *map(_rows, rows),
         *map(_pointer, parameters),
         *map(_paths, indices),
     )
-    return arguments, rows + parameters + indices
-
-
-@torch.library.custom_op("hf_vssm_prune::selective_scan_backward", mutates_args=(), device_types="cpu")
-def _selective_scan_backward(
-    grad_output: Tensor,
-    hidden_states: Tensor,
-    time_step: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    time_step_bias: Tensor,
-    gate: Tensor | None,
-    order: Tensor | None,
-    gaps: Tensor | None,
-    hole_time_step: Tensor | None,
-    direction_B: Tensor | None,
-    moves: Tensor | None,
-) -> list[Tensor]:
-    """The gradients of the floating-point inputs that are given, in the order of SCAN_GRADIENTS."""
-    inputs = (
-        hidden_states,
-        time_step,
-        A,
-        B,
-        C,
-        D,
-        time_step_bias,
-        gate,
-        order,
-        gaps,
-        hole_time_step,
-        direction_B,
-        moves,
-    )
-    wanted = (hidden_states, time_step, A, B, C, D, time_step_bias, gate, hole_time_step, direction_B)
-    if hidden_states.numel() == 0:
-        return [torch.zeros(tensor.shape) for tensor in wanted if tensor is not None]
-    gradients = [None if tensor is None else torch.empty(tensor.shape) for tensor in wanted]
-    arguments, _keep = _scan_arguments(*inputs)
-    grad_output = grad_output.contiguous()
-    _call("selective_scan_backward", arguments, _rows(grad_output), _ScanGradients(*map(_pointer, gradients)))
-    return [gradient for gradient in gradients if gradient is not None]
-
-
-@_selective_scan_backward.register_fake
-def _(
-    grad_output: Tensor,
-    hidden_states: Tensor,
-    time_step: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    time_step_bias: Tensor,
-    gate: Tensor | None,
-    order: Tensor | None,
-    gaps: Tensor | None,
-    hole_time_step: Tensor | None,
-    direction_B: Tensor | None,
-    moves: Tensor | None,
-) -> list[Tensor]:
-    wanted = (hidden_states, time_step, A, B, C, D, time_step_bias, gate, hole_time_step, direction_B)
-    return [tensor.new_empty(tensor.shape) for tensor in wanted if tensor is not None]
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate_scan(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    gradients = iter(_selective_scan_backward(grad_output, *inputs))
-    return tuple(next(gradients) if tensor is not None and tensor.is_floating_point() else None for tensor in inputs)
-
-
-_selective_scan.register_autograd(_differentiate_scan, setup_context=_save_inputs)
+    return structure, rows + parameters + indices
 
 
 # ----------------------------------------------------------------------------------------------------------------------

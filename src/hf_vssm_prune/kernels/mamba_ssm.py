@@ -1,0 +1,74 @@
+"""The selective scan by the CUDA kernel of the mamba-ssm package, where the user has installed it.
+
+That kernel knows no holes and no paths. With decay step d_i = time_step_i + e_i in place of its time step, its state is
+
+    h_i = exp(d_i A) * h_{i-1} + d_i B_i u'_i        with        u'_i = u_i time_step_i / d_i
+
+which is ours; D u is added apart, because u' is not u. Paths are scanned as further images of the batch.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_vssm_prune.kernels.scan_operator import ScanArguments
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why this kernel cannot be used for tensors on `device_type`, or None where it can."""
+    if device_type != "cuda":
+        return "it computes on NVIDIA and AMD GPUs only"
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return "the mamba-ssm package is not installed: pip install mamba-ssm"
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"the mamba-ssm package cannot be imported: {error}"
+    return None
+
+
+def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
+    """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`; float64 is left to plain PyTorch."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    from hf_vssm_prune.selective_scan import selective_scan_torch
+
+    arguments = ScanArguments(*args, **kwargs)
+    arguments.check()
+    if arguments.hidden_states.dtype == torch.float64 or arguments.hidden_states.numel() == 0:
+        return selective_scan_torch(*arguments)
+    return scan_with(selective_scan_fn, arguments)
+
+
+def scan_with(mamba_scan: Callable[..., Tensor], arguments: ScanArguments) -> Tensor:
+    """The scan by a function with the arguments of mamba-ssm's `selective_scan_fn`: u and delta (batch, channels,
+    length), A (channels, state_size), B and C (batch, state_size, length), all float32."""
+    from hf_vssm_prune.selective_scan import decay_steps, return_to_tokens, visit
+
+    dtype = arguments.hidden_states.dtype
+    floats = {name: t.float() for name, t in arguments._asdict().items() if t is not None and t.is_floating_point()}
+    a = arguments._replace(**floats)
+    paths = (len(a.hidden_states), a.num_paths())
+
+    u = a.hidden_states.unsqueeze(1) if a.order is None else visit(a.hidden_states, a.order)
+    time_step = F.softplus(a.time_step + a.time_step_bias).unsqueeze(1)
+    steps = decay_steps(time_step, a.gaps, a.hole_time_step)
+    # Where nothing decays and nothing enters, 0 / 0 is to be 0.
+    entering = u * (time_step / steps.clamp(min=torch.finfo(steps.dtype).tiny))
+    B = a.B.unsqueeze(1)
+    if a.direction_B is not None:
+        B = B + a.direction_B[a.moves]
+
+    def as_images(tokens: Tensor) -> Tensor:
+        return tokens.expand(*paths, -1, -1).flatten(0, 1).transpose(1, 2).contiguous()
+
+    y = mamba_scan(as_images(entering), as_images(steps), a.A, as_images(B), as_images(a.C.unsqueeze(1)))
+    y = y.transpose(1, 2).unflatten(0, paths) + a.D * u
+    output = y.squeeze(1) if a.order is None else return_to_tokens(y, a.order)
+    if a.gate is not None:
+        output = output * F.silu(a.gate)
+    return output.to(dtype)

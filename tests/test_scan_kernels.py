@@ -1,0 +1,232 @@
+"""Every kernel of the scan against the plain PyTorch function in float64: values, gradients, shapes, precisions.
+
+Without a GPU Triton interprets its kernels, and the adapter to mamba-ssm scans with a loop that has the arguments of
+its CUDA function.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_arguments import Arguments, assert_close_to_reference, run, scan_arguments
+from torch import Tensor
+
+from hf_vssm_prune.kernels import KERNELS, cpu, mamba_ssm, triton_scan
+from hf_vssm_prune.kernels.scan_operator import ScanArguments
+from hf_vssm_prune.selective_scan import selective_scan, selective_scan_torch
+
+
+def mamba_scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """What mamba-ssm's `selective_scan_fn` computes without its options, channels before length."""
+    state, outputs = torch.zeros_like(delta[..., :1] * A), []
+    for t in range(u.shape[-1]):
+        entering = (delta[..., t] * u[..., t]).unsqueeze(-1) * B[:, None, :, t]
+        state = torch.exp(delta[..., t].unsqueeze(-1) * A) * state + entering
+        outputs.append((state * C[:, None, :, t]).sum(-1))
+    return torch.stack(outputs, -1)
+
+
+def scan_by_mamba_loop(**arguments: Tensor) -> Tensor:
+    return mamba_ssm.scan_with(mamba_scan_loop, ScanArguments(**arguments))
+
+
+def on_gpu(scan: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def scan_there(**arguments: Tensor) -> Tensor:
+        return scan(**{name: tensor.cuda() for name, tensor in arguments.items()}).cpu()
+
+    return scan_there
+
+
+HAS_GPU = torch.cuda.is_available()
+SCAN_KERNELS = {
+    "cpu": cpu.selective_scan,
+    "triton": on_gpu(triton_scan.selective_scan) if HAS_GPU else triton_scan.selective_scan,
+    "mamba_ssm": on_gpu(mamba_ssm.selective_scan) if HAS_GPU else scan_by_mamba_loop,
+}
+
+
+@pytest.fixture(params=SCAN_KERNELS)
+def scan(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """Each kernel in turn."""
+    device_type = "cpu" if request.param == "cpu" or not HAS_GPU else "cuda"
+    is_stand_in = request.param == "mamba_ssm" and not HAS_GPU
+    if not is_stand_in and (reason := KERNELS[request.param].unavailable(device_type)):
+        pytest.skip(reason)
+    return SCAN_KERNELS[request.param]
+
+
+def to_double(arguments: Arguments) -> Arguments:
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in arguments.items()}
+
+
+SCANS = {
+    "one path": {"batch": 3, "length": 17, "channels": 13, "states": 8},
+    "no gate": {"batch": 2, "length": 9, "channels": 8, "states": 16, "gate": False},
+    "four paths": {"batch": 1, "length": 25, "channels": 40, "states": 16, "paths": 4, "direction_B": True},
+    "shared order": {"batch": 3, "length": 9, "channels": 24, "states": 8, "paths": 4, "shared_paths": True},
+    "repeat": {
+        "batch": 2, "length": 13, "channels": 24, "states": 16, "paths": 4, "largest_gap": 4, "direction_B": True,
+    },
+    "zero_input": {
+        "batch": 2, "length": 13, "channels": 24, "states": 16, "paths": 4, "largest_gap": 4, "hole_time_step": True,
+        "direction_B": True,
+    },
+    "one path, gaps of up to 195": {"batch": 2, "length": 12, "channels": 16, "states": 16, "largest_gap": 195},
+    "zero_input, gaps of up to 195": {
+        "batch": 2, "length": 12, "channels": 16, "states": 16, "largest_gap": 195, "hole_time_step": True,
+    },
+    "one token": {"batch": 2, "length": 1, "channels": 3, "states": 1, "paths": 4, "largest_gap": 2},
+    "odd sizes": {
+        "batch": 1, "length": 21, "channels": 77, "states": 23, "paths": 3, "largest_gap": 9, "direction_B": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCANS)
+def test_values_and_gradients(case: str, scan):
+    arguments = scan_arguments(**SCANS[case])
+    reference = run(selective_scan_torch, arguments, torch.float64)
+    assert_close_to_reference(run(scan, arguments), reference, value=1e-6, gradient=2e-6)
+
+
+def test_values_and_gradients_at_the_size_of_a_model():
+    """On the CPU only: an interpreted kernel would take minutes."""
+    if reason := cpu.unavailable("cpu"):
+        pytest.skip(reason)
+    arguments = scan_arguments(2, 196, 96, 16, paths=4, direction_B=True)
+    reference = run(selective_scan_torch, arguments, torch.float64)
+    assert_close_to_reference(run(cpu.selective_scan, arguments), reference, value=1e-6, gradient=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype, scan):
+    arguments = scan_arguments(2, 12, 24, 16, paths=2)
+    rounded = {name: t.to(dtype) if t.is_floating_point() else t for name, t in arguments.items()}
+    output = scan(**rounded)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, selective_scan_torch(**to_double(rounded)).to(dtype))
+
+
+def test_float64_keeps_its_precision(scan):
+    if scan is scan_by_mamba_loop:
+        pytest.skip("the adapter leaves float64 to plain PyTorch before it asks for mamba-ssm's function")
+    doubles = to_double(scan_arguments(1, 6, 4, 4))
+    torch.testing.assert_close(scan(**doubles), selective_scan_torch(**doubles), rtol=1e-12, atol=1e-12)
+
+
+def test_split_projections_and_int32_indices(scan):
+    arguments = scan_arguments(2, 8, 24, 16, paths=2, largest_gap=3, direction_B=True)
+    expected = scan(**arguments)
+    strided = dict(arguments)
+    projection = torch.cat([arguments["hidden_states"], arguments["gate"]], -1)
+    strided["hidden_states"], strided["gate"] = projection.chunk(2, -1)
+    strided["B"], strided["C"] = torch.cat([arguments["B"], arguments["C"]], -1).chunk(2, -1)
+    strided["time_step"] = arguments["time_step"].transpose(1, 2).contiguous().transpose(1, 2)
+    for name in ("order", "gaps", "moves"):
+        strided[name] = arguments[name].int()
+    assert not strided["gate"].is_contiguous()
+    torch.testing.assert_close(scan(**strided), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
+def test_empty(batch: int, length: int, scan):
+    if scan is scan_by_mamba_loop:
+        pytest.skip("the adapter returns before it asks for mamba-ssm's function")
+    arguments = scan_arguments(batch, length, 8, 8)
+    results = run(scan, arguments)
+    assert results["output"].shape == (batch, length, 8)
+    assert all(not results[name].any() for name in arguments)
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "time_step", "B", "gate", "A"])
+def test_nan_reaches_the_output(name: str, scan):
+    arguments = scan_arguments(1, 6, 16, 16)
+    arguments[name].flatten()[3] = torch.nan
+    reference = selective_scan_torch(**arguments)
+    assert reference.isnan().any()
+    assert torch.equal(scan(**arguments).isnan(), reference.isnan())
+
+
+@pytest.mark.parametrize("time_step", [-200.0, 1e-3, 30.0, 500.0, 1e6])
+def test_extreme_time_steps(time_step: float, scan):
+    arguments = scan_arguments(1, 8, 8, 8, largest_gap=195)
+    arguments["time_step"] = torch.full_like(arguments["time_step"], time_step)
+    reference = selective_scan_torch(**to_double(arguments))
+    assert (scan(**arguments) - reference).abs().max() <= 1e-6 * reference.abs().max()
+
+
+def test_bad_shapes_are_named(scan):
+    if scan is scan_by_mamba_loop:
+        pytest.skip("the adapter checks before it asks for mamba-ssm's function")
+    arguments = scan_arguments(1, 6, 8, 8)
+    with pytest.raises(ValueError, match=r"`C` must have the shape \(1, 6, 8\), got \(1, 6, 7\)"):
+        scan(**{**arguments, "C": arguments["C"][..., :7]})
+
+
+def test_compiles_to_one_graph(scan):
+    arguments = scan_arguments(2, 5, 8, 8, paths=2, largest_gap=2)
+    expected = run(scan, arguments)
+    compiled = run(torch.compile(scan, fullgraph=True, backend="aot_eager"), arguments)
+    for name, value in expected.items():
+        torch.testing.assert_close(compiled[name], value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# By name
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_a_backend_asked_for_is_the_one_that_computes(name: str, monkeypatch: pytest.MonkeyPatch):
+    if HAS_GPU or (reason := KERNELS[name].unavailable("cpu")):
+        pytest.skip("tested on the CPU" if HAS_GPU else reason)
+    calls = []
+    original = KERNELS[name].selective_scan
+    monkeypatch.setattr(KERNELS[name], "selective_scan", lambda *args: calls.append(name) or original(*args))
+    arguments = scan_arguments(1, 3, 4, 4)
+    torch.testing.assert_close(selective_scan(**arguments, backend=name), selective_scan_torch(**arguments))
+    assert calls == [name]
+
+
+def test_the_cpu_kernel_is_what_auto_takes_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    if reason := cpu.unavailable("cpu"):
+        pytest.skip(reason)
+    calls = []
+    original = cpu.selective_scan
+    monkeypatch.setattr(cpu, "selective_scan", lambda *args: calls.append("cpu") or original(*args))
+    selective_scan(**scan_arguments(1, 3, 4, 4))
+    assert calls == ["cpu"]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    ("name", "reason"), [("triton", "PyTorch finds no GPU"), ("mamba_ssm", "mamba-ssm package is not installed")]
+)
+def test_why_a_gpu_kernel_is_not_there(name: str, reason: str):
+    assert reason in KERNELS[name].unavailable("cuda")
+
+
+def test_triton_is_not_used_where_it_computes_something_else(monkeypatch: pytest.MonkeyPatch):
+    if triton_scan.unavailable("cpu"):
+        pytest.skip("Triton is not installed")
+    assert triton_scan.self_check("cpu") is None
+    monkeypatch.setattr(
+        triton_scan, "_forward", lambda arguments, checkpoints=None: (arguments.hidden_states * 0, None)
+    )
+    assert "differ from plain PyTorch's" in triton_scan.self_check("cpu")
+    monkeypatch.setattr(triton_scan, "_forward", lambda *_: 1 / 0)
+    assert "ZeroDivisionError" in triton_scan.self_check("cpu")
+
+
+def test_triton_compiles_for_gpus_that_are_not_here():
+    """To machine code for NVIDIA's and AMD's, with and without each option."""
+    pytest.importorskip("triton")
+    environment = {"TRITON_INTERPRET": "0", "PYTHONPATH": ":".join(sys.path)}
+    script = Path(__file__).with_name("compile_triton_kernels.py")
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split().count("cubin") == 4
+    assert result.stdout.split().count("hsaco") == 4
