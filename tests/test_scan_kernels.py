@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TOKEN_PRUNING, make_plainmamba_config
 from kernel_arguments import Arguments, assert_close_to_reference, run, scan_arguments
 from torch import Tensor
 
+from hf_vssm_prune import PlainMambaForImageClassification
 from hf_vssm_prune.kernels import KERNELS, cpu, mamba_ssm, triton_scan
 from hf_vssm_prune.kernels.scan_operator import ScanArguments
 from hf_vssm_prune.selective_scan import selective_scan, selective_scan_torch
@@ -189,6 +191,18 @@ def test_a_backend_asked_for_is_the_one_that_computes(name: str, monkeypatch: py
     arguments = scan_arguments(1, 3, 4, 4)
     torch.testing.assert_close(selective_scan(**arguments, backend=name), selective_scan_torch(**arguments))
     assert calls == [name]
+
+
+def test_a_whole_model_by_the_triton_kernel():
+    """Its convolution is PyTorch's: Triton's kernel has none."""
+    if HAS_GPU or triton_scan.unavailable("cpu"):
+        pytest.skip("Triton interprets its kernels on a CPU where it is installed, and where there is no GPU")
+    config = make_plainmamba_config(token_pruning=dict(TOKEN_PRUNING))
+    model = PlainMambaForImageClassification(config).eval()
+    images = torch.randn(1, 3, 32, 32)
+    expected = model(images).logits
+    config.scan_backend = "triton"
+    torch.testing.assert_close(model(images).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_cpu_kernel_is_what_auto_takes_on_a_cpu(monkeypatch: pytest.MonkeyPatch):

@@ -36,7 +36,7 @@ def choose_kernel(operation: str, backend: str, device_type: str) -> Callable[..
 
     Args:
         operation: `selective_scan` or `depthwise_conv2d`.
-        backend: `torch`, the name of a kernel, or `auto`.
+        backend: `torch`, the name of a kernel (plain PyTorch computes what that kernel does not have), or `auto`.
         device_type: of the tensors, as `torch.device.type` has it.
 
     Raises:
@@ -58,13 +58,14 @@ def _choose_name(operation: str, backend: str, device_type: str) -> str:
             )
         if reason := KERNELS[backend].unavailable(device_type):
             raise ImportError(f"backend {backend!r} cannot be used on {device_type}: {reason}")
-        return backend
+        return backend if hasattr(KERNELS[backend], operation) else "torch"
     candidates = [name for name in AUTO.get(device_type, ()) if hasattr(KERNELS[name], operation)]
     reasons = {name: KERNELS[name].unavailable(device_type) for name in candidates}
     for name, reason in reasons.items():
         if reason is None:
             return name
-    if device_type != "meta":
+    # On a GPU PyTorch's own convolution is the fast one; a meta tensor is computed by none.
+    if reasons or device_type not in (*AUTO, "meta"):
         _warn_once(device_type, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     return "torch"
 
