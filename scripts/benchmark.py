@@ -1,0 +1,512 @@
+"""How fast the scan, the convolution and whole models are on this machine, against named baselines.
+
+    python scripts/benchmark.py                                   # all sections with PlainMamba-L3, some minutes
+    python scripts/benchmark.py --sections model --preset L1 --batch_sizes 1 --json benchmark.json
+
+The cases of a group take turns, one run each, so that a machine that slows down slows all of them. A ratio compares the
+fastest runs of two cases of one group, never of two groups; beside it is the median of the ratios turn by turn.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
+from tqdm.auto import tqdm
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_vssm_prune import (
+    PlainMambaConfig,
+    PlainMambaForImageClassification,
+    VimConfig,
+    VimForImageClassification,
+    count_flops,
+)
+from hf_vssm_prune.grid_convolution import depthwise_conv2d, depthwise_conv2d_torch
+from hf_vssm_prune.kernels import KERNELS, available
+from hf_vssm_prune.selective_scan import selective_scan
+from hf_vssm_prune.token_pruning import prune_paths, snake_paths
+from hf_vssm_prune.training.checkpoints import write_json
+
+
+Case = Callable[[], object]
+
+
+# ---- Measuring ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Cases that took turns.
+
+    Attributes:
+        title: what was computed.
+        seconds: of each case, its runs in order.
+        ratios: by name, the two cases that are compared, each with a factor: (factor, slower, faster).
+    """
+
+    title: str
+    seconds: dict[str, list[float]]
+    ratios: dict[str, tuple[float, str, str]] = field(default_factory=dict)
+
+    def ratio(self, name: str) -> tuple[float, float]:
+        """Of the fastest runs, and the median turn by turn."""
+        factor, slower, faster = self.ratios[name]
+        turns = zip(self.seconds[slower], self.seconds[faster], strict=True)
+        fastest = min(self.seconds[slower]) / min(self.seconds[faster])
+        return factor * fastest, factor * statistics.median(a / b for a, b in turns)
+
+    def tables(self) -> str:
+        lines = [f"### {self.title}", "", "| case | fastest ms | median ms |", "| --- | ---: | ---: |"]
+        for name, runs in self.seconds.items():
+            lines.append(f"| {name} | {1e3 * min(runs):.3g} | {1e3 * statistics.median(runs):.3g} |")
+        if self.ratios:
+            lines += ["", "| ratio | of the fastest | median |", "| --- | ---: | ---: |"]
+            lines += ["| {} | {:.2f} | {:.2f} |".format(name, *self.ratio(name)) for name in self.ratios]
+        return "\n".join(lines) + "\n"
+
+
+def take_turns(
+    title: str, cases: dict[str, Case], ratios: dict[str, tuple[float, str, str]], options: argparse.Namespace
+) -> Group:
+    """Runs all cases in turn until the time is used up, and at least three times."""
+    for case in cases.values():
+        case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    first_runs = next(iter(seconds.values()))
+    start = time.perf_counter()
+    with tqdm(total=round(options.seconds), desc=title, unit="s", bar_format="{desc}: {n:.0f}/{total} s") as progress:
+        while (elapsed := time.perf_counter() - start) < options.seconds or len(first_runs) < 3:
+            for name, case in cases.items():
+                before = time.perf_counter()
+                case()
+                seconds[name].append(time.perf_counter() - before)
+            progress.n = min(elapsed, options.seconds)
+            progress.refresh()
+    group = Group(title, seconds, ratios)
+    print("\n" + group.tables(), flush=True)
+    return group
+
+
+def with_threads(threads: int, case: Case) -> Case:
+    def run() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        case()
+        torch.set_num_threads(before)
+
+    return run
+
+
+# ---- Baselines ---------------------------------------------------------------------------------------------------
+
+
+def reference_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, z: Tensor | None
+) -> Tensor:
+    """One direction by the algorithm of mamba-ssm's `selective_scan_ref`: exp(ΔA) and ΔBu of the whole sequence first,
+    (batch, channels, length, state_size) each, then a loop. Channels come before length; B and C are (batch, N, L)."""
+    delta = F.softplus(delta + delta_bias[:, None])
+    decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
+    entering = torch.einsum("bdl,bnl,bdl->bdln", delta, B, u)
+    state = A.new_zeros(u.shape[0], *A.shape)
+    outputs = []
+    for step in range(u.shape[2]):
+        state = decay[:, :, step] * state + entering[:, :, step]
+        outputs.append(torch.einsum("bdn,bn->bd", state, C[:, :, step]))
+    y = torch.stack(outputs, dim=2) + u * D[:, None]
+    return y if z is None else y * F.silu(z)
+
+
+def time_major_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, z: Tensor | None
+) -> Tensor:
+    """The fastest loop that we know in plain PyTorch: time first, so that a step is contiguous, and in place. u, delta
+    and z are (length, batch, channels); B and C (length, batch, state_size). Without gradient."""
+    delta = F.softplus(delta + delta_bias)
+    decay = (delta.unsqueeze(-1) * A).exp_()
+    states = (delta * u).unsqueeze(-1) * B.unsqueeze(2)
+    for step in range(1, len(u)):
+        states[step].addcmul_(decay[step], states[step - 1])
+    y = torch.matmul(states, C.unsqueeze(-1)).squeeze(-1) + u * D
+    return y if z is None else y * F.silu(z)
+
+
+def reference_kernel() -> SimpleNamespace:
+    """A kernel for `scan_backend` that computes dense models as the published code does where it has no CUDA."""
+
+    def scan(u, delta, A, B, C, D, bias, gate, order, gaps, hole_time_step, direction_B, moves) -> Tensor:
+        if gaps is not None:
+            raise ValueError("the reference knows no holes.")
+        delta, C = delta.transpose(1, 2), C.transpose(1, 2)
+        total = 0
+        for path in range(1 if order is None else order.shape[1]):
+            visited = u if order is None else u[:, order[0, path]]
+            B_path = B if direction_B is None else B + direction_B[moves[0, path]]
+            y = reference_scan(visited.transpose(1, 2), delta, A, B_path.transpose(1, 2), C, D, bias, None)
+            y = y.transpose(1, 2)
+            total = total + (y if order is None else y[:, order[0, path].argsort()])
+        return total if gate is None else total * F.silu(gate)
+
+    return SimpleNamespace(
+        unavailable=lambda device_type: None, selective_scan=scan, depthwise_conv2d=depthwise_conv2d_torch
+    )
+
+
+@contextmanager
+def registered(name: str, kernel: Any) -> Iterator[None]:
+    KERNELS[name] = kernel
+    try:
+        yield
+    finally:
+        del KERNELS[name]
+
+
+# ---- The scan ----------------------------------------------------------------------------------------------------
+
+CHANNELS, STATES, GRID = 896, 16, (14, 14)  # of PlainMamba-L3
+LENGTH = GRID[0] * GRID[1]
+
+
+def scan_inputs(batch: int, keep_ratio: float | None = None, alignment: str = "repeat") -> dict[str, Tensor]:
+    """Arguments of `selective_scan` as a PlainMamba-L3 block makes them."""
+    kept = None
+    length = LENGTH
+    if keep_ratio is not None:
+        length = round(keep_ratio * LENGTH)
+        kept = torch.rand(batch, LENGTH).argsort(-1)[:, :length].sort(-1).values
+    paths = snake_paths(GRID) if kept is None else prune_paths(snake_paths(GRID), kept, alignment)
+    inputs = {
+        "hidden_states": torch.randn(batch, length, CHANNELS),
+        "time_step": torch.randn(batch, length, CHANNELS),
+        "A": -torch.arange(1, STATES + 1).float().repeat(CHANNELS, 1),
+        "B": torch.randn(batch, length, STATES),
+        "C": torch.randn(batch, length, STATES),
+        "D": torch.ones(CHANNELS),
+        "time_step_bias": torch.randn(CHANNELS) - 4,
+        "gate": torch.randn(batch, length, CHANNELS),
+        "order": paths.order,
+        "direction_B": torch.randn(5, STATES),
+        "moves": paths.moves,
+    }
+    return inputs if paths.gaps is None else inputs | {"gaps": paths.gaps}
+
+
+def one_direction(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in inputs.items() if name not in ("order", "direction_B", "moves", "gaps")}
+
+
+def in_layout(inputs: dict[str, Tensor], *axes: int) -> list[Tensor]:
+    """What the baselines take, the sequences' axes (batch, length, channels) in another order."""
+    sequences = {
+        name: inputs[name].permute(axes).contiguous() for name in ("hidden_states", "time_step", "B", "C", "gate")
+    }
+    values = {**inputs, **sequences}
+    return [values[name] for name in ("hidden_states", "time_step", "A", "B", "C", "D", "time_step_bias", "gate")]
+
+
+def scan_section(options: argparse.Namespace) -> list[Group]:
+    groups = []
+    for batch in options.batch_sizes:
+        inputs = scan_inputs(batch)
+        single = one_direction(inputs)
+        by_channel, by_time = in_layout(single, 0, 2, 1), in_layout(single, 1, 0, 2)
+        cases: dict[str, Case] = {
+            "mamba-ssm's reference, one direction": partial(reference_scan, *by_channel),
+            "time-major loop, one direction": partial(time_major_scan, *by_time),
+            "ours, one direction": partial(selective_scan, **single),
+            "ours, four directions": partial(selective_scan, **inputs),
+            "ours, four directions, one thread": with_threads(1, partial(selective_scan, **inputs)),
+        }
+        ratios = {
+            "4 × mamba-ssm's reference / ours": (4.0, "mamba-ssm's reference, one direction", "ours, four directions"),
+            "4 × time-major loop / ours": (4.0, "time-major loop, one direction", "ours, four directions"),
+            "4 × ours alone / ours fused": (4.0, "ours, one direction", "ours, four directions"),
+            f"one thread / {options.threads}": (1.0, "ours, four directions, one thread", "ours, four directions"),
+        }
+        with torch.no_grad():
+            groups.append(take_turns(f"Scan, forward, batch {batch}, {LENGTH} tokens", cases, ratios, options))
+    groups.append(scan_gradients(options))
+    groups.append(scan_with_holes(options))
+    return groups
+
+
+def scan_gradients(options: argparse.Namespace) -> Group:
+    inputs = scan_inputs(1)
+    for tensor in inputs.values():
+        tensor.requires_grad_(tensor.is_floating_point())
+    single = one_direction(inputs)
+    by_channel = [tensor.detach().requires_grad_() for tensor in in_layout(single, 0, 2, 1)]
+
+    def differentiate(scan: Callable[[], Tensor]) -> Case:
+        return lambda: scan().sum().backward()
+
+    cases = {
+        "mamba-ssm's reference, one direction": differentiate(lambda: reference_scan(*by_channel)),
+        "ours, one direction": differentiate(lambda: selective_scan(**single)),
+        "ours, four directions": differentiate(lambda: selective_scan(**inputs)),
+    }
+    ratios = {
+        "reference / ours, one direction": (1.0, "mamba-ssm's reference, one direction", "ours, one direction"),
+        "4 × reference / ours, four": (4.0, "mamba-ssm's reference, one direction", "ours, four directions"),
+    }
+    return take_turns("Scan, forward and backward, batch 1", cases, ratios, options)
+
+
+@torch.no_grad()
+def scan_with_holes(options: argparse.Namespace) -> Group:
+    seed = torch.get_rng_state()
+    cases: dict[str, Case] = {}
+    for alignment in ("none", "repeat", "zero_input"):
+        torch.set_rng_state(seed)
+        inputs = scan_inputs(8, 0.5, alignment)
+        if alignment == "zero_input":
+            inputs["hole_time_step"] = F.softplus(inputs["time_step_bias"])
+        cases[alignment] = partial(selective_scan, **inputs)
+    ratios = {
+        "repeat / none": (1.0, "repeat", "none"),
+        "zero_input / none": (1.0, "zero_input", "none"),
+    }
+    return take_turns(
+        "Scan across holes, forward, batch 8, half of the tokens, four directions", cases, ratios, options
+    )
+
+
+# ---- The convolution ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def convolution_section(options: argparse.Namespace) -> list[Group]:
+    batch, kernel = options.batch_sizes[0], 7
+    weight, bias = torch.randn(CHANNELS, 1, kernel, kernel), torch.randn(CHANNELS)
+    image = torch.randn(batch, CHANNELS, *GRID)
+    tokens = image.flatten(2).transpose(1, 2).contiguous()
+    cases: dict[str, Case] = {
+        "torch, all cells": lambda: F.silu(F.conv2d(image, weight, bias, padding=kernel // 2, groups=CHANNELS)),
+        "ours, all cells": lambda: depthwise_conv2d(tokens, weight, bias, GRID, silu=True),
+    }
+    ratios = {"torch / ours, all cells": (1.0, "torch, all cells", "ours, all cells")}
+    for share in (0.7, 0.5, 0.35):
+        kept = torch.rand(batch, LENGTH).argsort(-1)[:, : round(share * LENGTH)].sort(-1).values
+        left = tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, CHANNELS))
+        arguments = (left, weight, bias, GRID, kept, True)
+        cases[f"zeros, torch, gather, {share:.0%} of cells"] = partial(depthwise_conv2d_torch, *arguments)
+        cases[f"ours, {share:.0%} of cells"] = partial(depthwise_conv2d, *arguments)
+        ratios[f"zeros, torch, gather / ours, {share:.0%}"] = (
+            1.0,
+            f"zeros, torch, gather, {share:.0%} of cells",
+            f"ours, {share:.0%} of cells",
+        )
+    return [take_turns(f"Depthwise {kernel}×{kernel} with SiLU, batch {batch}", cases, ratios, options)]
+
+
+# ---- Whole models ------------------------------------------------------------------------------------------------
+
+
+def make_models(options: argparse.Namespace) -> dict[str, nn.Module]:
+    """One set of random weights under three schedules."""
+    family = {"plainmamba": (PlainMambaConfig, PlainMambaForImageClassification)}
+    family["vim"] = (VimConfig, VimForImageClassification)
+    config_class, model_class = family[options.family]
+    models = {}
+    for name, pruning in (
+        ("dense", None),
+        ("pruned, aligned", {"flops_reduction": options.flops_reduction}),
+        ("pruned, naive", {"flops_reduction": options.flops_reduction, "alignment": "none"}),
+    ):
+        models[name] = model_class(config_class.from_preset(options.preset, token_pruning=pruning)).eval()
+        models[name].load_state_dict(models["dense"].state_dict())
+    return models
+
+
+def model_section(options: argparse.Namespace) -> list[Group]:
+    models = make_models(options)
+    reduction = count_flops(models["pruned, aligned"].config).reduction
+    models["pruned, int8 linears"] = quantize_dynamic(models["pruned, aligned"], {nn.Linear}, dtype=torch.qint8)
+    groups = []
+    for batch in options.batch_sizes:
+        images = torch.randn(batch, 3, 224, 224)
+        cases: dict[str, Case] = {name: partial(model, images) for name, model in models.items()}
+        cases["dense, its matrix products alone"] = matrix_products(models["dense"], images)
+        cases["dense, scans by mamba-ssm's reference"] = partial(run_by_reference, models["dense"], images)
+        ratios = {
+            f"dense / pruned (FLOPs: {1 / (1 - reduction):.2f})": (1.0, "dense", "pruned, aligned"),
+            "aligned / naive": (1.0, "pruned, aligned", "pruned, naive"),
+            "dense / pruned with int8 linears": (1.0, "dense", "pruned, int8 linears"),
+            "dense / its matrix products": (1.0, "dense", "dense, its matrix products alone"),
+            "mamba-ssm's reference / ours": (1.0, "dense, scans by mamba-ssm's reference", "dense"),
+        }
+        title = f"{options.family} {options.preset}, whole model, forward, batch {batch}"
+        with torch.no_grad():
+            groups.append(take_turns(title, cases, ratios, options))
+    return groups
+
+
+def run_by_reference(model: nn.Module, images: Tensor) -> None:
+    with registered("reference", reference_kernel()):
+        model.config.scan_backend = "reference"
+        try:
+            model(images)
+        finally:
+            model.config.scan_backend = "auto"
+
+
+def matrix_products(model: nn.Module, images: Tensor) -> Case:
+    """The model's linear layers, each once with an input of its shape."""
+    shapes: list[tuple[Tensor, torch.Size]] = []
+    handles = [
+        module.register_forward_hook(lambda module, inputs, _: shapes.append((module.weight, inputs[0].shape)))
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    inputs = {shape: torch.randn(shape) for _, shape in shapes}
+    return lambda: [F.linear(inputs[shape], weight) for weight, shape in shapes]
+
+
+def training_section(options: argparse.Namespace) -> list[Group]:
+    models = make_models(options)
+    batch = options.batch_sizes[-1]
+    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
+
+    def step(model: nn.Module) -> Case:
+        def run() -> None:
+            model.zero_grad()
+            model(images, labels=labels).loss.backward()
+
+        return run
+
+    cases = {name: step(model.train()) for name, model in models.items()}
+    ratios = {
+        "dense / pruned": (1.0, "dense", "pruned, aligned"),
+        "aligned / naive": (1.0, "pruned, aligned", "pruned, naive"),
+    }
+    title = f"{options.family} {options.preset}, forward and backward, batch {batch}"
+    return [take_turns(title, cases, ratios, options)]
+
+
+@torch.no_grad()
+def transformer_section(options: argparse.Namespace) -> list[Group]:
+    """Vim-S beside a ViT of its size."""
+    vit = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
+    models = {
+        "ViT-S/16": ViTForImageClassification(vit).eval(),
+        "Vim-S": VimForImageClassification(VimConfig.from_preset("S")).eval(),
+        "Vim-S, pruned": VimForImageClassification(
+            VimConfig.from_preset("S", token_pruning={"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8]})
+        ).eval(),
+    }
+    groups = []
+    for batch in options.batch_sizes:
+        images = torch.randn(batch, 3, 224, 224)
+        cases: dict[str, Case] = {name: partial(model, images) for name, model in models.items()}
+        ratios = {
+            "Vim-S / ViT-S": (1.0, "Vim-S", "ViT-S/16"),
+            "Vim-S, pruned / ViT-S": (1.0, "Vim-S, pruned", "ViT-S/16"),
+            "Vim-S / Vim-S, pruned": (1.0, "Vim-S", "Vim-S, pruned"),
+        }
+        groups.append(take_turns(f"Vim-S and ViT-S/16 at 224², batch {batch}", cases, ratios, options))
+    return groups
+
+
+@torch.no_grad()
+def resolution_section(options: argparse.Namespace) -> list[Group]:
+    """Images of growing size: at twice the side a model that is linear in its tokens takes four times as long."""
+    model = make_models(options)["pruned, aligned"]
+    vit = ViTForImageClassification(ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)).eval()
+    cases: dict[str, Case] = {}
+    for side in (224, 448, 896):
+        images = torch.randn(1, 3, side, side)
+        cases[f"pruned, {side}²"] = partial(model, images, interpolate_pos_encoding=True)
+        cases[f"ViT-S/16, {side}²"] = partial(vit, images, interpolate_pos_encoding=True)
+    ratios = {
+        f"{name}: time per token at {side}² / at 224²": ((224 / side) ** 2, f"{name}, {side}²", f"{name}, 224²")
+        for name in ("pruned", "ViT-S/16")
+        for side in (448, 896)
+    }
+    return [take_turns(f"{options.family} {options.preset} at growing sizes, batch 1", cases, ratios, options)]
+
+
+# ---- Command line ------------------------------------------------------------------------------------------------
+
+SECTIONS = {
+    "scan": scan_section,
+    "convolution": convolution_section,
+    "model": model_section,
+    "training": training_section,
+    "transformer": transformer_section,
+    "resolution": resolution_section,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    machine = describe_machine()
+    print(", ".join(f"{name}: {value}" for name, value in machine.items()))
+    groups = [group for section in options.sections for group in SECTIONS[section](options)]
+    if options.json is not None:
+        results = [
+            {
+                **asdict(group),
+                "ratios": {
+                    name: dict(zip(("fastest", "median"), group.ratio(name), strict=True)) for name in group.ratios
+                },
+            }
+            for group in groups
+        ]
+        write_json({"machine": machine, "groups": results}, Path(options.json))
+    return 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
+    parser.add_argument("--family", choices=("plainmamba", "vim"), default="plainmamba", help="default: %(default)s")
+    parser.add_argument("--preset", default="L3", help="of the whole models (default: %(default)s)")
+    parser.add_argument("--flops_reduction", type=float, default=0.415, help="default: %(default)s")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="default: 1 8")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=20, help="for each group of cases (default: %(default)s)")
+    parser.add_argument("--json", help="file to write all runs and ratios to")
+    return parser.parse_args(arguments)
+
+
+def describe_machine() -> dict[str, str]:
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    a = torch.randn(1024, 1024)
+    runs = []
+    for _ in range(10):
+        before = time.perf_counter()
+        a @ a
+        runs.append(time.perf_counter() - before)
+    return {
+        "processor": processor,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "kernels": ", ".join(name for name, state in available().items() if state == "available") or "none",
+        "matrix products": f"{2 * 1024**3 / min(runs) / 1e9:.0f} GFLOP/s",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The benchmark: its baselines compute what they are compared with, and it writes what it measured."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from conftest import load_script, make_plainmamba_config
+
+from hf_vssm_prune import PlainMambaForImageClassification
+from hf_vssm_prune.selective_scan import selective_scan, selective_scan_torch
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return load_script("benchmark")
+
+
+def test_baselines_compute_the_scan(benchmark):
+    single = benchmark.one_direction(benchmark.scan_inputs(2))
+    for name in ("hidden_states", "time_step", "B", "C", "gate"):
+        single[name] = single[name][:, :9]
+    expected = selective_scan_torch(**single)
+    by_channel = benchmark.reference_scan(*benchmark.in_layout(single, 0, 2, 1)).transpose(1, 2)
+    torch.testing.assert_close(by_channel, expected, rtol=1e-4, atol=1e-4)
+    by_time = benchmark.time_major_scan(*benchmark.in_layout(single, 1, 0, 2)).transpose(0, 1)
+    torch.testing.assert_close(by_time, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_reference_kernel_computes_a_dense_model(benchmark):
+    model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images).logits
+        with benchmark.registered("reference", benchmark.reference_kernel()):
+            model.config.scan_backend = "reference"
+            torch.testing.assert_close(model(images).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="unknown backend 'reference'"):
+        model(images)
+
+
+def test_matrix_products_are_all_of_the_models(benchmark):
+    model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
+    with torch.no_grad():
+        products = benchmark.matrix_products(model, torch.randn(1, 3, 32, 32))()
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(products) == len(linears) == 4 * 4 + 1
+
+
+def test_cases_take_turns(benchmark):
+    order = []
+    cases = {name: partial(order.append, name) for name in "ab"}
+    options = benchmark.parse_options(["--seconds", "0"])
+    group = benchmark.take_turns("turns", cases, {"a / b": (2.0, "a", "b")}, options)
+    assert order == ["a", "b"] * 4
+    assert [len(runs) for runs in group.seconds.values()] == [3, 3]
+    group.seconds = {"a": [3.0, 8.0, 4.0], "b": [1.0, 2.0, 2.0]}
+    assert group.ratio("a / b") == (6.0, 6.0)
+
+
+def test_figures_are_written(benchmark, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    file = tmp_path / "benchmark.json"
+    arguments = ["--sections", "convolution", "--batch_sizes", "1", "--seconds", "0", "--json", str(file)]
+    assert benchmark.main([*arguments, "--threads", str(threads)]) == 0
+    results = json.loads(file.read_text())
+    (group,) = results["groups"]
+    assert results["machine"]["threads"] == str(threads)
+    assert set(group["ratios"]["torch / ours, all cells"]) == {"fastest", "median"}
+    assert "| torch / ours, all cells |" in capsys.readouterr().out
+
+
+def test_scan_inputs_with_holes_are_those_of_a_pruned_model(benchmark):
+    inputs = benchmark.scan_inputs(2, 0.5)
+    assert inputs["hidden_states"].shape[1] == 98
+    assert inputs["gaps"].sum(-1).max() <= benchmark.LENGTH
+    assert "gaps" not in benchmark.scan_inputs(2, 0.5, "none")
+    assert selective_scan(**inputs).isfinite().all()
