@@ -176,12 +176,6 @@ struct Step {
     Vec delta;
     Vec u[K];
     Vec decay_step[K];  // s_t
-
-    bool has_hole() const {
-        bool hole = false;
-        for (int k = 0; k < K; ++k) hole |= visits[k].gap > 1;
-        return hole;
-    }
 };
 
 template <int S, int K>
@@ -241,10 +235,27 @@ struct PathDecays {
 // Forward
 // ---------------------------------------------------------------------------------------------------------------------
 
+// The state of one path decays over the gap - 1 tokens that were dropped before this step. Most gaps are small: to
+// multiply several times is cheaper than another exp.
+template <int S>
+void cross_hole(const ScanArguments& arguments, const Block& block, const Slice<S>& slice, Vec delta, const Vec* decay,
+                int gap, Vec* state) {
+    const bool repeats = !arguments.hole_time_step;
+    if (gap > kLargestPower) {
+        const Vec time = static_cast<float>(gap - 1) * (repeats ? delta : block.hole_step);
+        for (int n = 0; n < S; ++n) state[n] *= slice.decay(time, n);
+        return;
+    }
+    const Vec* factor = repeats ? decay : slice.hole_decay;
+    for (int dropped = 1; dropped < gap; ++dropped) {
+        for (int n = 0; n < S; ++n) state[n] *= factor[n];
+    }
+}
+
 // One step: the states move on, and what they put out is added to block.y.
-template <int S, int K, typename DecayOf>
+template <int S, int K>
 [[gnu::always_inline]] inline void advance(const Sample& sample, const Slice<S>& slice, const Step<S, K>& step, Block& block,
-                                           Vec* state, const DecayOf& decay_of) {
+                                           Vec* state, const Vec* decay) {
     Vec input[K], y[K];
     for (int k = 0; k < K; ++k) {
         input[k] = step.delta * step.u[k];
@@ -252,7 +263,7 @@ template <int S, int K, typename DecayOf>
     }
     for (int n = 0; n < S; ++n) {
         for (int k = 0; k < K; ++k) {
-            const Vec h = decay_of(k, n) * state[k * S + n] + input[k] * step.B[k * sample.padded_states + n];
+            const Vec h = decay[n] * state[k * S + n] + input[k] * step.B[k * sample.padded_states + n];
             state[k * S + n] = h;
             y[k] += step.C[n] * h;
         }
@@ -275,12 +286,11 @@ void scan_paths(const ScanArguments& arguments, const Sample& sample, Block& blo
     for (int64_t t = 0; t < arguments.length; ++t) {
         const Step<S, K> step = load_step<S, K>(arguments, sample, block, slice, first_path, t);
         for (int n = 0; n < S; ++n) decay[n] = slice.decay(step.delta, n);
-        if (step.has_hole()) {
-            const PathDecays<S, K> decays(arguments, slice, step, decay);
-            advance<S, K>(sample, slice, step, block, state, [&](int k, int n) { return decays.of_path[k][n]; });
-        } else {
-            advance<S, K>(sample, slice, step, block, state, [&](int, int n) { return decay[n]; });
+        for (int k = 0; k < K; ++k) {
+            const int gap = step.visits[k].gap;
+            if (gap > 1) cross_hole<S>(arguments, block, slice, step.delta, decay, gap, state + k * S);
         }
+        advance<S, K>(sample, slice, step, block, state, decay);
         if constexpr (kKeep) {
             std::copy_n(state, K * S, &block.states[(t + 1) * K * S]);
             std::copy_n(decay, S, &block.decays[t * S]);
