@@ -1,5 +1,7 @@
 """Opens a checkpoint's configuration and its whole classifier, and makes the image processor of one without."""
 
+import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -8,6 +10,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageClassification, BaseImageProcessor
+from transformers.utils import cached_file
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.conversion import ImageClassifier
@@ -24,6 +27,8 @@ def load_config(name_or_path: str) -> VisionMambaConfig:
         config = AutoConfig.from_pretrained(name_or_path)
     except StrictDataclassError as error:
         raise ValueError(f"The configuration of {name_or_path} is not valid: {error}") from error
+    except OSError as error:
+        raise OSError(f"{name_or_path} cannot be opened: {error}") from error
     if not isinstance(config, VisionMambaConfig):
         raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a plainmamba or vim model is needed.")
     return config
@@ -41,8 +46,8 @@ def load_classifier(name_or_path: str | Path, ignore_mismatched_sizes: bool = Fa
         options: for `from_pretrained`, such as `dtype`.
 
     Raises:
-        ValueError: the weights are damaged or not finite, or some are missing, of another shape or not the model's own;
-            or see `load_config`.
+        ValueError: the weights are damaged, not finite, or not those that the Hub recorded; some are missing, of
+            another shape or not the model's own; or see `load_config`.
         OSError: there is none.
     """
     load_config(str(name_or_path))
@@ -57,10 +62,32 @@ def load_classifier(name_or_path: str | Path, ignore_mismatched_sizes: bool = Fa
         wrong = {kind: [name for name in names if "classifier." not in str(name)] for kind, names in wrong.items()}
     if any(wrong.values()):
         raise ValueError(f"{name_or_path} is not a whole image classifier: {wrong}.")
+    if wrong_file := _wrongly_downloaded(name_or_path):
+        raise ValueError(f"{wrong_file} is not what the Hub has: its SHA-256 is another. Delete it, and load again.")
     tensors = model.state_dict().items()
     if damaged := [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]:
         raise ValueError(f"The weights of {name_or_path} are not finite in {damaged}.")
     return model
+
+
+def _wrongly_downloaded(name_or_path: str | Path) -> Path | None:
+    """Weights in the Hub's cache whose bytes are not those that the Hub recorded: files there are named by SHA-256."""
+    if Path(name_or_path).exists():
+        return None
+    snapshot = Path(str(cached_file(name_or_path, "config.json"))).parent
+    for weights in sorted(snapshot.glob("*.safetensors")):
+        recorded = weights.resolve()
+        if re.fullmatch("[0-9a-f]{64}", recorded.name) and _sha256(recorded) != recorded.name:
+            return recorded
+    return None
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def new_image_processor(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import (
     AutoImageProcessor,
@@ -22,6 +21,7 @@ from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.conversion import ImageClassifier
 from hf_vssm_prune.hub.loading import load_classifier, load_config, new_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
+from hf_vssm_prune.hub.pushing import push_model
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     DenseModelArguments,
@@ -244,7 +244,7 @@ def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
     """Runs a job to its end and returns the exit status: 0; 1 after an error, which is printed in one line; 128 + the
     signal's number where a signal stopped the run, as shells have it."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
-    for library in ("accelerate", "httpx"):
+    for library in ("accelerate", "httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
     # Bars for writing a few megabytes would break the training's own.
     transformers_logging.disable_progress_bar()
@@ -262,13 +262,10 @@ def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if arguments.push_to_hub and trainer.accelerator.is_main_process:
-        push(Path(arguments.output_dir) / "best", str(arguments.hub_model_id))
+        try:
+            commit = push_model(Path(arguments.output_dir) / "best", str(arguments.hub_model_id))
+        except (ValueError, OSError) as error:
+            print(f"error: {error}\nThe model is in {arguments.output_dir}; see scripts/push.py.", file=sys.stderr)
+            return 1
+        logger.info("Pushed to %s", commit.commit_url)
     return 0
-
-
-def push(folder: Path, repo_id: str) -> None:
-    """Uploads a saved model to the Hub; the repository is made where it is missing."""
-    api = HfApi()
-    api.create_repo(repo_id, exist_ok=True)
-    url = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Pruned and fine-tuned")
-    logger.info("Pushed to %s", url)

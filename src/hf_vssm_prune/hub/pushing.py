@@ -1,0 +1,186 @@
+"""Puts a saved model on the Hub, whole or not at all.
+
+All files go up in one commit on top of the state that was looked at before, so that nobody ever loads half of a model,
+and a push that someone else overtook is refused. What the Hub has already, from before or from a push that was
+interrupted, is not sent again.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from hf_vssm_prune.hub.loading import load_config
+from hf_vssm_prune.hub.saving import CARD, CONFIG, WEIGHTS
+
+
+# What belongs to a model: not checkpoints, logs, optimizer states, or pickles.
+PUSHED = (CONFIG, CARD, *WEIGHTS, "preprocessor_config.json", "*.py", "*.png", "*.jpg", "*.svg", "LICENSE*", "NOTICE*")
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+class PushError(OSError):
+    """The Hub refused, or could not be reached; the model there is as it was."""
+
+
+@dataclass(frozen=True)
+class PushedFile:
+    """A file of a model.
+
+    Attributes:
+        path: on the disk.
+        size: bytes.
+    """
+
+    path: Path
+    size: int
+
+
+def list_pushed_files(folder: str | Path) -> list[PushedFile]:
+    """The files of a saved model that belong on the Hub, after a look that it is whole.
+
+    Raises:
+        ValueError: the folder is not a whole model of this package; the message names what is wrong.
+        OSError: something cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder.")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no {CONFIG}: give a folder that `save_for_hub` or a training script wrote.")
+    load_config(str(folder))
+    _check_weights(folder)
+    _check_card(folder / CARD)
+    paths = [path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, pattern) for pattern in PUSHED)]
+    return [PushedFile(path, path.stat().st_size) for path in paths if path.is_file()]
+
+
+def push_model(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload model",
+    create_pr: bool = False,
+    token: str | None = None,
+) -> CommitInfo:
+    """Puts a saved model on the Hub in one commit; the repository, and the branch, are made where they are missing.
+
+    Args:
+        folder: that `save_for_hub` or a training script wrote.
+        repo_id: `user/name`.
+        revision: branch; None: `main`.
+        private: who may see a repository that is made; None: as the account has it.
+        commit_message: its title.
+        create_pr: open a pull request with the commit, in place of changing the branch.
+        token: of the account; None: that of `hf auth login` or `HF_TOKEN`.
+
+    Returns:
+        The commit, or the last one where nothing has changed.
+
+    Raises:
+        ValueError: the folder is not a whole model, or the name is not one.
+        PushError: the Hub refused, cannot be reached, or has changed in the meantime.
+    """
+    files = list_pushed_files(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is not the name of a repository: user/name is needed.") from error
+    api = HfApi(token=token)
+    with _explained(repo_id):
+        if not create_pr:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+        base = api.model_info(repo_id, revision=revision)
+        names = {file.path.name for file in files}
+        outdated = [
+            sibling.rfilename
+            for sibling in base.siblings or []
+            if sibling.rfilename not in names and any(fnmatch(sibling.rfilename, pattern) for pattern in WEIGHTS)
+        ]
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(file.path.name, file.path) for file in files),
+                *(CommitOperationDelete(name) for name in outdated),
+            ],
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=base.sha,
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    index = folder / WEIGHTS_INDEX
+    if (folder / "model.safetensors").is_file():
+        shards = {"model.safetensors"}
+    elif index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} cannot be read: {error!r}") from error
+    else:
+        raise ValueError(f"{folder} has no weights: model.safetensors is missing.")
+    for shard in sorted(shards):
+        try:
+            with safe_open(folder / shard, framework="pt"):  # reads the header, and compares sizes
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / shard} is damaged or missing: {error}") from error
+
+
+def _check_card(file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(
+            f"{file.parent} has no {CARD}: a model without a page helps nobody; `save_for_hub` writes one."
+        )
+    try:
+        ModelCard.load(file, ignore_metadata_errors=False)
+    except Exception as error:  # YAML's own errors, and those of the metadata's classes
+        raise ValueError(f"The metadata of {file} is not valid: {error}") from error
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Says in a sentence what the Hub's answer means here."""
+    try:
+        yield
+    except RepositoryNotFoundError as error:
+        raise PushError(f"{repo_id} does not exist, or this account may not see it (HTTP 404 or 401).") from error
+    except RevisionNotFoundError as error:
+        raise PushError(f"{repo_id} has no such branch: {error}") from error
+    except HfHubHTTPError as error:
+        raise PushError(f"{repo_id}: {_meaning(error)}") from error
+    except (OSError, RuntimeError) as error:
+        # Connections that failed too often; an upload that ended with an error of a thread.
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError):
+            raise PushError(f"{repo_id}: {_meaning(cause)}") from error
+        raise PushError(f"{repo_id} was not changed: {error}{f' ({cause})' if cause else ''}") from error
+
+
+def _meaning(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    detail = re.sub(r"\s+", " ", str(error)).strip()
+    meanings = {
+        401: "the Hub does not know you: run `hf auth login`, or set HF_TOKEN to a token that may write",
+        403: "this account, or its token, may not write there",
+        409: "it is being changed or made by someone else: try again",
+        412: "someone else has changed it in the meantime: look at their change, then push again",
+        413: "a file is larger than the Hub allows",
+        429: "the Hub asks for fewer requests: try again later",
+    }
+    meaning = meanings.get(status, "the Hub failed: try again later" if status >= 500 else "the Hub refused")
+    return f"{meaning} (HTTP {status}: {detail})"
