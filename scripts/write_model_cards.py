@@ -1,0 +1,87 @@
+"""Writes `model_cards/`: a page for each published model, as it is once converted, and for its pruned form.
+
+    python scripts/write_model_cards.py
+
+The project has no ImageNet weights of its own to publish; whoever converts or fine-tunes one finds its page here.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_vssm_prune import PlainMambaConfig, VimConfig
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.hub import ModelCardInfo, TrainingRecipe, create_model_card
+from hf_vssm_prune.hub.loading import new_image_processor
+
+
+FAMILIES: dict[str, tuple[type[VisionMambaConfig], str, str]] = {
+    "plainmamba": (PlainMambaConfig, "PlainMamba", "https://github.com/ChenhongyiYang/PlainMamba"),
+    "vim": (VimConfig, "Vim", "https://github.com/hustvl/Vim"),
+}
+# Where a paper states the FLOPs of this model pruned, schedules that come to them; else the largest share that one removes.
+SCHEDULES: dict[tuple[str, str], dict] = {
+    ("plainmamba", "L1"): {"flops_reduction": 0.416},
+    ("plainmamba", "L2"): {"flops_reduction": 0.416},
+    ("plainmamba", "L3"): {"layers": [6, 12, 18], "keep_ratios": [0.7, 0.7, 0.7]},
+    ("vim", "T"): {"flops_reduction": 0.107},
+    ("vim", "S"): {"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8]},
+    ("vim", "B"): {"flops_reduction": 0.3},
+}
+NOT_MEASURED = "This project has not evaluated it: ImageNet was not at hand. The papers' figures are not its own."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="model_cards", help="default: %(default)s")
+    folder = Path(parser.parse_args(arguments).output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for family, (config_class, _, _) in FAMILIES.items():
+        for preset in config_class.presets:
+            for pruned in (False, True):
+                file = folder / f"{model_name(family, preset, pruned)}.md"
+                file.write_text(card_text(family, preset, pruned), encoding="utf-8")
+                print(file)
+    return 0
+
+
+def model_name(family: str, preset: str, pruned: bool) -> str:
+    return f"{family}-{preset.lower()}" + ("-pruned" if pruned else "")
+
+
+def card_text(family: str, preset: str, pruned: bool) -> str:
+    config_class, family_name, weights = FAMILIES[family]
+    schedule = SCHEDULES[family, preset] if pruned else None
+    config = config_class.from_preset(preset, token_pruning=schedule)
+    with torch.device("meta"):  # a card needs sizes, not weights
+        model = AutoModelForImageClassification.from_config(config)
+    info = ModelCardInfo(
+        name=model_name(family, preset, pruned),
+        summary=f"{family_name}-{preset} for ImageNet-1k" + (", with token pruning." if pruned else ", dense."),
+        license_notice="The original weights' licence applies: see where they were published.",
+        original_weights=weights,
+        training=finetuning(config, model_name(family, preset, pruned=False)) if pruned else None,
+        limits=[NOT_MEASURED],
+    )
+    processor = new_image_processor(config, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], crop_pct=0.875)
+    return str(create_model_card(model, info, processor))
+
+
+def finetuning(config: VisionMambaConfig, base: str) -> TrainingRecipe:
+    pruning = config.token_pruning or {}
+    layers, ratios = (" ".join(f"{value:g}" for value in pruning[name]) for name in ("layers", "keep_ratios"))
+    return TrainingRecipe(
+        command=(
+            f"accelerate launch scripts/finetune.py --model_name_or_path {base} --dataset_name <ImageNet-1k> \\\n"
+            f"    --prune_layers {layers} --keep_ratios {ratios} --output_dir {base}-pruned"
+        ),
+        description="The command that makes it, with the paper's recipe as the default. Nobody has run it yet.",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
