@@ -23,7 +23,7 @@ FAMILIES: dict[str, tuple[type[VisionMambaConfig], str, str]] = {
     "plainmamba": (PlainMambaConfig, "PlainMamba", "https://github.com/ChenhongyiYang/PlainMamba"),
     "vim": (VimConfig, "Vim", "https://github.com/hustvl/Vim"),
 }
-# Where a paper states the FLOPs of this model pruned, schedules that come to them; else the largest share that one removes.
+# Schedules that come to the FLOPs that a paper states for this model; L1 and L2 are pruned like L3.
 SCHEDULES: dict[tuple[str, str], dict] = {
     ("plainmamba", "L1"): {"flops_reduction": 0.416},
     ("plainmamba", "L2"): {"flops_reduction": 0.416},
