@@ -21,6 +21,19 @@ from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.training.arguments import (
+    AugmentationArguments,
+    DataArguments,
+    DenseModelArguments,
+    ElasticArguments,
+    FinetuneArguments,
+    OptimizationArguments,
+    PruningArguments,
+    RunArguments,
+    ScratchOptimizationArguments,
+    parse_arguments,
+)
+from hf_vssm_prune.training.recipes import read_recipe
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -222,6 +235,51 @@ TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
 def test_wrong_options_are_refused_before_anything_is_loaded(script, arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         load_script(script).main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# Recipes
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def parse(types: list, *arguments: str) -> dict:
+    return {name: value for part in parse_arguments(types, arguments, "") for name, value in vars(part).items()}
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_recipes_say_what_they_set(recipe):
+    values = read_recipe(recipe)
+    is_pruned = "prune_layers" in values
+    types = [FinetuneArguments, PruningArguments, OptimizationArguments] if is_pruned else [DenseModelArguments]
+    types += [ScratchOptimizationArguments] * (not is_pruned)
+    types += [DataArguments, AugmentationArguments, ElasticArguments, RunArguments]
+    needed = ["--dataset_name", "d", "--output_dir", "o"]
+    if is_pruned or recipe.stem.endswith("elastic"):
+        needed += ["--model_name_or_path", "m"]
+    parsed = parse(types, "--recipe", str(recipe), *needed)
+    assert {name: parsed[name] for name in values} == values
+    assert parse(types, *needed, "--recipe", str(recipe), "--batch_size", "3")["per_device_train_batch_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rate: 1\ncolour: red", "has ['colour']"),
+        ("- 1", "is no mapping"),
+        ("a: [", "cannot be read"),
+        ("learning_rate: -1", "--learning_rate is -1.0"),
+        (None, "cannot be read"),
+    ],
+)
+def test_wrong_recipes_are_refused(content, message, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    if content is not None:
+        recipe.write_text(content)
+    with pytest.raises(SystemExit) as exit_:
+        load_script("finetune").main([*FINETUNE, "--recipe", str(recipe)])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ What cannot work is refused when the dataclasses are made, before anything is lo
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +22,21 @@ from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES
 from hf_vssm_prune.training.augmentation import AugmentationConfig, MixConfig
 from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, LossWeights
 from hf_vssm_prune.training.optimization import LEARNING_RATE_SCHEDULES
+from hf_vssm_prune.training.recipes import insert_recipe
 
 
 FAMILIES: dict[str, type[VisionMambaConfig]] = {"plainmamba": PlainMambaConfig, "vim": VimConfig}
 
 
 def parse_arguments(dataclass_types: list[Any], arguments: Sequence[str] | None, description: str) -> tuple:
-    """Parses a command line into dataclasses; on a mistake prints what is wrong and exits with status 2."""
+    """Parses a command line, and the recipe it names, into dataclasses; on a mistake prints what is wrong and exits
+    with status 2."""
     parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser.add_argument("--recipe", help="YAML file of these options; what is given here overrides it")
+    options = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     try:
-        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        words = insert_recipe(sys.argv[1:] if arguments is None else arguments, options - {"recipe"})
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[: len(dataclass_types)]
     except ValueError as error:
         parser.error(str(error))
 
