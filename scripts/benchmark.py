@@ -378,6 +378,36 @@ def matrix_products(model: nn.Module, images: Tensor) -> Case:
     return lambda: [F.linear(inputs[shape], weight) for weight, shape in shapes]
 
 
+PARTS = {
+    "linear layers": ("aten::addmm", "aten::mm", "aten::bmm", "aten::linear"),
+    "scans": ("hf_vssm_prune::selective_scan",),
+    "depthwise convolutions": ("hf_vssm_prune::depthwise_conv2d",),
+    "stem and projection": ("aten::mkldnn_convolution", "aten::convolution", "aten::native_batch_norm"),
+    "normalisation": ("aten::native_layer_norm",),
+}
+
+
+@torch.no_grad()
+def parts_section(options: argparse.Namespace) -> list[Group]:
+    """Where the time of a forward goes, by PyTorch's profiler, which slows small operators down."""
+    models = make_models(options)
+    groups = []
+    for batch in options.batch_sizes:
+        images = torch.randn(batch, 3, 224, 224)
+        for name in ("dense", "pruned, aligned"):
+            models[name](images)
+            with torch.profiler.profile() as profile:
+                models[name](images)
+            seconds = dict.fromkeys([*PARTS, "everything else"], 0.0)
+            for event in profile.key_averages():
+                part = next((part for part, names in PARTS.items() if event.key.startswith(names)), "everything else")
+                seconds[part] += event.self_cpu_time_total / 1e6
+            title = f"{options.family} {options.preset}, parts of a forward, {name}, batch {batch}"
+            groups.append(Group(title, {part: [time_] for part, time_ in seconds.items()}))
+            print("\n" + groups[-1].tables(), flush=True)
+    return groups
+
+
 def training_section(options: argparse.Namespace) -> list[Group]:
     models = make_models(options)
     batch = options.batch_sizes[-1]
@@ -447,6 +477,7 @@ SECTIONS = {
     "scan": scan_section,
     "convolution": convolution_section,
     "model": model_section,
+    "parts": parts_section,
     "training": training_section,
     "transformer": transformer_section,
     "resolution": resolution_section,
