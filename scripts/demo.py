@@ -112,7 +112,7 @@ def recipe(
     data = DataArguments(DATASET, max_train_samples=options.max_train_samples, dataloader_num_workers=0)
     model = FinetuneArguments(str(EXAMPLE_MODEL))
     optimization = OptimizationArguments(
-        num_train_epochs=options.epochs, learning_rate=3e-4, warmup_lr=0, min_lr=0, warmup_epochs=0.1, model_ema=False
+        num_train_epochs=options.epochs, learning_rate=1e-4, warmup_lr=0, min_lr=0, warmup_epochs=0.1, model_ema=False
     )
     augmentation = AugmentationArguments(no_random_crop=True, randaugment_num_ops=0, reprob=0, mixup=0, cutmix=0)
     run = RunArguments(str(folder), seed=options.seed)
