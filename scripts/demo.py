@@ -82,10 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reopened = reopen(folder, models[FINETUNED], shown)
 
     print("\n" + table(models, evaluations) + "\n")
-    lost = evaluations[DENSE].accuracy.top1 - evaluations[FINETUNED].accuracy.top1
+    gained = evaluations[FINETUNED].accuracy.top1 - evaluations[DENSE].accuracy.top1
     faster = evaluations[FINETUNED].images_per_second / evaluations[DENSE].images_per_second
     reduction = count_flops(models[FINETUNED].config).reduction
-    print(f"{reduction:.1%} fewer FLOPs, {faster:.2f}× the speed, {100 * lost:.2f} points of accuracy lost.")
+    print(f"{reduction:.1%} fewer FLOPs, {faster:.2f}× the speed, {100 * gained:+.2f} points of accuracy.")
     print(f"The saved model, opened in a fresh process, gives {'the same' if reopened else 'OTHER'} answers: {folder}")
     print(f"Which tokens it keeps: {picture}")
     print(f"This took {time.perf_counter() - start:.0f} s.")
