@@ -127,8 +127,9 @@ def scan_operator(
         ctx.save_for_backward(*inputs)
 
     def differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = iter(operator_backward(grad_output, *ctx.saved_tensors))
-        return tuple(next(gradients) if _is_floating(tensor) else None for tensor in ctx.saved_tensors)
+        inputs = ctx.saved_tensors  # once: under gradient checkpointing they are computed when they are asked for
+        gradients = iter(operator_backward(grad_output, *inputs))
+        return tuple(next(gradients) if _is_floating(tensor) else None for tensor in inputs)
 
     operator.register_autograd(differentiate, setup_context=save_inputs)
     return operator
