@@ -16,15 +16,15 @@ from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.conversion import ImageClassifier
 
 
-def load_config(name_or_path: str) -> VisionMambaConfig:
-    """A checkpoint's configuration.
+def load_config(name_or_path: str, revision: str = "main") -> VisionMambaConfig:
+    """A checkpoint's configuration; `revision` is of a model on the Hub.
 
     Raises:
         ValueError: it is of no family of this package, or has a value that is not allowed.
         OSError: there is none.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
     except StrictDataclassError as error:
         raise ValueError(f"The configuration of {name_or_path} is not valid: {error}") from error
     except OSError as error:
@@ -34,7 +34,9 @@ def load_config(name_or_path: str) -> VisionMambaConfig:
     return config
 
 
-def load_classifier(name_or_path: str | Path, ignore_mismatched_sizes: bool = False, **options: Any) -> ImageClassifier:
+def load_classifier(
+    name_or_path: str | Path, ignore_mismatched_sizes: bool = False, revision: str = "main", **options: Any
+) -> ImageClassifier:
     """An image classifier of this package with all its weights, in evaluation mode.
 
     transformers draws at random what a checkpoint lacks, and warns: right for a new classifier, and elsewhere an
@@ -43,6 +45,7 @@ def load_classifier(name_or_path: str | Path, ignore_mismatched_sizes: bool = Fa
     Args:
         name_or_path: a folder, or a model on the Hub.
         ignore_mismatched_sizes: a classifier that is missing, or of another number of labels, is replaced by a new one.
+        revision: branch, tag or commit of a model on the Hub.
         options: for `from_pretrained`, such as `dtype`.
 
     Raises:
@@ -50,10 +53,14 @@ def load_classifier(name_or_path: str | Path, ignore_mismatched_sizes: bool = Fa
             another shape or not the model's own; or see `load_config`.
         OSError: there is none.
     """
-    load_config(str(name_or_path))
+    load_config(str(name_or_path), revision)
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
-            name_or_path, ignore_mismatched_sizes=ignore_mismatched_sizes, output_loading_info=True, **options
+            name_or_path,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            revision=revision,
+            output_loading_info=True,
+            **options,
         )
     except (SafetensorError, UnpicklingError, RuntimeError) as error:
         raise ValueError(f"The weights of {name_or_path} cannot be read: {error}") from error
@@ -62,7 +69,7 @@ def load_classifier(name_or_path: str | Path, ignore_mismatched_sizes: bool = Fa
         wrong = {kind: [name for name in names if "classifier." not in str(name)] for kind, names in wrong.items()}
     if any(wrong.values()):
         raise ValueError(f"{name_or_path} is not a whole image classifier: {wrong}.")
-    if wrong_file := _wrongly_downloaded(name_or_path):
+    if wrong_file := _wrongly_downloaded(name_or_path, revision):
         raise ValueError(f"{wrong_file} is not what the Hub has: its SHA-256 is another. Delete it, and load again.")
     tensors = model.state_dict().items()
     if damaged := [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]:
@@ -70,11 +77,11 @@ def load_classifier(name_or_path: str | Path, ignore_mismatched_sizes: bool = Fa
     return model
 
 
-def _wrongly_downloaded(name_or_path: str | Path) -> Path | None:
+def _wrongly_downloaded(name_or_path: str | Path, revision: str) -> Path | None:
     """Weights in the Hub's cache whose bytes are not those that the Hub recorded: files there are named by SHA-256."""
     if Path(name_or_path).exists():
         return None
-    snapshot = Path(str(cached_file(name_or_path, "config.json"))).parent
+    snapshot = Path(str(cached_file(name_or_path, "config.json", revision=revision))).parent
     for weights in sorted(snapshot.glob("*.safetensors")):
         recorded = weights.resolve()
         if re.fullmatch("[0-9a-f]{64}", recorded.name) and _sha256(recorded) != recorded.name:

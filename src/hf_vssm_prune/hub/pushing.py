@@ -7,7 +7,7 @@ interrupted, is not sent again.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -59,7 +59,7 @@ def list_pushed_files(folder: str | Path) -> list[PushedFile]:
     load_config(str(folder))
     _check_weights(folder)
     _check_card(folder / CARD)
-    paths = [path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, pattern) for pattern in PUSHED)]
+    paths = [path for path in sorted(folder.iterdir()) if _matches(path.name, PUSHED)]
     return [PushedFile(path, path.stat().st_size) for path in paths if path.is_file()]
 
 
@@ -107,7 +107,7 @@ def push_model(
         outdated = [
             sibling.rfilename
             for sibling in base.siblings or []
-            if sibling.rfilename not in names and any(fnmatch(sibling.rfilename, pattern) for pattern in WEIGHTS)
+            if sibling.rfilename not in names and _matches(sibling.rfilename, WEIGHTS)
         ]
         return api.create_commit(
             repo_id,
@@ -120,6 +120,10 @@ def push_model(
             create_pr=create_pr,
             parent_commit=base.sha,
         )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _check_weights(folder: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_vssm_prune.kernels.build import BuildError, library_path
-from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator
+from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator, to_float32
 
 
 DISABLE = "HF_VSSM_PRUNE_DISABLE_CPU_KERNEL"
@@ -38,7 +38,7 @@ def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
         from hf_vssm_prune.selective_scan import selective_scan_torch
 
         return selective_scan_torch(*arguments)
-    return _selective_scan(*map(_to_float32, arguments)).to(arguments.hidden_states.dtype)
+    return _selective_scan(*map(to_float32, arguments)).to(arguments.hidden_states.dtype)
 
 
 def depthwise_conv2d(
@@ -54,12 +54,8 @@ def depthwise_conv2d(
         from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
 
         return depthwise_conv2d_torch(hidden_states, weight, bias, grid, kept, silu)
-    tensors = map(_to_float32, (hidden_states, weight, bias))
+    tensors = map(to_float32, (hidden_states, weight, bias))
     return _depthwise_conv2d(*tensors, kept, *grid, silu).to(hidden_states.dtype)
-
-
-def _to_float32(tensor: Tensor | None) -> Tensor | None:
-    return tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
 # ----------------------------------------------------------------------------------------------------------------------

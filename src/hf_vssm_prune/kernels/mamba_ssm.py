@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_vssm_prune.kernels.scan_operator import ScanArguments
+from hf_vssm_prune.kernels.scan_operator import ScanArguments, to_float32
 
 
 def unavailable(device_type: str) -> str | None:
@@ -50,8 +50,7 @@ def scan_with(mamba_scan: Callable[..., Tensor], arguments: ScanArguments) -> Te
     from hf_vssm_prune.selective_scan import decay_steps, return_to_tokens, visit
 
     dtype = arguments.hidden_states.dtype
-    floats = {name: t.float() for name, t in arguments._asdict().items() if t is not None and t.is_floating_point()}
-    a = arguments._replace(**floats)
+    a = ScanArguments(*map(to_float32, arguments))  # type: ignore[arg-type]
     paths = (len(a.hidden_states), a.num_paths())
 
     u = a.hidden_states.unsqueeze(1) if a.order is None else visit(a.hidden_states, a.order)

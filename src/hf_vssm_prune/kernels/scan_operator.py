@@ -135,9 +135,14 @@ def scan_operator(
     return operator
 
 
-def _floating(inputs: Sequence[Tensor | None]) -> list[Tensor]:
-    return [tensor for tensor in inputs if tensor is not None and tensor.is_floating_point()]
+def to_float32(tensor: Tensor | None) -> Tensor | None:
+    """Of any floating-point precision; indices stay as they are, and so does what is not given."""
+    return tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
 def _is_floating(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_floating_point()
+
+
+def _floating(inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in inputs if tensor is not None and _is_floating(tensor)]

@@ -355,10 +355,11 @@ class Trainer:
         Without elastic schedules the model's own is in force.
         """
         own = self.plain_model.config.token_pruning
-        schedule = own
-        if self.elastic_schedules:
-            place = np.random.SeedSequence([self.recipe.run.seed, epoch, index], spawn_key=(1,))
-            schedule = self.elastic_schedules[np.random.default_rng(place).integers(len(self.elastic_schedules))]
+        if not self.elastic_schedules:
+            yield [] if own is None else own["layers"]
+            return
+        place = np.random.SeedSequence([self.recipe.run.seed, epoch, index], spawn_key=(1,))
+        schedule = self.elastic_schedules[np.random.default_rng(place).integers(len(self.elastic_schedules))]
         self.plain_model.set_token_pruning(schedule)
         try:
             yield [] if schedule is None else schedule["layers"]
