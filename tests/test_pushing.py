@@ -268,10 +268,11 @@ def test_a_download_that_is_cut_off_is_made_whole(hub, client, folder):
     assert len(hub.requests("GET", "/resolve/.*safetensors$")) == 2
 
 
-def test_wrong_bytes_of_the_right_size_are_found_and_named(hub, client, folder):
-    assert_ok(client.push(folder, REPO))
+@pytest.mark.parametrize("revision", ["main", "v2"])
+def test_wrong_bytes_of_the_right_size_are_found_and_named(revision, hub, client, folder):
+    assert_ok(client.push(folder, REPO, "--revision", revision))
     hub.fail("GET", "/resolve/.*safetensors", times=1, wrong_bytes=True)
-    assert_refused(client.load(), "is not what the Hub has", "SHA-256", "blobs")
+    assert_refused(client.load(revision=revision), "is not what the Hub has", "SHA-256", "blobs")
 
 
 @pytest.mark.parametrize(
