@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "arguments.h"
-#include "thread_pool.h"
+#include "parallel.h"
 #include "vectors.h"
 
 namespace {

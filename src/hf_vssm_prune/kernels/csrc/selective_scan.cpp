@@ -7,23 +7,25 @@
 //     y_o += C_t h_t + D u_o                          summed over paths, then multiplied by SiLU(gate)
 //
 // Channels are independent of each other: a block of kLanes channels is one vector, and its states stay in the cache.
-// States are independent as well, up to the sum in C_t h_t: they are taken in slices of S.
+// States are independent as well, up to the sum in C_t h_t: they are taken in slices of S. All paths share delta, A and C,
+// so exp(delta_t A) is computed once for up to four of them.
 //
 // Every sum is made in an order that the sizes alone decide, never the number of threads.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <vector>
 
 #include "arguments.h"
-#include "thread_pool.h"
+#include "parallel.h"
 #include "vectors.h"
 
 namespace {
 
-// Blocks of channels that one task works through, one after the other.
-constexpr int kBlocksPerTask = 4;
+// Channels that one task works through, block by block. Their rows are read together: four cache lines side by side.
+constexpr int kBlocksPerTask = 64 / kLanes;
 
 // Up to this gap exp(gap x) is made from exp(x) by multiplications; they would cost too many digits, and time, beyond it.
 constexpr int kLargestPower = 8;
@@ -49,7 +51,7 @@ struct Visit {
 };
 
 struct Sample {
-    int64_t index, paths, padded_states;
+    int64_t call = 0, index, paths, padded_states;
     std::vector<Visit> visits;  // (length, paths)
     std::vector<float> B;       // (length, paths, padded_states), with direction_B added
     std::vector<float> C;       // (length, padded_states)
@@ -89,26 +91,31 @@ void load_sample(const ScanArguments& arguments, int64_t index, int64_t padded_s
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A block of channels of one sample, copied into the cache
+// Blocks of channels of one sample, copied into the cache
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct Block {
     int64_t sample, first_channel;
     int width;  // channels in the block: kLanes, fewer in the last one
 
-    Vec D, hole_step, hole_step_log2;
-    std::vector<Vec> u, delta, y;  // by token
+    Vec D, hole_step, longest_step;  // of delta
+    std::vector<Vec> u, delta, y;    // by token
 
     // Only for the backward.
     Vec grad_D, grad_hole_step;
     std::vector<Vec> grad_y, grad_u, grad_delta;  // by token
-    std::vector<Vec> states, decays;              // h_t and exp(delta_t A), by step
-    std::vector<Vec> grad_direction_B;            // by kind of move
 };
 
-// One for each thread, so that its memory is used again.
-thread_local Sample thread_sample;
-thread_local Block thread_block;
+// What a thread works with. Its memory is used again.
+struct Workspace {
+    Sample sample;
+    Block blocks[kBlocksPerTask];
+    int block_count;
+    std::vector<Vec> states, decays;    // for the backward: h_t and exp(delta_t A) by step
+    std::vector<Vec> grad_direction_B;  // by kind of move
+};
+
+thread_local Workspace thread_workspace;
 
 Vec load_channels(const float* channels, const Block& block) {
     return channels ? load(channels + block.first_channel, block.width) : Vec{};
@@ -122,18 +129,29 @@ Vec time_step_before_softplus(const ScanArguments& arguments, const Block& block
     return load_token(arguments.time_step, block, token) + load_channels(arguments.time_step_bias, block);
 }
 
-void load_block(const ScanArguments& arguments, int64_t sample, int64_t first_channel, Block& block) {
-    block.sample = sample;
-    block.first_channel = first_channel;
-    block.width = static_cast<int>(std::min<int64_t>(kLanes, arguments.channels - first_channel));
-    block.D = load_channels(arguments.D, block);
-    block.hole_step = load_channels(arguments.hole_time_step, block);
-    block.u.resize(arguments.length);
-    block.delta.resize(arguments.length);
-    block.y.assign(arguments.length, Vec{});
+void load_blocks(const ScanArguments& arguments, int64_t sample, int64_t first_channel, Workspace& work) {
+    const int64_t left = arguments.channels - first_channel;
+    work.block_count = static_cast<int>(std::min<int64_t>(kBlocksPerTask, divide_up(left, kLanes)));
+    for (int b = 0; b < work.block_count; ++b) {
+        Block& block = work.blocks[b];
+        block.sample = sample;
+        block.first_channel = first_channel + b * kLanes;
+        block.width = static_cast<int>(std::min<int64_t>(kLanes, left - b * kLanes));
+        block.D = load_channels(arguments.D, block);
+        block.hole_step = load_channels(arguments.hole_time_step, block);
+        block.longest_step = Vec{};
+        block.u.resize(arguments.length);
+        block.delta.resize(arguments.length);
+        block.y.assign(arguments.length, Vec{});
+    }
     for (int64_t token = 0; token < arguments.length; ++token) {
-        block.u[token] = load_token(arguments.hidden_states, block, token);
-        block.delta[token] = softplus(time_step_before_softplus(arguments, block, token));
+        for (int b = 0; b < work.block_count; ++b) {
+            Block& block = work.blocks[b];
+            const Vec delta = softplus(time_step_before_softplus(arguments, block, token));
+            block.longest_step = delta > block.longest_step ? delta : block.longest_step;  // passes over NaN
+            block.delta[token] = delta;
+            block.u[token] = load_token(arguments.hidden_states, block, token);
+        }
     }
 }
 
@@ -144,13 +162,17 @@ void load_block(const ScanArguments& arguments, int64_t sample, int64_t first_ch
 template <int S>
 struct Slice {
     int64_t first_state;
-    int count;            // states in the slice: S, fewer in the last one; the others have A = B = C = 0
+    int count;          // states in the slice: S, fewer in the last one; the others have A = B = C = 0
     Vec A[S];           // times log2(e)
     Vec longest[S];     // the step after which nothing of the state is left in float32: exp2 needs |step A| <= 127
+    bool within_range;  // no delta of the block is longer than that
     Vec hole_decay[S];  // exp(hole_time_step A)
     Vec skip;           // D in the first slice, 0 in the others: D u is to be added once
 
-    Vec decay(Vec step, int n) const { return exp2_in_range(minimum(longest[n], step) * A[n]); }
+    template <bool kWithinRange = false>
+    Vec decay(Vec step, int n) const {
+        return exp2_in_range((kWithinRange ? step : minimum(longest[n], step)) * A[n]);
+    }
 };
 
 template <int S>
@@ -158,78 +180,49 @@ Slice<S> load_slice(const ScanArguments& arguments, const Block& block, int64_t 
     Slice<S> slice{};
     slice.first_state = first_state;
     slice.count = static_cast<int>(std::min<int64_t>(S, arguments.states - first_state));
+    slice.within_range = true;
     for (int n = 0; n < slice.count; ++n) {
         for (int lane = 0; lane < block.width; ++lane) {
             slice.A[n][lane] = kLog2E * arguments.A[(block.first_channel + lane) * arguments.states + first_state + n];
         }
         slice.longest[n] = 127.0f / (slice.A[n] < 0.0f ? -slice.A[n] : slice.A[n]);
+        for (int lane = 0; lane < block.width; ++lane) {
+            slice.within_range &= block.longest_step[lane] <= slice.longest[n][lane];
+        }
         slice.hole_decay[n] = slice.decay(block.hole_step, n);
     }
     if (first_state == 0) slice.skip = block.D;
     return slice;
 }
 
-template <int S, int K>
+template <int K>
 struct Step {
     const Visit* visits;
     const float *B, *C;  // B: (K, padded_states)
     Vec delta;
-    Vec u[K];
-    Vec decay_step[K];  // s_t
+    Vec u[K], input[K];  // input = delta u
+
+    bool has_holes() const {
+        bool found = false;
+        for (int k = 0; k < K; ++k) found |= visits[k].gap > 1;
+        return found;
+    }
 };
 
-template <int S, int K>
-[[gnu::always_inline]] inline Step<S, K> load_step(const ScanArguments& arguments, const Sample& sample, const Block& block, const Slice<S>& slice,
-                     int64_t first_path, int64_t t) {
-    Step<S, K> step;
+template <int K>
+[[gnu::always_inline]] inline Step<K> load_step(const Sample& sample, const Block& block, int64_t first_state,
+                                                int64_t first_path, int64_t t) {
+    Step<K> step;
     step.visits = sample.visits_at(t, first_path);
-    step.B = sample.B_at(t, first_path) + slice.first_state;
-    step.C = sample.C_at(t) + slice.first_state;
+    step.B = sample.B_at(t, first_path) + first_state;
+    step.C = sample.C_at(t) + first_state;
     step.delta = block.delta[t];
-    const Vec hole_step = arguments.hole_time_step ? block.hole_step : step.delta;
     for (int k = 0; k < K; ++k) {
         step.u[k] = block.u[step.visits[k].token];
-        step.decay_step[k] = step.delta + static_cast<float>(step.visits[k].gap - 1) * hole_step;
+        step.input[k] = step.delta * step.u[k];
     }
     return step;
 }
-
-// result = base^exponent, exponent >= 1, from the exponent's highest bit to its lowest.
-template <int S>
-void power(const Vec* base, int exponent, Vec* result) {
-    std::copy_n(base, S, result);
-    int bit = 1;
-    while (bit <= exponent / 2) bit *= 2;
-    while (bit /= 2) {
-        for (int n = 0; n < S; ++n) result[n] *= result[n];
-        if (exponent & bit) {
-            for (int n = 0; n < S; ++n) result[n] *= base[n];
-        }
-    }
-}
-
-// The decays exp(s_t A) of K paths. A path without a hole before this step shares exp(delta_t A) with the others.
-template <int S, int K>
-struct PathDecays {
-    const Vec* of_path[K];
-    Vec across_hole[K][S];
-
-    PathDecays(const ScanArguments& arguments, const Slice<S>& slice, const Step<S, K>& step, const Vec* decay) {
-        for (int k = 0; k < K; ++k) {
-            of_path[k] = decay;
-            if (step.visits[k].gap == 1) continue;
-            of_path[k] = across_hole[k];
-            if (step.visits[k].gap > kLargestPower) {
-                for (int n = 0; n < S; ++n) across_hole[k][n] = slice.decay(step.decay_step[k], n);
-            } else if (arguments.hole_time_step) {
-                power<S>(slice.hole_decay, step.visits[k].gap - 1, across_hole[k]);
-                for (int n = 0; n < S; ++n) across_hole[k][n] *= decay[n];
-            } else {
-                power<S>(decay, step.visits[k].gap, across_hole[k]);
-            }
-        }
-    }
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
@@ -252,18 +245,19 @@ void cross_hole(const ScanArguments& arguments, const Block& block, const Slice<
     }
 }
 
-// One step: the states move on, and what they put out is added to block.y.
-template <int S, int K>
-[[gnu::always_inline]] inline void advance(const Sample& sample, const Slice<S>& slice, const Step<S, K>& step, Block& block,
-                                           Vec* state, const Vec* decay) {
-    Vec input[K], y[K];
-    for (int k = 0; k < K; ++k) {
-        input[k] = step.delta * step.u[k];
-        y[k] = slice.skip * step.u[k];
-    }
+// One step: the states move on, and what they put out is added to block.y. `decay` holds exp(delta_t A), and that of the
+// next step when this one is done: an exp is a long chain of operations, and the paths' short ones fill its waits.
+template <int S, int K, bool kWithinRange>
+[[gnu::always_inline]] inline void advance(const Sample& sample, const Slice<S>& slice, const Step<K>& step,
+                                           Vec next_delta, Block& block, Vec* state, Vec* decay) {
+    Vec y[K];
+    for (int k = 0; k < K; ++k) y[k] = slice.skip * step.u[k];
+#pragma GCC unroll 2
     for (int n = 0; n < S; ++n) {
+        const Vec present = decay[n];
+        decay[n] = slice.template decay<kWithinRange>(next_delta, n);
         for (int k = 0; k < K; ++k) {
-            const Vec h = decay[n] * state[k * S + n] + input[k] * step.B[k * sample.padded_states + n];
+            const Vec h = present * state[k * S + n] + step.input[k] * step.B[k * sample.padded_states + n];
             state[k * S + n] = h;
             y[k] += step.C[n] * h;
         }
@@ -271,30 +265,31 @@ template <int S, int K>
     for (int k = 0; k < K; ++k) block.y[step.visits[k].token] += y[k];
 }
 
-// Scans K paths and adds what they put out to block.y. With `kKeep`, h_t and exp(delta_t A) of all steps are kept for the
-// backward; h_0 = 0 comes before them.
-template <int S, int K, bool kKeep>
+// What the forward keeps of a step.
+struct KeepNothing {
+    void decays(int64_t, const Vec*) const {}
+    template <int K>
+    void states(int64_t, const Step<K>&, const Vec*) const {}
+};
+
+// Scans K paths and adds what they put out to block.y. `keep` is handed exp(delta_t A) and h_t of each step.
+template <int S, int K, bool kWithinRange, typename Keep>
 void scan_paths(const ScanArguments& arguments, const Sample& sample, Block& block, const Slice<S>& slice,
-                int64_t first_path) {
+                int64_t first_path, const Keep& keep) {
     Vec state[K * S] = {};
     Vec decay[S];
-    if constexpr (kKeep) {
-        block.states.resize((arguments.length + 1) * K * S);
-        block.decays.resize(arguments.length * S);
-        std::copy_n(state, K * S, block.states.data());
-    }
+    for (int n = 0; n < S; ++n) decay[n] = slice.decay(block.delta[0], n);
     for (int64_t t = 0; t < arguments.length; ++t) {
-        const Step<S, K> step = load_step<S, K>(arguments, sample, block, slice, first_path, t);
-        for (int n = 0; n < S; ++n) decay[n] = slice.decay(step.delta, n);
-        for (int k = 0; k < K; ++k) {
-            const int gap = step.visits[k].gap;
-            if (gap > 1) cross_hole<S>(arguments, block, slice, step.delta, decay, gap, state + k * S);
+        const Step<K> step = load_step<K>(sample, block, slice.first_state, first_path, t);
+        if (step.has_holes()) {
+            for (int k = 0; k < K; ++k) {
+                cross_hole<S>(arguments, block, slice, step.delta, decay, step.visits[k].gap, state + k * S);
+            }
         }
-        advance<S, K>(sample, slice, step, block, state, decay);
-        if constexpr (kKeep) {
-            std::copy_n(state, K * S, &block.states[(t + 1) * K * S]);
-            std::copy_n(decay, S, &block.decays[t * S]);
-        }
+        keep.decays(t, decay);
+        const Vec next_delta = block.delta[std::min(t + 1, arguments.length - 1)];
+        advance<S, K, kWithinRange>(sample, slice, step, next_delta, block, state, decay);
+        keep.states(t, step, state);
     }
 }
 
@@ -306,25 +301,78 @@ void for_path_groups(int64_t paths, const Visitor& visit) {
     for (; first_path < paths; ++first_path) visit(std::integral_constant<int, 1>{}, first_path);
 }
 
+template <int S, int K, typename Keep>
+void scan_paths(const ScanArguments& arguments, const Sample& sample, Block& block, const Slice<S>& slice,
+                int64_t first_path, const Keep& keep) {
+    (slice.within_range ? scan_paths<S, K, true, Keep> : scan_paths<S, K, false, Keep>)(arguments, sample, block, slice,
+                                                                                        first_path, keep);
+}
+
 template <int S>
-void forward_block(const ScanArguments& arguments, const Sample& sample, Block& block, float* output) {
+void forward_block(const ScanArguments& arguments, const Sample& sample, Block& block) {
     for (int64_t first_state = 0; first_state < arguments.states; first_state += S) {
         const Slice<S> slice = load_slice<S>(arguments, block, first_state);
         for_path_groups(arguments.paths, [&](auto group, int64_t first_path) {
-            scan_paths<S, decltype(group)::value, false>(arguments, sample, block, slice, first_path);
+            scan_paths<S, decltype(group)::value>(arguments, sample, block, slice, first_path, KeepNothing{});
         });
     }
+}
+
+void store_output(const ScanArguments& arguments, const Workspace& work, float* output) {
     for (int64_t token = 0; token < arguments.length; ++token) {
-        Vec y = block.y[token];
-        if (arguments.gate.data) y *= silu(load_token(arguments.gate, block, token));
-        float* row = output + (block.sample * arguments.length + token) * arguments.channels;
-        store(row + block.first_channel, y, block.width);
+        for (int b = 0; b < work.block_count; ++b) {
+            const Block& block = work.blocks[b];
+            Vec y = block.y[token];
+            if (arguments.gate.data) y *= silu(load_token(arguments.gate, block, token));
+            float* row = output + (block.sample * arguments.length + token) * arguments.channels;
+            store(row + block.first_channel, y, block.width);
+        }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 // ---------------------------------------------------------------------------------------------------------------------
+
+// result = base^exponent, exponent >= 1, from the exponent's highest bit to its lowest.
+template <int S>
+void power(const Vec* base, int exponent, Vec* result) {
+    std::copy_n(base, S, result);
+    int bit = 1;
+    while (bit <= exponent / 2) bit *= 2;
+    while (bit /= 2) {
+        for (int n = 0; n < S; ++n) result[n] *= result[n];
+        if (exponent & bit) {
+            for (int n = 0; n < S; ++n) result[n] *= base[n];
+        }
+    }
+}
+
+// The decays exp(s_t A) of K paths. A path without a hole before this step shares exp(delta_t A) with the others.
+template <int S, int K>
+struct PathDecays {
+    const Vec* of_path[K];
+    Vec across_hole[K][S];
+
+    PathDecays(const ScanArguments& arguments, const Block& block, const Slice<S>& slice, const Step<K>& step,
+               const Vec* decay) {
+        for (int k = 0; k < K; ++k) {
+            of_path[k] = decay;
+            if (step.visits[k].gap == 1) continue;
+            of_path[k] = across_hole[k];
+            if (step.visits[k].gap > kLargestPower) {
+                const Vec hole_step = arguments.hole_time_step ? block.hole_step : step.delta;
+                const Vec decay_step = step.delta + static_cast<float>(step.visits[k].gap - 1) * hole_step;
+                for (int n = 0; n < S; ++n) across_hole[k][n] = slice.decay(decay_step, n);
+            } else if (arguments.hole_time_step) {
+                power<S>(slice.hole_decay, step.visits[k].gap - 1, across_hole[k]);
+                for (int n = 0; n < S; ++n) across_hole[k][n] *= decay[n];
+            } else {
+                power<S>(decay, step.visits[k].gap, across_hole[k]);
+            }
+        }
+    }
+};
 
 // Sums over samples, or over blocks of channels, are made in two steps: each task has its own partial sums, and these
 // are added up afterwards in the order of the tasks.
@@ -364,116 +412,161 @@ struct Partials {
     PartialSums direction_B;                         // by task: (move_kinds, states)
 };
 
-// The reverse of scan_paths: with the gradient of y known, adds to the gradients of everything that went in.
-template <int S, int K, bool kMoves>
-void reverse_paths(const ScanArguments& arguments, const Sample& sample, Block& block, const Slice<S>& slice,
-                   int64_t first_path, int64_t task, Partials& partials) {
+// What the forward keeps for the backward: states, after h_0 = 0, and decays. The gradient of C, which needs h_t too, is made
+// on the way.
+template <int S>
+struct KeepForBackward {
+    const Block& block;
+    Vec *kept_states, *kept_decays;
+    float* grad_C;  // (length, padded_states)
+    int64_t padded_states;
+
+    void decays(int64_t t, const Vec* decay) const { std::copy_n(decay, S, kept_decays + t * S); }
+
+    template <int K>
+    void states(int64_t t, const Step<K>& step, const Vec* state) const {
+        std::copy_n(state, K * S, kept_states + (t + 1) * K * S);
+        Vec grad_y[K], sums[kTableWidth<S>] = {};
+        for (int k = 0; k < K; ++k) grad_y[k] = block.grad_y[step.visits[k].token];
+        for (int n = 0; n < S; ++n) {
+            for (int k = 0; k < K; ++k) sums[n] += grad_y[k] * state[k * S + n];
+        }
+        add_lane_sums<S>(sums, grad_C + t * padded_states);
+    }
+};
+
+// How the paths' decay steps s_t depend on delta_t and on the step of a hole: s_t = weight delta_t + holes hole_step.
+template <int K>
+struct DecaySteps {
+    float weight[K], holes[K];
+
+    DecaySteps(const ScanArguments& arguments, const Step<K>& step) {
+        for (int k = 0; k < K; ++k) {
+            const auto gap = static_cast<float>(step.visits[k].gap);
+            weight[k] = arguments.hole_time_step ? 1.0f : gap;
+            holes[k] = arguments.hole_time_step ? gap - 1.0f : 0.0f;
+        }
+    }
+};
+
+// Gradients that the steps of K paths add up, from the last to the first.
+template <int S, int K>
+struct Reverse {
     Vec carry[K * S] = {};  // exp(s_{t+1} A) times the gradient of h_{t+1}
     Vec grad_A[S] = {};
-    if constexpr (kMoves) block.grad_direction_B.assign(arguments.move_kinds * S, Vec{});
+    Vec* grad_direction_B;  // (move_kinds, S)
+};
 
-    for (int64_t t = arguments.length - 1; t >= 0; --t) {
-        const Step<S, K> step = load_step<S, K>(arguments, sample, block, slice, first_path, t);
-        const PathDecays<S, K> decays(arguments, slice, step, &block.decays[t * S]);
-        const Vec* before = &block.states[t * K * S];
-        const Vec* after = before + K * S;
-
-        Vec grad_y[K], input[K], grad_input[K], grad_decay_step[K];
+// One step in reverse. `before` is h_{t-1}; `of_path` the decays of each path. Adds to block's gradients and returns in
+// `grad_B` that of B, still to be summed over the lanes.
+template <int S, int K, bool kMoves, bool kHoles>
+[[gnu::always_inline]] inline void reverse_step(const ScanArguments& arguments, const Sample& sample,
+                                                const Slice<S>& slice, const Step<K>& step, const Vec* const* of_path,
+                                                const Vec* before, int64_t t, Block& block, Reverse<S, K>& reverse,
+                                                Vec* grad_B) {
+    const DecaySteps<K> decay_steps(arguments, step);
+    Vec grad_y[K], grad_input[K] = {};
+    Vec* grad_direction_B[K];
+    for (int k = 0; k < K; ++k) {
+        grad_y[k] = block.grad_y[step.visits[k].token];
+        grad_direction_B[k] = reverse.grad_direction_B + step.visits[k].move * S;
+    }
+    Vec grad_delta{}, grad_hole_step{};
+    for (int n = 0; n < S; ++n) {
+        // The gradient of s_t A[n], summed over paths with the weights of delta_t and of the hole's step in s_t.
+        Vec grad_exponent{}, grad_hole_exponent{}, sum_B{};
         for (int k = 0; k < K; ++k) {
-            grad_y[k] = block.grad_y[step.visits[k].token];
-            input[k] = step.delta * step.u[k];
-            grad_input[k] = grad_decay_step[k] = Vec{};
-        }
-        Vec grad_B[kTableWidth<S>] = {}, grad_C[kTableWidth<S>] = {};
-        for (int n = 0; n < S; ++n) {
-            Vec sum_B{}, sum_C{}, sum_A{};
-            for (int k = 0; k < K; ++k) {
-                const int i = k * S + n;
-                const Vec grad_h = grad_y[k] * step.C[n] + carry[i];
-                sum_C += grad_y[k] * after[i];
-                sum_B += grad_h * input[k];
-                if constexpr (kMoves) block.grad_direction_B[step.visits[k].move * S + n] += grad_h * input[k];
-                grad_input[k] += grad_h * step.B[k * sample.padded_states + n];
-                carry[i] = grad_h * decays.of_path[k][n];
-                const Vec grad_exponent = carry[i] * before[i];
-                grad_decay_step[k] += grad_exponent * slice.A[n];
-                sum_A += grad_exponent * step.decay_step[k];
+            const int i = k * S + n;
+            const Vec grad_h = grad_y[k] * step.C[n] + reverse.carry[i];
+            const Vec grad_B_k = grad_h * step.input[k];
+            sum_B += grad_B_k;
+            if constexpr (kMoves) grad_direction_B[k][n] += grad_B_k;
+            grad_input[k] += grad_h * step.B[k * sample.padded_states + n];
+            reverse.carry[i] = grad_h * of_path[k][n];
+            if constexpr (kHoles) {
+                const Vec grad = reverse.carry[i] * before[i];
+                grad_exponent += decay_steps.weight[k] * grad;
+                grad_hole_exponent += decay_steps.holes[k] * grad;
+            } else {
+                grad_exponent += reverse.carry[i] * before[i];
             }
-            grad_B[n] = sum_B;
-            grad_C[n] = sum_C;
-            grad_A[n] += sum_A;
+        }
+        grad_B[n] = sum_B;
+        grad_delta += grad_exponent * slice.A[n];
+        reverse.grad_A[n] += grad_exponent * step.delta;
+        if constexpr (kHoles) {
+            grad_hole_step += grad_hole_exponent * slice.A[n];
+            reverse.grad_A[n] += grad_hole_exponent * block.hole_step;
+        }
+    }
+    grad_delta *= 1.0f / kLog2E;  // slice.A holds A log2(e)
+    if constexpr (kHoles) block.grad_hole_step += grad_hole_step * (1.0f / kLog2E);
+    for (int k = 0; k < K; ++k) {
+        grad_delta += grad_input[k] * step.u[k];
+        block.grad_u[step.visits[k].token] += grad_input[k] * step.delta + grad_y[k] * slice.skip;
+        if (slice.first_state == 0) block.grad_D += grad_y[k] * step.u[k];
+    }
+    block.grad_delta[t] += grad_delta;
+}
+
+// The reverse of scan_paths: with the gradient of y known, adds to the gradients of everything that went in.
+template <int S, int K, bool kMoves>
+void reverse_paths(const ScanArguments& arguments, Workspace& work, Block& block, const Slice<S>& slice,
+                   int64_t first_path, int64_t task, Partials& partials) {
+    Reverse<S, K> reverse;
+    work.grad_direction_B.assign(arguments.move_kinds * S, Vec{});
+    reverse.grad_direction_B = work.grad_direction_B.data();
+    for (int64_t t = arguments.length - 1; t >= 0; --t) {
+        const Step<K> step = load_step<K>(work.sample, block, slice.first_state, first_path, t);
+        const Vec *before = &work.states[t * K * S], *decay = &work.decays[t * S];
+        Vec grad_B[kTableWidth<S>] = {};
+        if (step.has_holes()) {
+            const PathDecays<S, K> decays(arguments, block, slice, step, decay);
+            reverse_step<S, K, kMoves, true>(arguments, work.sample, slice, step, decays.of_path, before, t, block,
+                                             reverse, grad_B);
+        } else {
+            const Vec* of_path[K];
+            std::fill_n(of_path, K, decay);
+            reverse_step<S, K, kMoves, false>(arguments, work.sample, slice, step, of_path, before, t, block, reverse,
+                                              grad_B);
         }
         add_lane_sums<S>(grad_B, partials.B.row(task, t) + slice.first_state);
-        add_lane_sums<S>(grad_C, partials.C.row(task, t) + slice.first_state);
-
-        for (int k = 0; k < K; ++k) {
-            const Vec grad_step = grad_decay_step[k] * (1.0f / kLog2E);  // slice.A holds A log2(e)
-            const float holes = static_cast<float>(step.visits[k].gap - 1);
-            block.grad_u[step.visits[k].token] += grad_input[k] * step.delta + grad_y[k] * slice.skip;
-            block.grad_delta[t] += grad_input[k] * step.u[k] + grad_step;
-            if (arguments.hole_time_step) {
-                block.grad_hole_step += grad_step * holes;
-            } else {
-                block.grad_delta[t] += grad_step * holes;
-            }
-            if (slice.first_state == 0) block.grad_D += grad_y[k] * step.u[k];
-        }
     }
 
     for (int lane = 0; lane < block.width; ++lane) {
         float* row = partials.A.row(block.sample, block.first_channel + lane) + slice.first_state;
-        for (int n = 0; n < slice.count; ++n) row[n] += grad_A[n][lane];
+        for (int n = 0; n < slice.count; ++n) row[n] += reverse.grad_A[n][lane];
     }
     if constexpr (kMoves) {
         for (int64_t move = 0; move < arguments.move_kinds; ++move) {
             Vec sums[kTableWidth<S>] = {};
-            std::copy_n(&block.grad_direction_B[move * S], S, sums);
+            std::copy_n(&work.grad_direction_B[move * S], S, sums);
             add_lane_sums<S>(sums, partials.direction_B.row(task, move) + slice.first_state);
         }
     }
 }
 
-void clear_gradients(const ScanArguments& arguments, Block& block) {
-    block.grad_D = block.grad_hole_step = Vec{};
-    block.grad_u.assign(arguments.length, Vec{});
-    block.grad_delta.assign(arguments.length, Vec{});
-}
-
-// The gradient of y, the scan's output before the gate.
-void load_grad_y(const ScanArguments& arguments, const Rows& grad_output, Block& block) {
-    block.grad_y.resize(arguments.length);
-    for (int64_t token = 0; token < arguments.length; ++token) {
-        Vec grad = load_token(grad_output, block, token);
-        if (arguments.gate.data) grad *= silu(load_token(arguments.gate, block, token));
-        block.grad_y[token] = grad;
+// The gradient of y, the scan's output before the gate; nothing yet in the others.
+void load_gradients(const ScanArguments& arguments, const Rows& grad_output, Workspace& work) {
+    for (int b = 0; b < work.block_count; ++b) {
+        Block& block = work.blocks[b];
+        block.grad_D = block.grad_hole_step = Vec{};
+        block.grad_y.resize(arguments.length);
+        block.grad_u.assign(arguments.length, Vec{});
+        block.grad_delta.assign(arguments.length, Vec{});
     }
-}
-
-void store_token_gradients(const ScanArguments& arguments, const Rows& grad_output, const Block& block,
-                           const ScanGradients& gradients, Partials& partials) {
-    Vec grad_bias{};
     for (int64_t token = 0; token < arguments.length; ++token) {
-        const int64_t place = (block.sample * arguments.length + token) * arguments.channels + block.first_channel;
-        const Vec grad_time_step =
-            block.grad_delta[token] * sigmoid(time_step_before_softplus(arguments, block, token));
-        grad_bias += grad_time_step;
-        store(gradients.hidden_states + place, block.grad_u[token], block.width);
-        store(gradients.time_step + place, grad_time_step, block.width);
-        if (arguments.gate.data) {
-            const Vec slope = silu_derivative(load_token(arguments.gate, block, token));
-            store(gradients.gate + place, load_token(grad_output, block, token) * block.y[token] * slope, block.width);
+        for (int b = 0; b < work.block_count; ++b) {
+            Block& block = work.blocks[b];
+            Vec grad = load_token(grad_output, block, token);
+            if (arguments.gate.data) grad *= silu(load_token(arguments.gate, block, token));
+            block.grad_y[token] = grad;
         }
     }
-    store(partials.D.row(block.sample, 0) + block.first_channel, block.grad_D, block.width);
-    store(partials.time_step_bias.row(block.sample, 0) + block.first_channel, grad_bias, block.width);
-    store(partials.hole_time_step.row(block.sample, 0) + block.first_channel, block.grad_hole_step, block.width);
 }
 
 template <int S>
-void backward_block(const ScanArguments& arguments, const Rows& grad_output, const Sample& sample, Block& block,
-                    int64_t task, const ScanGradients& gradients, Partials& partials) {
-    clear_gradients(arguments, block);
-    load_grad_y(arguments, grad_output, block);
+void backward_block(const ScanArguments& arguments, Workspace& work, Block& block, int64_t task, Partials& partials) {
     for (int lane = 0; lane < block.width; ++lane) {
         std::fill_n(partials.A.row(block.sample, block.first_channel + lane), arguments.states, 0.0f);
     }
@@ -481,15 +574,43 @@ void backward_block(const ScanArguments& arguments, const Rows& grad_output, con
         const Slice<S> slice = load_slice<S>(arguments, block, first_state);
         for_path_groups(arguments.paths, [&](auto group, int64_t first_path) {
             constexpr int K = decltype(group)::value;
-            scan_paths<S, K, true>(arguments, sample, block, slice, first_path);
-            if (arguments.moves.data) {
-                reverse_paths<S, K, true>(arguments, sample, block, slice, first_path, task, partials);
-            } else {
-                reverse_paths<S, K, false>(arguments, sample, block, slice, first_path, task, partials);
-            }
+            work.states.resize((arguments.length + 1) * K * S);
+            work.decays.resize(arguments.length * S);
+            std::fill_n(work.states.data(), K * S, Vec{});
+            const KeepForBackward<S> keep{block, work.states.data(), work.decays.data(),
+                                          partials.C.row(task, 0) + first_state, partials.C.padded_width};
+            scan_paths<S, K>(arguments, work.sample, block, slice, first_path, keep);
+            (arguments.moves.data ? reverse_paths<S, K, true> : reverse_paths<S, K, false>)(
+                arguments, work, block, slice, first_path, task, partials);
         });
     }
-    store_token_gradients(arguments, grad_output, block, gradients, partials);
+}
+
+void store_gradients(const ScanArguments& arguments, const Rows& grad_output, const Workspace& work,
+                     const ScanGradients& gradients, Partials& partials) {
+    Vec grad_bias[kBlocksPerTask] = {};
+    for (int64_t token = 0; token < arguments.length; ++token) {
+        for (int b = 0; b < work.block_count; ++b) {
+            const Block& block = work.blocks[b];
+            const int64_t place = (block.sample * arguments.length + token) * arguments.channels + block.first_channel;
+            const Vec grad_time_step =
+                block.grad_delta[token] * sigmoid(time_step_before_softplus(arguments, block, token));
+            grad_bias[b] += grad_time_step;
+            store(gradients.hidden_states + place, block.grad_u[token], block.width);
+            store(gradients.time_step + place, grad_time_step, block.width);
+            if (arguments.gate.data) {
+                const Vec slope = silu_derivative(load_token(arguments.gate, block, token));
+                const Vec grad_gate = load_token(grad_output, block, token) * block.y[token] * slope;
+                store(gradients.gate + place, grad_gate, block.width);
+            }
+        }
+    }
+    for (int b = 0; b < work.block_count; ++b) {
+        const Block& block = work.blocks[b];
+        store(partials.D.row(block.sample, 0) + block.first_channel, block.grad_D, block.width);
+        store(partials.time_step_bias.row(block.sample, 0) + block.first_channel, grad_bias[b], block.width);
+        store(partials.hole_time_step.row(block.sample, 0) + block.first_channel, block.grad_hole_step, block.width);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -500,24 +621,28 @@ int64_t tasks_per_sample(const ScanArguments& arguments) {
     return divide_up(arguments.channels, kLanes * kBlocksPerTask);
 }
 
+// Calls work(workspace, task) for all tasks, their blocks loaded.
 template <int S, typename Work>
-void for_blocks_of_task(const ScanArguments& arguments, int64_t task, const Work& work) {
-    const int64_t sample = task / tasks_per_sample(arguments);
-    load_sample(arguments, sample, padded_states<S>(arguments), thread_sample);
-    const int64_t first = task % tasks_per_sample(arguments) * kLanes * kBlocksPerTask;
-    const int64_t last = std::min<int64_t>(first + kLanes * kBlocksPerTask, arguments.channels);
-    for (int64_t channel = first; channel < last; channel += kLanes) {
-        load_block(arguments, sample, channel, thread_block);
-        work(thread_sample, thread_block);
-    }
+void for_tasks(const ScanArguments& arguments, int threads, const Work& work) {
+    static std::atomic<int64_t> calls{0};
+    const int64_t call = ++calls, tasks = tasks_per_sample(arguments);
+    parallel_for(arguments.batch * tasks, threads, [&](int64_t task) {
+        Workspace& workspace = thread_workspace;
+        Sample& sample = workspace.sample;
+        if (sample.call != call || sample.index != task / tasks) {
+            load_sample(arguments, task / tasks, padded_states<S>(arguments), sample);
+            sample.call = call;
+        }
+        load_blocks(arguments, sample.index, task % tasks * kLanes * kBlocksPerTask, workspace);
+        work(workspace, task);
+    });
 }
 
 template <int S>
 void forward(const ScanArguments& arguments, float* output, int threads) {
-    parallel_for(arguments.batch * tasks_per_sample(arguments), threads, [&](int64_t task) {
-        for_blocks_of_task<S>(arguments, task, [&](const Sample& sample, Block& block) {
-            forward_block<S>(arguments, sample, block, output);
-        });
+    for_tasks<S>(arguments, threads, [&](Workspace& work, int64_t) {
+        for (int b = 0; b < work.block_count; ++b) forward_block<S>(arguments, work.sample, work.blocks[b]);
+        store_output(arguments, work, output);
     });
 }
 
@@ -534,13 +659,13 @@ void backward(const ScanArguments& arguments, const Rows& grad_output, const Sca
                       {tasks, arguments.length, states, width},
                       {tasks, arguments.move_kinds, states, width}};
 
-    parallel_for(tasks, threads, [&](int64_t task) {
+    for_tasks<S>(arguments, threads, [&](Workspace& work, int64_t task) {
         partials.B.clear(task);
         partials.C.clear(task);
         partials.direction_B.clear(task);
-        for_blocks_of_task<S>(arguments, task, [&](const Sample& sample, Block& block) {
-            backward_block<S>(arguments, grad_output, sample, block, task, gradients, partials);
-        });
+        load_gradients(arguments, grad_output, work);
+        for (int b = 0; b < work.block_count; ++b) backward_block<S>(arguments, work, work.blocks[b], task, partials);
+        store_gradients(arguments, grad_output, work, gradients, partials);
     });
 
     parallel_for(batch, threads, [&](int64_t sample) {

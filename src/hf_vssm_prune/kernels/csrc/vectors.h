@@ -8,6 +8,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -46,15 +50,48 @@ inline void store(float* target, Vec value, int count) {
 inline Vec minimum(Vec limit, Vec x) { return limit < x ? limit : x; }
 inline Vec maximum(Vec limit, Vec x) { return limit > x ? limit : x; }
 
-// 2^x for x in [-127, 127], within 2e-7 of it; 0 below 2^-126, NaN where x is NaN.
+// 2^x for x in [-127, 127], within 2e-7 of it; 0 at -127, next to 0 below -126, NaN where x is NaN.
+//
+// Adding a large constant rounds x to a whole number, or to eighths, that are then found in the sum's low bits. 2^f of
+// the rest f is a polynomial, the one of least relative error that is exact at 0.
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+// Of 16 lanes an index has 4 bits: the table stands there twice.
+inline IntVec look_up_eighth(const int32_t (&table)[8], IntVec index) {
+    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+    return reinterpret_cast<IntVec>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(index), twice));
+}
+#else
+inline IntVec look_up_eighth(const int32_t (&table)[8], IntVec index) {
+    const __m256i once = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table));
+    return reinterpret_cast<IntVec>(_mm256_permutevar8x32_epi32(once, reinterpret_cast<__m256i>(index)));
+}
+#endif
+
+// The bits of 2^(j / 8) for j = 0, ..., 7, less j << 20.
+constexpr int32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+
 inline Vec exp2_in_range(Vec x) {
-    // Adding 1.5 * 2^23 rounds x to an integer n, found in the sum's low bits. With the exponent's bias added too, these
-    // bits only have to be shifted to become the number 2^n, and n = -127 becomes 0.
-    constexpr float kRound = 12582912.0f + 127.0f;
+    constexpr float kRound = 1.5f * (1 << 20);
+    const Vec rounded = x + kRound;
+    const Vec f = x - (rounded - kRound);
+    // n eighths are n >> 3 for the exponent and 2^((n & 7) / 8) for the fraction: n << 20 has the first where the exponent
+    // is, and spills the second into the fraction, which the table takes back.
+    const IntVec eighths = reinterpret_cast<IntVec>(rounded);
+    const IntVec scale_bits = (eighths << 20) + look_up_eighth(kEighths, eighths);
+    Vec power = f * 5.5496221798587306e-2f + 0.24025762982923016f;
+    power = power * f + 0.6931472142603405f;
+    power = power * f + 1.0f;
+    return power * reinterpret_cast<Vec>(scale_bits);
+}
+#else
+inline Vec exp2_in_range(Vec x) {
+    // With the exponent's bias added too, the low bits only have to be shifted to become 2^n, and n = -127 becomes 0.
+    constexpr float kRound = 1.5f * (1 << 23) + 127.0f;
     const Vec rounded = x + kRound;
     const Vec f = x - (rounded - kRound);
     const IntVec scale_bits = reinterpret_cast<IntVec>(rounded) << 23;
-    // 2^f on [-1/2, 1/2], the polynomial of least relative error that is exact at 0.
     Vec power = f * 1.326472731307149e-3f + 9.671512991189957e-3f;
     power = power * f + 5.550733581185341e-2f;
     power = power * f + 0.24022242426872253f;
@@ -62,6 +99,7 @@ inline Vec exp2_in_range(Vec x) {
     power = power * f + 1.0f;
     return power * reinterpret_cast<Vec>(scale_bits);
 }
+#endif
 
 constexpr float kLog2E = 1.4426950408889634f;
 
