@@ -257,8 +257,7 @@ def _convolution_arguments(
     _expect_shape("bias", bias, (channels,))
     _expect_shape("kept", kept, (batch, tokens))
     rows = _contiguous_rows(hidden_states)
-    by_tap = weight.flatten(1).t().contiguous()
-    rest = [by_tap, _contiguous(bias), _contiguous_int32(kept)]
+    rest = [_contiguous(weight), _contiguous(bias), _contiguous_int32(kept)]
     arguments = _ConvolutionArguments(
         batch, tokens, channels, kernel, height, width, _rows(rows), *map(_pointer, rest), silu
     )
@@ -281,12 +280,10 @@ def _depthwise_conv2d_backward(
     if hidden_states.numel() == 0:
         return [torch.zeros(tensor.shape) for tensor in wanted]
     gradients = [torch.empty(tensor.shape) for tensor in wanted]
-    by_tap = torch.empty(weight[0].numel(), weight.shape[0])
     arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, height, width, silu)
     grad_output = grad_output.contiguous()
-    pointers = _ConvolutionGradients(gradients[0].data_ptr(), by_tap.data_ptr(), *map(_pointer, gradients[2:]))
+    pointers = _ConvolutionGradients(*map(_pointer, gradients))
     _call("depthwise_conv2d_backward", arguments, _rows(grad_output), pointers)
-    gradients[1].copy_(by_tap.t().view_as(weight))
     return gradients
 
 

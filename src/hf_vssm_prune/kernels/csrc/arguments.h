@@ -33,12 +33,12 @@ struct ScanGradients {
 struct ConvolutionArguments {
     int64_t batch, tokens, channels, kernel, height, width;
     Rows hidden_states;
-    const float *weight, *bias;  // weight: (kernel * kernel, channels)
+    const float *weight, *bias;  // weight: (channels, kernel * kernel)
     const int32_t* kept;         // (batch, tokens)
     int32_t silu;
 };
 
-// All contiguous, `weight` laid out as in the arguments.
+// All contiguous.
 struct ConvolutionGradients {
     float *hidden_states, *weight, *bias;
 };

@@ -111,7 +111,7 @@ struct Workspace {
     Sample sample;
     Block blocks[kBlocksPerTask];
     int block_count;
-    std::vector<Vec> states, decays;    // for the backward: h_t and exp(delta_t A) by step
+    std::vector<Vec> states, decays;    // for the backward: h_t, from h_0 on, and exp(delta_t A) by step
     std::vector<Vec> grad_direction_B;  // by kind of move
 };
 
@@ -245,52 +245,80 @@ void cross_hole(const ScanArguments& arguments, const Block& block, const Slice<
     }
 }
 
-// One step: the states move on, and what they put out is added to block.y. `decay` holds exp(delta_t A), and that of the
-// next step when this one is done: an exp is a long chain of operations, and the paths' short ones fill its waits.
-template <int S, int K, bool kWithinRange>
+// target[n] += the sum of the lanes of vectors[n], for n < S.
+template <int S>
+void add_lane_sums(const Vec (&vectors)[kTableWidth<S>], float* target) {
+    for (int n = 0; n < S; n += kLanes) store(target + n, load(target + n) + sum_lanes(vectors + n));
+}
+
+// Where the forward puts h_t and exp(delta_t A): each step's behind the last one's for the backward to find, or, with strides
+// of 0, over them. The gradient of C needs h_t, and is made on the way where there is a place for it.
+struct Trace {
+    Vec *states, *decays;
+    int64_t state_stride, decay_stride;
+    float* grad_C;  // (length, ...), a row being this long:
+    int64_t grad_C_stride;
+};
+
+// One step: the states move on from `before` to `after`, and what they put out is added to block.y. `decay` is exp(delta_t A),
+// and that of the next step is made beside: an exp is a long chain of operations, whose waits the paths' short ones fill.
+template <int S, int K, bool kWithinRange, bool kGradC>
 [[gnu::always_inline]] inline void advance(const Sample& sample, const Slice<S>& slice, const Step<K>& step,
-                                           Vec next_delta, Block& block, Vec* state, Vec* decay) {
-    Vec y[K];
-    for (int k = 0; k < K; ++k) y[k] = slice.skip * step.u[k];
+                                           Vec next_delta, Block& block, const Vec* before, Vec* after,
+                                           const Vec* decay, Vec* next_decay, Vec* grad_C) {
+    Vec y[K], grad_y[K];
+    for (int k = 0; k < K; ++k) {
+        y[k] = slice.skip * step.u[k];
+        if constexpr (kGradC) grad_y[k] = block.grad_y[step.visits[k].token];
+    }
 #pragma GCC unroll 2
     for (int n = 0; n < S; ++n) {
         const Vec present = decay[n];
-        decay[n] = slice.template decay<kWithinRange>(next_delta, n);
+        next_decay[n] = slice.template decay<kWithinRange>(next_delta, n);
+        Vec sum_C{};
         for (int k = 0; k < K; ++k) {
-            const Vec h = present * state[k * S + n] + step.input[k] * step.B[k * sample.padded_states + n];
-            state[k * S + n] = h;
+            const Vec h = present * before[k * S + n] + step.input[k] * step.B[k * sample.padded_states + n];
+            after[k * S + n] = h;
             y[k] += step.C[n] * h;
+            if constexpr (kGradC) sum_C += grad_y[k] * h;
         }
+        if constexpr (kGradC) grad_C[n] = sum_C;
     }
     for (int k = 0; k < K; ++k) block.y[step.visits[k].token] += y[k];
 }
 
-// What the forward keeps of a step.
-struct KeepNothing {
-    void decays(int64_t, const Vec*) const {}
-    template <int K>
-    void states(int64_t, const Step<K>&, const Vec*) const {}
-};
-
-// Scans K paths and adds what they put out to block.y. `keep` is handed exp(delta_t A) and h_t of each step.
-template <int S, int K, bool kWithinRange, typename Keep>
+// Scans K paths and adds what they put out to block.y.
+template <int S, int K, bool kWithinRange, bool kGradC>
 void scan_paths(const ScanArguments& arguments, const Sample& sample, Block& block, const Slice<S>& slice,
-                int64_t first_path, const Keep& keep) {
-    Vec state[K * S] = {};
-    Vec decay[S];
+                int64_t first_path, const Trace& trace) {
+    Vec *state = trace.states, *decay = trace.decays;
+    std::fill_n(state, K * S, Vec{});
     for (int n = 0; n < S; ++n) decay[n] = slice.decay(block.delta[0], n);
     for (int64_t t = 0; t < arguments.length; ++t) {
         const Step<K> step = load_step<K>(sample, block, slice.first_state, first_path, t);
+        Vec* before = state;
+        Vec behind_holes[kGradC ? K * S : 1];
         if (step.has_holes()) {
+            if constexpr (kGradC) before = std::copy_n(state, K * S, behind_holes) - K * S;
             for (int k = 0; k < K; ++k) {
-                cross_hole<S>(arguments, block, slice, step.delta, decay, step.visits[k].gap, state + k * S);
+                cross_hole<S>(arguments, block, slice, step.delta, decay, step.visits[k].gap, before + k * S);
             }
         }
-        keep.decays(t, decay);
         const Vec next_delta = block.delta[std::min(t + 1, arguments.length - 1)];
-        advance<S, K, kWithinRange>(sample, slice, step, next_delta, block, state, decay);
-        keep.states(t, step, state);
+        Vec grad_C[kTableWidth<S>] = {};
+        advance<S, K, kWithinRange, kGradC>(sample, slice, step, next_delta, block, before, state + trace.state_stride,
+                                            decay, decay + trace.decay_stride, grad_C);
+        if constexpr (kGradC) add_lane_sums<S>(grad_C, trace.grad_C + t * trace.grad_C_stride);
+        state += trace.state_stride;
+        decay += trace.decay_stride;
     }
+}
+
+template <int S, int K, bool kGradC>
+void scan_paths(const ScanArguments& arguments, const Sample& sample, Block& block, const Slice<S>& slice,
+                int64_t first_path, const Trace& trace) {
+    (slice.within_range ? scan_paths<S, K, true, kGradC> : scan_paths<S, K, false, kGradC>)(
+        arguments, sample, block, slice, first_path, trace);
 }
 
 // Calls visit.run<K>(first_path) so that every path is in one group of K: groups of four while there are as many.
@@ -301,19 +329,14 @@ void for_path_groups(int64_t paths, const Visitor& visit) {
     for (; first_path < paths; ++first_path) visit(std::integral_constant<int, 1>{}, first_path);
 }
 
-template <int S, int K, typename Keep>
-void scan_paths(const ScanArguments& arguments, const Sample& sample, Block& block, const Slice<S>& slice,
-                int64_t first_path, const Keep& keep) {
-    (slice.within_range ? scan_paths<S, K, true, Keep> : scan_paths<S, K, false, Keep>)(arguments, sample, block, slice,
-                                                                                        first_path, keep);
-}
-
 template <int S>
 void forward_block(const ScanArguments& arguments, const Sample& sample, Block& block) {
     for (int64_t first_state = 0; first_state < arguments.states; first_state += S) {
         const Slice<S> slice = load_slice<S>(arguments, block, first_state);
         for_path_groups(arguments.paths, [&](auto group, int64_t first_path) {
-            scan_paths<S, decltype(group)::value>(arguments, sample, block, slice, first_path, KeepNothing{});
+            constexpr int K = decltype(group)::value;
+            Vec states[K * S], decays[S];
+            scan_paths<S, K, false>(arguments, sample, block, slice, first_path, Trace{states, decays, 0, 0, nullptr, 0});
         });
     }
 }
@@ -399,40 +422,11 @@ struct PartialSums {
     }
 };
 
-// target[n] += the sum of the lanes of vectors[n], for n < S.
-template <int S>
-void add_lane_sums(const Vec (&vectors)[kTableWidth<S>], float* target) {
-    for (int n = 0; n < S; n += kLanes) store(target + n, load(target + n) + sum_lanes(vectors + n));
-}
-
 struct Partials {
     PartialSums A;                                   // by sample: (channels, states)
     PartialSums D, time_step_bias, hole_time_step;   // by sample: (1, channels)
     PartialSums B, C;                                // by task: (length, states)
     PartialSums direction_B;                         // by task: (move_kinds, states)
-};
-
-// What the forward keeps for the backward: states, after h_0 = 0, and decays. The gradient of C, which needs h_t too, is made
-// on the way.
-template <int S>
-struct KeepForBackward {
-    const Block& block;
-    Vec *kept_states, *kept_decays;
-    float* grad_C;  // (length, padded_states)
-    int64_t padded_states;
-
-    void decays(int64_t t, const Vec* decay) const { std::copy_n(decay, S, kept_decays + t * S); }
-
-    template <int K>
-    void states(int64_t t, const Step<K>& step, const Vec* state) const {
-        std::copy_n(state, K * S, kept_states + (t + 1) * K * S);
-        Vec grad_y[K], sums[kTableWidth<S>] = {};
-        for (int k = 0; k < K; ++k) grad_y[k] = block.grad_y[step.visits[k].token];
-        for (int n = 0; n < S; ++n) {
-            for (int k = 0; k < K; ++k) sums[n] += grad_y[k] * state[k * S + n];
-        }
-        add_lane_sums<S>(sums, grad_C + t * padded_states);
-    }
 };
 
 // How the paths' decay steps s_t depend on delta_t and on the step of a hole: s_t = weight delta_t + holes hole_step.
@@ -575,11 +569,10 @@ void backward_block(const ScanArguments& arguments, Workspace& work, Block& bloc
         for_path_groups(arguments.paths, [&](auto group, int64_t first_path) {
             constexpr int K = decltype(group)::value;
             work.states.resize((arguments.length + 1) * K * S);
-            work.decays.resize(arguments.length * S);
-            std::fill_n(work.states.data(), K * S, Vec{});
-            const KeepForBackward<S> keep{block, work.states.data(), work.decays.data(),
-                                          partials.C.row(task, 0) + first_state, partials.C.padded_width};
-            scan_paths<S, K>(arguments, work.sample, block, slice, first_path, keep);
+            work.decays.resize((arguments.length + 1) * S);
+            const Trace trace{work.states.data(), work.decays.data(), K * S, S,
+                              partials.C.row(task, 0) + first_state, partials.C.padded_width};
+            scan_paths<S, K, true>(arguments, work.sample, block, slice, first_path, trace);
             (arguments.moves.data ? reverse_paths<S, K, true> : reverse_paths<S, K, false>)(
                 arguments, work, block, slice, first_path, task, partials);
         });
@@ -621,10 +614,12 @@ int64_t tasks_per_sample(const ScanArguments& arguments) {
     return divide_up(arguments.channels, kLanes * kBlocksPerTask);
 }
 
+// Of all kinds, so that a thread knows whether the sample that it has loaded is one of this call.
+std::atomic<int64_t> calls{0};
+
 // Calls work(workspace, task) for all tasks, their blocks loaded.
 template <int S, typename Work>
 void for_tasks(const ScanArguments& arguments, int threads, const Work& work) {
-    static std::atomic<int64_t> calls{0};
     const int64_t call = ++calls, tasks = tasks_per_sample(arguments);
     parallel_for(arguments.batch * tasks, threads, [&](int64_t task) {
         Workspace& workspace = thread_workspace;

@@ -1,0 +1,174 @@
+// The two ways to sum over the neighbours of cells on the patch grid. Both lay out the cells' rows by `place(token)`, in
+// buffers of `places` rows, and have the same two sums:
+//
+//     convolve    sums[i] += weight[tap] rows[j]         over the neighbours j of each cell i, at their taps of the kernel
+//     correlate   grad_weight[tap] += grads[i] rows[j]   over the cells i that have a neighbour j at the tap
+//
+// A tap is a place in the kernel, row by row; the weight and its gradient have a row for each.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "channel_block.h"
+
+// Cells of which some are empty and count as zero: each token only gathers from its kept neighbours, so that with a share r
+// of the tokens left the work is about r^2 of the dense one.
+class SparseCells {
+public:
+    int64_t places;
+
+    // `kept`: the cell of each token, or null if every cell has its own.
+    void list(const int32_t* kept, int64_t tokens, int64_t height, int64_t width, int64_t kernel) {
+        const int64_t radius = kernel / 2, padded_width = width + 2 * radius;
+        const auto cell_of = [&](int64_t token) {
+            const int64_t cell = kept ? kept[token] : token;
+            return (cell / width + radius) * padded_width + cell % width + radius;
+        };
+        token_of_cell_.assign((height + 2 * radius) * padded_width, -1);
+        for (int64_t token = 0; token < tokens; ++token) token_of_cell_[cell_of(token)] = token;
+
+        places = tokens;
+        neighbours_.resize(tokens * kernel * kernel + 1);
+        starts_.assign(1, 0);
+        int64_t count = 0;
+        for (int64_t token = 0; token < tokens; ++token) {
+            const int32_t* corner = &token_of_cell_[cell_of(token) - radius * padded_width - radius];
+            int32_t tap = 0;
+            for (int64_t row = 0; row < kernel; ++row) {
+                for (int64_t column = 0; column < kernel; ++column, ++tap) {
+                    neighbours_[count] = {tap, corner[row * padded_width + column]};
+                    count += neighbours_[count].token >= 0;
+                }
+            }
+            starts_.push_back(count);
+        }
+    }
+
+    int64_t place(int64_t token) const { return token; }
+
+    void convolve(const BlockRows& weight, const BlockRows& rows, BlockRows& sums) const {
+        for (int64_t token = 0; token < places; ++token) {
+            Vec total[kVectors];
+            std::copy_n(&sums[token * kVectors], kVectors, total);
+            for (int64_t i = starts_[token]; i < starts_[token + 1]; ++i) {
+                const Vec *weights = &weight[neighbours_[i].tap * kVectors], *inputs = row(rows, i);
+                for (int v = 0; v < kVectors; ++v) total[v] += weights[v] * inputs[v];
+            }
+            std::copy_n(total, kVectors, &sums[token * kVectors]);
+        }
+    }
+
+    void correlate(const BlockRows& grads, const BlockRows& rows, BlockRows& grad_weight) const {
+        for (int64_t token = 0; token < places; ++token) {
+            Vec grad[kVectors];
+            std::copy_n(&grads[token * kVectors], kVectors, grad);
+            for (int64_t i = starts_[token]; i < starts_[token + 1]; ++i) {
+                Vec* total = &grad_weight[neighbours_[i].tap * kVectors];
+                const Vec* inputs = row(rows, i);
+                for (int v = 0; v < kVectors; ++v) total[v] += grad[v] * inputs[v];
+            }
+        }
+    }
+
+private:
+    struct Neighbour {
+        int32_t tap, token;
+    };
+
+    const Vec* row(const BlockRows& rows, int64_t i) const { return &rows[neighbours_[i].token * kVectors]; }
+
+    std::vector<Neighbour> neighbours_;  // of all tokens, one after the other, themselves among them
+    std::vector<int64_t> starts_;        // [starts_[i], starts_[i + 1]) are those of token i
+    std::vector<int32_t> token_of_cell_;
+};
+
+// A grid of which every cell holds a token: tiles of kTile cells in a row, all in registers. A row of inputs that was loaded
+// goes into all the sums of the tile that it has a part in, a row of the kernel into those of all its cells. There are
+// columns of zeros on both sides, on the right so many that the last tile is whole.
+template <int kKernel>
+class DenseGrid {
+public:
+    int64_t places;
+
+    void set(int64_t height, int64_t width) {
+        height_ = height;
+        width_ = width;
+        stride_ = (width + kTile - 1) / kTile * kTile + 2 * kRadius;
+        places = height * stride_;
+    }
+
+    int64_t place(int64_t token) const { return token / width_ * stride_ + kRadius + token % width_; }
+
+    void convolve(const BlockRows& weight, const BlockRows& rows, BlockRows& sums) const {
+        for_tiles([&](int64_t tile, int64_t inputs, int first_row, int last_row, int v) {
+            Vec total[kTile];
+            load_rows<kTile>(sums, tile, v, total);
+            for (int row = first_row; row < last_row; ++row) {
+                Vec weights[kKernel];
+                load_rows<kKernel>(weight, row * kKernel, v, weights);
+                for_pairs(&rows[(inputs + row * stride_) * kVectors + v],
+                          [&](int cell, int tap, Vec input) { total[cell] += weights[tap] * input; });
+            }
+            store_rows<kTile>(total, tile, v, sums);
+        });
+    }
+
+    void correlate(const BlockRows& grads, const BlockRows& rows, BlockRows& grad_weight) const {
+        for_tiles([&](int64_t tile, int64_t inputs, int first_row, int last_row, int v) {
+            Vec grad[kTile];
+            load_rows<kTile>(grads, tile, v, grad);
+            for (int row = first_row; row < last_row; ++row) {
+                Vec total[kKernel];
+                load_rows<kKernel>(grad_weight, row * kKernel, v, total);
+                for_pairs(&rows[(inputs + row * stride_) * kVectors + v],
+                          [&](int cell, int tap, Vec input) { total[tap] += grad[cell] * input; });
+                store_rows<kKernel>(total, row * kKernel, v, grad_weight);
+            }
+        });
+    }
+
+private:
+    static constexpr int kTile = 7, kRadius = kKernel / 2;
+
+    // work(place of the tile, place of the kernel's corner at the tile's first cell, rows of the kernel in the grid, vector)
+    template <typename Work>
+    void for_tiles(const Work& work) const {
+        for (int v = 0; v < kVectors; ++v) {
+            for (int64_t y = 0; y < height_; ++y) {
+                const int first_row = static_cast<int>(std::max<int64_t>(0, kRadius - y));
+                const int last_row = static_cast<int>(std::min<int64_t>(kKernel, height_ + kRadius - y));
+                for (int64_t x = 0; x < width_; x += kTile) {
+                    const int64_t tile = y * stride_ + kRadius + x;
+                    work(tile, tile - kRadius * stride_ - kRadius, first_row, last_row, v);
+                }
+            }
+        }
+    }
+
+    // work(cell of the tile, tap in a row of the kernel, input) for all pairs, unrolled.
+    template <typename Work>
+    [[gnu::always_inline]] static inline void for_pairs(const Vec* inputs, const Work& work) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kTile + kKernel - 1; ++i) {
+            const Vec input = inputs[i * kVectors];
+#pragma GCC unroll 16
+            for (int cell = 0; cell < kTile; ++cell) {
+                if (i - cell >= 0 && i - cell < kKernel) work(cell, i - cell, input);
+            }
+        }
+    }
+
+    template <int kCount>
+    [[gnu::always_inline]] static inline void load_rows(const BlockRows& rows, int64_t first, int v, Vec* target) {
+        for (int i = 0; i < kCount; ++i) target[i] = rows[(first + i) * kVectors + v];
+    }
+
+    template <int kCount>
+    [[gnu::always_inline]] static inline void store_rows(const Vec* source, int64_t first, int v, BlockRows& rows) {
+        for (int i = 0; i < kCount; ++i) rows[(first + i) * kVectors + v] = source[i];
+    }
+
+    int64_t height_, width_, stride_;
+};
