@@ -12,6 +12,8 @@ project = "hf_vssm_prune"
 version = release = hf_vssm_prune.__version__
 copyright = "the authors of hf_vssm_prune"
 
+exclude_patterns = ["figures", "images"]
+
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
 html_title = f"{project} {version}"
@@ -21,15 +23,15 @@ html_show_sphinx = False
 
 # Links to a heading of a page, `page.md#heading`, as on GitHub.
 myst_heading_anchors = 3
-myst_enable_extensions = ["colon_fence", "dollarmath", "fieldlist"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-# A name in single backticks is code, in the docstrings as in Markdown.
-default_role = "code"
+napoleon_use_ivar = True
+# A name in single backticks is code, in the docstrings as in Markdown; and a link where it is described here.
+default_role = "py:obj"
 
 
 def markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
