@@ -22,7 +22,7 @@ format: .venv/installed  ## Sort imports, apply the style
 	.venv/bin/python -m ruff format
 
 docs: .venv/installed  ## Build the documentation into build/docs, every warning an error
-	.venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/docs
+	.venv/bin/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going --builder html docs build/docs
 
 demo: .venv-demo/installed  ## Make .venv-demo, prune and fine-tune the shipped model
 	.venv-demo/bin/python scripts/demo.py
