@@ -105,8 +105,8 @@ def run_command(command: list[str]) -> None:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
         case ["pip", "install", "-e", target]:
-            extra = re.fullmatch(r"\.\[(\w+)\]", target)[1]
-            assert re.search(rf"^{extra} = \[$", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+            for extra in re.fullmatch(r"\.\[([\w,]+)\]", target)[1].split(","):
+                assert re.search(rf"^{extra} = \[$", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
         case ["python", "-m", "venv", _] | ["source", ".venv/bin/activate"]:
             pass
         case ["make", target]:

@@ -223,8 +223,8 @@ def convert_official_state_dict(
     ]
     if problems:
         raise ValueError(
-            f"the checkpoint does not fit this {config.model_type} configuration:\n  "
-            + "\n  ".join([*problems, see("checkpoint-of-another-layout")])
+            f"the checkpoint does not fit this {config.model_type} configuration. "
+            f"{see('checkpoint-of-another-layout')}\n  " + "\n  ".join(problems)
         )
     return {name: official[key] for key, (name, _) in expected.items()}
 
