@@ -4,6 +4,7 @@ are those of the code, and what an error points to is there."""
 import ast
 import glob
 import inspect
+import pkgutil
 import re
 import runpy
 import shlex
@@ -64,10 +65,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     for name in ("scripts", "recipes", "src"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
     kernels = dict(hf_vssm_prune.kernels.KERNELS)
     yield tmp_path
-    torch.set_num_threads(threads)
     hf_vssm_prune.kernels.KERNELS.clear()
     hf_vssm_prune.kernels.KERNELS.update(kernels)
 
@@ -81,13 +80,13 @@ def test_what_a_page_shows_runs(page: str, repository: Path):
             if block.language == "python":
                 exec(compile(block.code, page, "exec"), namespace)
             elif block.language == "bash":
-                for command in shlex_lines(block.code):
+                for command in commands_of(block.code):
                     run_command(command)
         if block.language in ("python", "bash") and block.output is not None:
             assert matches(printed.getvalue(), block.output), printed.getvalue()
 
 
-def shlex_lines(code: str) -> list[list[str]]:
+def commands_of(code: str) -> list[list[str]]:
     """The words of each command, lines joined where they end in a backslash, patterns of file names filled in."""
     commands = []
     for line in code.replace("\\\n", " ").splitlines():
@@ -121,8 +120,8 @@ def matches(printed: str, shown: str) -> bool:
     return re.fullmatch(pattern, printed.strip()) is not None
 
 
-def test_commands_inside_sentences_exist():
-    """`scripts/x.py`, `make x`, recipes, and options of the scripts."""
+def test_what_sentences_name_exists():
+    """Files, targets of make, options of the scripts, names in the package."""
     text = "".join((DOCS / page).read_text() for page in PAGES)
     for file in re.findall(r"`((?:scripts|recipes|tests|docs|src)/[\w/.]+)", text):
         assert (ROOT / file).exists(), file
@@ -131,6 +130,8 @@ def test_commands_inside_sentences_exist():
     code = "".join(file.read_text() for folder in ("scripts", "src") for file in (ROOT / folder).rglob("*.py"))
     for option in re.findall(r"(?<![\w-])--([a-z]\w+)", text):
         assert re.search(rf"\b{option}\b", code), option
+    for name in re.findall(r"`(hf_vssm_prune(?:\.\w+)+)", text):
+        pkgutil.resolve_name(name)
 
 
 def test_figure_is_what_its_script_draws():
