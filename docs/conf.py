@@ -1,7 +1,7 @@
 """How Sphinx builds the documentation: Markdown pages, and the reference from the docstrings.
 
-Sphinx, because it reads the docstrings as they are, follows every link between pages, and can treat what leads nowhere as
-an error.
+Sphinx, because it reads the docstrings as they are, follows every link between pages, and can treat what leads
+nowhere as an error.
 """
 
 import inspect
