@@ -4,12 +4,12 @@ WORKERS ?= 2
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format demo clean
+.PHONY: help test lint format docs demo clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
-test: .venv/installed lint  ## Make .venv, check style and types, run all tests
+test: .venv/installed lint docs  ## Make .venv, check style and types, build the documentation, run all tests
 	.venv/bin/python -m pytest -n $(WORKERS)
 
 lint: .venv/installed  ## Check style and types
@@ -20,6 +20,9 @@ lint: .venv/installed  ## Check style and types
 format: .venv/installed  ## Sort imports, apply the style
 	.venv/bin/python -m ruff check --fix
 	.venv/bin/python -m ruff format
+
+docs: .venv/installed  ## Build the documentation into build/docs, every warning an error
+	.venv/bin/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going --builder html docs build/docs
 
 demo: .venv-demo/installed  ## Make .venv-demo, prune and fine-tune the shipped model
 	.venv-demo/bin/python scripts/demo.py

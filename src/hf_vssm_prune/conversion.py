@@ -19,6 +19,7 @@ from torch import Tensor
 from .configuration_common import VisionMambaConfig
 from .configuration_plainmamba import PlainMambaConfig
 from .configuration_vim import VimConfig
+from .documentation import see
 from .modeling_plainmamba import PlainMambaForImageClassification
 from .modeling_vim import VimForImageClassification
 
@@ -155,7 +156,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors and plain values. It is damaged, or it holds Python "
             "objects, which are not loaded because they could run code; if you trust its source, load it yourself "
-            f'and save {{"model": state_dict}} alone. The reader said: {said}'
+            f'and save {{"model": state_dict}} alone. The reader said: {said}. {see("checkpoint-cannot-be-read")}'
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a dict of tensors is needed.")
@@ -179,7 +180,8 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
     if not isinstance(found, Mapping) or not found:
         kind = "EMA weights" if ema else "weights"
         raise ValueError(
-            f"the checkpoint holds no {kind} under any of {list(keys)}; it has {sorted(map(str, checkpoint))[:20]}."
+            f"the checkpoint holds no {kind} under any of {list(keys)}; it has {sorted(map(str, checkpoint))[:20]}. "
+            f"{see('checkpoint-of-another-layout')}"
         )
     tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
@@ -221,7 +223,8 @@ def convert_official_state_dict(
     ]
     if problems:
         raise ValueError(
-            f"the checkpoint does not fit this {config.model_type} configuration:\n  " + "\n  ".join(problems)
+            f"the checkpoint does not fit this {config.model_type} configuration. "
+            f"{see('checkpoint-of-another-layout')}\n  " + "\n  ".join(problems)
         )
     return {name: official[key] for key, (name, _) in expected.items()}
 
@@ -269,7 +272,7 @@ def infer_config(state_dict: Mapping[str, Any], **overrides: Any) -> VisionMamba
         return VimConfig(**{**_infer_vim(official, overrides), **overrides})
     raise ValueError(
         "this is neither a PlainMamba (backbone.layers.0.mamba.A_log) nor a Vim (layers.0.mixer.A_b_log) checkpoint; "
-        f"its tensors start with {sorted(official)[:5]}."
+        f"its tensors start with {sorted(official)[:5]}. {see('checkpoint-of-another-layout')}"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .documentation import see
 from .token_pruning import count_kept
 
 
@@ -168,7 +169,8 @@ def schedule_for_budget(config: PreTrainedConfig, flops_reduction: float) -> dic
             break
     if flops_reduction > most + BUDGET_TOLERANCE:
         raise ValueError(
-            f"`flops_reduction` is {flops_reduction}; dropping all but one token at {layers} removes {most:.3f}."
+            f"`flops_reduction` is {flops_reduction}; dropping all but one token at {layers} removes {most:.3f}. "
+            f"{see('budget-out-of-reach')}"
         )
 
     def reduction(counts: Counts) -> float:
@@ -188,7 +190,7 @@ def schedule_for_budget(config: PreTrainedConfig, flops_reduction: float) -> dic
     nearest = min((reduction(counts) for counts in exact), key=lambda cut: abs(cut - flops_reduction))
     raise ValueError(
         f"`flops_reduction` is {flops_reduction}; with {num_patches} tokens and stages at {layers} no schedule comes "
-        f"within half a point of it, the nearest removes {nearest:.3f}."
+        f"within half a point of it, the nearest removes {nearest:.3f}. {see('budget-out-of-reach')}"
     )
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .documentation import see
+
 
 try:
     from hf_vssm_prune.kernels import choose_kernel
@@ -22,7 +24,10 @@ except ImportError:  # as Hub code, where the package is not installed, plain Py
 
     def choose_kernel(operation: str, backend: str, device_type: str) -> Callable[..., Tensor] | None:
         if backend not in ("auto", "torch"):
-            raise ImportError(f"backend {backend!r} needs the hf_vssm_prune package: pip install hf_vssm_prune")
+            raise ImportError(
+                f"backend {backend!r} needs the hf_vssm_prune package, which is not installed. "
+                f"{see('backend-cannot-be-used')}"
+            )
         return None
 
 

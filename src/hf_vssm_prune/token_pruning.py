@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .documentation import see
+
 
 ALIGNMENTS = ("repeat", "zero_input", "none")
 IMPORTANCES = ("clip", "mean", "l1", "l2", "random")
@@ -69,7 +71,7 @@ def _check_layers(layers: list[Any], num_hidden_layers: int) -> None:
     if not all(1 <= layer < num_hidden_layers for layer in layers):
         raise ValueError(
             f"{given}; tokens are scored by the layer before, so that 1 to {num_hidden_layers - 1} are allowed "
-            f"in a model of {num_hidden_layers} layers."
+            f"in a model of {num_hidden_layers} layers. {see('schedule-not-allowed')}"
         )
     if any(later <= earlier for earlier, later in itertools.pairwise(layers)):
         raise ValueError(f"{given}; layers must ascend, each given once.")

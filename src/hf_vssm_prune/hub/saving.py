@@ -18,6 +18,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 import hf_vssm_prune
 from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.documentation import see
 from hf_vssm_prune.hub.model_card import ModelCardInfo, VisionMamba, create_model_card
 
 
@@ -98,7 +99,8 @@ def _check_arguments(model: VisionMamba, image_processor: ImageProcessingMixin |
     if not isinstance(model, VisionMamba):
         raise TypeError(
             f"A PlainMamba or Vim model of hf_vssm_prune is needed, given was a {_name(model)}. Unwrap a compiled or "
-            "distributed model first; open a model that came with remote code again after `import hf_vssm_prune`."
+            "distributed model first; open a model that came with remote code again after `import hf_vssm_prune`. "
+            f"{see('a-model-of-this-package-is-needed')}"
         )
     if image_processor is not None and not isinstance(image_processor, ImageProcessingMixin):
         raise TypeError(

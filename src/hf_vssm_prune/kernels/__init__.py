@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from hf_vssm_prune.documentation import see
 from hf_vssm_prune.kernels import cpu, mamba_ssm, triton_scan
 
 
@@ -57,7 +58,9 @@ def _choose_name(operation: str, backend: str, device_type: str) -> str:
                 f"unknown backend {backend!r}; known are 'auto', 'torch', {', '.join(map(repr, KERNELS))}."
             )
         if reason := KERNELS[backend].unavailable(device_type):
-            raise ImportError(f"backend {backend!r} cannot be used on {device_type}: {reason}")
+            raise ImportError(
+                f"backend {backend!r} cannot be used on {device_type}: {reason}. {see('backend-cannot-be-used')}"
+            )
         return backend if hasattr(KERNELS[backend], operation) else "torch"
     candidates = [name for name in AUTO.get(device_type, ()) if hasattr(KERNELS[name], operation)]
     reasons = {name: KERNELS[name].unavailable(device_type) for name in candidates}
@@ -77,5 +80,7 @@ def _warn_once(device_type: str, reasons: str) -> None:
     if device_type not in _WARNED:
         _WARNED.add(device_type)
         warnings.warn(
-            f"no fast kernel for {device_type}, plain PyTorch is used and is slower ({reasons})", stacklevel=4
+            f"no fast kernel for {device_type}, plain PyTorch is used and is slower ({reasons}). "
+            f"{see('no-fast-kernel')}",
+            stacklevel=4,
         )

@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers import BaseImageProcessor
 
+from hf_vssm_prune.documentation import see
+
 
 # Two of the 255 levels: torchvision's resizing, where it is installed, rounds otherwise than Pillow's.
 PROBE_TOLERANCE_IN_LEVELS = 2
@@ -147,7 +149,7 @@ class ImageProcessorSteps:
                 raise ValueError(
                     f"{type(image_processor).__name__} does something else than resize, crop the center, rescale and "
                     "normalise with its size, crop_size, rescale_factor, image_mean and image_std: "
-                    "use CLIPImageProcessor or BitImageProcessor."
+                    f"use CLIPImageProcessor or BitImageProcessor. {see('image-processor-not-supported')}"
                 )
 
 

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.documentation import see
 from hf_vssm_prune.hub.loading import load_classifier, load_config, new_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.pushing import push_model
@@ -166,7 +167,8 @@ def load_model(
         if not ignore_mismatched_sizes:
             raise ValueError(
                 f"{name_or_path} classifies {len(names)} labels, the data set has {len(label_names)}: for a new "
-                "classifier give --ignore_mismatched_sizes, and train it dense with scripts/train.py before pruning."
+                "classifier give --ignore_mismatched_sizes, and train it dense with scripts/train.py before pruning. "
+                f"{see('other-labels-than-the-data-set')}"
             )
         options |= {"num_labels": len(label_names), **label_maps(label_names)}
     elif names == [f"LABEL_{i}" for i in range(len(names))]:

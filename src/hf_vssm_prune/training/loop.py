@@ -25,6 +25,7 @@ from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.documentation import see
 from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.hub.saving import save_for_hub
@@ -405,7 +406,8 @@ class Trainer:
         return (
             f"The loss or its gradient is not finite at update {self.state.updates + 1} of {self.num_updates}: "
             f"{terms}. Try a smaller --learning_rate (it is {options.learning_rate:g}), a longer warm-up, --clip_grad "
-            f"(it is {options.clip_grad}), or --mixed_precision no (it is {self.accelerator.mixed_precision}). {last}"
+            f"(it is {options.clip_grad}), or --mixed_precision no (it is {self.accelerator.mixed_precision}). {last} "
+            f"{see('loss-not-finite')}"
         )
 
     # Checkpoints
