@@ -20,7 +20,7 @@ import gradio as gr
 from PIL import Image
 from pruned_model import Classification, Measurement, PrunedModel
 from torch import Tensor
-from uploads import FORMATS, MAX_BYTES, MAX_PIXELS, open_upload
+from uploads import FORMATS, MAX_BYTES, MAX_PIXELS, SUFFIXES, open_upload
 
 from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.hub.model_card import format_flops
@@ -29,7 +29,7 @@ from hf_vssm_prune.hub.model_card import format_flops
 HERE = Path(__file__).resolve().parent
 GARMENTS = sorted((HERE / "examples" / "garments").iterdir())
 PHOTOS = sorted((HERE / "examples" / "photos").iterdir())
-THUMBNAIL_SIZE = 168  # pixels; a whole multiple of Fashion-MNIST's 28
+THUMBNAIL_SIZE = 128  # pixels
 MOST_PERCENT, FIRST_PERCENT = 60, 42
 HOUR = 3600
 
@@ -37,12 +37,22 @@ TITLE = "Token pruning for vision Mambas"
 INTRODUCTION = """# Token pruning for vision Mambas
 
 A vision Mamba reads an image patch by patch, and many patches do not matter. Choose an image and how much of the
-computation is to go: the model drops the patches that it finds least important, stage by stage, and classifies what is left.
+computation is to go: the model drops the patches that it finds least important, stage by stage, and classifies what
+is left.
 """
-ABOUT_EXAMPLE_MODEL = """The model is a small one that tells **ten kinds of garments** apart (Fashion-MNIST, 28 × 28 pixels).
-The garments are test images. Photos are here to show *what is dropped*: a label for one means nothing.
+ABOUT_EXAMPLE_MODEL = """The model is a small one that tells **ten kinds of garments** apart (Fashion-MNIST, 28 × 28
+pixels). The garments are test images. Photos are here to show *what is dropped*: a label for one means nothing.
 """
+UPLOAD_LIMITS = (
+    f"{', '.join(FORMATS)}; at most {MAX_BYTES // 1024**2} MB and {MAX_PIXELS // 10**6} million pixels. "
+    "Uploads are deleted within two hours."
+)
+BUDGET = "Computation to leave out (% of FLOPs)"
 ABOUT_PHOTO = "This model knows garments only. For a photo look at what is dropped, not at the label."
+SELECT_EXAMPLE = """element.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (button) trigger("select", {name: button.dataset.name});
+});"""
 
 
 @dataclass(frozen=True)
@@ -65,18 +75,20 @@ class Page:
         self.model = model
         self.is_example_model = is_example_model
 
+        self.examples = [*GARMENTS, *PHOTOS] if is_example_model else PHOTOS
+
     def choose_first(self, percent: int) -> Iterator[tuple[Chosen, str]]:
-        images = GARMENTS if self.is_example_model else PHOTOS
-        yield from self._choose(images[0], percent, is_photo=images is PHOTOS)
+        yield from self._choose(self.examples[0], percent)
 
-    def choose_garment(self, percent: int, selected: gr.SelectData) -> Iterator[tuple[Chosen, str]]:
-        yield from self._choose(GARMENTS[selected.index], percent, is_photo=False)
-
-    def choose_photo(self, percent: int, selected: gr.SelectData) -> Iterator[tuple[Chosen, str]]:
-        yield from self._choose(PHOTOS[selected.index], percent, is_photo=True)
+    def choose_example(self, percent: int, selected: gr.EventData) -> Iterator[tuple[Chosen, str]]:
+        # The name comes from the browser.
+        by_name = {file.stem: file for file in self.examples}
+        if selected.name not in by_name:
+            raise gr.Error(f"There is no example {selected.name!r}.", print_exception=False)
+        yield from self._choose(by_name[selected.name], percent)
 
     def upload(self, file: str, percent: int) -> Iterator[tuple[Chosen, str]]:
-        yield from self._choose(file, percent, is_photo=True)
+        yield from self._choose(Path(file), percent)
 
     def show(self, chosen: Chosen, percent: int) -> Iterator[str]:
         """The result, first without and then with times: what is kept is there before it has been measured."""
@@ -88,24 +100,47 @@ class Page:
         yield result(classification, None, note)
         yield result(classification, self.model.measure(chosen.pixel_values, int(percent)), note)
 
-    def _choose(self, file: str | Path, percent: int, is_photo: bool) -> Iterator[tuple[Chosen, str]]:
+    def _choose(self, file: Path, percent: int) -> Iterator[tuple[Chosen, str]]:
         try:
             image = open_upload(str(file))
         except ValueError as error:
-            raise gr.Error(str(error), title="This file cannot be used", print_exception=False) from error
-        chosen = Chosen(self.model.prepare(image), is_photo)
+            raise gr.Error(str(error), print_exception=False) from error
+        chosen = Chosen(self.model.prepare(image), is_photo=file not in GARMENTS)
         for html in self.show(chosen, percent):
             yield chosen, html
 
 
-# ---- The result as HTML ------------------------------------------------------------------------------------------
+# ---- HTML --------------------------------------------------------------------------------------------------------
+
+
+def example_buttons(files: Sequence[Path]) -> str:
+    """A button with a picture for each example."""
+    return "".join(
+        f'<button type="button" data-name="{file.stem}" aria-label="{_title(file)}" title="{_title(file)}">'
+        f'<img src="{_data_uri(_thumbnail(file))}" alt=""></button>'
+        for file in files
+    )
+
+
+def _title(file: Path) -> str:
+    return file.stem.replace("_", " ")
+
+
+def _thumbnail(file: Path) -> Image.Image:
+    """The middle of an image; the page enlarges a tiny one without blurring."""
+    with Image.open(file) as image:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.convert("RGB").crop((left, top, left + side, top + side))
+    square.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
+    return square
 
 
 def result(classification: Classification, measurement: Measurement | None, note: str) -> str:
     """The pictures of the stages above a table of dense against pruned."""
     return (
         f'<div class="stages">{"".join(_figures(classification))}</div>'
-        f'{f"<p class=note>{escape(note)}</p>" if note else ""}{_table(classification, measurement)}'
+        f"{f'<p class=note>{escape(note)}</p>' if note else ''}{_table(classification, measurement)}"
     )
 
 
@@ -114,7 +149,8 @@ def _figures(classification: Classification) -> list[str]:
     titles = ["What the model sees", *(f"From layer {layer} on" for layer in classification.layers)]
     counts = [f"{total} patches", *(f"{kept} of {total} kept" for kept in classification.num_kept)]
     return [
-        f'<figure><img src="{_data_uri(panel)}" alt="{title}: {count}"><figcaption>{title}<br>{count}</figcaption></figure>'
+        f'<figure><img src="{_data_uri(panel)}" alt="{title}: {count}">'
+        f"<figcaption>{title}<br>{count}</figcaption></figure>"
         for panel, title, count in zip(classification.panels, titles, counts, strict=True)
     ]
 
@@ -127,12 +163,15 @@ def _data_uri(image: Image.Image) -> str:
 
 def _table(classification: Classification, measurement: Measurement | None) -> str:
     flops = classification.flops
-    times, heading, remark = ("measuring…", "measuring…", ""), "Milliseconds", ""
+    times, remark = ("measuring…", "measuring…", ""), "&nbsp;"
     if measurement is not None:
-        times = (f"{measurement.dense:.2f}", f"{measurement.pruned:.2f}", f"{measurement.speedup:.2f} times as fast")
-        heading = "Milliseconds an image"
-        copies = f"batches of {measurement.batch_size} copies" if measurement.batch_size > 1 else "one image at a time"
-        remark = f"Medians of {measurement.turns} runs each, in turns, on this page's server; {copies}."
+        times = (
+            f"{measurement.dense:.2f}",
+            f"{measurement.pruned:.2f}",
+            f"{measurement.dense / measurement.pruned:.2f} times as fast",
+        )
+        batches = f"batches of {measurement.batch_size} copies" if measurement.batch_size > 1 else "one image at a time"
+        remark = f"Times: medians of {measurement.turns} runs each, in turns, on this page's server, {batches}."
     rows = [
         ("Label", _guesses(classification.dense), _guesses(classification.pruned), ""),
         (
@@ -141,10 +180,10 @@ def _table(classification: Classification, measurement: Measurement | None) -> s
             format_flops(flops.pruned.published),
             f"{flops.reduction:.1%} fewer",
         ),
-        (heading, *times),
+        ("ms per image", *times),
     ]
     body = "".join(
-        f"<tr><th scope=row>{name}</th><td>{dense}</td><td>{pruned}{f'<br><small>{gain}</small>' if gain else ''}</td></tr>"
+        f"<tr><th scope=row>{name}</th><td>{dense}</td><td>{pruned}<br><small>{gain}</small></td></tr>"
         for name, dense, pruned, gain in rows
     )
     return (
@@ -164,56 +203,24 @@ def _guesses(guesses: list[tuple[str, float]]) -> str:
 
 def build(page: Page) -> gr.Blocks:
     """The page with its controls."""
-    # Nothing is sent to anybody, and uploads are deleted within two hours.
+    # Once an hour what is older than an hour is deleted.
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
         gr.Markdown(INTRODUCTION + ("\n" + ABOUT_EXAMPLE_MODEL if page.is_example_model else ""))
         chosen = gr.State()
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                budget = gr.Slider(
-                    0, MOST_PERCENT, FIRST_PERCENT, step=1, label="Computation to leave out (% of FLOPs)", elem_id="budget"
-                )
-                garments = _gallery(GARMENTS, "Garments", 5, "garments") if page.is_example_model else None
-                photos = _gallery(PHOTOS, "Photos", 4, "photos")
-                upload = gr.UploadButton("Upload an image", file_count="single", elem_id="upload")
-                gr.Markdown(
-                    f"{', '.join(FORMATS)}; at most {MAX_BYTES // 1024**2} MB and {MAX_PIXELS // 10**6} million pixels.",
-                    elem_classes="remark",
-                )
+                examples = gr.HTML(example_buttons(page.examples), js_on_load=SELECT_EXAMPLE, elem_id="examples")
+                upload = gr.UploadButton("Upload an image", file_types=list(SUFFIXES), elem_id="upload")
+                gr.Markdown(UPLOAD_LIMITS, elem_classes="remark")
             with gr.Column(scale=3, min_width=300):
+                budget = gr.Slider(0, MOST_PERCENT, FIRST_PERCENT, step=1, label=BUDGET, buttons=[], elem_id="budget")
                 output = gr.HTML(elem_id="result")
         options = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
         blocks.load(page.choose_first, budget, [chosen, output], **options)
-        if garments is not None:
-            garments.select(page.choose_garment, budget, [chosen, output], **options)
-        photos.select(page.choose_photo, budget, [chosen, output], **options)
+        examples.select(page.choose_example, budget, [chosen, output], **options)
         upload.upload(page.upload, [upload, budget], [chosen, output], **options)
         budget.change(page.show, [chosen, budget], output, **options)
     return blocks
-
-
-def _gallery(files: Sequence[Path], label: str, columns: int, elem_id: str) -> gr.Gallery:
-    return gr.Gallery(
-        [(_thumbnail(file), file.stem.replace("_", " ")) for file in files],
-        label=label,
-        columns=columns,
-        allow_preview=False,
-        interactive=False,
-        object_fit="cover",
-        height="auto",
-        buttons=[],
-        elem_id=elem_id,
-    )
-
-
-def _thumbnail(file: Path) -> Image.Image:
-    """The middle of an image; a tiny one is enlarged without blurring."""
-    image = Image.open(file).convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    resample = Image.Resampling.NEAREST if side < THUMBNAIL_SIZE else Image.Resampling.LANCZOS
-    square = image.crop((left, top, left + side, top + side))
-    return square.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), resample)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     build(page).launch(
         server_port=options.port,
         max_file_size=MAX_BYTES,
-        theme=gr.themes.Base(primary_hue="blue"),
+        theme=gr.themes.Base(primary_hue="blue", font=("system-ui", "sans-serif")),
         css_paths=HERE / "page.css",
         footer_links=[],
         ssr_mode=False,

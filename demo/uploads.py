@@ -11,6 +11,8 @@ from hf_vssm_prune.training.image_steps import decode_image
 MAX_BYTES = 10 * 1024**2
 MAX_PIXELS = 30_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
+# For the browser to offer; only a file's header tells what it is.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def open_upload(path: str) -> Image.Image:
