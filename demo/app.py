@@ -90,8 +90,10 @@ class Page:
     def upload(self, file: str, percent: int) -> Iterator[tuple[Chosen, str]]:
         yield from self._choose(Path(file), percent)
 
-    def show(self, chosen: Chosen, percent: int) -> Iterator[str]:
+    def show(self, chosen: Chosen | None, percent: int) -> Iterator[str]:
         """The result, first without and then with times: what is kept is there before it has been measured."""
+        if chosen is None:
+            raise gr.Error("Choose an image first.", print_exception=False)
         try:
             classification = self.model.classify(chosen.pixel_values, int(percent))
         except ValueError as error:
@@ -183,7 +185,7 @@ def _table(classification: Classification, measurement: Measurement | None) -> s
         ("ms per image", *times),
     ]
     body = "".join(
-        f"<tr><th scope=row>{name}</th><td>{dense}</td><td>{pruned}<br><small>{gain}</small></td></tr>"
+        f"<tr><th scope=row>{name}</th><td>{dense}</td><td>{pruned}{_small(gain)}</td></tr>"
         for name, dense, pruned, gain in rows
     )
     return (
@@ -194,8 +196,12 @@ def _table(classification: Classification, measurement: Measurement | None) -> s
 
 def _guesses(guesses: list[tuple[str, float]]) -> str:
     (first, share), *others = guesses
-    rest = "".join(f"<br><small>{escape(label)} {other:.1%}</small>" for label, other in others)
+    rest = "".join(_small(f"{escape(label)} {other:.1%}") for label, other in others)
     return f"<strong>{escape(first)}</strong> {share:.1%}{rest}"
+
+
+def _small(line: str) -> str:
+    return f"<br><small>{line}</small>" if line else ""
 
 
 # ---- The page ----------------------------------------------------------------------------------------------------

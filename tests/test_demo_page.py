@@ -1,6 +1,7 @@
 """The demo's page, operated in a headless Chromium as a person would: by pointer, by keyboard, on a phone."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ pytest.importorskip("gradio")
 pytest.importorskip("selenium")
 
 from browser import (
+    DEMO,
     PHONE_HEIGHT,
     PHONE_WIDTH,
     chromium,
@@ -30,8 +32,11 @@ PATIENCE = 60  # seconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
-def url():
-    with running_demo() as address:
+def url(tmp_path_factory: pytest.TempPathFactory):
+    """The Space, as it goes to the Hub."""
+    folder = tmp_path_factory.mktemp("space")
+    subprocess.run(["make", "--silent", "space", f"SPACE={folder}"], cwd=DEMO.parent, check=True)
+    with running_demo(folder=folder) as address:
         yield address
 
 
