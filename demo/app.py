@@ -74,7 +74,6 @@ class Page:
     def __init__(self, model: PrunedModel, is_example_model: bool) -> None:
         self.model = model
         self.is_example_model = is_example_model
-
         self.examples = [*GARMENTS, *PHOTOS] if is_example_model else PHOTOS
 
     def choose_first(self, percent: int) -> Iterator[tuple[Chosen, str]]:

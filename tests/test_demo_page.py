@@ -12,6 +12,7 @@ from PIL import Image
 pytest.importorskip("gradio")
 pytest.importorskip("selenium")
 
+import httpx
 from browser import (
     DEMO,
     PHONE_HEIGHT,
@@ -28,6 +29,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 pytestmark = pytest.mark.skipif(not chromium_is_there(), reason="there is no chromium with chromedriver: make browser")
 
+MAX_BYTES = 10 * 1024**2
 PATIENCE = 60  # seconds, on a busy machine
 
 
@@ -194,6 +196,12 @@ def test_a_bad_upload_is_refused_and_nothing_is_lost(name, page, tmp_path) -> No
     assert page.pictures == before
     page.change(page.find("button[aria-label=coat]").click)
     assert page.cells[0][0].startswith("Coat")
+
+
+def test_the_server_refuses_what_a_browser_would_not_have_sent(url) -> None:
+    for size, status in ((MAX_BYTES // 2, 200), (MAX_BYTES + 1, 413)):
+        answer = httpx.post(f"{url}gradio_api/upload", files={"files": ("image.png", bytes(size))}, timeout=PATIENCE)
+        assert answer.status_code == status
 
 
 def test_a_phone_shows_everything_without_scrolling_sideways(page) -> None:
