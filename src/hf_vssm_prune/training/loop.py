@@ -531,7 +531,8 @@ class Trainer:
         step = max(1, len(self.eval_images) // PICTURED_IMAGES)
         images = [self.eval_images[index] for index in range(0, len(self.eval_images), step)[:PICTURED_IMAGES]]
         # What random importance draws here must not change what comes after.
-        with torch.random.fork_rng():
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             pixel_values = collate(images)["pixel_values"]
             return draw_classification(model, pixel_values, *image_statistics(self.image_processor))
 
