@@ -1,10 +1,11 @@
 PYTHON ?= python3
 WORKERS ?= 2
+SPACE ?= build/space
 
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format docs demo clean
+.PHONY: help test lint format docs demo space browser clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -26,6 +27,17 @@ docs: .venv/installed  ## Build the documentation into build/docs, every warning
 
 demo: .venv-demo/installed  ## Make .venv-demo, prune and fine-tune the shipped model
 	.venv-demo/bin/python scripts/demo.py
+
+space:  ## Make build/space, the demo's page with the package, ready for the Hub
+	rm -rf '$(SPACE)'
+	mkdir -p '$(SPACE)'
+	cp -R demo/. '$(SPACE)'
+	cp -R src/hf_vssm_prune '$(SPACE)'
+	find '$(SPACE)' -name __pycache__ -type d -prune -exec rm -r {} +
+
+browser:  ## Install Chromium, in which the demo's page is tested, where it is missing (Debian and Ubuntu, as root)
+	command -v chromium && command -v chromedriver || \
+		{ apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; }
 
 clean:  ## Remove both environments and all caches
 	rm -rf .venv .venv-demo .mypy_cache .pytest_cache .ruff_cache build dist

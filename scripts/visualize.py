@@ -1,6 +1,7 @@
 """Draws which tokens a pruned model keeps of some images, stage by stage.
 
-python scripts/visualize.py <folder or Hub model> image.jpg ... --output kept_tokens.png
+python scripts/visualize.py image.jpg ...          # with the small model that comes with the package
+python scripts/visualize.py image.jpg ... --model_name_or_path <folder or Hub model> --importance
 """
 
 import argparse
@@ -9,27 +10,39 @@ from collections.abc import Sequence
 
 from transformers import AutoImageProcessor
 
+from hf_vssm_prune import EXAMPLE_MODEL, visualize
 from hf_vssm_prune.hub.loading import load_classifier
 from hf_vssm_prune.training.image_steps import decode_image
-from hf_vssm_prune.visualization import draw_classification
+
+
+DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a classifier of this package, in a folder or on the Hub")
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--flops_reduction", type=float, help="prune by this share, in place of the model's schedule")
+    parser.add_argument(
+        "--model_name_or_path",
+        default=str(EXAMPLE_MODEL),
+        help="a classifier of this package, in a folder or on the Hub (default: the small one in the package)",
+    )
+    parser.add_argument(
+        "--flops_reduction",
+        type=float,
+        help=f"prune by this share (default: the model's own schedule, {DENSE_MODELS_REDUCTION} for a dense model)",
+    )
+    parser.add_argument("--importance", action="store_true", help="draw the importance of the tokens as well")
     parser.add_argument("--output", default="kept_tokens.png", help="where to write (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        model = load_classifier(options.model)
+        model = load_classifier(options.model_name_or_path)
         if options.flops_reduction is not None:
             model.set_token_pruning({"flops_reduction": options.flops_reduction})
-        image_processor = AutoImageProcessor.from_pretrained(options.model)
+        elif model.config.token_pruning is None:
+            model.set_token_pruning({"flops_reduction": DENSE_MODELS_REDUCTION})
+        image_processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
         images = [decode_image({"bytes": None, "path": file}, "RGB", file) for file in options.images]
-        pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
-        mean, std = image_processor.image_mean, image_processor.image_std
-        draw_classification(model, pixel_values, mean, std).save(options.output)
+        visualize(model, image_processor, images, options.importance).save(options.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -166,6 +166,11 @@ ODD_IMAGES = {
 }
 
 
+def draw(model: Path, file: Path | str, output: Path | str) -> int:
+    arguments = [str(file), "--model_name_or_path", str(model), "--output", str(output)]
+    return load_script("visualize").main(arguments)
+
+
 def classify(model: Path, file: Path) -> list[dict]:
     return pipeline("image-classification", model=str(model))(str(file))
 
@@ -177,7 +182,7 @@ def test_an_image_is_the_same_in_any_format(name, saved_model, tmp_path, capsys)
     drawn = {}
     for file in (name, "expected.png"):
         output = tmp_path / f"drawn {file}.png"
-        assert load_script("visualize").main([str(saved_model), str(tmp_path / file), "--output", str(output)]) == 0
+        assert draw(saved_model, tmp_path / file, output) == 0
         drawn[file] = np.asarray(Image.open(output)).astype(int)
     assert drawn[name].shape == drawn["expected.png"].shape
     assert np.abs(drawn[name] - drawn["expected.png"]).max() <= 2
@@ -190,7 +195,7 @@ def test_an_image_is_the_same_in_any_format(name, saved_model, tmp_path, capsys)
 def test_odd_images_are_classified(name, saved_model, tmp_path) -> None:
     ODD_IMAGES[name](tmp_path / name)
     output = tmp_path / "drawn.png"
-    assert load_script("visualize").main([str(saved_model), str(tmp_path / name), "--output", str(output)]) == 0
+    assert draw(saved_model, tmp_path / name, output) == 0
     scores = [guess["score"] for guess in classify(saved_model, tmp_path / name)]
     assert sum(scores) == pytest.approx(1, abs=1e-5)
 
@@ -214,7 +219,7 @@ BAD_IMAGES = {
 def test_bad_images_are_named(name, saved_model, tmp_path, capsys) -> None:
     BAD_IMAGES[name](tmp_path / name)
     output = tmp_path / "drawn.png"
-    assert load_script("visualize").main([str(saved_model), str(tmp_path / name), "--output", str(output)]) == 1
+    assert draw(saved_model, tmp_path / name, output) == 1
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line.startswith("error: ")
     assert name in last_line
@@ -228,7 +233,7 @@ def test_bad_images_are_named(name, saved_model, tmp_path, capsys) -> None:
 def test_pictures_that_cannot_be_written(output, message, saved_model, tmp_path, monkeypatch, capsys) -> None:
     picture().save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
-    assert load_script("visualize").main([str(saved_model), "image.png", "--output", output]) == 1
+    assert draw(saved_model, "image.png", output) == 1
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line.startswith("error: ")
     assert message in last_line

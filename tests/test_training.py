@@ -1,5 +1,6 @@
 """The parts of the training loop, and the loop itself in this process, on a few small images."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -16,6 +17,7 @@ from transformers import AutoModelForImageClassification
 
 import hf_vssm_prune
 from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.training.arguments import (
     AugmentationArguments,
     ElasticArguments,
@@ -26,7 +28,7 @@ from hf_vssm_prune.training.checkpoints import find_checkpoints, find_resumed
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import compare_models, comparison_table, mean_accuracy, score_predictions
-from hf_vssm_prune.training.loop import Recipe, Trainer, TrainingDivergedError
+from hf_vssm_prune.training.loop import PICTURE, Recipe, Trainer, TrainingDivergedError
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer, parameter_groups
 from hf_vssm_prune.training.sampling import EpochSampler
@@ -369,6 +371,27 @@ def test_trackers_get_the_figures(datasets, tmp_path):
     (file,) = (tmp_path / "hf_vssm_prune").glob("events*")
     events = event_accumulator.EventAccumulator(str(file)).Reload()
     assert {"train_loss", "train_learning_rate", "eval_top1"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == []  # a dense model keeps every token
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_trackers_and_cards_get_pictures_of_what_is_kept(family, datasets, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe = make_recipe(tmp_path, max_train_steps=10)
+    recipe.run.with_tracking = True
+    trainer = make_trainer(MAKE_CONFIG[family](token_pruning=dict(TOKEN_PRUNING)), datasets, recipe)
+    trainer.write_card = lambda top1, top5, num_images: ModelCardInfo(name="with a picture")
+    trainer.train()
+    (file,) = (tmp_path / "hf_vssm_prune").glob("events*")
+    events = event_accumulator.EventAccumulator(str(file)).Reload()
+    logged = events.Images("kept_tokens")
+    assert [event.step for event in logged] == [evaluation["update"] for evaluation in trainer.state.history]
+    with (
+        Image.open(io.BytesIO(logged[-1].encoded_image_string)) as last,
+        Image.open(tmp_path / "last" / PICTURE) as on_card,
+    ):
+        np.testing.assert_array_equal(np.asarray(last), np.asarray(on_card))
+    assert f"({PICTURE})" in (tmp_path / "last" / "README.md").read_text()
 
 
 def test_a_teacher_is_needed_where_the_losses_need_one(datasets, tmp_path):

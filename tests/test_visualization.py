@@ -1,5 +1,6 @@
 """Pictures of kept tokens: the right patches bright, for both families and any size; bad input refused."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -7,18 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_vssm_prune import EXAMPLE_MODEL
+from hf_vssm_prune import EXAMPLE_MODEL, visualize
+from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.visualization import (
     DROPPED,
     DROPPED_OPACITY,
+    NO_IMPORTANCE,
+    VIRIDIS,
     draw_classification,
+    draw_importance,
     draw_kept_tokens,
     image_from_pixel_values,
+    importance_maps,
     kept_patches,
+    patched_area,
 )
 
 
@@ -161,13 +168,67 @@ def test_classification_is_drawn_for_any_image_size(tiny_pruned_config) -> None:
         draw_classification(model, torch.randn(1, 3, 32, 32), *statistics)
 
 
-@pytest.mark.parametrize("options", [["--flops_reduction", "0.3"], []], ids=["pruned", "dense"])
+@pytest.mark.parametrize(
+    "options", [[], ["--flops_reduction", "0.3", "--importance"]], ids=["image alone", "all options"]
+)
 def test_script(tmp_path: Path, options: list[str]) -> None:
     image, output = tmp_path / "image.png", tmp_path / "kept.png"
     Image.new("RGB", (40, 30), GREY).save(image)
     script = Path(__file__).resolve().parents[1] / "scripts" / "visualize.py"
-    command = [sys.executable, script, EXAMPLE_MODEL, image, "--output", output, *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert output.exists() == bool(options)
-    assert result.returncode == (0 if options else 1)
-    assert options or result.stderr.splitlines()[-1].startswith("error: The model is dense")
+    command = [sys.executable, script, image, "--output", output, *options]
+    subprocess.run(command, timeout=120, check=True)
+    model = AutoModelForImageClassification.from_pretrained(EXAMPLE_MODEL)
+    model.set_token_pruning({"flops_reduction": 0.3 if options else 0.416})
+    processor = AutoImageProcessor.from_pretrained(EXAMPLE_MODEL)
+    expected = visualize(model, processor, Image.open(image), importance=bool(options))
+    np.testing.assert_array_equal(np.asarray(Image.open(output)), np.asarray(expected))
+
+
+def test_importance_is_where_the_scores_belong() -> None:
+    kept = [torch.tensor([[0, 1, 3]]), torch.tensor([[3]])]
+    first, second = importance_maps(kept, [torch.tensor([[1.0, 2.0, 3.0, 5.0]]), torch.tensor([[7.0, 8.0, 9.0]])], 4)
+    assert first.tolist() == [[1, 2, 3, 5]]
+    torch.testing.assert_close(second, torch.tensor([[7, 8, math.nan, 9]]), equal_nan=True)
+    pixels = np.asarray(draw_importance(second.view(2, 2), (2, 2)))
+    assert pixels[0, 0].tolist() == list(VIRIDIS[0])
+    assert pixels[0, 1].tolist() == list(VIRIDIS[2])
+    assert pixels[1, 0].tolist() == list(NO_IMPORTANCE)
+    assert pixels[1, 1].tolist() == list(VIRIDIS[-1])
+    equal = np.asarray(draw_importance(torch.full((2, 2), 0.5), (8, 8)))
+    assert (equal == VIRIDIS[0]).all()
+    with pytest.raises(ValueError, match=r"`token_scores` has shapes \[\(1, 4\)\]; \[\(1, 4\), \(1, 3\)\] are needed"):
+        importance_maps(kept, [torch.ones(1, 4)], 4)
+
+
+def test_visualize_takes_images_of_any_size(tiny_pruned_config) -> None:
+    model = AutoModelForImageClassification.from_config(tiny_pruned_config)
+    processor = new_image_processor(tiny_pruned_config, [0.5] * 3, [0.5] * 3, crop_pct=1.0)
+    images = [Image.new("RGB", size, GREY) for size in ((40, 30), (32, 32), (7, 200))]
+    one, three = visualize(model, processor, images[0]), visualize(model, processor, images)
+    with_importance = visualize(model, processor, images, importance=True)
+    assert one.width == three.width
+    assert one.height < three.height < with_importance.height
+    assert model.training, "the model's mode was changed"
+    with pytest.raises(ValueError, match="`images` is empty"):
+        visualize(model, processor, [])
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "area"),
+    [
+        (make_plainmamba_config(), (30, 33), (32, 40)),
+        (make_vim_config(), (30, 33), (24, 32)),
+        (make_vim_config(patch_stride=4), (32, 32), (28, 28)),
+    ],
+    ids=["plainmamba pads", "vim leaves out", "vim overlaps"],
+)
+def test_patches_share_the_patched_area_evenly(config, size, area) -> None:
+    coordinates = np.indices((size[1], size[0]), dtype=np.uint8)
+    image = Image.fromarray(np.stack([*coordinates, np.full((size[1], size[0]), 1, dtype=np.uint8)], axis=-1))
+    patched = patched_area(image, config)
+    assert patched.size == area
+    grid = config.grid_size_for(size[1], size[0])
+    stride = getattr(config, "patch_stride", None) or config.patch_size
+    assert (patched.height, patched.width) == tuple(stride * patches for patches in grid)
+    margin = (config.patch_size - stride) // 2
+    assert patched.getpixel((0, 0)) == (margin, margin, 1)

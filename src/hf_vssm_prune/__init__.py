@@ -18,6 +18,7 @@ from .modeling_plainmamba import (
     PlainMambaPreTrainedModel,
 )
 from .modeling_vim import VimBackbone, VimForImageClassification, VimModel, VimPreTrainedModel
+from .visualization import visualize
 
 
 __version__ = "0.1.0"
@@ -48,4 +49,5 @@ __all__ = [
     "VimModel",
     "VimPreTrainedModel",
     "count_flops",
+    "visualize",
 ]

@@ -1,14 +1,16 @@
 """Pictures of which tokens a model keeps: each image, and beside it what is left of it after each pruning stage.
 
-draw_classification(model, pixel_values, mean, std).save("kept_tokens.png")
+visualize(model, image_processor, images).save("kept_tokens.png")
 """
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from transformers import BaseImageProcessor
 
 from .configuration_common import VisionMambaConfig
 from .modeling_plainmamba import PlainMambaForImageClassification
@@ -23,6 +25,40 @@ BACKGROUND, TEXT = (255, 255, 255), (38, 38, 38)
 DROPPED = (0, 114, 178)
 DROPPED_OPACITY = 0.72
 OUTLINE = (240, 228, 66)  # the palette's yellow
+# Of importance, from low to high: Matplotlib's viridis. Tokens that an earlier stage dropped have none.
+VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+NO_IMPORTANCE = (225, 225, 225)
+
+
+def visualize(
+    model: PlainMambaForImageClassification | VimForImageClassification,
+    image_processor: BaseImageProcessor,
+    images: Image.Image | Sequence[Image.Image],
+    importance: bool = False,
+) -> Image.Image:
+    """Draws what a pruned classifier keeps of each image, stage by stage, with what it takes the image for.
+
+    Args:
+        model: a pruned one, of either family.
+        image_processor: the model's; all of the images come out of it at one size.
+        images: one or more, of any size; each gets a row.
+        importance: below each row, also the importance by which each stage chose.
+
+    Raises:
+        ValueError: the model is dense, or there is no image.
+    """
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if not images:
+        raise ValueError("`images` is empty; at least one image is needed.")
+    pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
+    mean, std = image_statistics(image_processor)
+    return draw_classification(model, pixel_values, mean, std, importance)
+
+
+def image_statistics(image_processor: BaseImageProcessor) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation by which an image processor normalises; 0 and 1 where it does not."""
+    values = image_processor.to_dict()
+    return (values["image_mean"], values["image_std"]) if values["do_normalize"] else ([0.0], [1.0])
 
 
 def kept_patches(
@@ -68,14 +104,16 @@ def draw_classification(
     pixel_values: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
+    importance: bool = False,
 ) -> Image.Image:
     """Draws what a classifier keeps of each image, with what it takes the image for below it.
 
     Args:
-        model: a pruned one.
+        model: a pruned one. It is run in evaluation mode, and left in the mode that it was in.
         pixel_values: as the image processor gives them, shape (batch, channels, height, width).
         mean: of the image processor, for each channel.
         std: likewise.
+        importance: below each row, also the importance by which each stage chose.
 
     Raises:
         ValueError: the model is dense.
@@ -83,16 +121,38 @@ def draw_classification(
     config = model.config
     if config.token_pruning is None:
         raise ValueError("The model is dense, so that there is nothing to show: give it a schedule, set_token_pruning.")
-    output = model(pixel_values)
+    was_training = model.training
+    model.eval()
+    try:
+        output = model(pixel_values.to(model.device, model.dtype))
+    finally:
+        model.train(was_training)
     height, width = pixel_values.shape[2:]
     labels = list((config.id2label or {}).values())
     return draw_kept_tokens(
-        [image_from_pixel_values(image, mean, std) for image in pixel_values],
+        [patched_area(image_from_pixel_values(image, mean, std), config) for image in pixel_values],
         kept_patches(output.kept_tokens, config, (height, width)),
         config.grid_size_for(height, width),
         captions=[labels[index] for index in output.logits.argmax(-1).tolist()],
         layers=config.token_pruning["layers"],
+        token_scores=output.token_scores if importance else None,
     )
+
+
+def patched_area(image: Image.Image, config: VisionMambaConfig) -> Image.Image:
+    """The part of an image that its patches share evenly.
+
+    PlainMamba's last patches reach beyond an image whose size is no multiple of theirs: there the area is black. Vim
+    leaves the rest of such an image out, and where its patches overlap, each stands for the middle of it.
+
+    Args:
+        image: what the model saw.
+        config: the model's.
+    """
+    rows, columns = config.grid_size_for(image.height, image.width)
+    stride = (config.patch_stride or config.patch_size) if config.model_type == "vim" else config.patch_size
+    margin = (config.patch_size - stride) // 2
+    return image.crop((margin, margin, margin + columns * stride, margin + rows * stride))
 
 
 def draw_kept_tokens(
@@ -101,6 +161,7 @@ def draw_kept_tokens(
     grid: tuple[int, int],
     captions: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
+    token_scores: Sequence[Tensor] | None = None,
 ) -> Image.Image:
     """Draws one row for each image: the image, then for each stage the patches that are left.
 
@@ -110,20 +171,98 @@ def draw_kept_tokens(
         images: what the model saw, any size; small ones are enlarged without blurring.
         kept_tokens: for each stage the ids of the patches that are left, in raster order, shape (len(images), n);
             see `kept_patches`.
-        grid: (height, width) in patches, which share the image evenly.
+        grid: (height, width) in patches, which share the image evenly; see `patched_area`.
         captions: below each image, for instance its label and the prediction.
         layers: of the stages, for the columns' headings (`config.token_pruning["layers"]`).
+        token_scores: for each stage the importance of the patches that were there before it, in raster order, shape
+            (len(images), patches), as a model's output has it. It is drawn below the stage: the brighter the more
+            important, each panel from its own least to its own greatest; what was dropped before is grey.
 
     Raises:
-        ValueError: images, tokens, captions and layers do not match, or an id is not on the grid.
+        ValueError: images, tokens, captions, layers and scores do not match, or an id is not on the grid.
     """
     _check(images, kept_tokens, grid, captions, layers)
-    masks = torch.stack([_kept_mask(kept, grid) for kept in kept_tokens], dim=1)  # (images, stages, height, width)
-    rows = [_draw_row(image, row) for image, row in zip(images, masks, strict=True)]
-    headings = ["input", *_headings(len(kept_tokens), layers)]
     total = math.prod(grid)
+    maps = None if token_scores is None else importance_maps(kept_tokens, token_scores, total)
     counts = [f"{kept.shape[1]} / {total} tokens" for kept in kept_tokens]
-    return _lay_out(rows, headings, [[caption, *counts] for caption in captions or [""] * len(rows)])
+    rows: list[list[Image.Image | None]] = []
+    texts: list[list[str]] = []
+    for index, image in enumerate(images):
+        panels = draw_stages(image, [kept[index] for kept in kept_tokens], grid)
+        rows.append([*panels])
+        texts.append([captions[index] if captions else "", *counts])
+        if maps is not None:
+            of_image = [scores[index].unflatten(0, grid) for scores in maps]
+            rows.append([None, *(draw_importance(scores, panels[0].size) for scores in of_image)])
+            texts.append(["", *(_range_of_importance(scores) for scores in of_image)])
+    return _lay_out(rows, ["input", *_headings(len(kept_tokens), layers)], texts)
+
+
+def draw_stages(image: Image.Image, kept_tokens: Sequence[Tensor], grid: tuple[int, int]) -> list[Image.Image]:
+    """Panels of one image: itself, then for each stage with dropped patches covered.
+
+    Args:
+        image: what the model saw.
+        kept_tokens: for each stage the ids of the patches that are left, shape (n,).
+        grid: (height, width) in patches.
+    """
+    panel = _fit(image.convert("RGB"))
+    return [panel, *(_draw_mask(panel, _kept_mask(kept, grid)) for kept in kept_tokens)]
+
+
+def importance_maps(kept_tokens: Sequence[Tensor], token_scores: Sequence[Tensor], num_patches: int) -> list[Tensor]:
+    """Where on the grid a stage's scores belong.
+
+    Args:
+        kept_tokens: for each stage ids of patches, shape (batch, n).
+        token_scores: for each stage scores of the patches that were there before it, in the order of their ids.
+        num_patches: of the whole grid.
+
+    Returns:
+        For each stage scores of shape (batch, num_patches), NaN at patches that an earlier stage dropped.
+
+    Raises:
+        ValueError: there is not one score for each patch.
+    """
+    everything = torch.arange(num_patches).expand(kept_tokens[0].shape[0], -1)
+    candidates = [everything, *(kept.cpu() for kept in kept_tokens[:-1])]
+    shapes = [tuple(scores.shape) for scores in token_scores]
+    if shapes != [tuple(ids.shape) for ids in candidates]:
+        raise ValueError(
+            f"`token_scores` has shapes {shapes}; {[tuple(ids.shape) for ids in candidates]} are needed, one score for "
+            "each patch that is there before a stage."
+        )
+    maps = []
+    for ids, scores in zip(candidates, token_scores, strict=True):
+        empty = torch.full((ids.shape[0], num_patches), math.nan)
+        maps.append(empty.scatter(1, ids, scores.detach().cpu().float()))
+    return maps
+
+
+def draw_importance(scores: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A map of importance, from the least (dark violet) to the greatest (yellow).
+
+    Args:
+        scores: shape (height, width) in patches, NaN where there is none.
+        size: (width, height) of the picture in pixels.
+    """
+    low, high = _extremes(scores)
+    levels = ((scores - low) / max(high - low, 1e-12)).numpy()
+    anchors = np.linspace(0, 1, len(VIRIDIS))
+    channels = [np.interp(levels, anchors, values) for values in zip(*VIRIDIS, strict=True)]
+    pixels = np.stack(channels, axis=-1)
+    pixels[np.isnan(levels)] = NO_IMPORTANCE
+    return Image.fromarray(pixels.round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+
+
+def _range_of_importance(scores: Tensor) -> str:
+    low, high = _extremes(scores)
+    return f"importance {low:.2g} to {high:.2g}"
+
+
+def _extremes(scores: Tensor) -> tuple[float, float]:
+    there = scores[~scores.isnan()]
+    return float(there.min()), float(there.max())
 
 
 def _check(
@@ -163,14 +302,9 @@ def _headings(num_stages: int, layers: Sequence[int] | None) -> list[str]:
 
 
 def _kept_mask(kept: Tensor, grid: tuple[int, int]) -> Tensor:
-    """True at the patches that are left: bool of shape (batch, *grid)."""
-    mask = torch.zeros(kept.shape[0], math.prod(grid), dtype=torch.bool)
-    return mask.scatter(1, kept.cpu(), True).unflatten(1, grid)
-
-
-def _draw_row(image: Image.Image, masks: Tensor) -> list[Image.Image]:
-    panel = _fit(image.convert("RGB"))
-    return [panel, *(_draw_mask(panel, mask) for mask in masks)]
+    """True at the patches that are left: bool of shape `grid`."""
+    mask = torch.zeros(math.prod(grid), dtype=torch.bool)
+    return mask.scatter(0, kept.cpu(), True).unflatten(0, grid)
 
 
 def _fit(image: Image.Image) -> Image.Image:
@@ -202,15 +336,16 @@ def _borders(mask: Tensor, size: tuple[int, int]) -> list[tuple[float, float, fl
     return lines + [(x * width, (y + 1) * height, (x + 1) * width, (y + 1) * height) for y, x in below]
 
 
-def _lay_out(rows: list[list[Image.Image]], headings: list[str], captions: list[list[str]]) -> Image.Image:
-    """Panels in rows and columns, a heading above each column and a caption below each panel."""
+def _lay_out(rows: list[list[Image.Image | None]], headings: list[str], captions: list[list[str]]) -> Image.Image:
+    """Panels in rows and columns, some places empty, a heading above each column and a caption below each panel."""
     font = ImageFont.load_default(FONT_SIZE)
     texts = [*headings, *(text for row in captions for text in row)]
     line_height = round(1.6 * FONT_SIZE)
     text_heights = [line_height * max(text.count("\n") + 1 for text in row) for row in captions]
     text_width = math.ceil(max(font.getlength(line) for text in texts for line in text.split("\n")))
-    column_width = max(text_width, *(panel.width for row in rows for panel in row))
-    row_heights = [row[0].height + text_height for row, text_height in zip(rows, text_heights, strict=True)]
+    column_width = max(text_width, *(panel.width for row in rows for panel in row if panel))
+    panel_heights = [max(panel.height for panel in row if panel) for row in rows]
+    row_heights = [sum(heights) for heights in zip(panel_heights, text_heights, strict=True)]
 
     width = MARGIN + (column_width + MARGIN) * len(headings)
     height = MARGIN + line_height + sum(row_heights) + MARGIN * len(rows)
@@ -223,6 +358,8 @@ def _lay_out(rows: list[list[Image.Image]], headings: list[str], captions: list[
     top = MARGIN + line_height
     for panels, row_captions, row_height in zip(rows, captions, row_heights, strict=True):
         for centre, panel, caption in zip(centres, panels, row_captions, strict=True):
+            if panel is None:
+                continue
             canvas.paste(panel, (centre - panel.width // 2, top))
             draw.multiline_text((centre, top + panel.height + 4), caption, TEXT, font, anchor="ma", align="center")
         top += row_height + MARGIN

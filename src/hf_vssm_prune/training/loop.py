@@ -7,16 +7,18 @@ before. A run that is killed and resumed therefore ends with the very weights of
 import logging
 import math
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -52,11 +54,14 @@ from hf_vssm_prune.training.interruption import StopRequest, TrainingInterrupted
 from hf_vssm_prune.training.losses import LossTerms, LossWeights, training_loss
 from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer
 from hf_vssm_prune.training.sampling import EpochSampler
+from hf_vssm_prune.visualization import draw_classification, image_statistics
 
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "all_results.json"
+PICTURE = "kept_tokens.png"
+PICTURED_IMAGES = 4
 
 
 class TrainingDivergedError(RuntimeError):
@@ -110,6 +115,7 @@ class Trainer:
 
     In the recipe's output folder are afterwards `best/` (the best weights, or the best average of them), `last/` and,
     with an average, `last_ema/`, each of which `from_pretrained` opens; `checkpoint-*/`; and `all_results.json`.
+    A pruned model's card and, after each evaluation, the trackers get a picture of the tokens that it keeps.
 
     Args:
         model: an image classifier of this package, with its pruning schedule.
@@ -186,14 +192,14 @@ class Trainer:
             # The images of a smaller last batch would weigh more. Each epoch leaves out others.
             drop_last=True,
         )
+        self.eval_images = EvaluationImages(datasets.evaluation, self.image_processor)
         eval_loader = DataLoader(
-            EvaluationImages(datasets.evaluation, self.image_processor),
+            self.eval_images,
             batch_size=options.per_device_eval_batch_size,
             collate_fn=collate,
             num_workers=self.recipe.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        self.num_eval_images = len(datasets.evaluation)
         self.train_loader, self.eval_loader = self.accelerator.prepare(train_loader, eval_loader)
         self.batches_per_epoch = len(self.train_loader)
         if self.batches_per_epoch == 0:
@@ -454,11 +460,17 @@ class Trainer:
         self.state.evaluated_epochs = epoch + 1
         self._log(_line(f"epoch {epoch + 1}/{self.num_epochs}", figures))
         self._track({name: value for name, value in figures.items() if name.startswith("eval")})
+        self._track_picture(candidates["model"])
 
     def _save_model(self, model: ImageClassifier, name: str, top1: float, top5: float) -> None:
         if self.accelerator.is_main_process:
-            card = self.write_card and self.write_card(top1, top5, self.num_eval_images)
-            save_for_hub(model, self.output_dir / name, self.image_processor, card)
+            card = self.write_card and self.write_card(top1, top5, len(self.eval_images))
+            with tempfile.TemporaryDirectory() as scratch:
+                if card is not None and model.config.token_pruning is not None:
+                    picture = Path(scratch) / PICTURE
+                    self._draw_kept_tokens(model).save(picture)
+                    card = replace(card, picture=picture)
+                save_for_hub(model, self.output_dir / name, self.image_processor, card)
         self.accelerator.wait_for_everyone()
 
     def _finish(self, seconds: float) -> dict[str, Any]:
@@ -501,6 +513,30 @@ class Trainer:
     def _track(self, figures: dict[str, float]) -> None:
         if self.recipe.run.with_tracking:
             self.accelerator.log(figures, step=self.state.updates)
+
+    def _track_picture(self, model: ImageClassifier) -> None:
+        """Shows a pruned model's kept tokens to the trackers that take pictures; each takes them in its own way."""
+        if not self.recipe.run.with_tracking or model.config.token_pruning is None:
+            return
+        if not self.accelerator.is_main_process:
+            return
+        picture = self._draw_kept_tokens(model)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                batch = np.asarray(picture)[None]
+                tracker.log_images({"kept_tokens": batch}, step=self.state.updates, dataformats="NHWC")
+            elif tracker.name in ("wandb", "swanlab"):
+                tracker.log_images({"kept_tokens": [picture]}, step=self.state.updates)
+
+    def _draw_kept_tokens(self, model: ImageClassifier) -> Image.Image:
+        # Spread over the images, which may be in the order of their labels.
+        step = max(1, len(self.eval_images) // PICTURED_IMAGES)
+        images = [self.eval_images[index] for index in range(0, len(self.eval_images), step)[:PICTURED_IMAGES]]
+        # What random importance draws here must not change what comes after.
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            pixel_values = collate(images)["pixel_values"]
+            return draw_classification(model, pixel_values, *image_statistics(self.image_processor))
 
 
 def _check_alignment_layers(losses: LossWeights, config: VisionMambaConfig) -> None:

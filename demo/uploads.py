@@ -1,0 +1,52 @@
+"""Opens an image that a stranger sent: of few formats, bytes and pixels, or refused with a sentence that says why."""
+
+import os
+import warnings
+
+from PIL import Image
+
+from hf_vssm_prune.training.image_steps import decode_image
+
+
+MAX_BYTES = 10 * 1024**2
+MAX_PIXELS = 30_000_000
+FORMATS = ("JPEG", "PNG", "WEBP")
+# For the browser to offer; only a file's header tells what it is.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def open_upload(path: str) -> Image.Image:
+    """Opens an uploaded file as an upright RGB image.
+
+    Format and size are read from the file's header, before a pixel is decoded: a small file may hold a huge image.
+
+    Args:
+        path: of the file, whatever its name ends in.
+
+    Raises:
+        ValueError: the file is too large, no image of an allowed format, damaged, or has too many pixels. The message
+            is for the person who sent it.
+    """
+    name = os.path.basename(path)
+    if os.path.getsize(path) > MAX_BYTES:
+        raise ValueError(f"{name} is larger than {MAX_BYTES // 1024**2} MB: send a smaller one.")
+    width, height = _read_size(path, name)
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{name} has {width} × {height} pixels; at most {MAX_PIXELS // 10**6} million are taken: make it smaller."
+        )
+    return decode_image({"bytes": None, "path": path}, "RGB", name)
+
+
+def _read_size(path: str, name: str) -> tuple[int, int]:
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit is higher than the one here.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                return image.size
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has far too many pixels; at most {MAX_PIXELS // 10**6} million are taken.") from error
+    # Pillow's readers raise OSError, SyntaxError, ValueError, EOFError, struct.error, … for damaged files.
+    except Exception as error:
+        raise ValueError(f"{name} is not an image that can be read: JPEG, PNG and WebP are.") from error

@@ -1,0 +1,225 @@
+"""The demo's page, operated in a headless Chromium as a person would: by pointer, by keyboard, on a phone."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+pytest.importorskip("gradio")
+pytest.importorskip("selenium")
+
+import httpx
+from browser import (
+    DEMO,
+    PHONE_HEIGHT,
+    PHONE_WIDTH,
+    chromium,
+    chromium_is_there,
+    running_demo,
+    set_screen,
+)
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+
+pytestmark = pytest.mark.skipif(not chromium_is_there(), reason="there is no chromium with chromedriver: make browser")
+
+MAX_BYTES = 10 * 1024**2
+PATIENCE = 60  # seconds, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory):
+    """The Space, as it goes to the Hub."""
+    folder = tmp_path_factory.mktemp("space")
+    subprocess.run(["make", "--silent", "space", f"SPACE={folder}"], cwd=DEMO.parent, check=True)
+    with running_demo(folder=folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as driver:
+        yield driver
+
+
+@pytest.fixture
+def page(browser, url):
+    """The page, opened afresh, with the result of its first example."""
+    set_screen(browser, 1200, 900)
+    browser.get(url)
+    return Page(browser)
+
+
+class Page:
+    def __init__(self, browser) -> None:
+        self.browser = browser
+        self.wait_for_times()
+
+    def wait(self, condition):
+        return WebDriverWait(self.browser, PATIENCE).until(lambda _: condition())
+
+    def wait_for_times(self) -> None:
+        self.wait(lambda: "times as fast" in self.result)
+
+    def find(self, selector: str):
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def query(self, script: str):
+        return self.browser.execute_script(f"return {script}")
+
+    @property
+    def result(self) -> str:
+        return self.query("document.querySelector('#result')?.innerText ?? ''")
+
+    @property
+    def pictures(self) -> list[str]:
+        return self.query("[...document.querySelectorAll('.stages img')].map(image => image.src)")
+
+    @property
+    def captions(self) -> list[str]:
+        return self.query("[...document.querySelectorAll('.stages img')].map(image => image.alt)")
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The table: label, FLOPs and milliseconds, each of the dense and of the pruned model."""
+        rows = "[...document.querySelectorAll('.comparison tbody tr')]"
+        return self.query(f"{rows}.map(row => [...row.querySelectorAll('td')].map(cell => cell.innerText))")
+
+    @property
+    def slider(self):
+        return self.find("#budget input[type=range]")
+
+    @property
+    def errors(self) -> str:
+        return self.query("[...document.querySelectorAll('.toast-body')].map(toast => toast.innerText).join(' ')")
+
+    def upload(self, file: Path) -> None:
+        self.find("input[type=file]").send_keys(str(file))
+
+    def change(self, act) -> None:
+        """Acts, and waits until the pictures are others and times are there."""
+        before = self.pictures
+        act()
+        self.wait(lambda: self.pictures and self.pictures != before)
+        self.wait_for_times()
+
+
+def kept(page: Page) -> list[int]:
+    """Patches left after each stage, as the captions tell."""
+    return [int(caption.split(": ")[1].split(" of ")[0]) for caption in page.captions[1:]]
+
+
+def test_the_first_example_is_there_without_a_click(page) -> None:
+    (dense_label, pruned_label), (dense_flops, pruned_flops), (dense_ms, pruned_ms) = page.cells
+    assert dense_label.startswith("Ankle boot")
+    assert pruned_label.startswith("Ankle boot")
+    assert dense_flops == "114.1 M"
+    assert pruned_flops.splitlines()[-1].startswith("42")
+    assert float(dense_ms) > 0
+    assert float(pruned_ms.splitlines()[0]) > 0
+    assert len(page.pictures) == 4
+    assert page.captions[0] == "What the model sees: 196 patches"
+    assert 196 > kept(page)[0] > kept(page)[1] > kept(page)[2] > 0
+
+
+def test_an_example_is_chosen_by_pointer(page) -> None:
+    page.change(page.find("button[aria-label=trouser]").click)
+    assert [cell.split()[0] for cell in page.cells[0]] == ["Trouser", "Trouser"]
+    assert "not at the label" not in page.result
+    page.change(page.find("button[aria-label=cat]").click)
+    assert "not at the label" in page.result
+
+
+def test_everything_is_reached_and_done_by_keyboard(page) -> None:
+    """From the top with the tabulator: the examples, the button for uploads, the number, the slider."""
+    reached = []
+    for _ in range(30):
+        page.browser.switch_to.active_element.send_keys(Keys.TAB)
+        element = page.browser.switch_to.active_element
+        reached.append(element.get_attribute("aria-label") or element.text)
+        if reached[-1] == "bag":
+            assert page.query("getComputedStyle(document.activeElement).outlineStyle") == "solid", "focus is not seen"
+            page.change(lambda: page.browser.switch_to.active_element.send_keys(Keys.ENTER))
+            assert page.cells[0][1].startswith("Bag")
+        if reached[-1].startswith("range slider"):
+            break
+    assert {"ankle boot", "rocket", "Upload an image"} <= set(reached)
+    before = kept(page)
+    page.change(lambda: page.browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT * 10))
+    page.wait(lambda: "52." in page.cells[1][1])
+    assert kept(page)[-1] < before[-1]
+    page.change(lambda: page.browser.switch_to.active_element.send_keys(Keys.HOME))
+    page.wait(lambda: len(page.pictures) == 1)
+    assert page.cells[0][0] == page.cells[0][1], "a budget of 0 is the dense model"
+    assert "0.0% fewer" in page.cells[1][1]
+    page.change(lambda: page.browser.switch_to.active_element.send_keys(Keys.END))
+    page.wait(lambda: "60." in page.cells[1][1])
+
+
+def test_an_image_is_uploaded(page, tmp_path) -> None:
+    file = tmp_path / "grey.webp"
+    Image.new("RGB", (300, 200), (90, 120, 150)).save(file)
+    page.change(lambda: page.upload(file))
+    assert "not at the label" in page.result
+    assert len(page.pictures) == 4
+
+
+def too_large(file: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), dtype=np.uint8)).save(file)
+
+
+BAD_UPLOADS = {
+    "large.png": (too_large, "exceed the maximum allowed size of 10"),
+    "text.png": (lambda file: file.write_text("Not Found"), "text.png is not an image that can be read: JPEG, PNG and"),
+    "bomb.png": (
+        lambda file: Image.new("1", (40_000, 1_000)).save(file),
+        "bomb.png has 40000 × 1000 pixels; at most 30",
+    ),
+    "notes.txt": (lambda file: file.write_text("notes"), "Invalid file type: notes.txt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_UPLOADS)
+def test_a_bad_upload_is_refused_and_nothing_is_lost(name, page, tmp_path) -> None:
+    write, message = BAD_UPLOADS[name]
+    write(tmp_path / name)
+    before = page.pictures
+    page.upload(tmp_path / name)
+    page.wait(lambda: page.errors)
+    assert message in page.errors
+    assert page.pictures == before
+    page.change(page.find("button[aria-label=coat]").click)
+    assert page.cells[0][0].startswith("Coat")
+
+
+def test_the_server_refuses_what_a_browser_would_not_have_sent(url) -> None:
+    for size, status in ((MAX_BYTES // 2, 200), (MAX_BYTES + 1, 413)):
+        answer = httpx.post(f"{url}gradio_api/upload", files={"files": ("image.png", bytes(size))}, timeout=PATIENCE)
+        assert answer.status_code == status
+
+
+def test_a_phone_shows_everything_without_scrolling_sideways(page) -> None:
+    set_screen(page.browser, PHONE_WIDTH, PHONE_HEIGHT, mobile=True)
+    page.wait(lambda: page.query("innerWidth") == PHONE_WIDTH)
+    page.change(page.find("button[aria-label=cat]").click)
+    assert page.query("document.documentElement.scrollWidth") == PHONE_WIDTH
+    right_edges = page.query("[...document.querySelectorAll('#result *')].map(e => e.getBoundingClientRect().right)")
+    assert max(right_edges) <= PHONE_WIDTH
+    # The slider stays in sight of the table that it changes.
+    page.browser.execute_script("document.querySelector('.comparison').scrollIntoView({block: 'end'})")
+    top = page.query("document.querySelector('#budget').getBoundingClientRect().top")
+    assert -1 < top < PHONE_HEIGHT - 100
+
+
+def test_nobody_else_is_asked_for_anything(page, url) -> None:
+    log = (json.loads(entry["message"])["message"] for entry in page.browser.get_log("performance"))
+    addresses = [entry["params"]["request"]["url"] for entry in log if entry["method"] == "Network.requestWillBeSent"]
+    own = ("data:", "blob:", "chrome:", url)
+    assert any(address.startswith(url) for address in addresses)
+    assert [address for address in addresses if not address.startswith(own)] == []

@@ -1,0 +1,232 @@
+"""The demo without a browser: what it takes as an upload, what it says of a model, and that its folder is a Space."""
+
+import io
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from packaging.requirements import Requirement
+from PIL import Image, PngImagePlugin
+from transformers import AutoModelForImageClassification
+
+from hf_vssm_prune import EXAMPLE_MODEL
+from hf_vssm_prune.flops import count_flops
+from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.hub.saving import save_for_hub
+from hf_vssm_prune.training.data import load_evaluation_dataset
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo"
+sys.path.insert(0, str(DEMO))
+
+from pruned_model import PrunedModel  # noqa: E402
+from uploads import MAX_BYTES, MAX_PIXELS, open_upload  # noqa: E402
+
+
+# ---- Uploads
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_an_upload_is_opened_upright_whatever_its_name(format, tmp_path) -> None:
+    pixels = np.zeros((20, 30, 3), dtype=np.uint8)
+    pixels[:, :15] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    file = tmp_path / "photo.bin"
+    Image.fromarray(pixels).save(file, format, exif=exif)
+    image = open_upload(str(file))
+    assert (image.mode, image.size) == ("RGB", (20, 30))
+    assert min(image.getpixel((10, 3))) > 250
+    assert max(image.getpixel((10, 26))) < 5
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header has any size."""
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    stream = io.BytesIO()
+    stream.write(b"\x89PNG\r\n\x1a\n")
+    for name, data in chunks:
+        PngImagePlugin.putchunk(stream, name, data)
+    return stream.getvalue()
+
+
+def encoded(format: str) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, format)
+    return stream.getvalue()
+
+
+BAD_UPLOADS = {
+    "large.jpg": (lambda: encoded("JPEG") + bytes(MAX_BYTES), "large.jpg is larger than 10 MB"),
+    "wide.png": (lambda: png_that_claims(MAX_PIXELS + 1, 1), f"has {MAX_PIXELS + 1} × 1 pixels; at most 30 million"),
+    "bomb.png": (lambda: png_that_claims(60_000, 60_000), "bomb.png has far too many pixels; at most 30 million"),
+    "cut.png": (lambda: png_that_claims(100, 100), "cut.png cannot be read"),
+    "empty.png": (lambda: b"", "empty.png is not an image that can be read: JPEG, PNG and WebP are"),
+    "page.png": (lambda: b"<svg onload='alert(1)'></svg>", "page.png is not an image"),
+    "other.png": (lambda: encoded("BMP"), "other.png is not an image"),
+    "animation.png": (lambda: encoded("GIF"), "animation.png is not an image"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_UPLOADS)
+def test_a_bad_upload_is_refused_by_name(name, tmp_path) -> None:
+    content, message = BAD_UPLOADS[name]
+    (tmp_path / name).write_bytes(content())
+    with pytest.raises(ValueError, match=message):
+        open_upload(str(tmp_path / name))
+
+
+# ---- The model
+
+
+@pytest.fixture(scope="module", params=sorted(MAKE_CONFIG))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PrunedModel:
+    """Each family in turn, saved with a schedule of its own, and with labels that are no HTML."""
+    pruning = {**TOKEN_PRUNING, "importance": "l2", "alignment": "none"}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 8}
+    if request.param == "plainmamba":
+        sizes["stem_channels"] = 8  # which no pruning makes cheaper
+    labels = {0: "<b>", 1: "a & b", 2: "c"}
+    config = MAKE_CONFIG[request.param](token_pruning=pruning, id2label=labels, **sizes)
+    processor = new_image_processor(config, [0.5] * 3, [0.5] * 3, crop_pct=1.0)
+    folder = tmp_path_factory.mktemp("model") / request.param
+    return PrunedModel(str(save_for_hub(AutoModelForImageClassification.from_config(config), folder, processor)))
+
+
+def test_a_classification_is_the_models(model) -> None:
+    pixel_values = model.prepare(
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    )
+    classification = model.classify(pixel_values, 30)
+    flops = count_flops(model.model.config)
+    assert classification.flops == flops
+    assert flops.reduction == pytest.approx(0.30, abs=0.005)
+    pruning = model.model.config.token_pruning
+    assert (pruning["importance"], pruning["alignment"]) == ("l2", "none")
+    assert classification.layers == pruning["layers"]
+    with torch.no_grad():
+        output = model.model(pixel_values)
+        shares = output.logits[0].softmax(-1)
+        model.model.set_token_pruning(None)
+        dense = model.model(pixel_values).logits[0].softmax(-1)
+    for guesses, expected in ((classification.pruned, shares), (classification.dense, dense)):
+        assert dict(guesses) == pytest.approx(
+            dict(zip(("<b>", "a & b", "c"), expected.tolist(), strict=True)), abs=1e-5
+        )
+        assert guesses == sorted(guesses, key=lambda guess: -guess[1])
+    class_tokens = int(model.model.config.model_type == "vim")
+    assert classification.num_kept == [ids.shape[1] - class_tokens for ids in output.kept_tokens]
+    assert len(classification.panels) == 1 + len(classification.layers)
+
+
+def test_without_a_budget_nothing_is_dropped(model) -> None:
+    classification = model.classify(model.prepare(Image.new("RGB", (40, 50))), 0)
+    assert classification.pruned == classification.dense
+    assert classification.flops.reduction == 0
+    assert (len(classification.panels), classification.num_kept) == (1, [])
+
+
+def test_dense_and_pruned_are_timed_in_turns(model, monkeypatch) -> None:
+    pixel_values = model.prepare(Image.new("RGB", (40, 50)))
+    schedules = []
+    run = type(model)._seconds
+    monkeypatch.setattr(
+        type(model), "_seconds", lambda self, batch, schedule: schedules.append(schedule) or run(self, batch, schedule)
+    )
+    measurement = model.measure(pixel_values, 30)
+    assert measurement.batch_size == 8
+    assert measurement.turns >= 5
+    assert [schedule is None for schedule in schedules] == [True, False] * measurement.turns
+    assert measurement.dense > 0
+    assert measurement.pruned > 0
+
+
+# ---- The page
+
+
+@pytest.fixture(scope="module")
+def app():
+    pytest.importorskip("gradio")
+    import app
+
+    return app
+
+
+def test_labels_are_text_not_html(app, model) -> None:
+    html = app.result(model.classify(model.prepare(Image.new("RGB", (40, 50))), 30), None, "")
+    assert "&lt;b&gt;" in html
+    assert "a &amp; b" in html
+    assert "<b>" not in html
+
+
+def test_what_the_browser_sends_is_checked(app, model) -> None:
+    page = app.Page(model, is_example_model=False)
+    for name in ("../../app", "bag", None, 3):
+        with pytest.raises(app.gr.Error, match="There is no example"):
+            next(page.choose_example(30, SimpleNamespace(name=name)))
+    chosen, _ = next(page.choose_example(30, SimpleNamespace(name="cat")))
+    with pytest.raises(app.gr.Error, match=r"`flops_reduction` is 0\.99"):
+        next(page.show(chosen, 99))
+
+
+def test_a_model_that_is_not_there_is_named(app, tmp_path, capsys) -> None:
+    assert app.main(["--model_name_or_path", str(tmp_path / "nothing")]) == 1
+    assert f"error: {tmp_path / 'nothing'} cannot be opened" in capsys.readouterr().err
+
+
+# ---- The Space
+
+
+def test_garments_are_the_test_images_that_their_list_names() -> None:
+    dataset, label_names = load_evaluation_dataset("fashion_mnist")
+    rows = [line.split("|")[1:4] for line in (DEMO / "examples" / "SOURCES.md").read_text().splitlines()]
+    listed = [[cell.strip(" `") for cell in row] for row in rows if row and "garments/" in row[0]]
+    assert len(listed) == 10
+    for file, label, row in listed:
+        stored = dataset[int(row)]
+        assert (DEMO / "examples" / file).read_bytes() == stored["image"]["bytes"]
+        assert label == label_names[stored["label"]]
+
+
+def test_every_example_has_a_source() -> None:
+    sources = (DEMO / "examples" / "SOURCES.md").read_text()
+    files = [file for folder in ("photos", "garments") for file in (DEMO / "examples" / folder).iterdir()]
+    assert len(files) == 14
+    for file in files:
+        assert f"`{file.parent.name}/{file.name}`" in sources
+        with Image.open(file) as image:
+            image.load()
+            assert file.stat().st_size < 50_000
+
+
+def test_the_space_installs_what_the_package_needs() -> None:
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (DEMO / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == project["dependencies"]
+    _, front_matter, _ = (DEMO / "README.md").read_text().split("---\n", 2)
+    space = yaml.safe_load(front_matter)
+    assert space["sdk"] == "gradio"
+    (gradio,) = map(Requirement, project["optional-dependencies"]["demo"])
+    assert gradio.name == "gradio"
+    assert space["sdk_version"] in gradio.specifier
+    assert Requirement(f"python{project['requires-python']}").specifier.contains(space["python_version"])
+    assert (DEMO / space["app_file"]).is_file()
+    assert len(space["short_description"]) <= 60
+
+
+def test_the_space_has_its_own_package(tmp_path) -> None:
+    subprocess.run(["make", "--silent", "space", f"SPACE={tmp_path}"], cwd=ROOT, check=True)
+    (tmp_path / "which.py").write_text("import pruned_model, hf_vssm_prune; print(hf_vssm_prune.EXAMPLE_MODEL)")
+    command = [sys.executable, str(tmp_path / "which.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd="/")
+    assert result.stdout.strip() == str(tmp_path / "hf_vssm_prune" / "data" / EXAMPLE_MODEL.name)
