@@ -84,7 +84,9 @@ def test_prebuilt_kernels_run_without_a_compiler(capability: str | None, install
 @pytest.mark.skipif(not build.IS_X86 or shutil.which("objdump") is None, reason="needs objdump on an x86-64")
 def test_baseline_runs_on_any_x86_64(installed: Path):
     """AVX and what came after has names that begin with v; SSE3 to SSE4.2 are looked for by name."""
-    newer = re.compile(r"\t(v[a-z0-9]+|p?blendv?[a-z]+|dpp[sd]|round[sp][sd]|pmulld|haddp[sd]|pshufb|insertps|popcnt)\s")
+    newer = re.compile(
+        r"\t(v[a-z0-9]+|p?blendv?[a-z]+|dpp[sd]|round[sp][sd]|pmulld|haddp[sd]|pshufb|insertps|popcnt)\s"
+    )
 
     def newer_instructions(variant: str) -> set[str]:
         (library,) = installed.glob(f"hf_vssm_prune/kernels/prebuilt/*-{variant}-*.so")

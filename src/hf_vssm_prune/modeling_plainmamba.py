@@ -47,7 +47,7 @@ class PlainMambaTokenLayout(NamedTuple):
         grid: (height, width) of the full grid.
         full_paths: the scans' paths over it.
         kept: the cell of each token, shape (batch, n). None: every cell has its token.
-        paths: the paths over these cells.
+        paths: the paths over these cells; int32, as the kernels take them, so that no layer converts them.
         alignment: how the scans cross the holes.
         class_position: None, PlainMamba has no class token.
     """
@@ -62,10 +62,15 @@ class PlainMambaTokenLayout(NamedTuple):
     @classmethod
     def of_grid(cls, grid: tuple[int, int], device: torch.device) -> "PlainMambaTokenLayout":
         paths = snake_paths(grid, device)
-        return cls(grid, paths, kept=None, paths=paths, alignment="none")
+        return cls(grid, paths, kept=None, paths=cls._to_int32(paths), alignment="none")
 
     def keep(self, kept: Tensor, alignment: str) -> "PlainMambaTokenLayout":
-        return self._replace(kept=kept, paths=prune_paths(self.full_paths, kept, alignment), alignment=alignment)
+        paths = self._to_int32(prune_paths(self.full_paths, kept, alignment))
+        return self._replace(kept=kept, paths=paths, alignment=alignment)
+
+    @staticmethod
+    def _to_int32(paths: ScanPaths) -> ScanPaths:
+        return ScanPaths(paths.order.int(), None if paths.gaps is None else paths.gaps.int(), paths.moves.int())
 
 
 class PlainMambaConvNorm(nn.Module):
