@@ -40,7 +40,8 @@ class PrebuiltKernelsHook(BuildHookInterface):
 def load_builder(root: Path) -> ModuleType:
     """`kernels/build.py` by itself: the package around it needs torch, which a wheel is built without."""
     spec = importlib.util.spec_from_file_location("build_kernels", root / "src" / KERNELS / "build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
