@@ -58,6 +58,8 @@ def quantize_linears(model: Model) -> Model:
 class Int8Linear(nn.Module):
     """What `nn.Linear` computes, with int8 weights and activations that are quantised in each call."""
 
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
