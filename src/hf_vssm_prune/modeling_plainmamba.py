@@ -4,7 +4,7 @@ The model is that of "PlainMamba: Improving Non-Hierarchical Mamba in Visual Rec
 in "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +95,9 @@ class PlainMambaConvNorm(nn.Module):
         """Weight and bias of the convolution with the batch norm in it, from its running statistics."""
         norm, weight = self.normalization, self.convolution.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        scale = norm.weight.to(dtype) * (norm.running_var.to(dtype) + norm.eps).rsqrt()
-        bias = norm.bias.to(dtype) - norm.running_mean.to(dtype) * scale
+        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        scale = norm.weight.to(dtype) * (variance.to(dtype) + norm.eps).rsqrt()
+        bias = norm.bias.to(dtype) - mean.to(dtype) * scale
         return (weight.to(dtype) * scale[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
 
 
