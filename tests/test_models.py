@@ -357,3 +357,54 @@ def test_compile_in_one_graph(small_pruned_model) -> None:
         expected, outputs = small_pruned_model(images), compiled(images)
     torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(outputs.kept_tokens[0], expected.kept_tokens[0])
+
+
+# ---- PlainMamba's stem -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def embeddings() -> nn.Module:
+    """With running statistics as after training, and a patch that does not divide the image."""
+    embeddings = make_model(MAKE_CONFIG["plainmamba"](image_size=36)).plainmamba.embeddings
+    for module in embeddings.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.3, 3)
+    return embeddings
+
+
+def layer_by_layer(embeddings: nn.Module, images: Tensor) -> Tensor:
+    for stage in embeddings.stem:
+        images = nn.functional.relu(stage.normalization(stage.convolution(images)))
+    missing = -images.shape[-1] % embeddings.half_patch
+    projection = embeddings.projection
+    images = nn.functional.pad(images, (0, missing, 0, missing))
+    tokens = nn.functional.conv2d(images, projection.weight, projection.bias, embeddings.half_patch)
+    return tokens.flatten(2).transpose(1, 2) + embeddings.position_embeddings
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_stem_computes_what_its_layers_do(training: bool, embeddings) -> None:
+    images, results = torch.randn(2, 3, 36, 36), []
+    for compute in (lambda: embeddings(images, False)[0], lambda: layer_by_layer(embeddings, images)):
+        module_state = {name: tensor.clone() for name, tensor in embeddings.state_dict().items()}
+        embeddings.train(training).zero_grad()
+        tokens = compute()
+        assert tokens.shape == (2, 25, 16)
+        tokens.square().mean().backward()
+        results.append([tokens, *(parameter.grad for parameter in embeddings.parameters())])
+        embeddings.load_state_dict(module_state)
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_stem_runs_where_its_weights_are_offloaded(embeddings) -> None:
+    from accelerate import cpu_offload
+
+    images = torch.randn(2, 3, 36, 36)
+    with torch.no_grad():
+        expected = embeddings(images, False)[0]
+        cpu_offload(embeddings, torch.device("cpu"))
+        assert embeddings.stem[0].convolution.weight.is_meta
+        offloaded = embeddings(images, False)[0]
+    torch.testing.assert_close(offloaded, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())

@@ -4,7 +4,7 @@ The model is that of "PlainMamba: Improving Non-Hierarchical Mamba in Visual Rec
 in "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class PlainMambaTokenLayout(NamedTuple):
         grid: (height, width) of the full grid.
         full_paths: the scans' paths over it.
         kept: the cell of each token, shape (batch, n). None: every cell has its token.
-        paths: the paths over these cells.
+        paths: the paths over these cells; int32, as the kernels take them, so that no layer converts them.
         alignment: how the scans cross the holes.
         class_position: None, PlainMamba has no class token.
     """
@@ -62,10 +62,15 @@ class PlainMambaTokenLayout(NamedTuple):
     @classmethod
     def of_grid(cls, grid: tuple[int, int], device: torch.device) -> "PlainMambaTokenLayout":
         paths = snake_paths(grid, device)
-        return cls(grid, paths, kept=None, paths=paths, alignment="none")
+        return cls(grid, paths, kept=None, paths=cls._to_int32(paths), alignment="none")
 
     def keep(self, kept: Tensor, alignment: str) -> "PlainMambaTokenLayout":
-        return self._replace(kept=kept, paths=prune_paths(self.full_paths, kept, alignment), alignment=alignment)
+        paths = self._to_int32(prune_paths(self.full_paths, kept, alignment))
+        return self._replace(kept=kept, paths=paths, alignment=alignment)
+
+    @staticmethod
+    def _to_int32(paths: ScanPaths) -> ScanPaths:
+        return ScanPaths(paths.order.int(), None if paths.gaps is None else paths.gaps.int(), paths.moves.int())
 
 
 class PlainMambaConvNorm(nn.Module):
@@ -79,7 +84,35 @@ class PlainMambaConvNorm(nn.Module):
         self.normalization = nn.BatchNorm2d(out_channels)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.relu(self.normalization(self.convolution(hidden_states)))
+        # Offloaded weights are on the device only while their own layer is called.
+        if self.normalization.training or self.convolution.weight.device != hidden_states.device:
+            hidden_states = self.normalization(self.convolution(hidden_states))
+        else:
+            hidden_states = self.convolution._conv_forward(hidden_states, *self._folded())
+        return F.relu(hidden_states, inplace=True)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution with the batch norm in it, from its running statistics."""
+        norm, weight = self.normalization, self.convolution.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        scale = norm.weight.to(dtype) * (variance.to(dtype) + norm.eps).rsqrt()
+        bias = norm.bias.to(dtype) - mean.to(dtype) * scale
+        return (weight.to(dtype) * scale[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
+
+
+class PlainMambaPatchProjection(nn.Conv2d):
+    """Convolution whose stride is its kernel size: one matrix product with the patches, which do not overlap."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """From (batch, in_channels, height, width), multiples of the patch, to (batch, patches, out_channels)."""
+        size = self.weight.shape[-1]
+        height, width = pixels.shape[2] // size, pixels.shape[3] // size
+        patches = pixels.unflatten(3, (width, size)).unflatten(2, (height, size)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
 
 
 class PlainMambaEmbeddings(nn.Module):
@@ -93,20 +126,23 @@ class PlainMambaEmbeddings(nn.Module):
         stem += [PlainMambaConvNorm(channels, channels, kernel_size=3, stride=1) for _ in range(config.num_stem_convs)]
         self.stem = nn.Sequential(*stem)
         self.half_patch = config.patch_size // 2
-        self.projection = nn.Conv2d(channels, config.hidden_size, kernel_size=self.half_patch, stride=self.half_patch)
+        self.projection = PlainMambaPatchProjection(channels, config.hidden_size, self.half_patch)
         num_patches = config.grid_size[0] * config.grid_size[1]
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches, config.hidden_size))
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, tuple[int, int]]:
         check_pixel_values(pixel_values, self.config.num_channels)
-        pixels = self.stem(pixel_values.to(self.projection.weight.dtype))
+        pixel_values = pixel_values.to(self.projection.weight.dtype)
+        if pixel_values.device.type == "cpu":  # where the convolutions are fastest in this layout
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        pixels = self.stem(pixel_values)
         missing = [-size % self.half_patch for size in pixels.shape[2:]]
-        tokens = self.projection(F.pad(pixels, (0, missing[1], 0, missing[0])))
-        grid = (tokens.shape[2], tokens.shape[3])
+        pixels = F.pad(pixels, (0, missing[1], 0, missing[0]))
+        grid = (pixels.shape[2] // self.half_patch, pixels.shape[3] // self.half_patch)
         positions = resize_position_embeddings(
             self.position_embeddings, self.config.grid_size, grid, interpolate_pos_encoding
         )
-        return tokens.flatten(2).transpose(1, 2) + positions, grid
+        return self.projection(pixels) + positions, grid
 
 
 class PlainMambaGridConvolution(nn.Conv2d):

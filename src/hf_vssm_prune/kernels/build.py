@@ -1,6 +1,8 @@
 """Compiles the C++ kernels in `csrc/` at their first use, into a cache; or finds them prebuilt in the package.
 
-`python -m hf_vssm_prune.kernels.build` puts a prebuilt library for every variant into the package, for a wheel to ship.
+`python -m hf_vssm_prune.kernels.build` puts a prebuilt library for every variant into the package. With the environment
+variable HF_VSSM_PRUNE_PREBUILT=1 a wheel is built with them inside (`hatch_build.py`, which imports this file where
+neither torch nor any other dependency is installed).
 """
 
 import functools
@@ -12,15 +14,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import torch
-from filelock import FileLock
-
 
 SOURCE_DIRECTORY = Path(__file__).parent / "csrc"
 PREBUILT_DIRECTORY = Path(__file__).parent / "prebuilt"
 
 # No -ffast-math: it would break the range reduction of exp2 and the handling of NaN.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
+
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # The instruction sets that a library is compiled for. `baseline` is what every processor of the architecture has.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -40,6 +41,8 @@ def library_path() -> Path:
     Raises:
         BuildError: there is no compiler, or it fails.
     """
+    from filelock import FileLock
+
     variant = best_variant()
     prebuilt = PREBUILT_DIRECTORY / _prebuilt_name(variant)
     if prebuilt.exists():
@@ -60,6 +63,8 @@ def library_path() -> Path:
 
 def best_variant() -> str:
     """The widest variant that this machine's processor can run."""
+    import torch
+
     capability = torch.backends.cpu.get_cpu_capability().lower()
     return capability if capability in VARIANTS else "baseline"
 
@@ -77,7 +82,7 @@ def compile_library(compiler: list[str], variant: str, path: Path) -> None:
     """Compile `csrc/` for `variant` into `path`, which appears only when it is complete."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     sources = [str(source) for source in sorted(SOURCE_DIRECTORY.glob("*.cpp"))]
-    command = [*compiler, *FLAGS, *VARIANTS[variant], *sources, "-o", str(temporary)]
+    command = [*compiler, *FLAGS, *_instruction_sets(variant), *sources, "-o", str(temporary)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
@@ -87,16 +92,24 @@ def compile_library(compiler: list[str], variant: str, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def build_prebuilt() -> list[Path]:
-    """Compile every variant of this architecture into the package."""
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    shutil.rmtree(PREBUILT_DIRECTORY, ignore_errors=True)
-    PREBUILT_DIRECTORY.mkdir()
+def build_prebuilt(directory: Path) -> list[Path]:
+    """Compile every variant of this architecture into `directory`, whose earlier contents are removed.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
     paths = []
-    for variant in VARIANTS if is_x86 else ("baseline",):
-        paths.append(PREBUILT_DIRECTORY / _prebuilt_name(variant))
+    for variant in VARIANTS if IS_X86 else ("baseline",):
+        paths.append(directory / _prebuilt_name(variant))
         compile_library(find_compiler(), variant, paths[-1])
     return paths
+
+
+def _instruction_sets(variant: str) -> tuple[str, ...]:
+    """Some distributions' compilers take newer processors for granted unless they are told the oldest."""
+    return ("-march=x86-64", *VARIANTS[variant]) if IS_X86 else VARIANTS[variant]
 
 
 def _prebuilt_name(variant: str) -> str:
@@ -119,10 +132,10 @@ def _version(compiler: list[str]) -> str:
 
 
 def _digest(*parts: str) -> str:
-    text = "\0".join((*parts, *FLAGS, str(VARIANTS), platform.machine()))
+    text = "\0".join((*parts, *FLAGS, *map(str, map(_instruction_sets, VARIANTS)), platform.machine()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":
-    for library in build_prebuilt():
+    for library in build_prebuilt(PREBUILT_DIRECTORY):
         print(library)

@@ -429,11 +429,16 @@ class EvaluationArguments:
         default=None, metadata=_describe("cpu, cuda, cuda:1, ...; by default a GPU where there is one")
     )
     mixed_precision: str = field(default="no", metadata=_describe("of the computation", choices=("no", "fp16", "bf16")))
+    int8: bool = field(
+        default=False, metadata=_describe("evaluate the models with int8 linear layers as well; on a CPU only")
+    )
     seed: int = field(default=0, metadata=_describe("of the choice of --max_eval_samples"))
     json: str | None = field(default=None, metadata=_describe("file to write the figures to"))
 
     def __post_init__(self) -> None:
         _check_range("per_device_eval_batch_size", self.per_device_eval_batch_size, 1, math.inf)
+        if self.int8 and self.mixed_precision != "no":
+            raise ValueError(f"--int8 needs float32 around it; --mixed_precision is {self.mixed_precision}.")
         if self.json is not None and not Path(self.json).absolute().parent.is_dir():
             raise ValueError(f"--json {self.json}: its folder does not exist.")
 

@@ -1,5 +1,6 @@
 """What the scripts do: from options to images, models and a `Trainer`, and how a run ends on the command line."""
 
+import copy
 import logging
 import shlex
 import sys
@@ -23,6 +24,7 @@ from hf_vssm_prune.documentation import see
 from hf_vssm_prune.hub.loading import load_classifier, load_config, new_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.pushing import push_model
+from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     DenseModelArguments,
@@ -102,11 +104,14 @@ def prepare_dense_training(data: DataArguments, model: DenseModelArguments, reci
 def evaluate(
     data: DataArguments, options: EvaluationArguments, pruning: PruningArguments
 ) -> dict[str, ModelEvaluation]:
-    """A model without pruning and, where it or the options have a schedule, with it.
+    """A model without pruning and, where it or the options have a schedule, with it; on request with int8 linears, too.
 
     Raises:
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.int8 and device.type != "cpu":
+        raise ValueError(f"--int8 computes on the CPU only, and the device is {device}: give --device cpu.")
     config = load_config(options.model_name_or_path)
     schedule = config.complete_token_pruning(pruning.token_pruning() or config.token_pruning)
     set_seed(options.seed)
@@ -124,6 +129,8 @@ def evaluate(
     if schedule is not None:
         models["pruned"] = load_model(options.model_name_or_path, label_names)
         models["pruned"].set_token_pruning(schedule)
+    if options.int8:
+        models |= {f"{name}, int8": quantize_linears(copy.deepcopy(model)) for name, model in models.items()}
     processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
     loader = DataLoader(
         EvaluationImages(dataset, processor),
@@ -131,7 +138,6 @@ def evaluate(
         collate_fn=collate,
         num_workers=data.dataloader_num_workers,
     )
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtypes = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
     return compare_models(models, loader, device, dtypes[options.mixed_precision])
 

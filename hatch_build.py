@@ -1,0 +1,47 @@
+"""Puts compiled CPU kernels into the wheel where the environment variable HF_VSSM_PRUNE_PREBUILT is 1.
+
+Such a wheel is for one platform and needs no compiler where it is installed. Without the variable the wheel is for any
+platform, and the kernels are compiled at their first use.
+"""
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+KERNELS = "hf_vssm_prune/kernels"
+
+
+class PrebuiltKernelsHook(BuildHookInterface):
+    directory: Path | None = None
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if version == "editable" or os.environ.get("HF_VSSM_PRUNE_PREBUILT", "0") in ("", "0"):
+            return
+        self.directory = Path(tempfile.mkdtemp())
+        for library in load_builder(Path(self.root)).build_prebuilt(self.directory):
+            build_data["force_include"][str(library)] = f"{KERNELS}/prebuilt/{library.name}"
+        platform_tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{platform_tag}"
+        build_data["pure_python"] = False
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if self.directory is not None:
+            shutil.rmtree(self.directory)
+
+
+def load_builder(root: Path) -> ModuleType:
+    """`kernels/build.py` by itself: the package around it needs torch, which a wheel is built without."""
+    spec = importlib.util.spec_from_file_location("build_kernels", root / "src" / KERNELS / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,87 @@
+"""int8 matrix products for inference on a CPU: weights are quantised once, activations as they come.
+
+PyTorch's own operators do the work (those behind its `quantize_dynamic`); torchao's eager CPU path was measured at half
+their speed and less.
+"""
+
+import warnings
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# The wide projections of both families' mixers: nearly all of a model's multiply-adds. The narrow ones, from which
+# time steps, B and C come, stay in float32, and so does the classifier: they would gain little and lose more.
+QUANTIZED_LAYERS = ("in_proj", "out_proj")
+
+
+def quantize_linears(model: Model) -> Model:
+    """Puts int8 layers in the place of a model's wide linear layers, for inference on a CPU.
+
+    Each row of a weight has its own scale, and so has each token in each call: the gated outputs that `out_proj` takes
+    have outliers up to 200 times their standard deviation, and one image's would blur all others in its batch. Results
+    are float32. The model is changed in place, and cannot be trained or saved afterwards: save it before.
+
+    Args:
+        model: float32, on the CPU, of either family.
+
+    Returns:
+        The model, in evaluation mode and without gradients.
+
+    Raises:
+        ValueError: a layer is not float32 on the CPU, or there is none to quantise.
+        RuntimeError: this build of PyTorch has no int8 matrix product.
+    """
+    if torch.backends.quantized.engine == "none":
+        raise RuntimeError("this build of PyTorch has no int8 matrix product (`torch.backends.quantized.engine`).")
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in QUANTIZED_LAYERS
+    }
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layers called {' or '.join(QUANTIZED_LAYERS)}.")
+    for name, layer in layers.items():  # all are looked at before the first is replaced
+        if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
+            raise ValueError(
+                f"`{name}` is {layer.weight.dtype} on {layer.weight.device}; float32 on the CPU can be quantised: "
+                "load the model with `dtype=torch.float32` and `device_map=None`."
+            )
+    for name, layer in layers.items():
+        model.set_submodule(name, Int8Linear(layer))
+    return model.eval().requires_grad_(False)
+
+
+class Int8Linear(nn.Module):
+    """What `nn.Linear` computes, with int8 weights and activations that are quantised in each call."""
+
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        # A row of zeros has any scale; torch wants a positive one.
+        scales = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny).double()
+        zero_points = torch.zeros(self.out_features, dtype=torch.int64)
+        with warnings.catch_warnings():  # torch 2.13 announces another way to make int8 tensors, and has none yet
+            warnings.filterwarnings("ignore", ".*quantize_per_channel.*", UserWarning)
+            quantized = torch.quantize_per_channel(weight, scales, zero_points, axis=0, dtype=torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        largest = torch.linalg.vector_norm(hidden_states, torch.inf, dim=-1, keepdim=True)
+        largest.clamp_(min=torch.finfo(torch.float32).tiny)
+        # Seven bits of activations: without VNNI, processors add pairs of products in 16 bits, which eight overflow.
+        product = torch.ops.quantized.linear_dynamic(hidden_states / largest, self.packed, reduce_range=True)
+        return product * largest if self.bias is None else torch.addcmul(self.bias, product, largest)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def _save_to_state_dict(self, *args: object) -> None:
+        raise RuntimeError("a quantised model cannot be saved: save the float32 model, and quantise what was loaded.")

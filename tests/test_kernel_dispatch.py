@@ -1,0 +1,101 @@
+"""Whole models reach the C++ kernels, and say so where they cannot: nothing falls back in silence."""
+
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_plainmamba_config, make_vim_config
+from kernel_arguments import scan_arguments
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_vssm_prune import kernels
+from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.kernels import build, cpu
+
+
+NO_KERNEL = cpu.unavailable("cpu")
+needs_kernel = pytest.mark.skipif(NO_KERNEL is not None, reason=NO_KERNEL or "")
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts the calls of this package's operators, in forward and backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        namespace, _, name = operator.name().partition("::")
+        if namespace == "hf_vssm_prune":
+            self.calls[name] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+# Of four layers. PlainMamba has one more convolution, after its first layer; Vim one scan for each direction.
+OPERATORS = {"plainmamba": {"selective_scan": 4, "depthwise_conv2d": 5}, "vim": {"selective_scan": 8}}
+
+
+@needs_kernel
+def test_inference_runs_the_kernels(tiny_pruned_config, pixel_values) -> None:
+    model = MODELS[tiny_pruned_config.model_type](tiny_pruned_config).eval()
+    with torch.no_grad(), OperatorCount() as count:
+        model(pixel_values)
+    assert count.calls == OPERATORS[tiny_pruned_config.model_type]
+
+
+@needs_kernel
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_run_the_kernels(training, tiny_pruned_config, pixel_values) -> None:
+    model = MODELS[tiny_pruned_config.model_type](tiny_pruned_config).train(training)
+    with OperatorCount() as count:
+        model(pixel_values, labels=torch.tensor([0, 2])).loss.backward()
+    forward = OPERATORS[tiny_pruned_config.model_type]
+    assert count.calls == {**forward, **{f"{name}_backward": calls for name, calls in forward.items()}}
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A machine on which nothing was compiled and nothing can be."""
+    monkeypatch.setattr(build, "PREBUILT_DIRECTORY", tmp_path / "prebuilt")
+    monkeypatch.setenv("HF_VSSM_PRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(kernels, "_WARNED", set())
+    cpu._load.cache_clear()
+    yield
+    cpu._load.cache_clear()
+
+
+def test_without_a_compiler_models_run_and_warn_once(without_compiler, pixel_values) -> None:
+    assert "install g++ or clang++" in kernels.available()["cpu (cpu)"]
+    for config in (make_plainmamba_config(), make_vim_config()):
+        model = MODELS[config.model_type](config).eval()
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught, OperatorCount() as count:
+            warnings.simplefilter("always")
+            logits = model(pixel_values).logits
+            model(pixel_values)
+        messages = [str(warning.message) for warning in caught if "no fast kernel" in str(warning.message)]
+        expected = 1 if config.model_type == "plainmamba" else 0  # the second model has been warned about
+        assert len(messages) == expected
+        assert all("install g++ or clang++" in message for message in messages)
+        assert not count.calls
+        config.scan_backend = "torch"
+        with torch.no_grad():
+            assert torch.equal(model(pixel_values).logits, logits)
+
+
+@needs_kernel
+def test_idle_threads_do_not_spin() -> None:
+    threads, arguments = torch.get_num_threads(), scan_arguments(8, 50, 256, 16)
+    torch.set_num_threads(4)
+    try:
+        cpu.selective_scan(**arguments)
+    finally:
+        torch.set_num_threads(threads)
+    time.sleep(0.1)
+    before = time.process_time()  # of all threads
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
