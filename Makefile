@@ -4,7 +4,7 @@ WORKERS ?= 2
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format demo clean
+.PHONY: help test lint format audit demo clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -20,6 +20,9 @@ lint: .venv/installed  ## Check style and types
 format: .venv/installed  ## Sort imports, apply the style
 	.venv/bin/python -m ruff check --fix
 	.venv/bin/python -m ruff format
+
+audit: .venv/installed  ## Look for known vulnerabilities of the installed packages
+	.venv/bin/python scripts/audit.py
 
 demo: .venv-demo/installed  ## Make .venv-demo, prune and fine-tune the shipped model
 	.venv-demo/bin/python scripts/demo.py
