@@ -1,4 +1,4 @@
-"""Faults that nothing else tests: killed processes, full disks, cut downloads, hostile files. `docs/faults.md` lists all.
+"""Faults that nothing else tests: killed processes, full disks, cut downloads, hostile files; `docs/faults.md` lists all.
 
 None may lose or corrupt what was there, and none may hang.
 """
@@ -11,21 +11,24 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from conftest import make_plainmamba_config, make_vim_config
 from hub_server import HubServer
 from safetensors.torch import load_file
 from test_training import datasets, fresh_accelerator, image_folder, make_recipe, make_trainer  # noqa: F401
 from transformers import AutoModelForImageClassification
 
-from hf_vssm_prune.hub import save_for_hub
+from hf_vssm_prune.hub import save_for_hub, saving
 from hf_vssm_prune.hub.loading import load_classifier
 from hf_vssm_prune.hub.pushing import list_pushed_files, push_model
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.checkpoints import remove_unfinished
+from hf_vssm_prune.training.data import load_image_dataset
 
 
 FORK = multiprocessing.get_context("fork")
@@ -50,8 +53,6 @@ def save_and_wait(model: torch.nn.Module, folder: Path, written: FORK.Event) -> 
     def wait(*_: object) -> None:
         written.set()
         time.sleep(60)
-
-    from hf_vssm_prune.hub import saving
 
     saving._publish = wait
     save_for_hub(model, folder)
@@ -260,7 +261,7 @@ def test_pickles_in_a_repository_are_not_opened(hub, repo, tmp_path) -> None:
     payload = pickle.dumps(Payload(tmp_path / "executed"))
     for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "preprocessor_config.pkl"):
         files[name] = payload
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"404|model\.safetensors"):
         load_classifier(repo)
     assert not hub.requests("GET", r"\.(bin|pt|pkl)$")
     assert not (tmp_path / "executed").exists()
@@ -309,18 +310,17 @@ def test_damaged_checkpoint_at_resume(damage, trained, datasets) -> None:  # noq
 
 
 def reset_accelerator() -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
-@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "scheduler.bin"])
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
 def test_pickled_code_in_a_checkpoint_does_not_run(name, trained, datasets) -> None:  # noqa: F811
-    if not (trained / "checkpoint-3" / name).exists():
-        pytest.skip(f"this accelerate writes no {name}")
+    assert (trained / "checkpoint-3" / name).is_file()
     torch.save(Payload(trained / "executed"), trained / "checkpoint-3" / name)
-    with pytest.raises(ValueError, match="checkpoint-3 is damaged"):
+    # Accelerate goes on without random states that it cannot read; the loop seeds every batch itself.
+    refused = pytest.raises(ValueError, match="checkpoint-3 is damaged") if name == "optimizer.bin" else nullcontext()
+    with refused:
         make_trainer(make_vim_config(), datasets, recipe_for(trained, "latest"))
     assert not (trained / "executed").exists()
 
@@ -341,7 +341,9 @@ def test_full_disk_while_a_checkpoint_is_written(trained, datasets, capsys, requ
     trainer = make_trainer(make_vim_config(), datasets, recipe)
     request.getfixturevalue("full_disk")
     assert jobs.run(lambda: trainer, recipe.run) == 1
-    assert "could not be saved to" in capsys.readouterr().err.rpartition("error: ")[2]
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("error: The checkpoint could not be saved to ")
+    assert "checkpoint-3" in last_line
     assert {path: path.read_bytes() for path in (trained / "checkpoint-2").rglob("*") if path.is_file()} == before
     assert not (trained / "checkpoint-3").exists()
     assert not list(trained.glob(".unfinished-*"))
@@ -350,10 +352,7 @@ def test_full_disk_while_a_checkpoint_is_written(trained, datasets, capsys, requ
 def test_broken_image_in_training_is_one_line(datasets, image_folder, tmp_path, capsys) -> None:  # noqa: F811
     copy = shutil.copytree(image_folder, tmp_path / "images")
     truncate(copy / "train" / "green" / "3.png")
-    recipe = make_recipe(tmp_path / "run", max_train_steps=9)
-    recipe.run.num_train_epochs = 1
-    from hf_vssm_prune.training.data import load_image_dataset
-
+    recipe = make_recipe(tmp_path / "run")
     trainer = make_trainer(make_vim_config(), load_image_dataset(str(copy)), recipe)
     assert jobs.run(lambda: trainer, recipe.run) == 1
     error = capsys.readouterr().err.rpartition("error: ")[2]

@@ -28,7 +28,7 @@ ALL_SECTIONS = [
     "Token pruning",
     "Training",
     "Evaluation",
-    "Limits",
+    "Limits and biases",
     "Licence",
     "Citation",
 ]

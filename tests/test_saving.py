@@ -74,7 +74,8 @@ def test_folder_holds_everything_and_nothing_else(family, image_processor, tmp_p
     folder = save_for_hub(make_classifier(family), tmp_path / "model", image_processor)
     code = {file.name for file in folder.glob("*.py")}
     others = {file.name for file in folder.iterdir()} - code
-    assert others == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    written = {"README.md", "NOTICE", "LICENSE-CODE", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert others == written
     assert {f"configuration_{family}.py", f"modeling_{family}.py", "selective_scan.py", "token_pruning.py"} <= code
     assert not any(other in file for file in code for other in set(MAKE_CONFIG) - {family})
     assert list(tmp_path.iterdir()) == [folder], "a temporary folder was left behind"

@@ -50,8 +50,8 @@ class TokenPruningMixin:
     """For `PreTrainedModel`s whose configuration has `token_pruning`.
 
     Attributes:
-        hub_module: the module that saves and pushes these models together with their code, card and notices. The package
-            names it; code that came with a model has none, and transformers saves it as it does all such code.
+        hub_module: the module that saves and pushes these models together with their code, card and notices. The
+            package names it; code that came with a model has none, and transformers saves it as all such code.
     """
 
     config: VisionMambaConfig

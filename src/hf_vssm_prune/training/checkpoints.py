@@ -142,5 +142,7 @@ def _named_where_damaged(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:  # JSON, zip, pickle, torch and safetensors each have their own
         others = [other.name for other in find_checkpoints(folder.parent) if other.name != folder.name]
-        advice = f"go on from another with --resume, there are {others}" if others else "there is no other in its folder"
+        advice = (
+            f"go on from another with --resume, there are {others}" if others else "there is no other in its folder"
+        )
         raise ValueError(f"The checkpoint {folder} is damaged: {error!r}; {advice}.") from error
