@@ -9,6 +9,7 @@ import os
 import pickle
 import resource
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -89,10 +90,9 @@ def test_killed_while_saving_over_a_model(tmp_path) -> None:
 
 
 @pytest.fixture
-def read_only(tmp_path) -> Iterator[Path]:
+def read_only() -> Iterator[Path]:
     """A folder in which this user may read and not write; root becomes another user for a while."""
-    folder = Path("/tmp") / f"read-only-{os.getpid()}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp())  # not in pytest's, which is closed to other users
     save_for_hub(make_model(), folder / "model")
     for path in (folder / "model", folder):
         path.chmod(0o555)
