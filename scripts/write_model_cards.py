@@ -44,12 +44,12 @@ SCHEDULES: dict[tuple[str, str], dict] = {
 LIMITS = [
     "This project has not evaluated it: ImageNet was not at hand. The papers' figures are not its own.",
     "It tells the 1,000 classes of ImageNet-1k apart; any other image gets one of these labels all the same.",
-    "Whom and what ImageNet's photos show, and under which names, is skewed (arXiv 1912.07726), and a model that learned "
-    "from them has taken that over.",
+    "Whom and what ImageNet's photos show, and under which names, is skewed (arXiv 1912.07726), and a model that "
+    "learned from them has taken that over.",
 ]
 LIMIT_OF_PRUNING = (
-    "What a dropped token showed is lost to the later layers. Whether small objects or rare classes suffer more from that "
-    "than others was not measured."
+    "What a dropped token showed is lost to the later layers. Whether small objects or rare classes suffer more from "
+    "that than others was not measured."
 )
 
 

@@ -1,4 +1,4 @@
-"""Faults that nothing else tests: killed processes, full disks, cut downloads, hostile files; `docs/faults.md` lists all.
+"""Faults that nothing else tests: killed processes, full disks, cut downloads, hostile files. All: `docs/faults.md`.
 
 None may lose or corrupt what was there, and none may hang.
 """

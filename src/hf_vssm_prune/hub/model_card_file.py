@@ -4,12 +4,12 @@
 name: plainmamba-clothes
 license: apache-2.0
 training: {command: python scripts/finetune.py ..., description: Two epochs.}
-evaluation: {results: results.json, dataset_name: Fashion-MNIST, dataset_id: zalando-datasets/fashion_mnist, split: test}
+evaluation: {results: results.json, dataset_name: Clothes, dataset_id: someone/clothes, split: test}
 limits: [It knows ten kinds of clothes.]
 ```
 
-The names are those of `ModelCardInfo`, `TrainingRecipe` and `Evaluation`; `results` is what `scripts/evaluate.py --json`
-wrote, and stands for the measurements. Files are named as they are seen from the YAML file.
+The names are those of `ModelCardInfo`, `TrainingRecipe` and `Evaluation`; `results` is what `scripts/evaluate.py
+--json` wrote, and stands for the measurements. Files are named as they are seen from the YAML file.
 """
 
 import os
