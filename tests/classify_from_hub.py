@@ -15,11 +15,11 @@ def main(how: str, photo: str, *names: str) -> None:
     if how == "with":
         import hf_vssm_prune  # noqa: F401  (registers the models)
 
-        options = {}
+        options = {"dtype": "float32"}
     else:
         if importlib.util.find_spec("hf_vssm_prune") is not None:
             raise SystemExit("hf_vssm_prune can be imported here, so that this would prove nothing")
-        options = {"trust_remote_code": True}
+        options = {"dtype": "float32", "trust_remote_code": True}
     answers = {}
     for name in names:
         base = AutoModel.from_pretrained(name, **options)

@@ -35,7 +35,7 @@ NAMES = [name for name in PRESETS if name not in LARGE or os.environ.get("HF_VSS
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    """Random weights in half precision, and images of 64 pixels: the sizes of all tensors but one are the published."""
+    """Random weights in half precision, for images of 64 pixels: all tensors but one are of the published sizes."""
     folder = tmp_path_factory.mktemp("saved")
     with HubServer() as server:
         for name in NAMES:
@@ -85,7 +85,7 @@ def test_models_of_every_size_classify_a_photo(hub, photo, tmp_path, python_with
             assert answer[key] == without[name][key]
         assert (answer["token_pruning"] is None) == (name == EXAMPLE)
         scores = [guess["score"] for guess in answer["guesses"]]
-        assert [guess["score"] for guess in without[name]["guesses"]] == pytest.approx(scores, rel=0.02, abs=1e-4)
-    # Of random weights in half precision the best guesses are too close to compare.
+        assert [guess["score"] for guess in without[name]["guesses"]] == pytest.approx(scores, rel=1e-3)
+    # Of random weights the best guesses are too close to compare.
     labels = [[guess["label"] for guess in each[EXAMPLE]["guesses"]] for each in (installed, without)]
     assert labels[0] == labels[1]
