@@ -63,11 +63,13 @@ class TokenPruningMixin:
             return super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]
         return importlib.import_module(self.hub_module).save_pretrained(self, save_directory, *arguments, **options)
 
-    def push_to_hub(self, *arguments: Any, **options: Any) -> Any:
+    def _push_to_hub(self, *arguments: Any, **options: Any) -> Any:
         """As `hf_vssm_prune.hub.pretrained.push_to_hub` where that is installed, else as transformers has it."""
         if self.hub_module is None:
             return super().push_to_hub(*arguments, **options)  # type: ignore[misc]
         return importlib.import_module(self.hub_module).push_to_hub(self, *arguments, **options)
+
+    push_to_hub: Any = _push_to_hub  # transformers has an attribute there, and no method
 
     def set_token_pruning(self, token_pruning: dict[str, Any] | None) -> None:
         """Changes the pruning schedule of a loaded model; None makes it dense. The weights stay as they are.
