@@ -5,7 +5,7 @@ SPACE ?= build/space
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format docs demo space browser clean
+.PHONY: help test lint format docs audit demo space browser clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -24,6 +24,9 @@ format: .venv/installed  ## Sort imports, apply the style
 
 docs: .venv/installed  ## Build the documentation into build/docs, every warning an error
 	.venv/bin/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going --builder html docs build/docs
+
+audit: .venv/installed  ## Look for known vulnerabilities of the installed packages
+	.venv/bin/python scripts/audit.py
 
 demo: .venv-demo/installed  ## Make .venv-demo, prune and fine-tune the shipped model
 	.venv-demo/bin/python scripts/demo.py

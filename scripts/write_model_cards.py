@@ -1,4 +1,5 @@
-"""Writes `model_cards/`: a page for each published model, as it is once converted, and for its pruned form.
+"""Writes `model_cards/`: a page for each published model, as it is once converted, and for its pruned form; and for the
+small models that this project trained.
 
     python scripts/write_model_cards.py
 
@@ -11,17 +12,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_vssm_prune import PlainMambaConfig, VimConfig
+from hf_vssm_prune import EXAMPLE_MODEL, PlainMambaConfig, VimConfig
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.hub import ModelCardInfo, TrainingRecipe, create_model_card
-from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
+from hf_vssm_prune.hub.model_card_file import read_model_card_info
 
 
+SOURCES = Path(__file__).resolve().parents[1] / "model_cards"
+OWN_MODEL = "plainmamba-fashion-mnist"
 FAMILIES: dict[str, tuple[type[VisionMambaConfig], str, str]] = {
     "plainmamba": (PlainMambaConfig, "PlainMamba", "https://github.com/ChenhongyiYang/PlainMamba"),
     "vim": (VimConfig, "Vim", "https://github.com/hustvl/Vim"),
+}
+# Where the authors put the weights, as their READMEs link them.
+ORIGINALS = {
+    "plainmamba": dict.fromkeys(("L1", "L2", "L3"), "ChenhongyiYang/PlainMamba"),
+    "vim": {"T": "hustvl/Vim-tiny-midclstok", "S": "hustvl/Vim-small-midclstok", "B": "hustvl/Vim-base-midclstok"},
 }
 # Schedules that come to the FLOPs that a paper states for this model; L1 and L2 are pruned like L3.
 SCHEDULES: dict[tuple[str, str], dict] = {
@@ -32,7 +41,16 @@ SCHEDULES: dict[tuple[str, str], dict] = {
     ("vim", "S"): {"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8]},
     ("vim", "B"): {"flops_reduction": 0.3},
 }
-NOT_MEASURED = "This project has not evaluated it: ImageNet was not at hand. The papers' figures are not its own."
+LIMITS = [
+    "This project has not evaluated it: ImageNet was not at hand. The papers' figures are not its own.",
+    "It tells the 1,000 classes of ImageNet-1k apart; any other image gets one of these labels all the same.",
+    "Whom and what ImageNet's photos show, and under which names, is skewed (arXiv 1912.07726), and a model that "
+    "learned from them has taken that over.",
+]
+LIMIT_OF_PRUNING = (
+    "What a dropped token showed is lost to the later layers. Whether small objects or rare classes suffer more from "
+    "that than others was not measured."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +64,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file = folder / f"{model_name(family, preset, pruned)}.md"
                 file.write_text(card_text(family, preset, pruned), encoding="utf-8")
                 print(file)
+    for name, text in (("", own_card_text()), ("-pruned", own_pruned_card_text())):
+        file = folder / f"{OWN_MODEL}{name}.md"
+        file.write_text(text, encoding="utf-8")
+        print(file)
     return 0
+
+
+def own_card_text() -> str:
+    """The page that lies beside the weights in the package."""
+    return (EXAMPLE_MODEL / "README.md").read_text(encoding="utf-8")
+
+
+def own_pruned_card_text() -> str:
+    """Of what `scripts/demo.py` makes from it; its YAML file has the figures of one run."""
+    model = load_classifier(EXAMPLE_MODEL)
+    model.set_token_pruning({"flops_reduction": 0.416})
+    info = read_model_card_info(SOURCES / f"{OWN_MODEL}-pruned.yaml")
+    return str(create_model_card(model, info, AutoImageProcessor.from_pretrained(EXAMPLE_MODEL)))
 
 
 def model_name(family: str, preset: str, pruned: bool) -> str:
@@ -64,8 +99,10 @@ def card_text(family: str, preset: str, pruned: bool) -> str:
         summary=f"{family_name}-{preset} for ImageNet-1k" + (", with token pruning." if pruned else ", dense."),
         license_notice="The original weights' licence applies: see where they were published.",
         original_weights=weights,
+        base_model=ORIGINALS[family][preset] if pruned else None,
+        datasets=["ILSVRC/imagenet-1k"],
         training=finetuning(config, model_name(family, preset, pruned=False)) if pruned else None,
-        limits=[NOT_MEASURED],
+        limits=[*LIMITS, LIMIT_OF_PRUNING] if pruned else LIMITS,
     )
     processor = new_image_processor(config, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], crop_pct=0.875)
     return str(create_model_card(model, info, processor))

@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 
 TOKEN = "hf_test"
 LFS_SUFFIXES = (".safetensors", ".png")
@@ -48,6 +50,9 @@ class Fault:
         status: of the answer.
         cut_after: close the connection after so many bytes of the body.
         wrong_bytes: answer with as many bytes, of another content.
+        stall_after: send so many bytes of the body, and then nothing until the client goes.
+        answer_lost: do what was asked, and give the answer `status` nevertheless.
+        skip: so many requests that match pass unhurt.
     """
 
     method: str
@@ -56,6 +61,9 @@ class Fault:
     status: int | None = None
     cut_after: int | None = None
     wrong_bytes: bool = False
+    stall_after: int | None = None
+    answer_lost: bool = False
+    skip: int = 0
 
 
 @dataclass
@@ -65,6 +73,7 @@ class State:
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
     before_commit: list = field(default_factory=list)  # called once each when a commit comes in
+    stalled: threading.Event = field(default_factory=threading.Event)  # a client waits for the rest of a file
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -112,6 +121,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.state.lock:
             for fault in self.state.faults:
                 if fault.times > 0 and fault.method == self.command and re.search(fault.path, self.path):
+                    if fault.skip > 0:
+                        fault.skip -= 1
+                        return None
                     fault.times -= 1
                     return fault
         return None
@@ -125,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.state.lock:
             self.state.requests.append((self.command, unquote(url.path), self.headers.get("Range")))
         self.fault = self.meet_fault()
-        if self.fault is not None and self.fault.status is not None:
+        if self.fault is not None and self.fault.status is not None and not self.fault.answer_lost:
             self.close_connection = self.command == "PUT"  # its body was not read
             return self.error(self.fault.status, "Fault", "a fault of the test")
         is_open = self.command in ("GET", "HEAD") or self.path.startswith(("/lfs/", "/api/validate-yaml"))
@@ -261,6 +273,8 @@ class Handler(BaseHTTPRequestHandler):
                 answer["pullRequestUrl"] = f"{url}/discussions/{number}"
             else:
                 repository.branches[revision].append(commit)
+        if self.fault is not None and self.fault.answer_lost:
+            return self.error(self.fault.status, "Fault", "a fault of the test")
         self.answer(200, answer)
 
     def resolve(self, name: str, revision: str, path: str) -> None:
@@ -282,17 +296,24 @@ class Handler(BaseHTTPRequestHandler):
             content, status = content[int(match[1]) :], 206
         if self.fault is not None and self.fault.wrong_bytes:
             content = content[:-4] + bytes(byte ^ 1 for byte in content[-4:])
-        if self.fault is not None and self.fault.cut_after is not None and self.command == "GET":
-            self.send_response(status)
-            for header, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(header, value)
-            self.end_headers()
-            self.wfile.write(content[: self.fault.cut_after])
-            self.wfile.flush()
-            self.connection.close()
-            self.close_connection = True
-            return
+        if self.fault is not None and self.command == "GET":
+            sent = self.fault.cut_after if self.fault.stall_after is None else self.fault.stall_after
+            if sent is not None:
+                return self.send_part(status, content, headers, sent)
         self.answer(status, content, headers)
+
+    def send_part(self, status: int, content: bytes, headers: dict[str, str], length: int) -> None:
+        self.send_response(status)
+        for header, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        self.wfile.write(content[:length])
+        self.wfile.flush()
+        if self.fault.stall_after is not None:
+            self.state.stalled.set()
+            self.connection.recv(1)  # returns when the client has gone
+        self.connection.close()
+        self.close_connection = True
 
 
 REPO = r"([^/]+/[^/]+)"
@@ -326,16 +347,37 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """Variables under which huggingface_hub talks to this server, with a cache of its own."""
         variables = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}",
+            "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",  # Xet is another protocol, for which there is no server here
             "HF_HUB_DOWNLOAD_TIMEOUT": "5",
         }
         return variables if token is None else {**variables, "HF_TOKEN": token}
+
+    def use_in_this_process(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        """What `environment` does, for huggingface_hub that is imported already: quicker than a new process."""
+        for name, value in {
+            "ENDPOINT": self.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    def host(self, name: str, folder: Path) -> None:
+        """Puts a folder's files into a new repository, as if they had been pushed."""
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        self.state.repositories[name] = Repository(False, {"main": [make_commit(None, "Upload model", files)]})
 
     def fail(self, method: str, path: str, times: int = 1, **what: object) -> None:
         self.state.faults.append(Fault(method, path, times, **what))

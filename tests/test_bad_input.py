@@ -94,7 +94,7 @@ DAMAGES = {
     "empty weights": (truncated(0), "weights of MODEL cannot be read"),
     "text as weights": (containing("model.safetensors", b"Not Found\n"), "weights of MODEL cannot be read"),
     "no weights": (without("model.safetensors"), "no file named model.safetensors"),
-    "weights that run code": (only_a_pickle, "weights of MODEL cannot be read"),
+    "weights that run code": (only_a_pickle, "no file named model.safetensors"),
     "no configuration": (without("config.json"), "config.json"),
     "half a configuration": (containing("config.json", b'{"model_type": "plainm'), "not a valid JSON file"),
     "a configuration that is a list": (containing("config.json", b"[]"), "MODEL"),

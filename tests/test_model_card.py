@@ -1,10 +1,11 @@
 """Model cards: valid, computed and not invented, and with code that runs."""
 
+import json
 import re
 
 import pytest
 import yaml
-from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from conftest import MAKE_CONFIG, TOKEN_PRUNING, load_script
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification, BitImageProcessorPil
@@ -19,6 +20,7 @@ from hf_vssm_prune.hub import (
     save_for_hub,
 )
 from hf_vssm_prune.hub.model_card import format_flops
+from hf_vssm_prune.hub.model_card_file import read_model_card_info
 from hf_vssm_prune.hub.published_results import PUBLISHED_RESULTS, preset_of, published_results
 
 
@@ -28,7 +30,7 @@ ALL_SECTIONS = [
     "Token pruning",
     "Training",
     "Evaluation",
-    "Limits",
+    "Limits and biases",
     "Licence",
     "Citation",
 ]
@@ -153,6 +155,78 @@ def test_model_id_in_code(tiny_config, tmp_path) -> None:
     assert 'from_pretrained("org/name")' in create_model_card(model, ModelCardInfo("Title", model_id="org/name")).text
     folder = save_for_hub(model, tmp_path / "name", model_card=ModelCardInfo("Some title"))
     assert 'from_pretrained("name")' in (folder / "README.md").read_text()
+
+
+# ---- From files --------------------------------------------------------------------------------------------------
+
+
+RESULTS = {
+    "dense": {"accuracy": {"top1": 0.904, "top5": 0.99, "loss": 1.0, "num_images": 2000}, "images_per_second": 200.0},
+    "pruned": {"accuracy": {"top1": 0.9015, "top5": 0.98, "loss": 1.0, "num_images": 2000}, "images_per_second": 321.0},
+}
+ABOUT = {"dataset_name": "Fashion-MNIST", "dataset_id": "fashion_mnist", "split": "test"}
+
+
+def write_sources(folder, results=RESULTS, **changes):
+    (folder / "results.json").write_text(json.dumps(results))
+    card = {
+        "name": "A small model",
+        "license": "mit",
+        "training": {"command": "python train.py"},
+        "evaluation": {"results": "results.json", **ABOUT},
+        **changes,
+    }
+    (folder / "card.yaml").write_text(yaml.safe_dump(card))
+    return folder / "card.yaml"
+
+
+def test_figures_of_an_evaluation_become_the_cards(tiny_pruned_config, image_processor, tmp_path) -> None:
+    info = read_model_card_info(write_sources(tmp_path))
+    card = create_model_card(make_classifier(tiny_pruned_config), info, image_processor)
+    assert [result.metric_value for result in card.data.eval_results] == [0.9015, 0.98]
+    assert re.search(r"\| dense \| .* \| 90\.40 \| 99\.00 \| 200\.0 \|\n\| pruned \| .* \| 90\.15 \| 98", card.text)
+    assert "2,000 images of Fashion-MNIST" in card.text
+    assert "python train.py" in card.text
+    only_dense = {"dense": RESULTS["dense"]}
+    info = read_model_card_info(write_sources(tmp_path, only_dense))
+    assert info.evaluation.this_model.name == "dense"
+    assert info.evaluation.others == []
+
+
+def test_script_writes_the_page_of_a_folder(tiny_pruned_config, image_processor, tmp_path, capsys) -> None:
+    folder = save_for_hub(make_classifier(tiny_pruned_config), tmp_path / "model", image_processor)
+    weights = (folder / "model.safetensors").read_bytes()
+    card = write_sources(tmp_path)
+    assert load_script("write_card").main([str(folder), str(card)]) == 0
+    assert "# A small model" in (folder / "README.md").read_text()
+    assert "The weights: under mit." in (folder / "NOTICE").read_text()
+    assert (folder / "model.safetensors").read_bytes() == weights
+    card.write_text("nom: A small model")
+    assert load_script("write_card").main([str(folder), str(card)]) == 1
+    assert "card.yaml does not describe a model card" in capsys.readouterr().err
+    assert "# A small model" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a list", "names and values are needed"),
+        ("name: [", "does not describe a model card"),
+        ("license: mit", "name"),
+        ("name: M\ntraining: {recipe: none}", "recipe"),
+        ("name: M\nevaluation: {split: test}", "results"),
+    ],
+)
+def test_wrong_descriptions_are_refused(content, message, tmp_path) -> None:
+    (tmp_path / "card.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_model_card_info(tmp_path / "card.yaml")
+
+
+@pytest.mark.parametrize("results", [[], {}, {"dense": {}}, {"dense": {"accuracy": {"top1": "high"}}}])
+def test_wrong_results_are_refused(results, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"results\.json is not what scripts/evaluate\.py --json writes"):
+        read_model_card_info(write_sources(tmp_path, results))
 
 
 # ---- Published results -------------------------------------------------------------------------------------------

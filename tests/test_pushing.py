@@ -52,7 +52,7 @@ class Client:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment |= {**self.hub.environment(self.home, token), "OMP_NUM_THREADS": "1", **variables}
         arguments = [sys.executable, *map(str, command)]
-        return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
 
     def push(self, *arguments: str | Path, **options: str | None) -> subprocess.CompletedProcess:
         return self.run(SCRIPTS / "push.py", *arguments, **options)

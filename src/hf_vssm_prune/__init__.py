@@ -11,6 +11,7 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageC
 from .configuration_plainmamba import PlainMambaConfig
 from .configuration_vim import VimConfig
 from .flops import count_flops
+from .modeling_common import TokenPruningMixin
 from .modeling_plainmamba import (
     PlainMambaBackbone,
     PlainMambaForImageClassification,
@@ -25,6 +26,8 @@ __version__ = "0.1.0"
 
 # A small dense PlainMamba for Fashion-MNIST that comes with the package: to try things with, at no download.
 EXAMPLE_MODEL = Path(__file__).parent / "data" / "plainmamba_fashion_mnist"
+
+TokenPruningMixin.hub_module = "hf_vssm_prune.hub.pretrained"
 
 AutoConfig.register("plainmamba", PlainMambaConfig)
 AutoModel.register(PlainMambaConfig, PlainMambaModel)

@@ -1,8 +1,10 @@
 """What the two model families share: outputs, input checks, position embeddings, drop path, initialisation."""
 
+import importlib
 import math
+import os
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +47,29 @@ class PrunedImageClassifierOutput(ImageClassifierOutput):
 
 
 class TokenPruningMixin:
-    """For `PreTrainedModel`s whose configuration has `token_pruning`."""
+    """For `PreTrainedModel`s whose configuration has `token_pruning`.
+
+    Attributes:
+        hub_module: the module that saves and pushes these models together with their code, card and notices. The
+            package names it; code that came with a model has none, and transformers saves it as all such code.
+    """
 
     config: VisionMambaConfig
+    hub_module: ClassVar[str | None] = None
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> Any:
+        """As `hf_vssm_prune.hub.pretrained.save_pretrained` where that is installed, else as transformers has it."""
+        if self.hub_module is None:
+            return super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]
+        return importlib.import_module(self.hub_module).save_pretrained(self, save_directory, *arguments, **options)
+
+    def _push_to_hub(self, *arguments: Any, **options: Any) -> Any:
+        """As `hf_vssm_prune.hub.pretrained.push_to_hub` where that is installed, else as transformers has it."""
+        if self.hub_module is None:
+            return super().push_to_hub(*arguments, **options)  # type: ignore[misc]
+        return importlib.import_module(self.hub_module).push_to_hub(self, *arguments, **options)
+
+    push_to_hub: Any = _push_to_hub  # transformers has an attribute there, and no method
 
     def set_token_pruning(self, token_pruning: dict[str, Any] | None) -> None:
         """Changes the pruning schedule of a loaded model; None makes it dense. The weights stay as they are.

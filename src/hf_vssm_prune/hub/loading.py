@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -14,6 +13,7 @@ from transformers.utils import cached_file
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.hub.retrying import patiently
 
 
 def load_config(name_or_path: str, revision: str = "main") -> VisionMambaConfig:
@@ -24,7 +24,7 @@ def load_config(name_or_path: str, revision: str = "main") -> VisionMambaConfig:
         OSError: there is none.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+        config = patiently(lambda: AutoConfig.from_pretrained(name_or_path, revision=revision))
     except StrictDataclassError as error:
         raise ValueError(f"The configuration of {name_or_path} is not valid: {error}") from error
     except OSError as error:
@@ -40,7 +40,7 @@ def load_classifier(
     """An image classifier of this package with all its weights, in evaluation mode.
 
     transformers draws at random what a checkpoint lacks, and warns: right for a new classifier, and elsewhere an
-    accuracy that means nothing.
+    accuracy that means nothing. Weights are read from safetensors alone: a pickle is not opened.
 
     Args:
         name_or_path: a folder, or a model on the Hub.
@@ -55,14 +55,17 @@ def load_classifier(
     """
     load_config(str(name_or_path), revision)
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name_or_path,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            revision=revision,
-            output_loading_info=True,
-            **options,
+        model, info = patiently(
+            lambda: AutoModelForImageClassification.from_pretrained(
+                name_or_path,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                revision=revision,
+                output_loading_info=True,
+                use_safetensors=True,
+                **options,
+            )
         )
-    except (SafetensorError, UnpicklingError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"The weights of {name_or_path} cannot be read: {error}") from error
     wrong = {kind: sorted(names) for kind, names in info.items() if kind.endswith("_keys") and names}
     if ignore_mismatched_sizes:

@@ -4,6 +4,7 @@ Parameters, FLOPs and the pruning schedule are taken from the model. The rest co
 section about which nothing is known is left out.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -135,6 +136,36 @@ class Evaluation:
     this_model: Measurement
     others: Sequence[Measurement] = ()
     hardware: str | None = None
+
+    @classmethod
+    def from_results(cls, file: str | os.PathLike[str], **about: Any) -> "Evaluation":
+        """What `scripts/evaluate.py --json` wrote: the pruned model is this one, or the dense one where that is alone.
+
+        Args:
+            file: the JSON.
+            about: the other fields, `num_images` excepted.
+
+        Raises:
+            ValueError: the file is not what that script writes.
+            OSError: it cannot be read.
+        """
+        try:
+            results = json.loads(Path(file).read_text(encoding="utf-8"))
+            measured = {
+                name: Measurement(
+                    name,
+                    top1=100 * result["accuracy"]["top1"],
+                    top5=100 * result["accuracy"]["top5"],
+                    images_per_second=result["images_per_second"],
+                    pruned=name == "pruned",
+                )
+                for name, result in results.items()
+            }
+            this_model = measured.pop("pruned" if "pruned" in measured else "dense")
+            num_images = results[this_model.name]["accuracy"]["num_images"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is not what scripts/evaluate.py --json writes: {error!r}") from error
+        return cls(num_images=num_images, this_model=this_model, others=list(measured.values()), **about)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from hf_vssm_prune.hub.loading import load_config
-from hf_vssm_prune.hub.saving import CARD, CONFIG, WEIGHTS
+from hf_vssm_prune.hub.retrying import patiently
+from hf_vssm_prune.hub.saving import CARD, CONFIG, NOTICE, WEIGHTS
 
 
 # What belongs to a model: not checkpoints, logs, optimizer states, or pickles.
@@ -72,6 +73,7 @@ def push_model(
     commit_message: str = "Upload model",
     create_pr: bool = False,
     token: str | None = None,
+    keep_card: bool = False,
 ) -> CommitInfo:
     """Puts a saved model on the Hub in one commit; the repository, and the branch, are made where they are missing.
 
@@ -83,6 +85,7 @@ def push_model(
         commit_message: its title.
         create_pr: open a pull request with the commit, in place of changing the branch.
         token: of the account; None: that of `hf auth login` or `HF_TOKEN`.
+        keep_card: a card that the repository has stays, with its notices.
 
     Returns:
         The commit, or the last one where nothing has changed.
@@ -99,27 +102,30 @@ def push_model(
     api = HfApi(token=token)
     with _explained(repo_id):
         if not create_pr:
-            api.create_repo(repo_id, private=private, exist_ok=True)
+            patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
             if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-        base = api.model_info(repo_id, revision=revision)
-        names = {file.path.name for file in files}
-        outdated = [
-            sibling.rfilename
-            for sibling in base.siblings or []
-            if sibling.rfilename not in names and _matches(sibling.rfilename, WEIGHTS)
-        ]
-        return api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationAdd(file.path.name, file.path) for file in files),
-                *(CommitOperationDelete(name) for name in outdated),
-            ],
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=base.sha,
-        )
+                patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        base = patiently(lambda: api.model_info(repo_id, revision=revision))
+        there = {sibling.rfilename for sibling in base.siblings or []}
+        if keep_card and CARD in there:
+            files = [file for file in files if file.path.name not in (CARD, NOTICE)]
+        outdated = {name for name in there if _matches(name, WEIGHTS)} - {file.path.name for file in files}
+
+        def commit() -> CommitInfo:
+            return api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationAdd(file.path.name, file.path) for file in files),
+                    *(CommitOperationDelete(name) for name in sorted(outdated)),
+                ],
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=base.sha,
+            )
+
+        # Of a commit that went through unheard nothing is left to change. A pull request would be opened twice.
+        return commit() if create_pr else patiently(commit)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -135,6 +141,8 @@ def _check_weights(folder: Path) -> None:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{index} cannot be read: {error!r}") from error
+        if foreign := sorted(shard for shard in shards if not _matches(shard, WEIGHTS) or Path(shard).name != shard):
+            raise ValueError(f"{index} names {foreign}; only files of weights beside it are allowed.")
     else:
         raise ValueError(f"{folder} has no weights: model.safetensors is missing.")
     for shard in sorted(shards):

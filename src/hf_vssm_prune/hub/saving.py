@@ -1,4 +1,5 @@
-"""Writes a model as a folder for the Hub: weights, configuration, the code that it needs, image processor, model card.
+"""Writes a model as a folder for the Hub: weights, configuration, the code that it needs, image processor, model card,
+and the notices of licences.
 
 The folder opens with transformers' Auto classes after `import hf_vssm_prune`, and with `trust_remote_code=True` where
 the package is not installed. Both read the same code: the flat files of the package's root that the model's module
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -24,6 +26,8 @@ from hf_vssm_prune.hub.model_card import ModelCardInfo, VisionMamba, create_mode
 
 PACKAGE = Path(hf_vssm_prune.__file__).parent
 CARD, CONFIG = "README.md", "config.json"
+# The code's licence asks to come along; a file named LICENSE would be taken for that of the weights.
+CODE_LICENSE, NOTICE = Path(__file__).with_name("LICENSE-CODE"), "NOTICE"
 # transformers prefers a single weight file to shards, so that those of an earlier save must not stay beside new ones.
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
@@ -55,13 +59,10 @@ def save_for_hub(
         NotADirectoryError: `folder`, or a parent of it, is a file.
         OSError: the files cannot be written, and what was there before is unchanged; or cannot be moved into place.
     """
-    _check_arguments(model, image_processor)
+    check_arguments(model, image_processor)
     folder = Path(os.path.abspath(folder))
-    _check_folder(folder)
-    if model_card is None and not (folder / CARD).exists():
-        model_card = ModelCardInfo(name=folder.name)
-    if model_card is not None and model_card.model_id is None:
-        model_card = replace(model_card, model_id=folder.name)
+    check_folder(folder)
+    model_card = card_for(folder, model_card)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # On the same file system as the folder, for the moves to be atomic.
@@ -70,7 +71,8 @@ def save_for_hub(
         ) as scratch:
             staged = Path(scratch) / "model"
             staged.mkdir()
-            _write(model, staged, image_processor, model_card)
+            PreTrainedModel.save_pretrained(model, staged)
+            complete_folder(model, staged, image_processor, model_card)
             _publish(staged, folder)
     except (OSError, SafetensorError) as error:
         raise OSError(f"The model could not be saved to {folder}: {error}") from error
@@ -95,7 +97,7 @@ def code_files(config: VisionMambaConfig) -> list[Path]:
     return sorted(modules | imported)
 
 
-def _check_arguments(model: VisionMamba, image_processor: ImageProcessingMixin | None) -> None:
+def check_arguments(model: VisionMamba, image_processor: ImageProcessingMixin | None) -> None:
     if not isinstance(model, VisionMamba):
         raise TypeError(
             f"A PlainMamba or Vim model of hf_vssm_prune is needed, given was a {_name(model)}. Unwrap a compiled or "
@@ -112,30 +114,49 @@ def _name(given: object) -> str:
     return f"{type(given).__module__}.{type(given).__qualname__}"
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     first_existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not first_existing.is_dir():
         raise NotADirectoryError(f"The model cannot be saved to {folder}: {first_existing} is a file.")
 
 
-def _write(
-    model: VisionMamba,
-    staged: Path,
-    image_processor: ImageProcessingMixin | None,
-    model_card: ModelCardInfo | None,
+def card_for(folder: Path, model_card: ModelCardInfo | None) -> ModelCardInfo | None:
+    """What to write a folder's card from. None: it has one already, and nothing was said about a new one."""
+    if model_card is None:
+        return None if (folder / CARD).exists() else ModelCardInfo(name=folder.name, model_id=folder.name)
+    return model_card if model_card.model_id is not None else replace(model_card, model_id=folder.name)
+
+
+def complete_folder(
+    model: VisionMamba, folder: Path, image_processor: ImageProcessingMixin | None, model_card: ModelCardInfo | None
 ) -> None:
-    model.save_pretrained(staged)
-    for weights in staged.glob("*.safetensors"):
-        shutil.copymode(staged / CONFIG, weights)  # safetensors lets nobody but their owner read them
-    _complete_config(staged / CONFIG, auto_map(model.config))
-    for file in code_files(model.config):
-        shutil.copyfile(file, staged / file.name)
+    """Adds to weights and configuration what they need beside them: see `save_for_hub`."""
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / CONFIG, weights)  # safetensors lets nobody but their owner read them
+    _complete_config(folder / CONFIG, auto_map(model.config))
+    for file in (*code_files(model.config), CODE_LICENSE):
+        shutil.copyfile(file, folder / file.name)
     if image_processor is not None:
-        image_processor.save_pretrained(staged)
+        image_processor.save_pretrained(folder)
     if model_card is not None:
-        create_model_card(model, model_card, image_processor).save(staged / CARD)
+        create_model_card(model, model_card, image_processor).save(folder / CARD)
+        (folder / NOTICE).write_text(_notice(model_card), encoding="utf-8")
         if model_card.picture is not None:
-            shutil.copyfile(model_card.picture, staged / Path(model_card.picture).name)
+            picture = folder / Path(model_card.picture).name
+            if not (picture.exists() and picture.samefile(model_card.picture)):
+                shutil.copyfile(model_card.picture, picture)
+
+
+def _notice(model_card: ModelCardInfo) -> str:
+    license = f"under {model_card.license}" if model_card.license else "no licence was named when they were saved"
+    lines = [
+        "The code in this folder (*.py) is hf_vssm_prune's, unchanged, under the Apache License, Version 2.0: see",
+        f"{CODE_LICENSE.name}. It comes without warranty of any kind.",
+        "",
+        f"The weights: {license}.",
+        *([model_card.license_notice] if model_card.license_notice else []),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _complete_config(file: Path, classes: dict[str, str]) -> None:

@@ -4,11 +4,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
@@ -82,21 +85,29 @@ def save_checkpoint(
     """Saves everything that an exact continuation needs as `checkpoint-<updates>`; all but the newest `keep` go.
 
     It is called on every process. `settings` are those that a continuation has to share.
+
+    Raises:
+        OSError: it cannot be written; earlier checkpoints are as they were.
     """
     folder = output_dir / f"checkpoint-{state.updates}"
     unfinished = output_dir / f".unfinished-{folder.name}"
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(unfinished))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if ema is not None:
+                weights = ema.model.state_dict()
+                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished / EMA)
+            write_json({"settings": settings, "state": asdict(state)}, unfinished / STATE)
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is one or another, by who meets it
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"The checkpoint could not be saved to {folder}: {error}") from error
     if accelerator.is_main_process:
-        if ema is not None:
-            weights = ema.model.state_dict()
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished / EMA)
-        write_json({"settings": settings, "state": asdict(state)}, unfinished / STATE)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
         for old in find_checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -109,14 +120,29 @@ def load_checkpoint(
     """Loads what `save_checkpoint` wrote into the prepared model and optimizer and into the average.
 
     Raises:
-        ValueError: the checkpoint is of a run with other settings.
+        ValueError: the checkpoint is damaged, or of a run with other settings.
     """
-    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     settings = json.loads(json.dumps(settings))  # tuples became lists in the file, too
-    if differing := [name for name in settings if settings[name] != saved["settings"].get(name)]:
-        listed = "; ".join(f"{name} was {saved['settings'].get(name)} and is {settings[name]}" for name in differing)
+    with _named_where_damaged(folder):
+        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        saved_settings, state = saved["settings"], TrainingState(**saved["state"])
+    if differing := [name for name in settings if settings[name] != saved_settings.get(name)]:
+        listed = "; ".join(f"{name} was {saved_settings.get(name)} and is {settings[name]}" for name in differing)
         raise ValueError(f"{folder} cannot be continued exactly, the run was set up differently: {listed}.")
-    accelerator.load_state(str(folder))
-    if ema is not None:
-        ema.model.load_state_dict(load_file(folder / EMA))
-    return TrainingState(**saved["state"])
+    with _named_where_damaged(folder):
+        accelerator.load_state(str(folder))
+        if ema is not None:
+            ema.model.load_state_dict(load_file(folder / EMA))
+    return state
+
+
+@contextmanager
+def _named_where_damaged(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # JSON, zip, pickle, torch and safetensors each have their own
+        others = [other.name for other in find_checkpoints(folder.parent) if other.name != folder.name]
+        advice = (
+            f"go on from another with --resume, there are {others}" if others else "there is no other in its folder"
+        )
+        raise ValueError(f"The checkpoint {folder} is damaged: {error!r}; {advice}.") from error

@@ -16,6 +16,10 @@ from hf_vssm_prune.documentation import see
 PROBE_TOLERANCE_IN_LEVELS = 2
 
 
+class ImageError(ValueError):
+    """An image is missing, damaged, of no known format, or of a pixel type without a known range."""
+
+
 def decode_image(stored: Mapping[str, Any], mode: str, name: str) -> Image.Image:
     """Decodes an image that `datasets.Image(decode=False)` stored, upright (EXIF) and in one mode.
 
@@ -27,18 +31,18 @@ def decode_image(stored: Mapping[str, Any], mode: str, name: str) -> Image.Image
         name: What an error calls the image.
 
     Raises:
-        ValueError: The image is missing, damaged, of no known format, or of a pixel type without a known range.
+        ImageError: see there.
     """
     source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
     if source is None:
-        raise ValueError(f"{name} has neither bytes nor a path.")
+        raise ImageError(f"{name} has neither bytes nor a path.")
     try:
         with Image.open(source) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
     # Pillow's readers raise OSError, SyntaxError, ValueError, EOFError, struct.error, … for damaged files.
     except Exception as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
+        raise ImageError(f"{name} cannot be read: {error}") from error
     if upright.mode.startswith("I") or upright.mode == "F":
         upright = _to_8_bits(upright, name)
     if "A" in upright.getbands() or "transparency" in upright.info:
@@ -52,7 +56,7 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     on the file, Pillow opens it as "I;16" or as 32-bit integers."""
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise ValueError(
+        raise ImageError(
             f"{name} has pixels of mode '{image.mode}' from {pixels.min()} to {pixels.max()}: "
             "convert it to 8 or 16 bits per channel."
         )

@@ -42,6 +42,7 @@ from hf_vssm_prune.training.data import (
     load_image_dataset,
 )
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
+from hf_vssm_prune.training.image_steps import ImageError
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe, Trainer, TrainingDivergedError, check_output_dir
 
@@ -266,8 +267,12 @@ def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
     except TrainingInterruptedError as interruption:
         print(interruption, file=sys.stderr)
         return 128 + interruption.signal
-    except TrainingDivergedError as error:
+    except (TrainingDivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ImageError as error:
+        # One of a worker process brings that one's traceback along.
+        print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr)
         return 1
     if arguments.push_to_hub and trainer.accelerator.is_main_process:
         try:

@@ -1,0 +1,49 @@
+"""Reads what a model card says beside what the model itself tells from a YAML file.
+
+```yaml
+name: plainmamba-clothes
+license: apache-2.0
+training: {command: python scripts/finetune.py ..., description: Two epochs.}
+evaluation: {results: results.json, dataset_name: Clothes, dataset_id: someone/clothes, split: test}
+limits: [It knows ten kinds of clothes.]
+```
+
+The names are those of `ModelCardInfo`, `TrainingRecipe` and `Evaluation`; `results` is what `scripts/evaluate.py
+--json` wrote, and stands for the measurements. Files are named as they are seen from the YAML file.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_vssm_prune.hub.model_card import Evaluation, ModelCardInfo, TrainingRecipe
+
+
+def read_model_card_info(file: str | os.PathLike[str]) -> ModelCardInfo:
+    """A YAML file as a `ModelCardInfo`.
+
+    Raises:
+        ValueError: it is not such a file; the message says what is wrong.
+        OSError: it, or a file that it names, cannot be read.
+    """
+    file = Path(file)
+    try:
+        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise TypeError(f"names and values are needed, not {fields!r}")
+        return ModelCardInfo(**_with_objects(fields, file.parent))
+    except (yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{file} does not describe a model card: {error}") from error
+
+
+def _with_objects(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if "training" in fields:
+        fields["training"] = TrainingRecipe(**fields["training"])
+    if "evaluation" in fields:
+        about = dict(fields["evaluation"])
+        fields["evaluation"] = Evaluation.from_results(folder / about.pop("results"), **about)
+    if "picture" in fields:
+        fields["picture"] = folder / fields["picture"]
+    return fields

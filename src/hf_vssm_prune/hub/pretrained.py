@@ -1,0 +1,93 @@
+"""`save_pretrained` and `push_to_hub` of the models: transformers' own, and all that a model's page needs beside."""
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from transformers import PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from hf_vssm_prune.hub.model_card import ModelCardInfo, VisionMamba
+from hf_vssm_prune.hub.pushing import push_model
+from hf_vssm_prune.hub.saving import card_for, check_arguments, check_folder, complete_folder
+
+
+def save_pretrained(
+    model: VisionMamba,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    *,
+    image_processor: ImageProcessingMixin | None = None,
+    model_card: ModelCardInfo | None = None,
+    push_to_hub: bool = False,
+    **options: Any,
+) -> None:
+    """Saves a model with transformers' `save_pretrained`, and adds its code, image processor, card and notices.
+
+    It writes into the folder at once, as transformers does, and takes all its options; `hub.save_for_hub` writes
+    everything or nothing.
+
+    Args:
+        model: a PlainMamba or Vim model of this package.
+        save_directory: the folder.
+        is_main_process: whether this process writes what is not weights.
+        image_processor, model_card: as in `hub.save_for_hub`.
+        push_to_hub: push afterwards, with `repo_id` (default: the folder's name), `commit_message`, `create_pr`,
+            `private`, `revision` and `token` from the options.
+        options: of transformers' `save_pretrained`.
+
+    Raises:
+        TypeError, NotADirectoryError: as `hub.save_for_hub`.
+        PushError: as `hub.push_model`.
+    """
+    check_arguments(model, image_processor)
+    folder = Path(os.path.abspath(save_directory))
+    check_folder(folder)
+    token = options.get("token")
+    push_options = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
+    PreTrainedModel.save_pretrained(model, folder, is_main_process, **options)
+    if is_main_process:
+        complete_folder(model, folder, image_processor, card_for(folder, model_card))
+        if push_to_hub:
+            push_model(folder, push_options.pop("repo_id", folder.name), token=token, **push_options)
+
+
+PUSH_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "revision")
+
+
+def push_to_hub(
+    model: VisionMamba,
+    repo_id: str,
+    *,
+    image_processor: ImageProcessingMixin | None = None,
+    model_card: ModelCardInfo | None = None,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | None = None,
+    **options: Any,
+) -> CommitInfo:
+    """Puts a model on the Hub in one commit: weights, configuration, code, image processor, card and notices.
+
+    Args:
+        model: a PlainMamba or Vim model of this package.
+        repo_id: `user/name`.
+        image_processor: None: the repository gets none, and keeps one that it has.
+        model_card: None: the repository keeps the card that it has, and gets one of the model itself where it has none.
+        max_shard_size: of a file of weights.
+        tags: for the card, where it is written anew.
+        options: `revision`, `private`, `commit_message`, `create_pr` and `token` of `hub.push_model`.
+
+    Returns:
+        The commit.
+
+    Raises:
+        TypeError: the model or the image processor is not one.
+        ValueError, PushError: as `hub.push_model`.
+    """
+    card = model_card or ModelCardInfo(name=repo_id.split("/")[-1])
+    card = replace(card, model_id=card.model_id or repo_id, tags=[*card.tags, *(tags or [])])
+    with tempfile.TemporaryDirectory(prefix="hf_vssm_prune-push-") as folder:
+        save_pretrained(model, folder, image_processor=image_processor, model_card=card, max_shard_size=max_shard_size)
+        return push_model(folder, repo_id, keep_card=model_card is None, **options)

@@ -1,0 +1,39 @@
+"""Asks a Hub once more that was busy, or failed for a moment; huggingface_hub does so for some requests alone."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+
+WAITS = (1.0, 3.0)  # seconds before the second and the third attempt
+BUSY = (429, 500, 502, 503, 504)
+
+Answer = TypeVar("Answer")
+
+
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """What `ask` returns, at its third attempt at the latest."""
+    for wait in WAITS:
+        try:
+            return ask()
+        except Exception as error:
+            if not _is_worth_another_attempt(error):
+                raise
+            time.sleep(wait)
+    return ask()
+
+
+def _is_worth_another_attempt(error: BaseException) -> bool:
+    causes = list(_causes(error))
+    # This one huggingface_hub raises after attempts of its own.
+    if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
+        return False
+    return any(isinstance(cause, HfHubHTTPError) and cause.response.status_code in BUSY for cause in causes)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

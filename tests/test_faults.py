@@ -1,0 +1,360 @@
+"""Faults that nothing else tests: killed processes, full disks, cut downloads, hostile files. All: `docs/faults.md`.
+
+None may lose or corrupt what was there, and none may hang.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import make_plainmamba_config, make_vim_config
+from hub_server import HubServer
+from safetensors.torch import load_file
+from test_training import datasets, fresh_accelerator, image_folder, make_recipe, make_trainer  # noqa: F401
+from transformers import AutoModelForImageClassification
+
+from hf_vssm_prune.hub import save_for_hub, saving
+from hf_vssm_prune.hub.loading import load_classifier
+from hf_vssm_prune.hub.pushing import list_pushed_files, push_model
+from hf_vssm_prune.training import jobs
+from hf_vssm_prune.training.checkpoints import remove_unfinished
+from hf_vssm_prune.training.data import load_image_dataset
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+def make_model(seed: int = 0, **changes: object) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return AutoModelForImageClassification.from_config(make_plainmamba_config(**changes)).eval()
+
+
+def same_weights(folder: Path, model: torch.nn.Module) -> bool:
+    saved, expected = load_file(folder / "model.safetensors"), model.state_dict()
+    return saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+
+
+# Saving, killed in the middle
+
+
+def save_and_wait(model: torch.nn.Module, folder: Path, written: FORK.Event) -> None:
+    """Saves a model up to the point where everything is written, and nothing is in its place."""
+
+    def wait(*_: object) -> None:
+        written.set()
+        time.sleep(60)
+
+    saving._publish = wait
+    save_for_hub(model, folder)
+
+
+def kill_while_saving(model: torch.nn.Module, folder: Path) -> None:
+    written = FORK.Event()
+    process = FORK.Process(target=save_and_wait, args=(model, folder, written))
+    process.start()
+    assert written.wait(60)
+    process.kill()
+    process.join(30)
+    assert process.exitcode == -9
+
+
+def test_killed_while_saving_a_new_folder(tmp_path) -> None:
+    kill_while_saving(make_model(), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    save_for_hub(make_model(), tmp_path / "model")
+    assert same_weights(tmp_path / "model", make_model())
+
+
+def test_killed_while_saving_over_a_model(tmp_path) -> None:
+    folder = save_for_hub(make_model(0), tmp_path / "model")
+    kill_while_saving(make_model(1), folder)
+    assert same_weights(folder, make_model(0))
+    load_classifier(folder)
+    save_for_hub(make_model(1), folder)
+    assert same_weights(folder, make_model(1))
+    remove_unfinished(folder)
+    assert not list(folder.glob(".*"))
+
+
+@pytest.fixture
+def read_only() -> Iterator[Path]:
+    """A folder in which this user may read and not write; root becomes another user for a while."""
+    folder = Path(tempfile.mkdtemp())  # not in pytest's, which is closed to other users
+    save_for_hub(make_model(), folder / "model")
+    for path in (folder / "model", folder):
+        path.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield folder
+    if root:
+        os.seteuid(0)
+    for path in (folder, folder / "model"):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_read_only_folder(read_only) -> None:
+    before = {file.name: file.read_bytes() for file in (read_only / "model").iterdir()}
+    for name in ("new", "model"):
+        with pytest.raises(OSError, match=rf"could not be saved to .*{name}.*Permission denied"):
+            save_for_hub(make_model(1), read_only / name)
+    assert [file.name for file in read_only.iterdir()] == ["model"]
+    assert {file.name: file.read_bytes() for file in (read_only / "model").iterdir()} == before
+
+
+# Downloads
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[HubServer]:
+    sleep = time.sleep
+    monkeypatch.setattr("time.sleep", lambda seconds: sleep(min(seconds, 0.01)))  # between attempts
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    with HubServer() as server:
+        server.use_in_this_process(monkeypatch, tmp_path / "home")
+        yield server
+
+
+@pytest.fixture
+def repo(tmp_path, hub) -> str:
+    """A model on the Hub, under another name in each test."""
+    name = f"user/{tmp_path.name}"
+    push_model(save_for_hub(make_model(), tmp_path / "pushed"), name)
+    return name
+
+
+def large_model() -> torch.nn.Module:
+    """More than the 10 MiB that huggingface_hub writes at once."""
+    return make_model(hidden_size=512, num_hidden_layers=2, depthwise_layers=())
+
+
+def loads_right(name: str, model: torch.nn.Module | None = None) -> bool:
+    loaded, expected = load_classifier(name).state_dict(), (model or make_model()).state_dict()
+    return all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+WEIGHTS = "/resolve/.*safetensors$"
+
+
+@pytest.mark.parametrize("fault", ["cut_after", "stall_after"])
+def test_download_goes_on_where_it_was_cut_or_stood_still(fault, hub, tmp_path) -> None:
+    model, name = large_model(), f"user/{tmp_path.name}"
+    push_model(save_for_hub(model, tmp_path / "pushed"), name)
+    hub.fail("GET", WEIGHTS, **{fault: 11_000_000})
+    start = time.monotonic()
+    assert loads_right(name, model)
+    assert time.monotonic() - start < 60
+    assert [asked for _, _, asked in hub.requests("GET", WEIGHTS)] == [None, "bytes=10485760-"]
+
+
+def test_killed_while_downloading(hub, tmp_path) -> None:
+    model, name = large_model(), f"user/{tmp_path.name}"
+    push_model(save_for_hub(model, tmp_path / "pushed"), name)
+    hub.fail("GET", WEIGHTS, stall_after=11_000_000)
+    process = FORK.Process(target=load_classifier, args=(name,))
+    process.start()
+    assert hub.state.stalled.wait(60)
+    process.kill()
+    process.join(30)
+    assert process.exitcode == -9
+    assert loads_right(name, model)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_busy_hub_is_asked_again_for_a_file(status, hub, repo) -> None:
+    hub.fail("GET", WEIGHTS, times=2, status=status)
+    assert loads_right(repo)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 409, 429, 500, 503])
+def test_hub_that_refuses_to_the_end_is_named(status, hub, repo) -> None:
+    for method in ("GET", "HEAD"):
+        hub.fail(method, "/resolve/|/api/", times=999, status=status)
+    start = time.monotonic()
+    with pytest.raises(OSError, match=repo):
+        load_classifier(repo)
+    assert time.monotonic() - start < 60
+
+
+def test_hub_that_fails_does_not_keep_from_what_is_in_the_cache(hub, repo) -> None:
+    assert loads_right(repo)
+    for method in ("GET", "HEAD"):
+        hub.fail(method, "/", times=999, status=503)
+    assert loads_right(repo)
+
+
+def test_hub_that_is_not_there(hub, tmp_path) -> None:
+    hub.server.server_close()
+    with pytest.raises(OSError, match="user/nobody cannot be opened"):
+        load_classifier("user/nobody")
+
+
+def test_corrupt_file_in_the_cache_is_found_and_named(hub, repo, tmp_path) -> None:
+    assert loads_right(repo)
+    (weights,) = (tmp_path / "home").rglob("snapshots/*/model.safetensors")
+    file = weights.resolve()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file.name} is not what the Hub has: its SHA-256 is another"):
+        load_classifier(repo)
+
+
+# Hostile repositories and files
+
+
+OUTSIDE = "../../../../../../outside.safetensors"
+
+
+def index_of(name: str) -> bytes:
+    return json.dumps({"metadata": {}, "weight_map": dict.fromkeys(make_model().state_dict(), name)}).encode()
+
+
+def test_names_from_a_repository_cannot_lead_outside_the_cache(hub, repo, tmp_path) -> None:
+    files = hub.files(repo)
+    files[OUTSIDE] = files.pop("model.safetensors")
+    files["model.safetensors.index.json"] = index_of(OUTSIDE)
+    before = {path for path in tmp_path.rglob("*") if "home" not in path.parts}
+    with pytest.raises((ValueError, OSError)):
+        load_classifier(repo)
+    assert not list(tmp_path.rglob("outside*"))
+    assert {path for path in tmp_path.rglob("*") if "home" not in path.parts} == before
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin"])
+def test_index_of_weights_cannot_name_files_elsewhere(name, tmp_path) -> None:
+    folder = save_for_hub(make_model(), tmp_path / "model")
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_bytes(index_of(name))
+    with pytest.raises(ValueError, match="only files of weights beside it are allowed"):
+        list_pushed_files(folder)
+
+
+class Payload:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.file}",)
+
+
+def test_pickles_in_a_repository_are_not_opened(hub, repo, tmp_path) -> None:
+    files = hub.files(repo)
+    del files["model.safetensors"]
+    payload = pickle.dumps(Payload(tmp_path / "executed"))
+    for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "preprocessor_config.pkl"):
+        files[name] = payload
+    with pytest.raises(OSError, match=r"404|model\.safetensors"):
+        load_classifier(repo)
+    assert not hub.requests("GET", r"\.(bin|pt|pkl)$")
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(payload)
+    assert (tmp_path / "executed").exists(), "the payload is harmless anyway, and this test shows nothing"
+
+
+# Training
+
+
+@pytest.fixture
+def trained(datasets, tmp_path) -> Path:  # noqa: F811
+    """A run of three updates with two checkpoints."""
+    make_trainer(make_vim_config(), datasets, recipe_for(tmp_path)).train()
+    assert (tmp_path / "checkpoint-3").is_dir()
+    return tmp_path
+
+
+def recipe_for(folder: Path, resume: str | None = None):
+    recipe = make_recipe(folder, max_train_steps=3)
+    recipe.run.resume, recipe.run.checkpointing_steps = resume, "1"
+    return recipe
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+DAMAGES = {
+    "half of the weights": lambda folder: truncate(folder / "model.safetensors"),
+    "half of the optimizer": lambda folder: truncate(folder / "optimizer.bin"),
+    "no optimizer": lambda folder: (folder / "optimizer.bin").unlink(),
+    "half of the state": lambda folder: truncate(folder / "training_state.json"),
+    "a state without the rest": lambda folder: (folder / "training_state.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_at_resume(damage, trained, datasets) -> None:  # noqa: F811
+    DAMAGES[damage](trained / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"checkpoint-3 is damaged: .*there are \['checkpoint-2'\]"):
+        make_trainer(make_vim_config(), datasets, recipe_for(trained, "latest"))
+    reset_accelerator()
+    trainer = make_trainer(make_vim_config(), datasets, recipe_for(trained, str(trained / "checkpoint-2")))
+    assert trainer.state.updates == 2
+
+
+def reset_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+def test_pickled_code_in_a_checkpoint_does_not_run(name, trained, datasets) -> None:  # noqa: F811
+    assert (trained / "checkpoint-3" / name).is_file()
+    torch.save(Payload(trained / "executed"), trained / "checkpoint-3" / name)
+    # Accelerate goes on without random states that it cannot read; the loop seeds every batch itself.
+    refused = pytest.raises(ValueError, match="checkpoint-3 is damaged") if name == "optimizer.bin" else nullcontext()
+    with refused:
+        make_trainer(make_vim_config(), datasets, recipe_for(trained, "latest"))
+    assert not (trained / "executed").exists()
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file can grow beyond 20 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_while_a_checkpoint_is_written(trained, datasets, capsys, request) -> None:  # noqa: F811
+    before = {path: path.read_bytes() for path in (trained / "checkpoint-2").rglob("*") if path.is_file()}
+    shutil.rmtree(trained / "checkpoint-3")
+    recipe = recipe_for(trained, "latest")
+    trainer = make_trainer(make_vim_config(), datasets, recipe)
+    request.getfixturevalue("full_disk")
+    assert jobs.run(lambda: trainer, recipe.run) == 1
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("error: The checkpoint could not be saved to ")
+    assert "checkpoint-3" in last_line
+    assert {path: path.read_bytes() for path in (trained / "checkpoint-2").rglob("*") if path.is_file()} == before
+    assert not (trained / "checkpoint-3").exists()
+    assert not list(trained.glob(".unfinished-*"))
+
+
+def test_broken_image_in_training_is_one_line(datasets, image_folder, tmp_path, capsys) -> None:  # noqa: F811
+    copy = shutil.copytree(image_folder, tmp_path / "images")
+    truncate(copy / "train" / "green" / "3.png")
+    recipe = make_recipe(tmp_path / "run")
+    trainer = make_trainer(make_vim_config(), load_image_dataset(str(copy)), recipe)
+    assert jobs.run(lambda: trainer, recipe.run) == 1
+    error = capsys.readouterr().err.rpartition("error: ")[2]
+    assert "green/3.png" in error
+    assert "Traceback" not in error
