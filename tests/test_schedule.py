@@ -58,7 +58,10 @@ WRONG = [
     (schedule(importance=["clip"]), r"'importance'.*\['clip'\]; allowed are"),
     (schedule(method="ToMe"), r"'method'.*'ToMe'; allowed are \['top', 'evit', 'tome', 'r_meeto', 'utr', 'mtr', "),
     (schedule(method=None), r"'method'.*None; allowed are"),
-    (schedule(method="tome", importance="l1"), r"'importance'.*'l1', but the method 'tome' ranks .* \['top', 'evit', 'utr'"),
+    (
+        schedule(method="tome", importance="l1"),
+        r"'importance'.*'l1', but the method 'tome' ranks .* \['top', 'evit', 'utr'",
+    ),
     ({"flops_reduction": 0.3, "method": "best"}, r"'method'.*'best'; allowed are"),
     (schedule(ratio=0.5), r"unknown options \['ratio'\]; allowed are \['layers', 'keep_ratios', 'alignment'"),
     (schedule(flops_reduction=0.4), r"both `flops_reduction` and \['keep_ratios', 'layers'\]; give one of them"),
