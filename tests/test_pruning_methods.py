@@ -421,23 +421,38 @@ def test_uniform_is_nested_and_even() -> None:
 # ---- DyVM's predictor --------------------------------------------------------------------------------------------
 
 
-def test_loss_trains_the_predictor_by_the_tokens_that_stay(float64) -> None:
-    """Straight-through: what is left is unchanged, and its gradient is that of token · probability / probability."""
+def test_gates_are_one_with_the_gradient_of_the_probabilities(float64) -> None:
     stage = make_stage("vim", (3, 4), num_tokens=9, num_kept=4)
+    assert reduce("dyvm", stage).gates is None
     predictor = stage.predictor.train()
     reduction = METHODS["dyvm"].reduce(stage)
-    kept = reduction.positions.unsqueeze(-1).expand(-1, -1, HIDDEN)
-    torch.testing.assert_close(reduction.hidden_states, stage.hidden_states.gather(1, kept))
-    weights = torch.randn_like(reduction.hidden_states)
-    (reduction.hidden_states * weights).sum().backward()
+    assert torch.equal(reduction.gates, torch.ones(2, 4))
+    weights = torch.randn(2, 4)
+    (reduction.gates * weights).sum().backward()
     found = [parameter.grad.clone() for parameter in predictor.parameters()]
 
     predictor.zero_grad()
-    probabilities = predictor(stage.hidden_states).exp().gather(1, reduction.positions)
-    (probabilities * (stage.hidden_states.gather(1, kept) * weights).sum(-1)).sum().backward()
+    (predictor(stage.hidden_states).exp().gather(1, reduction.positions) * weights).sum().backward()
     for gradient, parameter in zip(found, predictor.parameters(), strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-7)
-    assert any(gradient.abs().max() > 0 for gradient in found)
+        torch.testing.assert_close(gradient, parameter.grad)
+        assert gradient.abs().max() > 0
+
+
+def test_loss_trains_the_predictors_through_the_layers(tiny_config, pixel_values) -> None:
+    """Norms come first in a layer, and would hide a factor on the tokens; activation checkpointing must not either."""
+    tiny_config.token_pruning = tiny_config.complete_token_pruning(pruning("dyvm"))
+    model = make_model(tiny_config).double().train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(pixel_values.double(), labels=torch.tensor([0, 2])).loss.backward()
+        gradients.append([p.grad.clone() for p in model.base_model.token_predictors.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain.abs().max() > 1e-9
+        torch.testing.assert_close(checkpointed, plain)
 
 
 def test_training_draws_by_probability() -> None:

@@ -12,8 +12,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from .configuration_common import VisionMambaConfig
 from .mixer_output import MixerOutput
+from .pruning_dyvm import TokenPredictor
 from .pruning_schedule import check_token_pruning, pruning_method
-from .pruning_stage import Stage
+from .pruning_stage import Reduction, Stage
 from .token_pruning import count_kept, fill_dropped_tokens, gather_tokens
 
 
@@ -114,6 +115,8 @@ class TokenPruningMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, HoleTimeStep) and module.offset is not None:
             init.zeros_(module.offset)
+        if isinstance(module, TokenPredictor):
+            module.init_weights()
 
 
 class TokenLayout(Protocol):
@@ -131,7 +134,12 @@ class TokenLayout(Protocol):
     def class_position(self) -> Tensor | None:
         """The row of the class token in each sample, shape (batch, 1). None: there is none."""
 
-    def keep(self: "Layout", kept: Tensor, alignment: str) -> "Layout":
+    @property
+    def gates(self) -> Tensor | None:
+        """In training, where a method learns whom to keep: 1 for each token, with the gradient of the decision for it,
+        shape (batch, n, 1). Mixers see the tokens multiplied by them, behind the norm, which would hide a factor."""
+
+    def keep(self: "Layout", kept: Tensor, alignment: str, gates: Tensor | None = None) -> "Layout":
         """The layout when only the tokens with the original ids `kept` (batch, n) stay."""
 
 
@@ -181,7 +189,7 @@ def encode(
     pruning = check_token_pruning(config.token_pruning, config.num_hidden_layers)
     method = pruning_method(pruning)
     keep_ratios = dict(zip(pruning["layers"], pruning["keep_ratios"], strict=True))
-    kept_tokens, token_scores, sizes = [], [], None
+    kept_tokens, token_scores, sizes, gates = [], [], None, None
     for index, layer in enumerate(layers, start=1):
         hidden_states, mixer = layer(hidden_states, layout)
         if index in keep_ratios:
@@ -189,11 +197,10 @@ def encode(
             predictor = dict(predictors.items()).get(str(index))
             stage = stage._replace(sizes=sizes, importance=pruning.get("importance", ""), predictor=predictor)
             reduction = method.reduce(stage)
-            positions, hidden_states = _with_class_token(
-                reduction.positions, reduction.hidden_states, hidden_states, stage.rows, layout.class_position
-            )
+            gates = _gather_gates(gates, reduction)
+            positions, hidden_states, all_gates = _with_class_token(reduction, gates, hidden_states, stage, layout)
             kept = positions if layout.kept is None else layout.kept.gather(1, positions)
-            layout = layout.keep(kept, pruning["alignment"])
+            layout = layout.keep(kept, pruning["alignment"], all_gates)
             kept_tokens.append(kept)
             token_scores.append(reduction.scores)
             sizes = reduction.sizes
@@ -215,27 +222,45 @@ def _make_stage(hidden_states: Tensor, mixer: MixerOutput, layout: TokenLayout, 
     return Stage(patches, count_kept(num_tokens - 1, keep_ratio), mixer, rows, cells, layout.grid)
 
 
+def _gather_gates(gates: Tensor | None, reduction: Reduction) -> Tensor | None:
+    """The gates (batch, patches left) of the patch tokens that are left, from those before the stage and its own."""
+    if reduction.gates is None:
+        return None
+    return reduction.gates if gates is None else gates.gather(1, reduction.positions) * reduction.gates
+
+
 def _with_class_token(
-    positions: Tensor, patches: Tensor, hidden_states: Tensor, rows: Tensor | None, class_position: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Puts the class token back between the patch tokens that are left.
+    reduction: Reduction, gates: Tensor | None, hidden_states: Tensor, stage: Stage, layout: TokenLayout
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Puts the class token, where there is one, back between the patch tokens that are left.
 
     Args:
-        positions, patches: of the patch tokens that are left, among the patch tokens (batch, n), and their hidden
-            states.
-        hidden_states: of all tokens, as they were before.
-        rows: the patch tokens' rows in it. None: there is no class token.
-        class_position: the class token's.
+        reduction: of the patch tokens.
+        gates: of those that are left, shape (batch, patches left).
+        hidden_states: of all tokens, as they were before the stage.
+        stage, layout: of these tokens.
 
     Returns:
-        The rows of all tokens that are left, ascending (batch, n + 1), and their hidden states.
+        The rows of all tokens that are left, ascending, their hidden states, and their gates, (batch, tokens left, 1).
     """
-    if rows is None or class_position is None:
-        return positions, patches
-    left = torch.cat([rows.gather(1, positions), class_position], dim=1)
-    tokens = torch.cat([patches, gather_tokens(hidden_states, class_position)], dim=1)
+    patch_gates = None if gates is None else gates.unsqueeze(-1)
+    if stage.rows is None or layout.class_position is None:
+        return reduction.positions, reduction.hidden_states, patch_gates
+    left = torch.cat([stage.rows.gather(1, reduction.positions), layout.class_position], dim=1)
     left, order = left.sort(dim=-1)
-    return left, gather_tokens(tokens, order)
+
+    def put_back(patches: Tensor, class_token: Tensor) -> Tensor:
+        return gather_tokens(torch.cat([patches, class_token], dim=1), order)
+
+    tokens = put_back(reduction.hidden_states, gather_tokens(hidden_states, layout.class_position))
+    if patch_gates is not None:
+        patch_gates = put_back(patch_gates, torch.ones_like(patch_gates[:, :1]))
+    return left, tokens, patch_gates
+
+
+def gate_tokens(tokens: Tensor, layout: TokenLayout) -> Tensor:
+    """Tokens (batch, n, hidden), each times its gate, where there are gates."""
+    return tokens if layout.gates is None else tokens * layout.gates.to(tokens.dtype)
 
 
 def mean_over_patches(tokens: Tensor, sizes: Tensor | None) -> Tensor:

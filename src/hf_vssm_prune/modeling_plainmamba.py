@@ -33,6 +33,7 @@ from .modeling_common import (
     drop_path_rates,
     encode,
     full_hidden_states,
+    gate_tokens,
     image_classifier,
     init_decay,
     init_time_step_projection,
@@ -52,6 +53,7 @@ class PlainMambaTokenLayout(NamedTuple):
         kept: the cell of each token, shape (batch, n). None: every cell has its token.
         paths: the paths over these cells.
         alignment: how the scans cross the holes.
+        gates: see `TokenLayout`.
         class_position: None, PlainMamba has no class token.
     """
 
@@ -60,6 +62,7 @@ class PlainMambaTokenLayout(NamedTuple):
     kept: Tensor | None
     paths: ScanPaths
     alignment: str
+    gates: Tensor | None = None
     class_position: None = None
 
     @classmethod
@@ -67,8 +70,9 @@ class PlainMambaTokenLayout(NamedTuple):
         paths = snake_paths(grid, device)
         return cls(grid, paths, kept=None, paths=paths, alignment="none")
 
-    def keep(self, kept: Tensor, alignment: str) -> "PlainMambaTokenLayout":
-        return self._replace(kept=kept, paths=prune_paths(self.full_paths, kept, alignment), alignment=alignment)
+    def keep(self, kept: Tensor, alignment: str, gates: Tensor | None = None) -> "PlainMambaTokenLayout":
+        paths = prune_paths(self.full_paths, kept, alignment)
+        return self._replace(kept=kept, paths=paths, alignment=alignment, gates=gates)
 
 
 class PlainMambaConvNorm(nn.Module):
@@ -198,7 +202,7 @@ class PlainMambaLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> tuple[Tensor, MixerOutput]:
         """Returns the layer's output, and what its mixer tells of the tokens, by which pruning may choose."""
-        mixed, mixer_output = self.mixer(self.norm(hidden_states), layout)
+        mixed, mixer_output = self.mixer(gate_tokens(self.norm(hidden_states), layout), layout)
         hidden_states = hidden_states + self.drop_path(mixed)
         if self.depthwise is not None:
             hidden_states = self.depthwise(hidden_states, layout)

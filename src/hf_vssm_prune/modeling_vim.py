@@ -33,6 +33,7 @@ from .modeling_common import (
     drop_path_rates,
     encode,
     full_hidden_states,
+    gate_tokens,
     image_classifier,
     init_decay,
     init_time_step_projection,
@@ -53,6 +54,7 @@ class VimTokenLayout(NamedTuple):
         gaps: for the forward and the backward direction the distances between tokens, each (batch, n), in the order of
             the direction. None: no alignment, or nothing was dropped.
         alignment: how the scans cross the holes.
+        gates: see `TokenLayout`.
     """
 
     grid: tuple[int, int]
@@ -61,11 +63,12 @@ class VimTokenLayout(NamedTuple):
     kept: Tensor | None = None
     gaps: tuple[Tensor, Tensor] | None = None
     alignment: str = "none"
+    gates: Tensor | None = None
 
-    def keep(self, kept: Tensor, alignment: str) -> "VimTokenLayout":
+    def keep(self, kept: Tensor, alignment: str, gates: Tensor | None = None) -> "VimTokenLayout":
         gaps = None if alignment == "none" else (path_gaps(kept), path_gaps(-kept.flip(1)))
         class_position = (kept < self.class_id).sum(dim=1, keepdim=True)
-        return VimTokenLayout(self.grid, self.class_id, class_position, kept, gaps, alignment)
+        return VimTokenLayout(self.grid, self.class_id, class_position, kept, gaps, alignment, gates)
 
 
 class VimEmbeddings(nn.Module):
@@ -188,7 +191,7 @@ class VimLayer(GradientCheckpointingLayer):
 
         `hidden_states` is the residual stream, float32 in every precision.
         """
-        mixed, mixer_output = self.mixer(self.norm(hidden_states), layout)
+        mixed, mixer_output = self.mixer(gate_tokens(self.norm(hidden_states), layout), layout)
         return hidden_states + self.drop_path(mixed).float(), mixer_output
 
 

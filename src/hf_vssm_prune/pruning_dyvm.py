@@ -1,9 +1,12 @@
 """`dyvm`: a small network, trained with the model, decides token by token who stays."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers import initialization as init
 
 from .pruning_stage import Reduction, Stage
 from .token_pruning import gather_tokens, select_tokens
@@ -25,6 +28,13 @@ class TokenPredictor(nn.Module):
         self.second = nn.Linear(hidden_size // 2, hidden_size // 4)
         self.output = nn.Linear(hidden_size // 4, 2)
 
+    def init_weights(self) -> None:
+        """PyTorch's own for linear layers, as the authors have it: the small weights of the models would let nothing
+        through four of them."""
+        for linear in (self.input, self.first, self.second, self.output):
+            init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            init.zeros_(linear.bias)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Log-probability of staying (batch, n), from hidden states (batch, n, hidden)."""
         features = F.gelu(self.input(self.norm(hidden_states.to(self.input.weight.dtype))))
@@ -39,11 +49,11 @@ def keep_predicted(stage: Stage) -> Reduction:
 
     The predictor is that of the authors' code. The paper draws each token's decision with the Gumbel-softmax trick, so
     that images keep different numbers of tokens in training, and a loss holds their mean at the ratio. Here the number
-    is fixed: the `num_kept` most probable tokens stay, in training after Gumbel noise was added to the
-    log-probabilities, which draws them without replacement (Gumbel-top-k, arXiv 1903.06059). The noise comes from
-    torch's generator. Straight-through, a kept token is multiplied by its probability divided by itself, so that the
-    loss trains the predictor by the tokens that stay. DyVM's selection of blocks is not part of it. A predictor that
-    was not trained chooses at random.
+    is fixed: the `num_kept` most probable tokens stay, in training after Gumbel noise from torch's generator was added
+    to the log-probabilities, which draws them without replacement (Gumbel-top-k, arXiv 1903.06059). As in the paper the
+    decisions multiply the tokens inside the layers, straight-through: by 1, with the probability's gradient, so that
+    the loss trains the predictor, here by the tokens that stay alone. DyVM's selection of blocks is not part of it. A
+    predictor that was not trained chooses at random.
 
     Raises:
         ValueError: the model has no predictor for this stage.
@@ -59,10 +69,11 @@ def keep_predicted(stage: Stage) -> Reduction:
         scores = scores - torch.empty_like(scores).exponential_().log()
     positions = select_tokens(scores, stage.num_kept)
     tokens = gather_tokens(stage.hidden_states, positions)
-    probabilities = log_probabilities.exp().gather(1, positions).unsqueeze(-1)
+    gates = None
     if stage.predictor.training:
-        tokens = tokens * (1 + (probabilities - probabilities.detach())).to(tokens.dtype)
-    return Reduction(positions, tokens, log_probabilities.detach())
+        probabilities = log_probabilities.exp().gather(1, positions)
+        gates = 1 + (probabilities - probabilities.detach())
+    return Reduction(positions, tokens, log_probabilities.detach(), gates=gates)
 
 
 def count_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:

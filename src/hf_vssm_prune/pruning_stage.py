@@ -55,9 +55,12 @@ class Reduction(NamedTuple):
         hidden_states: of these tokens, shape (batch, num_kept, hidden).
         scores: what the method chose by, higher for a token that rather stays, shape (batch, n).
         sizes: as in `Stage`, shape (batch, num_kept). None: not counted.
+        gates: of a method that learns whom to keep, in training: 1 for each token, with the gradient of the decision
+            for it, shape (batch, num_kept). None: nothing to learn.
     """
 
     positions: Tensor
     hidden_states: Tensor
     scores: Tensor
     sizes: Tensor | None = None
+    gates: Tensor | None = None
