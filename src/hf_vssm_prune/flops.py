@@ -1,9 +1,9 @@
 """How much a model computes, dense and pruned, counted from its configuration; and a schedule found from a budget.
 
-One multiply-add counts as one FLOP, as the field has it. Counted are linear layers, convolutions and, for each scan
-over L tokens with E channels and N states, 9 L E N; and the matrix products of a pruning method. The figures that were
-published for these models follow two
-conventions: PlainMamba's count all of its four scans, Vim's only one of its two directions.
+One multiply-add counts as one FLOP, as the field has it. Counted are linear layers, convolutions, for each scan over L
+tokens with E channels and N states 9 L E N, and the matrix products of a pruning method. The figures that were
+published for these models follow two conventions: PlainMamba's count all of its four scans, Vim's only one of its two
+directions.
 """
 
 import itertools
@@ -64,19 +64,14 @@ def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | No
     if config.token_pruning is not None:
         method = METHODS[config.token_pruning.get("method", DEFAULT_METHOD)]
         stages = [(pruned[layer - 1], pruned[layer]) for layer in config.token_pruning["layers"]]
-        count = _with_pruning(count, _count_pruning(config, method, stages))
+        if flops := _count_pruning(config, method, stages):
+            count = FlopCount(count.total + flops, count.published + flops, count.breakdown | {"pruning": flops})
     return ModelFlops(_count(config, size, dense), count)
 
 
 def _count_pruning(config: PreTrainedConfig, method: PruningMethod, stages: list[tuple[int, int]]) -> int:
     """What a method computes in stages with so many tokens before and after them."""
     return sum(method.count_flops(there, kept, config) for there, kept in stages)
-
-
-def _with_pruning(count: FlopCount, flops: int) -> FlopCount:
-    if flops == 0:
-        return count
-    return FlopCount(count.total + flops, count.published + flops, count.breakdown | {"pruning": flops})
 
 
 def tokens_per_layer(num_patches: int, num_hidden_layers: int, token_pruning: dict[str, Any] | None) -> list[int]:
