@@ -50,11 +50,19 @@ def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("family", sorted(CLASSIFIERS))
+@pytest.mark.parametrize(
+    ("family", "token_pruning"),
+    [
+        # With tokens that others were merged into, and with parameters of pruning.
+        ("plainmamba", {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "alignment": "learned", "method": "tome"}),
+        ("vim", TOKEN_PRUNING),
+    ],
+    ids=["plainmamba", "vim"],
+)
 def test_pruned_model_without_package(
-    family: str, image: Image.Image, tmp_path: Path, python_without_package: Path
+    family: str, token_pruning: dict, image: Image.Image, tmp_path: Path, python_without_package: Path
 ) -> None:
-    config = MAKE_CONFIG[family](token_pruning=dict(TOKEN_PRUNING), id2label={0: "bag", 1: "boot", 2: "coat"})
+    config = MAKE_CONFIG[family](token_pruning=dict(token_pruning), id2label={0: "bag", 1: "boot", 2: "coat"})
     model = CLASSIFIERS[family](config).eval()
     image_processor = BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     folder = tmp_path / "model"

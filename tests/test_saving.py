@@ -76,6 +76,7 @@ def test_folder_holds_everything_and_nothing_else(family, image_processor, tmp_p
     written = {"README.md", "NOTICE", "LICENSE-CODE", "config.json", "model.safetensors", "preprocessor_config.json"}
     assert others == written
     assert {f"configuration_{family}.py", f"modeling_{family}.py", "selective_scan.py", "token_pruning.py"} <= code
+    assert {file.name for file in PACKAGE.glob("pruning_*.py")} | {"mixer_output.py", "token_merging.py"} <= code
     assert not any(other in file for file in code for other in set(MAKE_CONFIG) - {family})
     assert list(tmp_path.iterdir()) == [folder], "a temporary folder was left behind"
 
@@ -95,6 +96,17 @@ def test_auto_map_names_classes_that_exist(family) -> None:
         module, name = target.split(".")
         assert module in names
         assert hasattr(hf_vssm_prune, name)
+
+
+def test_parameters_of_pruning_are_saved(pixel_values, tmp_path) -> None:
+    model = make_classifier(token_pruning=TOKEN_PRUNING | {"alignment": "learned"})
+    model.set_token_pruning({"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "dyvm", "alignment": "learned"})
+    opened = AutoModelForImageClassification.from_pretrained(save_for_hub(model, tmp_path / "model")).eval()
+    with torch.no_grad():
+        assert torch.equal(opened(pixel_values).logits, model(pixel_values).logits)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "Method: `dyvm`." in card
+    assert "Importance" not in card
 
 
 def test_config_belongs_to_no_machine(tmp_path) -> None:

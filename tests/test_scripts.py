@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import SCRIPTS, load_script, make_plainmamba_config
+from conftest import SCRIPTS, load_script, make_plainmamba_config, make_vim_config
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.training.arguments import (
     AugmentationArguments,
     DataArguments,
@@ -183,6 +184,23 @@ def test_train_from_scratch_then_prune_then_evaluate(image_folder, tmp_path):
     assert reduction == pytest.approx(0.4, abs=0.005)
 
 
+def test_methods_side_by_side(image_folder, tmp_path, capsys):
+    model = AutoModelForImageClassification.from_config(make_vim_config())
+    processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
+    folder = save_for_hub(model, tmp_path / "model", processor)
+    arguments = ["--model_name_or_path", folder, "--dataset_name", image_folder, "--workers", "0", "--device", "cpu"]
+    arguments += ["--flops_reduction", "0.3", "--json", tmp_path / "out.json"]
+    assert load_script("compare_methods").main([str(argument) for argument in arguments]) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in figures)
+    for method in METHODS:
+        for alignment in ("none", "repeat"):
+            reduction = 1 - figures[f"{method}, {alignment}"]["gflops_published"] / figures["dense"]["gflops_published"]
+            assert reduction == pytest.approx(0.3, abs=0.005)
+    assert {"top, zero_input", "top, repeat, random", "top, repeat, worst_influence"} <= set(figures)
+
+
 # Wrong options
 
 
@@ -202,6 +220,7 @@ TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
         ("finetune", [*FINETUNE, "--flops_reduction", "41.6"], "--flops_reduction is 41.6"),
         ("finetune", [*FINETUNE, "--prune_alignment", "copy"], "invalid choice: 'copy'"),
         ("finetune", [*FINETUNE, "--importance", "max"], "invalid choice: 'max'"),
+        ("finetune", [*FINETUNE, "--prune_method", "ToMe"], "invalid choice: 'ToMe'"),
         ("train", [*TRAIN, "--elastic_budgets", "0", "1"], "--elastic_budgets has [1.0]"),
         ("finetune", [*FINETUNE, "--kd_temperature", "0"], "--kd_temperature is 0.0"),
         ("finetune", [*FINETUNE, "--kd_weight", "-1"], "--kd_weight is -1.0"),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.mixer_output import MixerOutput
 from hf_vssm_prune.selective_scan import selective_scan_torch
 from hf_vssm_prune.token_pruning import (
     IMPORTANCES,
@@ -20,7 +21,6 @@ from hf_vssm_prune.token_pruning import (
     gather_tokens,
     path_gaps,
     prune_paths,
-    select_beside_class_token,
     select_tokens,
     snake_paths,
     token_importance,
@@ -63,14 +63,15 @@ FORMULAS = {
 @pytest.mark.parametrize("importance", FORMULAS)
 def test_importance(importance) -> None:
     y = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
-    scores = token_importance(y, importance)
+    scores = token_importance(MixerOutput(y, y, ()), importance)
     np.testing.assert_allclose(scores.numpy(), FORMULAS[importance](y.detach().numpy()), rtol=1e-12)
 
 
-@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("importance", [*FORMULAS, "random"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scores_are_float32_without_gradient(importance, dtype) -> None:
-    scores = token_importance(torch.randn(2, 7, 5, dtype=dtype, requires_grad=True), importance)
+    y = torch.randn(2, 7, 5, dtype=dtype, requires_grad=True)
+    scores = token_importance(MixerOutput(y, y, ()), importance)
     assert scores.shape == (2, 7)
     assert scores.dtype == torch.float32
     assert not scores.requires_grad
@@ -79,12 +80,12 @@ def test_scores_are_float32_without_gradient(importance, dtype) -> None:
 def test_half_precision_does_not_overflow() -> None:
     y = torch.full((1, 2, 64), 6e4, dtype=torch.float16)
     for importance in ("clip", "mean", "l1", "l2"):
-        torch.testing.assert_close(token_importance(y, importance), y[..., 0].float())
+        torch.testing.assert_close(token_importance(MixerOutput(y, y, ()), importance), y[..., 0].float())
 
 
 def test_unknown_importance() -> None:
     with pytest.raises(ValueError, match=r"unknown importance 'norm'; allowed are \['clip'"):
-        token_importance(torch.zeros(1, 1, 1), "norm")
+        token_importance(MixerOutput(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), ()), "norm")
 
 
 # ---- Which -------------------------------------------------------------------------------------------------------
@@ -112,23 +113,6 @@ def test_selected_tokens_are_the_best(scores, data) -> None:
     assert selected == sorted(set(selected))
     best_first = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     assert selected == sorted(best_first[:count])
-
-
-@given(scores=score_lists, class_score=st.sampled_from([-9.0, 9.0]), data=st.data())
-def test_class_token_stays_and_is_not_scored(scores, class_score, data) -> None:
-    place, count = data.draw(st.integers(0, len(scores))), data.draw(st.integers(1, len(scores)))
-    with_class = torch.tensor([[*scores[:place], class_score, *scores[place:]]])
-    selected, without_class = select_beside_class_token(with_class, count, torch.tensor([[place]]))
-    assert without_class.tolist() == [scores]
-    patches = select_tokens(torch.tensor([scores]), count)[0].tolist()
-    assert selected.tolist() == [sorted([place, *(i + (i >= place) for i in patches)])]
-
-
-def test_each_sample_has_its_own_class_position() -> None:
-    scores = torch.tensor([[9.0, 1.0, 2.0, 3.0], [1.0, 2.0, 9.0, 3.0]])
-    selected, others = select_beside_class_token(scores, 1, torch.tensor([[0], [2]]))
-    assert selected.tolist() == [[0, 3], [2, 3]]
-    assert others.tolist() == [[1, 2, 3], [1, 2, 3]]
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))

@@ -8,7 +8,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .flops import schedule_for_budget
-from .token_pruning import check_token_pruning
+from .pruning_schedule import check_token_pruning, pruning_method
 
 
 @strict
@@ -28,9 +28,9 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         time_step_min, time_step_max, time_step_floor: range of the time steps at initialisation.
         initializer_range: standard deviation of the truncated normal initialisation.
         drop_path_rate: stochastic depth in the last layer; it rises linearly from 0 in the first.
-        token_pruning: None for a dense model, or a dict with `layers`, `keep_ratios`, `alignment` and `importance`, see
-            `token_pruning.check_token_pruning`; or with `flops_reduction` in place of the first two, a share of the
-            published FLOPs that is to go, for which a schedule is found and put into the dict.
+        token_pruning: None for a dense model, or a dict with `layers`, `keep_ratios`, `alignment`, `importance` and
+            `method`, see `pruning_schedule.check_token_pruning`; or with `flops_reduction` in place of the first two, a
+            share of the published FLOPs that is to go, for which a schedule is found and put into the dict.
         scan_backend: which kernel scans, see `selective_scan.selective_scan`.
 
     Raises:
@@ -101,7 +101,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         """Checks pruning options against this configuration and returns them complete, a budget turned into a schedule.
 
         Raises:
-            ValueError: as `token_pruning.check_token_pruning` and `flops.schedule_for_budget`.
+            ValueError: as `pruning_schedule.check_token_pruning` and `flops.schedule_for_budget`.
         """
         if token_pruning is None:
             return None
@@ -112,7 +112,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             budget = token_pruning.pop("flops_reduction")
             if given := {"layers", "keep_ratios"} & set(token_pruning):
                 raise ValueError(f"`token_pruning` has both `flops_reduction` and {sorted(given)}; give one of them.")
-            token_pruning |= schedule_for_budget(self, budget)
+            token_pruning |= schedule_for_budget(self, budget, pruning_method(token_pruning))
         return check_token_pruning(token_pruning, self.num_hidden_layers)
 
     @property

@@ -1,8 +1,9 @@
 """How much a model computes, dense and pruned, counted from its configuration; and a schedule found from a budget.
 
-One multiply-add counts as one FLOP, as the field has it. Counted are linear layers, convolutions and, for each scan
-over L tokens with E channels and N states, 9 L E N. The figures that were published for these models follow two
-conventions: PlainMamba's count all of its four scans, Vim's only one of its two directions.
+One multiply-add counts as one FLOP, as the field has it. Counted are linear layers, convolutions, for each scan over L
+tokens with E channels and N states 9 L E N, and the matrix products of a pruning method. The figures that were
+published for these models follow two conventions: PlainMamba's count all of its four scans, Vim's only one of its two
+directions.
 """
 
 import itertools
@@ -14,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .documentation import see
+from .pruning_methods import DEFAULT_METHOD, METHODS, PruningMethod
 from .token_pruning import count_kept
 
 
@@ -59,7 +61,18 @@ def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | No
     num_patches = math.prod(config.grid_size_for(*size))
     dense = tokens_per_layer(num_patches, config.num_hidden_layers, None)
     pruned = tokens_per_layer(num_patches, config.num_hidden_layers, config.token_pruning)
-    return ModelFlops(_count(config, size, dense), _count(config, size, pruned))
+    count = _count(config, size, pruned)
+    if config.token_pruning is not None:
+        method = METHODS[config.token_pruning.get("method", DEFAULT_METHOD)]
+        stages = [(pruned[layer - 1], pruned[layer]) for layer in config.token_pruning["layers"]]
+        if flops := _count_pruning(config, method, stages):
+            count = FlopCount(count.total + flops, count.published + flops, count.breakdown | {"pruning": flops})
+    return ModelFlops(_count(config, size, dense), count)
+
+
+def _count_pruning(config: PreTrainedConfig, method: PruningMethod, stages: list[tuple[int, int]]) -> int:
+    """What a method computes in stages with so many tokens before and after them."""
+    return sum(method.count_flops(there, kept, config) for there, kept in stages)
 
 
 def tokens_per_layer(num_patches: int, num_hidden_layers: int, token_pruning: dict[str, Any] | None) -> list[int]:
@@ -137,7 +150,9 @@ BUDGET_TOLERANCE = 0.005
 STAGES = ((1 / 6, 1 / 3, 1 / 2), (1 / 12, 1 / 6, 1 / 4), (1 / 24, 1 / 12, 1 / 8))
 
 
-def schedule_for_budget(config: PreTrainedConfig, flops_reduction: float) -> dict[str, list]:
+def schedule_for_budget(
+    config: PreTrainedConfig, flops_reduction: float, method: PruningMethod = METHODS[DEFAULT_METHOD]
+) -> dict[str, list]:
     """Finds the pruning schedule that removes a share of the published FLOPs, at `config.image_size`.
 
     Tokens go in three stages, at a sixth, a third and half of the depth (the paper's model of 36 layers: 6, 12, 18),
@@ -147,6 +162,7 @@ def schedule_for_budget(config: PreTrainedConfig, flops_reduction: float) -> dic
     Args:
         config: a `PlainMambaConfig` or `VimConfig`.
         flops_reduction: in (0, 1), for instance 0.416.
+        method: whose own FLOPs count as well.
 
     Returns:
         `layers` and `keep_ratios`.
@@ -173,8 +189,16 @@ def schedule_for_budget(config: PreTrainedConfig, flops_reduction: float) -> dic
             f"{see('budget-out-of-reach')}"
         )
 
+    all_patches = tokens_per_layer(num_patches, depth, None)
+    dense = _count(config, config.image_height_width(config.image_size), all_patches).published
+
+    def cost(counts: Counts) -> float:
+        stages = list(zip((num_patches, *counts), counts, strict=False))
+        return _count_pruning(config, method, stages) / dense
+
     def reduction(counts: Counts) -> float:
-        return sum(saving * (num_patches - count) for saving, count in zip(savings, counts, strict=True))
+        saved = sum(saving * (num_patches - count) for saving, count in zip(savings, counts, strict=True))
+        return saved - cost(counts)
 
     equal = {_chain(num_patches, (step / 1000,) * len(layers)): (step / 1000,) * len(layers) for step in range(1, 1000)}
     fitting = [counts for counts in equal if abs(reduction(counts) - flops_reduction) <= BUDGET_TOLERANCE]
@@ -182,7 +206,8 @@ def schedule_for_budget(config: PreTrainedConfig, flops_reduction: float) -> dic
         best = min(fitting, key=lambda c: (reduction(c) < flops_reduction, abs(reduction(c) - flops_reduction)))
         return {"layers": layers, "keep_ratios": list(equal[best])}
 
-    exact = _counts_near(flops_reduction, savings, num_patches)
+    nearest_equal = min(equal, key=lambda counts: abs(reduction(counts) - flops_reduction))
+    exact = _counts_near(flops_reduction + cost(nearest_equal), savings, num_patches)
     fitting = [counts for counts in exact if abs(reduction(counts) - flops_reduction) <= BUDGET_TOLERANCE]
     if fitting:
         best = min(fitting, key=lambda c: (reduction(c) < flops_reduction, _spread(num_patches, c)))

@@ -4,7 +4,7 @@ import importlib
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,11 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .configuration_common import VisionMambaConfig
-from .token_pruning import (
-    check_token_pruning,
-    count_kept,
-    fill_dropped_tokens,
-    gather_tokens,
-    select_beside_class_token,
-    select_tokens,
-    token_importance,
-)
+from .mixer_output import MixerOutput
+from .pruning_dyvm import TokenPredictor
+from .pruning_schedule import check_token_pruning, pruning_method
+from .pruning_stage import Reduction, Stage
+from .token_pruning import count_kept, fill_dropped_tokens, gather_tokens
 
 
 @dataclass
@@ -31,7 +27,8 @@ class PrunedModelOutput(BaseModelOutputWithPooling):
     Args:
         kept_tokens: for each stage of the pruning schedule the original ids of the tokens left after it, in raster
             order, int64 of shape (batch, n). A class token counts and is always there.
-        token_scores: for each stage the importance of the tokens that could be dropped, shape (batch, candidates).
+        token_scores: for each stage the scores by which the method chose among the tokens that could be dropped, in
+            most methods their importance, shape (batch, candidates).
     """
 
     kept_tokens: tuple[Tensor, ...] | None = None
@@ -46,6 +43,31 @@ class PrunedImageClassifierOutput(ImageClassifierOutput):
     token_scores: tuple[Tensor, ...] | None = None
 
 
+class HoleTimeStep(nn.Module):
+    """The step size of a dropped token, where it does not depend on the tokens that are left.
+
+    `zero_input`: that of a token whose features are all 0. `learned`, ours: an offset in each channel is added to it
+    before the softplus; it begins at 0, as `zero_input`, and is trained with the model.
+    """
+
+    offset: nn.Parameter | None
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_parameter("offset", None)  # see `TokenPruningMixin.add_pruning_parameters`
+
+    def forward(self, bias: Tensor, alignment: str) -> Tensor | None:
+        """Step sizes (channels,), from what the scan adds to time steps before the softplus. None: other alignments."""
+        if alignment == "zero_input":
+            return F.softplus(bias.float())
+        if alignment == "learned":
+            if self.offset is None:
+                raise ValueError("this layer has no learned step for holes: `model.set_token_pruning` makes it.")
+            return F.softplus(bias.float() + self.offset.float())
+        return None
+
+
 class TokenPruningMixin:
     """For `PreTrainedModel`s whose configuration has `token_pruning`.
 
@@ -56,6 +78,8 @@ class TokenPruningMixin:
 
     config: VisionMambaConfig
     hub_module: ClassVar[str | None] = None
+    # A model whose pruning was turned off, or changed, keeps its parameters of pruning, for when it is turned on again.
+    _keys_to_ignore_on_load_unexpected: Any = [r"hole_time_step\.offset$", r"token_predictors\."]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> Any:
         """As `hf_vssm_prune.hub.pretrained.save_pretrained` where that is installed, else as transformers has it."""
@@ -83,10 +107,46 @@ class TokenPruningMixin:
             ValueError: the schedule is not allowed; the model keeps the one it has.
         """
         self.config.token_pruning = self.config.complete_token_pruning(token_pruning)
+        self.add_pruning_parameters(self.config.token_pruning)
+
+    def add_pruning_parameters(self, token_pruning: dict[str, Any] | None) -> None:
+        """Makes the parameters that pruning options need and the model lacks; those that it has stay as they are.
+
+        They are the predictors of a method that has some, one for each stage, and, for the `learned` alignment, the
+        offsets of the layers behind the first stage.
+
+        Args:
+            token_pruning: complete options; None: nothing is needed.
+        """
+        if token_pruning is None:
+            return
+        base: Any = self.base_model  # type: ignore[attr-defined]
+        like = next(base.layers.parameters())
+        if (make_predictor := pruning_method(token_pruning).predictor) is not None:
+            for layer in map(str, token_pruning["layers"]):
+                if layer not in base.token_predictors:
+                    predictor = make_predictor(self.config.hidden_size).to(like.device, like.dtype)
+                    predictor.apply(self._init_weights)
+                    base.token_predictors[layer] = predictor.train(base.training)
+        if token_pruning["alignment"] == "learned":
+            for module in base.layers[token_pruning["layers"][0] :].modules():
+                if isinstance(module, HoleTimeStep) and module.offset is None:
+                    module.offset = nn.Parameter(torch.zeros(module.channels, device=like.device, dtype=like.dtype))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, HoleTimeStep) and module.offset is not None:
+            init.zeros_(module.offset)
+        if isinstance(module, TokenPredictor):
+            module.init_weights()
 
 
 class TokenLayout(Protocol):
     """What a family's layers need to know of the tokens that are left."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the full grid, in patches."""
 
     @property
     def kept(self) -> Tensor | None:
@@ -96,51 +156,141 @@ class TokenLayout(Protocol):
     def class_position(self) -> Tensor | None:
         """The row of the class token in each sample, shape (batch, 1). None: there is none."""
 
-    def keep(self: "Layout", kept: Tensor, alignment: str) -> "Layout":
+    @property
+    def gates(self) -> Tensor | None:
+        """In training, where a method learns whom to keep: 1 for each token, with the gradient of the decision for it,
+        shape (batch, n, 1). Mixers see the tokens multiplied by them, behind the norm, which would hide a factor."""
+
+    def keep(self: "Layout", kept: Tensor, alignment: str, gates: Tensor | None = None) -> "Layout":
         """The layout when only the tokens with the original ids `kept` (batch, n) stay."""
 
 
 Layout = TypeVar("Layout", bound=TokenLayout)
 
 
+@dataclass(frozen=True)
+class Encoding(Generic[Layout]):
+    """What the layers make of the tokens.
+
+    Attributes:
+        hidden_states: of the tokens that are left, shape (batch, tokens left, hidden).
+        layout: of these tokens.
+        kept_tokens, token_scores: as in `PrunedModelOutput`.
+        sizes: how many patches were merged into each patch token that is left, shape (batch, patches left). None: one
+            each, or the method does not count them.
+    """
+
+    hidden_states: Tensor
+    layout: Layout
+    kept_tokens: tuple[Tensor, ...] | None = None
+    token_scores: tuple[Tensor, ...] | None = None
+    sizes: Tensor | None = None
+
+
 def encode(
-    layers: nn.ModuleList, hidden_states: Tensor, layout: Layout, config: VisionMambaConfig
-) -> tuple[Tensor, Layout, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-    """Runs the layers; at the input of those in the pruning schedule the less important tokens are dropped.
+    layers: nn.ModuleList,
+    predictors: nn.ModuleDict,
+    hidden_states: Tensor,
+    layout: Layout,
+    config: VisionMambaConfig,
+) -> Encoding[Layout]:
+    """Runs the layers; at the input of those in the pruning schedule the pruning method leaves fewer tokens.
 
     Args:
-        layers: each maps (hidden states, layout) to the next hidden states and its mixer's gated output.
+        layers: each maps (hidden states, layout) to the next hidden states and what its mixer tells of the tokens.
+        predictors: by layer those of a pruning method that has some.
         hidden_states: all tokens, shape (batch, tokens, hidden).
         layout: of all tokens.
         config: with `token_pruning`, which is checked once more: an attribute set on a configuration was not.
-
-    Returns:
-        Hidden states (batch, tokens left, hidden), the layout of these tokens, and for each stage what it kept and the
-        scores by which it chose, None in a dense model.
     """
     if config.token_pruning is None:
         for layer in layers:
             hidden_states, _ = layer(hidden_states, layout)
-        return hidden_states, layout, None, None
+        return Encoding(hidden_states, layout)
 
     pruning = check_token_pruning(config.token_pruning, config.num_hidden_layers)
+    method = pruning_method(pruning)
     keep_ratios = dict(zip(pruning["layers"], pruning["keep_ratios"], strict=True))
-    kept_tokens, token_scores = [], []
+    kept_tokens, token_scores, sizes, gates = [], [], None, None
     for index, layer in enumerate(layers, start=1):
-        hidden_states, mixer_output = layer(hidden_states, layout)
+        hidden_states, mixer = layer(hidden_states, layout)
         if index in keep_ratios:
-            scores = token_importance(mixer_output, pruning["importance"])
-            if layout.class_position is None:
-                positions = select_tokens(scores, count_kept(scores.shape[1], keep_ratios[index]))
-            else:
-                count = count_kept(scores.shape[1] - 1, keep_ratios[index])
-                positions, scores = select_beside_class_token(scores, count, layout.class_position)
-            hidden_states = gather_tokens(hidden_states, positions)
+            stage = _make_stage(hidden_states, mixer, layout, keep_ratios[index])
+            predictor = dict(predictors.items()).get(str(index))
+            stage = stage._replace(sizes=sizes, importance=pruning.get("importance", ""), predictor=predictor)
+            reduction = method.reduce(stage)
+            gates = _gather_gates(gates, reduction)
+            positions, hidden_states, all_gates = _with_class_token(reduction, gates, hidden_states, stage, layout)
             kept = positions if layout.kept is None else layout.kept.gather(1, positions)
-            layout = layout.keep(kept, pruning["alignment"])
+            layout = layout.keep(kept, pruning["alignment"], all_gates)
             kept_tokens.append(kept)
-            token_scores.append(scores)
-    return hidden_states, layout, tuple(kept_tokens), tuple(token_scores)
+            token_scores.append(reduction.scores)
+            sizes = reduction.sizes
+    return Encoding(hidden_states, layout, tuple(kept_tokens), tuple(token_scores), sizes)
+
+
+def _make_stage(hidden_states: Tensor, mixer: MixerOutput, layout: TokenLayout, keep_ratio: float) -> Stage:
+    """The patch tokens among all tokens (batch, tokens, hidden)."""
+    batch, num_tokens, _ = hidden_states.shape
+    rows = torch.arange(num_tokens, device=hidden_states.device).expand(batch, -1)
+    ids = rows if layout.kept is None else layout.kept
+    if layout.class_position is None:
+        return Stage(hidden_states, count_kept(num_tokens, keep_ratio), mixer, None, ids, layout.grid)
+    class_id = ids.gather(1, layout.class_position)
+    rows = rows[:, :-1] + (rows[:, :-1] >= layout.class_position)
+    ids = ids.gather(1, rows)
+    cells = ids - (ids > class_id).long()
+    patches = gather_tokens(hidden_states, rows)
+    return Stage(patches, count_kept(num_tokens - 1, keep_ratio), mixer, rows, cells, layout.grid)
+
+
+def _gather_gates(gates: Tensor | None, reduction: Reduction) -> Tensor | None:
+    """The gates (batch, patches left) of the patch tokens that are left, from those before the stage and its own."""
+    if reduction.gates is None:
+        return None
+    return reduction.gates if gates is None else gates.gather(1, reduction.positions) * reduction.gates
+
+
+def _with_class_token(
+    reduction: Reduction, gates: Tensor | None, hidden_states: Tensor, stage: Stage, layout: TokenLayout
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Puts the class token, where there is one, back between the patch tokens that are left.
+
+    Args:
+        reduction: of the patch tokens.
+        gates: of those that are left, shape (batch, patches left).
+        hidden_states: of all tokens, as they were before the stage.
+        stage, layout: of these tokens.
+
+    Returns:
+        The rows of all tokens that are left, ascending, their hidden states, and their gates, (batch, tokens left, 1).
+    """
+    patch_gates = None if gates is None else gates.unsqueeze(-1)
+    if stage.rows is None or layout.class_position is None:
+        return reduction.positions, reduction.hidden_states, patch_gates
+    left = torch.cat([stage.rows.gather(1, reduction.positions), layout.class_position], dim=1)
+    left, order = left.sort(dim=-1)
+
+    def put_back(patches: Tensor, class_token: Tensor) -> Tensor:
+        return gather_tokens(torch.cat([patches, class_token], dim=1), order)
+
+    tokens = put_back(reduction.hidden_states, gather_tokens(hidden_states, layout.class_position))
+    if patch_gates is not None:
+        patch_gates = put_back(patch_gates, torch.ones_like(patch_gates[:, :1]))
+    return left, tokens, patch_gates
+
+
+def gate_tokens(tokens: Tensor, layout: TokenLayout) -> Tensor:
+    """Tokens (batch, n, hidden), each times its gate, where there are gates."""
+    return tokens if layout.gates is None else tokens * layout.gates.to(tokens.dtype)
+
+
+def mean_over_patches(tokens: Tensor, sizes: Tensor | None) -> Tensor:
+    """The mean of tokens (batch, n, channels), each as often as it has patches in it, sizes (batch, n)."""
+    if sizes is None:
+        return tokens.mean(dim=1)
+    weights = (sizes / sizes.sum(dim=1, keepdim=True)).to(tokens.dtype)
+    return (tokens * weights.unsqueeze(-1)).sum(dim=1)
 
 
 def image_classifier(config: VisionMambaConfig) -> nn.Module:

@@ -21,8 +21,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_plainmamba import PlainMambaConfig
 from .grid_convolution import depthwise_conv2d
+from .mixer_output import MixerOutput, ScanInputs
 from .modeling_common import (
     DropPath,
+    HoleTimeStep,
     PrunedImageClassifierOutput,
     PrunedModelOutput,
     TimeStepProjection,
@@ -31,9 +33,11 @@ from .modeling_common import (
     drop_path_rates,
     encode,
     full_hidden_states,
+    gate_tokens,
     image_classifier,
     init_decay,
     init_time_step_projection,
+    mean_over_patches,
     resize_position_embeddings,
 )
 from .selective_scan import selective_scan
@@ -49,6 +53,7 @@ class PlainMambaTokenLayout(NamedTuple):
         kept: the cell of each token, shape (batch, n). None: every cell has its token.
         paths: the paths over these cells; int32, as the kernels take them, so that no layer converts them.
         alignment: how the scans cross the holes.
+        gates: see `TokenLayout`.
         class_position: None, PlainMamba has no class token.
     """
 
@@ -57,6 +62,7 @@ class PlainMambaTokenLayout(NamedTuple):
     kept: Tensor | None
     paths: ScanPaths
     alignment: str
+    gates: Tensor | None = None
     class_position: None = None
 
     @classmethod
@@ -64,9 +70,9 @@ class PlainMambaTokenLayout(NamedTuple):
         paths = snake_paths(grid, device)
         return cls(grid, paths, kept=None, paths=cls._to_int32(paths), alignment="none")
 
-    def keep(self, kept: Tensor, alignment: str) -> "PlainMambaTokenLayout":
+    def keep(self, kept: Tensor, alignment: str, gates: Tensor | None = None) -> "PlainMambaTokenLayout":
         paths = self._to_int32(prune_paths(self.full_paths, kept, alignment))
-        return self._replace(kept=kept, paths=paths, alignment=alignment)
+        return self._replace(kept=kept, paths=paths, alignment=alignment, gates=gates)
 
     @staticmethod
     def _to_int32(paths: ScanPaths) -> ScanPaths:
@@ -172,14 +178,15 @@ class PlainMambaMixer(nn.Module):
         self.sizes = [int(config.time_step_rank), config.state_size, config.state_size]
         self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)
         self.dt_proj = TimeStepProjection(self.sizes[0], width)
+        self.hole_time_step = HoleTimeStep(width)
         self.A_log = nn.Parameter(torch.empty(width, config.state_size))
         self.D = nn.Parameter(torch.empty(width))
         # What each kind of move adds to B: start, right, left, up, down.
         self.direction_B = nn.Parameter(torch.empty(5, config.state_size))
         self.out_proj = nn.Linear(width, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> tuple[Tensor, Tensor]:
-        """Returns the mixed tokens, and the gated output that they were projected from (batch, n, channels)."""
+    def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> tuple[Tensor, MixerOutput]:
+        """Returns the mixed tokens (batch, n, hidden), and what pruning may choose by."""
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         x = self.conv2d(x, layout, silu=True)
         features, B, C = self.x_proj(x).split(self.sizes, dim=-1)
@@ -196,12 +203,15 @@ class PlainMambaMixer(nn.Module):
             gate=gate,
             order=layout.paths.order,
             gaps=layout.paths.gaps,
-            hole_time_step=F.softplus(bias.float()) if layout.alignment == "zero_input" else None,
+            hole_time_step=self.hole_time_step(bias, layout.alignment),
             direction_B=self.direction_B,
             moves=layout.paths.moves,
             backend=self.config.scan_backend,
         )
-        return self.out_proj(gated), gated
+        paths = layout.paths
+        scan = ScanInputs(time_step, bias, B, C, order=paths.order, direction_B=self.direction_B, moves=paths.moves)
+        mixed = self.out_proj(gated)
+        return mixed, MixerOutput(gated, mixed, (scan,)).detach()
 
 
 class PlainMambaDepthwise(nn.Module):
@@ -225,13 +235,13 @@ class PlainMambaLayer(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path_rate)
         self.depthwise = PlainMambaDepthwise(config) if layer_idx in config.depthwise_layers else None
 
-    def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> tuple[Tensor, Tensor]:
-        """Returns the layer's output, and the mixer's gated output, by which the next layer may score the tokens."""
-        mixed, gated = self.mixer(self.norm(hidden_states), layout)
+    def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> tuple[Tensor, MixerOutput]:
+        """Returns the layer's output, and what its mixer tells of the tokens, by which pruning may choose."""
+        mixed, mixer_output = self.mixer(gate_tokens(self.norm(hidden_states), layout), layout)
         hidden_states = hidden_states + self.drop_path(mixed)
         if self.depthwise is not None:
             hidden_states = self.depthwise(hidden_states, layout)
-        return hidden_states, gated.detach()
+        return hidden_states, mixer_output
 
 
 class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
@@ -274,6 +284,8 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
         rates = drop_path_rates(config)
         self.layers = nn.ModuleList([PlainMambaLayer(config, i, rates[i]) for i in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.final_layer_norm_eps)
+        self.token_predictors = nn.ModuleDict()
+        self.add_pruning_parameters(config.token_pruning)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -292,13 +304,13 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
         """
         hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
         layout = PlainMambaTokenLayout.of_grid(grid, hidden_states.device)
-        hidden_states, _, kept_tokens, token_scores = encode(self.layers, hidden_states, layout, self.config)
-        last_hidden_state = self.norm(hidden_states)
+        encoding = encode(self.layers, self.token_predictors, hidden_states, layout, self.config)
+        last_hidden_state = self.norm(encoding.hidden_states)
         return PrunedModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=last_hidden_state.mean(dim=1),
-            kept_tokens=kept_tokens,
-            token_scores=token_scores,
+            pooler_output=mean_over_patches(last_hidden_state, encoding.sizes),
+            kept_tokens=encoding.kept_tokens,
+            token_scores=encoding.token_scores,
         )
 
 

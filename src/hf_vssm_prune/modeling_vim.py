@@ -21,8 +21,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vim import VimConfig
+from .mixer_output import MixerOutput, ScanInputs
 from .modeling_common import (
     DropPath,
+    HoleTimeStep,
     PrunedImageClassifierOutput,
     PrunedModelOutput,
     TimeStepProjection,
@@ -31,6 +33,7 @@ from .modeling_common import (
     drop_path_rates,
     encode,
     full_hidden_states,
+    gate_tokens,
     image_classifier,
     init_decay,
     init_time_step_projection,
@@ -44,24 +47,28 @@ class VimTokenLayout(NamedTuple):
     """Where the tokens that are left lie in the full sequence, patches with the class token in their middle.
 
     Attributes:
+        grid: (height, width) of the full grid, in patches.
         class_id: the class token's place in the full sequence.
         class_position: its row among the tokens that are left, shape (batch, 1).
         kept: the place of each token in the full sequence, shape (batch, n). None: all are there.
         gaps: for the forward and the backward direction the distances between tokens, each (batch, n), in the order of
             the direction. None: no alignment, or nothing was dropped.
         alignment: how the scans cross the holes.
+        gates: see `TokenLayout`.
     """
 
+    grid: tuple[int, int]
     class_id: int
     class_position: Tensor
     kept: Tensor | None = None
     gaps: tuple[Tensor, Tensor] | None = None
     alignment: str = "none"
+    gates: Tensor | None = None
 
-    def keep(self, kept: Tensor, alignment: str) -> "VimTokenLayout":
+    def keep(self, kept: Tensor, alignment: str, gates: Tensor | None = None) -> "VimTokenLayout":
         gaps = None if alignment == "none" else (path_gaps(kept), path_gaps(-kept.flip(1)))
         class_position = (kept < self.class_id).sum(dim=1, keepdim=True)
-        return VimTokenLayout(self.class_id, class_position, kept, gaps, alignment)
+        return VimTokenLayout(self.grid, self.class_id, class_position, kept, gaps, alignment, gates)
 
 
 class VimEmbeddings(nn.Module):
@@ -118,15 +125,16 @@ class VimScan(nn.Module):
         self.sizes = [int(config.time_step_rank), config.state_size, config.state_size]
         self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)
         self.dt_proj = TimeStepProjection(self.sizes[0], width)
+        self.hole_time_step = HoleTimeStep(width)
         self.A_log = nn.Parameter(torch.empty(width, config.state_size))
         self.D = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor, gate: Tensor, gaps: Tensor | None, alignment: str) -> Tensor:
-        """Gated output of the scan; `x`, `gate` and the result are (batch, n, channels), `gaps` (batch, n)."""
+    def forward(self, x: Tensor, gate: Tensor, gaps: Tensor | None, alignment: str) -> tuple[Tensor, ScanInputs]:
+        """Gated output of the scan, and its inputs; `x`, `gate` and output (batch, n, channels), `gaps` (batch, n)."""
         x = F.silu(self.conv1d(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
         features, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         time_step, bias = self.dt_proj(features)
-        return selective_scan(
+        gated = selective_scan(
             x,
             time_step,
             -torch.exp(self.A_log.float()),
@@ -136,9 +144,10 @@ class VimScan(nn.Module):
             time_step_bias=bias,
             gate=gate,
             gaps=None if gaps is None else gaps.unsqueeze(1),
-            hole_time_step=F.softplus(bias.float()) if alignment == "zero_input" else None,
+            hole_time_step=self.hole_time_step(bias, alignment),
             backend=self.config.scan_backend,
         )
+        return gated, ScanInputs(time_step, bias, B, C)
 
 
 class VimMixer(nn.Module):
@@ -151,14 +160,15 @@ class VimMixer(nn.Module):
         self.backward_scan = VimScan(config)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> tuple[Tensor, Tensor]:
-        """Returns the mixed tokens, and the gated output that they were projected from (batch, n, channels)."""
+    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> tuple[Tensor, MixerOutput]:
+        """Returns the mixed tokens (batch, n, hidden), and what pruning may choose by."""
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         forward_gaps, backward_gaps = layout.gaps or (None, None)
-        gated = self.forward_scan(x, gate, forward_gaps, layout.alignment)
-        gated = gated + self.backward_scan(x.flip(1), gate.flip(1), backward_gaps, layout.alignment).flip(1)
-        gated = gated / 2
-        return self.out_proj(gated), gated
+        forward_gated, forward = self.forward_scan(x, gate, forward_gaps, layout.alignment)
+        backward_gated, backward = self.backward_scan(x.flip(1), gate.flip(1), backward_gaps, layout.alignment)
+        gated = (forward_gated + backward_gated.flip(1)) / 2
+        mixed = self.out_proj(gated)
+        return mixed, MixerOutput(gated, mixed, (forward, backward._replace(reversed=True))).detach()
 
 
 class VimRMSNorm(nn.RMSNorm):
@@ -176,13 +186,13 @@ class VimLayer(GradientCheckpointingLayer):
         self.mixer = VimMixer(config)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> tuple[Tensor, Tensor]:
-        """Returns the layer's output, and the mixer's gated output, by which the next layer may score the tokens.
+    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> tuple[Tensor, MixerOutput]:
+        """Returns the layer's output, and what its mixer tells of the tokens, by which pruning may choose.
 
         `hidden_states` is the residual stream, float32 in every precision.
         """
-        mixed, gated = self.mixer(self.norm(hidden_states), layout)
-        return hidden_states + self.drop_path(mixed).float(), gated.detach()
+        mixed, mixer_output = self.mixer(gate_tokens(self.norm(hidden_states), layout), layout)
+        return hidden_states + self.drop_path(mixed).float(), mixer_output
 
 
 class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
@@ -223,6 +233,8 @@ class VimModel(VimPreTrainedModel):
         self.embeddings = VimEmbeddings(config)
         self.layers = nn.ModuleList([VimLayer(config, rate) for rate in drop_path_rates(config)])
         self.norm = VimRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.token_predictors = nn.ModuleDict()
+        self.add_pruning_parameters(config.token_pruning)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -242,14 +254,15 @@ class VimModel(VimPreTrainedModel):
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding).float()
         class_id = (hidden_states.shape[1] - 1) // 2
         class_position = torch.full((hidden_states.shape[0], 1), class_id, device=hidden_states.device)
-        layout = VimTokenLayout(class_id, class_position)
-        hidden_states, layout, kept_tokens, token_scores = encode(self.layers, hidden_states, layout, self.config)
-        last_hidden_state = self.norm(hidden_states)
+        grid = self.config.grid_size_for(*pixel_values.shape[2:])
+        layout = VimTokenLayout(grid, class_id, class_position)
+        encoding = encode(self.layers, self.token_predictors, hidden_states, layout, self.config)
+        last_hidden_state = self.norm(encoding.hidden_states)
         return PrunedModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=gather_tokens(last_hidden_state, layout.class_position).squeeze(1),
-            kept_tokens=kept_tokens,
-            token_scores=token_scores,
+            pooler_output=gather_tokens(last_hidden_state, encoding.layout.class_position).squeeze(1),
+            kept_tokens=encoding.kept_tokens,
+            token_scores=encoding.token_scores,
         )
 
 

@@ -6,84 +6,21 @@ important tokens are *selected*; and the *alignment* tells the scans that follow
 so that the hidden state goes on decaying across the holes between them.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .documentation import see
+from .mixer_output import MixerOutput, token_influence
 
 
-ALIGNMENTS = ("repeat", "zero_input", "none")
-IMPORTANCES = ("clip", "mean", "l1", "l2", "random")
+ALIGNMENTS = ("repeat", "zero_input", "none", "learned")
+IMPORTANCES = ("clip", "mean", "l1", "l2", "random", "influence", "worst_influence")
 
 
-# ---- Schedule ----------------------------------------------------------------------------------------------------
-
-
-def check_token_pruning(token_pruning: dict[str, Any], num_hidden_layers: int) -> dict[str, Any]:
-    """Checks pruning options and returns them complete, as `config.json` holds them.
-
-    Args:
-        token_pruning: `layers`, before which tokens are dropped, ascending, each in 1 ... num_hidden_layers - 1;
-            `keep_ratios`, for each of them the share of the tokens still there that stays, in (0, 1]; `alignment`
-            (default `repeat`), one of `ALIGNMENTS`; `importance` (default `clip`), one of `IMPORTANCES`.
-        num_hidden_layers: depth of the model.
-
-    Raises:
-        ValueError: an option is unknown or missing, or its value is not allowed; the message says what was given and
-            what is allowed.
-    """
-    allowed = ("layers", "keep_ratios", "alignment", "importance")
-    if unknown := sorted(set(token_pruning) - set(allowed)):
-        raise ValueError(f"`token_pruning` has unknown options {unknown}; allowed are {list(allowed)}.")
-    if missing := [name for name in allowed[:2] if token_pruning.get(name) is None]:
-        raise ValueError(f"`token_pruning` needs {missing}; given were {sorted(token_pruning)}.")
-    options = {
-        "layers": _as_list("layers", token_pruning["layers"]),
-        "keep_ratios": _as_list("keep_ratios", token_pruning["keep_ratios"]),
-        "alignment": token_pruning.get("alignment", ALIGNMENTS[0]),
-        "importance": token_pruning.get("importance", IMPORTANCES[0]),
-    }
-    _check_layers(options["layers"], num_hidden_layers)
-    _check_keep_ratios(options["keep_ratios"], len(options["layers"]))
-    for name, choices in (("alignment", ALIGNMENTS), ("importance", IMPORTANCES)):
-        if options[name] not in choices:
-            raise ValueError(f"`token_pruning[{name!r}]` is {options[name]!r}; allowed are {list(choices)}.")
-    return options
-
-
-def _as_list(name: str, values: object) -> list[Any]:
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise ValueError(f"`token_pruning[{name!r}]` is {values!r}; a list is needed, with one entry for each stage.")
-    return list(values)
-
-
-def _check_layers(layers: list[Any], num_hidden_layers: int) -> None:
-    given = f"`token_pruning['layers']` is {layers}"
-    if not layers:
-        raise ValueError(f"{given}; give at least one layer, or `token_pruning=None` for a dense model.")
-    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-        raise ValueError(f"{given}; layers are whole numbers.")
-    if not all(1 <= layer < num_hidden_layers for layer in layers):
-        raise ValueError(
-            f"{given}; tokens are scored by the layer before, so that 1 to {num_hidden_layers - 1} are allowed "
-            f"in a model of {num_hidden_layers} layers. {see('schedule-not-allowed')}"
-        )
-    if any(later <= earlier for earlier, later in itertools.pairwise(layers)):
-        raise ValueError(f"{given}; layers must ascend, each given once.")
-
-
-def _check_keep_ratios(keep_ratios: list[Any], num_stages: int) -> None:
-    given = f"`token_pruning['keep_ratios']` is {keep_ratios}"
-    if len(keep_ratios) != num_stages:
-        raise ValueError(f"{given}, {len(keep_ratios)} ratios for {num_stages} layers; one for each layer is needed.")
-    for ratio in keep_ratios:
-        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio <= 1:
-            raise ValueError(f"{given}; {ratio!r} is not in (0, 1].")
+# ---- How many ----------------------------------------------------------------------------------------------------
 
 
 def count_kept(num_tokens: int, keep_ratio: float) -> int:
@@ -97,20 +34,23 @@ def count_kept(num_tokens: int, keep_ratio: float) -> int:
 # ---- Importance --------------------------------------------------------------------------------------------------
 
 
-def token_importance(mixer_output: Tensor, importance: str = "clip") -> Tensor:
-    """The importance of each token, from the mixer's gated output y before its output projection.
+def token_importance(mixer: MixerOutput, importance: str = "clip") -> Tensor:
+    """The importance of each token, from what the mixer tells of it.
 
-    `clip`, the paper's: the mean over channels of max(0, y). To compare with: `mean`, the mean of y; `l1`, the mean of
-    |y|; `l2`, the root of the mean square; `random`, uniform numbers from torch's generator (`torch.manual_seed`).
+    From the mixer's gated output y before its output projection: `clip`, the paper's: the mean over channels of
+    max(0, y); to compare with, `mean`, the mean of y; `l1`, the mean of |y|; `l2`, the root of the mean square. From
+    the scans' inputs, ours: `influence`, step size · ‖B‖ · ‖C‖, mean over the directions, and `worst_influence`, that
+    of the direction in which it is highest, so that a token goes only if no direction needs it; see
+    `mixer_output.token_influence`. `random`: uniform numbers from torch's generator (`torch.manual_seed`).
 
     Args:
-        mixer_output: shape (batch, tokens, channels).
+        mixer: of shape (batch, tokens, channels).
         importance: one of `IMPORTANCES`.
 
     Returns:
         float32 (float64 when the input is) of shape (batch, tokens), without gradient.
     """
-    y = mixer_output.detach()
+    y = mixer.gated.detach()
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     if importance == "clip":
         return y.clamp(min=0).mean(-1)
@@ -122,6 +62,10 @@ def token_importance(mixer_output: Tensor, importance: str = "clip") -> Tensor:
         return y.square().mean(-1).sqrt()
     if importance == "random":
         return torch.rand(y.shape[:-1], dtype=y.dtype, device=y.device)
+    if importance == "influence":
+        return token_influence(mixer.scans).mean(1)
+    if importance == "worst_influence":
+        return token_influence(mixer.scans).amax(1)
     raise ValueError(f"unknown importance {importance!r}; allowed are {list(IMPORTANCES)}.")
 
 
@@ -140,25 +84,6 @@ def select_tokens(scores: Tensor, count: int) -> Tensor:
     """
     ranking = scores.argsort(dim=-1, descending=True, stable=True)
     return ranking[:, :count].sort(dim=-1).values
-
-
-def select_beside_class_token(scores: Tensor, count: int, class_position: Tensor) -> tuple[Tensor, Tensor]:
-    """As `select_tokens`, with a class token among the tokens that is neither scored nor dropped.
-
-    Args:
-        scores: shape (batch, tokens), the class token's too.
-        count: how many of the others to select.
-        class_position: of the class token in each sample, shape (batch, 1).
-
-    Returns:
-        Positions of the selected tokens and the class token, ascending (batch, count + 1), and the scores without the
-        class token's (batch, tokens - 1).
-    """
-    others = torch.arange(scores.shape[1] - 1, device=scores.device)
-    others = others + (others >= class_position)
-    scores = scores.gather(1, others)
-    selected = others.gather(1, select_tokens(scores, count))
-    return torch.cat([selected, class_position], dim=1).sort(dim=-1).values, scores
 
 
 def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:

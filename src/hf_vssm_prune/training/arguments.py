@@ -18,6 +18,7 @@ from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.configuration_plainmamba import PlainMambaConfig
 from hf_vssm_prune.configuration_vim import VimConfig
 from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.pruning_methods import DEFAULT_METHOD, METHODS
 from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES
 from hf_vssm_prune.training.augmentation import AugmentationConfig, MixConfig
 from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, LossWeights
@@ -300,11 +301,19 @@ class PruningArguments:
     flops_reduction: float | None = field(
         default=None, metadata=_describe("in place of these two: the share of FLOPs to remove")
     )
-    prune_alignment: str = field(
-        default=ALIGNMENTS[0], metadata=_describe("how the scans cross the holes", choices=ALIGNMENTS)
+    prune_method: str | None = field(
+        default=None, metadata=_describe(f"how tokens go; by default {DEFAULT_METHOD}", choices=tuple(METHODS))
     )
-    importance: str = field(
-        default=IMPORTANCES[0], metadata=_describe("what makes a token worth keeping", choices=IMPORTANCES)
+    prune_alignment: str | None = field(
+        default=None,
+        metadata=_describe("how the scans cross the holes; by default as the method has it", choices=ALIGNMENTS),
+    )
+    importance: str | None = field(
+        default=None,
+        metadata=_describe(
+            f"what makes a token worth keeping, for a method that takes it; by default {IMPORTANCES[0]}",
+            choices=IMPORTANCES,
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -326,7 +335,8 @@ class PruningArguments:
 
     def token_pruning(self) -> dict[str, Any] | None:
         """For a configuration's `token_pruning`; None where no schedule was given."""
-        choices = {"alignment": self.prune_alignment, "importance": self.importance}
+        given = {"method": self.prune_method, "alignment": self.prune_alignment, "importance": self.importance}
+        choices = {name: value for name, value in given.items() if value is not None}
         if self.flops_reduction is not None:
             return {"flops_reduction": self.flops_reduction, **choices}
         if self.prune_layers is not None:
@@ -363,7 +373,7 @@ class ElasticArguments:
             ValueError: no schedule of this model comes near a budget.
         """
         own = config.token_pruning or {}
-        choices = {name: own[name] for name in ("alignment", "importance") if name in own}
+        choices = {name: own[name] for name in ("method", "alignment", "importance") if name in own}
         if self.elastic_importance is not None:
             choices["importance"] = self.elastic_importance
         return [

@@ -4,7 +4,7 @@ import copy
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from hf_vssm_prune.documentation import see
 from hf_vssm_prune.hub.loading import load_classifier, load_config, new_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.pushing import push_model
+from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.quantization import quantize_linears
+from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     DenseModelArguments,
@@ -115,6 +117,64 @@ def evaluate(
         raise ValueError(f"--int8 computes on the CPU only, and the device is {device}: give --device cpu.")
     config = load_config(options.model_name_or_path)
     schedule = config.complete_token_pruning(pruning.token_pruning() or config.token_pruning)
+    loader, label_names = _load_evaluation(data, options)
+    models = {"dense": load_model(options.dense_name_or_path or options.model_name_or_path, label_names)}
+    models["dense"].set_token_pruning(None)
+    if schedule is not None:
+        models["pruned"] = load_model(options.model_name_or_path, label_names)
+        models["pruned"].set_token_pruning(schedule)
+    if options.int8:
+        models |= {f"{name}, int8": quantize_linears(copy.deepcopy(model)) for name, model in models.items()}
+    return _compare(models, loader, options)
+
+
+def compare_methods(
+    data: DataArguments, options: EvaluationArguments, flops_reduction: float
+) -> dict[str, ModelEvaluation]:
+    """A model pruned to one budget in every way of `method_variants`, with the weights as they are.
+
+    Raises:
+        ValueError, OSError: something does not fit or is not there; the message names it.
+    """
+    config = load_config(options.model_name_or_path)
+    schedules: dict[str, dict[str, Any] | None] = {"dense": None}
+    for name, choices in method_variants().items():
+        schedules[name] = config.complete_token_pruning({"flops_reduction": flops_reduction, **choices})
+    loader, label_names = _load_evaluation(data, options)
+    model = load_model(options.model_name_or_path, label_names)
+    return _compare({name: _sharing_weights(model, each) for name, each in schedules.items()}, loader, options)
+
+
+def method_variants() -> dict[str, dict[str, str]]:
+    """Each method without alignment and with `repeat`; `top` also with each other alignment and importance."""
+    variants = {
+        f"{method}, {alignment}": {"method": method, "alignment": alignment}
+        for method in METHODS
+        for alignment in ("none", "repeat")
+    }
+    variants |= {
+        f"top, {alignment}": {"method": "top", "alignment": alignment}
+        for alignment in ALIGNMENTS
+        if alignment != "learned"  # it begins as `zero_input`
+    }
+    variants |= {
+        f"top, repeat, {importance}": {"method": "top", "alignment": "repeat", "importance": importance}
+        for importance in IMPORTANCES[1:]
+    }
+    return variants
+
+
+def _sharing_weights(model: ImageClassifier, token_pruning: dict[str, Any] | None) -> ImageClassifier:
+    """Another model with the same weights in memory, and pruning of its own."""
+    with torch.device("meta"):
+        other = AutoModelForImageClassification.from_config(copy.deepcopy(model.config))
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.set_token_pruning(token_pruning)
+    return other
+
+
+def _load_evaluation(data: DataArguments, options: EvaluationArguments) -> tuple[DataLoader, Sequence[str]]:
+    """Batches of the images that the options name, and the names of their labels."""
     set_seed(options.seed)
     dataset, label_names = load_evaluation_dataset(
         data.dataset_name,
@@ -125,13 +185,6 @@ def evaluate(
         max_samples=data.max_eval_samples,
         seed=options.seed,
     )
-    models = {"dense": load_model(options.dense_name_or_path or options.model_name_or_path, label_names)}
-    models["dense"].set_token_pruning(None)
-    if schedule is not None:
-        models["pruned"] = load_model(options.model_name_or_path, label_names)
-        models["pruned"].set_token_pruning(schedule)
-    if options.int8:
-        models |= {f"{name}, int8": quantize_linears(copy.deepcopy(model)) for name, model in models.items()}
     processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
     loader = DataLoader(
         EvaluationImages(dataset, processor),
@@ -139,6 +192,13 @@ def evaluate(
         collate_fn=collate,
         num_workers=data.dataloader_num_workers,
     )
+    return loader, label_names
+
+
+def _compare(
+    models: Mapping[str, ImageClassifier], loader: DataLoader, options: EvaluationArguments
+) -> dict[str, ModelEvaluation]:
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtypes = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
     return compare_models(models, loader, device, dtypes[options.mixed_precision])
 

@@ -154,6 +154,8 @@ class Trainer:
         self._make_schedule()
 
         self.elastic_schedules = recipe.elastic.schedules(model.config)
+        for schedule in self.elastic_schedules:
+            model.add_pruning_parameters(schedule)  # before the optimizer looks for parameters
         self.plain_model = model.to(self.accelerator.device)
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device).eval().requires_grad_(False)
         options = recipe.optimization

@@ -1,0 +1,107 @@
+"""What a mixer tells of its tokens, for a pruning method to choose by: its output, and the scans' steps, B and C.
+
+All of it lies at hand when a mixer has run; nothing is computed until a method asks.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ScanInputs(NamedTuple):
+    """One scan's time steps, B and C, as `selective_scan` was given them, without gradient.
+
+    Attributes:
+        time_step: before bias and softplus, shape (batch, tokens, channels). Row t belongs to step t of every path.
+        time_step_bias: shape (channels,).
+        B, C: shape (batch, tokens, state_size).
+        reversed: the rows were made from the tokens from the last to the first, and visit them so (Vim's second scan).
+        order, direction_B, moves: of a scan along several paths, see `selective_scan`; its rows were made from the
+            tokens as they lie. None: one path, which visits the token that a row was made from.
+    """
+
+    time_step: Tensor
+    time_step_bias: Tensor
+    B: Tensor
+    C: Tensor
+    reversed: bool = False
+    order: Tensor | None = None
+    direction_B: Tensor | None = None
+    moves: Tensor | None = None
+
+    def detach(self) -> "ScanInputs":
+        """Without gradient. Parameters are copied: sharded or offloaded ones are there during the mixer's call only."""
+        return self._replace(
+            time_step=self.time_step.detach(),
+            time_step_bias=self.time_step_bias.detach().clone(),
+            B=self.B.detach(),
+            C=self.C.detach(),
+            direction_B=None if self.direction_B is None else self.direction_B.detach().clone(),
+        )
+
+
+class MixerOutput(NamedTuple):
+    """A mixer's tokens, in raster order, without gradient.
+
+    Attributes:
+        gated: the output y of the scans, gated, before the output projection, shape (batch, tokens, channels).
+        projected: the mixer's result, shape (batch, tokens, hidden).
+        scans: PlainMamba's one, along four paths; Vim's forward and backward one.
+    """
+
+    gated: Tensor
+    projected: Tensor
+    scans: tuple[ScanInputs, ...]
+
+    def detach(self) -> "MixerOutput":
+        return MixerOutput(self.gated.detach(), self.projected.detach(), tuple(scan.detach() for scan in self.scans))
+
+
+def mean_time_steps(scans: Sequence[ScanInputs]) -> Tensor:
+    """The step size with which each direction lets a token in, mean over channels: (batch, directions, tokens)."""
+    return torch.cat([_visited(scan, _steps(scan).unsqueeze(1)) for scan in scans], dim=1)
+
+
+def token_influence(scans: Sequence[ScanInputs]) -> Tensor:
+    """How much each direction can carry from a token to its output: (batch, directions, tokens).
+
+    That is step size · ‖B‖ · ‖C‖ at the step at which the direction visits the token: the first two are what the token
+    is multiplied by on its way into the state, the last what the state is multiplied by on its way out. The step size
+    is the mean over channels; the norms are Euclidean.
+    """
+    influences = []
+    for scan in scans:
+        B = _full_precision(scan.B).unsqueeze(1)
+        if scan.direction_B is not None:
+            B = B + _full_precision(scan.direction_B)[scan.moves]
+        C = _full_precision(scan.C).unsqueeze(1)
+        influences.append(_visited(scan, _steps(scan).unsqueeze(1) * B.norm(dim=-1) * C.norm(dim=-1)))
+    return torch.cat(influences, dim=1)
+
+
+def own_inputs(scans: Sequence[ScanInputs]) -> tuple[Tensor, Tensor]:
+    """What the scans made from each token itself: step sizes, mean over channels (batch, scans, tokens), and B
+    (batch, scans, tokens, state_size). Without `direction_B`, which belongs to a path."""
+    steps = [_steps(scan).flip(-1) if scan.reversed else _steps(scan) for scan in scans]
+    B = [_full_precision(scan.B.flip(1) if scan.reversed else scan.B) for scan in scans]
+    return torch.stack(steps, dim=1), torch.stack(B, dim=1)
+
+
+def _steps(scan: ScanInputs) -> Tensor:
+    """Step sizes, mean over channels (batch, steps)."""
+    return F.softplus(_full_precision(scan.time_step) + _full_precision(scan.time_step_bias)).mean(-1)
+
+
+def _visited(scan: ScanInputs, steps: Tensor) -> Tensor:
+    """Values (batch, paths or 1, steps) of steps, as values (batch, paths, tokens) of the tokens visited in them."""
+    if scan.order is None:
+        return steps.flip(-1) if scan.reversed else steps
+    order = scan.order.long().expand(steps.shape[0], -1, -1)
+    return torch.zeros_like(order, dtype=steps.dtype).scatter(-1, order, steps.expand_as(order))
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

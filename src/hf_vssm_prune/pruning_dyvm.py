@@ -1,0 +1,82 @@
+"""`dyvm`: a small network, trained with the model, decides token by token who stays."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+
+from .pruning_stage import Reduction, Stage
+from .token_pruning import gather_tokens, select_tokens
+
+
+class TokenPredictor(nn.Module):
+    """The probability that a token stays, from its features and the mean of all tokens' features.
+
+    Args:
+        hidden_size: of the model, at least 4.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.local_size = hidden_size // 2
+        self.norm = nn.LayerNorm(hidden_size)
+        self.input = nn.Linear(hidden_size, hidden_size)
+        self.first = nn.Linear(hidden_size, hidden_size // 2)
+        self.second = nn.Linear(hidden_size // 2, hidden_size // 4)
+        self.output = nn.Linear(hidden_size // 4, 2)
+
+    def init_weights(self) -> None:
+        """PyTorch's own for linear layers, as the authors have it: the small weights of the models would let nothing
+        through four of them."""
+        for linear in (self.input, self.first, self.second, self.output):
+            init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            init.zeros_(linear.bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Log-probability of staying (batch, n), from hidden states (batch, n, hidden)."""
+        features = F.gelu(self.input(self.norm(hidden_states.to(self.input.weight.dtype))))
+        local, shared = features[..., : self.local_size], features[..., self.local_size :]
+        features = torch.cat([local, shared.mean(dim=1, keepdim=True).expand_as(shared)], dim=-1)
+        features = F.gelu(self.second(F.gelu(self.first(features))))
+        return F.log_softmax(self.output(features).float(), dim=-1)[..., 0]
+
+
+def keep_predicted(stage: Stage) -> Reduction:
+    """Token pruning of "Dynamic Vision Mamba" (DyVM, arXiv 2504.04787, section 3), with a fixed number of tokens.
+
+    The predictor is that of the authors' code. The paper draws each token's decision with the Gumbel-softmax trick, so
+    that images keep different numbers of tokens in training, and a loss holds their mean at the ratio. Here the number
+    is fixed: the `num_kept` most probable tokens stay, in training after Gumbel noise from torch's generator was added
+    to the log-probabilities, which draws them without replacement (Gumbel-top-k, arXiv 1903.06059). As in the paper the
+    decisions multiply the tokens inside the layers, straight-through: by 1, with the probability's gradient, so that
+    the loss trains the predictor, here by the tokens that stay alone. DyVM's selection of blocks is not part of it. A
+    predictor that was not trained chooses at random.
+
+    Raises:
+        ValueError: the model has no predictor for this stage.
+    """
+    if stage.predictor is None:
+        raise ValueError(
+            "the pruning method 'dyvm' needs a predictor for each stage, and the model has none for this one: "
+            "`model.set_token_pruning` makes it."
+        )
+    log_probabilities = stage.predictor(stage.hidden_states)
+    scores = log_probabilities.detach()
+    if stage.predictor.training:
+        scores = scores - torch.empty_like(scores).exponential_().log()
+    positions = select_tokens(scores, stage.num_kept)
+    tokens = gather_tokens(stage.hidden_states, positions)
+    gates = None
+    if stage.predictor.training:
+        probabilities = log_probabilities.exp().gather(1, positions)
+        gates = 1 + (probabilities - probabilities.detach())
+    return Reduction(positions, tokens, log_probabilities.detach(), gates=gates)
+
+
+def count_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:
+    """Multiply-adds of the predictor, which runs where nothing is dropped, too."""
+    hidden, half, quarter = config.hidden_size, config.hidden_size // 2, config.hidden_size // 4
+    return num_tokens * (hidden * hidden + hidden * half + half * quarter + quarter * 2)

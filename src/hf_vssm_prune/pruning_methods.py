@@ -1,0 +1,62 @@
+"""The pruning methods by name: one file each, one entry each. `method` in `token_pruning` chooses one."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .pruning_dyvm import TokenPredictor, keep_predicted
+from .pruning_dyvm import count_flops as count_dyvm
+from .pruning_evit import fuse_unimportant
+from .pruning_mtr import count_flops as count_mtr
+from .pruning_mtr import merge_small_steps
+from .pruning_r_meeto import count_flops as count_r_meeto
+from .pruning_r_meeto import merge_similar_outputs
+from .pruning_stage import Reduction, Stage
+from .pruning_state_merge import merge_into_state
+from .pruning_tome import count_flops as count_tome
+from .pruning_tome import merge_similar_keys
+from .pruning_top import keep_most_important
+from .pruning_uniform import keep_evenly_spread
+from .pruning_utr import count_flops as count_utr
+from .pruning_utr import merge_unimportant
+
+
+def _no_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:
+    return 0
+
+
+class PruningMethod(NamedTuple):
+    """A way to leave fewer tokens.
+
+    Attributes:
+        reduce: leaves as many of a stage's tokens as it says.
+        alignment: the default; what the method's own paper does about the holes, for those of other papers nothing.
+        takes_importance: it ranks tokens by the schedule's `importance`.
+        count_flops: from the number of tokens before and after, and the model's configuration, to the multiply-adds of
+            its matrix products. Scores, sorting and means are not counted, as norms and activations are not.
+        predictor: from the hidden size to a module with parameters of its own for each stage. None: it has none.
+    """
+
+    reduce: Callable[[Stage], Reduction]
+    alignment: str
+    takes_importance: bool = False
+    count_flops: Callable[[int, int, PreTrainedConfig], int] = _no_flops
+    predictor: Callable[[int], nn.Module] | None = None
+
+
+METHODS = {
+    "top": PruningMethod(keep_most_important, "repeat", takes_importance=True),
+    "evit": PruningMethod(fuse_unimportant, "none", takes_importance=True),
+    "tome": PruningMethod(merge_similar_keys, "none", count_flops=count_tome),
+    "r_meeto": PruningMethod(merge_similar_outputs, "none", count_flops=count_r_meeto),
+    "utr": PruningMethod(merge_unimportant, "none", takes_importance=True, count_flops=count_utr),
+    "mtr": PruningMethod(merge_small_steps, "none", count_flops=count_mtr),
+    "dyvm": PruningMethod(keep_predicted, "none", count_flops=count_dyvm, predictor=TokenPredictor),
+    "uniform": PruningMethod(keep_evenly_spread, "repeat"),
+    "state_merge": PruningMethod(merge_into_state, "repeat", takes_importance=True),
+}
+
+# What a schedule means that names none: those of before there was a choice.
+DEFAULT_METHOD = "top"

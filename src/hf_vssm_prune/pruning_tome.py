@@ -1,0 +1,36 @@
+"""`tome`: similar tokens are merged, matched by their keys."""
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from .mixer_output import own_inputs
+from .pruning_stage import Reduction, Stage
+from .token_merging import alternate, count_matching, match_tokens, merge_tokens, unit_weights
+
+
+def merge_similar_keys(stage: Stage) -> Reduction:
+    """Bipartite soft matching of "Token Merging: Your ViT But Faster" (ToMe, arXiv 2210.09461, section 3).
+
+    ToMe matches tokens by their attention keys. In a state space model B has the key's part (Dao and Gu, "Transformers
+    are SSMs", arXiv 2405.21060): here the key of a token is the B that the scans of the layer before made from it, both
+    of them side by side in Vim. A merged token is the mean of its patches, for which sizes are carried along, and they
+    weigh the tokens where a model's head takes their mean, as in the authors' code. ToMe's proportional attention has
+    no counterpart. ToMe lets the tokens' order go; here a merged token lies where the token lay that others were merged
+    into.
+    """
+    _, B = own_inputs(stage.mixer.scans)
+    return merge_alternating(stage, stage.of_patches(B.transpose(1, 2).flatten(2)))
+
+
+def merge_alternating(stage: Stage, features: Tensor) -> Reduction:
+    """Merges every second token into one of the others by the similarity of their features (batch, n, channels)."""
+    positions, into, scores = match_tokens(features, stage.num_kept, alternate)
+    sizes = unit_weights(stage.hidden_states) if stage.sizes is None else stage.sizes
+    tokens, sizes = merge_tokens(stage.hidden_states, sizes, into, positions)
+    return Reduction(positions, tokens, scores, sizes)
+
+
+def count_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:
+    """Multiply-adds of the similarities."""
+    scans = {"plainmamba": 1, "vim": 2}[config.model_type]
+    return count_matching(num_tokens, count, scans * config.state_size)

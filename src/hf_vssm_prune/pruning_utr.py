@@ -1,0 +1,36 @@
+"""`utr`: the unimportant tokens that are most like an important one are merged into it."""
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from .pruning_stage import Reduction, Stage
+from .token_merging import count_matching, match_tokens, merge_tokens, unit_weights
+
+
+def merge_unimportant(stage: Stage) -> Reduction:
+    """Unified token reduction of "Rethinking Token Reduction for State Space Models" (UTR, arXiv 2410.14725, section
+    4).
+
+    The paper's importance is `clip`. The less important half of the tokens is matched with the more important half by
+    the similarity of the mixer's gated outputs, and the most similar pairs are merged to their mean. The authors reduce
+    the mixer's branch and the residual stream apart, part of the former by pruning; these models have one stream
+    between their layers, and all of it is merged. Where more than half is to go, the rest is split and matched again.
+    """
+    scores = stage.scores()
+
+    def by_importance(left: Tensor) -> tuple[Tensor, Tensor]:
+        num_important = left.shape[1] - left.shape[1] // 2
+        of_left = scores.gather(1, left)
+        ranking = of_left.argsort(dim=-1, descending=True, stable=True)
+        important, unimportant = ranking.tensor_split([num_important], dim=1)
+        return left.gather(1, unimportant.sort(dim=1).values), left.gather(1, important.sort(dim=1).values)
+
+    features = stage.of_patches(stage.mixer.gated)
+    positions, into, _ = match_tokens(features, stage.num_kept, by_importance)
+    tokens, _ = merge_tokens(stage.hidden_states, unit_weights(stage.hidden_states), into, positions)
+    return Reduction(positions, tokens, scores)
+
+
+def count_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:
+    """Multiply-adds of the similarities."""
+    return count_matching(num_tokens, count, config.intermediate_size)

@@ -1,0 +1,105 @@
+"""Merging tokens: who goes into whom, by similarity, and the weighted means that come of it.
+
+The matching is that of ToMe (arXiv 2210.09461, section 3): tokens are split into two groups, each token of the first is
+matched with the most similar one of the second, and the most similar pairs are merged.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .token_pruning import gather_tokens, select_tokens
+
+
+# From the places of the tokens that are left (batch, m) to those of the two groups.
+Split = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def most_similar(features: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The cosine similarity of each source to the target that it is most similar to, and that target's place; of equal
+    ones the first target given.
+
+    Args:
+        features: shape (batch, n, channels).
+        sources, targets: places among these n, shapes (batch, s) and (batch, t).
+
+    Returns:
+        Two tensors of shape (batch, s).
+    """
+    unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+    similarity = gather_tokens(unit, sources) @ gather_tokens(unit, targets).transpose(1, 2)
+    best, match = similarity.max(dim=-1)
+    return best, targets.gather(1, match)
+
+
+def match_tokens(features: Tensor, count: int, split: Split) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges the most similar pairs until `count` tokens are left.
+
+    One round of the matching takes away half of the tokens at most. Where more are to go, the tokens that are left are
+    matched again, by their own features. That is ours: the published methods never merge more than half at once.
+
+    Args:
+        features: by whose cosine similarity tokens are matched, shape (batch, n, channels).
+        count: how many are to be left, at most n.
+        split: makes the two groups.
+
+    Returns:
+        The places of the tokens that are left, ascending (batch, count); for each token the place of the one that it
+        was merged into, its own if it is left (batch, n); and scores (batch, n): minus the similarity by which a token
+        was last up for merging, 1, the highest there is, if it never was.
+    """
+    batch, num_tokens, _ = features.shape
+    scores = unit_weights(features)
+    everyone = torch.arange(num_tokens, device=features.device).expand(batch, -1)
+    left = into = everyone
+    while (there := left.shape[1]) > count:
+        num_merged = min(there - count, there // 2)
+        sources, targets = split(left)
+        best, match = most_similar(features, sources, targets)
+        scores = scores.scatter(1, sources, -best)
+        chosen = select_tokens(best, num_merged)
+        merged = sources.gather(1, chosen)
+        into = everyone.scatter(1, merged, match.gather(1, chosen)).gather(1, into)
+        stays = torch.ones_like(everyone).scatter(1, merged, 0).gather(1, left)
+        left = left.gather(1, select_tokens(stays, there - num_merged))
+    return left, into, scores
+
+
+def count_matching(num_tokens: int, count: int, channels: int) -> int:
+    """Multiply-adds of the similarities that `match_tokens` computes when its groups are halves."""
+    flops = 0
+    while num_tokens > count:
+        targets = num_tokens // 2
+        flops += (num_tokens - targets) * targets * channels
+        num_tokens -= min(num_tokens - count, targets)
+    return flops
+
+
+def alternate(left: Tensor) -> tuple[Tensor, Tensor]:
+    """ToMe's groups: every second token goes into one of the others."""
+    return left[:, ::2], left[:, 1::2]
+
+
+def merge_tokens(tokens: Tensor, weights: Tensor, into: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted means of the tokens that were merged into the same one.
+
+    Args:
+        tokens: shape (batch, n, channels).
+        weights: not negative, those at `positions` positive, shape (batch, n).
+        into: for each token the place of the one that it is merged into, its own if it stays, shape (batch, n).
+        positions: the places of the tokens that stay, shape (batch, count).
+
+    Returns:
+        The means (batch, count, channels), in the dtype of `tokens`, and the sums of the weights (batch, count).
+    """
+    weighted = tokens.to(torch.promote_types(tokens.dtype, torch.float32)) * weights.unsqueeze(-1)
+    sums = torch.zeros_like(weighted).scatter_add(1, into.unsqueeze(-1).expand_as(weighted), weighted)
+    totals = torch.zeros_like(weights).scatter_add(1, into, weights).gather(1, positions)
+    return (gather_tokens(sums, positions) / totals.unsqueeze(-1)).to(tokens.dtype), totals
+
+
+def unit_weights(tokens: Tensor) -> Tensor:
+    """Weight 1 for each of the tokens (batch, n, channels): (batch, n), float32 at least."""
+    return torch.ones_like(tokens[..., 0], dtype=torch.promote_types(tokens.dtype, torch.float32))

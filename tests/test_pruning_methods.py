@@ -1,0 +1,736 @@
+"""Each pruning method against a slow reference, token by token in float64; what all of them promise; and in models."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_vssm_prune import count_flops
+from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.mixer_output import MixerOutput, ScanInputs
+from hf_vssm_prune.pruning_dyvm import TokenPredictor
+from hf_vssm_prune.pruning_methods import METHODS, PruningMethod
+from hf_vssm_prune.pruning_stage import Reduction, Stage
+from hf_vssm_prune.token_pruning import IMPORTANCES, token_importance
+
+
+HIDDEN, CHANNELS, STATES = 6, 5, 3
+
+
+# ---- Stages made up ----------------------------------------------------------------------------------------------
+
+
+def make_scans(family: str, batch: int, num_tokens: int) -> tuple[ScanInputs, ...]:
+    def inputs(**options) -> ScanInputs:
+        time_step, B, C = (torch.randn(batch, num_tokens, size) for size in (CHANNELS, STATES, STATES))
+        return ScanInputs(time_step, torch.randn(CHANNELS), B, C, **options)
+
+    if family == "vim":
+        return inputs(), inputs(reversed=True)
+    order = torch.stack([torch.stack([torch.randperm(num_tokens) for _ in range(4)]) for _ in range(batch)])
+    moves = torch.randint(5, (batch, 4, num_tokens))
+    return (inputs(order=order, direction_B=torch.randn(5, STATES), moves=moves),)
+
+
+def make_stage(
+    family: str, grid: tuple[int, int], num_tokens: int, num_kept: int, batch: int = 2, merged: bool = False
+) -> Stage:
+    """Random tokens in some of a grid's cells; with a class token in another row of each sample for Vim."""
+    cells = torch.stack([torch.randperm(math.prod(grid))[:num_tokens].sort().values for _ in range(batch)])
+    rows, total = None, num_tokens
+    if family == "vim":
+        total += 1
+        place = torch.randint(total, (batch, 1))
+        rows = torch.arange(num_tokens) + (torch.arange(num_tokens) >= place)
+    mixer = MixerOutput(
+        torch.randn(batch, total, CHANNELS), torch.randn(batch, total, HIDDEN), make_scans(family, batch, total)
+    )
+    sizes = torch.randint(1, 5, (batch, num_tokens)).to(torch.get_default_dtype()) if merged else None
+    predictor = TokenPredictor(HIDDEN).eval()
+    return Stage(torch.randn(batch, num_tokens, HIDDEN), num_kept, mixer, rows, cells, grid, sizes, "clip", predictor)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# ---- References --------------------------------------------------------------------------------------------------
+
+
+class Sample:
+    """One sample of a stage, in NumPy: what belongs to patch token i is at i."""
+
+    def __init__(self, stage: Stage, index: int) -> None:
+        scans = stage.mixer.scans
+        total = stage.mixer.gated.shape[1]
+        self.rows = list(range(total)) if stage.rows is None else stage.rows[index].tolist()
+        self.tokens = stage.hidden_states[index].numpy()
+        self.gated = stage.mixer.gated[index].numpy()[self.rows]
+        self.projected = stage.mixer.projected[index].numpy()[self.rows]
+        self.cells, self.grid, self.num_kept = stage.cells[index].tolist(), stage.grid, stage.num_kept
+        self.sizes = np.ones(len(self.cells)) if stage.sizes is None else stage.sizes[index].numpy()
+        self.predictor = stage.predictor
+        self.steps, self.own_steps, self.own_B, self.influences = [], [], [], []
+        for scan in scans:
+            time_step, B, C = (tensor[index].numpy() for tensor in (scan.time_step, scan.B, scan.C))
+            step = np.log1p(np.exp(time_step + scan.time_step_bias.numpy())).mean(-1)
+            own = [total - 1 - row if scan.reversed else row for row in self.rows]
+            self.own_steps.append(step[own])
+            self.own_B.append(B[own])
+            if scan.order is None:
+                self.steps.append(step[own])
+                self.influences.append([step[t] * norm(B[t]) * norm(C[t]) for t in own])
+                continue
+            for order, moves in zip(scan.order[index].tolist(), scan.moves[index].tolist(), strict=True):
+                at = [order.index(row) for row in self.rows]
+                self.steps.append(step[at])
+                direction_B = scan.direction_B.numpy()
+                self.influences.append([step[t] * norm(B[t] + direction_B[moves[t]]) * norm(C[t]) for t in at])
+
+
+def norm(vector: np.ndarray) -> float:
+    return math.sqrt(sum(float(value) ** 2 for value in vector))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b) / (norm(a) * norm(b))
+
+
+class Expected(NamedTuple):
+    """The places of the tokens that are left, their hidden states, and how many patches are in each."""
+
+    kept: list[int]
+    tokens: list[np.ndarray]
+    sizes: list[float] | None = None
+
+
+def best(scores, count: int) -> list[int]:
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
+
+
+def clip(sample: Sample) -> list[float]:
+    return [float(np.maximum(y, 0).mean()) for y in sample.gated]
+
+
+def means(sample: Sample, into: dict[int, int], weights) -> tuple[list[int], list[np.ndarray], list[float]]:
+    kept = sorted(set(into.values()))
+    groups = [[i for i in into if into[i] == k] for k in kept]
+    totals = [sum(weights[i] for i in group) for group in groups]
+    tokens = [
+        sum(weights[i] * sample.tokens[i] for i in group) / total for group, total in zip(groups, totals, strict=True)
+    ]
+    return kept, tokens, totals
+
+
+def match(features, num_kept: int, split: Callable) -> dict[int, int]:
+    into = {i: i for i in range(len(features))}
+    while len(left := sorted(set(into.values()))) > num_kept:
+        pairs = []
+        sources, targets = split(left)
+        for source in sources:
+            target = max(targets, key=lambda b: (cosine(features[source], features[b]), -b))
+            pairs.append((-cosine(features[source], features[target]), source, target))
+        for _, source, target in sorted(pairs)[: min(len(left) - num_kept, len(left) // 2)]:
+            into = {i: target if goes == source else goes for i, goes in into.items()}
+    return into
+
+
+def reference_top(sample: Sample) -> Expected:
+    kept = best(clip(sample), sample.num_kept)
+    return Expected(kept, [sample.tokens[i] for i in kept])
+
+
+def reference_evit(sample: Sample) -> Expected:
+    scores = clip(sample)
+    ranking = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    carrier = ranking[sample.num_kept - 1]
+    into = {i: i if i in ranking[: sample.num_kept] else carrier for i in range(len(scores))}
+    return Expected(*means(sample, into, [score + 1e-12 for score in scores])[:2])
+
+
+def reference_tome(sample: Sample) -> Expected:
+    keys = np.concatenate(sample.own_B, axis=-1)
+    return Expected(*means(sample, match(keys, sample.num_kept, lambda left: (left[::2], left[1::2])), sample.sizes))
+
+
+def reference_r_meeto(sample: Sample) -> Expected:
+    into = match(sample.projected, sample.num_kept, lambda left: (left[::2], left[1::2]))
+    return Expected(*means(sample, into, sample.sizes))
+
+
+def reference_utr(sample: Sample) -> Expected:
+    scores = clip(sample)
+
+    def split(left):
+        ranking = sorted(left, key=lambda i: (-scores[i], i))
+        important = ranking[: len(left) - len(left) // 2]
+        return sorted(set(left) - set(important)), sorted(important)
+
+    into = match(sample.gated, sample.num_kept, split)
+    return Expected(*means(sample, into, np.ones(len(scores)))[:2])
+
+
+def reference_mtr(sample: Sample) -> Expected:
+    scores = sum(sample.steps)
+    ranking = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    kept, sources = ranking[: sample.num_kept], ranking[sample.num_kept :]
+    targets = sorted(kept[max(0, len(kept) - len(sources)) :])
+    into = {i: i for i in kept}
+    for source in sources:
+        into[source] = max(targets, key=lambda b: (cosine(sample.tokens[source], sample.tokens[b]), -b))
+    return Expected(*means(sample, into, np.ones(len(scores)))[:2])
+
+
+def reference_dyvm(sample: Sample) -> Expected:
+    weights = {name: value.numpy() for name, value in sample.predictor.state_dict().items()}
+
+    def linear(name: str, x: np.ndarray) -> np.ndarray:
+        return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+    def gelu(x: np.ndarray) -> np.ndarray:
+        return np.array([value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in x])
+
+    features = []
+    for x in sample.tokens:
+        normalized = (x - x.mean()) / math.sqrt(x.var() + 1e-5) * weights["norm.weight"] + weights["norm.bias"]
+        features.append(gelu(linear("input", normalized)))
+    shared = sum(features)[HIDDEN // 2 :] / len(features)
+    scores = []
+    for feature in features:
+        x = np.concatenate([feature[: HIDDEN // 2], shared])
+        stay, go = linear("output", gelu(linear("second", gelu(linear("first", x)))))
+        scores.append(stay - math.log(math.exp(stay) + math.exp(go)))
+    kept = best(np.float32(scores), sample.num_kept)
+    return Expected(kept, [sample.tokens[i] for i in kept])
+
+
+def bayer(size: int) -> np.ndarray:
+    """By its recursion: four copies of the next smaller matrix, times 4, plus 0, 2, 3, 1."""
+    if size == 1:
+        return np.zeros((1, 1), dtype=int)
+    smaller = 4 * bayer(size // 2)
+    return np.block([[smaller, smaller + 2], [smaller + 3, smaller + 1]])
+
+
+def reference_uniform(sample: Sample) -> Expected:
+    matrix = bayer(16)[: 2 ** (max(sample.grid) - 1).bit_length(), : 2 ** (max(sample.grid) - 1).bit_length()]
+    matrix = bayer(len(matrix))
+    ranks = [matrix[cell // sample.grid[1], cell % sample.grid[1]] for cell in sample.cells]
+    kept = best([-rank for rank in ranks], sample.num_kept)
+    return Expected(kept, [sample.tokens[i] for i in kept])
+
+
+def reference_state_merge(sample: Sample) -> Expected:
+    kept = best(clip(sample), sample.num_kept)
+    into, weights = {}, []
+    for j, cell in enumerate(sample.cells):
+        i = into[j] = j if j in kept else min(kept, key=lambda k: (abs(sample.cells[k] - cell), k))
+        shares = [
+            (step[j] * B[j] @ B[i]) / (step[i] * B[i] @ B[i])
+            for step, B in zip(sample.own_steps, sample.own_B, strict=True)
+        ]
+        weights.append(1.0 if i == j else max(0.0, sum(shares) / len(shares)))
+    return Expected(*means(sample, into, weights)[:2])
+
+
+REFERENCES = {
+    name.removeprefix("reference_"): function
+    for name, function in list(globals().items())
+    if name.startswith("reference_")
+}
+
+
+def test_every_method_has_a_reference() -> None:
+    assert set(REFERENCES) == set(METHODS)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["patches", "merged before"])
+@pytest.mark.parametrize("num_kept", [1, 3, 7, 10, 13, 14])
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("method", METHODS)
+def test_against_a_slow_reference(method, family, num_kept, merged, float64) -> None:
+    stage = make_stage(family, (4, 5), num_tokens=14, num_kept=num_kept, merged=merged)
+    with torch.no_grad():
+        reduction = METHODS[method].reduce(stage)
+    for index in range(2):
+        expected = REFERENCES[method](Sample(stage, index))
+        assert reduction.positions[index].tolist() == expected.kept
+        np.testing.assert_allclose(reduction.hidden_states[index].numpy(), np.stack(expected.tokens), rtol=1e-9)
+        if expected.sizes is None:
+            assert reduction.sizes is None
+        else:
+            np.testing.assert_allclose(reduction.sizes[index].numpy(), expected.sizes)
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_influence(family, float64) -> None:
+    stage = make_stage(family, (3, 4), num_tokens=9, num_kept=4)
+    for importance, reduce in (("influence", np.mean), ("worst_influence", np.max)):
+        scores = stage._replace(importance=importance).scores()
+        assert scores.dtype == torch.float64
+        for index in range(2):
+            expected = reduce(np.array(Sample(stage, index).influences), axis=0)
+            np.testing.assert_allclose(scores[index].numpy(), expected, rtol=1e-9)
+
+
+# ---- Promises ----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def stages(draw) -> Stage:
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    grid = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    num_tokens = draw(st.integers(1, math.prod(grid)))
+    family, merged = draw(st.sampled_from(sorted(MAKE_CONFIG))), draw(st.booleans())
+    stage = make_stage(family, grid, num_tokens, draw(st.integers(1, num_tokens)), merged=merged)
+    return stage._replace(importance=draw(st.sampled_from(IMPORTANCES)))
+
+
+def reduce(method: str, stage: Stage) -> Reduction:
+    with torch.no_grad():
+        return METHODS[method].reduce(stage)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=40)
+@given(stage=stages())
+def test_promises(method, stage) -> None:
+    num_tokens = stage.hidden_states.shape[1]
+    reduction = reduce(method, stage)
+    assert reduction.positions.shape == (2, stage.num_kept)
+    assert reduction.positions.dtype == torch.int64
+    assert reduction.hidden_states.shape == (2, stage.num_kept, HIDDEN)
+    assert reduction.scores.shape == (2, num_tokens)
+    assert reduction.scores.isfinite().all()
+    assert not reduction.scores.requires_grad
+    assert (reduction.positions.diff(dim=1) > 0).all()
+    assert 0 <= reduction.positions.min() <= reduction.positions.max() < num_tokens
+    # Every token that is left is a mean of tokens that were there.
+    low, high = (extreme(stage.hidden_states, dim=1, keepdim=True) for extreme in (torch.amin, torch.amax))
+    assert (reduction.hidden_states >= low - 1e-5).all()
+    assert (reduction.hidden_states <= high + 1e-5).all()
+    if reduction.sizes is not None:
+        before = torch.full((2,), float(num_tokens)) if stage.sizes is None else stage.sizes.sum(1)
+        torch.testing.assert_close(reduction.sizes.sum(1), before)
+    if stage.num_kept == num_tokens:
+        assert reduction.positions.tolist() == [list(range(num_tokens))] * 2
+        torch.testing.assert_close(reduction.hidden_states, stage.hidden_states)
+
+
+def one_sample(stage: Stage, index: int) -> Stage:
+    def one(tensor: Tensor | None) -> Tensor | None:
+        return tensor[index : index + 1] if tensor is not None and len(tensor) == 2 and tensor.ndim > 1 else tensor
+
+    scans = tuple(
+        ScanInputs(*(value if isinstance(value, bool) else one(value) for value in scan)) for scan in stage.mixer.scans
+    )
+    mixer = MixerOutput(one(stage.mixer.gated), one(stage.mixer.projected), scans)
+    return Stage(
+        one(stage.hidden_states),
+        stage.num_kept,
+        mixer,
+        one(stage.rows),
+        one(stage.cells),
+        stage.grid,
+        one(stage.sizes),
+        stage.importance,
+        stage.predictor,
+    )
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_do_not_touch_one_another(method, family) -> None:
+    stage = make_stage(family, (4, 4), num_tokens=12, num_kept=5)
+    both = reduce(method, stage)
+    for index in range(2):
+        alone = reduce(method, one_sample(stage, index))
+        assert torch.equal(alone.positions[0], both.positions[index])
+        torch.testing.assert_close(alone.hidden_states[0], both.hidden_states[index])
+
+
+TIES = {
+    **{method: [0, 1, 2, 3, 4] for method in ("top", "evit", "mtr", "dyvm", "state_merge")},
+    # Of two groups that are all alike the first sources go: of 0 2 4 6, of 4 5 6 7.
+    **{method: [1, 3, 5, 6, 7] for method in ("tome", "r_meeto")},
+    "utr": [0, 1, 2, 3, 7],
+}
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("method", TIES)
+def test_of_equal_tokens_the_earlier_comes_first(method, family) -> None:
+    stage = make_stage(family, (2, 4), num_tokens=8, num_kept=5)
+    scans = tuple(
+        scan._replace(time_step=torch.zeros_like(scan.time_step), B=torch.ones_like(scan.B), C=torch.ones_like(scan.C))
+        for scan in stage.mixer.scans
+    )
+    mixer = MixerOutput(torch.ones_like(stage.mixer.gated), torch.ones_like(stage.mixer.projected), scans)
+    stage = stage._replace(mixer=mixer, hidden_states=torch.ones_like(stage.hidden_states))
+    assert reduce(method, stage).positions.tolist() == [TIES[method]] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_through_a_stage(method, float64) -> None:
+    """Of the kept and merged tokens with respect to the tokens that were there, against finite differences."""
+    stage = make_stage("vim", (3, 4), num_tokens=9, num_kept=4)
+
+    def tokens(hidden_states: Tensor) -> Tensor:
+        return METHODS[method].reduce(stage._replace(hidden_states=hidden_states)).hidden_states
+
+    assert torch.autograd.gradcheck(tokens, stage.hidden_states.requires_grad_())
+
+
+def test_half_precision_tokens_are_merged_in_float32() -> None:
+    stage = make_stage("plainmamba", (16, 16), num_tokens=256, num_kept=1)
+    stage = stage._replace(hidden_states=torch.full((2, 256, HIDDEN), 0.1, dtype=torch.bfloat16))
+    merged = METHODS["r_meeto"].reduce(stage)
+    assert merged.hidden_states.dtype == torch.bfloat16
+    assert torch.equal(
+        merged.hidden_states, stage.hidden_states[:, :1]
+    )  # 256 summands of bfloat16 would not come to it
+    assert merged.sizes.tolist() == [[256.0]] * 2
+
+
+def test_uniform_is_nested_and_even() -> None:
+    previous = set(range(64))
+    for num_kept in (32, 16, 4):
+        stage = make_stage("plainmamba", (8, 8), num_tokens=64, num_kept=num_kept, batch=1)
+        kept = set(reduce("uniform", stage).positions[0].tolist())
+        quadrants = [
+            sum(cell // 8 // 4 == row and cell % 8 // 4 == column for cell in kept)
+            for row in (0, 1)
+            for column in (0, 1)
+        ]
+        assert quadrants == [num_kept // 4] * 4
+        assert kept < previous
+        previous = kept
+
+
+# ---- DyVM's predictor --------------------------------------------------------------------------------------------
+
+
+def test_gates_are_one_with_the_gradient_of_the_probabilities(float64) -> None:
+    stage = make_stage("vim", (3, 4), num_tokens=9, num_kept=4)
+    assert reduce("dyvm", stage).gates is None
+    predictor = stage.predictor.train()
+    reduction = METHODS["dyvm"].reduce(stage)
+    assert torch.equal(reduction.gates, torch.ones(2, 4))
+    weights = torch.randn(2, 4)
+    (reduction.gates * weights).sum().backward()
+    found = [parameter.grad.clone() for parameter in predictor.parameters()]
+
+    predictor.zero_grad()
+    (predictor(stage.hidden_states).exp().gather(1, reduction.positions) * weights).sum().backward()
+    for gradient, parameter in zip(found, predictor.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+        assert gradient.abs().max() > 0
+
+
+def test_loss_trains_the_predictors_through_the_layers(tiny_config, pixel_values) -> None:
+    """Norms come first in a layer, and would hide a factor on the tokens; activation checkpointing must not either."""
+    tiny_config.token_pruning = tiny_config.complete_token_pruning(pruning("dyvm"))
+    model = make_model(tiny_config).double().train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(pixel_values.double(), labels=torch.tensor([0, 2])).loss.backward()
+        gradients.append([p.grad.clone() for p in model.base_model.token_predictors.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain.abs().max() > 1e-9
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_training_draws_by_probability() -> None:
+    """Gumbel-top-1 draws a token with its share of the probabilities."""
+    stage = make_stage("plainmamba", (1, 3), num_tokens=3, num_kept=1, batch=1)
+    with torch.no_grad():
+        stage.predictor.output.weight.mul_(8)
+        shares = torch.softmax(stage.predictor(stage.hidden_states)[0], dim=0)
+    many = stage._replace(hidden_states=stage.hidden_states.expand(20_000, -1, -1), rows=None)
+    stage.predictor.train()
+    drawn = METHODS["dyvm"].reduce(many).positions.flatten().bincount(minlength=3) / 20_000
+    torch.testing.assert_close(drawn, shares, atol=0.015, rtol=0)
+
+
+def test_missing_predictor() -> None:
+    stage = make_stage("vim", (2, 2), 4, 2)._replace(predictor=None)
+    with pytest.raises(ValueError, match=r"needs a predictor .* `model.set_token_pruning` makes it"):
+        METHODS["dyvm"].reduce(stage)
+
+
+# ---- In models ---------------------------------------------------------------------------------------------------
+
+
+def make_model(config) -> nn.Module:
+    """In evaluation mode, with weights large enough for every part of the model to matter."""
+    model = MODELS[config.model_type](config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def pruning(method: str, **changes) -> dict:
+    return {"layers": [1, 3], "keep_ratios": [0.7, 0.3], "method": method, **changes}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_keeping_every_token_changes_nothing(method, tiny_config, pixel_values) -> None:
+    model = make_model(tiny_config)
+    with torch.no_grad():
+        dense = model(pixel_values).logits
+        for alignment in ("none", "repeat"):
+            model.set_token_pruning(pruning(method, keep_ratios=[1.0, 1.0], alignment=alignment))
+            torch.testing.assert_close(model(pixel_values).logits, dense)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_gradients_and_loading(method, tiny_config, pixel_values, tmp_path) -> None:
+    model = make_model(tiny_config)
+    model.set_token_pruning(pruning(method, alignment="learned"))
+    class_tokens = int(tiny_config.model_type == "vim")
+    outputs = model.train()(pixel_values, labels=torch.tensor([0, 2]))
+    assert [kept.shape for kept in outputs.kept_tokens] == [(2, 12 + class_tokens), (2, 4 + class_tokens)]
+    assert [scores.shape for scores in outputs.token_scores] == [(2, 16), (2, 12)]
+    for kept in outputs.kept_tokens:
+        assert (kept.diff(dim=1) > 0).all()
+        assert class_tokens == 0 or (kept == 8).any(dim=1).all()
+    outputs.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    offsets = [p.grad for name, p in model.named_parameters() if "hole_time_step" in name]
+    assert len(offsets) == 3 * (2 if class_tokens else 1)  # in the layers behind the first stage
+    assert all(gradient.abs().max() > 0 for gradient in offsets)
+
+    model.eval().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert loaded.config.token_pruning == model.config.token_pruning
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_class_token_goes_through_a_stage_untouched(method, pixel_values) -> None:
+    model = make_model(MAKE_CONFIG["vim"](token_pruning=pruning(method)))
+    seen: dict[str, Tensor] = {}
+    layers = model.vim.layers
+    layers[2].register_forward_hook(lambda _module, _inputs, output: seen.update(before=output[0]))
+    layers[3].register_forward_pre_hook(lambda _module, inputs: seen.update(after=inputs[0], layout=inputs[1]))
+    layers[2].register_forward_pre_hook(lambda _module, inputs: seen.update(layout_before=inputs[1]))
+    with torch.no_grad():
+        model(pixel_values)
+    for sample in range(2):
+        before = seen["before"][sample, seen["layout_before"].class_position[sample]]
+        assert torch.equal(seen["after"][sample, seen["layout"].class_position[sample]], before)
+
+
+def test_methods_differ(tiny_config, pixel_values) -> None:
+    model, logits = make_model(tiny_config), []
+    for method in METHODS:
+        model.set_token_pruning(pruning(method, alignment="repeat"))
+        with torch.no_grad():
+            logits.append(model(pixel_values).logits)
+    assert not any(torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i])
+
+
+def test_no_method_means_top(tiny_config, pixel_values) -> None:
+    model, logits = make_model(tiny_config), []
+    for options in (TOKEN_PRUNING, TOKEN_PRUNING | {"method": "top"}):
+        model.set_token_pruning(options)
+        assert model.config.token_pruning == options
+        with torch.no_grad():
+            logits.append(model(pixel_values).logits)
+    assert torch.equal(*logits)
+
+
+def test_defaults_are_the_methods_own(tiny_config) -> None:
+    for name, method in METHODS.items():
+        completed = tiny_config.complete_token_pruning(pruning(name))
+        assert completed["alignment"] == method.alignment
+        assert ("importance" in completed) == method.takes_importance
+
+
+def test_mean_over_merged_tokens_counts_patches(pixel_values) -> None:
+    """Merging tokens behind the last layer that mixes them would leave their mean as it is."""
+    from hf_vssm_prune.modeling_common import mean_over_patches
+
+    tokens, sizes = torch.randn(2, 3, 5), torch.tensor([[1.0, 4, 2], [3, 1, 1]])
+    expected = torch.stack([torch.repeat_interleave(tokens[i], sizes[i].long(), dim=0).mean(0) for i in range(2)])
+    torch.testing.assert_close(mean_over_patches(tokens, sizes), expected)
+    model = make_model(MAKE_CONFIG["plainmamba"](token_pruning=pruning("r_meeto")))
+    with torch.no_grad():
+        base = model.plainmamba(pixel_values)
+    assert not torch.allclose(base.pooler_output, base.last_hidden_state.mean(1), atol=1e-4)
+
+
+# ---- The learned step of a hole ----------------------------------------------------------------------------------
+
+
+def test_learned_holes_begin_as_zero_input(tiny_config, pixel_values) -> None:
+    model = make_model(tiny_config)
+    logits = {}
+    with torch.no_grad():
+        for alignment in ("zero_input", "learned"):
+            model.set_token_pruning(TOKEN_PRUNING | {"alignment": alignment})
+            logits[alignment] = model(pixel_values).logits
+        assert torch.equal(logits["learned"], logits["zero_input"])
+        for name, parameter in model.named_parameters():
+            if "hole_time_step" in name:
+                parameter.fill_(2.0)
+        assert not torch.equal(model(pixel_values).logits, logits["learned"])
+
+
+@pytest.mark.parametrize("method", ["top", "dyvm"])
+def test_parameters_of_pruning_outlive_a_dense_pass(method, tiny_config, pixel_values, tmp_path, caplog) -> None:
+    model = make_model(tiny_config)
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    options = pruning(method, alignment="learned")
+    model.set_token_pruning(options)
+    new = {name: nn.init.normal_(p) for name, p in model.named_parameters() if name not in dense}
+    assert len(new) > 0
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+        model.set_token_pruning(None)
+        model(pixel_values)
+        model.set_token_pruning(options)
+        assert torch.equal(model(pixel_values).logits, expected)
+
+    model.set_token_pruning(None)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == dense.keys()
+    pruned = type(model).from_pretrained(tmp_path, token_pruning=options).eval()
+    with torch.no_grad():
+        assert torch.equal(pruned(pixel_values).logits, expected)
+
+
+def test_parameters_of_pruning_that_are_not_there(tiny_config, pixel_values) -> None:
+    model = make_model(tiny_config)
+    for options, message in (
+        (pruning("dyvm"), "needs a predictor"),
+        (pruning("top", alignment="learned"), "no learned"),
+    ):
+        model.config.token_pruning = options  # past `set_token_pruning`
+        with pytest.raises(ValueError, match=message):
+            model(pixel_values)
+
+
+def test_new_parameters_take_the_models_precision_and_mode(tiny_config) -> None:
+    model = MODELS[tiny_config.model_type](tiny_config).to(torch.bfloat16).train()
+    before = set(dict(model.named_parameters()))
+    model.set_token_pruning(pruning("dyvm", alignment="learned"))
+    new = [parameter for name, parameter in model.named_parameters() if name not in before]
+    assert {parameter.dtype for parameter in new} == {torch.bfloat16}
+    assert all(module.training for module in model.modules())
+    assert model(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).logits.isfinite().all()
+
+
+# ---- How much is computed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_ratios", [[0.7, 0.6], [0.3, 0.2], [1.0, 1.0]])
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("method", METHODS)
+def test_matrix_products_of_a_stage_are_those_that_run(method, family, keep_ratios) -> None:
+    """Of one image, by the difference to a method that computes none."""
+
+    def counted(name: str) -> int:
+        config = MAKE_CONFIG[family](scan_backend="torch", token_pruning=pruning(name, keep_ratios=keep_ratios))
+        model = MODELS[family](config).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.randn(1, 3, 32, 32))
+        return counter.get_total_flops() // 2
+
+    config = MAKE_CONFIG[family](token_pruning=pruning(method, keep_ratios=keep_ratios))
+    flops = count_flops(config).pruned
+    assert flops.breakdown.get("pruning", 0) == counted(method) - counted("top")
+    assert sum(flops.breakdown.values()) == flops.total
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("size", [32, 128])
+def test_budget_counts_the_methods_own_cost(method, family, size) -> None:
+    narrow = {"stem_channels": 4} if family == "plainmamba" else {}
+    config = MAKE_CONFIG[family](
+        image_size=size, num_hidden_layers=8, token_pruning={"flops_reduction": 0.3, "method": method}, **narrow
+    )
+    assert count_flops(config).reduction == pytest.approx(0.3, abs=0.005)
+    assert config.token_pruning["method"] == method
+
+
+# ---- Static shapes -----------------------------------------------------------------------------------------------
+
+
+class StageModule(nn.Module):
+    """A method as a module of plain tensors, for Vim's two scans."""
+
+    def __init__(self, method: str, stage: Stage) -> None:
+        super().__init__()
+        self.reduce, self.grid, self.num_kept = METHODS[method].reduce, stage.grid, stage.num_kept
+        self.predictor = stage.predictor
+        self.biases = [scan.time_step_bias for scan in stage.mixer.scans]
+
+    def forward(self, hidden_states, gated, projected, rows, cells, time_step, B, C) -> tuple[Tensor, Tensor]:
+        scans = tuple(
+            ScanInputs(time_step[:, i], bias, B[:, i], C[:, i], reversed=i == 1) for i, bias in enumerate(self.biases)
+        )
+        mixer = MixerOutput(gated, projected, scans)
+        stage = Stage(hidden_states, self.num_kept, mixer, rows, cells, self.grid, predictor=self.predictor)
+        return self.reduce(stage)[:2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_export_with_dynamic_batch(method) -> None:
+    def tensors(stage: Stage) -> tuple[Tensor, ...]:
+        scans = [
+            torch.stack([getattr(scan, name) for scan in stage.mixer.scans], 1) for name in ("time_step", "B", "C")
+        ]
+        return stage.hidden_states, stage.mixer.gated, stage.mixer.projected, stage.rows, stage.cells, *scans
+
+    stage, other = (make_stage("vim", (3, 4), num_tokens=10, num_kept=4, batch=batch) for batch in (2, 5))
+    module = StageModule(method, stage).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(module, tensors(stage), dynamic_shapes=({0: batch},) * 8)
+    with torch.no_grad():
+        expected, exported = module(*tensors(other)), program.module()(*tensors(other))
+    assert torch.equal(exported[0], expected[0])
+    torch.testing.assert_close(exported[1], expected[1])
+
+
+def test_importance_needs_no_gradient() -> None:
+    scans = make_scans("vim", 1, 4)
+    mixer = MixerOutput(torch.randn(1, 4, CHANNELS, requires_grad=True), torch.randn(1, 4, HIDDEN), scans)
+    for importance in IMPORTANCES:
+        assert not token_importance(mixer, importance).requires_grad
+
+
+def test_a_new_method_is_one_entry(monkeypatch, tiny_config, pixel_values) -> None:
+    def keep_first(stage: Stage) -> Reduction:
+        positions = torch.arange(stage.num_kept).expand(len(stage.hidden_states), -1)
+        return Reduction(positions, stage.hidden_states[:, : stage.num_kept], stage.cells.float())
+
+    monkeypatch.setitem(METHODS, "first", PruningMethod(keep_first, "none"))
+    model = make_model(tiny_config)
+    model.set_token_pruning(pruning("first"))
+    class_token = [8] if tiny_config.model_type == "vim" else []
+    kept = model(pixel_values).kept_tokens[0]
+    patches = [i if i < 8 or not class_token else i + 1 for i in range(12)]
+    assert kept.tolist() == [sorted(patches + class_token)] * 2
