@@ -8,9 +8,13 @@ fastest runs of two cases of one group, never of two groups; beside it is the me
 """
 
 import argparse
+import copy
+import ctypes
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.ao.quantization import quantize_dynamic
 from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -35,7 +38,10 @@ from hf_vssm_prune import (
     count_flops,
 )
 from hf_vssm_prune.grid_convolution import depthwise_conv2d, depthwise_conv2d_torch
-from hf_vssm_prune.kernels import KERNELS, available
+from hf_vssm_prune.kernels import KERNELS, available, build
+from hf_vssm_prune.modeling_common import encode
+from hf_vssm_prune.modeling_plainmamba import PlainMambaTokenLayout
+from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.token_pruning import prune_paths, snake_paths
 from hf_vssm_prune.training.checkpoints import write_json
@@ -55,11 +61,13 @@ class Group:
         title: what was computed.
         seconds: of each case, its runs in order.
         ratios: by name, the two cases that are compared, each with a factor: (factor, slower, faster).
+        images: that a run of a case goes through; 0: a case is not about images.
     """
 
     title: str
     seconds: dict[str, list[float]]
     ratios: dict[str, tuple[float, str, str]] = field(default_factory=dict)
+    images: int = 0
 
     def ratio(self, name: str) -> tuple[float, float]:
         """Of the fastest runs, and the median turn by turn."""
@@ -69,17 +77,30 @@ class Group:
         return factor * fastest, factor * statistics.median(a / b for a, b in turns)
 
     def tables(self) -> str:
-        lines = [f"### {self.title}", "", "| case | fastest ms | median ms |", "| --- | ---: | ---: |"]
+        head, rule = "| case | fastest ms | median ms |", "| --- | ---: | ---: |"
+        if self.images:
+            head, rule = f"{head} images/s |", f"{rule} ---: |"
+        lines = [f"### {self.title}", "", head, rule]
         for name, runs in self.seconds.items():
-            lines.append(f"| {name} | {1e3 * min(runs):.3g} | {1e3 * statistics.median(runs):.3g} |")
+            row = f"| {name} | {1e3 * min(runs):.3g} | {1e3 * statistics.median(runs):.3g} |"
+            lines.append(f"{row} {self.images / min(runs):.3g} |" if self.images else row)
         if self.ratios:
             lines += ["", "| ratio | of the fastest | median |", "| --- | ---: | ---: |"]
             lines += ["| {} | {:.2f} | {:.2f} |".format(name, *self.ratio(name)) for name in self.ratios]
         return "\n".join(lines) + "\n"
 
 
+# A case that takes fewer seconds runs once unmeasured in each turn, so that the cache holds its inputs, as in a model,
+# and not those of the case before.
+COLD_BELOW = 0.02
+
+
 def take_turns(
-    title: str, cases: dict[str, Case], ratios: dict[str, tuple[float, str, str]], options: argparse.Namespace
+    title: str,
+    cases: dict[str, Case],
+    ratios: dict[str, tuple[float, str, str]],
+    options: argparse.Namespace,
+    images: int = 0,
 ) -> Group:
     """Runs all cases in turn until the time is used up, and at least three times."""
     for case in cases.values():
@@ -90,12 +111,14 @@ def take_turns(
     with tqdm(total=round(options.seconds), desc=title, unit="s", bar_format="{desc}: {n:.0f}/{total} s") as progress:
         while (elapsed := time.perf_counter() - start) < options.seconds or len(first_runs) < 3:
             for name, case in cases.items():
+                if seconds[name] and seconds[name][-1] < COLD_BELOW:
+                    case()
                 before = time.perf_counter()
                 case()
                 seconds[name].append(time.perf_counter() - before)
             progress.n = min(elapsed, options.seconds)
             progress.refresh()
-    group = Group(title, seconds, ratios)
+    group = Group(title, seconds, ratios, images)
     print("\n" + group.tables(), flush=True)
     return group
 
@@ -223,24 +246,76 @@ def scan_section(options: argparse.Namespace) -> list[Group]:
         inputs = scan_inputs(batch)
         single = one_direction(inputs)
         by_channel, by_time = in_layout(single, 0, 2, 1), in_layout(single, 1, 0, 2)
+        square = torch.randn(1024, 1024)
         cases: dict[str, Case] = {
             "mamba-ssm's reference, one direction": partial(reference_scan, *by_channel),
             "time-major loop, one direction": partial(time_major_scan, *by_time),
             "ours, one direction": partial(selective_scan, **single),
             "ours, four directions": partial(selective_scan, **inputs),
             "ours, four directions, one thread": with_threads(1, partial(selective_scan, **inputs)),
+            "matrix product": partial(torch.matmul, square, square),
+            "matrix product, one thread": with_threads(1, partial(torch.matmul, square, square)),
         }
         ratios = {
             "4 × mamba-ssm's reference / ours": (4.0, "mamba-ssm's reference, one direction", "ours, four directions"),
             "4 × time-major loop / ours": (4.0, "time-major loop, one direction", "ours, four directions"),
             "4 × ours alone / ours fused": (4.0, "ours, one direction", "ours, four directions"),
             f"one thread / {options.threads}": (1.0, "ours, four directions, one thread", "ours, four directions"),
+            f"matrix product, 1024³: one thread / {options.threads}": (
+                1.0,
+                "matrix product, one thread",
+                "matrix product",
+            ),
         }
         with torch.no_grad():
             groups.append(take_turns(f"Scan, forward, batch {batch}, {LENGTH} tokens", cases, ratios, options))
     groups.append(scan_gradients(options))
     groups.append(scan_with_holes(options))
     return groups
+
+
+# Multiply-adds of the fused operation in each token and channel; an addition or a multiplication that stands alone is
+# one. In each state: 6 for exp(ΔA), and for each of four paths 3, two for the state and one for the output. Beside the
+# states: 20 for the softplus, 12 for the gate's SiLU, 8 for Δu and Du of four paths.
+SCAN_MULTIPLY_ADDS = STATES * (6 + 4 * 3) + 20 + 12 + 8
+
+
+@torch.no_grad()
+def roofline_section(options: argparse.Namespace) -> list[Group]:
+    """One core: the fused scan beside the multiply-adds and the memory traffic that it cannot do without."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiply_adds = load_multiply_adds(Path(folder))
+        count = SCAN_MULTIPLY_ADDS * LENGTH * CHANNELS
+        floats = 2 * LENGTH * CHANNELS  # u, time step and gate are read, the result is written: two copies of two
+        source, target = torch.randn(floats), torch.empty(floats)
+        cases: dict[str, Case] = {
+            "scan": with_threads(1, partial(selective_scan, **scan_inputs(1))),
+            "its multiply-adds alone": partial(multiply_adds, count),
+            "its memory traffic alone": with_threads(1, lambda: target.copy_(source)),
+        }
+        ratios = {
+            "share of the roofline: its multiply-adds / the scan": (1.0, "its multiply-adds alone", "scan"),
+            "its memory traffic / the scan": (1.0, "its memory traffic alone", "scan"),
+        }
+        group = take_turns("Roofline of the scan, four directions, batch 1, one thread", cases, ratios, options)
+    fastest = {name: min(runs) for name, runs in group.seconds.items()}
+    print(
+        f"One core: {2 * count / fastest['its multiply-adds alone'] / 1e9:.0f} GFLOP/s, "
+        f"copying {8 * floats / fastest['its memory traffic alone'] / 1e9:.0f} GB/s, read and written.\n",
+        flush=True,
+    )
+    return [group]
+
+
+def load_multiply_adds(folder: Path) -> Callable[[int], None]:
+    """The function of `fma_peak.cpp`, compiled for this processor."""
+    library = folder / "fma_peak.so"
+    flags = (*build.FLAGS, *build.VARIANTS[build.best_variant()], f"-I{build.SOURCE_DIRECTORY}")
+    source = Path(__file__).with_name("fma_peak.cpp")
+    subprocess.run([*build.find_compiler(), *flags, str(source), "-o", str(library)], check=True)
+    function = ctypes.CDLL(str(library)).multiply_adds
+    function.argtypes, function.restype = (ctypes.c_int64,), None
+    return function
 
 
 def scan_gradients(options: argparse.Namespace) -> Group:
@@ -315,11 +390,15 @@ def convolution_section(options: argparse.Namespace) -> list[Group]:
 # ---- Whole models ------------------------------------------------------------------------------------------------
 
 
+FAMILIES: dict[str, Any] = {
+    "plainmamba": (PlainMambaConfig, PlainMambaForImageClassification),
+    "vim": (VimConfig, VimForImageClassification),
+}
+
+
 def make_models(options: argparse.Namespace) -> dict[str, nn.Module]:
     """One set of random weights under three schedules."""
-    family = {"plainmamba": (PlainMambaConfig, PlainMambaForImageClassification)}
-    family["vim"] = (VimConfig, VimForImageClassification)
-    config_class, model_class = family[options.family]
+    config_class, model_class = FAMILIES[options.family]
     models = {}
     for name, pruning in (
         ("dense", None),
@@ -334,44 +413,71 @@ def make_models(options: argparse.Namespace) -> dict[str, nn.Module]:
 def model_section(options: argparse.Namespace) -> list[Group]:
     models = make_models(options)
     reduction = count_flops(models["pruned, aligned"].config).reduction
-    models["pruned, int8 linears"] = quantize_dynamic(models["pruned, aligned"], {nn.Linear}, dtype=torch.qint8)
+    models["pruned, int8 linears"] = quantize_linears(copy.deepcopy(models["pruned, aligned"]))
     groups = []
     for batch in options.batch_sizes:
         images = torch.randn(batch, 3, 224, 224)
         cases: dict[str, Case] = {name: partial(model, images) for name, model in models.items()}
-        cases["dense, its matrix products alone"] = matrix_products(models["dense"], images)
-        cases["dense, scans by mamba-ssm's reference"] = partial(run_by_reference, models["dense"], images)
         ratios = {
             f"dense / pruned (FLOPs: {1 / (1 - reduction):.2f})": (1.0, "dense", "pruned, aligned"),
             "aligned / naive": (1.0, "pruned, aligned", "pruned, naive"),
             "dense / pruned with int8 linears": (1.0, "dense", "pruned, int8 linears"),
-            "dense / its matrix products": (1.0, "dense", "dense, its matrix products alone"),
-            "mamba-ssm's reference / ours": (1.0, "dense, scans by mamba-ssm's reference", "dense"),
         }
         title = f"{options.family} {options.preset}, whole model, forward, batch {batch}"
         with torch.no_grad():
-            groups.append(take_turns(title, cases, ratios, options))
+            groups.append(take_turns(title, cases, ratios, options, images=batch))
     return groups
 
 
-def run_by_reference(model: nn.Module, images: Tensor) -> None:
+@torch.no_grad()
+def blocks_section(options: argparse.Namespace) -> list[Group]:
+    """A PlainMamba without its stem and head: its layers as published, ours, and their matrix products alone."""
+    config = PlainMambaConfig.from_preset(options.preset)
+    model = PlainMambaForImageClassification(config).eval().plainmamba
+    groups = []
+    for batch in options.batch_sizes:
+        tokens = torch.randn(batch, LENGTH, config.hidden_size)
+        layers = partial(run_layers, model, tokens)
+        cases: dict[str, Case] = {
+            "ours": layers,
+            "ours, one thread": with_threads(1, layers),
+            "scans by mamba-ssm's reference": partial(by_reference, model, layers),
+            "scans by mamba-ssm's reference, one thread": with_threads(1, partial(by_reference, model, layers)),
+            "matrix products": matrix_products(model.layers, layers),
+        }
+        ratios = {
+            "mamba-ssm's reference / ours": (1.0, "scans by mamba-ssm's reference", "ours"),
+            "the same, one thread": (1.0, "scans by mamba-ssm's reference, one thread", "ours, one thread"),
+            "ours / its matrix products": (1.0, "ours", "matrix products"),
+        }
+        title = f"plainmamba {options.preset}, layers without stem and head, forward, batch {batch}"
+        groups.append(take_turns(title, cases, ratios, options))
+    return groups
+
+
+def run_layers(model: nn.Module, tokens: Tensor) -> Tensor:
+    layout = PlainMambaTokenLayout.of_grid(GRID, tokens.device)
+    return encode(model.layers, model.token_predictors, tokens, layout, model.config).hidden_states
+
+
+def by_reference(model: nn.Module, case: Case) -> None:
     with registered("reference", reference_kernel()):
         model.config.scan_backend = "reference"
         try:
-            model(images)
+            case()
         finally:
             model.config.scan_backend = "auto"
 
 
-def matrix_products(model: nn.Module, images: Tensor) -> Case:
-    """The model's linear layers, each once with an input of its shape."""
+def matrix_products(layers: nn.Module, run: Case) -> Case:
+    """The linear layers that `run` goes through, each once with an input of its shape."""
     shapes: list[tuple[Tensor, torch.Size]] = []
     handles = [
         module.register_forward_hook(lambda module, inputs, _: shapes.append((module.weight, inputs[0].shape)))
-        for module in model.modules()
+        for module in layers.modules()
         if isinstance(module, nn.Linear)
     ]
-    model(images)
+    run()
     for handle in handles:
         handle.remove()
     inputs = {shape: torch.randn(shape) for _, shape in shapes}
@@ -379,10 +485,10 @@ def matrix_products(model: nn.Module, images: Tensor) -> Case:
 
 
 PARTS = {
-    "linear layers": ("aten::addmm", "aten::mm", "aten::bmm", "aten::linear"),
+    "linear layers, patch projection": ("aten::addmm", "aten::mm", "aten::bmm", "aten::linear"),
     "scans": ("hf_vssm_prune::selective_scan",),
     "depthwise convolutions": ("hf_vssm_prune::depthwise_conv2d",),
-    "stem and projection": ("aten::mkldnn_convolution", "aten::convolution", "aten::native_batch_norm"),
+    "stem": ("aten::mkldnn_convolution", "aten::convolution"),
     "normalisation": ("aten::native_layer_norm",),
 }
 
@@ -425,8 +531,106 @@ def training_section(options: argparse.Namespace) -> list[Group]:
         "dense / pruned": (1.0, "dense", "pruned, aligned"),
         "aligned / naive": (1.0, "pruned, aligned", "pruned, naive"),
     }
+    for name, case in cases.items():
+        report_memory(models[name], name, case)
     title = f"{options.family} {options.preset}, forward and backward, batch {batch}"
-    return [take_turns(title, cases, ratios, options)]
+    return [take_turns(title, cases, ratios, options, images=batch)]
+
+
+def report_memory(model: nn.Module, name: str, step: Case) -> None:
+    """Prints what a training step keeps for its backward, beside the inputs and outputs of its matrix products."""
+    products: dict[int, Tensor] = {}  # the tensors too, so that none is freed and its address used again
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        for tensor in (inputs[0], output[0] if isinstance(output, tuple) else output):
+            products[tensor.data_ptr()] = tensor.detach()
+
+    handles = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    step()
+    for handle in handles:
+        handle.remove()
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in products.values())
+    products.clear()
+
+    kept: dict[int, int] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    total = sum(kept.values())
+    line = (
+        f"{name}: {total / 2**20:.0f} MiB are kept for the backward, {total / needed:.2f} times the inputs and outputs "
+    )
+    print(f"{line}of the matrix products ({needed / 2**20:.0f} MiB){peak_memory(step)}", flush=True)
+
+
+def peak_memory(step: Case) -> str:
+    """How far the process grows in a step, where the system tells (Linux)."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return ""
+    reset.write_text("5")  # the peak is now what is in use
+    before = memory_in_use("VmRSS")
+    step()
+    return f"; the process grows by {(memory_in_use('VmHWM') - before) / 2**10:.0f} MiB"
+
+
+def memory_in_use(name: str) -> int:
+    """A figure of /proc/self/status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+@torch.no_grad()
+def budgets_section(options: argparse.Namespace) -> list[Group]:
+    """One model at growing budgets: does the clock follow the FLOPs? `--plot` draws it."""
+    config_class, model_class = FAMILIES[options.family]
+    dense = model_class(config_class.from_preset(options.preset)).eval()
+    models, shares = {"dense": dense}, {"dense": 1.0}
+    for reduction in (0.2, 0.3, 0.416, 0.5, 0.6):
+        name = f"{reduction:.1%} fewer FLOPs"
+        config = config_class.from_preset(options.preset, token_pruning={"flops_reduction": reduction})
+        models[name] = model_class(config).eval()
+        models[name].load_state_dict(dense.state_dict())
+        shares[name] = 1 - count_flops(config).reduction
+    groups = []
+    for batch in options.batch_sizes:
+        images = torch.randn(batch, 3, 224, 224)
+        cases: dict[str, Case] = {name: partial(model, images) for name, model in models.items()}
+        ratios = {
+            f"dense / {name} (FLOPs: {1 / shares[name]:.2f})": (1.0, "dense", name)
+            for name in models
+            if name != "dense"
+        }
+        title = f"{options.family} {options.preset} at growing budgets, batch {batch}"
+        groups.append(take_turns(title, cases, ratios, options, images=batch))
+    if options.plot is not None:
+        plot_budgets(groups, shares, Path(options.plot))
+    return groups
+
+
+def plot_budgets(groups: Sequence[Group], shares: dict[str, float], path: Path) -> None:
+    """Time against FLOPs, both as shares of the dense model's; a model that keeps its promise lies on the diagonal."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(5, 4), layout="constrained").subplots()
+    axes.plot([0.35, 1], [0.35, 1], color="0.7", linestyle="--", label="time falls as FLOPs do")
+    for group in groups:
+        dense = min(group.seconds["dense"])
+        times = [min(group.seconds[name]) / dense for name in shares]
+        axes.plot(list(shares.values()), times, marker="o", label=f"batch {group.images}")
+    axes.set(xlabel="FLOPs, share of the dense model's", ylabel="time, share of the dense model's")
+    axes.set_title(groups[0].title.partition(" at ")[0])
+    axes.legend()
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    axes.figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
 
 
 @torch.no_grad()
@@ -449,7 +653,7 @@ def transformer_section(options: argparse.Namespace) -> list[Group]:
             "Vim-S, pruned / ViT-S": (1.0, "Vim-S, pruned", "ViT-S/16"),
             "Vim-S / Vim-S, pruned": (1.0, "Vim-S", "Vim-S, pruned"),
         }
-        groups.append(take_turns(f"Vim-S and ViT-S/16 at 224², batch {batch}", cases, ratios, options))
+        groups.append(take_turns(f"Vim-S and ViT-S/16 at 224², batch {batch}", cases, ratios, options, images=batch))
     return groups
 
 
@@ -476,7 +680,10 @@ def resolution_section(options: argparse.Namespace) -> list[Group]:
 SECTIONS = {
     "scan": scan_section,
     "convolution": convolution_section,
+    "roofline": roofline_section,
     "model": model_section,
+    "blocks": blocks_section,
+    "budgets": budgets_section,
     "parts": parts_section,
     "training": training_section,
     "transformer": transformer_section,
@@ -508,12 +715,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
-    parser.add_argument("--family", choices=("plainmamba", "vim"), default="plainmamba", help="default: %(default)s")
+    parser.add_argument("--family", choices=FAMILIES, default="plainmamba", help="default: %(default)s")
     parser.add_argument("--preset", default="L3", help="of the whole models (default: %(default)s)")
     parser.add_argument("--flops_reduction", type=float, default=0.415, help="default: %(default)s")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="default: 1 8")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=20, help="for each group of cases (default: %(default)s)")
+    parser.add_argument("--plot", help="file to draw the time at growing budgets into (needs matplotlib)")
     parser.add_argument("--json", help="file to write all runs and ratios to")
     return parser.parse_args(arguments)
 

@@ -94,6 +94,13 @@ def test_results_do_not_depend_on_threads():
             assert all(torch.equal(once[name], again[name]) for name in once)
 
 
+@needs_kernel
+def test_kernels_use_the_threads_of_pytorch():
+    library = cpu._load()
+    assert not isinstance(library, str)
+    assert library.has_threads() == 1
+
+
 def _scan_sum(arguments: Arguments, queue) -> None:
     torch.set_num_threads(2)
     queue.put(cpu.selective_scan(**arguments).double().sum().item())

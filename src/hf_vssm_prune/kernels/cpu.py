@@ -8,6 +8,7 @@ differentiated again.
 import ctypes
 import functools
 import os
+import warnings
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
 from typing import Any
 
@@ -120,6 +121,8 @@ def _load() -> ctypes.CDLL | str:
         function = getattr(library, name)
         function.argtypes = (*types, c_int)
         function.restype = c_char_p
+    if not library.has_threads():
+        warnings.warn("PyTorch brings no OpenMP runtime here: the CPU kernels use one thread", stacklevel=2)
     return library
 
 
