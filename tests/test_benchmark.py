@@ -42,7 +42,7 @@ def test_the_reference_kernel_computes_a_dense_model(benchmark):
 def test_matrix_products_are_all_of_the_models(benchmark):
     model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
     with torch.no_grad():
-        products = benchmark.matrix_products(model, torch.randn(1, 3, 32, 32))()
+        products = benchmark.matrix_products(model, partial(model, torch.randn(1, 3, 32, 32)))()
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert len(products) == len(linears) == 4 * 4 + 1
 
@@ -52,7 +52,8 @@ def test_cases_take_turns(benchmark):
     cases = {name: partial(order.append, name) for name in "ab"}
     options = benchmark.parse_options(["--seconds", "0"])
     group = benchmark.take_turns("turns", cases, {"a / b": (2.0, "a", "b")}, options)
-    assert order == ["a", "b"] * 4
+    # Before the first turn all run once unmeasured, and short ones in every later turn.
+    assert order == ["a", "b"] * 2 + ["a", "a", "b", "b"] * 2
     assert [len(runs) for runs in group.seconds.values()] == [3, 3]
     group.seconds = {"a": [3.0, 8.0, 4.0], "b": [1.0, 2.0, 2.0]}
     assert group.ratio("a / b") == (6.0, 6.0)
@@ -76,3 +77,44 @@ def test_scan_inputs_with_holes_are_those_of_a_pruned_model(benchmark):
     assert inputs["gaps"].sum(-1).max() <= benchmark.LENGTH
     assert "gaps" not in benchmark.scan_inputs(2, 0.5, "none")
     assert selective_scan(**inputs).isfinite().all()
+
+
+def test_a_step_keeps_little_more_than_its_matrix_products(benchmark, capsys):
+    model = PlainMambaForImageClassification(make_plainmamba_config()).train()
+    images, labels = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
+    benchmark.report_memory(model, "small", lambda: model(images, labels=labels).loss.backward())
+    assert "kept for the backward" in capsys.readouterr().out
+
+
+def test_the_roofline_is_above_the_scan(benchmark, capsys):
+    (group,) = benchmark.roofline_section(benchmark.parse_options(["--seconds", "0.2"]))
+    share, _ = group.ratio("share of the roofline: its multiply-adds / the scan")
+    assert 0.02 < share < 1
+    assert "GFLOP/s" in capsys.readouterr().out
+
+
+def test_the_plot_is_drawn(benchmark, tmp_path):
+    shares = {"dense": 1.0, "30% fewer FLOPs": 0.7}
+    groups = [
+        benchmark.Group(
+            f"model at growing budgets, batch {batch}", {"dense": [2.0], "30% fewer FLOPs": [1.5]}, images=batch
+        )
+        for batch in (1, 8)
+    ]
+    benchmark.plot_budgets(groups, shares, tmp_path / "budgets.svg")
+    drawn = (tmp_path / "budgets.svg").read_text()
+    assert drawn.startswith("<?xml")
+    assert [file.name for file in tmp_path.iterdir()] == ["budgets.svg"]
+
+
+def test_layers_alone_compute_what_they_compute_in_the_model(benchmark):
+    model = PlainMambaForImageClassification(make_plainmamba_config(image_size=112)).eval().plainmamba
+    with torch.no_grad():
+        tokens, grid = model.embeddings(torch.randn(1, 3, 112, 112), False)
+        assert grid == benchmark.GRID
+        expected = benchmark.run_layers(model, tokens)
+        products = benchmark.matrix_products(model.layers, lambda: benchmark.run_layers(model, tokens))
+        assert len(products()) == 4 * model.config.num_hidden_layers
+        with benchmark.registered("reference", benchmark.reference_kernel()):
+            model.config.scan_backend = "reference"
+            torch.testing.assert_close(benchmark.run_layers(model, tokens), expected, rtol=1e-4, atol=1e-4)
