@@ -38,9 +38,11 @@ from hf_vssm_prune.training.data import (
     load_evaluation_dataset,
     load_image_dataset,
 )
+from hf_vssm_prune.training.distribution import ProcessLostError
+from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
-from hf_vssm_prune.training.loop import Recipe, Trainer, TrainingDivergedError, check_output_dir
+from hf_vssm_prune.training.loop import Recipe, Trainer, check_output_dir
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,8 @@ def prepare_finetuning(
     student.set_token_pruning(schedule)
     teacher = None
     if recipe.losses.needs_teacher:
-        teacher = load_teacher(model.teacher_name_or_path or model.model_name_or_path, student.config, recipe)
+        name = model.teacher_name_or_path or model.model_name_or_path
+        teacher = load_teacher(name, student.config, recipe, model.teacher_dtype)
     processor = AutoImageProcessor.from_pretrained(model.model_name_or_path)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=True)
     return Trainer(student, datasets, processor, recipe, teacher, card)
@@ -181,8 +184,10 @@ def load_model(
     return load_classifier(name_or_path, ignore_mismatched_sizes, dtype="float32", **options)
 
 
-def load_teacher(name_or_path: str, student: VisionMambaConfig, recipe: Recipe) -> ImageClassifier:
-    """The dense, frozen model from which a student learns.
+def load_teacher(
+    name_or_path: str, student: VisionMambaConfig, recipe: Recipe, dtype: str = "float32"
+) -> ImageClassifier:
+    """The dense, frozen model from which a student learns, with weights of the precision `dtype`.
 
     Raises:
         ValueError: its labels, tokens or hidden states are not those of the student, and the losses compare them.
@@ -197,7 +202,7 @@ def load_teacher(name_or_path: str, student: VisionMambaConfig, recipe: Recipe) 
                 f"The teacher {name_or_path} has {name} {getattr(config, name)}, the model {getattr(student, name)}: "
                 "they cannot be compared."
             )
-    teacher = load_classifier(name_or_path, dtype="float32")
+    teacher = load_classifier(name_or_path, dtype=dtype)
     teacher.set_token_pruning(None)
     return teacher
 
@@ -258,7 +263,7 @@ def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
     except TrainingInterruptedError as interruption:
         print(interruption, file=sys.stderr)
         return 128 + interruption.signal
-    except TrainingDivergedError as error:
+    except (TrainingDivergedError, ProcessLostError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if arguments.push_to_hub and trainer.accelerator.is_main_process:

@@ -1,11 +1,13 @@
 """The training loop, on Accelerate: dense training and pruned fine-tuning, on one or more devices.
 
-Whatever is random in an update depends on the seed, the epoch, the batch and the process alone, never on what was drawn
+The images of an update are the same ones over however many processes it is spread. Whatever is random in an update depends on the seed, the epoch, the batch and the process alone, never on what was drawn
 before. A run that is killed and resumed therefore ends with the very weights of one that was not.
 """
 
+import copy
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -33,9 +35,11 @@ from hf_vssm_prune.training.arguments import (
     ElasticArguments,
     OptimizationArguments,
     RunArguments,
+    ScaleArguments,
 )
 from hf_vssm_prune.training.augmentation import mix_batch
 from hf_vssm_prune.training.checkpoints import (
+    TrainedParts,
     TrainingState,
     find_checkpoints,
     find_resumed,
@@ -44,7 +48,21 @@ from hf_vssm_prune.training.checkpoints import (
     save_checkpoint,
     write_json,
 )
+from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
 from hf_vssm_prune.training.data import EvaluationImages, ImageDatasets, TrainingImages, collate
+from hf_vssm_prune.training.distribution import (
+    lost_processes_named,
+    make_accelerator,
+    share_buffers,
+    spread_frozen,
+    whole_model_state,
+)
+from hf_vssm_prune.training.divergence import (
+    ForwardWatch,
+    TrainingDivergedError,
+    last_gradient_not_finite,
+    weight_not_finite,
+)
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import evaluate_accuracy
 from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError
@@ -58,10 +76,6 @@ logger = logging.getLogger(__name__)
 RESULTS = "all_results.json"
 
 
-class TrainingDivergedError(RuntimeError):
-    """The loss or its gradient became NaN or infinite. The weights are those before the update."""
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained: the options of the scripts, and the losses."""
@@ -71,17 +85,8 @@ class Recipe:
     run: RunArguments
     losses: LossWeights = field(default_factory=LossWeights)
     elastic: ElasticArguments = field(default_factory=ElasticArguments)
+    scale: ScaleArguments = field(default_factory=ScaleArguments)
     num_workers: int = 0
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    return Accelerator(
-        mixed_precision=recipe.optimization.mixed_precision,
-        gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
-        log_with=recipe.run.report_to if recipe.run.with_tracking else None,
-        project_dir=recipe.run.output_dir,
-        cpu=recipe.run.use_cpu,
-    )
 
 
 def check_output_dir(run: RunArguments) -> None:
@@ -142,17 +147,49 @@ class Trainer:
         self.output_dir = Path(recipe.run.output_dir)
         self.image_processor = image_processor
         self.write_card = write_card
-        self.accelerator = make_accelerator(recipe)
+        self.accelerator = make_accelerator(
+            mixed_precision=recipe.optimization.mixed_precision,
+            gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
+            project_dir=recipe.run.output_dir,
+            log_with=recipe.run.report_to if recipe.run.with_tracking else None,
+            cpu=recipe.run.use_cpu,
+            fsdp=recipe.scale.fsdp,
+            timeout=recipe.scale.ddp_timeout,
+        )
+        if recipe.scale.deterministic:
+            _choose_deterministic_algorithms()
         self._make_loaders(datasets)
         self._make_schedule()
 
         self.elastic_schedules = recipe.elastic.schedules(model.config)
+        self._prepare(model, teacher)
+        self.state = TrainingState()
+        self.stop_request = StopRequest()
+        self._stop_agreed = False
+        self._resume()
+
+    # Preparation
+
+    def _prepare(self, model: ImageClassifier, teacher: ImageClassifier | None) -> None:
+        """Puts the models on the device and spreads them over the processes."""
+        options, scale = self.recipe.optimization, self.recipe.scale
+        if scale.batch_norm == "sync":
+            synchronize_batch_norm(model, self.accelerator.device)
+        if scale.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.plain_model = model.to(self.accelerator.device)
-        self.teacher = None if teacher is None else teacher.to(self.accelerator.device).eval().requires_grad_(False)
-        options = recipe.optimization
+        self.teacher = None
+        if teacher is not None:
+            teacher = teacher.to(self.accelerator.device).eval().requires_grad_(False)
+            self.teacher = spread_frozen(self.accelerator, teacher)
         self.ema = None
         if options.model_ema:
             self.ema = ExponentialMovingAverage(model, options.model_ema_decay, options.model_ema_warmup)
+        # Whole weights are saved from this copy, which no process shards.
+        self._saved_model = copy.deepcopy(model).cpu() if self.accelerator.is_fsdp2 else None
+        if self.ema is not None:
+            self.ema.model = spread_frozen(self.accelerator, self.ema.model)
+        self.forward_watch = ForwardWatch(model)
         optimizer = make_optimizer(
             model,
             options.learning_rate,
@@ -162,12 +199,6 @@ class Trainer:
             options.adam_epsilon,
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.state = TrainingState()
-        self.stop_request = StopRequest()
-        self._stop_agreed = False
-        self._resume()
-
-    # Preparation
 
     def _make_loaders(self, datasets: ImageDatasets) -> None:
         options, run = self.recipe.optimization, self.recipe.run
@@ -223,17 +254,33 @@ class Trainer:
 
     def _settings(self) -> dict[str, Any]:
         """What a run and its continuation must share for the weights to come out the same."""
+        options = asdict(self.recipe.optimization)
+        del options["per_device_eval_batch_size"]
         return {
             "num_processes": self.accelerator.num_processes,
+            "images_per_update": self._images_per_update(),
+            "updates_per_epoch": self.updates_per_epoch,
             "num_training_images": len(self.train_images),
             "token_pruning": self.plain_model.config.token_pruning,
             "seed": self.recipe.run.seed,
-            **asdict(self.recipe.optimization),
+            **options,
             **asdict(self.recipe.augmentation),
             **asdict(self.recipe.losses),
             **asdict(self.recipe.elastic),
             "mixed_precision": self.accelerator.mixed_precision,
+            "batch_norm": self.recipe.scale.batch_norm,
         }
+
+    def _images_per_update(self) -> int:
+        options = self.recipe.optimization
+        return (
+            options.per_device_train_batch_size
+            * options.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
+
+    def _parts(self) -> TrainedParts:
+        return TrainedParts(self.model, self.optimizer.optimizer, self.ema)
 
     # The run
 
@@ -241,9 +288,14 @@ class Trainer:
         """Runs to the end and returns the results, which `all_results.json` holds as well.
 
         Raises:
-            TrainingDivergedError: the loss became NaN or infinite.
+            TrainingDivergedError: the loss, its gradient or a weight became NaN or infinite.
             TrainingInterruptedError: SIGINT or SIGTERM came; a checkpoint was saved.
+            ProcessLostError: another process of the run died or did not answer.
         """
+        with lost_processes_named(self.accelerator.num_processes):
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             remove_unfinished(self.output_dir)
@@ -273,7 +325,9 @@ class Trainer:
         resume = self.recipe.run.resume
         folder = None if resume is None else find_resumed(self.output_dir, resume)
         if folder is not None:
-            self.state = load_checkpoint(self.accelerator, folder, self.ema, self._settings())
+            self.state, differing = load_checkpoint(self.accelerator, folder, self._parts(), self._settings())
+            if differing:
+                self._log(f"The same images make each update, but mixing and drop path draw anew: {differing}.")
             if not (self.output_dir / "best").is_dir():
                 # The checkpoint was copied from another folder: the best model so far did not come along.
                 self.state.best = {}
@@ -282,12 +336,10 @@ class Trainer:
             self._log(f"No checkpoint in {self.output_dir} yet: starting afresh.")
 
     def _describe(self) -> None:
-        options = self.recipe.optimization
-        accumulated = options.gradient_accumulation_steps * self.accelerator.num_processes
         flops = count_flops(self.plain_model.config)
         self._log(
             f"{len(self.train_images)} training images, {self.num_epochs} epochs, {self.num_updates} updates of "
-            f"{options.per_device_train_batch_size * accumulated} images; {self.plain_model.num_parameters():,} "
+            f"{self._images_per_update()} images; {self.plain_model.num_parameters():,} "
             f"parameters, {flops.pruned.published / 1e9:.4g} GFLOPs ({flops.reduction:.1%} pruned)."
         )
 
@@ -295,6 +347,8 @@ class Trainer:
         accumulation = self.recipe.optimization.gradient_accumulation_steps
         done = (self.state.updates - epoch * self.updates_per_epoch) * accumulation
         self.model.train()
+        if self.recipe.scale.batch_norm == "frozen":
+            freeze_batch_norm(self.model)
         log = _LogWindow()
         for index, batch in self._batches(epoch, done):
             # Accelerate divides by the number of accumulated batches; at an epoch's end there may be fewer.
@@ -340,7 +394,7 @@ class Trainer:
         # Drop path and random importance draw from torch's own generator.
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         with_states = self.recipe.losses.alignment_weight > 0
-        with self._drawn_pruning(epoch, index) as pruning_layers:
+        with self._drawn_pruning(epoch, index) as pruning_layers, self.accelerator.autocast():
             student = self.model(pixel_values, output_hidden_states=with_states)
         teacher = None
         if self.teacher is not None and self.recipe.losses.needs_teacher:
@@ -377,6 +431,7 @@ class Trainer:
             finite.pop("gradient_norm")
         if not all(finite.values()):
             raise TrainingDivergedError(self._divergence(values))
+        self.forward_watch.clear()
         self.schedule.apply(self.optimizer, self.state.updates)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -400,13 +455,22 @@ class Trainer:
     def _divergence(self, values: dict[str, float]) -> str:
         options = self.recipe.optimization
         terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        checkpoints = find_checkpoints(self.output_dir)
-        last = f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
+        if layer := self.forward_watch.first_not_finite(self.accelerator):
+            place = f"the first output that is not finite is that of {layer}"
+        elif parameter := last_gradient_not_finite(self.plain_model, self.accelerator):
+            place = f"all layers' outputs are finite, and the first gradient that is not is that of {parameter}"
+        else:
+            place = "all layers' outputs and all gradients are finite, one by one"
         return (
             f"The loss or its gradient is not finite at update {self.state.updates + 1} of {self.num_updates}: "
-            f"{terms}. Try a smaller --learning_rate (it is {options.learning_rate:g}), a longer warm-up, --clip_grad "
-            f"(it is {options.clip_grad}), or --mixed_precision no (it is {self.accelerator.mixed_precision}). {last}"
+            f"{terms}; {place}. Try a smaller --learning_rate (it is {options.learning_rate:g}), a longer warm-up, --clip_grad "
+            f"(it is {options.clip_grad}), or --mixed_precision no (it is {self.accelerator.mixed_precision}). "
+            + self._last_checkpoint()
         )
+
+    def _last_checkpoint(self) -> str:
+        checkpoints = find_checkpoints(self.output_dir)
+        return f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
 
     # Checkpoints
 
@@ -419,9 +483,15 @@ class Trainer:
             self._save_checkpoint()
 
     def _save_checkpoint(self) -> Path:
+        """Saves a checkpoint, unless a weight is not finite: the last good one must not make room for it."""
+        if name := weight_not_finite(self.plain_model, self.accelerator):
+            raise TrainingDivergedError(
+                f"After update {self.state.updates} of {self.num_updates} the weight {name} is not finite; no checkpoint "
+                f"was saved. Try a smaller --learning_rate. {self._last_checkpoint()}"
+            )
         run = self.recipe.run
         return save_checkpoint(
-            self.accelerator, self.output_dir, self.state, self.ema, self._settings(), run.save_total_limit
+            self.accelerator, self.output_dir, self.state, self._parts(), self._settings(), run.save_total_limit
         )
 
     def _interrupt(self) -> None:
@@ -439,6 +509,7 @@ class Trainer:
             candidates["ema"] = self.ema.model
         figures: dict[str, Any] = {"epoch": epoch + 1, "update": self.state.updates}
         for name, candidate in candidates.items():
+            share_buffers(candidate)
             accuracy = evaluate_accuracy(candidate, self.eval_loader, self.accelerator, self._should_stop)
             if accuracy is None:
                 self._interrupt()
@@ -454,6 +525,11 @@ class Trainer:
         self._track({name: value for name, value in figures.items() if name.startswith("eval")})
 
     def _save_model(self, model: ImageClassifier, name: str, top1: float, top5: float) -> None:
+        if self._saved_model is not None:
+            weights = whole_model_state(model)
+            if self.accelerator.is_main_process:
+                self._saved_model.load_state_dict(weights)
+            model = self._saved_model
         if self.accelerator.is_main_process:
             card = self.write_card and self.write_card(top1, top5, self.num_eval_images)
             save_for_hub(model, self.output_dir / name, self.image_processor, card)
@@ -499,6 +575,13 @@ class Trainer:
     def _track(self, figures: dict[str, float]) -> None:
         if self.recipe.run.with_tracking:
             self.accelerator.log(figures, step=self.state.updates)
+
+
+def _choose_deterministic_algorithms() -> None:
+    # cuBLAS reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def _check_alignment_layers(losses: LossWeights, config: VisionMambaConfig) -> None:
