@@ -37,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         RunArguments,
     ]
     data, model, pruning, optimization, augmentation, elastic, scale, run = parse_arguments(types, arguments, __doc__)
-    recipe = Recipe(
-        optimization, augmentation, run, model.loss_weights(), elastic, scale, data.dataloader_num_workers
-    )
+    recipe = Recipe(optimization, augmentation, run, model.loss_weights(), elastic, scale, data.dataloader_num_workers)
     return jobs.run(lambda: jobs.prepare_finetuning(data, model, pruning, recipe), run)
 
 

@@ -24,9 +24,9 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.checkpoints import find_checkpoints, find_resumed
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
+from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import compare_models, comparison_table, mean_accuracy, score_predictions
-from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer, parameter_groups

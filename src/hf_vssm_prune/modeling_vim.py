@@ -27,6 +27,7 @@ from .modeling_common import (
     PrunedModelOutput,
     TimeStepProjection,
     TokenPruningMixin,
+    at_least_float32,
     check_pixel_values,
     drop_path_rates,
     encode,
@@ -129,14 +130,14 @@ class VimScan(nn.Module):
         return selective_scan(
             x,
             time_step,
-            -torch.exp(self.A_log.float()),
+            -torch.exp(at_least_float32(self.A_log)),
             B,
             C,
             self.D,
             time_step_bias=bias,
             gate=gate,
             gaps=None if gaps is None else gaps.unsqueeze(1),
-            hole_time_step=F.softplus(bias.float()) if alignment == "zero_input" else None,
+            hole_time_step=F.softplus(at_least_float32(bias)) if alignment == "zero_input" else None,
             backend=self.config.scan_backend,
         )
 
@@ -179,10 +180,10 @@ class VimLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> tuple[Tensor, Tensor]:
         """Returns the layer's output, and the mixer's gated output, by which the next layer may score the tokens.
 
-        `hidden_states` is the residual stream, float32 in every precision.
+        `hidden_states` is the residual stream, float32 in every precision (float64 where the weights are).
         """
         mixed, gated = self.mixer(self.norm(hidden_states), layout)
-        return hidden_states + self.drop_path(mixed).float(), gated.detach()
+        return hidden_states + self.drop_path(mixed).to(hidden_states.dtype), gated.detach()
 
 
 class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
@@ -239,7 +240,7 @@ class VimModel(VimPreTrainedModel):
             interpolate_pos_encoding: resize the position embeddings where the grid of patches is not that of the
                 configuration; False: refuse such images.
         """
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding).float()
+        hidden_states = at_least_float32(self.embeddings(pixel_values, interpolate_pos_encoding))
         class_id = (hidden_states.shape[1] - 1) // 2
         class_position = torch.full((hidden_states.shape[0], 1), class_id, device=hidden_states.device)
         layout = VimTokenLayout(class_id, class_position)

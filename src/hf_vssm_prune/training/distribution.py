@@ -112,38 +112,35 @@ def spread_frozen(accelerator: Accelerator, model: Model) -> Model:
     return fsdp2_prepare_model(accelerator, model) if accelerator.is_fsdp2 else model
 
 
-def whole_model_state(model: nn.Module) -> dict[str, Tensor]:
+def whole_model_state(model: nn.Module) -> dict[str, Any]:
     """A model's weights and buffers on the CPU, as the plain model has them. All processes call it; sharded weights
     come together on the main process, and the others get nothing."""
     return get_model_state_dict(model, options=WHOLE)
 
 
-def load_whole_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_whole_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Loads what `whole_model_state` gave, the same on all processes."""
     set_model_state_dict(model, state, options=WHOLE)
 
 
-def whole_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list]:
     """An optimizer's tensors, named `<parameter of the plain model>/<moment>`, and its parameter groups, which list
     parameters by these names. As with `whole_model_state`, what is sharded comes together on the main process."""
-    state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
-    tensors = {
-        f"{name}/{moment}": value for name, moments in state.get("state", {}).items() for moment, value in moments.items()
-    }
-    return tensors, state.get("param_groups", [])
+    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    states = whole.get("state", {})
+    tensors = {f"{name}/{moment}": value for name, state in states.items() for moment, value in state.items()}
+    return tensors, whole.get("param_groups", [])
 
 
 def load_whole_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list
 ) -> None:
     """Loads what `whole_optimizer_state` gave, the same on all processes."""
-    state: dict[str, dict[str, Tensor]] = {}
+    states: dict[str, Any] = {}
     for key, value in tensors.items():
         name, moment = key.rsplit("/", 1)
-        state.setdefault(name, {})[moment] = value
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=WHOLE)
+        states.setdefault(name, {})[moment] = value
+    set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=WHOLE)
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -168,9 +165,7 @@ def lost_processes_named(num_processes: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if num_processes == 1 or not (
-            isinstance(error, torch.distributed.DistError) or LOST_PEER.search(str(error))
-        ):
+        if num_processes == 1 or not (isinstance(error, torch.distributed.DistError) or LOST_PEER.search(str(error))):
             raise
         raise ProcessLostError(
             f"Another of the {num_processes} processes died or did not answer (its own message, if it had one, is "

@@ -17,8 +17,8 @@ class ExponentialMovingAverage(Generic[Model]):
 
     Floating-point buffers (the statistics of batch norm) are averaged like weights; other buffers are copied.
 
-    Where the followed model is sharded, its average has to be sharded alike (`distribution.spread_frozen`): each process
-    then averages its own part.
+    Where the followed model is sharded, its average has to be sharded alike (`distribution.spread_frozen`): each
+    process then averages its own part.
 
     Args:
         model: the model to follow, not yet wrapped, sharded or compiled.

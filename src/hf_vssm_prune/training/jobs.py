@@ -37,6 +37,7 @@ from hf_vssm_prune.training.data import (
     collate,
     load_evaluation_dataset,
     load_image_dataset,
+    load_image_stream,
 )
 from hf_vssm_prune.training.distribution import ProcessLostError
 from hf_vssm_prune.training.divergence import TrainingDivergedError
@@ -140,18 +141,19 @@ def evaluate(
 
 def load_datasets(data: DataArguments, seed: int) -> ImageDatasets:
     """The images that the options name."""
-    return load_image_dataset(
-        data.dataset_name,
-        config_name=data.dataset_config_name,
-        train_split=data.train_split,
-        eval_split=data.eval_split,
-        image_column=data.image_column_name,
-        label_column=data.label_column_name,
-        validation_share=data.train_val_split,
-        max_train_samples=data.max_train_samples,
-        max_eval_samples=data.max_eval_samples,
-        seed=seed,
-    )
+    options: dict[str, Any] = {
+        "config_name": data.dataset_config_name,
+        "train_split": data.train_split,
+        "eval_split": data.eval_split,
+        "image_column": data.image_column_name,
+        "label_column": data.label_column_name,
+        "max_train_samples": data.max_train_samples,
+        "max_eval_samples": data.max_eval_samples,
+        "seed": seed,
+    }
+    if data.streaming:
+        return load_image_stream(data.dataset_name, shuffle_buffer_size=data.shuffle_buffer_size, **options)
+    return load_image_dataset(data.dataset_name, validation_share=data.train_val_split, **options)
 
 
 def load_model(

@@ -1,7 +1,8 @@
 """The training loop, on Accelerate: dense training and pruned fine-tuning, on one or more devices.
 
-The images of an update are the same ones over however many processes it is spread. Whatever is random in an update depends on the seed, the epoch, the batch and the process alone, never on what was drawn
-before. A run that is killed and resumed therefore ends with the very weights of one that was not.
+The images of an update are the same over however many processes it is spread. Whatever is random in it depends on the
+seed, the epoch, the batch and the process alone, never on what was drawn before. A run that is killed and resumed
+therefore ends with the very weights of one that was not.
 """
 
 import copy
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -38,6 +38,7 @@ from hf_vssm_prune.training.arguments import (
     ScaleArguments,
 )
 from hf_vssm_prune.training.augmentation import mix_batch
+from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
 from hf_vssm_prune.training.checkpoints import (
     TrainedParts,
     TrainingState,
@@ -48,8 +49,14 @@ from hf_vssm_prune.training.checkpoints import (
     save_checkpoint,
     write_json,
 )
-from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
-from hf_vssm_prune.training.data import EvaluationImages, ImageDatasets, TrainingImages, collate
+from hf_vssm_prune.training.data import (
+    EvaluationImages,
+    ImageDatasets,
+    ImageStream,
+    StreamedTrainingImages,
+    TrainingImages,
+    collate,
+)
 from hf_vssm_prune.training.distribution import (
     lost_processes_named,
     make_accelerator,
@@ -68,7 +75,7 @@ from hf_vssm_prune.training.evaluation import evaluate_accuracy
 from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError
 from hf_vssm_prune.training.losses import LossTerms, LossWeights, training_loss
 from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer
-from hf_vssm_prune.training.sampling import EpochSampler
+from hf_vssm_prune.training.sampling import EpochSampler, StreamSampler
 
 
 logger = logging.getLogger(__name__)
@@ -202,10 +209,17 @@ class Trainer:
 
     def _make_loaders(self, datasets: ImageDatasets) -> None:
         options, run = self.recipe.optimization, self.recipe.run
-        self.train_images = TrainingImages(
-            datasets.train, self.image_processor, self.recipe.augmentation.image_augmentation(), run.seed
-        )
-        self.sampler = EpochSampler(len(self.train_images), run.seed)
+        augmentation = self.recipe.augmentation.image_augmentation()
+        self.train_images: TrainingImages
+        self.sampler: EpochSampler | StreamSampler
+        self.shuffle_buffer_size = None
+        if isinstance(datasets.train, ImageStream):
+            self.train_images = StreamedTrainingImages(datasets.train, self.image_processor, augmentation, run.seed)
+            self.sampler = StreamSampler(datasets.train, run.seed)
+            self.shuffle_buffer_size = datasets.train.buffer_size
+        else:
+            self.train_images = TrainingImages(datasets.train, self.image_processor, augmentation, run.seed)
+            self.sampler = EpochSampler(len(datasets.train), run.seed)
         train_loader = DataLoader(
             self.train_images,
             batch_size=options.per_device_train_batch_size,
@@ -261,6 +275,7 @@ class Trainer:
             "images_per_update": self._images_per_update(),
             "updates_per_epoch": self.updates_per_epoch,
             "num_training_images": len(self.train_images),
+            "shuffle_buffer_size": self.shuffle_buffer_size,
             "token_pruning": self.plain_model.config.token_pruning,
             "seed": self.recipe.run.seed,
             **options,
@@ -274,9 +289,7 @@ class Trainer:
     def _images_per_update(self) -> int:
         options = self.recipe.optimization
         return (
-            options.per_device_train_batch_size
-            * options.gradient_accumulation_steps
-            * self.accelerator.num_processes
+            options.per_device_train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
         )
 
     def _parts(self) -> TrainedParts:
@@ -463,9 +476,9 @@ class Trainer:
             place = "all layers' outputs and all gradients are finite, one by one"
         return (
             f"The loss or its gradient is not finite at update {self.state.updates + 1} of {self.num_updates}: "
-            f"{terms}; {place}. Try a smaller --learning_rate (it is {options.learning_rate:g}), a longer warm-up, --clip_grad "
-            f"(it is {options.clip_grad}), or --mixed_precision no (it is {self.accelerator.mixed_precision}). "
-            + self._last_checkpoint()
+            f"{terms}; {place}. Try a smaller --learning_rate (it is {options.learning_rate:g}), a longer warm-up, "
+            f"--clip_grad (it is {options.clip_grad}), or --mixed_precision no (it is "
+            f"{self.accelerator.mixed_precision}). " + self._last_checkpoint()
         )
 
     def _last_checkpoint(self) -> str:
@@ -486,8 +499,8 @@ class Trainer:
         """Saves a checkpoint, unless a weight is not finite: the last good one must not make room for it."""
         if name := weight_not_finite(self.plain_model, self.accelerator):
             raise TrainingDivergedError(
-                f"After update {self.state.updates} of {self.num_updates} the weight {name} is not finite; no checkpoint "
-                f"was saved. Try a smaller --learning_rate. {self._last_checkpoint()}"
+                f"After update {self.state.updates} of {self.num_updates} the weight {name} is not finite; no "
+                f"checkpoint was saved. Try a smaller --learning_rate. {self._last_checkpoint()}"
             )
         run = self.recipe.run
         return save_checkpoint(
