@@ -148,6 +148,8 @@ def main(folder: Path) -> None:
     # Each run ends with its process group; here they share one.
     PartialState.destroy_process_group = lambda self, group=None: None
     for name, options in TWO_PROCESS_RUNS.items():
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue
         trainer = train(folder, name, **options)
         kind = type(next(trainer.model.parameters())).__name__
         assert trainer.accelerator.num_processes == 2

@@ -1,4 +1,4 @@
-"""Training on two processes (gloo, this CPU) against one process: the same losses, checkpoints that move, lost processes."""
+"""Training on two processes (gloo, CPU) against one: the same losses, checkpoints that move, lost processes."""
 
 import json
 import os

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -82,7 +83,7 @@ def make_accelerator(
 def _fsdp2_plugin() -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        # The layers that a model's `_no_split_modules` names.
+        # See `shard_by_layers`.
         auto_wrap_policy="transformer_based_wrap",
         # Weights stay float32 and autocast chooses where to compute in half precision, as with DDP. Accelerate's own
         # choice would round `A_log` and the norms' weights, too.
@@ -102,6 +103,17 @@ def _let_cpus_shard(accelerator: Accelerator, plugin: FullyShardedDataParallelPl
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
+
+
+def shard_by_layers(accelerator: Accelerator, model: PreTrainedModel) -> None:
+    """Says where FSDP2 shall cut the models that are prepared next: each layer by itself, and the rest together.
+
+    A model's `_no_split_modules` would name its embeddings, too. Accelerate (1.15) shards the projection in them on its
+    own account afterwards, and torch refuses to shard a parameter twice.
+    """
+    if accelerator.is_fsdp2:
+        names = {type(layer).__name__ for layer in model.base_model.layers}
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
 
 
 def spread_frozen(accelerator: Accelerator, model: Model) -> Model:

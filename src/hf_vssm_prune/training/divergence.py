@@ -58,21 +58,26 @@ def _is_watched(name: str) -> bool:
     return (in_layer and parts[-1] != "layers") or parts[-1] in ("embeddings", "norm", "classifier")
 
 
-def last_gradient_not_finite(model: nn.Module, accelerator: Accelerator) -> str | None:
-    """The parameter nearest to the output whose gradient is not finite: in the backward pass it was the first. None if
-    there is none. All processes call it."""
-    named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
-    return _last_not_finite(named, accelerator)
+def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
+    """The norm of each parameter's gradient, of this process's part of it. To be taken before clipping, which multiplies
+    all gradients by NaN if one of them is not finite."""
+    named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    norms = torch._foreach_norm([local_part(gradient) for gradient in named.values()])
+    return dict(zip(named, norms, strict=True))
+
+
+def last_not_finite(named: dict[str, Tensor], accelerator: Accelerator) -> str | None:
+    """The last name whose tensor is not finite on some process; None if there is none. All processes call it.
+
+    Of gradients it is the parameter nearest to the output: the first in the backward pass.
+    """
+    finite = torch.stack([local_part(value).detach().isfinite().all() for value in named.values()]).float()
+    finite = accelerator.reduce(finite, reduction="mean")
+    bad = (finite < 1).nonzero().flatten().tolist()
+    return list(named)[bad[-1]] if bad else None
 
 
 def weight_not_finite(model: nn.Module, accelerator: Accelerator) -> str | None:
     """A weight or buffer that is not finite; None if there is none. All processes call it."""
-    named = [(name, value) for name, value in model.state_dict().items() if value.is_floating_point()]
-    return _last_not_finite(named, accelerator)
-
-
-def _last_not_finite(named: list[tuple[str, Tensor]], accelerator: Accelerator) -> str | None:
-    finite = torch.stack([local_part(value).detach().isfinite().all() for _, value in named]).float()
-    finite = accelerator.reduce(finite, reduction="mean")
-    bad = (finite < 1).nonzero().flatten().tolist()
-    return named[bad[-1]][0].removeprefix("module.") if bad else None
+    state = model.state_dict()
+    return last_not_finite({name: value for name, value in state.items() if value.is_floating_point()}, accelerator)

@@ -60,6 +60,7 @@ from hf_vssm_prune.training.data import (
 from hf_vssm_prune.training.distribution import (
     lost_processes_named,
     make_accelerator,
+    shard_by_layers,
     share_buffers,
     spread_frozen,
     whole_model_state,
@@ -67,7 +68,8 @@ from hf_vssm_prune.training.distribution import (
 from hf_vssm_prune.training.divergence import (
     ForwardWatch,
     TrainingDivergedError,
-    last_gradient_not_finite,
+    gradient_norms,
+    last_not_finite,
     weight_not_finite,
 )
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
@@ -183,7 +185,8 @@ class Trainer:
         if scale.batch_norm == "sync":
             synchronize_batch_norm(model, self.accelerator.device)
         if scale.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_activation_checkpointing(model)
+        shard_by_layers(self.accelerator, model)
         self.plain_model = model.to(self.accelerator.device)
         self.teacher = None
         if teacher is not None:
@@ -436,6 +439,7 @@ class Trainer:
     def _update(self, log: "_LogWindow") -> None:
         """Changes the weights by the gradients that have come together."""
         values = self._agree(log)
+        norms = gradient_norms(self.plain_model)
         largest_norm = self.recipe.optimization.clip_grad or math.inf
         values["gradient_norm"] = float(self.accelerator.clip_grad_norm_(self.model.parameters(), largest_norm))
         finite = {name: math.isfinite(value) for name, value in values.items()}
@@ -443,7 +447,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             finite.pop("gradient_norm")
         if not all(finite.values()):
-            raise TrainingDivergedError(self._divergence(values))
+            raise TrainingDivergedError(self._divergence(values, norms))
         self.forward_watch.clear()
         self.schedule.apply(self.optimizer, self.state.updates)
         self.optimizer.step()
@@ -465,12 +469,12 @@ class Trainer:
         self._stop_agreed = self.accelerator.reduce(stop, reduction="sum").item() > 0
         return self._stop_agreed
 
-    def _divergence(self, values: dict[str, float]) -> str:
+    def _divergence(self, values: dict[str, float], gradient_norms: dict[str, Tensor]) -> str:
         options = self.recipe.optimization
         terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if layer := self.forward_watch.first_not_finite(self.accelerator):
             place = f"the first output that is not finite is that of {layer}"
-        elif parameter := last_gradient_not_finite(self.plain_model, self.accelerator):
+        elif parameter := last_not_finite(gradient_norms, self.accelerator):
             place = f"all layers' outputs are finite, and the first gradient that is not is that of {parameter}"
         else:
             place = "all layers' outputs and all gradients are finite, one by one"
@@ -588,6 +592,13 @@ class Trainer:
     def _track(self, figures: dict[str, float]) -> None:
         if self.recipe.run.with_tracking:
             self.accelerator.log(figures, step=self.state.updates)
+
+
+def enable_activation_checkpointing(model: ImageClassifier) -> None:
+    """Lets a model compute each layer again in the backward pass."""
+    new_name = hasattr(model, "activation_checkpointing_enable")  # older versions of transformers have the old one
+    enable = model.activation_checkpointing_enable if new_name else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _choose_deterministic_algorithms() -> None:
