@@ -29,15 +29,15 @@ from hf_vssm_prune.training.losses import LossWeights
 
 
 CONFIGS = {"vim": make_vim_config, "plainmamba": make_plainmamba_config}
-# 50 images and 12 to an update: 4 updates in an epoch, and two images left over. 9 images to evaluate on. Half of 12 or
-# of 50 updates is in the middle of an epoch.
+# 146 images and 12 to an update: 12 updates in an epoch, and two images left over. Half of 12 or of 50 updates is in the
+# middle of an epoch.
 IMAGES_PER_UPDATE = 12
 FSDP = {"fsdp": True}
 FROZEN = {"batch_norm": "frozen"}
 ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "one": {},
     "one_long": {"updates": 50},
-    "one_plainmamba": {"updates": 50, "family": "plainmamba", "scale": FROZEN},
+    "one_plainmamba": {"family": "plainmamba", "scale": FROZEN},
     "one_bf16": {"mixed_precision": "bf16"},
     "one_streamed": {"streaming": True},
     "one_half_teacher": {"teacher": "bfloat16"},
@@ -45,7 +45,7 @@ ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
 TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "ddp_long": {"updates": 50},
-    "ddp_plainmamba": {"updates": 50, "family": "plainmamba", "scale": FROZEN},
+    "ddp_plainmamba": {"family": "plainmamba", "scale": FROZEN},
     "ddp_bf16": {"mixed_precision": "bf16"},
     "ddp_accumulated": {"accumulation": 3},
     "ddp_streamed": {"streaming": True},
@@ -53,7 +53,7 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp_from_one": {"resume": "one"},
     "fsdp": {"scale": FSDP},
     "fsdp_long": {"updates": 50, "scale": FSDP},
-    "fsdp_plainmamba": {"updates": 50, "family": "plainmamba", "scale": {**FSDP, **FROZEN}},
+    "fsdp_plainmamba": {"family": "plainmamba", "scale": {**FSDP, **FROZEN}},
     "fsdp_bf16": {"mixed_precision": "bf16", "scale": FSDP},
     "fsdp_accumulated": {"accumulation": 3, "scale": {**FSDP, "gradient_checkpointing": True}},
     "fsdp_half_teacher": {"teacher": "bfloat16", "scale": FSDP},
@@ -89,7 +89,7 @@ def train(
             max_train_steps=updates,
             per_device_train_batch_size=IMAGES_PER_UPDATE // num_processes // accumulation,
             gradient_accumulation_steps=accumulation,
-            per_device_eval_batch_size=2,
+            per_device_eval_batch_size=4,
             learning_rate=1e-3,
             warmup_epochs=0.0,
             clip_grad=1.0,

@@ -22,9 +22,9 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
 def write_images(folder: Path) -> None:
-    """50 training and 9 test images of three classes, as files and as Parquet."""
+    """146 training and 9 test images of three classes, as files and as Parquet."""
     generator = np.random.default_rng(0)
-    for split, count in (("train", 50), ("test", 9)):
+    for split, count in (("train", 146), ("test", 9)):
         for i in range(count):
             pixels = generator.integers(0, 156, (32, 32, 3), dtype=np.uint8)
             pixels[..., i % 3] += 100
@@ -56,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         reset()
     command = [*LAUNCH, f"--master_port={free_port()}", distributed_runs.__file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-5000:]
     for name, resumed in (("one_from_ddp", "ddp"), ("one_from_fsdp", "fsdp")):
         train(folder, name, resume=resumed)
@@ -72,8 +72,8 @@ def losses(runs: Path, name: str) -> np.ndarray:
 @pytest.mark.parametrize(("one", "kind"), [("one_long", "long"), ("one_plainmamba", "plainmamba")])
 def test_two_processes_have_the_losses_of_one(runs, spread, one, kind):
     alone, spread_out = losses(runs, one), losses(runs, f"{spread}_{kind}")
-    assert alone.shape == (50,)
-    assert alone[-5:].mean() < 0.8 * alone[:5].mean()
+    assert len(alone) == (50 if kind == "long" else 12)
+    assert alone[-5:].mean() < 0.9 * alone[:5].mean()
     np.testing.assert_allclose(spread_out, alone, rtol=0, atol=1e-4)
 
 
@@ -129,9 +129,9 @@ def test_streams_are_the_same_on_two_processes(runs):
 
 @pytest.mark.parametrize("name", ["ddp_long", "fsdp_long"])
 def test_an_uneven_last_batch_counts_each_image_once(runs, name):
-    """9 images in batches of 2 on two processes: the last batches have one image and a copy."""
+    """9 images in batches of 4 on two processes: the last image goes to one, and the other gets a copy."""
     alone, spread = (json.loads((runs / run / "all_results.json").read_text()) for run in ("one_long", name))
-    assert len(alone["history"]) == 13
+    assert len(alone["history"]) == 5
     for mine, others in zip(spread["history"], alone["history"], strict=True):
         assert mine["eval_top1"] * 9 == pytest.approx(round(mine["eval_top1"] * 9))
         for key in ("eval_loss", "eval_ema_loss"):

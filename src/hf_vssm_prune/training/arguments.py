@@ -491,6 +491,37 @@ class EvaluationArguments:
 
 
 @dataclass
+class EstimateArguments:
+    """What a training run is estimated for: images, devices, and how fast one is taken to be."""
+
+    num_images: int = field(default=1_281_167, metadata=_describe("training images; ImageNet-1k's by default"))
+    num_eval_images: int = field(default=50_000, metadata=_describe("images evaluated after each epoch"))
+    num_classes: int = field(default=1000, metadata=_describe("labels"))
+    num_devices: int = field(default=8, metadata=_describe("devices that share an update"))
+    device_tflops: float = field(
+        default=40.0,
+        metadata=_describe(
+            "assumed: 1e12 floating-point operations (a multiply-add is two) that a device sustains each second, which "
+            "is far below its peak"
+        ),
+    )
+    measured_batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 2],
+        metadata=_describe("two batch sizes, ascending, with which memory and speed are measured on this machine"),
+    )
+    json: str | None = field(default=None, metadata=_describe("file to write the figures to"))
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_eval_images", "num_classes", "num_devices"):
+            _check_range(name, getattr(self, name), 1, math.inf)
+        if not 0 < self.device_tflops < math.inf:
+            raise ValueError(f"--device_tflops is {self.device_tflops}: it must be greater than 0.")
+        sizes = self.measured_batch_sizes
+        if len(sizes) != 2 or not 0 < sizes[0] < sizes[1]:
+            raise ValueError(f"--measured_batch_sizes is {sizes}: two sizes are needed, the smaller one first.")
+
+
+@dataclass
 class DenseModelArguments:
     """A new model of a family, or a checkpoint to go on from."""
 

@@ -112,7 +112,8 @@ def shard_by_layers(accelerator: Accelerator, model: PreTrainedModel) -> None:
     own account afterwards, and torch refuses to shard a parameter twice.
     """
     if accelerator.is_fsdp2:
-        names = {type(layer).__name__ for layer in model.base_model.layers}
+        layers = model.base_model.get_submodule("layers")
+        names = {type(layer).__name__ for layer in layers.children()}
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
 
 

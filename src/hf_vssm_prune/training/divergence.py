@@ -59,8 +59,10 @@ def _is_watched(name: str) -> bool:
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
-    """The norm of each parameter's gradient, of this process's part of it. To be taken before clipping, which multiplies
-    all gradients by NaN if one of them is not finite."""
+    """The norm of each parameter's gradient, of this process's part of it.
+
+    To be taken before clipping, which multiplies all gradients by NaN if one of them is not finite.
+    """
     named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     norms = torch._foreach_norm([local_part(gradient) for gradient in named.values()])
     return dict(zip(named, norms, strict=True))
