@@ -29,8 +29,8 @@ from hf_vssm_prune.training.losses import LossWeights
 
 
 CONFIGS = {"vim": make_vim_config, "plainmamba": make_plainmamba_config}
-# 146 images and 12 to an update: 12 updates in an epoch, and two images left over. Half of 12 or of 50 updates is in the
-# middle of an epoch.
+# 146 images and 12 to an update: 12 updates in an epoch, and two images left over. Half of 12 or of 50 updates is in
+# the middle of an epoch.
 IMAGES_PER_UPDATE = 12
 FSDP = {"fsdp": True}
 FROZEN = {"batch_norm": "frozen"}

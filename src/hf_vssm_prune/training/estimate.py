@@ -207,7 +207,7 @@ def estimate_text(estimate: RunEstimate, num_devices: int, batch_size: int) -> s
         f"(extrapolated; measured in GiB by batch size: {measured})",
         "assumed": f"{estimate.assumed_tflops:g} TFLOP/s on each of {num_devices} devices: "
         f"{estimate.device_hours:.4g} device-hours, {estimate.hours:.3g} hours by the clock",
-        "measured": f"{estimate.measured_images_per_second:.3g} images/s, {estimate.measured_tflops:.3g} TFLOP/s on this "
-        f"machine ({estimate.measured_on}): {estimate.hours_on_this_machine:,.0f} hours",
+        "measured": f"{estimate.measured_images_per_second:.3g} images/s, {estimate.measured_tflops:.3g} TFLOP/s on "
+        f"this machine ({estimate.measured_on}): {estimate.hours_on_this_machine:,.0f} hours",
     }
     return "\n".join(f"{name:10}{line}" for name, line in lines.items())
