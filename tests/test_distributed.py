@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
 import distributed_runs
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import free_port
+from conftest import SCRIPTS, free_port
 from distributed_runs import CONFIGS, ONE_PROCESS_RUNS, reset, train
 from PIL import Image
 from safetensors.torch import load_file
@@ -136,3 +138,54 @@ def test_an_uneven_last_batch_counts_each_image_once(runs, name):
         assert mine["eval_top1"] * 9 == pytest.approx(round(mine["eval_top1"] * 9))
         for key in ("eval_loss", "eval_ema_loss"):
             assert mine[key] == pytest.approx(others[key], abs=1e-4)
+
+
+# Lost processes
+
+
+@pytest.fixture
+def endless_run(tmp_path):
+    """A run on two processes that has begun to train: its launcher, and its processes by rank."""
+    write_images(tmp_path)
+    sizes = ["hidden_size=16", "num_hidden_layers=4", "state_size=4"]
+    options = ["--family", "vim", "--image_size", "32", "--patch_size", "8", "--config_overrides", *sizes]
+    options += ["--dataset_name", tmp_path / "images", "--output_dir", tmp_path / "run", "--batch_size", "4"]
+    options += ["--workers", "0", "--use_cpu", "--ddp_timeout", "30", "--checkpointing_steps", "2"]
+    command = [*LAUNCH, f"--master_port={free_port()}", SCRIPTS / "train.py", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "checkpoint-2").exists():
+            assert launcher.poll() is None, launcher.communicate()[1][-3000:]
+            assert time.monotonic() < deadline, "the run did not begin"
+            time.sleep(0.05)
+        processes = psutil.Process(launcher.pid).children()
+        yield launcher, {int(process.environ()["RANK"]): process for process in processes}
+    finally:
+        for process in psutil.Process(launcher.pid).children() if launcher.poll() is None else []:
+            process.kill()
+        launcher.kill()
+        launcher.wait()
+
+
+def test_a_process_that_dies_ends_the_run(endless_run):
+    launcher, processes = endless_run
+    processes[1].kill()
+    message = launcher.communicate(timeout=90)[1]
+    assert launcher.returncode != 0
+    assert "Another of the 2 processes died" in message or "exitcode  : -9" in message
+    assert not processes[0].is_running()
+
+
+def test_a_process_that_hangs_ends_the_run_in_time(endless_run):
+    launcher, processes = endless_run
+    processes[1].suspend()
+    start = time.monotonic()
+    for line in launcher.stderr:
+        if "error: Another of the 2 processes died or did not answer" in line:
+            break
+    else:
+        pytest.fail("the process that is left said nothing")
+    assert 25 < time.monotonic() - start < 90
+    assert "--resume latest" in line
