@@ -7,6 +7,7 @@ functions run in the test's own process, for one process.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def train(
         resume: name of the run whose checkpoint after half of the updates this one goes on from.
     """
     output_dir = folder / name
-    num_processes = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     recipe = Recipe(
         OptimizationArguments(
             max_train_steps=updates,
