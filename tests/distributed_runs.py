@@ -140,7 +140,9 @@ def record(trainer: Trainer, output_dir: Path) -> None:
 
 
 def reset() -> None:
-    """Accelerate keeps its state in singletons; torch's process group stays."""
+    """Accelerate keeps its state in singletons, and in the environment that FSDP was asked for; torch's process group
+    stays."""
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
