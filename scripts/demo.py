@@ -110,7 +110,7 @@ def recipe(
 ) -> tuple[DataArguments, FinetuneArguments, PruningArguments, Recipe]:
     """The paper's fine-tuning, made short: few epochs at a higher rate, and no augmentation but mirroring."""
     data = DataArguments(DATASET, max_train_samples=options.max_train_samples, dataloader_num_workers=0)
-    model = FinetuneArguments(str(EXAMPLE_MODEL))
+    model = FinetuneArguments(model_name_or_path=str(EXAMPLE_MODEL))
     optimization = OptimizationArguments(
         num_train_epochs=options.epochs, learning_rate=1e-4, warmup_lr=0, min_lr=0, warmup_epochs=0.1, model_ema=False
     )

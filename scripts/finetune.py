@@ -19,6 +19,7 @@ from hf_vssm_prune.training.arguments import (
     OptimizationArguments,
     PruningArguments,
     RunArguments,
+    ScaleArguments,
     parse_arguments,
 )
 from hf_vssm_prune.training.loop import Recipe
@@ -32,10 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         OptimizationArguments,
         AugmentationArguments,
         ElasticArguments,
+        ScaleArguments,
         RunArguments,
     ]
-    data, model, pruning, optimization, augmentation, elastic, run = parse_arguments(types, arguments, __doc__)
-    recipe = Recipe(optimization, augmentation, run, model.loss_weights(), elastic, data.dataloader_num_workers)
+    data, model, pruning, optimization, augmentation, elastic, scale, run = parse_arguments(types, arguments, __doc__)
+    recipe = Recipe(optimization, augmentation, run, model.loss_weights(), elastic, scale, data.dataloader_num_workers)
     return jobs.run(lambda: jobs.prepare_finetuning(data, model, pruning, recipe), run)
 
 

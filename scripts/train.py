@@ -15,6 +15,7 @@ from hf_vssm_prune.training.arguments import (
     DenseModelArguments,
     ElasticArguments,
     RunArguments,
+    ScaleArguments,
     ScratchOptimizationArguments,
     parse_arguments,
 )
@@ -28,10 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ScratchOptimizationArguments,
         AugmentationArguments,
         ElasticArguments,
+        ScaleArguments,
         RunArguments,
     ]
-    data, model, optimization, augmentation, elastic, run = parse_arguments(types, arguments, __doc__)
-    recipe = Recipe(optimization, augmentation, run, elastic=elastic, num_workers=data.dataloader_num_workers)
+    data, model, optimization, augmentation, elastic, scale, run = parse_arguments(types, arguments, __doc__)
+    recipe = Recipe(
+        optimization, augmentation, run, elastic=elastic, scale=scale, num_workers=data.dataloader_num_workers
+    )
     return jobs.run(lambda: jobs.prepare_dense_training(data, model, recipe), run)
 
 

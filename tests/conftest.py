@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import socket
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -130,3 +131,10 @@ def tiny_pruned_config(request: pytest.FixtureRequest) -> PlainMambaConfig | Vim
 def pixel_values(seed: int) -> torch.Tensor:
     """Two images for any of the tiny configurations."""
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def free_port() -> int:
+    """For processes that find one another on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -67,8 +67,8 @@ def as_hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Dataset]) -> None:
     """Makes the name "org/name" a data set on the Hub."""
     dataset_dict = DatasetDict({split: Dataset(table.data, split=split) for split, table in splits.items()})
 
-    def load_dataset(name: str, config_name: str | None) -> DatasetDict:
-        assert (name, config_name) == ("org/name", None)
+    def load_dataset(name: str, config_name: str | None, streaming: bool) -> DatasetDict:
+        assert (name, config_name, streaming) == ("org/name", None, False)
         return dataset_dict
 
     monkeypatch.setattr(data, "load_dataset", load_dataset)

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification
 
@@ -23,13 +24,16 @@ from hf_vssm_prune.training.arguments import (
     ElasticArguments,
     OptimizationArguments,
     RunArguments,
+    ScaleArguments,
 )
 from hf_vssm_prune.training.checkpoints import find_checkpoints, find_resumed
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
+from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import compare_models, comparison_table, mean_accuracy, score_predictions
-from hf_vssm_prune.training.loop import PICTURE, Recipe, Trainer, TrainingDivergedError
+from hf_vssm_prune.training.loop import PICTURE, Recipe, Trainer
 from hf_vssm_prune.training.losses import LossWeights
+from hf_vssm_prune.training.memory import peak_memory
 from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer, parameter_groups
 from hf_vssm_prune.training.sampling import EpochSampler
 
@@ -377,11 +381,158 @@ def test_bf16_autocast(datasets, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(datasets, tmp_path):
     recipe = make_recipe(tmp_path, max_train_steps=8, learning_rate=1e30)
+    recipe.run.checkpointing_steps = "1"
     trainer = make_trainer(make_vim_config(), datasets, recipe)
-    with pytest.raises(TrainingDivergedError, match=r"update 2 of 8.*--learning_rate \(it is 1e\+30\)"):
+    with pytest.raises(TrainingDivergedError, match=r"update 2 of 8.*--learning_rate \(it is 1e\+30\)") as error:
         trainer.train()
     assert trainer.state.updates == 1
     assert all(parameter.isfinite().all() for parameter in trainer.plain_model.parameters())
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert f"The last checkpoint is {tmp_path / 'checkpoint-1'}" in str(error.value)
+
+
+def break_at_update(trainer: Trainer, update: int, module: str, change) -> None:
+    """From an update on, changes what a module puts out."""
+
+    def hook(layer: nn.Module, inputs: object, output):
+        if layer.training and trainer.state.updates >= update - 1:
+            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+        return None
+
+    # Before the trainer's own hook, which is to see it.
+    trainer.plain_model.get_submodule(module).register_forward_hook(hook, prepend=True)
+
+
+@pytest.mark.parametrize("module", ["vim.embeddings", "vim.layers.2.mixer", "vim.norm", "classifier"])
+@pytest.mark.parametrize("value", [math.nan, 1e300], ids=["nan", "overflow"])
+def test_a_layer_whose_output_is_not_finite_is_named(datasets, tmp_path, module, value):
+    trainer = make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=8))
+    break_at_update(trainer, 3, module, lambda output: output * value)
+    with pytest.raises(TrainingDivergedError, match=rf"update 3 of 8: .*not finite is that of {module}\."):
+        trainer.train()
+
+
+def test_a_gradient_that_is_not_finite_is_named_where_it_arose(datasets, tmp_path):
+    trainer = make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=8))
+
+    def break_gradient(output: torch.Tensor) -> torch.Tensor:
+        output.register_hook(lambda gradient: gradient * math.inf)
+        return output
+
+    break_at_update(trainer, 2, "vim.layers.2", break_gradient)
+    with pytest.raises(TrainingDivergedError, match=r"update 2 of 8: .*first gradient.*that of vim\.layers\.2\."):
+        trainer.train()
+
+
+def test_weights_that_are_not_finite_do_not_replace_the_last_good_checkpoint(datasets, tmp_path):
+    recipe = make_recipe(tmp_path, max_train_steps=8)
+    recipe.run.checkpointing_steps, recipe.run.save_total_limit = "1", 1
+    trainer = make_trainer(make_vim_config(), datasets, recipe)
+    step = trainer.optimizer.step
+
+    def overflow() -> None:
+        step()
+        if trainer.state.updates == 2:
+            trainer.plain_model.vim.layers[1].mixer.out_proj.weight.data[0, 0] = math.inf
+
+    trainer.optimizer.step = overflow
+    message = r"After update 3 of 8 the weight vim\.layers\.1\.mixer\.out_proj\.weight is not finite.*checkpoint-2"
+    with pytest.raises(TrainingDivergedError, match=message):
+        trainer.train()
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "checkpoint-2" / "model.safetensors").values())
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(datasets, tmp_path):
+    make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=1)).train()
+    file = tmp_path / "checkpoint-1" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    recipe = make_recipe(tmp_path, max_train_steps=1)
+    recipe.run.resume = "latest"
+    with pytest.raises(ValueError, match="checkpoint-1 cannot be read"):
+        make_trainer(make_vim_config(), datasets, recipe)
+
+
+# Numbers to trust
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_training_learns(family, datasets, tmp_path):
+    """Three colours, told apart after 20 epochs: by the pruned model, on images that it has not seen."""
+    config = MAKE_CONFIG[family](token_pruning=dict(TOKEN_PRUNING))
+    recipe = make_recipe(tmp_path, num_train_epochs=20, per_device_train_batch_size=6, learning_rate=1e-2)
+    recipe.run.checkpointing_steps = "1000"
+    results = make_trainer(config, datasets, recipe).train()
+    losses = [entry["eval_loss"] for entry in results["history"]]
+    assert losses[0] > 0.5
+    assert losses[-1] < 0.1
+    assert results["eval_top1"] == 1.0
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_deterministic_runs_are_the_same_to_the_bit(family, datasets, tmp_path):
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        recipe = replace(
+            make_recipe(tmp_path / name, LossWeights(kd_weight=1.0, alignment_weight=1.0), max_train_steps=3),
+            scale=ScaleArguments(deterministic=True),
+        )
+        config = MAKE_CONFIG[family](token_pruning=dict(TOKEN_PRUNING), drop_path_rate=0.3)
+        torch.manual_seed(1)
+        teacher = AutoModelForImageClassification.from_config(MAKE_CONFIG[family]())
+        trainer = make_trainer(config, datasets, recipe, teacher)
+        assert torch.are_deterministic_algorithms_enabled()
+        trainer.train()
+        return trainer.plain_model.state_dict()
+
+    try:
+        first, second = weights("first"), weights("second")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_pruning_there_is_nothing_to_align(datasets, tmp_path):
+    """The loss is exactly 0 while the student is its teacher, and the gradient that it sends is 0, too."""
+    config = make_vim_config()
+    recipe = make_recipe(tmp_path, LossWeights(alignment_weight=1.0), max_train_steps=1)
+    torch.manual_seed(0)
+    teacher = AutoModelForImageClassification.from_config(config)
+    trainer = make_trainer(make_vim_config(), datasets, recipe, teacher)
+    terms = trainer._losses(next(iter(trainer.train_loader)), epoch=0, index=0)
+    assert terms.alignment.item() == 0
+    terms.alignment.backward()
+    assert all(p.grad is None or not p.grad.any() for p in trainer.plain_model.parameters())
+
+
+def test_gradient_checkpointing_saves_memory_and_changes_nothing(datasets, tmp_path):
+    figures = {}
+    for checkpointing in (False, True):
+        recipe = make_recipe(tmp_path / str(checkpointing), per_device_train_batch_size=12)
+        recipe = replace(recipe, scale=ScaleArguments(gradient_checkpointing=checkpointing))
+        config = make_vim_config(num_hidden_layers=12, token_pruning=dict(TOKEN_PRUNING), drop_path_rate=0.3)
+        trainer = make_trainer(config, datasets, recipe)
+        batch = next(iter(trainer.train_loader))
+        memory = peak_memory(lambda t=trainer, b=batch: t._losses(b, 0, 0).loss.backward(), torch.device("cpu"))
+        gradients = [parameter.grad.clone() for parameter in trainer.plain_model.parameters()]
+        figures[checkpointing] = memory, gradients
+    assert figures[True][0] < 0.4 * figures[False][0]
+    for ours, others in zip(figures[True][1], figures[False][1], strict=True):
+        torch.testing.assert_close(ours, others, rtol=1e-5, atol=1e-8)
+
+
+def test_frozen_batch_norm_keeps_its_statistics(datasets, tmp_path):
+    recipe = replace(make_recipe(tmp_path, max_train_steps=2), scale=ScaleArguments(batch_norm="frozen"))
+    trainer = make_trainer(make_plainmamba_config(), datasets, recipe)
+    before = {name: buffer.clone() for name, buffer in trainer.plain_model.named_buffers()}
+    trainer.train()
+    assert before
+    assert all(torch.equal(before[name], buffer) for name, buffer in trainer.plain_model.named_buffers())
+
+
+def test_synchronized_batch_norm_needs_gpus(datasets, tmp_path):
+    recipe = replace(make_recipe(tmp_path), scale=ScaleArguments(batch_norm="sync"))
+    with pytest.raises(ValueError, match="--batch_norm sync needs GPUs"):
+        make_trainer(make_plainmamba_config(), datasets, recipe)
 
 
 def test_trackers_get_the_figures(datasets, tmp_path):

@@ -355,6 +355,11 @@ def resize_position_embeddings(
     return image.flatten(2).transpose(1, 2).to(position_embeddings.dtype)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that already: half precision is too coarse for states and time steps."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class DropPath(nn.Module):
     """Stochastic depth per sample (arXiv 1603.09382): training leaves out a residual branch with this probability."""
 

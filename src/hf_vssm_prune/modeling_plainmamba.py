@@ -29,6 +29,7 @@ from .modeling_common import (
     PrunedModelOutput,
     TimeStepProjection,
     TokenPruningMixin,
+    at_least_float32,
     check_pixel_values,
     drop_path_rates,
     encode,
@@ -195,7 +196,7 @@ class PlainMambaMixer(nn.Module):
         gated = selective_scan(
             x,
             time_step,
-            -torch.exp(self.A_log.float()),
+            -torch.exp(at_least_float32(self.A_log)),
             B,
             C,
             self.D,

@@ -29,6 +29,7 @@ from .modeling_common import (
     PrunedModelOutput,
     TimeStepProjection,
     TokenPruningMixin,
+    at_least_float32,
     check_pixel_values,
     drop_path_rates,
     encode,
@@ -137,7 +138,7 @@ class VimScan(nn.Module):
         gated = selective_scan(
             x,
             time_step,
-            -torch.exp(self.A_log.float()),
+            -torch.exp(at_least_float32(self.A_log)),
             B,
             C,
             self.D,
@@ -189,10 +190,10 @@ class VimLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> tuple[Tensor, MixerOutput]:
         """Returns the layer's output, and what its mixer tells of the tokens, by which pruning may choose.
 
-        `hidden_states` is the residual stream, float32 in every precision.
+        `hidden_states` is the residual stream, float32 in every precision (float64 where the weights are).
         """
         mixed, mixer_output = self.mixer(gate_tokens(self.norm(hidden_states), layout), layout)
-        return hidden_states + self.drop_path(mixed).float(), mixer_output
+        return hidden_states + self.drop_path(mixed).to(hidden_states.dtype), mixer_output
 
 
 class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
@@ -251,7 +252,7 @@ class VimModel(VimPreTrainedModel):
             interpolate_pos_encoding: resize the position embeddings where the grid of patches is not that of the
                 configuration; False: refuse such images.
         """
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding).float()
+        hidden_states = at_least_float32(self.embeddings(pixel_values, interpolate_pos_encoding))
         class_id = (hidden_states.shape[1] - 1) // 2
         class_position = torch.full((hidden_states.shape[0], 1), class_id, device=hidden_states.device)
         grid = self.config.grid_size_for(*pixel_values.shape[2:])

@@ -26,6 +26,8 @@ from hf_vssm_prune.training.optimization import LEARNING_RATE_SCHEDULES
 from hf_vssm_prune.training.recipes import insert_recipe
 
 
+TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+BATCH_NORM_MODES = ("local", "frozen", "sync")
 FAMILIES: dict[str, type[VisionMambaConfig]] = {"plainmamba": PlainMambaConfig, "vim": VimConfig}
 
 
@@ -96,9 +98,16 @@ class DataArguments(EvaluationDataArguments):
         default=0.1, metadata=_describe("share held out for evaluation where there is no such split")
     )
     max_train_samples: int | None = field(default=None, metadata=_describe("use only so many training images"))
+    streaming: bool = field(
+        default=False, metadata=_describe("read the training images as they are needed, without a copy on this disk")
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000, metadata=_describe("with --streaming: images from which the next ones are drawn")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_range("shuffle_buffer_size", self.shuffle_buffer_size, 1, math.inf)
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"--train_val_split is {self.train_val_split}: it must be between 0 and 1.")
         _check_range("max_train_samples", self.max_train_samples, 1, math.inf)
@@ -289,6 +298,36 @@ class RunArguments:
 
 
 @dataclass
+class ScaleArguments:
+    """How a run is spread over devices and fitted into their memory."""
+
+    fsdp: bool = field(
+        default=False,
+        metadata=_describe("shard weights, gradients and optimizer over the processes (FSDP2), in place of DDP"),
+    )
+    ddp_timeout: int = field(
+        default=1800, metadata=_describe("seconds after which a process that does not answer ends the run")
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata=_describe("compute each layer again in the backward pass, to save memory")
+    )
+    batch_norm: str = field(
+        default="local",
+        metadata=_describe(
+            "statistics of PlainMamba's batch norm in training: of each device's own batch, those of the checkpoint, "
+            "or of all devices together (GPU only)",
+            choices=BATCH_NORM_MODES,
+        ),
+    )
+    deterministic: bool = field(
+        default=False, metadata=_describe("only algorithms that give the same result every time; slower on a GPU")
+    )
+
+    def __post_init__(self) -> None:
+        _check_range("ddp_timeout", self.ddp_timeout, 1, math.inf)
+
+
+@dataclass
 class PruningArguments:
     """The schedule of token pruning, explicit or from a budget."""
 
@@ -383,15 +422,12 @@ class ElasticArguments:
 
 
 @dataclass
-class FinetuneArguments:
-    """The checkpoint to prune, its teacher, and the weights of the losses."""
+class LossArguments:
+    """The teacher's precision, and the weights of the losses."""
 
-    model_name_or_path: str = field(metadata=_describe("the dense checkpoint, on the Hub or in a folder"))
-    teacher_name_or_path: str | None = field(
-        default=None, metadata=_describe("the teacher; by default the same checkpoint, dense")
-    )
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata=_describe("give the model a new classifier where the labels differ")
+    teacher_dtype: str = field(
+        default="float32",
+        metadata=_describe("of the teacher's weights; half as much memory in half precision", choices=TEACHER_DTYPES),
     )
     kd_weight: float = field(default=1.0, metadata=_describe("weight of the distillation loss; 0: none"))
     kd_temperature: float = field(default=1.0, metadata=_describe("its temperature"))
@@ -415,15 +451,31 @@ class FinetuneArguments:
             raise ValueError(f"--kd_temperature is {self.kd_temperature}: it must be greater than 0.")
         if self.alignment_layers is not None and self.alignment_weight == 0:
             raise ValueError("--alignment_layers needs an --alignment_weight above 0.")
+
+    def loss_weights(self) -> LossWeights:
+        layers = None if self.alignment_layers is None else tuple(self.alignment_layers)
+        return LossWeights(self.kd_weight, self.kd_temperature, self.alignment_weight, layers, self.alignment_distance)
+
+
+@dataclass(kw_only=True)
+class FinetuneArguments(LossArguments):
+    """The checkpoint to prune, its teacher, and the weights of the losses."""
+
+    model_name_or_path: str = field(metadata=_describe("the dense checkpoint, on the Hub or in a folder"))
+    teacher_name_or_path: str | None = field(
+        default=None, metadata=_describe("the teacher; by default the same checkpoint, dense")
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata=_describe("give the model a new classifier where the labels differ")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ignore_mismatched_sizes and self.kd_weight > 0 and self.teacher_name_or_path is None:
             raise ValueError(
                 "--ignore_mismatched_sizes gives the model a new classifier, which its own dense checkpoint cannot "
                 "teach: set --kd_weight 0, or name a --teacher_name_or_path with these labels."
             )
-
-    def loss_weights(self) -> LossWeights:
-        layers = None if self.alignment_layers is None else tuple(self.alignment_layers)
-        return LossWeights(self.kd_weight, self.kd_temperature, self.alignment_weight, layers, self.alignment_distance)
 
 
 @dataclass
@@ -451,6 +503,37 @@ class EvaluationArguments:
             raise ValueError(f"--int8 needs float32 around it; --mixed_precision is {self.mixed_precision}.")
         if self.json is not None and not Path(self.json).absolute().parent.is_dir():
             raise ValueError(f"--json {self.json}: its folder does not exist.")
+
+
+@dataclass
+class EstimateArguments:
+    """What a training run is estimated for: images, devices, and how fast one is taken to be."""
+
+    num_images: int = field(default=1_281_167, metadata=_describe("training images; ImageNet-1k's by default"))
+    num_eval_images: int = field(default=50_000, metadata=_describe("images evaluated after each epoch"))
+    num_classes: int = field(default=1000, metadata=_describe("labels"))
+    num_devices: int = field(default=8, metadata=_describe("devices that share an update"))
+    device_tflops: float = field(
+        default=40.0,
+        metadata=_describe(
+            "assumed: 1e12 floating-point operations (a multiply-add is two) that a device sustains each second, which "
+            "is far below its peak"
+        ),
+    )
+    measured_batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 2],
+        metadata=_describe("two batch sizes, ascending, with which memory and speed are measured on this machine"),
+    )
+    json: str | None = field(default=None, metadata=_describe("file to write the figures to"))
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_eval_images", "num_classes", "num_devices"):
+            _check_range(name, getattr(self, name), 1, math.inf)
+        if not 0 < self.device_tflops < math.inf:
+            raise ValueError(f"--device_tflops is {self.device_tflops}: it must be greater than 0.")
+        sizes = self.measured_batch_sizes
+        if len(sizes) != 2 or not 0 < sizes[0] < sizes[1]:
+            raise ValueError(f"--measured_batch_sizes is {sizes}: two sizes are needed, the smaller one first.")
 
 
 @dataclass

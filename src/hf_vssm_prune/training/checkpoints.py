@@ -1,4 +1,9 @@
-"""Checkpoints of a training run: written whole or not at all, found again, and thinned out."""
+"""Checkpoints of a training run: written whole or not at all, found again, and thinned out.
+
+A checkpoint has the whole model, average and optimizer as safetensors, with the plain model's names: it does not matter
+over how many processes, and whether by DDP or FSDP, the run was spread that wrote it. There is no random state in it,
+because what is random in an update depends on the seed and the place in the run alone.
+"""
 
 import json
 import os
@@ -10,14 +15,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from hf_vssm_prune.training.distribution import (
+    load_whole_model_state,
+    load_whole_optimizer_state,
+    whole_model_state,
+    whole_optimizer_state,
+)
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 
 
-STATE, EMA = "training_state.json", "ema.safetensors"
+STATE, MODEL, EMA, OPTIMIZER = "training_state.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+# These change the random draws of mixing and drop path, which each process makes for its own batch, and no more.
+SPREAD = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass
@@ -74,11 +89,26 @@ def remove_unfinished(output_dir: Path) -> None:
             shutil.rmtree(folder)
 
 
+@dataclass(frozen=True)
+class TrainedParts:
+    """What a checkpoint holds, beside how far the run is.
+
+    Attributes:
+        model: as Accelerate prepared it.
+        optimizer: torch's own, of that model.
+        ema: the average of the weights, where there is one.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: ExponentialMovingAverage | None
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
     state: TrainingState,
-    ema: ExponentialMovingAverage | None,
+    parts: TrainedParts,
     settings: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -91,23 +121,28 @@ def save_checkpoint(
     """
     folder = output_dir / f"checkpoint-{state.updates}"
     unfinished = output_dir / f".unfinished-{folder.name}"
+    files = {MODEL: whole_model_state(parts.model)}
+    if parts.ema is not None:
+        files[EMA] = whole_model_state(parts.ema.model)
+    files[OPTIMIZER], parameter_groups = whole_optimizer_state(parts.model, parts.optimizer)
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(unfinished))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            if ema is not None:
-                weights = ema.model.state_dict()
-                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished / EMA)
-            write_json({"settings": settings, "state": asdict(state)}, unfinished / STATE)
+        try:
+            unfinished.mkdir()
+            for name, tensors in files.items():
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished / name)
+            content = {
+                "settings": settings,
+                "state": asdict(state),
+                "parameter_groups": parameter_groups,
+                "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+            }
+            write_json(content, unfinished / STATE)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is one or another, by who meets it
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"The checkpoint could not be saved to {folder}: {error}") from error
-    if accelerator.is_main_process:
+        except (OSError, SafetensorError) as error:  # a full disk is one or the other, by who meets it
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(f"The checkpoint could not be saved to {folder}: {error}") from error
         for old in find_checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -115,9 +150,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    accelerator: Accelerator, folder: Path, ema: ExponentialMovingAverage | None, settings: dict[str, Any]
-) -> TrainingState:
-    """Loads what `save_checkpoint` wrote into the prepared model and optimizer and into the average.
+    accelerator: Accelerator, folder: Path, parts: TrainedParts, settings: dict[str, Any]
+) -> tuple[TrainingState, list[str]]:
+    """Loads what `save_checkpoint` wrote.
+
+    Returns:
+        How far the run was; and which of the settings in `SPREAD` differ, in words.
 
     Raises:
         ValueError: the checkpoint is damaged, or of a run with other settings.
@@ -126,14 +164,23 @@ def load_checkpoint(
     with _named_where_damaged(folder):
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
         saved_settings, state = saved["settings"], TrainingState(**saved["state"])
-    if differing := [name for name in settings if settings[name] != saved_settings.get(name)]:
-        listed = "; ".join(f"{name} was {saved_settings.get(name)} and is {settings[name]}" for name in differing)
+    differing = {
+        name: f"{name} was {saved_settings.get(name)} and is {settings[name]}"
+        for name in settings
+        if settings[name] != saved_settings.get(name)
+    }
+    if fixed := [words for name, words in differing.items() if name not in SPREAD]:
+        listed = "; ".join(fixed)
         raise ValueError(f"{folder} cannot be continued exactly, the run was set up differently: {listed}.")
     with _named_where_damaged(folder):
-        accelerator.load_state(str(folder))
-        if ema is not None:
-            ema.model.load_state_dict(load_file(folder / EMA))
-    return state
+        load_whole_model_state(parts.model, load_file(folder / MODEL))
+        if parts.ema is not None:
+            load_whole_model_state(parts.ema.model, load_file(folder / EMA))
+        moments = load_file(folder / OPTIMIZER)
+        load_whole_optimizer_state(parts.model, parts.optimizer, moments, saved["parameter_groups"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+    return state, list(differing.values())
 
 
 @contextmanager

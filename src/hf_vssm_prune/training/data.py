@@ -14,6 +14,8 @@ from datasets import (
     DatasetDict,
     Features,
     Image,
+    IterableDataset,
+    IterableDatasetDict,
     NamedSplit,
     Value,
     concatenate_datasets,
@@ -21,6 +23,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
+from pyarrow.parquet import ParquetFile
 from transformers import BaseImageProcessor
 
 from hf_vssm_prune.training.augmentation import (
@@ -54,11 +57,37 @@ EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
 @dataclass(frozen=True)
 class ImageDatasets:
     """The two sides of a training run. Each data set has the columns "image" ({"bytes", "path"}, not decoded), "label"
-    (an index into `label_names`) and "row" (the row in the split that it came from)."""
+    (an index into `label_names`) and "row" (the row in the split that it came from; a stream has none)."""
 
-    train: Dataset
+    train: "Dataset | ImageStream"
     evaluation: Dataset
     label_names: list[str]
+
+
+@dataclass(frozen=True)
+class ImageStream:
+    """Training images that are read one after the other.
+
+    Attributes:
+        rows: with the columns "image" and "label" of `ImageDatasets`, in the order in which they are stored.
+        num_images: how many there are.
+        buffer_size: images from which the next one is drawn.
+        split: its name.
+    """
+
+    rows: IterableDataset
+    num_images: int
+    buffer_size: int
+    split: str
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def shuffled(self, seed: int, epoch: int) -> IterableDataset:
+        """The rows in the order of an epoch: files change places, and a buffer mixes what they hold."""
+        rows = self.rows.shuffle(seed=seed, buffer_size=self.buffer_size)
+        rows.set_epoch(epoch)
+        return rows
 
 
 def load_image_dataset(
@@ -118,6 +147,58 @@ def load_image_dataset(
     )
 
 
+def load_image_stream(
+    name_or_path: str | Path,
+    *,
+    config_name: str | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    shuffle_buffer_size: int = 10_000,
+    seed: int = 0,
+) -> ImageDatasets:
+    """As `load_image_dataset`, but the training images stay where they are and are read when they are needed.
+
+    The evaluation split is read once, into datasets' cache. `max_train_samples` takes the first ones.
+
+    Raises:
+        ValueError: as in `load_image_dataset`; or the labels have no names, it is not known how many images there are,
+            there is no evaluation split, or the images are files in a folder.
+    """
+    splits = _load_splits(name_or_path, config_name, streaming=True)
+    rows = _choose_split(splits, train_split, name_or_path)
+    num_images = _count_rows(rows, name_or_path, train_split)
+    if max_train_samples is not None:
+        if num_images is not None and max_train_samples > num_images:
+            raise ValueError(
+                f"max_train_samples is {max_train_samples}: split '{train_split}' has {num_images} images."
+            )
+        rows, num_images = rows.take(max_train_samples), max_train_samples
+    if num_images is None:
+        raise ValueError(
+            f"'{name_or_path}' does not say how many images split '{train_split}' has: say it with --max_train_samples."
+        )
+    rows, label_names = _standardize_stream(rows, image_column, label_column)
+    eval_split = eval_split or _find_evaluation_split(splits, excluded=train_split)
+    if eval_split is None:
+        raise ValueError(
+            f"'{name_or_path}' has no split to evaluate on (it has {', '.join(splits)}), and none can be set apart "
+            "from a stream: name one with --eval_split, or leave out --streaming."
+        )
+    stored = _choose_split(splits, eval_split, name_or_path)
+    stored, _ = _standardize_stream(stored, image_column, label_column)
+    evaluation = Dataset.from_generator(stored.__iter__, features=stored.features, split=NamedSplit(eval_split))
+    evaluation, _ = _standardize(evaluation, "image", "label", label_names)
+    return ImageDatasets(
+        train=ImageStream(rows, num_images, shuffle_buffer_size, train_split),
+        evaluation=_draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed),
+        label_names=label_names,
+    )
+
+
 def load_evaluation_dataset(
     name_or_path: str | Path,
     *,
@@ -141,22 +222,28 @@ def load_evaluation_dataset(
 # Where the data comes from
 
 
-def _load_splits(name_or_path: str | Path, config_name: str | None) -> DatasetDict:
+def _load_splits(
+    name_or_path: str | Path, config_name: str | None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
     path = Path(name_or_path).expanduser()
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"'{path}' is a file of type '{path.suffix}': a data set is a folder or a .parquet file.")
-        return _load_parquet([path])
+        return _load_parquet([path], streaming)
     if path.is_dir():
         parquet_files = sorted(path.rglob("*.parquet"))
-        return _load_parquet(parquet_files) if parquet_files else _load_image_folder(path)
+        if parquet_files:
+            return _load_parquet(parquet_files, streaming)
+        if streaming:
+            raise ValueError(f"The images in '{path}' are read as they are needed anyway: leave out --streaming.")
+        return _load_image_folder(path)
     name = str(name_or_path)
     if name in PACKAGED_NAMES:
-        return _load_parquet(sorted((PACKAGED_DATA / name).glob("*.parquet")))
+        return _load_parquet(sorted((PACKAGED_DATA / name).glob("*.parquet")), streaming)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".parquet":
         raise FileNotFoundError(f"There is no file or folder '{name}'.")
     try:
-        return load_dataset(name, config_name)
+        return load_dataset(name, config_name, streaming=streaming)
     # What the Hub and the network raise are OSErrors. An unknown configuration or a malformed name is a ValueError; a
     # data set that needs a loading script of its own, a RuntimeError.
     except (DatasetGenerationError, OSError, RuntimeError, ValueError) as error:
@@ -165,18 +252,27 @@ def _load_splits(name_or_path: str | Path, config_name: str | None) -> DatasetDi
         ) from error
 
 
-def _load_parquet(files: Sequence[Path]) -> DatasetDict:
+def _load_parquet(files: Sequence[Path], streaming: bool) -> DatasetDict | IterableDatasetDict:
     """Loads Parquet files, each into the split that its name or its folder's name begins with, "train" without one."""
+    files_of_split = _parquet_files_of_splits(files)
+    try:
+        return load_dataset("parquet", data_files=files_of_split, streaming=streaming)
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        listed = ", ".join(f"'{file}'" for file in files)
+        raise ValueError(f"Parquet cannot be read from {listed}: {error.__cause__ or error}") from error
+
+
+def _find_parquet_files(path: Path) -> list[Path]:
+    return [path] if path.suffix == ".parquet" and path.is_file() else sorted(path.rglob("*.parquet"))
+
+
+def _parquet_files_of_splits(files: Sequence[Path]) -> dict[str, list[str]]:
     files_of_split: dict[str, list[str]] = {}
     for file in files:
         words = [re.split(r"[^a-z]", name.lower())[0] for name in (file.stem, file.parent.name)]
         split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
         files_of_split.setdefault(split, []).append(str(file))
-    try:
-        return load_dataset("parquet", data_files=files_of_split)
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        listed = ", ".join(f"'{file}'" for file in files)
-        raise ValueError(f"Parquet cannot be read from {listed}: {error.__cause__ or error}") from error
+    return files_of_split
 
 
 def _load_image_folder(folder: Path) -> DatasetDict:
@@ -224,15 +320,15 @@ def _subfolders(folder: Path) -> list[Path]:
 # From any data set to the columns "image", "label" and "row"
 
 
-def _choose_split(splits: DatasetDict, split: str, name_or_path: str | Path) -> Dataset:
+def _choose_split(splits: DatasetDict | IterableDatasetDict, split: str, name_or_path: str | Path) -> Any:
     if split not in splits:
         raise ValueError(f"'{name_or_path}' has no split '{split}'; it has {', '.join(splits)}.")
-    if not len(splits[split]):
+    if isinstance(splits[split], Dataset) and not len(splits[split]):
         raise ValueError(f"Split '{split}' of '{name_or_path}' is empty.")
     return splits[split]
 
 
-def _find_evaluation_split(splits: DatasetDict, excluded: str | None) -> str | None:
+def _find_evaluation_split(splits: DatasetDict | IterableDatasetDict, excluded: str | None) -> str | None:
     return next((split for split in EVALUATION_SPLITS if split in splits and split != excluded), None)
 
 
@@ -267,7 +363,39 @@ def _standardize(
     return concatenate_datasets([dataset.select_columns("image"), columns], split=dataset.split, axis=1), label_names
 
 
-def _find_column(dataset: Dataset, name: str | None, kind: type, meaning: str) -> str:
+def _standardize_stream(
+    rows: IterableDataset, image_column: str | None, label_column: str | None
+) -> tuple[IterableDataset, list[str]]:
+    """A stream with the columns "image" (not decoded) and "label", and the labels' names."""
+    if rows.features is None:
+        rows = rows._resolve_features()
+    image_column = _find_column(rows, image_column, Image, "image")
+    label_column = _find_column(rows, label_column, ClassLabel, "label")
+    kind = rows.features[label_column]
+    if not isinstance(kind, ClassLabel):
+        raise ValueError(
+            f"Column '{label_column}' has the type {kind}: a stream's labels need names (datasets.ClassLabel), because "
+            "they cannot all be looked at beforehand. Leave out --streaming."
+        )
+    rows = rows.select_columns([image_column, label_column])
+    rows = rows.rename_columns(
+        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
+    )
+    return rows.cast_column("image", Image(decode=False)), list(kind.names)
+
+
+def _count_rows(rows: IterableDataset, name_or_path: str | Path, split: str) -> int | None:
+    """The number of a stream's rows, from its description or its Parquet files; None where neither says it."""
+    described = (rows.info.splits or {}).get(split)
+    if described is not None and described.num_examples:
+        return described.num_examples
+    if str(name_or_path) in PACKAGED_NAMES:
+        name_or_path = PACKAGED_DATA / str(name_or_path)
+    files = _parquet_files_of_splits(_find_parquet_files(Path(name_or_path).expanduser())).get(split)
+    return sum(ParquetFile(file).metadata.num_rows for file in files) if files else None
+
+
+def _find_column(dataset: Dataset | IterableDataset, name: str | None, kind: type, meaning: str) -> str:
     if name is not None:
         if name not in dataset.column_names:
             raise ValueError(
@@ -354,7 +482,7 @@ def _draw_samples(dataset: Dataset, count: int | None, argument: str, seed: int)
 class _Images(torch.utils.data.Dataset[dict[str, Any]]):
     """Images of a data set that `load_image_dataset` gave, decoded when they are asked for."""
 
-    def __init__(self, dataset: Dataset, image_processor: BaseImageProcessor) -> None:
+    def __init__(self, dataset: Any, image_processor: BaseImageProcessor) -> None:
         self._dataset = dataset
         self._steps = ImageProcessorSteps(image_processor)
 
@@ -370,12 +498,15 @@ class _Images(torch.utils.data.Dataset[dict[str, Any]]):
         """What a data loader calls for a whole batch: one look-up in the table is faster than many."""
         rows = self._dataset[indices]
         return [
-            {"pixel_values": self._pixel_values(self._decode(stored, row), index), "labels": label}
+            self._item(index, stored, label, f"row {row}")
             for index, stored, label, row in zip(indices, rows["image"], rows["label"], rows["row"], strict=True)
         ]
 
-    def _decode(self, stored: Mapping[str, Any], row: int) -> PILImage.Image:
-        name = f"The image in row {row} of split '{self._dataset.split}'"
+    def _item(self, index: int, stored: Mapping[str, Any], label: int, place: str) -> dict[str, Any]:
+        return {"pixel_values": self._pixel_values(self._decode(stored, place), index), "labels": label}
+
+    def _decode(self, stored: Mapping[str, Any], place: str) -> PILImage.Image:
+        name = f"The image in {place} of split '{self._dataset.split}'"
         if stored["path"] is not None:
             name += f" ('{stored['path']}')"
         return decode_image(stored, self._steps.mode, name)
@@ -413,7 +544,7 @@ class TrainingImages(_Images):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | ImageStream,
         image_processor: BaseImageProcessor,
         augmentation: AugmentationConfig,
         seed: int = 0,
@@ -443,6 +574,23 @@ class TrainingImages(_Images):
             image = image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
         image = randaugment(image, augmentation, steps.resample, steps.fill, generator)
         return random_erasing(steps.normalize(image), augmentation.random_erasing, generator)
+
+
+class StreamedTrainingImages(TrainingImages):
+    """Augmented images of an `ImageStream`.
+
+    An "index" is the place in the epoch's order together with the row itself, as `sampling.StreamSampler` gives them:
+    the process that trains reads the rows, and its workers decode and augment them.
+    """
+
+    def __getitem__(self, numbered_row: tuple[int, dict[str, Any]]) -> dict[str, Any]:  # type: ignore[override]
+        return self.__getitems__([numbered_row])[0]
+
+    def __getitems__(self, numbered_rows: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [
+            self._item(place, row["image"], row["label"], f"place {place} of epoch {int(self._epoch)}")
+            for place, row in numbered_rows
+        ]
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
+from hf_vssm_prune.training.distribution import local_part
+
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -15,8 +17,11 @@ class ExponentialMovingAverage(Generic[Model]):
 
     Floating-point buffers (the statistics of batch norm) are averaged like weights; other buffers are copied.
 
+    Where the followed model is sharded, its average has to be sharded alike (`distribution.spread_frozen`): each
+    process then averages its own part.
+
     Args:
-        model: the model to follow, not yet wrapped or compiled.
+        model: the model to follow, not yet wrapped, sharded or compiled.
         decay: of the average with each update, in [0, 1).
         warmup: let the decay rise from 0 as 1 - (1 + updates)^(-2/3) until it reaches `decay`, as timm's
             `ModelEmaV3` does: the average forgets the first weights sooner, which matters in short runs.
@@ -38,7 +43,8 @@ class ExponentialMovingAverage(Generic[Model]):
     def update(self, model: nn.Module, updates: int) -> None:
         """Takes in the model's weights after its update number `updates`."""
         weight = 1 - self.decay_at(updates)
-        averages, values = self.model.state_dict(), model.state_dict()
+        averages = {name: local_part(value) for name, value in self.model.state_dict().items()}
+        values = {name: local_part(value) for name, value in model.state_dict().items()}
         floating = [name for name, average in averages.items() if average.is_floating_point()]
         torch._foreach_lerp_(
             [averages[name] for name in floating], [values[name].to(averages[name].dtype) for name in floating], weight

@@ -42,11 +42,14 @@ from hf_vssm_prune.training.data import (
     collate,
     load_evaluation_dataset,
     load_image_dataset,
+    load_image_stream,
 )
+from hf_vssm_prune.training.distribution import ProcessLostError
+from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
 from hf_vssm_prune.training.image_steps import ImageError
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
-from hf_vssm_prune.training.loop import Recipe, Trainer, TrainingDivergedError, check_output_dir
+from hf_vssm_prune.training.loop import Recipe, Trainer, check_output_dir
 
 
 logger = logging.getLogger(__name__)
@@ -76,7 +79,8 @@ def prepare_finetuning(
     student.set_token_pruning(schedule)
     teacher = None
     if recipe.losses.needs_teacher:
-        teacher = load_teacher(model.teacher_name_or_path or model.model_name_or_path, student.config, recipe)
+        name = model.teacher_name_or_path or model.model_name_or_path
+        teacher = load_teacher(name, student.config, recipe, model.teacher_dtype)
     processor = AutoImageProcessor.from_pretrained(model.model_name_or_path)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=True)
     return Trainer(student, datasets, processor, recipe, teacher, card)
@@ -205,18 +209,19 @@ def _compare(
 
 def load_datasets(data: DataArguments, seed: int) -> ImageDatasets:
     """The images that the options name."""
-    return load_image_dataset(
-        data.dataset_name,
-        config_name=data.dataset_config_name,
-        train_split=data.train_split,
-        eval_split=data.eval_split,
-        image_column=data.image_column_name,
-        label_column=data.label_column_name,
-        validation_share=data.train_val_split,
-        max_train_samples=data.max_train_samples,
-        max_eval_samples=data.max_eval_samples,
-        seed=seed,
-    )
+    options: dict[str, Any] = {
+        "config_name": data.dataset_config_name,
+        "train_split": data.train_split,
+        "eval_split": data.eval_split,
+        "image_column": data.image_column_name,
+        "label_column": data.label_column_name,
+        "max_train_samples": data.max_train_samples,
+        "max_eval_samples": data.max_eval_samples,
+        "seed": seed,
+    }
+    if data.streaming:
+        return load_image_stream(data.dataset_name, shuffle_buffer_size=data.shuffle_buffer_size, **options)
+    return load_image_dataset(data.dataset_name, validation_share=data.train_val_split, **options)
 
 
 def load_model(
@@ -250,8 +255,10 @@ def load_model(
     return load_classifier(name_or_path, ignore_mismatched_sizes, dtype="float32", **options)
 
 
-def load_teacher(name_or_path: str, student: VisionMambaConfig, recipe: Recipe) -> ImageClassifier:
-    """The dense, frozen model from which a student learns.
+def load_teacher(
+    name_or_path: str, student: VisionMambaConfig, recipe: Recipe, dtype: str = "float32"
+) -> ImageClassifier:
+    """The dense, frozen model from which a student learns, with weights of the precision `dtype`.
 
     Raises:
         ValueError: its labels, tokens or hidden states are not those of the student, and the losses compare them.
@@ -266,7 +273,7 @@ def load_teacher(name_or_path: str, student: VisionMambaConfig, recipe: Recipe) 
                 f"The teacher {name_or_path} has {name} {getattr(config, name)}, the model {getattr(student, name)}: "
                 "they cannot be compared."
             )
-    teacher = load_classifier(name_or_path, dtype="float32")
+    teacher = load_classifier(name_or_path, dtype=dtype)
     teacher.set_token_pruning(None)
     return teacher
 
@@ -327,7 +334,7 @@ def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
     except TrainingInterruptedError as interruption:
         print(interruption, file=sys.stderr)
         return 128 + interruption.signal
-    except (TrainingDivergedError, OSError) as error:
+    except (TrainingDivergedError, ProcessLostError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ImageError as error:

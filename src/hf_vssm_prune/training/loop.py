@@ -1,11 +1,14 @@
 """The training loop, on Accelerate: dense training and pruned fine-tuning, on one or more devices.
 
-Whatever is random in an update depends on the seed, the epoch, the batch and the process alone, never on what was drawn
-before. A run that is killed and resumed therefore ends with the very weights of one that was not.
+The images of an update are the same over however many processes it is spread. Whatever is random in it depends on the
+seed, the epoch, the batch and the process alone, never on what was drawn before. A run that is killed and resumed
+therefore ends with the very weights of one that was not.
 """
 
+import copy
 import logging
 import math
+import os
 import signal
 import tempfile
 import time
@@ -17,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -36,9 +38,12 @@ from hf_vssm_prune.training.arguments import (
     ElasticArguments,
     OptimizationArguments,
     RunArguments,
+    ScaleArguments,
 )
 from hf_vssm_prune.training.augmentation import mix_batch
+from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
 from hf_vssm_prune.training.checkpoints import (
+    TrainedParts,
     TrainingState,
     find_checkpoints,
     find_resumed,
@@ -47,13 +52,35 @@ from hf_vssm_prune.training.checkpoints import (
     save_checkpoint,
     write_json,
 )
-from hf_vssm_prune.training.data import EvaluationImages, ImageDatasets, TrainingImages, collate
+from hf_vssm_prune.training.data import (
+    EvaluationImages,
+    ImageDatasets,
+    ImageStream,
+    StreamedTrainingImages,
+    TrainingImages,
+    collate,
+)
+from hf_vssm_prune.training.distribution import (
+    lost_processes_named,
+    make_accelerator,
+    shard_by_layers,
+    share_buffers,
+    spread_frozen,
+    whole_model_state,
+)
+from hf_vssm_prune.training.divergence import (
+    ForwardWatch,
+    TrainingDivergedError,
+    gradient_norms,
+    last_not_finite,
+    weight_not_finite,
+)
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import evaluate_accuracy
 from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError
 from hf_vssm_prune.training.losses import LossTerms, LossWeights, training_loss
 from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer
-from hf_vssm_prune.training.sampling import EpochSampler
+from hf_vssm_prune.training.sampling import EpochSampler, StreamSampler
 from hf_vssm_prune.visualization import draw_classification, image_statistics
 
 
@@ -62,10 +89,6 @@ logger = logging.getLogger(__name__)
 RESULTS = "all_results.json"
 PICTURE = "kept_tokens.png"
 PICTURED_IMAGES = 4
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss or its gradient became NaN or infinite. The weights are those before the update."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +100,8 @@ class Recipe:
     run: RunArguments
     losses: LossWeights = field(default_factory=LossWeights)
     elastic: ElasticArguments = field(default_factory=ElasticArguments)
+    scale: ScaleArguments = field(default_factory=ScaleArguments)
     num_workers: int = 0
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    return Accelerator(
-        mixed_precision=recipe.optimization.mixed_precision,
-        gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
-        log_with=recipe.run.report_to if recipe.run.with_tracking else None,
-        project_dir=recipe.run.output_dir,
-        cpu=recipe.run.use_cpu,
-    )
 
 
 def check_output_dir(run: RunArguments) -> None:
@@ -149,19 +163,52 @@ class Trainer:
         self.output_dir = Path(recipe.run.output_dir)
         self.image_processor = image_processor
         self.write_card = write_card
-        self.accelerator = make_accelerator(recipe)
+        self.accelerator = make_accelerator(
+            mixed_precision=recipe.optimization.mixed_precision,
+            gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
+            project_dir=recipe.run.output_dir,
+            log_with=recipe.run.report_to if recipe.run.with_tracking else None,
+            cpu=recipe.run.use_cpu,
+            fsdp=recipe.scale.fsdp,
+            timeout=recipe.scale.ddp_timeout,
+        )
+        if recipe.scale.deterministic:
+            _choose_deterministic_algorithms()
         self._make_loaders(datasets)
         self._make_schedule()
 
         self.elastic_schedules = recipe.elastic.schedules(model.config)
         for schedule in self.elastic_schedules:
             model.add_pruning_parameters(schedule)  # before the optimizer looks for parameters
+        self._prepare(model, teacher)
+        self.state = TrainingState()
+        self.stop_request = StopRequest()
+        self._stop_agreed = False
+        self._resume()
+
+    # Preparation
+
+    def _prepare(self, model: ImageClassifier, teacher: ImageClassifier | None) -> None:
+        """Puts the models on the device and spreads them over the processes."""
+        options, scale = self.recipe.optimization, self.recipe.scale
+        if scale.batch_norm == "sync":
+            synchronize_batch_norm(model, self.accelerator.device)
+        if scale.gradient_checkpointing:
+            enable_activation_checkpointing(model)
+        shard_by_layers(self.accelerator, model)
         self.plain_model = model.to(self.accelerator.device)
-        self.teacher = None if teacher is None else teacher.to(self.accelerator.device).eval().requires_grad_(False)
-        options = recipe.optimization
+        self.teacher = None
+        if teacher is not None:
+            teacher = teacher.to(self.accelerator.device).eval().requires_grad_(False)
+            self.teacher = spread_frozen(self.accelerator, teacher)
         self.ema = None
         if options.model_ema:
             self.ema = ExponentialMovingAverage(model, options.model_ema_decay, options.model_ema_warmup)
+        # Whole weights are saved from this copy, which no process shards.
+        self._saved_model = copy.deepcopy(model).cpu() if self.accelerator.is_fsdp2 else None
+        if self.ema is not None:
+            self.ema.model = spread_frozen(self.accelerator, self.ema.model)
+        self.forward_watch = ForwardWatch(model)
         optimizer = make_optimizer(
             model,
             options.learning_rate,
@@ -171,19 +218,20 @@ class Trainer:
             options.adam_epsilon,
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.state = TrainingState()
-        self.stop_request = StopRequest()
-        self._stop_agreed = False
-        self._resume()
-
-    # Preparation
 
     def _make_loaders(self, datasets: ImageDatasets) -> None:
         options, run = self.recipe.optimization, self.recipe.run
-        self.train_images = TrainingImages(
-            datasets.train, self.image_processor, self.recipe.augmentation.image_augmentation(), run.seed
-        )
-        self.sampler = EpochSampler(len(self.train_images), run.seed)
+        augmentation = self.recipe.augmentation.image_augmentation()
+        self.train_images: TrainingImages
+        self.sampler: EpochSampler | StreamSampler
+        self.shuffle_buffer_size = None
+        if isinstance(datasets.train, ImageStream):
+            self.train_images = StreamedTrainingImages(datasets.train, self.image_processor, augmentation, run.seed)
+            self.sampler = StreamSampler(datasets.train, run.seed)
+            self.shuffle_buffer_size = datasets.train.buffer_size
+        else:
+            self.train_images = TrainingImages(datasets.train, self.image_processor, augmentation, run.seed)
+            self.sampler = EpochSampler(len(datasets.train), run.seed)
         train_loader = DataLoader(
             self.train_images,
             batch_size=options.per_device_train_batch_size,
@@ -232,17 +280,32 @@ class Trainer:
 
     def _settings(self) -> dict[str, Any]:
         """What a run and its continuation must share for the weights to come out the same."""
+        options = asdict(self.recipe.optimization)
+        del options["per_device_eval_batch_size"]
         return {
             "num_processes": self.accelerator.num_processes,
+            "images_per_update": self._images_per_update(),
+            "updates_per_epoch": self.updates_per_epoch,
             "num_training_images": len(self.train_images),
+            "shuffle_buffer_size": self.shuffle_buffer_size,
             "token_pruning": self.plain_model.config.token_pruning,
             "seed": self.recipe.run.seed,
-            **asdict(self.recipe.optimization),
+            **options,
             **asdict(self.recipe.augmentation),
             **asdict(self.recipe.losses),
             **asdict(self.recipe.elastic),
             "mixed_precision": self.accelerator.mixed_precision,
+            "batch_norm": self.recipe.scale.batch_norm,
         }
+
+    def _images_per_update(self) -> int:
+        options = self.recipe.optimization
+        return (
+            options.per_device_train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
+        )
+
+    def _parts(self) -> TrainedParts:
+        return TrainedParts(self.model, self.optimizer.optimizer, self.ema)
 
     # The run
 
@@ -250,9 +313,14 @@ class Trainer:
         """Runs to the end and returns the results, which `all_results.json` holds as well.
 
         Raises:
-            TrainingDivergedError: the loss became NaN or infinite.
+            TrainingDivergedError: the loss, its gradient or a weight became NaN or infinite.
             TrainingInterruptedError: SIGINT or SIGTERM came; a checkpoint was saved.
+            ProcessLostError: another process of the run died or did not answer.
         """
+        with lost_processes_named(self.accelerator.num_processes):
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             remove_unfinished(self.output_dir)
@@ -282,7 +350,9 @@ class Trainer:
         resume = self.recipe.run.resume
         folder = None if resume is None else find_resumed(self.output_dir, resume)
         if folder is not None:
-            self.state = load_checkpoint(self.accelerator, folder, self.ema, self._settings())
+            self.state, differing = load_checkpoint(self.accelerator, folder, self._parts(), self._settings())
+            if differing:
+                self._log(f"The same images make each update, but mixing and drop path draw anew: {differing}.")
             if not (self.output_dir / "best").is_dir():
                 # The checkpoint was copied from another folder: the best model so far did not come along.
                 self.state.best = {}
@@ -291,12 +361,10 @@ class Trainer:
             self._log(f"No checkpoint in {self.output_dir} yet: starting afresh.")
 
     def _describe(self) -> None:
-        options = self.recipe.optimization
-        accumulated = options.gradient_accumulation_steps * self.accelerator.num_processes
         flops = count_flops(self.plain_model.config)
         self._log(
             f"{len(self.train_images)} training images, {self.num_epochs} epochs, {self.num_updates} updates of "
-            f"{options.per_device_train_batch_size * accumulated} images; {self.plain_model.num_parameters():,} "
+            f"{self._images_per_update()} images; {self.plain_model.num_parameters():,} "
             f"parameters, {flops.pruned.published / 1e9:.4g} GFLOPs ({flops.reduction:.1%} pruned)."
         )
 
@@ -304,6 +372,8 @@ class Trainer:
         accumulation = self.recipe.optimization.gradient_accumulation_steps
         done = (self.state.updates - epoch * self.updates_per_epoch) * accumulation
         self.model.train()
+        if self.recipe.scale.batch_norm == "frozen":
+            freeze_batch_norm(self.model)
         log = _LogWindow()
         for index, batch in self._batches(epoch, done):
             # Accelerate divides by the number of accumulated batches; at an epoch's end there may be fewer.
@@ -349,7 +419,7 @@ class Trainer:
         # Drop path and random importance draw from torch's own generator.
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         with_states = self.recipe.losses.alignment_weight > 0
-        with self._drawn_pruning(epoch, index) as pruning_layers:
+        with self._drawn_pruning(epoch, index) as pruning_layers, self.accelerator.autocast():
             student = self.model(pixel_values, output_hidden_states=with_states)
         teacher = None
         if self.teacher is not None and self.recipe.losses.needs_teacher:
@@ -378,6 +448,7 @@ class Trainer:
     def _update(self, log: "_LogWindow") -> None:
         """Changes the weights by the gradients that have come together."""
         values = self._agree(log)
+        norms = gradient_norms(self.plain_model)
         largest_norm = self.recipe.optimization.clip_grad or math.inf
         values["gradient_norm"] = float(self.accelerator.clip_grad_norm_(self.model.parameters(), largest_norm))
         finite = {name: math.isfinite(value) for name, value in values.items()}
@@ -385,7 +456,8 @@ class Trainer:
         if self.accelerator.scaler is not None:
             finite.pop("gradient_norm")
         if not all(finite.values()):
-            raise TrainingDivergedError(self._divergence(values))
+            raise TrainingDivergedError(self._divergence(values, norms))
+        self.forward_watch.clear()
         self.schedule.apply(self.optimizer, self.state.updates)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -406,17 +478,25 @@ class Trainer:
         self._stop_agreed = self.accelerator.reduce(stop, reduction="sum").item() > 0
         return self._stop_agreed
 
-    def _divergence(self, values: dict[str, float]) -> str:
+    def _divergence(self, values: dict[str, float], gradient_norms: dict[str, Tensor]) -> str:
         options = self.recipe.optimization
         terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        checkpoints = find_checkpoints(self.output_dir)
-        last = f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
+        if layer := self.forward_watch.first_not_finite(self.accelerator):
+            place = f"the first output that is not finite is that of {layer}"
+        elif parameter := last_not_finite(gradient_norms, self.accelerator):
+            place = f"all layers' outputs are finite, and the first gradient that is not is that of {parameter}"
+        else:
+            place = "all layers' outputs and all gradients are finite, one by one"
         return (
             f"The loss or its gradient is not finite at update {self.state.updates + 1} of {self.num_updates}: "
-            f"{terms}. Try a smaller --learning_rate (it is {options.learning_rate:g}), a longer warm-up, --clip_grad "
-            f"(it is {options.clip_grad}), or --mixed_precision no (it is {self.accelerator.mixed_precision}). {last} "
-            f"{see('loss-not-finite')}"
+            f"{terms}; {place}. Try a smaller --learning_rate (it is {options.learning_rate:g}), a longer warm-up, "
+            f"--clip_grad (it is {options.clip_grad}), or --mixed_precision no (it is "
+            f"{self.accelerator.mixed_precision}). {self._last_checkpoint()} {see('loss-not-finite')}"
         )
+
+    def _last_checkpoint(self) -> str:
+        checkpoints = find_checkpoints(self.output_dir)
+        return f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
 
     # Checkpoints
 
@@ -429,9 +509,15 @@ class Trainer:
             self._save_checkpoint()
 
     def _save_checkpoint(self) -> Path:
+        """Saves a checkpoint, unless a weight is not finite: the last good one must not make room for it."""
+        if name := weight_not_finite(self.plain_model, self.accelerator):
+            raise TrainingDivergedError(
+                f"After update {self.state.updates} of {self.num_updates} the weight {name} is not finite; no "
+                f"checkpoint was saved. Try a smaller --learning_rate. {self._last_checkpoint()}"
+            )
         run = self.recipe.run
         return save_checkpoint(
-            self.accelerator, self.output_dir, self.state, self.ema, self._settings(), run.save_total_limit
+            self.accelerator, self.output_dir, self.state, self._parts(), self._settings(), run.save_total_limit
         )
 
     def _interrupt(self) -> None:
@@ -449,6 +535,7 @@ class Trainer:
             candidates["ema"] = self.ema.model
         figures: dict[str, Any] = {"epoch": epoch + 1, "update": self.state.updates}
         for name, candidate in candidates.items():
+            share_buffers(candidate)
             accuracy = evaluate_accuracy(candidate, self.eval_loader, self.accelerator, self._should_stop)
             if accuracy is None:
                 self._interrupt()
@@ -465,6 +552,11 @@ class Trainer:
         self._track_picture(candidates["model"])
 
     def _save_model(self, model: ImageClassifier, name: str, top1: float, top5: float) -> None:
+        if self._saved_model is not None:
+            weights = whole_model_state(model)
+            if self.accelerator.is_main_process:
+                self._saved_model.load_state_dict(weights)
+            model = self._saved_model
         if self.accelerator.is_main_process:
             card = self.write_card and self.write_card(top1, top5, len(self.eval_images))
             with tempfile.TemporaryDirectory() as scratch:
@@ -539,6 +631,20 @@ class Trainer:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             pixel_values = collate(images)["pixel_values"]
             return draw_classification(model, pixel_values, *image_statistics(self.image_processor))
+
+
+def enable_activation_checkpointing(model: ImageClassifier) -> None:
+    """Lets a model compute each layer again in the backward pass."""
+    new_name = hasattr(model, "activation_checkpointing_enable")  # older versions of transformers have the old one
+    enable = model.activation_checkpointing_enable if new_name else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _choose_deterministic_algorithms() -> None:
+    # cuBLAS reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def _check_alignment_layers(losses: LossWeights, config: VisionMambaConfig) -> None:

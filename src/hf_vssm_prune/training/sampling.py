@@ -1,9 +1,13 @@
 """The order of the training images."""
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from hf_vssm_prune.training.data import ImageStream
 
 
 class EpochSampler(Sampler[int]):
@@ -33,3 +37,44 @@ class EpochSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.num_images - self.start
+
+
+class StreamSampler(Sampler[tuple[int, dict[str, Any]]]):
+    """The rows of a stream, shuffled, each with its place in the epoch's order, which depends on the seed and the epoch
+    alone and can start in its middle.
+
+    To start there, everything before is read (not decoded) and left out. The state that datasets' own
+    `IterableDataset.state_dict` saves lacks what a shuffling buffer holds, so that images would be lost or come twice.
+
+    Args:
+        stream: of the training images. Every process reads all of it, and keeps its own batches.
+        seed: of the order.
+
+    Raises:
+        ValueError: while it is read, if there are fewer images than `stream.num_images`.
+    """
+
+    def __init__(self, stream: ImageStream, seed: int) -> None:
+        self.stream = stream
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    def start_at(self, epoch: int, image: int = 0) -> None:
+        """The next iteration leaves out the first `image` images of an epoch."""
+        self.epoch = epoch
+        self.start = image
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        rows = enumerate(self.stream.shuffled(self.seed, self.epoch))
+        place = self.start - 1
+        for place, row in islice(rows, self.start, len(self.stream)):
+            yield place, row
+        if place + 1 < len(self.stream):
+            raise ValueError(
+                f"Split '{self.stream.split}' has {place + 1} images, fewer than the {len(self.stream)} that it was "
+                "said to have: give --max_train_samples."
+            )
+
+    def __len__(self) -> int:
+        return len(self.stream) - self.start

@@ -1,0 +1,60 @@
+"""A dry run: what training by a recipe will take, without data and without a checkpoint.
+
+    python scripts/estimate.py --recipe recipes/top_plainmamba_l3_imagenet.yaml --family plainmamba --preset L3
+
+Takes the options of `finetune.py` and, for a new dense model, of `train.py`; those that a recipe does not have are as
+`finetune.py` has them. It states updates, FLOPs, memory and device-hours at the speed that `--device_tflops` assumes,
+and measures the same model on synthetic images on this machine.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from hf_vssm_prune.hub.loading import load_config
+from hf_vssm_prune.training.arguments import (
+    AugmentationArguments,
+    DenseModelArguments,
+    ElasticArguments,
+    EstimateArguments,
+    LossArguments,
+    OptimizationArguments,
+    PruningArguments,
+    ScaleArguments,
+    parse_arguments,
+)
+from hf_vssm_prune.training.checkpoints import write_json
+from hf_vssm_prune.training.estimate import estimate_run, estimate_text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    types = [
+        DenseModelArguments,
+        LossArguments,
+        PruningArguments,
+        OptimizationArguments,
+        AugmentationArguments,
+        ElasticArguments,
+        ScaleArguments,
+        EstimateArguments,
+    ]
+    model, losses, pruning, optimization, _, elastic, scale, options = parse_arguments(types, arguments, __doc__)
+    try:
+        if model.model_name_or_path is None:
+            config = model.config([f"class {i}" for i in range(options.num_classes)], optimization.drop_path)
+        else:
+            config = load_config(model.model_name_or_path)
+        config.token_pruning = config.complete_token_pruning(pruning.token_pruning() or config.token_pruning)
+        estimate = estimate_run(config, optimization, losses, elastic, scale, options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(estimate_text(estimate, options.num_devices, optimization.per_device_train_batch_size))
+    if options.json is not None:
+        write_json(asdict(estimate), Path(options.json))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""How a run is spread over processes, with Accelerate: DDP, or FSDP2 where weights are to be sharded.
+
+States leave the processes whole and with the plain model's names, whatever the run was spread over: a checkpoint of one
+process opens in two, one of DDP in FSDP, and the reverse.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# What gloo, NCCL and torch's store say when a peer is gone or does not answer. Most of these are plain RuntimeErrors.
+LOST_PEER = re.compile(
+    r"connection (?:was )?(?:closed|reset|refused)|timed? ?out|broken pipe|socket|recvvalue|remote process"
+    r"|gloo|nccl|process ?group",
+    re.IGNORECASE,
+)
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the run died, or did not answer in time."""
+
+
+def make_accelerator(
+    mixed_precision: str | None,
+    gradient_accumulation_steps: int,
+    project_dir: str,
+    log_with: str | None = None,
+    cpu: bool = False,
+    fsdp: bool = False,
+    timeout: float = 1800,
+) -> Accelerator:
+    """An accelerator for the processes that `accelerate launch` or `torch.distributed.run` started.
+
+    Args:
+        fsdp: shard by FSDP2; with one process there is nothing to shard, and it changes nothing. `accelerate launch
+            --use_fsdp` asks for it as well.
+        timeout: seconds after which a process that does not answer is given up.
+        The rest: as for `Accelerator`.
+    """
+    fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    plugin = _fsdp2_plugin() if fsdp else None
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        log_with=log_with,
+        project_dir=project_dir,
+        cpu=cpu,
+        fsdp_plugin=plugin,
+        # Each process takes its own part of a stream, and prepares its own images.
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
+    )
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        _let_cpus_shard(accelerator, plugin)
+    return accelerator
+
+
+def _fsdp2_plugin() -> FullyShardedDataParallelPlugin:
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        # See `shard_by_layers`.
+        auto_wrap_policy="transformer_based_wrap",
+        # Weights stay float32 and autocast chooses where to compute in half precision, as with DDP. Accelerate's own
+        # choice would round `A_log` and the norms' weights, too.
+        mixed_precision_policy=MixedPrecisionPolicy(),
+        # Every process has read the weights: they are not sent around once more.
+        cpu_ram_efficient_loading=False,
+    )
+
+
+def _let_cpus_shard(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Turns on FSDP2 over gloo, which Accelerate leaves out.
+
+    `AcceleratorState.__init__` (accelerate 1.15) looks at an FSDP plugin only if the distributed type is one in a list
+    of GPUs and other accelerators. MULTI_CPU is not in that list: the plugin is dropped without a word, and DDP runs.
+    torch's `fully_shard` works on CPUs. These are the assignments of that branch.
+    """
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+
+
+def shard_by_layers(accelerator: Accelerator, model: PreTrainedModel) -> None:
+    """Says where FSDP2 shall cut the models that are prepared next: each layer by itself, and the rest together.
+
+    A model's `_no_split_modules` would name its embeddings, too. Accelerate (1.15) shards the projection in them on its
+    own account afterwards, and torch refuses to shard a parameter twice.
+    """
+    if accelerator.is_fsdp2:
+        layers = model.base_model.get_submodule("layers")
+        names = {type(layer).__name__ for layer in layers.children()}
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
+
+
+def spread_frozen(accelerator: Accelerator, model: Model) -> Model:
+    """Shards a model that is not trained (a teacher, an average) as the trained one is; without FSDP it stays whole.
+
+    `Accelerator.prepare` takes one model, with its optimizer; this is what it calls for that one.
+    """
+    return fsdp2_prepare_model(accelerator, model) if accelerator.is_fsdp2 else model
+
+
+def whole_model_state(model: nn.Module) -> dict[str, Any]:
+    """A model's weights and buffers on the CPU, as the plain model has them. All processes call it; sharded weights
+    come together on the main process, and the others get nothing."""
+    return get_model_state_dict(model, options=WHOLE)
+
+
+def load_whole_model_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Loads what `whole_model_state` gave, the same on all processes."""
+    set_model_state_dict(model, state, options=WHOLE)
+
+
+def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list]:
+    """An optimizer's tensors, named `<parameter of the plain model>/<moment>`, and its parameter groups, which list
+    parameters by these names. As with `whole_model_state`, what is sharded comes together on the main process."""
+    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    states = whole.get("state", {})
+    tensors = {f"{name}/{moment}": value for name, state in states.items() for moment, value in state.items()}
+    return tensors, whole.get("param_groups", [])
+
+
+def load_whole_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list
+) -> None:
+    """Loads what `whole_optimizer_state` gave, the same on all processes."""
+    states: dict[str, Any] = {}
+    for key, value in tensors.items():
+        name, moment = key.rsplit("/", 1)
+        states.setdefault(name, {})[moment] = value
+    set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=WHOLE)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives every process the main process's buffers: batch norm's statistics are of each process's own images."""
+    if torch.distributed.is_initialized():
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def lost_processes_named(num_processes: int) -> Iterator[None]:
+    """Within this context an error of the communication between processes says what it means.
+
+    Raises:
+        ProcessLostError: another process died or did not answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if num_processes == 1 or not (isinstance(error, torch.distributed.DistError) or LOST_PEER.search(str(error))):
+            raise
+        raise ProcessLostError(
+            f"Another of the {num_processes} processes died or did not answer (its own message, if it had one, is "
+            f"above): {str(error).splitlines()[0]} Go on with --resume latest; --ddp_timeout says how long to wait."
+        ) from error

@@ -1,0 +1,213 @@
+"""What a training run will take, before it is started: updates, FLOPs, memory, hours.
+
+Updates and FLOPs are counted. Memory and this machine's speed are measured on synthetic images with the real model. The
+hours on other devices follow from an assumed speed.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.flops import count_flops
+from hf_vssm_prune.training.arguments import (
+    ElasticArguments,
+    EstimateArguments,
+    LossArguments,
+    OptimizationArguments,
+    ScaleArguments,
+)
+from hf_vssm_prune.training.loop import enable_activation_checkpointing
+from hf_vssm_prune.training.losses import training_loss
+from hf_vssm_prune.training.memory import peak_memory
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """The figures of one run; FLOPs are floating-point operations, of which a multiply-add is two.
+
+    Attributes:
+        images_per_update, updates_per_epoch, num_updates, num_epochs: of the run.
+        flops_per_image: of training on one image, the teacher included.
+        total_flops: of the run, evaluation included.
+        state_bytes: on each device: weights, gradients, Adam's moments, average, teacher.
+        activation_bytes: on each device at the peak, extrapolated to its batch from two that were measured.
+        measured_activation_bytes: what was measured, by batch size.
+        assumed_tflops: of a device.
+        device_hours: at that speed, all devices' hours together.
+        hours: at that speed, by the clock.
+        measured_on: this machine's device.
+        measured_images_per_second: of training on it, at the larger of the two batch sizes, float32.
+        measured_tflops: the same in 1e12 FLOPs per second.
+        hours_on_this_machine: of the whole run at that speed.
+    """
+
+    images_per_update: int
+    updates_per_epoch: int
+    num_updates: int
+    num_epochs: int
+    flops_per_image: float
+    total_flops: float
+    state_bytes: float
+    activation_bytes: float
+    measured_activation_bytes: dict[int, int]
+    assumed_tflops: float
+    device_hours: float
+    hours: float
+    measured_on: str
+    measured_images_per_second: float
+    measured_tflops: float
+    hours_on_this_machine: float
+
+
+def estimate_run(
+    config: VisionMambaConfig,
+    optimization: OptimizationArguments,
+    losses: LossArguments,
+    elastic: ElasticArguments,
+    scale: ScaleArguments,
+    options: EstimateArguments,
+) -> RunEstimate:
+    """Estimates the training of a model, pruned as its configuration says; a dense one has no teacher."""
+    has_teacher = config.token_pruning is not None and losses.loss_weights().needs_teacher
+    batches = options.num_images // (optimization.per_device_train_batch_size * options.num_devices)
+    if batches == 0:
+        raise ValueError(
+            f"{options.num_images} images do not fill one batch of {optimization.per_device_train_batch_size} on each "
+            f"of {options.num_devices} devices."
+        )
+    updates_per_epoch = math.ceil(batches / optimization.gradient_accumulation_steps)
+    num_updates = optimization.max_train_steps or optimization.num_train_epochs * updates_per_epoch
+    num_epochs = math.ceil(num_updates / updates_per_epoch)
+    images_per_update = (
+        optimization.per_device_train_batch_size * optimization.gradient_accumulation_steps * options.num_devices
+    )
+    forward = 2 * statistics.mean(_multiply_adds(config, schedule) for schedule in _schedules(config, elastic))
+    dense = 2 * count_flops(config).dense.total
+    # A backward pass is two forward passes; checkpointing makes the forward pass again.
+    flops_per_image = forward * (4 if scale.gradient_checkpointing else 3) + dense * has_teacher
+    evaluated = 2 * count_flops(config).pruned.total * options.num_eval_images * (1 + optimization.model_ema)
+    total = flops_per_image * images_per_update * num_updates + evaluated * num_epochs
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student, step = _synthetic_step(config, losses, scale, options, device, has_teacher)
+    memory, seconds = _measure(step, options.measured_batch_sizes, device)
+    small, large = options.measured_batch_sizes
+    slope = (memory[large] - memory[small]) / (large - small)
+    activations = memory[large] + slope * (optimization.per_device_train_batch_size - large)
+    speed = large / seconds
+    hours = total / (options.device_tflops * 1e12 * options.num_devices) / 3600
+    return RunEstimate(
+        images_per_update=images_per_update,
+        updates_per_epoch=updates_per_epoch,
+        num_updates=num_updates,
+        num_epochs=num_epochs,
+        flops_per_image=flops_per_image,
+        total_flops=total,
+        state_bytes=_state_bytes(student, optimization, losses, scale, options, has_teacher),
+        activation_bytes=activations,
+        measured_activation_bytes=memory,
+        assumed_tflops=options.device_tflops,
+        device_hours=hours * options.num_devices,
+        hours=hours,
+        measured_on=torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        measured_images_per_second=speed,
+        measured_tflops=speed * flops_per_image / 1e12,
+        hours_on_this_machine=total / (speed * flops_per_image) / 3600,
+    )
+
+
+def _schedules(config: VisionMambaConfig, elastic: ElasticArguments) -> list[dict[str, Any] | None]:
+    return elastic.schedules(config) or [config.token_pruning]
+
+
+def _multiply_adds(config: VisionMambaConfig, schedule: dict[str, Any] | None) -> int:
+    options = {**config.to_dict(), "token_pruning": schedule}
+    return count_flops(type(config).from_dict(options)).pruned.total
+
+
+def _state_bytes(
+    student: ImageClassifier,
+    optimization: OptimizationArguments,
+    losses: LossArguments,
+    scale: ScaleArguments,
+    options: EstimateArguments,
+    has_teacher: bool,
+) -> float:
+    """float32 weights, gradients and two moments; the average's weights; the teacher's, in its own precision."""
+    teacher = getattr(torch, losses.teacher_dtype).itemsize if has_teacher else 0
+    whole = student.num_parameters() * (4 * (4 + optimization.model_ema) + teacher)
+    return whole / options.num_devices if scale.fsdp else whole
+
+
+def _synthetic_step(
+    config: VisionMambaConfig,
+    losses: LossArguments,
+    scale: ScaleArguments,
+    options: EstimateArguments,
+    device: torch.device,
+    has_teacher: bool,
+) -> tuple[ImageClassifier, Callable[[int], None]]:
+    """The model, and what one update of it does but for the optimizer, on a batch of random images of a given size."""
+    weights = losses.loss_weights()
+    student = AutoModelForImageClassification.from_config(config).to(device).train()
+    if scale.gradient_checkpointing:
+        enable_activation_checkpointing(student)
+    teacher = None
+    if has_teacher:
+        dense = type(config).from_dict({**config.to_dict(), "token_pruning": None})
+        dtype = getattr(torch, losses.teacher_dtype)
+        teacher = AutoModelForImageClassification.from_config(dense, dtype=dtype).to(device).eval()
+    height, width = config.image_height_width(config.image_size)
+    pruning_layers = [] if config.token_pruning is None else config.token_pruning["layers"]
+    with_states = weights.alignment_weight > 0 and has_teacher
+
+    def step(batch_size: int) -> None:
+        pixel_values = torch.randn(batch_size, config.num_channels, height, width, device=device)
+        labels = torch.randint(options.num_classes, (batch_size,), device=device)
+        outputs = student(pixel_values, output_hidden_states=with_states)
+        with torch.no_grad():
+            targets = None if teacher is None else teacher(pixel_values, output_hidden_states=with_states)
+        training_loss(outputs, targets, labels, weights, pruning_layers).loss.backward()
+
+    return student, step
+
+
+def _measure(step: Callable[[int], None], batch_sizes: list[int], device: torch.device) -> tuple[dict[int, int], float]:
+    """Peak bytes by batch size, gradients not counted; and seconds of a step of the largest."""
+    step(batch_sizes[0])  # the gradients are there from now on, and kernels are compiled
+    memory = {size: peak_memory(lambda size=size: step(size), device) for size in batch_sizes}  # type: ignore[misc]
+    start = time.perf_counter()
+    step(batch_sizes[-1])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return memory, time.perf_counter() - start
+
+
+def estimate_text(estimate: RunEstimate, num_devices: int, batch_size: int) -> str:
+    """The figures in words."""
+    gib = 2**30
+    measured = ", ".join(f"{size}: {value / gib:.2f}" for size, value in estimate.measured_activation_bytes.items())
+    lines = {
+        "updates": f"{estimate.num_updates:,} of {estimate.images_per_update} images; {estimate.num_epochs} epochs of "
+        f"{estimate.updates_per_epoch:,}",
+        "FLOPs": f"{estimate.flops_per_image / 1e9:.4g} G to train on an image (teacher included), "
+        f"{estimate.total_flops:.3g} for the run (evaluation included)",
+        "memory": f"{estimate.state_bytes / gib:.2f} GiB of weights, gradients and optimizer and "
+        f"{estimate.activation_bytes / gib:.1f} GiB of activations on a device, float32, batch {batch_size} "
+        f"(extrapolated; measured in GiB by batch size: {measured})",
+        "assumed": f"{estimate.assumed_tflops:g} TFLOP/s on each of {num_devices} devices: "
+        f"{estimate.device_hours:.4g} device-hours, {estimate.hours:.3g} hours by the clock",
+        "measured": f"{estimate.measured_images_per_second:.3g} images/s, {estimate.measured_tflops:.3g} TFLOP/s on "
+        f"this machine ({estimate.measured_on}): {estimate.hours_on_this_machine:,.0f} hours",
+    }
+    return "\n".join(f"{name:10}{line}" for name, line in lines.items())

@@ -1,0 +1,34 @@
+"""How much memory a piece of training takes at its peak."""
+
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors at the peak of `work`, beyond those that were there before it.
+
+    On a GPU its allocator has counted them. On a CPU torch's profiler notes every allocation; what C++ code takes for
+    itself, past torch's allocator, is not among them.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    assert record.profiler is not None
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in record.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    taken = peak = 0
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        taken += change
+        peak = max(peak, taken)
+    return peak

@@ -1,0 +1,166 @@
+"""What `test_distributed.py` starts on two processes: several training runs, one after the other, in one launch.
+
+    python -m torch.distributed.run --nproc_per_node=2 tests/distributed_runs.py FOLDER
+
+Every run leaves its losses in FOLDER/<name>/losses.json, and its checkpoints and models beside them. The same
+functions run in the test's own process, for one process.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from transformers import AutoModelForImageClassification
+
+from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.training.arguments import (
+    AugmentationArguments,
+    OptimizationArguments,
+    RunArguments,
+    ScaleArguments,
+)
+from hf_vssm_prune.training.data import load_image_dataset, load_image_stream
+from hf_vssm_prune.training.loop import Recipe, Trainer
+from hf_vssm_prune.training.losses import LossWeights
+
+
+CONFIGS = {"vim": make_vim_config, "plainmamba": make_plainmamba_config}
+# 146 images and 12 to an update: 12 updates in an epoch, and two images left over. Half of 12 or of 50 updates is in
+# the middle of an epoch.
+IMAGES_PER_UPDATE = 12
+FSDP = {"fsdp": True}
+FROZEN = {"batch_norm": "frozen"}
+ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "one_long": {"updates": 50},
+    "one_plainmamba": {"family": "plainmamba", "scale": FROZEN},
+    "one_bf16": {"mixed_precision": "bf16"},
+    "one_streamed": {"streaming": True},
+    "one_half_teacher": {"teacher": "bfloat16"},
+}
+TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp_long": {"updates": 50},
+    "ddp_plainmamba": {"family": "plainmamba", "scale": FROZEN},
+    "ddp_bf16": {"mixed_precision": "bf16"},
+    "ddp_accumulated": {"accumulation": 3},
+    "ddp_streamed": {"streaming": True},
+    "ddp_streamed_from_one": {"streaming": True, "resume": "one_streamed"},
+    "ddp_from_one": {"resume": "one"},
+    "fsdp": {"scale": FSDP},
+    "fsdp_long": {"updates": 50, "scale": FSDP},
+    "fsdp_plainmamba": {"family": "plainmamba", "scale": {**FSDP, **FROZEN}},
+    "fsdp_bf16": {"mixed_precision": "bf16", "scale": FSDP},
+    "fsdp_accumulated": {"accumulation": 3, "scale": {**FSDP, "gradient_checkpointing": True}},
+    "fsdp_half_teacher": {"teacher": "bfloat16", "scale": FSDP},
+    "fsdp_from_one": {"resume": "one", "scale": FSDP},
+    "fsdp_from_ddp": {"resume": "ddp", "scale": FSDP},
+    "fsdp_from_fsdp": {"resume": "fsdp", "scale": FSDP},
+    "ddp_from_fsdp": {"resume": "fsdp"},
+}
+
+
+def train(
+    folder: Path,
+    name: str,
+    family: str = "vim",
+    updates: int = 12,
+    accumulation: int = 1,
+    teacher: str | None = "float32",
+    streaming: bool = False,
+    resume: str | None = None,
+    scale: dict[str, Any] | None = None,
+    **optimization: Any,
+) -> Trainer:
+    """One run with the same images in each update, over however many processes and batches they are spread.
+
+    Args:
+        teacher: the precision of its weights; None: no teacher.
+        resume: name of the run whose checkpoint after half of the updates this one goes on from.
+    """
+    output_dir = folder / name
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    recipe = Recipe(
+        OptimizationArguments(
+            max_train_steps=updates,
+            per_device_train_batch_size=IMAGES_PER_UPDATE // num_processes // accumulation,
+            gradient_accumulation_steps=accumulation,
+            per_device_eval_batch_size=4,
+            learning_rate=1e-3,
+            warmup_epochs=0.0,
+            clip_grad=1.0,
+            model_ema_decay=0.9,
+            **optimization,
+        ),
+        # Mixing, drop path and random importance draw anew for each process' own batch; images do not.
+        AugmentationArguments(mixup=0.0, cutmix=0.0, smoothing=0.1),
+        RunArguments(
+            output_dir=str(output_dir),
+            use_cpu=True,
+            checkpointing_steps=str(updates // 2),
+            save_total_limit=9,
+            logging_steps=1,
+            resume=None if resume is None else str(folder / resume / f"checkpoint-{updates // 2}"),
+        ),
+        LossWeights(kd_weight=1.0, alignment_weight=1.0) if teacher else LossWeights(),
+        scale=ScaleArguments(**(scale or {})),
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_config(CONFIGS[family](token_pruning=dict(TOKEN_PRUNING)))
+    teacher_model = None
+    if teacher:
+        teacher_model = AutoModelForImageClassification.from_pretrained(folder / f"teacher-{family}", dtype=teacher)
+    load = load_image_stream if streaming else load_image_dataset
+    options = {"shuffle_buffer_size": 8} if streaming else {}
+    datasets = load(folder / ("parquet" if streaming else "images"), **options)
+    processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
+    trainer = Trainer(model, datasets, processor, recipe, teacher_model)
+    record(trainer, output_dir)
+    trainer.train()
+    return trainer
+
+
+def record(trainer: Trainer, output_dir: Path) -> None:
+    """Lets a run write its losses and accuracies down."""
+    losses: list[float] = []
+    log_losses = trainer._log_losses
+
+    def log_and_record(epoch: int, log: Any) -> None:
+        log_losses(epoch, log)
+        losses.append(log.means()["loss"])
+        if trainer.accelerator.is_main_process:
+            (output_dir / "losses.json").write_text(json.dumps(losses))
+
+    trainer._log_losses = log_and_record  # type: ignore[method-assign]
+
+
+def reset() -> None:
+    """Accelerate keeps its state in singletons, and in the environment that FSDP was asked for; torch's process group
+    stays."""
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def main(folder: Path) -> None:
+    # Each run ends with its process group; here they share one.
+    PartialState.destroy_process_group = lambda self, group=None: None
+    for name, options in TWO_PROCESS_RUNS.items():
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue
+        trainer = train(folder, name, **options)
+        kind = type(next(trainer.model.parameters())).__name__
+        assert trainer.accelerator.num_processes == 2
+        assert kind == ("DTensor" if name.startswith("fsdp") else "Parameter"), f"{name} has {kind}s"
+        reset()
+        print(name, flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

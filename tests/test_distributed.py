@@ -1,0 +1,191 @@
+"""Training on two processes (gloo, CPU) against one: the same losses, checkpoints that move, lost processes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import distributed_runs
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import SCRIPTS, free_port
+from distributed_runs import CONFIGS, ONE_PROCESS_RUNS, reset, train
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+def write_images(folder: Path) -> None:
+    """146 training and 9 test images of three classes, as files and as Parquet."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 146), ("test", 9)):
+        for i in range(count):
+            pixels = generator.integers(0, 156, (32, 32, 3), dtype=np.uint8)
+            pixels[..., i % 3] += 100
+            file = folder / "images" / split / f"class {i % 3}" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+        loaded = datasets.load_dataset("imagefolder", data_dir=str(folder / "images" / split), split="train")
+        loaded = loaded.cast_column("image", datasets.Image(decode=False))
+        parts = [(f"{split}-{n}.parquet", loaded.shard(3, n)) for n in range(3)]
+        (folder / "parquet").mkdir(exist_ok=True)
+        for name, part in parts:
+            part.map(embed_bytes, features=loaded.features).to_parquet(folder / "parquet" / name)
+
+
+def embed_bytes(row: dict) -> dict:
+    return {**row, "image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": None}}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which each of `ONE_PROCESS_RUNS` and `TWO_PROCESS_RUNS` has its own."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_images(folder)
+    for family, make_config in CONFIGS.items():
+        torch.manual_seed(1)
+        AutoModelForImageClassification.from_config(make_config()).save_pretrained(folder / f"teacher-{family}")
+    for name, options in ONE_PROCESS_RUNS.items():
+        train(folder, name, **options)
+        reset()
+    command = [*LAUNCH, f"--master_port={free_port()}", distributed_runs.__file__, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-5000:]
+    for name, resumed in (("one_from_ddp", "ddp"), ("one_from_fsdp", "fsdp")):
+        train(folder, name, resume=resumed)
+        reset()
+    return folder
+
+
+def losses(runs: Path, name: str) -> np.ndarray:
+    return np.array(json.loads((runs / name / "losses.json").read_text()))
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("one", "kind"), [("one_long", "long"), ("one_plainmamba", "plainmamba")])
+def test_two_processes_have_the_losses_of_one(runs, spread, one, kind):
+    alone, spread_out = losses(runs, one), losses(runs, f"{spread}_{kind}")
+    assert len(alone) == (50 if kind == "long" else 12)
+    assert alone[-5:].mean() < alone[:5].mean()
+    np.testing.assert_allclose(spread_out, alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddp_accumulated", "fsdp_accumulated"])
+def test_accumulated_batches_on_two_processes_have_the_losses_of_one_large_batch(runs, name):
+    np.testing.assert_allclose(losses(runs, name), losses(runs, "one"), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+def test_bf16_on_two_processes(runs, spread):
+    alone = losses(runs, "one_bf16")
+    np.testing.assert_allclose(losses(runs, f"{spread}_bf16"), alone, rtol=0, atol=0.02)
+    assert not np.array_equal(alone, losses(runs, "one"))
+
+
+def test_a_teacher_in_half_precision_and_in_shards(runs):
+    alone = losses(runs, "one_half_teacher")
+    np.testing.assert_allclose(losses(runs, "fsdp_half_teacher"), alone, rtol=0, atol=1e-4)
+    assert not np.array_equal(alone, losses(runs, "one"))
+    np.testing.assert_allclose(alone, losses(runs, "one"), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("ddp_from_one", "one"),
+        ("fsdp_from_one", "one"),
+        ("one_from_ddp", "ddp"),
+        ("fsdp_from_ddp", "ddp"),
+        ("one_from_fsdp", "fsdp"),
+        ("ddp_from_fsdp", "fsdp"),
+        ("fsdp_from_fsdp", "fsdp"),
+        ("ddp_streamed_from_one", "one_streamed"),
+    ],
+)
+def test_checkpoints_move(runs, name, source):
+    """From the middle of an epoch, to the same images: the losses and the weights are those of the run that went on."""
+    np.testing.assert_allclose(losses(runs, name), losses(runs, source)[6:], rtol=0, atol=1e-4)
+    for model in ("last", "last_ema"):
+        weights, others = (load_file(runs / run / model / "model.safetensors") for run in (name, source))
+        assert weights.keys() == others.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(value, others[key], rtol=1e-3, atol=1e-5)
+
+
+def test_what_goes_on_as_it_was_spread_is_the_same_to_the_bit(runs):
+    assert np.array_equal(losses(runs, "fsdp_from_fsdp"), losses(runs, "fsdp")[6:])
+
+
+def test_streams_are_the_same_on_two_processes(runs):
+    np.testing.assert_allclose(losses(runs, "ddp_streamed"), losses(runs, "one_streamed"), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddp_long", "fsdp_long"])
+def test_an_uneven_last_batch_counts_each_image_once(runs, name):
+    """9 images in batches of 4 on two processes: the last image goes to one, and the other gets a copy."""
+    alone, spread = (json.loads((runs / run / "all_results.json").read_text()) for run in ("one_long", name))
+    assert len(alone["history"]) == 5
+    for mine, others in zip(spread["history"], alone["history"], strict=True):
+        assert mine["eval_top1"] * 9 == pytest.approx(round(mine["eval_top1"] * 9))
+        for key in ("eval_loss", "eval_ema_loss"):
+            assert mine[key] == pytest.approx(others[key], abs=1e-4)
+
+
+# Lost processes
+
+
+@pytest.fixture
+def endless_run(tmp_path):
+    """A run on two processes that has begun to train: its launcher, and its processes by rank."""
+    write_images(tmp_path)
+    sizes = ["hidden_size=16", "num_hidden_layers=4", "state_size=4"]
+    options = ["--family", "vim", "--image_size", "32", "--patch_size", "8", "--config_overrides", *sizes]
+    options += ["--dataset_name", tmp_path / "images", "--output_dir", tmp_path / "run", "--batch_size", "4"]
+    options += ["--workers", "0", "--use_cpu", "--ddp_timeout", "30", "--checkpointing_steps", "2"]
+    command = [*LAUNCH, f"--master_port={free_port()}", SCRIPTS / "train.py", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "checkpoint-2").exists():
+            assert launcher.poll() is None, launcher.communicate()[1][-3000:]
+            assert time.monotonic() < deadline, "the run did not begin"
+            time.sleep(0.05)
+        processes = psutil.Process(launcher.pid).children()
+        yield launcher, {int(process.environ()["RANK"]): process for process in processes}
+    finally:
+        for process in psutil.Process(launcher.pid).children() if launcher.poll() is None else []:
+            process.kill()
+        launcher.kill()
+        launcher.wait()
+
+
+def test_a_process_that_dies_ends_the_run(endless_run):
+    launcher, processes = endless_run
+    processes[1].kill()
+    message = launcher.communicate(timeout=90)[1]
+    assert launcher.returncode != 0
+    assert "Another of the 2 processes died" in message or "exitcode  : -9" in message
+    assert not processes[0].is_running()
+
+
+def test_a_process_that_hangs_ends_the_run_in_time(endless_run):
+    launcher, processes = endless_run
+    processes[1].suspend()
+    start = time.monotonic()
+    for line in launcher.stderr:
+        if "error: Another of the 2 processes died or did not answer" in line:
+            break
+    else:
+        pytest.fail("the process that is left said nothing")
+    assert 25 < time.monotonic() - start < 90
+    assert "--resume latest" in line

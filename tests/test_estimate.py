@@ -1,0 +1,79 @@
+"""The estimate of a run: what it counts against sums by hand, what it measures, and the script."""
+
+import json
+
+import pytest
+from conftest import TOKEN_PRUNING, load_script, make_vim_config
+
+from hf_vssm_prune import count_flops
+from hf_vssm_prune.training.arguments import (
+    ElasticArguments,
+    EstimateArguments,
+    LossArguments,
+    OptimizationArguments,
+    ScaleArguments,
+)
+from hf_vssm_prune.training.estimate import RunEstimate, estimate_run
+
+
+def estimate(elastic: ElasticArguments | None = None, scale: ScaleArguments | None = None, **losses) -> RunEstimate:
+    config = make_vim_config(num_hidden_layers=8, token_pruning=dict(TOKEN_PRUNING))
+    optimization = OptimizationArguments(
+        num_train_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    options = EstimateArguments(
+        num_images=100,
+        num_eval_images=10,
+        num_classes=3,
+        num_devices=2,
+        device_tflops=1e-3,
+        measured_batch_sizes=[2, 8],
+    )
+    return estimate_run(
+        config,
+        optimization,
+        LossArguments(**losses),
+        elastic or ElasticArguments(),
+        scale or ScaleArguments(),
+        options,
+    )
+
+
+def test_updates_flops_and_hours():
+    found = estimate()
+    # 100 images are 12 batches on each of 2 devices, in pairs.
+    assert (found.images_per_update, found.updates_per_epoch, found.num_updates) == (16, 6, 18)
+    flops = count_flops(make_vim_config(num_hidden_layers=8, token_pruning=dict(TOKEN_PRUNING)))
+    assert found.flops_per_image == 2 * (3 * flops.pruned.total + flops.dense.total)
+    evaluations = 3 * 2 * 10 * 2 * flops.pruned.total
+    assert found.total_flops == 18 * 16 * found.flops_per_image + evaluations
+    assert found.hours == pytest.approx(found.total_flops / 2e9 / 3600)
+    assert found.device_hours == pytest.approx(2 * found.hours)
+    assert found.measured_images_per_second > 0
+    without_teacher = estimate(kd_weight=0.0, alignment_weight=0.0)
+    assert without_teacher.flops_per_image == 6 * flops.pruned.total
+    assert without_teacher.state_bytes == pytest.approx(found.state_bytes * 5 / 6)
+
+
+def test_sharding_and_checkpointing_save_memory():
+    plain = estimate()
+    spread = estimate(scale=ScaleArguments(fsdp=True, gradient_checkpointing=True))
+    assert spread.state_bytes == plain.state_bytes / 2
+    assert spread.activation_bytes < 0.7 * plain.activation_bytes
+    assert spread.flops_per_image > plain.flops_per_image
+    small, large = plain.measured_activation_bytes.values()
+    assert small < plain.activation_bytes < large
+
+
+def test_the_script(tmp_path, capfd):
+    sizes = ["hidden_size=16", "num_hidden_layers=4", "state_size=4"]
+    model = ["--family", "vim", "--image_size", "32", "--patch_size", "8", "--config_overrides", *sizes]
+    pruning = ["--prune_layers", "1", "3", "--keep_ratios", "0.7", "0.6"]
+    file = tmp_path / "estimate.json"
+    assert load_script("estimate").main([*model, *pruning, "--json", str(file)]) == 0
+    output = capfd.readouterr().out
+    assert "75,060 of 512 images; 30 epochs of 2,502" in output
+    assert "40 TFLOP/s on each of 8 devices" in output
+    assert json.loads(file.read_text())["num_updates"] == 75_060
+    assert load_script("estimate").main([*model, "--num_images", "9"]) == 1
+    assert "9 images do not fill one batch of 64 on each of 8 devices" in capfd.readouterr().err

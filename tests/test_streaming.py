@@ -1,0 +1,106 @@
+"""Training images read as a stream: the order, its middle, what is refused, and a run that goes on in mid-epoch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+
+from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.training.arguments import AugmentationArguments
+from hf_vssm_prune.training.data import ImageStream, StreamedTrainingImages, collate, load_image_stream
+from hf_vssm_prune.training.sampling import StreamSampler
+
+
+@pytest.fixture(scope="module")
+def parquet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 training images in three files and 4 test images; the label of image i is i, its pixels are all i."""
+    folder = tmp_path_factory.mktemp("parquet")
+    write(folder / "train-0.parquet", range(0, 10))
+    write(folder / "train-1.parquet", range(10, 20))
+    write(folder / "train-2.parquet", range(20, 30))
+    write(folder / "test-0.parquet", range(4))
+    return folder
+
+
+def write(file: Path, numbers: range, label=None) -> None:
+    features = Features({"picture": Image(), "kind": label or ClassLabel(names=[f"kind {i}" for i in range(30)])})
+    pictures = [PILImage.fromarray(np.full((8, 8, 3), number, np.uint8)) for number in numbers]
+    Dataset.from_dict({"picture": pictures, "kind": list(numbers)}, features=features).to_parquet(file)
+
+
+def order(sampler: StreamSampler) -> list[int]:
+    rows = list(sampler)
+    assert [place for place, _ in rows] == list(range(sampler.start, len(sampler.stream)))
+    return [row["label"] for _, row in rows]
+
+
+def test_the_order_depends_on_seed_and_epoch_and_can_start_in_the_middle(parquet_folder):
+    datasets = load_image_stream(parquet_folder, shuffle_buffer_size=7)
+    assert isinstance(datasets.train, ImageStream)
+    assert (len(datasets.train), len(datasets.evaluation), len(datasets.label_names)) == (30, 4, 30)
+    sampler = StreamSampler(datasets.train, seed=1)
+    first = order(sampler)
+    assert sorted(first) == list(range(30))
+    assert order(sampler) == first
+    sampler.start_at(epoch=1)
+    second = order(sampler)
+    assert sorted(second) == list(range(30))
+    assert second != first
+    sampler.start_at(epoch=1, image=11)
+    assert order(sampler) == second[11:]
+    assert len(sampler) == 19
+    assert order(StreamSampler(datasets.train, seed=2)) != first
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_the_same_whatever_the_number_of_workers(parquet_folder, num_workers):
+    stream = load_image_stream(parquet_folder, shuffle_buffer_size=7).train
+    processor = new_image_processor(_Config(), [0.0] * 3, [1.0] * 3, crop_pct=1.0)
+    augmentation = AugmentationArguments(no_random_crop=True, randaugment_num_ops=0, reprob=0.0).image_augmentation()
+    images = StreamedTrainingImages(stream, processor, augmentation, seed=1)
+    sampler = StreamSampler(stream, seed=1)
+    loader = DataLoader(images, 4, sampler=sampler, collate_fn=collate, num_workers=num_workers, drop_last=True)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 7
+    labels = [label for batch in batches for label in batch["labels"].tolist()]
+    assert labels == order(sampler)[:28]
+    pixels = [value for batch in batches for value in batch["pixel_values"][:, 0, 0, 0].tolist()]
+    assert pixels == pytest.approx([label / 255 for label in labels])
+
+
+class _Config:
+    image_size = 8
+    num_channels = 3
+
+    @staticmethod
+    def image_height_width(size: int) -> tuple[int, int]:
+        return size, size
+
+
+def test_a_part_of_the_stream(parquet_folder):
+    stream = load_image_stream(parquet_folder, max_train_samples=5).train
+    assert sorted(order(StreamSampler(stream, seed=0))) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="max_train_samples is 31: split 'train' has 30 images"):
+        load_image_stream(parquet_folder, max_train_samples=31)
+
+
+def test_a_stream_that_ends_too_soon_says_so(parquet_folder):
+    stream = load_image_stream(parquet_folder).train
+    longer = ImageStream(stream.rows, 32, stream.buffer_size, "train")
+    with pytest.raises(ValueError, match="'train' has 30 images, fewer than the 32"):
+        list(StreamSampler(longer, seed=0))
+
+
+def test_what_cannot_be_streamed_is_refused(tmp_path, parquet_folder):
+    (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "pictures" / "cat" / "1.png")
+    with pytest.raises(ValueError, match="leave out --streaming"):
+        load_image_stream(tmp_path / "pictures")
+    write(tmp_path / "train.parquet", range(4), label=Value("int64"))
+    with pytest.raises(ValueError, match="a stream's labels need names"):
+        load_image_stream(tmp_path / "train.parquet", label_column="kind")
+    with pytest.raises(ValueError, match="no split to evaluate on"):
+        load_image_stream(parquet_folder / "train-0.parquet")
