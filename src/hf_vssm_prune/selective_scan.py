@@ -159,9 +159,7 @@ def _exported_recurrence(decay_step: Tensor, input: Tensor, A: Tensor, B: Tensor
     return outputs.movedim(0, 2)
 
 
-def _step(
-    state: Tensor, decay_step: Tensor, input: Tensor, A: Tensor, B: Tensor, C: Tensor
-) -> tuple[Tensor, Tensor]:
+def _step(state: Tensor, decay_step: Tensor, input: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """The state (batch, paths, channels, state_size) after one token, and the output (batch, paths, channels)."""
     state = torch.exp(decay_step.unsqueeze(-1) * A) * state + input.unsqueeze(-1) * B.unsqueeze(-2)
     return state, (state * C.unsqueeze(-2)).sum(-1)
