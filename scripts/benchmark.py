@@ -475,19 +475,18 @@ def resolution_section(options: argparse.Namespace) -> list[Group]:
 
 @torch.no_grad()
 def export_section(options: argparse.Namespace) -> list[Group]:
-    """The dense and the pruned model in the formats of `scripts/export.py`, beside eager mode with and without kernels."""
+    """The formats of `scripts/export.py` beside eager mode, with and without kernels."""
     models = make_models(options)
     eager = {name: models[name] for name in ("dense", "pruned, aligned")}
     exported: dict[str, Callable[[Tensor], object]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in eager.items():
+            start = time.perf_counter()
+            folder = export_classifier(model, Path(scratch) / name, options.formats)
+            print(f"{name}: exported in {time.perf_counter() - start:.0f} s")
             for kind in options.formats:
-                start = time.perf_counter()
-                folder = export_classifier(model, Path(scratch) / f"{name} {kind}", [kind])
                 file = folder / FORMATS[kind].file
-                print(
-                    f"{name}, {kind}: {file.stat().st_size:,} bytes in {time.perf_counter() - start:.0f} s", flush=True
-                )
+                print(f"{file.relative_to(scratch)}: {file.stat().st_size:,} bytes", flush=True)
                 exported[f"{name}, {kind}"] = FORMATS[kind].load(file, options.threads)
         groups = []
         for batch in options.batch_sizes:

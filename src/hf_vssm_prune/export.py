@@ -178,7 +178,7 @@ def _stable_sort(tokens: Any, stable: bool | None = None, dim: int = -1, descend
     """torch.sort in ONNX, where TopK puts the lower index first among equal values."""
     from onnxscript import opset18 as onnx
 
-    count = onnx.Gather(onnx.Shape(tokens), onnx.Constant(value_ints=[dim]))
+    count: Any = onnx.Gather(onnx.Shape(tokens), onnx.Constant(value_ints=[dim]))  # type: ignore[type-var]
     return onnx.TopK(tokens, count, axis=dim, largest=int(descending), sorted=1)
 
 

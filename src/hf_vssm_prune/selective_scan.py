@@ -142,7 +142,7 @@ def _recurrence(decay_step: Tensor, input: Tensor, A: Tensor, B: Tensor, C: Tens
 
 
 def _exported_recurrence(decay_step: Tensor, input: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """As `_recurrence`, and one loop in an exported program (ONNX: one `Scan`), not a copy of its body for each token."""
+    """As `_recurrence`: in an exported program one loop (in ONNX one `Scan`), not a copy of its body for each token."""
     # torch calls it a prototype, and models that are not exported do without it.
     from torch._higher_order_ops.scan import scan
 
