@@ -2,6 +2,8 @@
 
 import functools
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,12 @@ from conftest import MAKE_CONFIG, load_script
 from test_models import make_model
 from test_selective_scan import OPTIONS, make_arguments
 from torch import nn
+from transformers import AutoImageProcessor
 
+from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.export import FORMATS, check_answers, export_classifier, trace, write_onnx
 from hf_vssm_prune.hub import save_for_hub
-from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
 from hf_vssm_prune.selective_scan import selective_scan_torch
 from hf_vssm_prune.token_pruning import ALIGNMENTS, select_tokens
 
@@ -186,6 +190,78 @@ def test_other_kept_tokens_are_found():
     model = make_small_model("vim", "repeat")
     with pytest.raises(RuntimeError, match="the kept tokens are others"):
         check_answers(model, lambda images: (model(images).logits, model(images).kept_tokens[0].flip(1)), "mirrored")
+
+
+# ---- Loaders -----------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def loaders(language: str) -> list[str]:
+    """The blocks of code in docs/export.md."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), flags=re.DOTALL)
+
+
+def test_loaders_in_the_documentation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = load_classifier(EXAMPLE_MODEL)
+    model.set_token_pruning({"flops_reduction": 0.416})
+    export_classifier(model, "exported", ["onnx", "torch"], AutoImageProcessor.from_pretrained(EXAMPLE_MODEL))
+    namespace = {}
+    for code in loaders("python"):
+        exec(compile(code, "docs/export.md", "exec"), namespace)
+    assert capsys.readouterr().out.splitlines()[-2:] == ["Sneaker [143, 105, 77]"] * 2
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="AOTInductor needs a C++ compiler")
+def test_aotinductor(tmp_path, monkeypatch):
+    """Its batch is free, its answers are the model's, and the documentation's code opens it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    model = make_small_model("vim", "repeat")
+    export_classifier(model, "exported", ["aotinductor"])
+    (code,) = loaders("py")
+    for batch in (1, 2, 5):
+        namespace = {"pixel_values": torch.randn(batch, 3, 32, 32)}
+        with torch.no_grad():
+            exec(compile(code, "docs/export.md", "exec"), namespace)
+            expected = model(namespace["pixel_values"])
+        torch.testing.assert_close(namespace["logits"], expected.logits, atol=1e-4, rtol=0)
+        assert torch.equal(namespace["kept_tokens"][0], expected.kept_tokens[0])
+
+
+ONNXRUNTIME_WEB = ROOT / "demo" / "web" / "node_modules" / "onnxruntime-web"
+
+
+@pytest.mark.skipif(
+    shutil.which("node") is None or not ONNXRUNTIME_WEB.is_dir(), reason="needs node, and `npm install` in demo/web"
+)
+def test_code_of_the_page_in_node(export_small_model):
+    model, exported = export_small_model("plainmamba", "repeat")
+    pixels = np.random.randint(0, 256, (32, 32, 4), dtype=np.uint8)
+    code = f"""
+        import {{ readFile }} from "node:fs/promises";
+        import * as ort from "onnxruntime-web";
+        import {{ classify, openClassifier }} from "./classify.mjs";
+        ort.env.wasm.numThreads = 1;
+        const classifier = await openClassifier(ort, {json.dumps(str(exported))}, readFile);
+        const result = await classify(classifier, Uint8ClampedArray.from({pixels.flatten().tolist()}));
+        console.log(JSON.stringify(result));
+    """
+    node = ["node", "--input-type=module", "--eval", code]
+    result = subprocess.run(node, cwd=ROOT / "demo" / "web", capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    inputs = (torch.from_numpy(pixels[..., :3].copy()).permute(2, 0, 1) / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        expected = model(inputs.unsqueeze(0))
+    logits = {entry["label"]: entry["logit"] for entry in answer["labels"]}
+    for i, label in model.config.id2label.items():
+        assert logits[label] == pytest.approx(expected.logits[0, i].item(), abs=1e-4)
+    assert [entry["score"] for entry in answer["labels"]] == pytest.approx(
+        expected.logits[0].softmax(-1).sort(descending=True).values.tolist(), abs=1e-4
+    )
+    assert answer["keptTokens"] == expected.kept_tokens[0].tolist()
 
 
 # ---- Script ------------------------------------------------------------------------------------------------------
