@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import hf_vssm_prune
 from hf_vssm_prune.conversion import MODELS
-from hf_vssm_prune.token_pruning import fill_dropped_tokens
+from hf_vssm_prune.kernels import cpu
+from hf_vssm_prune.token_pruning import ALIGNMENTS, fill_dropped_tokens
 
 
 BACKBONES = {"plainmamba": hf_vssm_prune.PlainMambaBackbone, "vim": hf_vssm_prune.VimBackbone}
@@ -349,11 +350,34 @@ def test_export_with_dynamic_batch(small_pruned_model) -> None:
         assert torch.equal(exported.kept_tokens[0], expected.kept_tokens[0])
 
 
-def test_compile_in_one_graph(small_pruned_model) -> None:
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("scan_backend", ["auto", "torch"])
+def test_compile_in_one_graph(scan_backend, alignment, small_pruned_model) -> None:
+    model = small_pruned_model
+    model.config.scan_backend = scan_backend
+    model.set_token_pruning(model.config.token_pruning | {"alignment": alignment})
     torch._dynamo.reset()
-    compiled = torch.compile(small_pruned_model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     images = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
-        expected, outputs = small_pruned_model(images), compiled(images)
+        expected, outputs = model(images), compiled(images)
     torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(outputs.kept_tokens[0], expected.kept_tokens[0])
+
+
+@pytest.mark.skipif(cpu.unavailable("cpu") is not None, reason="without kernels the scan is unrolled")
+def test_compile_by_inductor(small_pruned_model, tmp_path, monkeypatch) -> None:
+    """Generated code, forward and backward, around the kernels."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, images, labels = small_pruned_model, torch.randn(2, 3, 24, 24), torch.tensor([0, 2])
+    model.config.scan_backend = "cpu"
+    torch._dynamo.reset()
+    outputs = torch.compile(model, fullgraph=True)(images, labels=labels)
+    outputs.loss.backward()
+    compiled = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    expected = model(images, labels=labels)
+    expected.loss.backward()
+    torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(compiled[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
