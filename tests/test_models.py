@@ -367,17 +367,12 @@ def test_compile_in_one_graph(scan_backend, alignment, small_pruned_model) -> No
 
 @pytest.mark.skipif(cpu.unavailable("cpu") is not None, reason="without kernels the scan is unrolled")
 def test_compile_by_inductor(small_pruned_model, tmp_path, monkeypatch) -> None:
-    """Generated code, forward and backward, around the kernels."""
+    """Generated code around the kernels; inference alone."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model, images, labels = small_pruned_model, torch.randn(2, 3, 24, 24), torch.tensor([0, 2])
+    model, images = small_pruned_model, torch.randn(2, 3, 24, 24)
     model.config.scan_backend = "cpu"
     torch._dynamo.reset()
-    outputs = torch.compile(model, fullgraph=True)(images, labels=labels)
-    outputs.loss.backward()
-    compiled = {name: gradient.clone() for name, gradient in gradients(model).items()}
-    model.zero_grad()
-    expected = model(images, labels=labels)
-    expected.loss.backward()
+    with torch.no_grad():
+        expected, outputs = model(images), torch.compile(model, fullgraph=True)(images)
     torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(compiled[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+    assert torch.equal(outputs.kept_tokens[0], expected.kept_tokens[0])
