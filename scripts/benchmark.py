@@ -37,6 +37,7 @@ from hf_vssm_prune import (
     VimForImageClassification,
     count_flops,
 )
+from hf_vssm_prune.export import FORMATS, export_classifier
 from hf_vssm_prune.grid_convolution import depthwise_conv2d, depthwise_conv2d_torch
 from hf_vssm_prune.kernels import KERNELS, available, build
 from hf_vssm_prune.modeling_common import encode
@@ -675,6 +676,48 @@ def resolution_section(options: argparse.Namespace) -> list[Group]:
     return [take_turns(f"{options.family} {options.preset} at growing sizes, batch 1", cases, ratios, options)]
 
 
+@torch.no_grad()
+def export_section(options: argparse.Namespace) -> list[Group]:
+    """The formats of `scripts/export.py` beside eager mode, with and without kernels."""
+    models = make_models(options)
+    eager = {name: models[name] for name in ("dense", "pruned, aligned")}
+    exported: dict[str, Callable[[Tensor], object]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, model in eager.items():
+            start = time.perf_counter()
+            folder = export_classifier(model, Path(scratch) / name, options.formats)
+            print(f"{name}: exported in {time.perf_counter() - start:.0f} s")
+            for kind in options.formats:
+                file = folder / FORMATS[kind].file
+                print(f"{file.relative_to(scratch)}: {file.stat().st_size:,} bytes", flush=True)
+                exported[f"{name}, {kind}"] = FORMATS[kind].load(file, options.threads)
+        groups = []
+        for batch in options.batch_sizes:
+            images = torch.randn(batch, 3, 224, 224)
+            cases: dict[str, Case] = {}
+            ratios = {}
+            for name, model in eager.items():
+                cases[f"{name}, eager"] = partial(model, images)
+                cases[f"{name}, eager without kernels"] = partial(run_plain, model, images)
+                for kind in options.formats:
+                    cases[f"{name}, {kind}"] = partial(exported[f"{name}, {kind}"], images)
+                    for other in ("eager", "eager without kernels"):
+                        ratios[f"{name}: {other} / {kind}"] = (1.0, f"{name}, {other}", f"{name}, {kind}")
+            for kind in options.formats:
+                ratios[f"{kind}: dense / pruned"] = (1.0, f"dense, {kind}", f"pruned, aligned, {kind}")
+            title = f"{options.family} {options.preset}, exported, batch {batch}"
+            groups.append(take_turns(title, cases, ratios, options))
+    return groups
+
+
+def run_plain(model: nn.Module, images: Tensor) -> None:
+    model.config.scan_backend = "torch"
+    try:
+        model(images)
+    finally:
+        model.config.scan_backend = "auto"
+
+
 # ---- Command line ------------------------------------------------------------------------------------------------
 
 SECTIONS = {
@@ -688,6 +731,7 @@ SECTIONS = {
     "training": training_section,
     "transformer": transformer_section,
     "resolution": resolution_section,
+    "export": export_section,
 }
 
 
@@ -714,7 +758,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
+    all_but_export = [section for section in SECTIONS if section != "export"]
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=all_but_export, help="default: all but export"
+    )
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "torch"], help="of exported models")
     parser.add_argument("--family", choices=FAMILIES, default="plainmamba", help="default: %(default)s")
     parser.add_argument("--preset", default="L3", help="of the whole models (default: %(default)s)")
     parser.add_argument("--flops_reduction", type=float, default=0.415, help="default: %(default)s")

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from .selective_scan import choose_kernel
+from .selective_scan import choose_kernel, is_exporting
 
 
 def depthwise_conv2d(
@@ -29,6 +29,7 @@ def depthwise_conv2d(
     Returns:
         (batch, tokens, channels).
     """
+    backend = "torch" if backend == "auto" and is_exporting() else backend
     convolution = choose_kernel("depthwise_conv2d", backend, hidden_states.device.type) or depthwise_conv2d_torch
     return convolution(hidden_states, weight, bias, grid, kept, silu)
 

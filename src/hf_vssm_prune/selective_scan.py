@@ -72,7 +72,7 @@ def selective_scan(
         direction_B: what each kind of move adds to B, shape (moves, state_size). Needs `moves`.
         moves: for each path and step the row of `direction_B`, integers of shape (batch or 1, paths, length).
         backend: `torch` (this file's), the name of a kernel in `hf_vssm_prune.kernels`, or `auto`: the fastest that
-            works on the tensors' device.
+            works on the tensors' device, and `torch` in an exported program, which so runs without this package.
 
     Returns:
         (batch, length, channels), in the dtype of `hidden_states`.
@@ -83,6 +83,7 @@ def selective_scan(
     """
     if (direction_B is None) != (moves is None):
         raise ValueError("`direction_B` and `moves` go together: one was given without the other.")
+    backend = "torch" if backend == "auto" and is_exporting() else backend
     scan = choose_kernel("selective_scan", backend, hidden_states.device.type) or selective_scan_torch
     return scan(
         hidden_states, time_step, A, B, C, D, time_step_bias, gate, order, gaps, hole_time_step, direction_B, moves
@@ -115,7 +116,8 @@ def selective_scan_torch(
     if direction_B is not None:
         B = B + direction_B.to(dtype)[moves]
     decay_step = decay_steps(time_step.unsqueeze(1), gaps, hole_time_step)
-    y = _recurrence(decay_step, time_step.unsqueeze(1) * u, A, B, C.unsqueeze(1)) + D * u
+    recurrence = _exported_recurrence if is_exporting() else _recurrence
+    y = recurrence(decay_step, time_step.unsqueeze(1) * u, A, B, C.unsqueeze(1)) + D * u
 
     output = y.squeeze(1) if order is None else return_to_tokens(y, order)
     if gate is not None:
@@ -138,11 +140,39 @@ def _recurrence(decay_step: Tensor, input: Tensor, A: Tensor, B: Tensor, C: Tens
     batch, paths, length, channels = input.shape
     state = input.new_zeros(batch, paths, channels, A.shape[-1])
     outputs = []
-    for step in range(length):
-        decay = torch.exp(decay_step[:, :, step, :, None] * A)
-        state = decay * state + input[:, :, step, :, None] * B[:, :, step, None, :]
-        outputs.append((state * C[:, :, step, None, :]).sum(-1))
+    for token in range(length):
+        state, output = _step(state, decay_step[:, :, token], input[:, :, token], A, B[:, :, token], C[:, :, token])
+        outputs.append(output)
     return torch.stack(outputs, dim=2)
+
+
+def _exported_recurrence(decay_step: Tensor, input: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """As `_recurrence`: in an exported program one loop (in ONNX one `Scan`), not a copy of its body for each token."""
+    # torch calls it a prototype, and models that are not exported do without it.
+    from torch._higher_order_ops.scan import scan
+
+    batch, paths, _, channels = input.shape
+
+    def step(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        decay_step, input, B, C = token
+        state, output = _step(state, decay_step, input, A, B, C)
+        # AOTInductor finds the size of a dynamic batch only if the loop's body names it.
+        return state, output.view(batch, paths, channels)
+
+    tokens = tuple(tensor.movedim(2, 0) for tensor in (decay_step, input, B, C))
+    _, outputs = scan(step, input.new_zeros(batch, paths, channels, A.shape[-1]), tokens, dim=0)
+    return outputs.movedim(0, 2)
+
+
+def _step(state: Tensor, decay_step: Tensor, input: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """The state (batch, paths, channels, state_size) after one token, and the output (batch, paths, channels)."""
+    state = torch.exp(decay_step.unsqueeze(-1) * A) * state + input.unsqueeze(-1) * B.unsqueeze(-2)
+    return state, (state * C.unsqueeze(-2)).sum(-1)
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` is tracing; False with torch before 2.7, which does not say."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
 def visit(tokens: Tensor, order: Tensor) -> Tensor:

@@ -1,0 +1,238 @@
+"""Exports a classifier to files that run without this package: ONNX, torch.export and AOTInductor.
+
+All start from one traced program, in which the scan is one loop and all else is plain PyTorch (`is_exporting` in
+`selective_scan.py`). Its input is `pixel_values`, any number of images of the size that the configuration names; its
+outputs are `logits`, and for each stage of pruning the ids of the tokens left after it, as the model's `kept_tokens`.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers.image_processing_base import ImageProcessingMixin
+
+from hf_vssm_prune.conversion import ImageClassifier
+
+
+# What an exported file computes, from pixel values to the logits and each stage's kept tokens.
+Program = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+class Format(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        file: where it lies in the folder; transformers.js looks for ONNX there.
+        write: from the traced program, the folder that has `config.json` already, and the file.
+        load: from the file and the number of threads (None: the runtime's own choice).
+    """
+
+    file: str
+    write: Callable[[ExportedProgram, Path, Path], None]
+    load: Callable[[Path, int | None], Program]
+
+
+def export_classifier(
+    model: ImageClassifier,
+    folder: str | Path,
+    formats: Iterable[str] = ("onnx",),
+    image_processor: ImageProcessingMixin | None = None,
+) -> Path:
+    """Writes a classifier, dense or pruned as its configuration says, as files that other runtimes open.
+
+    Beside them lie `config.json`, which has the labels, and `preprocessor_config.json`. The folder appears at once and
+    complete, and only if every file in it gives the model's answers on random images.
+
+    Args:
+        model: in evaluation mode and float32.
+        folder: to make; it may exist if it is empty.
+        formats: some of `FORMATS`.
+        image_processor: of the model. None: what prepares the images is not told.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a format is unknown, or the model is in training mode or half precision.
+        FileExistsError: the folder has something in it.
+        ImportError: what a format needs is not installed; the message names it.
+        RuntimeError: a file's answers are not the model's.
+    """
+    folder, formats = Path(folder), list(formats)
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise ValueError(f"unknown formats {unknown}; allowed are {list(FORMATS)}.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not overwritten: remove it, or name another folder.")
+    program = trace(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=folder.parent) as scratch:
+        staged = Path(scratch) / "model"
+        model.config.save_pretrained(staged)
+        if image_processor is not None:
+            image_processor.save_pretrained(staged)
+        for name in formats:
+            file = staged / FORMATS[name].file
+            file.parent.mkdir(exist_ok=True)
+            FORMATS[name].write(program, staged, file)
+            check_answers(model, FORMATS[name].load(file, None), name)
+        staged.rename(folder)
+    return folder
+
+
+# ---- Tracing -----------------------------------------------------------------------------------------------------
+
+
+class _Outputs(nn.Module):
+    """A classifier that returns its outputs as a tuple: the logits, then each stage's kept tokens."""
+
+    def __init__(self, model: ImageClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(pixel_values)
+        return outputs.logits, *(outputs.kept_tokens or ())
+
+
+def trace(model: ImageClassifier) -> ExportedProgram:
+    """The classifier as a program of torch's own operators, for any number of images of one size.
+
+    Raises:
+        ValueError: it is in training mode or half precision, or its configuration names a kernel.
+        ImportError: torch is too old.
+    """
+    if not hasattr(torch.compiler, "is_exporting"):
+        raise ImportError(f"exporting needs torch 2.7 or newer, this is {torch.__version__}.")
+    if model.training:
+        raise ValueError("the model is in training mode; call its `eval()` first.")
+    if model.dtype != torch.float32:
+        raise ValueError(f"the model's weights are {model.dtype}; call its `float()` first.")
+    if model.config.scan_backend not in ("auto", "torch"):
+        raise ValueError(f"`scan_backend` is {model.config.scan_backend!r}; a program has 'auto' or 'torch'.")
+    # Two images: a batch of one would be taken for a constant.
+    inputs = {"pixel_values": random_images(model, batch=2)}
+    with torch.no_grad():
+        return torch.export.export(
+            _Outputs(model), (), inputs, dynamic_shapes={"pixel_values": {0: Dim("batch", min=1)}}, strict=False
+        )
+
+
+def random_images(model: ImageClassifier, batch: int) -> Tensor:
+    """Normalised pixel values of the model's image size, on its device."""
+    height, width = model.config.image_height_width(model.config.image_size)
+    return torch.randn(batch, model.config.num_channels, height, width, device=model.device)
+
+
+@torch.no_grad()
+def check_answers(model: ImageClassifier, program: Program, name: str) -> None:
+    """Compares logits and kept tokens on random images, in batches of one and three.
+
+    Raises:
+        RuntimeError: they are not the model's.
+    """
+    for batch in (1, 3):
+        images = random_images(model, batch)
+        outputs = model(images)
+        logits, *kept_tokens = program(images)
+        difference = (logits - outputs.logits).abs().max().item()
+        allowed = 1e-4 * max(1.0, outputs.logits.abs().max().item())
+        expected_tokens = outputs.kept_tokens or ()
+        same_tokens = len(kept_tokens) == len(expected_tokens) and all(map(torch.equal, kept_tokens, expected_tokens))
+        if not (difference <= allowed and same_tokens):
+            raise RuntimeError(
+                f"the {name} file does not give the model's answers on {batch} random images: logits are up to "
+                f"{difference:.1e} away, and the kept tokens are {'the same' if same_tokens else 'others'}."
+            )
+
+
+# ---- ONNX --------------------------------------------------------------------------------------------------------
+
+
+def write_onnx(program: ExportedProgram, folder: Path, file: Path) -> None:
+    """Writes one ONNX file, weights included; its metadata has the folder's JSON files under their names."""
+    try:
+        import onnxruntime  # noqa: F401  (checks the file)
+        import onnxscript  # noqa: F401  (torch's exporter)
+    except ImportError as error:
+        raise ImportError(f"ONNX needs the extra `export`: pip install 'hf_vssm_prune[export]' ({error}).") from error
+    num_stages = len(program.graph_signature.user_outputs) - 1
+    onnx_program: Any = torch.onnx.export(
+        program,
+        output_names=["logits", *(f"kept_tokens_{stage}" for stage in range(num_stages))],
+        dynamo=True,
+        custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+        verbose=False,
+    )
+    for node in onnx_program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in the source it comes from, with this machine's paths
+    for sidecar in sorted(folder.glob("*.json")):
+        onnx_program.model.metadata_props[sidecar.name] = sidecar.read_text(encoding="utf-8")
+    onnx_program.save(file)
+
+
+def _stable_sort(tokens: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """torch.sort in ONNX, where TopK puts the lower index first among equal values."""
+    from onnxscript import opset18 as onnx
+
+    count: Any = onnx.Gather(onnx.Shape(tokens), onnx.Constant(value_ints=[dim]))  # type: ignore[type-var]
+    return onnx.TopK(tokens, count, axis=dim, largest=int(descending), sorted=1)
+
+
+def load_onnx(file: Path, threads: int | None) -> Program:
+    """The program of an ONNX file in onnxruntime, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
+        outputs = session.run(None, {"pixel_values": pixel_values.cpu().numpy()})
+        return tuple(torch.from_numpy(output).to(pixel_values.device) for output in outputs)
+
+    return run
+
+
+# ---- torch.export and AOTInductor --------------------------------------------------------------------------------
+
+
+def write_torch_export(program: ExportedProgram, folder: Path, file: Path) -> None:
+    """Writes the program as it is; torch opens it on any machine."""
+    torch.export.save(program, file)
+
+
+def load_torch_export(file: Path, threads: int | None) -> Program:
+    """The program of a torch.export file, in the eager mode of torch, whose threads are torch's."""
+    module = torch.export.load(file).module()
+    return lambda pixel_values: module(pixel_values=pixel_values)
+
+
+def write_aotinductor(program: ExportedProgram, folder: Path, file: Path) -> None:
+    """Compiles the program to a library, for machines like this one."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ImportError(
+            f"AOTInductor compiles C++: install g++ or clang++, and set CXX if it is not g++ ({error})."
+        ) from error
+    torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+
+
+def load_aotinductor(file: Path, threads: int | None) -> Program:
+    """The program of an AOTInductor package, whose threads are torch's."""
+    compiled = torch._inductor.aoti_load_package(str(file))
+    return lambda pixel_values: tuple(compiled(pixel_values=pixel_values))
+
+
+FORMATS = {
+    "onnx": Format("onnx/model.onnx", write_onnx, load_onnx),
+    "torch": Format("model.pt2", write_torch_export, load_torch_export),
+    "aotinductor": Format("model.aotinductor.pt2", write_aotinductor, load_aotinductor),
+}
