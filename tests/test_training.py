@@ -449,7 +449,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(datasets, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     recipe = make_recipe(tmp_path, max_train_steps=1)
     recipe.run.resume = "latest"
-    with pytest.raises(ValueError, match="checkpoint-1 cannot be read"):
+    with pytest.raises(ValueError, match="checkpoint-1 is damaged"):
         make_trainer(make_vim_config(), datasets, recipe)
 
 

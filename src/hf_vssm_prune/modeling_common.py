@@ -60,11 +60,11 @@ class HoleTimeStep(nn.Module):
     def forward(self, bias: Tensor, alignment: str) -> Tensor | None:
         """Step sizes (channels,), from what the scan adds to time steps before the softplus. None: other alignments."""
         if alignment == "zero_input":
-            return F.softplus(bias.float())
+            return F.softplus(at_least_float32(bias))
         if alignment == "learned":
             if self.offset is None:
                 raise ValueError("this layer has no learned step for holes: `model.set_token_pruning` makes it.")
-            return F.softplus(bias.float() + self.offset.float())
+            return F.softplus(at_least_float32(bias) + at_least_float32(self.offset))
         return None
 
 

@@ -225,7 +225,8 @@ class PlainMambaDepthwise(nn.Module):
 
     def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> Tensor:
         hidden_states = self.convolution(hidden_states, layout)
-        return F.gelu(self.normalization(hidden_states.transpose(1, 2)).transpose(1, 2))
+        # Statistics over samples and tokens alike: they are one axis.
+        return F.gelu(self.normalization(hidden_states.flatten(0, 1)).view_as(hidden_states))
 
 
 class PlainMambaLayer(GradientCheckpointingLayer):

@@ -114,7 +114,7 @@ def selective_scan_torch(
     u = u.unsqueeze(1) if order is None else visit(u, order)
     B = B.unsqueeze(1)
     if direction_B is not None:
-        B = B + direction_B.to(dtype)[moves]
+        B = B + direction_B.to(dtype)[moves.long()]
     decay_step = decay_steps(time_step.unsqueeze(1), gaps, hole_time_step)
     recurrence = _exported_recurrence if is_exporting() else _recurrence
     y = recurrence(decay_step, time_step.unsqueeze(1) * u, A, B, C.unsqueeze(1)) + D * u
