@@ -463,11 +463,15 @@ def run_layers(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def by_reference(model: nn.Module, case: Case) -> None:
     with registered("reference", reference_kernel()):
-        model.config.scan_backend = "reference"
-        try:
-            case()
-        finally:
-            model.config.scan_backend = "auto"
+        by_backend("reference", model, case)
+
+
+def by_backend(name: str, model: nn.Module, case: Case) -> None:
+    model.config.scan_backend = name
+    try:
+        case()
+    finally:
+        model.config.scan_backend = "auto"
 
 
 def matrix_products(layers: nn.Module, run: Case) -> Case:
@@ -699,7 +703,7 @@ def export_section(options: argparse.Namespace) -> list[Group]:
             ratios = {}
             for name, model in eager.items():
                 cases[f"{name}, eager"] = partial(model, images)
-                cases[f"{name}, eager without kernels"] = partial(run_plain, model, images)
+                cases[f"{name}, eager without kernels"] = partial(by_backend, "torch", model, partial(model, images))
                 for kind in options.formats:
                     cases[f"{name}, {kind}"] = partial(exported[f"{name}, {kind}"], images)
                     for other in ("eager", "eager without kernels"):
@@ -709,14 +713,6 @@ def export_section(options: argparse.Namespace) -> list[Group]:
             title = f"{options.family} {options.preset}, exported, batch {batch}"
             groups.append(take_turns(title, cases, ratios, options))
     return groups
-
-
-def run_plain(model: nn.Module, images: Tensor) -> None:
-    model.config.scan_backend = "torch"
-    try:
-        model(images)
-    finally:
-        model.config.scan_backend = "auto"
 
 
 # ---- Command line ------------------------------------------------------------------------------------------------

@@ -370,9 +370,9 @@ def test_compile_in_one_graph(scan_backend, alignment, small_pruned_model) -> No
 def test_compile_by_inductor(small_pruned_model, tmp_path, monkeypatch) -> None:
     """Generated code around the kernels, for inference alone.
 
-    Gradients are not tested: where a stage follows PlainMamba-L1's depthwise layer at once, torch 2.13's inductor loses,
-    in evaluation mode, those of all that lies before it (they come out zero; by `aot_eager`, and in training, they are
-    right).
+    Gradients are not tested: where a stage follows PlainMamba-L1's depthwise layer at once, torch 2.13's inductor
+    loses, in evaluation mode, those of all that lies before it (they come out zero; by `aot_eager`, and in training,
+    they are right).
     """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, images = small_pruned_model, torch.randn(2, 3, 24, 24)
