@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py                                   # all sections with PlainMamba-L3, some minutes
     python scripts/benchmark.py --sections model --preset L1 --batch_sizes 1 --json benchmark.json
+    python scripts/benchmark.py --device cuda --batch_sizes 1 8 64
 
 The cases of a group take turns, one run each, so that a machine that slows down slows all of them. A ratio compares the
 fastest runs of two cases of one group, never of two groups; beside it is the median of the ratios turn by turn.
@@ -39,7 +40,7 @@ from hf_vssm_prune import (
 )
 from hf_vssm_prune.export import FORMATS, export_classifier
 from hf_vssm_prune.grid_convolution import depthwise_conv2d, depthwise_conv2d_torch
-from hf_vssm_prune.kernels import KERNELS, available, build
+from hf_vssm_prune.kernels import AUTO, KERNELS, available, build
 from hf_vssm_prune.modeling_common import encode
 from hf_vssm_prune.modeling_plainmamba import PlainMambaTokenLayout
 from hf_vssm_prune.quantization import quantize_linears
@@ -104,8 +105,10 @@ def take_turns(
     images: int = 0,
 ) -> Group:
     """Runs all cases in turn until the time is used up, and at least three times."""
+    torch.set_default_device(None)  # what it adds to each call would be measured
     for case in cases.values():
         case()
+    wait(options.device)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     first_runs = next(iter(seconds.values()))
     start = time.perf_counter()
@@ -114,14 +117,27 @@ def take_turns(
             for name, case in cases.items():
                 if seconds[name] and seconds[name][-1] < COLD_BELOW:
                     case()
+                    wait(options.device)
                 before = time.perf_counter()
                 case()
+                wait(options.device)
                 seconds[name].append(time.perf_counter() - before)
             progress.n = min(elapsed, options.seconds)
             progress.refresh()
+    make_tensors_on(options.device)
     group = Group(title, seconds, ratios, images)
     print("\n" + group.tables(), flush=True)
     return group
+
+
+def make_tensors_on(device: str) -> None:
+    torch.set_default_device(None if torch.device(device).type == "cpu" else device)
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
 
 
 def with_threads(threads: int, case: Case) -> Case:
@@ -268,11 +284,21 @@ def scan_section(options: argparse.Namespace) -> list[Group]:
                 "matrix product",
             ),
         }
+        for name in other_kernels(options.device):
+            cases[f"{name}, one direction"] = partial(selective_scan, **single, backend=name)
+            ratios[f"{name} / ours, one direction"] = (1.0, f"{name}, one direction", "ours, one direction")
         with torch.no_grad():
             groups.append(take_turns(f"Scan, forward, batch {batch}, {LENGTH} tokens", cases, ratios, options))
     groups.append(scan_gradients(options))
     groups.append(scan_with_holes(options))
     return groups
+
+
+def other_kernels(device: str) -> list[str]:
+    """The kernels that work on a device, beside the one that is chosen by itself."""
+    device_type = torch.device(device).type
+    working = [name for name in AUTO.get(device_type, ()) if KERNELS[name].unavailable(device_type) is None]
+    return working[1:]
 
 
 # Multiply-adds of the fused operation in each token and channel; an addition or a multiplication that stands alone is
@@ -414,7 +440,9 @@ def make_models(options: argparse.Namespace) -> dict[str, nn.Module]:
 def model_section(options: argparse.Namespace) -> list[Group]:
     models = make_models(options)
     reduction = count_flops(models["pruned, aligned"].config).reduction
-    models["pruned, int8 linears"] = quantize_linears(copy.deepcopy(models["pruned, aligned"]))
+    on_cpu = torch.device(options.device).type == "cpu"
+    if on_cpu:
+        models["pruned, int8 linears"] = quantize_linears(copy.deepcopy(models["pruned, aligned"]))
     groups = []
     for batch in options.batch_sizes:
         images = torch.randn(batch, 3, 224, 224)
@@ -422,8 +450,9 @@ def model_section(options: argparse.Namespace) -> list[Group]:
         ratios = {
             f"dense / pruned (FLOPs: {1 / (1 - reduction):.2f})": (1.0, "dense", "pruned, aligned"),
             "aligned / naive": (1.0, "pruned, aligned", "pruned, naive"),
-            "dense / pruned with int8 linears": (1.0, "dense", "pruned, int8 linears"),
         }
+        if on_cpu:
+            ratios["dense / pruned with int8 linears"] = (1.0, "dense", "pruned, int8 linears")
         title = f"{options.family} {options.preset}, whole model, forward, batch {batch}"
         with torch.no_grad():
             groups.append(take_turns(title, cases, ratios, options, images=batch))
@@ -731,12 +760,15 @@ SECTIONS = {
     "export": export_section,
 }
 
+CPU_SECTIONS = ("roofline", "parts", "export")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    machine = describe_machine()
+    make_tensors_on(options.device)
+    machine = describe_machine(options.device)
     print(", ".join(f"{name}: {value}" for name, value in machine.items()))
     groups = [group for section in options.sections for group in SECTIONS[section](options)]
     if options.json is not None:
@@ -755,10 +787,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    all_but_export = [section for section in SECTIONS if section != "export"]
-    parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, default=all_but_export, help="default: all but export"
-    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="default: all of the device but export")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "torch"], help="of exported models")
     parser.add_argument("--family", choices=FAMILIES, default="plainmamba", help="default: %(default)s")
     parser.add_argument("--preset", default="L3", help="of the whole models (default: %(default)s)")
@@ -768,13 +798,22 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20, help="for each group of cases (default: %(default)s)")
     parser.add_argument("--plot", help="file to draw the time at growing budgets into (needs matplotlib)")
     parser.add_argument("--json", help="file to write all runs and ratios to")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here.")
+    of_device = [name for name in SECTIONS if name not in CPU_SECTIONS or torch.device(options.device).type == "cpu"]
+    options.sections = options.sections or [name for name in of_device if name != "export"]
+    if others := [name for name in options.sections if name not in of_device]:
+        parser.error(f"--sections {' '.join(others)}: on a CPU only.")
+    return options
 
 
-def describe_machine() -> dict[str, str]:
+def describe_machine(device: str) -> dict[str, str]:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
+    if torch.device(device).type == "cuda":
+        processor = torch.cuda.get_device_name()
+    elif cpuinfo.exists():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
     a = torch.randn(1024, 1024)
@@ -782,6 +821,7 @@ def describe_machine() -> dict[str, str]:
     for _ in range(10):
         before = time.perf_counter()
         a @ a
+        wait(device)
         runs.append(time.perf_counter() - before)
     return {
         "processor": processor,

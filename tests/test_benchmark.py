@@ -118,3 +118,15 @@ def test_layers_alone_compute_what_they_compute_in_the_model(benchmark):
         with benchmark.registered("reference", benchmark.reference_kernel()):
             model.config.scan_backend = "reference"
             torch.testing.assert_close(benchmark.run_layers(model, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_device_that_is_not_there_and_sections_of_another_are_named(benchmark, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        benchmark.parse_options(["--device", "cuda"])
+    assert "finds no GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "roofline" not in benchmark.parse_options(["--device", "cuda"]).sections
+    with pytest.raises(SystemExit):
+        benchmark.parse_options(["--device", "cuda", "--sections", "model", "roofline"])
+    assert "roofline: on a CPU only" in capsys.readouterr().err
