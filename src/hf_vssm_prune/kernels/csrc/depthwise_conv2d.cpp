@@ -1,7 +1,7 @@
 // Depthwise convolution on the patch grid, at the cells that still hold a token, forward and backward.
 //
-// What SiLU is applied to is bias + convolution. A task is a sample and a few blocks of its channels; the sums over samples
-// are made in the samples' order, never that of the threads.
+// What SiLU is applied to is bias + convolution. A task is a sample and a few blocks of its channels; the sums over
+// samples are made in the samples' order, never that of the threads.
 
 #include <algorithm>
 #include <memory>

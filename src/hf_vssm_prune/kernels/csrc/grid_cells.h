@@ -1,5 +1,5 @@
-// The two ways to sum over the neighbours of cells on the patch grid. Both lay out the cells' rows by `place(token)`, in
-// buffers of `places` rows, and have the same two sums:
+// The two ways to sum over the neighbours of cells on the patch grid. Both lay out the cells' rows by `place(token)`,
+// in buffers of `places` rows, and have the same two sums:
 //
 //     convolve    sums[i] += weight[tap] rows[j]         over the neighbours j of each cell i, at their taps of the kernel
 //     correlate   grad_weight[tap] += grads[i] rows[j]   over the cells i that have a neighbour j at the tap
@@ -13,8 +13,8 @@
 
 #include "channel_block.h"
 
-// Cells of which some are empty and count as zero: each token only gathers from its kept neighbours, so that with a share r
-// of the tokens left the work is about r^2 of the dense one.
+// Cells of which some are empty and count as zero: each token only gathers from its kept neighbours, so that with a
+// share r of the tokens left the work is about r^2 of the dense one.
 class SparseCells {
 public:
     int64_t places;
@@ -84,9 +84,9 @@ private:
     std::vector<int32_t> token_of_cell_;
 };
 
-// A grid of which every cell holds a token: tiles of kTile cells in a row, all in registers. A row of inputs that was loaded
-// goes into all the sums of the tile that it has a part in, a row of the kernel into those of all its cells. There are
-// columns of zeros on both sides, on the right so many that the last tile is whole.
+// A grid of which every cell holds a token: tiles of kTile cells in a row, all in registers. A row of inputs that was
+// loaded goes into all the sums of the tile that it has a part in, a row of the kernel into those of all its cells.
+// There are columns of zeros on both sides, on the right so many that the last tile is whole.
 template <int kKernel>
 class DenseGrid {
 public:
@@ -132,7 +132,8 @@ public:
 private:
     static constexpr int kTile = 7, kRadius = kKernel / 2;
 
-    // work(place of the tile, place of the kernel's corner at the tile's first cell, rows of the kernel in the grid, vector)
+    // work(place of the tile, place of the kernel's corner at the tile's first cell, rows of the kernel in the grid,
+    // vector)
     template <typename Work>
     void for_tiles(const Work& work) const {
         for (int v = 0; v < kVectors; ++v) {

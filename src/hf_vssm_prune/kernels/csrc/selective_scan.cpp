@@ -7,8 +7,8 @@
 //     y_o += C_t h_t + D u_o                          summed over paths, then multiplied by SiLU(gate)
 //
 // Channels are independent of each other: a block of kLanes channels is one vector, and its states stay in the cache.
-// States are independent as well, up to the sum in C_t h_t: they are taken in slices of S. All paths share delta, A and C,
-// so exp(delta_t A) is computed once for up to four of them.
+// States are independent as well, up to the sum in C_t h_t: they are taken in slices of S. All paths share delta, A and
+// C, so exp(delta_t A) is computed once for up to four of them.
 //
 // Every sum is made in an order that the sizes alone decide, never the number of threads.
 
@@ -27,7 +27,8 @@ namespace {
 // Channels that one task works through, block by block. Their rows are read together: four cache lines side by side.
 constexpr int kBlocksPerTask = 64 / kLanes;
 
-// Up to this gap exp(gap x) is made from exp(x) by multiplications; they would cost too many digits, and time, beyond it.
+// Up to this gap exp(gap x) is made from exp(x) by multiplications; they would cost too many digits, and time, beyond
+// it.
 constexpr int kLargestPower = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -251,8 +252,8 @@ void add_lane_sums(const Vec (&vectors)[kTableWidth<S>], float* target) {
     for (int n = 0; n < S; n += kLanes) store(target + n, load(target + n) + sum_lanes(vectors + n));
 }
 
-// Where the forward puts h_t and exp(delta_t A): each step's behind the last one's for the backward to find, or, with strides
-// of 0, over them. The gradient of C needs h_t, and is made on the way where there is a place for it.
+// Where the forward puts h_t and exp(delta_t A): each step's behind the last one's for the backward to find, or, with
+// strides of 0, over them. The gradient of C needs h_t, and is made on the way where there is a place for it.
 struct Trace {
     Vec *states, *decays;
     int64_t state_stride, decay_stride;
@@ -260,8 +261,9 @@ struct Trace {
     int64_t grad_C_stride;
 };
 
-// One step: the states move on from `before` to `after`, and what they put out is added to block.y. `decay` is exp(delta_t A),
-// and that of the next step is made beside: an exp is a long chain of operations, whose waits the paths' short ones fill.
+// One step: the states move on from `before` to `after`, and what they put out is added to block.y. `decay` is
+// exp(delta_t A), and that of the next step is made beside: an exp is a long chain of operations, whose waits the
+// paths' short ones fill.
 template <int S, int K, bool kWithinRange, bool kGradC>
 [[gnu::always_inline]] inline void advance(const Sample& sample, const Slice<S>& slice, const Step<K>& step,
                                            Vec next_delta, Block& block, const Vec* before, Vec* after,
@@ -321,7 +323,7 @@ void scan_paths(const ScanArguments& arguments, const Sample& sample, Block& blo
         arguments, sample, block, slice, first_path, trace);
 }
 
-// Calls visit.run<K>(first_path) so that every path is in one group of K: groups of four while there are as many.
+// Calls visit(K, first_path) so that every path is in one group of K: groups of four while there are as many.
 template <typename Visitor>
 void for_path_groups(int64_t paths, const Visitor& visit) {
     int64_t first_path = 0;

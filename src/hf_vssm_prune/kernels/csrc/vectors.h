@@ -76,8 +76,8 @@ inline Vec exp2_in_range(Vec x) {
     constexpr float kRound = 1.5f * (1 << 20);
     const Vec rounded = x + kRound;
     const Vec f = x - (rounded - kRound);
-    // n eighths are n >> 3 for the exponent and 2^((n & 7) / 8) for the fraction: n << 20 has the first where the exponent
-    // is, and spills the second into the fraction, which the table takes back.
+    // n eighths are n >> 3 for the exponent and 2^((n & 7) / 8) for the fraction: n << 20 has the first where the
+    // exponent is, and spills the second into the fraction, which the table takes back.
     const IntVec eighths = reinterpret_cast<IntVec>(rounded);
     const IntVec scale_bits = (eighths << 20) + look_up_eighth(kEighths, eighths);
     Vec power = f * 5.5496221798587306e-2f + 0.24025762982923016f;
