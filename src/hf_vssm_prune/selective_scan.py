@@ -113,7 +113,7 @@ def selective_scan_torch(
     # Everything below has the layout (batch, paths, length, ...); a path axis of 1 is shared by all paths.
     u = u.unsqueeze(1) if order is None else visit(u, order)
     B = B.unsqueeze(1)
-    if direction_B is not None:
+    if direction_B is not None and moves is not None:
         B = B + direction_B.to(dtype)[moves.long()]
     decay_step = decay_steps(time_step.unsqueeze(1), gaps, hole_time_step)
     recurrence = _exported_recurrence if is_exporting() else _recurrence
