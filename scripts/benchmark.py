@@ -456,6 +456,8 @@ def model_section(options: argparse.Namespace) -> list[Group]:
         title = f"{options.family} {options.preset}, whole model, forward, batch {batch}"
         with torch.no_grad():
             groups.append(take_turns(title, cases, ratios, options, images=batch))
+            for name, case in cases.items():
+                print(f"{name}, batch {batch}: {growth(case)}", flush=True)
     return groups
 
 
@@ -601,19 +603,24 @@ def report_memory(model: nn.Module, name: str, step: Case) -> None:
     line = (
         f"{name}: {total / 2**20:.0f} MiB are kept for the backward, {total / needed:.2f} times the inputs and outputs "
     )
-    print(f"{line}of the matrix products ({needed / 2**20:.0f} MiB){peak_memory(step)}", flush=True)
+    print(f"{line}of the matrix products ({needed / 2**20:.0f} MiB); {growth(step)}", flush=True)
 
 
-def peak_memory(step: Case) -> str:
-    """How far the process grows in a step, where the system tells (Linux)."""
+def growth(case: Case) -> str:
+    """How far memory grows in a run at its peak: a GPU's, or the process's where the system tells (Linux)."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        case()
+        return f"the GPU's memory grows by {(torch.cuda.max_memory_allocated() - allocated) / 2**20:.0f} MiB"
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
-        return ""
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back to the system, to be counted again
+        return "the system does not tell how far the process grows"
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system, to be counted again
     reset.write_text("5")  # the peak is now what is in use
     before = memory_in_use("VmRSS")
-    step()
-    return f"; the process grows by {(memory_in_use('VmHWM') - before) / 2**10:.0f} MiB"
+    case()
+    return f"the process grows by {(memory_in_use('VmHWM') - before) / 2**10:.0f} MiB"
 
 
 def memory_in_use(name: str) -> int:
