@@ -116,7 +116,7 @@ def evaluate(
     Raises:
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _evaluation_device(options)
     if options.int8 and device.type != "cpu":
         raise ValueError(f"--int8 computes on the CPU only, and the device is {device}: give --device cpu.")
     config = load_config(options.model_name_or_path)
@@ -177,6 +177,10 @@ def _sharing_weights(model: ImageClassifier, token_pruning: dict[str, Any] | Non
     return other
 
 
+def _evaluation_device(options: EvaluationArguments) -> torch.device:
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _load_evaluation(data: DataArguments, options: EvaluationArguments) -> tuple[DataLoader, Sequence[str]]:
     """Batches of the images that the options name, and the names of their labels."""
     set_seed(options.seed)
@@ -202,7 +206,7 @@ def _load_evaluation(data: DataArguments, options: EvaluationArguments) -> tuple
 def _compare(
     models: Mapping[str, ImageClassifier], loader: DataLoader, options: EvaluationArguments
 ) -> dict[str, ModelEvaluation]:
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _evaluation_device(options)
     dtypes = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
     return compare_models(models, loader, device, dtypes[options.mixed_precision])
 
