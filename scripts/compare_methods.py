@@ -2,39 +2,46 @@
 
     python scripts/compare_methods.py --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder>
 
-`dyvm` has a part of its own that nothing has trained yet, so that it chooses at random here.
+With --schedules a JSON file says what to compare instead: names, each with `token_pruning` options. `dyvm` has a part
+of its own that nothing has trained yet, so that it chooses at random here.
 """
 
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments, parse_arguments
-from hf_vssm_prune.training.checkpoints import write_json
-from hf_vssm_prune.training.evaluation import comparison_table
 
 
 @dataclass
-class BudgetArguments:
-    """How much of the model's computation is to go."""
+class ComparisonArguments:
+    """What is compared with the dense model."""
 
-    flops_reduction: float = field(default=0.416, metadata={"help": "the share of FLOPs to remove"})
+    flops_reduction: float = field(default=0.416, metadata={"help": "the share of FLOPs that every method removes"})
+    schedules: str | None = field(
+        default=None, metadata={"help": "JSON file of `token_pruning` options by name, in place of all methods"}
+    )
+
+    def read_schedules(self) -> dict[str, dict[str, Any]]:
+        if self.schedules is None:
+            return jobs.method_schedules(self.flops_reduction)
+        try:
+            content = json.loads(Path(self.schedules).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"--schedules {self.schedules} cannot be read: {error}") from error
+        if not isinstance(content, dict) or not all(isinstance(each, dict) for each in content.values()):
+            raise ValueError(f"--schedules {self.schedules} is no mapping of names to `token_pruning` options.")
+        return content
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    types = [EvaluationDataArguments, EvaluationArguments, BudgetArguments]
-    data, options, budget = parse_arguments(types, arguments, __doc__)
-    try:
-        evaluations = jobs.compare_methods(data, options, budget.flops_reduction)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(comparison_table(evaluations))
-    if options.json is not None:
-        write_json({name: asdict(evaluation) for name, evaluation in evaluations.items()}, Path(options.json))
-    return 0
+    types = [EvaluationDataArguments, EvaluationArguments, ComparisonArguments]
+    data, options, comparison = parse_arguments(types, arguments, __doc__)
+    return jobs.report(lambda: jobs.compare_schedules(data, options, comparison.read_schedules()), options)
 
 
 if __name__ == "__main__":

@@ -483,26 +483,30 @@ class EvaluationArguments:
     """What is evaluated, and how."""
 
     model_name_or_path: str = field(metadata=_describe("the checkpoint, on the Hub or in a folder"))
-    dense_name_or_path: str | None = field(
-        default=None, metadata=_describe("the dense model beside it; by default the same weights without pruning")
-    )
     per_device_eval_batch_size: int = field(default=64, metadata=_describe("images at a time", "--batch_size"))
     device: str | None = field(
         default=None, metadata=_describe("cpu, cuda, cuda:1, ...; by default a GPU where there is one")
     )
     mixed_precision: str = field(default="no", metadata=_describe("of the computation", choices=("no", "fp16", "bf16")))
-    int8: bool = field(
-        default=False, metadata=_describe("evaluate the models with int8 linear layers as well; on a CPU only")
-    )
     seed: int = field(default=0, metadata=_describe("of the choice of --max_eval_samples"))
     json: str | None = field(default=None, metadata=_describe("file to write the figures to"))
 
     def __post_init__(self) -> None:
         _check_range("per_device_eval_batch_size", self.per_device_eval_batch_size, 1, math.inf)
-        if self.int8 and self.mixed_precision != "no":
-            raise ValueError(f"--int8 needs float32 around it; --mixed_precision is {self.mixed_precision}.")
         if self.json is not None and not Path(self.json).absolute().parent.is_dir():
             raise ValueError(f"--json {self.json}: its folder does not exist.")
+
+
+@dataclass
+class BesideArguments:
+    """What is evaluated beside a model."""
+
+    dense_name_or_path: str | None = field(
+        default=None, metadata=_describe("the dense model; by default the same weights without pruning")
+    )
+    int8: bool = field(
+        default=False, metadata=_describe("the models with int8 linear layers as well; in float32 on a CPU only")
+    )
 
 
 @dataclass

@@ -28,6 +28,7 @@ from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES
 from hf_vssm_prune.training.arguments import (
+    BesideArguments,
     DataArguments,
     DenseModelArguments,
     EvaluationArguments,
@@ -36,6 +37,7 @@ from hf_vssm_prune.training.arguments import (
     RunArguments,
     label_maps,
 )
+from hf_vssm_prune.training.checkpoints import write_json
 from hf_vssm_prune.training.data import (
     EvaluationImages,
     ImageDatasets,
@@ -46,7 +48,7 @@ from hf_vssm_prune.training.data import (
 )
 from hf_vssm_prune.training.distribution import ProcessLostError
 from hf_vssm_prune.training.divergence import TrainingDivergedError
-from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
+from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models, comparison_table
 from hf_vssm_prune.training.image_steps import ImageError
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe, Trainer, check_output_dir
@@ -109,7 +111,7 @@ def prepare_dense_training(data: DataArguments, model: DenseModelArguments, reci
 
 
 def evaluate(
-    data: DataArguments, options: EvaluationArguments, pruning: PruningArguments
+    data: DataArguments, options: EvaluationArguments, beside: BesideArguments, pruning: PruningArguments
 ) -> dict[str, ModelEvaluation]:
     """A model without pruning and, where it or the options have a schedule, with it; on request with int8 linears, too.
 
@@ -117,39 +119,43 @@ def evaluate(
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
     device = _evaluation_device(options)
-    if options.int8 and device.type != "cpu":
+    if beside.int8 and device.type != "cpu":
         raise ValueError(f"--int8 computes on the CPU only, and the device is {device}: give --device cpu.")
+    if beside.int8 and options.mixed_precision != "no":
+        raise ValueError(f"--int8 needs float32 around it; --mixed_precision is {options.mixed_precision}.")
     config = load_config(options.model_name_or_path)
     schedule = config.complete_token_pruning(pruning.token_pruning() or config.token_pruning)
     loader, label_names = _load_evaluation(data, options)
-    models = {"dense": load_model(options.dense_name_or_path or options.model_name_or_path, label_names)}
+    models = {"dense": load_model(beside.dense_name_or_path or options.model_name_or_path, label_names)}
     models["dense"].set_token_pruning(None)
     if schedule is not None:
         models["pruned"] = load_model(options.model_name_or_path, label_names)
         models["pruned"].set_token_pruning(schedule)
-    if options.int8:
+    if beside.int8:
         models |= {f"{name}, int8": quantize_linears(copy.deepcopy(model)) for name, model in models.items()}
     return _compare(models, loader, options)
 
 
-def compare_methods(
-    data: DataArguments, options: EvaluationArguments, flops_reduction: float
+def compare_schedules(
+    data: DataArguments, options: EvaluationArguments, schedules: Mapping[str, dict[str, Any]]
 ) -> dict[str, ModelEvaluation]:
-    """A model pruned to one budget in every way of `method_variants`, with the weights as they are.
+    """A model without pruning, and pruned in several ways with the weights as they are.
+
+    Args:
+        data, options: of the evaluation.
+        schedules: `token_pruning` options by name.
 
     Raises:
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
     config = load_config(options.model_name_or_path)
-    schedules: dict[str, dict[str, Any] | None] = {"dense": None}
-    for name, choices in method_variants().items():
-        schedules[name] = config.complete_token_pruning({"flops_reduction": flops_reduction, **choices})
+    completed = {"dense": None, **{name: config.complete_token_pruning(each) for name, each in schedules.items()}}
     loader, label_names = _load_evaluation(data, options)
     model = load_model(options.model_name_or_path, label_names)
-    return _compare({name: _sharing_weights(model, each) for name, each in schedules.items()}, loader, options)
+    return _compare({name: _sharing_weights(model, each) for name, each in completed.items()}, loader, options)
 
 
-def method_variants() -> dict[str, dict[str, str]]:
+def method_schedules(flops_reduction: float) -> dict[str, dict[str, Any]]:
     """Each method without alignment and with `repeat`; `top` also with each other alignment and importance."""
     variants = {
         f"{method}, {alignment}": {"method": method, "alignment": alignment}
@@ -165,7 +171,7 @@ def method_variants() -> dict[str, dict[str, str]]:
         f"top, repeat, {importance}": {"method": "top", "alignment": "repeat", "importance": importance}
         for importance in IMPORTANCES[1:]
     }
-    return variants
+    return {name: {"flops_reduction": flops_reduction, **choices} for name, choices in variants.items()}
 
 
 def _sharing_weights(model: ImageClassifier, token_pruning: dict[str, Any] | None) -> ImageClassifier:
@@ -318,6 +324,20 @@ def card_writer(
         )
 
     return write
+
+
+def report(compute: Callable[[], dict[str, ModelEvaluation]], options: EvaluationArguments) -> int:
+    """Prints a comparison as a table, writes it to the file of `--json`, and returns the exit status: 0, or 1 after an
+    error, which is printed in one line."""
+    try:
+        evaluations = compute()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(comparison_table(evaluations))
+    if options.json is not None:
+        write_json({name: asdict(evaluation) for name, evaluation in evaluations.items()}, Path(options.json))
+    return 0
 
 
 def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:

@@ -1,0 +1,55 @@
+"""Runs a study, or what is left of it, and writes STUDY.md and its plots from the results.
+
+    python scripts/study.py --study recipes/study_small.yaml --results study/small.jsonl --folder runs/study/small
+
+Ctrl-C stops it; the same command goes on. Two workers of one thread each are faster on two cores than one of two.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_vssm_prune.training.study import Study, StudyRunner, read_results, read_study
+from hf_vssm_prune.training.study_report import write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, required=True, help="YAML file of the study")
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines of the finished pieces")
+    parser.add_argument("--folder", type=Path, help="for the models and logs of the pieces; without it nothing is run")
+    parser.add_argument("--report", type=Path, help="Markdown file to write; its plots go beside the results")
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="NAME=FOLDER", help="folders in place of data sets on the Hub"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="pieces at a time")
+    parser.add_argument("--threads", type=int, help="of each worker; by default PyTorch's choice")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
+    try:
+        study = read_study(options.study)
+        status = 0 if options.folder is None else run(study, options)
+        if options.report is not None:
+            write_report(study, read_results(options.results), options.report, options.results.parent)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def run(study: Study, options: argparse.Namespace) -> int:
+    """Runs what is left; the exit status is 128 + the signal's number where one stopped it, 1 where a piece failed."""
+    folders = dict(each.split("=", 1) for each in options.data)
+    runner = StudyRunner(
+        study, Path(__file__).parent, options.folder, options.results, folders, options.workers, options.threads
+    )
+    stopped_by = runner.run()
+    if stopped_by is not None:
+        return 128 + stopped_by
+    return 1 if runner.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

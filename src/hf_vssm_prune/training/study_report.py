@@ -1,0 +1,350 @@
+"""What a study found, from its results alone: a page in Markdown, and plots of accuracy against FLOPs and time.
+
+A loss is in points of top-1, on a seed's own evaluation images: for a model that was not trained after pruning, against
+the dense one; for a fine-tuned one, against the dense one that was trained on by as many updates, since more training
+helps without pruning too. Of several seeds the mean and the sample standard deviation are given; a claim holds where
+every seed agrees with it.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_vssm_prune.training.study import Study, tuned_name
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+ELASTIC_TOLERANCE = 0.3  # points
+# Top-1 of the authors' early code, which has no alignment and scores tokens in mirrored order, as its logs have it.
+AUTHORS_CURVES = {
+    "Vim-S, {5, 15} keep 0.8, ImageNet": (77.4, 78.5, 79.1),
+    "Vim-S, {5, 10, 15} keep 0.8, ImageNet": (73.4, 77.2, 78.4),
+    "Vim-T, {10, 20} keep 0.8, ImageNet": (71.1, 74.0, 74.8),
+}
+
+
+# ---- Figures -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """The results of one data set and family.
+
+    Attributes:
+        study: what was to be done.
+        records: by (seed, name of the piece).
+    """
+
+    study: Study
+    records: Mapping[tuple[int, str], dict[str, Any]]
+
+    def seeds(self, *names: str) -> list[int]:
+        """Those for which all of these pieces are there."""
+        return [seed for seed in self.study.seeds if all((seed, name) in self.records for name in names)]
+
+    def top1(self, name: str, seed: int) -> float:
+        return 100 * self.records[seed, name]["figures"]["top1"]
+
+    def schedule_name(self, variant: str, budget: float) -> str:
+        """The comparison's name for a variant's schedule: that of the first variant which prunes in the same way."""
+        pruning = self.study.variants[variant].pruning
+        same = (name for name, other in self.study.variants.items() if other.pruning == pruning)
+        return tuned_name(next(same), budget)
+
+    def compared(self, piece: str, schedule: str, seed: int) -> dict[str, float]:
+        return self.records[seed, piece]["figures"][schedule]
+
+    def tuned_losses(self, variant: str, budget: float) -> dict[int, float]:
+        """By seed, after fine-tuning."""
+        name = tuned_name(variant, budget)
+        seeds = self.seeds("dense tuned", name)
+        return {seed: self.top1("dense tuned", seed) - self.top1(name, seed) for seed in seeds}
+
+    def untrained_losses(self, variant: str, budget: float) -> dict[int, float]:
+        """By seed, of the dense weights."""
+        return self._compared_losses("dense", "untrained", self.schedule_name(variant, budget))
+
+    def elastic_losses(self, budget: float) -> dict[int, float]:
+        """By seed, of the one checkpoint for all budgets."""
+        return self._compared_losses("dense tuned", "elastic compared", tuned_name("elastic", budget))
+
+    def _compared_losses(self, reference: str, piece: str, schedule: str) -> dict[int, float]:
+        return {
+            seed: self.top1(reference, seed) - 100 * self.compared(piece, schedule, seed)["top1"]
+            for seed in self.seeds(reference, piece)
+        }
+
+    def time_shares(self, piece: str, schedule: str) -> dict[int, float]:
+        """By seed the time of a forward pass over the dense model's, measured in turns."""
+        return {
+            seed: self.compared(piece, "dense", seed)["images_per_second"]
+            / self.compared(piece, schedule, seed)["images_per_second"]
+            for seed in self.seeds(piece)
+        }
+
+    def flops_share(self, piece: str, schedule: str, seed: int) -> float:
+        return self.compared(piece, schedule, seed)["gflops"] / self.compared(piece, "dense", seed)["gflops"]
+
+
+def group_results(study: Study, results: Mapping[str, dict[str, Any]]) -> dict[tuple[str, str], Group]:
+    """By (data set, family), those of which the dense models are there."""
+    groups = {}
+    for dataset in study.datasets:
+        for family in study.families:
+            records = {
+                (each["seed"], each["name"]): each
+                for each in results.values()
+                if (each["dataset"], each["family"]) == (dataset, family)
+            }
+            group = Group(study, records)
+            if group.seeds("dense"):
+                groups[dataset, family] = group
+    return groups
+
+
+def mean_and_spread(values: Mapping[int, float] | Sequence[float], digits: int = 2, signed: bool = False) -> str:
+    """ "1.23 ± 0.45"; with how many there are where that is one; a dash where there are none."""
+    numbers = list(values.values() if isinstance(values, Mapping) else values)
+    if not numbers:
+        return "–"
+    mean = f"{statistics.mean(numbers):{'+' if signed else ''}.{digits}f}"
+    return f"{mean} (1 seed)" if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def difference(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
+    """By seed, of those that both have."""
+    return {seed: first[seed] - second[seed] for seed in first if seed in second}
+
+
+def verdict(advantages: Mapping[int, float]) -> str:
+    """Whether a claim holds, from an advantage for each seed."""
+    if len(advantages) < 2:
+        return "not decided yet"
+    if min(advantages.values()) > 0:
+        return "holds"
+    return "does not hold" if max(advantages.values()) < 0 else "the seeds disagree"
+
+
+# ---- The page ----------------------------------------------------------------------------------------------------
+
+
+def write_report(study: Study, results: Mapping[str, dict[str, Any]], page: Path, plots: Path) -> None:
+    """Writes the page, and a plot for each data set and family into the folder `plots`. Text that stands in the file
+    discussion.md of that folder is put before the figures."""
+    groups = group_results(study, results)
+    discussion = plots / "discussion.md"
+    parts = ["# The study: which pruning is best, measured\n"]
+    if discussion.exists():
+        parts.append(discussion.read_text(encoding="utf-8"))
+    parts += [_claims(groups), _authors_curves(groups)]
+    for (dataset, family), group in groups.items():
+        picture = plots / f"{dataset}-{family}.svg"
+        draw_group(group, f"{dataset}, {family}", picture)
+        parts.append(_group_section(group, dataset, family, picture.relative_to(page.parent).as_posix()))
+    _replace(page, "\n".join(parts).encode())
+
+
+def _group_section(group: Group, dataset: str, family: str, picture: str) -> str:
+    study = group.study
+    dense = {seed: group.top1("dense", seed) for seed in group.seeds("dense")}
+    longer = {seed: group.top1("dense tuned", seed) for seed in group.seeds("dense tuned")}
+    figures = group.records[group.seeds("dense")[0], "dense"]["figures"]
+    return f"""\
+## {dataset}, {family}
+
+Dense: top-1 {mean_and_spread(dense)}% ({len(dense)} of {len(study.seeds)} seeds; {figures["num_parameters"]:,} \
+parameters, {figures["gflops"]:.4f} GFLOPs). Trained on by as many updates as the pruned models, without pruning: \
+{mean_and_spread(longer)}%.
+
+![accuracy against FLOPs and time]({picture})
+
+Pruned by {study.main_budget:.1%} of the FLOPs:
+
+{_variants_table(group)}
+
+Points lost at each budget after fine-tuning:
+
+{_budgets_table(group)}
+"""
+
+
+def _variants_table(group: Group) -> str:
+    study, budget = group.study, group.study.main_budget
+    baseline = next(iter(study.variants))
+    rows = []
+    for variant, choices in study.variants.items():
+        tuned = group.tuned_losses(variant, budget)
+        rows.append(
+            [
+                variant,
+                ", ".join(f"{name} {value}" for name, value in {**choices.pruning, **choices.training}.items()),
+                mean_and_spread(group.untrained_losses(variant, budget)),
+                mean_and_spread(tuned),
+                mean_and_spread(difference(tuned, group.tuned_losses(baseline, budget)), signed=True),
+                mean_and_spread(group.time_shares("untrained", group.schedule_name(variant, budget))),
+            ]
+        )
+    titles = [
+        "variant",
+        "what differs",
+        "points lost, not trained",
+        "points lost, fine-tuned",
+        f"more than {baseline}",
+        "time / dense",
+    ]
+    return _table(titles, rows)
+
+
+def _budgets_table(group: Group) -> str:
+    study = group.study
+    rows = [
+        [variant, *(mean_and_spread(group.tuned_losses(variant, budget)) for budget in study.budgets)]
+        for variant in study.every_budget
+    ]
+    rows.append(["elastic, one checkpoint", *(mean_and_spread(group.elastic_losses(each)) for each in study.budgets)])
+    for variant in study.every_budget:
+        gaps = [difference(group.elastic_losses(each), group.tuned_losses(variant, each)) for each in study.budgets]
+        rows.append([f"elastic, more than {variant}", *(mean_and_spread(gap, signed=True) for gap in gaps)])
+    return _table(["", *(f"{budget:.1%}" for budget in study.budgets)], rows)
+
+
+def _claims(groups: Mapping[tuple[str, str], Group]) -> str:
+    """What the paper says and what this project set out to do, with the advantage in points and whether it holds."""
+    rows = []
+    for (dataset, family), group in groups.items():
+        for claim, advantages in _advantages(group).items():
+            if advantages:
+                advantage = mean_and_spread(advantages, signed=True)
+                rows.append([f"{dataset}, {family}", claim, advantage, verdict(advantages)])
+    return f"## Claims\n\n{_table(['', 'claim', 'advantage in points', 'verdict'], rows)}\n"
+
+
+def _advantages(group: Group) -> dict[str, dict[int, float]]:
+    """Claims, and for each seed by how much they are true."""
+    study, budget = group.study, group.study.main_budget
+    baseline = next(iter(study.variants))
+    claims: dict[str, dict[int, float]] = {}
+    kinds: dict[str, Callable[[str, float], dict[int, float]]] = {
+        "not trained": group.untrained_losses,
+        "fine-tuned": group.tuned_losses,
+    }
+    for name, variant in study.variants.items():
+        if set(variant.pruning) not in ({"alignment"}, {"importance"}) or variant.training:
+            continue
+        for kind, losses in kinds.items():
+            lost_more = difference(losses(name, budget), losses(baseline, budget))
+            claims[f"{baseline} loses less than {name}, {kind}"] = lost_more
+    for name in study.every_budget[1:]:
+        own, base = group.tuned_losses(name, budget), group.tuned_losses(baseline, budget)
+        claims[f"{name} loses at most half of what {baseline} loses"] = difference(
+            {seed: loss / 2 for seed, loss in base.items()}, own
+        )
+        for each in study.budgets:
+            gap = difference(group.elastic_losses(each), group.tuned_losses(name, each))
+            within = {seed: ELASTIC_TOLERANCE - lost for seed, lost in gap.items()}
+            claims[f"elastic at {each:.1%} within {ELASTIC_TOLERANCE} of {name}"] = within
+    return claims
+
+
+def _authors_curves(groups: Mapping[tuple[str, str], Group]) -> str:
+    rows = [
+        [f"authors' log: {name}", "–", *(f"{value:.1f}" for value in values)] for name, values in AUTHORS_CURVES.items()
+    ]
+    for (dataset, family), group in groups.items():
+        budget = group.study.main_budget
+        for variant in group.study.every_budget:
+            name = tuned_name(variant, budget)
+            seeds = group.seeds("dense", "untrained", name)
+            schedule = group.schedule_name(variant, budget)
+            curves = {seed: group.records[seed, name]["figures"]["top1_by_epoch"] for seed in seeds}
+            rows.append(
+                [
+                    f"{dataset}, {family}, {variant}",
+                    mean_and_spread([group.top1("dense", seed) for seed in seeds]),
+                    mean_and_spread([100 * group.compared("untrained", schedule, seed)["top1"] for seed in seeds]),
+                    mean_and_spread([100 * curve[0] for curve in curves.values()]),
+                    mean_and_spread([100 * max(curve) for curve in curves.values()]),
+                ]
+            )
+    table = _table(["", "dense", "pruned, not trained", "after one epoch", "best"], rows)
+    return f"## Curves beside the authors' logs\n\nTop-1 in %. The first rows are the authors', not ours.\n\n{table}\n"
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---- The plots ---------------------------------------------------------------------------------------------------
+
+
+def draw_group(group: Group, title: str, file: Path) -> None:
+    """Accuracy against the share of FLOPs and of time, mean and spread over the seeds, as SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "hf_vssm_prune"}):
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        by_flops, by_time = figure.subplots(1, 2, sharey=True)
+        for name, points in _lines(group).items():
+            _draw_line(by_flops, name, [(flops, top1) for flops, _, top1 in points])
+            _draw_line(by_time, name, [(time, top1) for _, time, top1 in points])
+        by_flops.set(xlabel="FLOPs / dense", ylabel="top-1 (%)", title=title)
+        by_time.set(xlabel="measured time / dense")
+        by_flops.legend(fontsize=8)
+        temporary = file.with_name(f".{file.name}")
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+        temporary.replace(file)
+
+
+# Share of FLOPs, shares of time and top-1 of each seed.
+Point = tuple[list[float], list[float], list[float]]
+
+
+def _lines(group: Group) -> dict[str, list[Point]]:
+    """Points by the name of a line, which begins at the dense model."""
+    study = group.study
+    dense: Point = ([1.0], [1.0], [group.top1("dense", seed) for seed in group.seeds("dense")])
+    lines: dict[str, list[Point]] = {}
+    for variant in study.every_budget:
+        lines[f"{variant}, not trained"] = [dense]
+        lines[f"{variant}, fine-tuned"] = [dense]
+        for budget in study.budgets:
+            schedule, name = group.schedule_name(variant, budget), tuned_name(variant, budget)
+            seeds = group.seeds("dense", "untrained")
+            untrained = [100 * group.compared("untrained", schedule, seed)["top1"] for seed in seeds]
+            lines[f"{variant}, not trained"].append(_point(group, "untrained", schedule, seeds, untrained))
+            seeds = group.seeds("dense", "untrained", name)
+            tuned = [group.top1(name, seed) for seed in seeds]
+            lines[f"{variant}, fine-tuned"].append(_point(group, "untrained", schedule, seeds, tuned))
+    lines["elastic, one checkpoint"] = [dense]
+    for budget in study.budgets:
+        schedule, seeds = tuned_name("elastic", budget), group.seeds("elastic compared")
+        top1 = [100 * group.compared("elastic compared", schedule, seed)["top1"] for seed in seeds]
+        lines["elastic, one checkpoint"].append(_point(group, "elastic compared", schedule, seeds, top1))
+    return lines
+
+
+def _point(group: Group, piece: str, schedule: str, seeds: Sequence[int], top1: list[float]) -> Point:
+    times = group.time_shares(piece, schedule)
+    return [group.flops_share(piece, schedule, seed) for seed in seeds], [times[seed] for seed in seeds], top1
+
+
+def _draw_line(axes: "Axes", name: str, points: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
+    points = [(xs, ys) for xs, ys in points if xs and ys]
+    if len(points) < 2:
+        return
+    spread = [statistics.stdev(ys) if len(ys) > 1 else 0 for _, ys in points]
+    x, y = ([statistics.mean(values) for values in axis] for axis in zip(*points, strict=True))
+    axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, capsize=3, label=name)
+
+
+def _replace(file: Path, content: bytes) -> None:
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_bytes(content)
+    temporary.replace(file)
