@@ -244,6 +244,18 @@ def reference_state_merge(sample: Sample) -> Expected:
     return Expected(*means(sample, into, weights)[:2])
 
 
+def reference_local_top(sample: Sample) -> Expected:
+    windows: dict[tuple[int, int], list[int]] = {}
+    scores = clip(sample)
+    for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
+        windows.setdefault((sample.cells[i] // sample.grid[1] // 2, sample.cells[i] % sample.grid[1] // 2), []).append(
+            i
+        )
+    turns = [(place, -scores[i], i) for window in windows.values() for place, i in enumerate(window)]
+    kept = sorted(i for _, _, i in sorted(turns)[: sample.num_kept])
+    return Expected(kept, [sample.tokens[i] for i in kept])
+
+
 REFERENCES = {
     name.removeprefix("reference_"): function
     for name, function in list(globals().items())
@@ -416,6 +428,12 @@ def test_uniform_is_nested_and_even() -> None:
         assert quadrants == [num_kept // 4] * 4
         assert kept < previous
         previous = kept
+
+
+def test_local_top_leaves_no_window_empty() -> None:
+    stage = make_stage("plainmamba", (5, 7), num_tokens=35, num_kept=12, batch=3)
+    for positions in reduce("local_top", stage).positions.tolist():
+        assert len({(cell // 7 // 2, cell % 7 // 2) for cell in positions}) == 12  # as many as there are
 
 
 # ---- DyVM's predictor --------------------------------------------------------------------------------------------

@@ -64,7 +64,10 @@ WRONG = [
     ),
     ({"flops_reduction": 0.3, "method": "best"}, r"'method'.*'best'; allowed are"),
     (schedule(ratio=0.5), r"unknown options \['ratio'\]; allowed are \['layers', 'keep_ratios', 'alignment'"),
-    (schedule(flops_reduction=0.4), r"both `flops_reduction` and \['keep_ratios', 'layers'\]; give one of them"),
+    (schedule(flops_reduction=0.4), "both `flops_reduction` and `keep_ratios`; give one of them"),
+    ({"flops_reduction": 0.3, "layers": [9]}, r"'layers'.*\[9\]; .*1 to 3 are allowed"),
+    ({"flops_reduction": 0.3, "layers": 2}, r"'layers'.*2; a list is needed"),
+    ({"flops_reduction": 0.9, "layers": [3]}, r"dropping all but one token at \[3\] removes 0\.\d+"),
     *(
         ({"flops_reduction": share}, rf"`flops_reduction` is {share!r}; a share in \(0, 1\)")
         for share in (0, 1, -0.5, 1.5, True, "0.4", None, math.nan)
@@ -148,6 +151,16 @@ def test_budget_is_met(config_class, preset, flops_reduction) -> None:
     assert abs(count_flops(config).reduction - flops_reduction) <= 0.005
     assert set(config.token_pruning) == set(TOKEN_PRUNING)
     assert all(0 < ratio <= 1 for ratio in config.token_pruning["keep_ratios"])
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("layers", [[4], [6], (2, 9), [2, 3, 4, 5, 6, 7]])
+def test_budget_at_given_layers(layers, family) -> None:
+    config = make_config(
+        family, image_size=128, num_hidden_layers=12, token_pruning={"flops_reduction": 0.3, "layers": layers}
+    )
+    assert config.token_pruning["layers"] == list(layers)
+    assert count_flops(config).reduction == pytest.approx(0.3, abs=0.005)
 
 
 @pytest.mark.parametrize("flops_reduction", [0.01, 0.2, 0.416, 0.6])

@@ -184,6 +184,21 @@ def test_train_from_scratch_then_prune_then_evaluate(image_folder, tmp_path):
     assert reduction == pytest.approx(0.4, abs=0.005)
 
 
+def test_schedules_side_by_side(image_folder, checkpoint, tmp_path, capsys):
+    schedules = {"one": {"layers": [2], "keep_ratios": [0.5]}, "two": {"layers": [1, 2], "keep_ratios": [0.9, 0.8]}}
+    (tmp_path / "schedules.json").write_text(json.dumps(schedules))
+    arguments = ["--model_name_or_path", checkpoint, "--dataset_name", image_folder, "--workers", "0"]
+    arguments += ["--device", "cpu", "--schedules", tmp_path / "schedules.json", "--json", tmp_path / "out.json"]
+    script = load_script("compare_methods")
+    assert script.main([str(argument) for argument in arguments]) == 0
+    assert list(json.loads((tmp_path / "out.json").read_text())) == ["dense", "one", "two"]
+
+    for content in ("[]", '{"one": 1}', "no JSON"):
+        (tmp_path / "schedules.json").write_text(content)
+        assert script.main([str(argument) for argument in arguments]) == 1
+        assert f"error: --schedules {tmp_path / 'schedules.json'} " in capsys.readouterr().err
+
+
 def test_methods_side_by_side(image_folder, tmp_path, capsys):
     model = AutoModelForImageClassification.from_config(make_vim_config())
     processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
@@ -217,6 +232,7 @@ TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
         ("finetune", [*FINETUNE, "--prune_layers", "6", "--keep_ratios", "1", "1"], "differ in length"),
         ("finetune", [*FINETUNE, "--prune_layers", "6", "--keep_ratios", "1.5"], "--keep_ratios has [1.5]"),
         ("finetune", [*FINETUNE, *SCHEDULE, "--flops_reduction", "0.4"], "exclude each other"),
+        ("compare_methods", ["--dataset_name", "d", "--model_name_or_path", "m", "--int8"], "--int8"),
         ("finetune", [*FINETUNE, "--flops_reduction", "41.6"], "--flops_reduction is 41.6"),
         ("finetune", [*FINETUNE, "--prune_alignment", "copy"], "invalid choice: 'copy'"),
         ("finetune", [*FINETUNE, "--importance", "max"], "invalid choice: 'max'"),

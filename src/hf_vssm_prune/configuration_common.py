@@ -8,7 +8,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .flops import schedule_for_budget
-from .pruning_schedule import check_token_pruning, pruning_method
+from .pruning_schedule import check_layers, check_token_pruning, pruning_method
 
 
 @strict
@@ -110,9 +110,12 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         if "flops_reduction" in token_pruning:
             token_pruning = dict(token_pruning)
             budget = token_pruning.pop("flops_reduction")
-            if given := {"layers", "keep_ratios"} & set(token_pruning):
-                raise ValueError(f"`token_pruning` has both `flops_reduction` and {sorted(given)}; give one of them.")
-            token_pruning |= schedule_for_budget(self, budget, pruning_method(token_pruning))
+            if "keep_ratios" in token_pruning:
+                raise ValueError("`token_pruning` has both `flops_reduction` and `keep_ratios`; give one of them.")
+            layers = token_pruning.get("layers")
+            if layers is not None:
+                layers = check_layers(layers, self.num_hidden_layers)
+            token_pruning |= schedule_for_budget(self, budget, pruning_method(token_pruning), layers)
         return check_token_pruning(token_pruning, self.num_hidden_layers)
 
     @property

@@ -9,6 +9,7 @@ directions.
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,11 +148,15 @@ def _scan(config: PreTrainedConfig, length: int) -> int:
 
 BUDGET_TOLERANCE = 0.005
 # Where the stages are, as shares of the depth; the later ones of the list only where the earlier cannot save enough.
+MOST_STAGES_OF_UNEQUAL_RATIOS = 3  # the search takes the number of tokens to this power, less one
 STAGES = ((1 / 6, 1 / 3, 1 / 2), (1 / 12, 1 / 6, 1 / 4), (1 / 24, 1 / 12, 1 / 8))
 
 
 def schedule_for_budget(
-    config: PreTrainedConfig, flops_reduction: float, method: PruningMethod = METHODS[DEFAULT_METHOD]
+    config: PreTrainedConfig,
+    flops_reduction: float,
+    method: PruningMethod = METHODS[DEFAULT_METHOD],
+    layers: Sequence[int] | None = None,
 ) -> dict[str, list]:
     """Finds the pruning schedule that removes a share of the published FLOPs, at `config.image_size`.
 
@@ -163,6 +168,7 @@ def schedule_for_budget(
         config: a `PlainMambaConfig` or `VimConfig`.
         flops_reduction: in (0, 1), for instance 0.416.
         method: whose own FLOPs count as well.
+        layers: ascending, before which tokens are to go, in place of those above.
 
     Returns:
         `layers` and `keep_ratios`.
@@ -177,15 +183,14 @@ def schedule_for_budget(
         raise ValueError(f"a model of {depth} layer has no layer before which tokens could be dropped.")
 
     num_patches = math.prod(config.grid_size)
-    for shares in STAGES:
-        layers = sorted({max(1, round(depth * share)) for share in shares})
-        savings = _savings_per_token(config, layers)
+    for stages in [layers] if layers is not None else _standard_layers(depth):
+        savings = _savings_per_token(config, stages)
         most = sum(savings) * (num_patches - 1)
         if flops_reduction <= most:
             break
     if flops_reduction > most + BUDGET_TOLERANCE:
         raise ValueError(
-            f"`flops_reduction` is {flops_reduction}; dropping all but one token at {layers} removes {most:.3f}. "
+            f"`flops_reduction` is {flops_reduction}; dropping all but one token at {stages} removes {most:.3f}. "
             f"{see('budget-out-of-reach')}"
         )
 
@@ -193,28 +198,30 @@ def schedule_for_budget(
     dense = _count(config, config.image_height_width(config.image_size), all_patches).published
 
     def cost(counts: Counts) -> float:
-        stages = list(zip((num_patches, *counts), counts, strict=False))
-        return _count_pruning(config, method, stages) / dense
+        steps = list(zip((num_patches, *counts), counts, strict=False))
+        return _count_pruning(config, method, steps) / dense
 
     def reduction(counts: Counts) -> float:
         saved = sum(saving * (num_patches - count) for saving, count in zip(savings, counts, strict=True))
         return saved - cost(counts)
 
-    equal = {_chain(num_patches, (step / 1000,) * len(layers)): (step / 1000,) * len(layers) for step in range(1, 1000)}
+    equal = {_chain(num_patches, (step / 1000,) * len(stages)): (step / 1000,) * len(stages) for step in range(1, 1000)}
     fitting = [counts for counts in equal if abs(reduction(counts) - flops_reduction) <= BUDGET_TOLERANCE]
     if fitting:
         best = min(fitting, key=lambda c: (reduction(c) < flops_reduction, abs(reduction(c) - flops_reduction)))
-        return {"layers": layers, "keep_ratios": list(equal[best])}
+        return {"layers": list(stages), "keep_ratios": list(equal[best])}
 
     nearest_equal = min(equal, key=lambda counts: abs(reduction(counts) - flops_reduction))
-    exact = _counts_near(flops_reduction + cost(nearest_equal), savings, num_patches)
+    exact = [nearest_equal]
+    if len(stages) <= MOST_STAGES_OF_UNEQUAL_RATIOS:
+        exact = _counts_near(flops_reduction + cost(nearest_equal), savings, num_patches)
     fitting = [counts for counts in exact if abs(reduction(counts) - flops_reduction) <= BUDGET_TOLERANCE]
     if fitting:
         best = min(fitting, key=lambda c: (reduction(c) < flops_reduction, _spread(num_patches, c)))
-        return {"layers": layers, "keep_ratios": _ratios(num_patches, best)}
+        return {"layers": list(stages), "keep_ratios": _ratios(num_patches, best)}
     nearest = min((reduction(counts) for counts in exact), key=lambda cut: abs(cut - flops_reduction))
     raise ValueError(
-        f"`flops_reduction` is {flops_reduction}; with {num_patches} tokens and stages at {layers} no schedule comes "
+        f"`flops_reduction` is {flops_reduction}; with {num_patches} tokens and stages at {stages} no schedule comes "
         f"within half a point of it, the nearest removes {nearest:.3f}. {see('budget-out-of-reach')}"
     )
 
@@ -222,7 +229,11 @@ def schedule_for_budget(
 Counts = tuple[int, ...]
 
 
-def _savings_per_token(config: PreTrainedConfig, layers: list[int]) -> list[float]:
+def _standard_layers(depth: int) -> list[list[int]]:
+    return [sorted({max(1, round(depth * share)) for share in shares}) for shares in STAGES]
+
+
+def _savings_per_token(config: PreTrainedConfig, layers: Sequence[int]) -> list[float]:
     """For each stage, the share of the dense FLOPs that goes with one token, from its layer to the next stage's."""
     size = config.image_height_width(config.image_size)
     dense = tokens_per_layer(math.prod(config.grid_size), config.num_hidden_layers, None)

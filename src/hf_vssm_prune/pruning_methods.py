@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from .pruning_dyvm import TokenPredictor, keep_predicted
 from .pruning_dyvm import count_flops as count_dyvm
 from .pruning_evit import fuse_unimportant
+from .pruning_local_top import keep_locally_important
 from .pruning_mtr import count_flops as count_mtr
 from .pruning_mtr import merge_small_steps
 from .pruning_r_meeto import count_flops as count_r_meeto
@@ -56,6 +57,7 @@ METHODS = {
     "dyvm": PruningMethod(keep_predicted, "none", count_flops=count_dyvm, predictor=TokenPredictor),
     "uniform": PruningMethod(keep_evenly_spread, "repeat"),
     "state_merge": PruningMethod(merge_into_state, "repeat", takes_importance=True),
+    "local_top": PruningMethod(keep_locally_important, "repeat", takes_importance=True),
 }
 
 # What a schedule means that names none: those of before there was a choice.

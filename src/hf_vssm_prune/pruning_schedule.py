@@ -30,11 +30,10 @@ def check_token_pruning(token_pruning: dict[str, Any], num_hidden_layers: int) -
         raise ValueError(f"`token_pruning` needs {missing}; given were {sorted(token_pruning)}.")
     method = pruning_method(token_pruning)
     options = {
-        "layers": _as_list("layers", token_pruning["layers"]),
+        "layers": check_layers(token_pruning["layers"], num_hidden_layers),
         "keep_ratios": _as_list("keep_ratios", token_pruning["keep_ratios"]),
         "alignment": token_pruning.get("alignment", method.alignment),
     }
-    _check_layers(options["layers"], num_hidden_layers)
     _check_keep_ratios(options["keep_ratios"], len(options["layers"]))
     _check_choice("alignment", options["alignment"], ALIGNMENTS)
     if method.takes_importance:
@@ -73,7 +72,13 @@ def _as_list(name: str, values: object) -> list[Any]:
     return list(values)
 
 
-def _check_layers(layers: list[Any], num_hidden_layers: int) -> None:
+def check_layers(layers: object, num_hidden_layers: int) -> list[int]:
+    """Layers before which a model of so many can drop tokens, as a list.
+
+    Raises:
+        ValueError: these are none; the message says what was given and what is allowed.
+    """
+    layers = _as_list("layers", layers)
     given = f"`token_pruning['layers']` is {layers}"
     if not layers:
         raise ValueError(f"{given}; give at least one layer, or `token_pruning=None` for a dense model.")
@@ -86,6 +91,7 @@ def _check_layers(layers: list[Any], num_hidden_layers: int) -> None:
         )
     if any(later <= earlier for earlier, later in itertools.pairwise(layers)):
         raise ValueError(f"{given}; layers must ascend, each given once.")
+    return layers
 
 
 def _check_keep_ratios(keep_ratios: list[Any], num_stages: int) -> None:

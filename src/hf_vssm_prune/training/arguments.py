@@ -338,7 +338,8 @@ class PruningArguments:
         default=None, metadata=_describe("for each of them the share of the tokens that stays")
     )
     flops_reduction: float | None = field(
-        default=None, metadata=_describe("in place of these two: the share of FLOPs to remove")
+        default=None,
+        metadata=_describe("in place of ratios: the share of FLOPs to remove, by stages at --prune_layers if given"),
     )
     prune_method: str | None = field(
         default=None, metadata=_describe(f"how tokens go; by default {DEFAULT_METHOD}", choices=tuple(METHODS))
@@ -356,11 +357,10 @@ class PruningArguments:
     )
 
     def __post_init__(self) -> None:
-        _exclude("prune_layers", self.prune_layers, "flops_reduction", self.flops_reduction)
         _exclude("keep_ratios", self.keep_ratios, "flops_reduction", self.flops_reduction)
-        if (self.prune_layers is None) != (self.keep_ratios is None):
+        if self.flops_reduction is None and (self.prune_layers is None) != (self.keep_ratios is None):
             raise ValueError("--prune_layers and --keep_ratios go together: give both, or --flops_reduction.")
-        if self.prune_layers is not None and len(self.prune_layers) != len(self.keep_ratios or ()):
+        if self.keep_ratios is not None and len(self.prune_layers or ()) != len(self.keep_ratios):
             raise ValueError(
                 f"--prune_layers {self.prune_layers} and --keep_ratios {self.keep_ratios} differ in length: "
                 "one ratio for each layer is needed."
@@ -377,7 +377,8 @@ class PruningArguments:
         given = {"method": self.prune_method, "alignment": self.prune_alignment, "importance": self.importance}
         choices = {name: value for name, value in given.items() if value is not None}
         if self.flops_reduction is not None:
-            return {"flops_reduction": self.flops_reduction, **choices}
+            layers = {} if self.prune_layers is None else {"layers": self.prune_layers}
+            return {"flops_reduction": self.flops_reduction, **layers, **choices}
         if self.prune_layers is not None:
             return {"layers": self.prune_layers, "keep_ratios": self.keep_ratios, **choices}
         return None

@@ -34,7 +34,12 @@ logger = logging.getLogger(__name__)
 
 TRAINING_RESULTS, COMPARISON = "all_results.json", "comparison.json"
 # `token_pruning` by its own names, and what scripts/finetune.py calls it.
-PRUNING_OPTIONS = {"method": "prune_method", "alignment": "prune_alignment", "importance": "importance"}
+PRUNING_OPTIONS = {
+    "layers": "prune_layers",
+    "method": "prune_method",
+    "alignment": "prune_alignment",
+    "importance": "importance",
+}
 LOSSES_OF_A_TEACHER = ("kd_weight", "alignment_weight")
 
 
@@ -46,11 +51,11 @@ class Variant:
     """A way to prune and to fine-tune.
 
     Attributes:
-        pruning: `method`, `alignment` and `importance` of `token_pruning`; what is left out is the method's default.
+        pruning: `layers`, `method`, `alignment` and `importance` of `token_pruning`; what is left out is the default.
         training: options of scripts/finetune.py, over those of the study.
     """
 
-    pruning: dict[str, str] = field(default_factory=dict)
+    pruning: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -159,39 +164,59 @@ def _templates(study: Study, dataset: str, family: str) -> dict[str, tuple[str, 
     evaluated = {"max_eval_samples": study.max_eval_samples}
     trained = {**evaluated, **study.training}
     dense = {**trained, **study.dense, "family": family, **study.datasets[dataset]["dense"], **study.families[family]}
-    cross_entropy = dict.fromkeys(LOSSES_OF_A_TEACHER, 0)
-    templates: dict[str, tuple[str, str | None, dict[str, Any]]] = {"dense": ("train", None, dense)}
+    return {
+        "dense": ("train", None, dense),
+        "untrained": ("compare_methods", "dense", {**evaluated, "schedules": _untrained_schedules(study)}),
+        "dense tuned": ("train", "dense", {**trained, **study.finetuning}),
+        **{
+            tuned_name(name, budget): ("finetune", "dense", _tuned(study, name, budget))
+            for name in study.every_budget
+            for budget in study.budgets
+        },
+        "elastic": (
+            "finetune",
+            "dense",
+            {**trained, **study.finetuning, "flops_reduction": study.main_budget, **study.elastic},
+        ),
+        "elastic compared": (
+            "compare_methods",
+            "elastic",
+            {
+                **evaluated,
+                "schedules": {tuned_name("elastic", each): {"flops_reduction": each} for each in study.budgets},
+            },
+        ),
+        **{
+            tuned_name(name, study.main_budget): ("finetune", "dense", _tuned(study, name, study.main_budget))
+            for name in study.variants
+            if name not in study.every_budget
+        },
+    }
 
+
+def _untrained_schedules(study: Study) -> dict[str, dict[str, Any]]:
+    """Every way to prune once, by the name of the first variant that does."""
     schedules: dict[str, dict[str, Any]] = {}
     for name, variant in study.variants.items():
         for budget in study.budgets if name in study.every_budget else [study.main_budget]:
             schedule = {"flops_reduction": budget, **variant.pruning}
             if schedule not in schedules.values():
                 schedules[tuned_name(name, budget)] = schedule
-    templates["untrained"] = ("compare_methods", "dense", {**evaluated, "schedules": schedules})
-
-    templates["dense tuned"] = ("train", "dense", {**trained, **study.finetuning})
-    for name, variant in study.variants.items():
-        templates[tuned_name(name, study.main_budget)] = _tuned(
-            study, trained | cross_entropy, variant, study.main_budget
-        )
-    for budget in study.budgets:
-        for name in study.every_budget:
-            templates[tuned_name(name, budget)] = _tuned(study, trained | cross_entropy, study.variants[name], budget)
-
-    elastic = {**trained, **study.finetuning, "flops_reduction": study.main_budget, **study.elastic}
-    templates["elastic"] = ("finetune", "dense", elastic)
-    at_budgets = {tuned_name("elastic", budget): {"flops_reduction": budget} for budget in study.budgets}
-    templates["elastic compared"] = ("compare_methods", "elastic", {**evaluated, "schedules": at_budgets})
-    return templates
+    return schedules
 
 
-def _tuned(
-    study: Study, trained: dict[str, Any], variant: Variant, budget: float
-) -> tuple[str, str | None, dict[str, Any]]:
-    pruning = {PRUNING_OPTIONS[name]: value for name, value in variant.pruning.items()}
-    options = {**trained, **study.finetuning, "flops_reduction": budget, **pruning, **variant.training}
-    return "finetune", "dense", options
+def _tuned(study: Study, name: str, budget: float) -> dict[str, Any]:
+    """The options of scripts/finetune.py; no teacher, unless the variant has one."""
+    variant = study.variants[name]
+    return {
+        "max_eval_samples": study.max_eval_samples,
+        **study.training,
+        **dict.fromkeys(LOSSES_OF_A_TEACHER, 0),
+        **study.finetuning,
+        "flops_reduction": budget,
+        **{PRUNING_OPTIONS[option]: value for option, value in variant.pruning.items()},
+        **variant.training,
+    }
 
 
 def tuned_name(variant: str, budget: float) -> str:
@@ -409,9 +434,9 @@ class StudyRunner:
 
 
 def expected_seconds(piece: Piece, records: Iterable[dict[str, Any]]) -> float:
-    """How long a piece may take: the mean of its like, else of those of the same script, else nothing."""
+    """How long a piece may take: the mean of its like, else of those of the same script, else of all there are."""
     records = list(records)
-    for names in (["script", "dataset", "family"], ["script"]):
+    for names in (["script", "dataset", "family"], ["script"], []):
         like = [each["seconds"] for each in records if all(each[name] == getattr(piece, name) for name in names)]
         if like:
             return statistics.mean(like)

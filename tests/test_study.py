@@ -1,0 +1,232 @@
+"""The study: its list of pieces, a small one run, stopped and gone on with, and the page that is made of results."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SCRIPTS
+
+from hf_vssm_prune.training.study import (
+    StudyRunner,
+    expected_seconds,
+    list_pieces,
+    read_results,
+    read_study,
+    tuned_name,
+    write_results,
+)
+from hf_vssm_prune.training.study_report import difference, mean_and_spread, verdict, write_report
+
+
+RECIPES = SCRIPTS.parent / "recipes"
+STUDIES = sorted(RECIPES.glob("study_*.yaml"))
+SMALL = {
+    "seeds": [0],
+    "budgets": [0.4],
+    "main_budget": 0.4,
+    "max_eval_samples": 20,
+    "datasets": {"images": {"dataset_name": "fashion_mnist", "dense": {"image_size": 28}}},
+    "families": {
+        "plainmamba": {
+            "config_overrides": [
+                "hidden_size=8",
+                "num_hidden_layers=4",
+                "state_size=2",
+                "stem_channels=4",
+                "num_stem_convs=1",
+            ]
+        }
+    },
+    "training": {
+        "per_device_train_batch_size": 8,
+        "dataloader_num_workers": 0,
+        "model_ema": False,
+        "max_train_samples": 16,
+        "num_train_epochs": 1,
+        "num_warmup_steps": 0,
+    },
+    "dense": {"patch_size": 4},
+    "finetuning": {"learning_rate": 1e-4},
+    "elastic": {"elastic_budgets": [0.4]},
+    "variants": {"paper": {}, "naive": {"pruning": {"alignment": "none"}}},
+    "every_budget": ["paper"],
+}
+NAMES = ["dense", "untrained", "dense tuned", "paper at 40.0%", "elastic", "elastic compared", "naive at 40.0%"]
+
+
+def write_study(file: Path, **changes) -> Path:
+    file.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+    return file
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_studies_of_the_repository(file) -> None:
+    study = read_study(file)
+    keys: set[str] = set()
+    for piece in list_pieces(study):
+        assert piece.key not in keys
+        assert piece.start is None or piece.key_of_start() in keys  # what it starts from comes before
+        keys.add(piece.key)
+    groups = len(study.datasets) * len(study.families) * len(study.seeds)
+    tuned = len(study.variants) + len(study.every_budget) * (len(study.budgets) - 1)
+    assert len(keys) == groups * (5 + tuned)
+
+
+def test_order_of_pieces(tmp_path) -> None:
+    study = read_study(write_study(tmp_path / "study.yaml", seeds=[0, 1]))
+    assert [piece.name for piece in list_pieces(study) if piece.seed == 0] == NAMES
+    assert [piece.seed for piece in list_pieces(study)] == [0, 1] * len(NAMES)
+    options = {piece.name: piece.options for piece in list_pieces(study)}
+    assert options["naive at 40.0%"]["prune_alignment"] == "none"
+    assert options["naive at 40.0%"]["kd_weight"] == options["naive at 40.0%"]["alignment_weight"] == 0
+    assert options["untrained"]["schedules"]["naive at 40.0%"] == {"flops_reduction": 0.4, "alignment": "none"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": 1}, "a study has exactly"),
+        ({"variants": {"paper": {"losses": {}}}}, "variant 'paper' has .'losses'."),
+        ({"variants": {"paper": {"pruning": {"keep": 1}}}}, "variant 'paper' prunes by .'keep'."),
+        ({"every_budget": ["best"]}, "every_budget has .'best'., which are no variants"),
+        ({"main_budget": 0.5}, "main_budget 0.5 is none of"),
+    ],
+)
+def test_wrong_study(changes, message, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_study(write_study(tmp_path / "study.yaml", **changes))
+
+
+def command(tmp_path: Path) -> list[str]:
+    paths = {"study": "study.yaml", "results": "results.jsonl", "folder": "pieces", "report": "STUDY.md"}
+    arguments = [word for name, path in paths.items() for word in (f"--{name}", str(tmp_path / path))]
+    return [sys.executable, str(SCRIPTS / "study.py"), *arguments, "--workers", "2", "--threads", "1"]
+
+
+def test_run_stopped_and_gone_on_with(tmp_path) -> None:
+    write_study(tmp_path / "study.yaml")
+    results = tmp_path / "results.jsonl"
+    process = subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 120
+    while not results.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, errors
+    done = read_results(results)
+    assert 1 <= len(done) < len(NAMES)
+
+    finished = subprocess.run(command(tmp_path), stderr=subprocess.PIPE, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert "7/7" in finished.stderr
+    everything = read_results(results)
+    assert [everything[key] for key in done] == list(done.values())  # not run again
+    assert sorted(record["name"] for record in everything.values()) == sorted(NAMES)
+    assert str(tmp_path) not in results.read_text()
+    assert list(everything["images/plainmamba/0/untrained"]["figures"]) == ["dense", "paper at 40.0%", "naive at 40.0%"]
+
+    page = (tmp_path / "STUDY.md").read_text()
+    assert "## images, plainmamba" in page
+    assert (tmp_path / "images-plainmamba.svg").read_text().startswith("<?xml")
+
+
+def test_piece_that_fails_is_named_and_the_others_run(tmp_path, caplog) -> None:
+    variants = {"paper": {}, "wrong": {"pruning": {"alignment": "sideways"}}}
+    study = read_study(write_study(tmp_path / "study.yaml", variants=variants))
+    runner = StudyRunner(study, SCRIPTS, tmp_path / "pieces", tmp_path / "results.jsonl", {}, workers=2, threads=1)
+    runner.pieces = [piece for piece in runner.pieces if piece.name in ("dense", "wrong at 40.0%", "dense tuned")]
+    assert runner.run() is None
+    assert [piece.name for piece in runner.failed] == ["wrong at 40.0%"]
+    assert "wrong at 40.0% failed with status 2: see " in caplog.text
+    assert "sideways" in (tmp_path / "pieces" / "images/plainmamba/0/wrong at 40.0%" / "log.txt").read_text()
+    assert {record["name"] for record in read_results(tmp_path / "results.jsonl").values()} == {"dense", "dense tuned"}
+
+
+def test_results_of_another_study_are_refused(tmp_path) -> None:
+    study = read_study(write_study(tmp_path / "study.yaml"))
+    piece = list_pieces(study)[0]
+    write_results({piece.key: {"piece": piece.key, "options": {"learning_rate": 1}}}, tmp_path / "results.jsonl")
+    with pytest.raises(ValueError, match="with other options than the study"):
+        StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "results.jsonl", {})
+    with pytest.raises(ValueError, match="The study has no data set"):
+        StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "none.jsonl", {"cats": "folder"})
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "{}"])
+def test_damaged_results_are_refused(line, tmp_path) -> None:
+    (tmp_path / "results.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match="line 1 is no result"):
+        read_results(tmp_path / "results.jsonl")
+
+
+def test_expected_seconds(tmp_path) -> None:
+    dense = list_pieces(read_study(write_study(tmp_path / "study.yaml")))[0]
+    like = {"script": "train", "dataset": "images", "family": "plainmamba"}
+    assert expected_seconds(dense, []) == 0
+    others = [{**like, "family": "vim", "seconds": 9}, {**like, "script": "finetune", "seconds": 5}]
+    assert expected_seconds(dense, others) == 9
+    assert expected_seconds(dense, others[1:]) == 5
+    assert expected_seconds(dense, [*others, {**like, "seconds": 2}, {**like, "seconds": 4}]) == 3
+
+
+# ---- The page ----------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_the_page() -> None:
+    assert mean_and_spread([]) == "–"
+    assert mean_and_spread({0: 1.234}) == "1.23 (1 seed)"
+    assert mean_and_spread({0: 1.0, 1: 2.0, 2: 3.0}, signed=True) == "+2.00 ± 1.00"
+    assert difference({0: 3.0, 1: 5.0}, {1: 1.0, 2: 9.0}) == {1: 4.0}
+    assert verdict({0: 1.0}) == "not decided yet"
+    assert verdict({0: 1.0, 1: 0.1}) == "holds"
+    assert verdict({0: -1.0, 1: -0.1}) == "does not hold"
+    assert verdict({0: -1.0, 1: 0.1}) == "the seeds disagree"
+
+
+def test_page_of_made_up_results(tmp_path) -> None:
+    """Losses, advantages, times and verdicts, worked out by hand."""
+    study = read_study(write_study(tmp_path / "study.yaml", seeds=[0, 1]))
+    records = {}
+
+    def add(seed: int, name: str, figures: dict) -> None:
+        key = f"images/plainmamba/{seed}/{name}"
+        records[key] = {"piece": key, "dataset": "images", "family": "plainmamba", "seed": seed, "name": name} | {
+            "figures": figures
+        }
+
+    def compared(top1: float, gflops: float, speed: float) -> dict:
+        return {"top1": top1, "gflops": gflops, "images_per_second": speed}
+
+    paper, naive, elastic = tuned_name("paper", 0.4), tuned_name("naive", 0.4), tuned_name("elastic", 0.4)
+    for seed, dense in ((0, 0.90), (1, 0.92)):
+        add(seed, "dense", {"top1": dense, "gflops": 2.0, "num_parameters": 1234})
+        schedules = {paper: compared(dense - 0.05, 1.2, 160), naive: compared(dense - 0.09, 1.2, 160)}
+        add(seed, "untrained", {"dense": compared(dense, 2.0, 100), **schedules})
+        add(seed, "dense tuned", {"top1": dense + 0.01})
+        add(seed, paper, {"top1": dense, "top1_by_epoch": [dense - 0.02, dense]})
+        add(seed, naive, {"top1": dense - 0.02 + 0.03 * seed, "top1_by_epoch": [0.5]})
+        add(
+            seed,
+            "elastic compared",
+            {"dense": compared(dense, 2.0, 100), elastic: compared(dense - 0.002, 1.2, 150)},
+        )
+    (tmp_path / "discussion.md").write_text("What it means.\n")
+    write_report(study, records, tmp_path / "STUDY.md", tmp_path)
+
+    page = (tmp_path / "STUDY.md").read_text()
+    assert "What it means." in page
+    assert "Dense: top-1 91.00 ± 1.41% (2 of 2 seeds; 1,234 parameters, 2.0000 GFLOPs)." in page
+    assert "| paper |  | 5.00 ± 0.00 | 1.00 ± 0.00 | +0.00 ± 0.00 | 0.62 ± 0.00 |" in page
+    assert "| naive | alignment none | 9.00 ± 0.00 | 1.50 ± 2.12 | +0.50 ± 2.12 | 0.62 ± 0.00 |" in page
+    assert "| paper loses less than naive, not trained | +4.00 ± 0.00 | holds |" in page
+    assert "| paper loses less than naive, fine-tuned | +0.50 ± 2.12 | the seeds disagree |" in page
+    assert "| elastic, more than paper | +0.20 ± 0.00 |" in page
+    assert "| images, plainmamba, paper | 91.00 ± 1.41 | 86.00 ± 1.41 | 89.00 ± 1.41 | 91.00 ± 1.41 |" in page
+    drawing = (tmp_path / "images-plainmamba.svg").read_bytes()
+    write_report(study, records, tmp_path / "STUDY.md", tmp_path)
+    assert (tmp_path / "images-plainmamba.svg").read_bytes() == drawing
