@@ -11,8 +11,10 @@ import torch
 from kernel_arguments import Arguments, assert_close_to_reference, convolution_arguments, run, scan_arguments
 from torch import Tensor
 
+from hf_vssm_prune.causal_convolution import causal_conv1d, causal_conv1d_torch
 from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
 from hf_vssm_prune.kernels import build, choose_kernel, cpu
+from hf_vssm_prune.token_pruning import nearest_tokens
 
 
 NO_KERNEL = cpu.unavailable("cpu")
@@ -35,6 +37,24 @@ def test_convolution_equals_reference(kernel: int, keep_ratio: float | None, bia
 
 
 @needs_kernel
+@pytest.mark.parametrize("kernel", [3, 7])
+@pytest.mark.parametrize("keep_ratio", [0.6, 0.01])
+def test_convolution_with_stand_ins_equals_reference(kernel: int, keep_ratio: float):
+    arguments = convolution_arguments(2, (7, 9), 77, kernel, keep_ratio)
+    options = {"grid": (7, 9), "silu": True, "stand_ins": nearest_tokens(arguments["kept"], (7, 9))}
+    reference = run(depthwise_conv2d_torch, arguments, torch.float64, **options)
+    assert_close_to_reference(run(cpu.depthwise_conv2d, arguments, **options), reference, value=1e-6, gradient=2e-6)
+
+
+@needs_kernel
+def test_stand_ins_of_a_whole_grid_change_nothing():
+    arguments = convolution_arguments(2, (4, 5), 24, 3, 1.0)
+    itself = torch.arange(20).expand(2, -1)
+    with_stand_ins = cpu.depthwise_conv2d(**arguments, grid=(4, 5), stand_ins=itself)
+    assert torch.equal(with_stand_ins, cpu.depthwise_conv2d(**arguments, grid=(4, 5)))
+
+
+@needs_kernel
 def test_convolution_of_many_channels():
     arguments = convolution_arguments(1, (5, 5), 600, 3, 0.5)
     reference = run(depthwise_conv2d_torch, arguments, torch.float64, grid=(5, 5))
@@ -46,6 +66,28 @@ def test_convolution_in_float64_keeps_its_precision():
     doubles = {name: tensor.double() for name, tensor in convolution_arguments(1, (3, 3), 4, 3, None).items()}
     expected = depthwise_conv2d_torch(**doubles, grid=(3, 3))
     assert torch.equal(cpu.depthwise_conv2d(**doubles, grid=(3, 3)), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("taps", [1, 3, 4, 5])
+@pytest.mark.parametrize("length", [1, 2, 30])
+def test_causal_convolution_equals_reference(taps: int, length: int):
+    arguments = {
+        "hidden_states": torch.randn(2, length, 24),
+        "weight": torch.randn(24, 1, taps),
+        "bias": torch.randn(24),
+    }
+    reference = run(causal_conv1d_torch, arguments, torch.float64)
+    assert_close_to_reference(run(causal_conv1d, arguments, backend="cpu"), reference, value=1e-6, gradient=2e-6)
+
+
+@needs_kernel
+def test_causal_convolution_looks_back_alone():
+    hidden_states, weight, bias = torch.randn(1, 9, 8), torch.randn(8, 1, 4), torch.randn(8)
+    before = causal_conv1d(hidden_states, weight, bias)
+    hidden_states[:, 5] += 1
+    changed = (causal_conv1d(hidden_states, weight, bias) != before).any(-1)[0]
+    assert changed.tolist() == [False] * 5 + [True] * 4
 
 
 @needs_kernel
@@ -67,6 +109,10 @@ def test_bad_arguments_are_named():
     convolution = convolution_arguments(1, (3, 3), 8, 3, 0.5)
     with pytest.raises(IndexError, match="kept"):
         cpu.depthwise_conv2d(**convolution, grid=(2, 2))
+    with pytest.raises(IndexError, match="stand_ins"):
+        cpu.depthwise_conv2d(**convolution, grid=(3, 3), stand_ins=torch.full((1, 9), 4))
+    with pytest.raises(ValueError, match="stand_ins"):
+        cpu.depthwise_conv2d(**convolution, grid=(3, 3), stand_ins=torch.zeros(1, 4))
     with pytest.raises(ValueError, match="odd"):
         cpu.depthwise_conv2d(convolution["hidden_states"], torch.zeros(8, 1, 2, 2), None, (3, 3), convolution["kept"])
 
@@ -151,10 +197,11 @@ def test_operators_are_registered_correctly():
     torch.library.opcheck(torch.ops.hf_vssm_prune.selective_scan.default, inputs, test_utils=OPCHECKS)
 
     arguments = convolution_arguments(2, (3, 4), 8, 3, 0.5)
-    inputs = [*arguments.values(), 3, 4, True]
-    for tensor in inputs[:3]:
-        tensor.requires_grad_()
-    torch.library.opcheck(torch.ops.hf_vssm_prune.depthwise_conv2d.default, inputs, test_utils=OPCHECKS)
+    for tensor in arguments.values():
+        tensor.requires_grad_(tensor.is_floating_point())
+    for stand_ins in (None, nearest_tokens(arguments["kept"], (3, 4))):
+        inputs = [*arguments.values(), stand_ins, 3, 4, True]
+        torch.library.opcheck(torch.ops.hf_vssm_prune.depthwise_conv2d.default, inputs, test_utils=OPCHECKS)
 
 
 @needs_kernel

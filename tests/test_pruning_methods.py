@@ -244,6 +244,11 @@ def reference_state_merge(sample: Sample) -> Expected:
     return Expected(*means(sample, into, weights)[:2])
 
 
+def reference_stand_in(sample: Sample) -> Expected:
+    kept = best(clip(sample), sample.num_kept)
+    return Expected(kept, [sample.tokens[i] for i in kept])
+
+
 def reference_local_top(sample: Sample) -> Expected:
     windows: dict[tuple[int, int], list[int]] = {}
     scores = clip(sample)

@@ -52,11 +52,11 @@ SMALL = {
     },
     "dense": {"patch_size": 4},
     "finetuning": {"learning_rate": 1e-4},
-    "elastic": {"elastic_budgets": [0.4]},
+    "elastic": {"variant": "paper", "elastic_budgets": [0.4]},
     "variants": {"paper": {}, "naive": {"pruning": {"alignment": "none"}}},
     "every_budget": ["paper"],
 }
-NAMES = ["dense", "untrained", "dense tuned", "paper at 40.0%", "elastic", "elastic compared", "naive at 40.0%"]
+NAMES = ["dense", "dense tuned", "paper at 40.0%", "naive at 40.0%", "untrained", "elastic", "elastic compared"]
 
 
 def write_study(file: Path, **changes) -> Path:
@@ -94,6 +94,7 @@ def test_order_of_pieces(tmp_path) -> None:
         ({"variants": {"paper": {"losses": {}}}}, "variant 'paper' has .'losses'."),
         ({"variants": {"paper": {"pruning": {"keep": 1}}}}, "variant 'paper' prunes by .'keep'."),
         ({"every_budget": ["best"]}, "every_budget has .'best'., which are no variants"),
+        ({"elastic": {"variant": "best"}}, "elastic has no 'variant' that is one of"),
         ({"main_budget": 0.5}, "main_budget 0.5 is none of"),
     ],
 )

@@ -19,6 +19,7 @@ from hf_vssm_prune.token_pruning import (
     count_kept,
     fill_dropped_tokens,
     gather_tokens,
+    nearest_tokens,
     path_gaps,
     prune_paths,
     select_tokens,
@@ -257,3 +258,14 @@ def test_aligned_scan_is_a_dense_one_whose_dropped_tokens_put_nothing_in(alignme
                 expected[kept[0].tolist().index(cell)] += dense[position]
     difference = np.abs(output[0].numpy() - expected).max()
     assert difference > 1e-3 if alignment == "none" else difference < 1e-12
+
+
+@given(data=st.data(), height=st.integers(1, 6), width=st.integers(1, 6))
+def test_nearest_tokens(data, height, width) -> None:
+    cells = [divmod(cell, width) for cell in range(height * width)]
+    kept = sorted(data.draw(st.sets(st.sampled_from(range(len(cells))), min_size=1)))
+    expected = [
+        min(range(len(kept)), key=lambda i: (sum(abs(a - b) for a, b in zip(cells[kept[i]], cell, strict=True)), i))
+        for cell in cells
+    ]
+    assert nearest_tokens(torch.tensor([kept]), (height, width)).tolist() == [expected]

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .selective_scan import choose_kernel, is_exporting
+from .token_pruning import gather_tokens
 
 
 def depthwise_conv2d(
@@ -13,9 +14,11 @@ def depthwise_conv2d(
     grid: tuple[int, int],
     kept: Tensor | None = None,
     silu: bool = False,
+    stand_ins: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Same-size depthwise convolution over the full grid, with zeros at dropped cells, evaluated at kept cells only.
+    """Same-size depthwise convolution over the full grid, evaluated at kept cells only. A dropped cell counts as zero,
+    or as the token that stands in for it.
 
     Args:
         hidden_states: the tokens that are left, in raster order, shape (batch, tokens, channels).
@@ -24,6 +27,8 @@ def depthwise_conv2d(
         grid: (height, width) of the full grid.
         kept: the cell of each token, height * width at most, int64 of shape (batch, tokens). None: every cell.
         silu: apply SiLU to the result.
+        stand_ins: the token seen in each cell, its own in a kept one, int64 of shape (batch, height * width). None:
+            zero in dropped cells.
         backend: as in `selective_scan`.
 
     Returns:
@@ -31,7 +36,7 @@ def depthwise_conv2d(
     """
     backend = "torch" if backend == "auto" and is_exporting() else backend
     convolution = choose_kernel("depthwise_conv2d", backend, hidden_states.device.type) or depthwise_conv2d_torch
-    return convolution(hidden_states, weight, bias, grid, kept, silu)
+    return convolution(hidden_states, weight, bias, grid, kept, silu, stand_ins)
 
 
 def depthwise_conv2d_torch(
@@ -41,11 +46,14 @@ def depthwise_conv2d_torch(
     grid: tuple[int, int],
     kept: Tensor | None = None,
     silu: bool = False,
+    stand_ins: Tensor | None = None,
 ) -> Tensor:
     """The reference that every kernel is checked against; arguments and result as in `depthwise_conv2d`."""
-    index = None if kept is None else kept.unsqueeze(-1).expand_as(hidden_states)
+    index = None if kept is None else kept.long().unsqueeze(-1).expand_as(hidden_states)
     cells = hidden_states
-    if index is not None:
+    if stand_ins is not None:
+        cells = gather_tokens(hidden_states, stand_ins.long())
+    elif index is not None:
         empty = hidden_states.new_zeros(hidden_states.shape[0], grid[0] * grid[1], hidden_states.shape[2])
         cells = empty.scatter(1, index, hidden_states)
     image = cells.transpose(1, 2).unflatten(2, grid)

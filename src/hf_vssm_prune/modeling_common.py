@@ -161,8 +161,11 @@ class TokenLayout(Protocol):
         """In training, where a method learns whom to keep: 1 for each token, with the gradient of the decision for it,
         shape (batch, n, 1). Mixers see the tokens multiplied by them, behind the norm, which would hide a factor."""
 
-    def keep(self: "Layout", kept: Tensor, alignment: str, gates: Tensor | None = None) -> "Layout":
-        """The layout when only the tokens with the original ids `kept` (batch, n) stay."""
+    def keep(
+        self: "Layout", kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: bool = False
+    ) -> "Layout":
+        """The layout when only the tokens with the original ids `kept` (batch, n) stay; with `stand_ins` the grid's
+        convolutions see the nearest of them in the cells of the others."""
 
 
 Layout = TypeVar("Layout", bound=TokenLayout)
@@ -222,7 +225,7 @@ def encode(
             gates = _gather_gates(gates, reduction)
             positions, hidden_states, all_gates = _with_class_token(reduction, gates, hidden_states, stage, layout)
             kept = positions if layout.kept is None else layout.kept.gather(1, positions)
-            layout = layout.keep(kept, pruning["alignment"], all_gates)
+            layout = layout.keep(kept, pruning["alignment"], all_gates, method.stand_ins)
             kept_tokens.append(kept)
             token_scores.append(reduction.scores)
             sizes = reduction.sizes

@@ -42,7 +42,7 @@ from .modeling_common import (
     resize_position_embeddings,
 )
 from .selective_scan import selective_scan
-from .token_pruning import ScanPaths, prune_paths, snake_paths
+from .token_pruning import ScanPaths, nearest_tokens, prune_paths, snake_paths
 
 
 class PlainMambaTokenLayout(NamedTuple):
@@ -55,6 +55,8 @@ class PlainMambaTokenLayout(NamedTuple):
         paths: the paths over these cells; int32, as the kernels take them, so that no layer converts them.
         alignment: how the scans cross the holes.
         gates: see `TokenLayout`.
+        stand_ins: the token that the convolutions see in each cell, int32 of shape (batch, cells). None: they see zero
+            in dropped ones.
         class_position: None, PlainMamba has no class token.
     """
 
@@ -64,6 +66,7 @@ class PlainMambaTokenLayout(NamedTuple):
     paths: ScanPaths
     alignment: str
     gates: Tensor | None = None
+    stand_ins: Tensor | None = None
     class_position: None = None
 
     @classmethod
@@ -71,9 +74,12 @@ class PlainMambaTokenLayout(NamedTuple):
         paths = snake_paths(grid, device)
         return cls(grid, paths, kept=None, paths=cls._to_int32(paths), alignment="none")
 
-    def keep(self, kept: Tensor, alignment: str, gates: Tensor | None = None) -> "PlainMambaTokenLayout":
+    def keep(
+        self, kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: bool = False
+    ) -> "PlainMambaTokenLayout":
         paths = self._to_int32(prune_paths(self.full_paths, kept, alignment))
-        return self._replace(kept=kept, paths=paths, alignment=alignment, gates=gates)
+        nearest = nearest_tokens(kept, self.grid).int() if stand_ins else None
+        return self._replace(kept=kept, paths=paths, alignment=alignment, gates=gates, stand_ins=nearest)
 
     @staticmethod
     def _to_int32(paths: ScanPaths) -> ScanPaths:
@@ -162,8 +168,16 @@ class PlainMambaGridConvolution(nn.Conv2d):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, layout: PlainMambaTokenLayout, silu: bool = False
     ) -> Tensor:
-        backend = self.config.scan_backend
-        return depthwise_conv2d(hidden_states, self.weight, self.bias, layout.grid, layout.kept, silu, backend)
+        return depthwise_conv2d(
+            hidden_states,
+            self.weight,
+            self.bias,
+            layout.grid,
+            layout.kept,
+            silu,
+            layout.stand_ins,
+            backend=self.config.scan_backend,
+        )
 
 
 class PlainMambaMixer(nn.Module):

@@ -20,6 +20,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .causal_convolution import causal_conv1d
 from .configuration_vim import VimConfig
 from .mixer_output import MixerOutput, ScanInputs
 from .modeling_common import (
@@ -66,7 +67,9 @@ class VimTokenLayout(NamedTuple):
     alignment: str = "none"
     gates: Tensor | None = None
 
-    def keep(self, kept: Tensor, alignment: str, gates: Tensor | None = None) -> "VimTokenLayout":
+    def keep(
+        self, kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: bool = False
+    ) -> "VimTokenLayout":
         gaps = None if alignment == "none" else (path_gaps(kept), path_gaps(-kept.flip(1)))
         class_position = (kept < self.class_id).sum(dim=1, keepdim=True)
         return VimTokenLayout(self.grid, self.class_id, class_position, kept, gaps, alignment, gates)
@@ -121,7 +124,7 @@ class VimScan(nn.Module):
         super().__init__()
         self.config = config
         width = config.intermediate_size
-        self.conv1d = nn.Conv1d(width, width, config.conv_kernel, padding=config.conv_kernel - 1, groups=width)
+        self.conv1d = nn.Conv1d(width, width, config.conv_kernel, groups=width)  # `causal_conv1d` computes it
         # The parts of the projection: time-step features, B and C.
         self.sizes = [int(config.time_step_rank), config.state_size, config.state_size]
         self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)
@@ -132,7 +135,7 @@ class VimScan(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor, gaps: Tensor | None, alignment: str) -> tuple[Tensor, ScanInputs]:
         """Gated output of the scan, and its inputs; `x`, `gate` and output (batch, n, channels), `gaps` (batch, n)."""
-        x = F.silu(self.conv1d(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+        x = causal_conv1d(x, self.conv1d.weight, self.conv1d.bias, self.config.scan_backend)
         features, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         time_step, bias = self.dt_proj(features)
         gated = selective_scan(

@@ -15,6 +15,7 @@ from .pruning_mtr import merge_small_steps
 from .pruning_r_meeto import count_flops as count_r_meeto
 from .pruning_r_meeto import merge_similar_outputs
 from .pruning_stage import Reduction, Stage
+from .pruning_stand_in import keep_with_stand_ins
 from .pruning_state_merge import merge_into_state
 from .pruning_tome import count_flops as count_tome
 from .pruning_tome import merge_similar_keys
@@ -38,6 +39,7 @@ class PruningMethod(NamedTuple):
         count_flops: from the number of tokens before and after, and the model's configuration, to the multiply-adds of
             its matrix products. Scores, sorting and means are not counted, as norms and activations are not.
         predictor: from the hidden size to a module with parameters of its own for each stage. None: it has none.
+        stand_ins: convolutions over the grid see, in a dropped token's cell, the nearest token that is left, not zero.
     """
 
     reduce: Callable[[Stage], Reduction]
@@ -45,6 +47,7 @@ class PruningMethod(NamedTuple):
     takes_importance: bool = False
     count_flops: Callable[[int, int, PreTrainedConfig], int] = _no_flops
     predictor: Callable[[int], nn.Module] | None = None
+    stand_ins: bool = False
 
 
 METHODS = {
@@ -57,6 +60,7 @@ METHODS = {
     "dyvm": PruningMethod(keep_predicted, "none", count_flops=count_dyvm, predictor=TokenPredictor),
     "uniform": PruningMethod(keep_evenly_spread, "repeat"),
     "state_merge": PruningMethod(merge_into_state, "repeat", takes_importance=True),
+    "stand_in": PruningMethod(keep_with_stand_ins, "repeat", takes_importance=True, stand_ins=True),
     "local_top": PruningMethod(keep_locally_important, "repeat", takes_importance=True),
 }
 

@@ -108,6 +108,33 @@ def fill_dropped_tokens(hidden_states: Sequence[Tensor], kept_tokens: Sequence[T
     return filled
 
 
+def nearest_tokens(kept: Tensor, grid: tuple[int, int]) -> Tensor:
+    """For each cell of the grid the kept token nearest to it, in steps along rows and columns; of equally near ones the
+    one in the higher row, then the one further to the left.
+
+    Args:
+        kept: ids of the cells that are left, in raster order, shape (batch, n).
+        grid: (height, width).
+
+    Returns:
+        Indices into the kept tokens, int64 of shape (batch, height * width).
+    """
+    height, width = grid
+    is_kept = torch.zeros(kept.shape[0], height * width, dtype=torch.bool, device=kept.device)
+    is_kept = is_kept.scatter(1, kept, True)
+    rows, columns = (torch.arange(size, device=kept.device) for size in grid)
+    far = height + width
+
+    # A distance and the place at that distance are one number, so that the smallest is the nearest. First the nearest
+    # token in the same row, (batch, row, column); then that of the nearest row.
+    across = (columns.unsqueeze(1) - columns).abs() * width + columns
+    in_row = torch.where(is_kept.view(-1, height, 1, width), across, far * width).amin(-1)
+    along = (rows.unsqueeze(1) - rows).abs().unsqueeze(-1) + (in_row // width).unsqueeze(1)
+    cell = rows.unsqueeze(-1) * width + in_row % width
+    nearest = (along * (height * width) + cell.unsqueeze(1)).amin(2) % (height * width)
+    return (is_kept.cumsum(1) - 1).gather(1, nearest.flatten(1))
+
+
 # ---- Alignment ---------------------------------------------------------------------------------------------------
 
 

@@ -49,14 +49,15 @@ def depthwise_conv2d(
     grid: tuple[int, int],
     kept: Tensor | None = None,
     silu: bool = False,
+    stand_ins: Tensor | None = None,
 ) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.grid_convolution.depthwise_conv2d`."""
     if hidden_states.dtype == torch.float64:
         from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
 
-        return depthwise_conv2d_torch(hidden_states, weight, bias, grid, kept, silu)
+        return depthwise_conv2d_torch(hidden_states, weight, bias, grid, kept, silu, stand_ins)
     tensors = map(to_float32, (hidden_states, weight, bias))
-    return _depthwise_conv2d(*tensors, kept, *grid, silu).to(hidden_states.dtype)
+    return _depthwise_conv2d(*tensors, kept, stand_ins, *grid, silu).to(hidden_states.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ class _ConvolutionArguments(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("batch", "tokens", "channels", "kernel", "height", "width")),
         ("hidden_states", _Rows),
-        *((name, c_void_p) for name in ("weight", "bias", "kept")),
+        *((name, c_void_p) for name in ("weight", "bias", "kept", "stand_ins")),
         ("silu", c_int32),
     )
 
@@ -224,13 +225,14 @@ def _depthwise_conv2d(
     weight: Tensor,
     bias: Tensor | None,
     kept: Tensor | None,
+    stand_ins: Tensor | None,
     height: int,
     width: int,
     silu: bool,
 ) -> Tensor:
     output = torch.empty(hidden_states.shape)
     if output.numel():
-        arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, height, width, silu)
+        arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, stand_ins, height, width, silu)
         _call("depthwise_conv2d_forward", arguments, output.data_ptr())
     return output
 
@@ -245,6 +247,7 @@ def _convolution_arguments(
     weight: Tensor,
     bias: Tensor | None,
     kept: Tensor | None,
+    stand_ins: Tensor | None,
     height: int,
     width: int,
     silu: bool,
@@ -259,8 +262,9 @@ def _convolution_arguments(
     _expect_shape("weight", weight, (channels, 1, kernel, kernel))
     _expect_shape("bias", bias, (channels,))
     _expect_shape("kept", kept, (batch, tokens))
+    _expect_shape("stand_ins", stand_ins, (batch, height * width))
     rows = _contiguous_rows(hidden_states)
-    rest = [_contiguous(weight), _contiguous(bias), _contiguous_int32(kept)]
+    rest = [_contiguous(weight), _contiguous(bias), _contiguous_int32(kept), _contiguous_int32(stand_ins)]
     arguments = _ConvolutionArguments(
         batch, tokens, channels, kernel, height, width, _rows(rows), *map(_pointer, rest), silu
     )
@@ -274,6 +278,7 @@ def _depthwise_conv2d_backward(
     weight: Tensor,
     bias: Tensor | None,
     kept: Tensor | None,
+    stand_ins: Tensor | None,
     height: int,
     width: int,
     silu: bool,
@@ -283,7 +288,7 @@ def _depthwise_conv2d_backward(
     if hidden_states.numel() == 0:
         return [torch.zeros(tensor.shape) for tensor in wanted]
     gradients = [torch.empty(tensor.shape) for tensor in wanted]
-    arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, height, width, silu)
+    arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, stand_ins, height, width, silu)
     grad_output = grad_output.contiguous()
     pointers = _ConvolutionGradients(*map(_pointer, gradients))
     _call("depthwise_conv2d_backward", arguments, _rows(grad_output), pointers)
@@ -302,12 +307,9 @@ def _save_convolution_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 
 
 def _differentiate_convolution(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    hidden_states, weight, bias, kept = ctx.saved_tensors
-    gradients = _depthwise_conv2d_backward(
-        grad_output, hidden_states, weight, bias, kept, ctx.height, ctx.width, ctx.silu
-    )
-    grad_bias = None if bias is None else gradients[2]
-    return gradients[0], gradients[1], grad_bias, None, None, None, None
+    gradients = _depthwise_conv2d_backward(grad_output, *ctx.saved_tensors, ctx.height, ctx.width, ctx.silu)
+    grad_bias = gradients[2] if len(gradients) > 2 else None
+    return gradients[0], gradients[1], grad_bias, None, None, None, None, None
 
 
 _depthwise_conv2d.register_autograd(_differentiate_convolution, setup_context=_save_convolution_inputs)

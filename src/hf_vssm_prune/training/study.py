@@ -70,8 +70,8 @@ class Study:
         max_eval_samples: images that every evaluation draws, by the seed.
         datasets: by name `dataset_name`, and options of scripts/train.py in `dense`.
         families: by name options of scripts/train.py.
-        training, dense, finetuning, elastic: options of all pieces that train, of scripts/train.py, of
-            scripts/finetune.py, and of the latter with one training for all budgets.
+        training, dense, finetuning: options of all pieces that train, of scripts/train.py, of scripts/finetune.py.
+        elastic: the `variant` that is trained for all budgets at once, and options over its own.
         variants: by name; the first is the baseline.
         every_budget: names of those that are fine-tuned for every budget.
     """
@@ -109,6 +109,8 @@ def read_study(file: Path) -> Study:
             raise ValueError(f"{file}: variant {name!r} prunes by {unknown}; allowed are {sorted(PRUNING_OPTIONS)}.")
     if unknown := sorted(set(content["every_budget"]) - set(variants)):
         raise ValueError(f"{file}: every_budget has {unknown}, which are no variants: {sorted(variants)}.")
+    if content["elastic"].get("variant") not in variants:
+        raise ValueError(f"{file}: elastic has no 'variant' that is one of {sorted(variants)}.")
     if content["main_budget"] not in content["budgets"]:
         raise ValueError(f"{file}: main_budget {content['main_budget']} is none of {content['budgets']}.")
     return Study(**{**content, "variants": variants})
@@ -164,33 +166,32 @@ def _templates(study: Study, dataset: str, family: str) -> dict[str, tuple[str, 
     evaluated = {"max_eval_samples": study.max_eval_samples}
     trained = {**evaluated, **study.training}
     dense = {**trained, **study.dense, "family": family, **study.datasets[dataset]["dense"], **study.families[family]}
+    elastic_variant = study.variants[study.elastic["variant"]]
+    elastic = {
+        **_tuned_options(study, study.elastic["variant"], study.main_budget),
+        **{name: value for name, value in study.elastic.items() if name != "variant"},
+    }
+    elastic_schedules = {
+        tuned_name("elastic", budget): {"flops_reduction": budget, **elastic_variant.pruning}
+        for budget in study.budgets
+    }
+    at_main_budget = [(name, study.main_budget) for name in study.variants]
+    at_others = [(name, budget) for name in study.every_budget for budget in study.budgets]
+
+    def tuned(budgets: list[tuple[str, float]]) -> dict[str, tuple[str, str | None, dict[str, Any]]]:
+        return {
+            tuned_name(name, budget): ("finetune", "dense", _tuned_options(study, name, budget))
+            for name, budget in budgets
+        }
+
     return {
         "dense": ("train", None, dense),
-        "untrained": ("compare_methods", "dense", {**evaluated, "schedules": _untrained_schedules(study)}),
         "dense tuned": ("train", "dense", {**trained, **study.finetuning}),
-        **{
-            tuned_name(name, budget): ("finetune", "dense", _tuned(study, name, budget))
-            for name in study.every_budget
-            for budget in study.budgets
-        },
-        "elastic": (
-            "finetune",
-            "dense",
-            {**trained, **study.finetuning, "flops_reduction": study.main_budget, **study.elastic},
-        ),
-        "elastic compared": (
-            "compare_methods",
-            "elastic",
-            {
-                **evaluated,
-                "schedules": {tuned_name("elastic", each): {"flops_reduction": each} for each in study.budgets},
-            },
-        ),
-        **{
-            tuned_name(name, study.main_budget): ("finetune", "dense", _tuned(study, name, study.main_budget))
-            for name in study.variants
-            if name not in study.every_budget
-        },
+        **tuned(at_main_budget),
+        "untrained": ("compare_methods", "dense", {**evaluated, "schedules": _untrained_schedules(study)}),
+        **tuned([each for each in at_others if each not in at_main_budget]),
+        "elastic": ("finetune", "dense", elastic),
+        "elastic compared": ("compare_methods", "elastic", {**evaluated, "schedules": elastic_schedules}),
     }
 
 
@@ -205,7 +206,7 @@ def _untrained_schedules(study: Study) -> dict[str, dict[str, Any]]:
     return schedules
 
 
-def _tuned(study: Study, name: str, budget: float) -> dict[str, Any]:
+def _tuned_options(study: Study, name: str, budget: float) -> dict[str, Any]:
     """The options of scripts/finetune.py; no teacher, unless the variant has one."""
     variant = study.variants[name]
     return {

@@ -33,8 +33,8 @@ struct ScanGradients {
 struct ConvolutionArguments {
     int64_t batch, tokens, channels, kernel, height, width;
     Rows hidden_states;
-    const float *weight, *bias;  // weight: (channels, kernel * kernel)
-    const int32_t* kept;         // (batch, tokens)
+    const float *weight, *bias;       // weight: (channels, kernel * kernel)
+    const int32_t *kept, *stand_ins;  // (batch, tokens), (batch, height * width)
     int32_t silu;
 };
 

@@ -19,7 +19,7 @@ constexpr int kBlocksPerTask = 256 / kBlock;  // for which one list of neighbour
 // Its memory is used again.
 struct Workspace {
     SparseCells sparse;
-    BlockRows weight, mirrored_weight, inputs, sums, grads, grad_weight;
+    BlockRows weight, inputs, sums, grads, grad_weight;
 };
 
 thread_local Workspace thread_workspace;
@@ -81,13 +81,8 @@ void backward_block(const ConvolutionArguments& arguments, const Rows& grad_outp
     cells.correlate(work.grads, work.inputs, work.grad_weight);
     block.store_columns(work.grad_weight, taps, partial_weight);
 
-    // If j is i's neighbour at a tap, then i is j's neighbour at the mirrored tap.
-    work.mirrored_weight.resize(taps * kVectors);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-        std::copy_n(&work.weight[tap * kVectors], kVectors, &work.mirrored_weight[(taps - 1 - tap) * kVectors]);
-    }
     work.sums.assign(cells.places * kVectors, Vec{});
-    cells.convolve(work.mirrored_weight, work.grads, work.sums);
+    cells.spread(work.weight, work.grads, work.sums);
     for (int64_t token = 0; token < arguments.tokens; ++token) {
         float* row = grad_hidden_states + (block.sample * arguments.tokens + token) * arguments.channels;
         block.store_row(&work.sums[cells.place(token) * kVectors], row);
@@ -120,7 +115,9 @@ void for_blocks(const ConvolutionArguments& arguments, int threads, const Work& 
     if (!arguments.kept && arguments.kernel == 3) return dense(DenseGrid<3>{});
     const auto list = [&](int64_t sample, Workspace& workspace) -> const SparseCells& {
         const int32_t* kept = arguments.kept ? arguments.kept + sample * arguments.tokens : nullptr;
-        workspace.sparse.list(kept, arguments.tokens, arguments.height, arguments.width, arguments.kernel);
+        const int64_t cells = arguments.height * arguments.width;
+        const int32_t* stand_ins = arguments.stand_ins ? arguments.stand_ins + sample * cells : nullptr;
+        workspace.sparse.list(kept, stand_ins, arguments.tokens, arguments.height, arguments.width, arguments.kernel);
         return workspace.sparse;
     };
     for_blocks(arguments, threads, list, work);
@@ -134,14 +131,19 @@ void add_up(const float* partials, int64_t batch, int64_t size, float* sum) {
     }
 }
 
+bool within(const int32_t* indices, int64_t count, int64_t limit) {
+    return std::all_of(indices, indices + count, [&](int32_t index) { return index >= 0 && index < limit; });
+}
+
 const char* find_error(const ConvolutionArguments& arguments) {
-    if (!arguments.kept) return nullptr;
     const int64_t cells = arguments.height * arguments.width;
-    bool within = true;
-    for (int64_t i = 0; i < arguments.batch * arguments.tokens; ++i) {
-        within &= arguments.kept[i] >= 0 && arguments.kept[i] < cells;
+    if (arguments.kept && !within(arguments.kept, arguments.batch * arguments.tokens, cells)) {
+        return "`kept` must be in [0, height * width)";
     }
-    return within ? nullptr : "`kept` must be in [0, height * width)";
+    if (arguments.stand_ins && !within(arguments.stand_ins, arguments.batch * cells, arguments.tokens)) {
+        return "`stand_ins` must be in [0, tokens)";
+    }
+    return nullptr;
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // The two ways to sum over the neighbours of cells on the patch grid. Both lay out the cells' rows by `place(token)`,
-// in buffers of `places` rows, and have the same two sums:
+// in buffers of `places` rows, and have the same three sums:
 //
 //     convolve    sums[i] += weight[tap] rows[j]         over the neighbours j of each cell i, at their taps of the kernel
+//     spread      sums[j] += weight[tap] grads[i]        over the same: the gradient of convolve's rows
 //     correlate   grad_weight[tap] += grads[i] rows[j]   over the cells i that have a neighbour j at the tap
 //
 // A tap is a place in the kernel, row by row; the weight and its gradient have a row for each.
@@ -13,21 +14,27 @@
 
 #include "channel_block.h"
 
-// Cells of which some are empty and count as zero: each token only gathers from its kept neighbours, so that with a
-// share r of the tokens left the work is about r^2 of the dense one.
+// Cells of which some are empty. Where they count as zero, each token only gathers from its kept neighbours, so that with
+// a share r of the tokens left the work is about r^2 of the dense one; where another token stands in for them, it is r.
 class SparseCells {
 public:
     int64_t places;
 
-    // `kept`: the cell of each token, or null if every cell has its own.
-    void list(const int32_t* kept, int64_t tokens, int64_t height, int64_t width, int64_t kernel) {
+    // `kept`: the cell of each token, or null if every cell has its own. `stand_ins`: the token that is seen in each cell,
+    // or null if none is seen in empty ones.
+    void list(const int32_t* kept, const int32_t* stand_ins, int64_t tokens, int64_t height, int64_t width,
+              int64_t kernel) {
         const int64_t radius = kernel / 2, padded_width = width + 2 * radius;
-        const auto cell_of = [&](int64_t token) {
-            const int64_t cell = kept ? kept[token] : token;
+        const auto padded = [&](int64_t cell) {
             return (cell / width + radius) * padded_width + cell % width + radius;
         };
+        const auto cell_of = [&](int64_t token) { return padded(kept ? kept[token] : token); };
         token_of_cell_.assign((height + 2 * radius) * padded_width, -1);
-        for (int64_t token = 0; token < tokens; ++token) token_of_cell_[cell_of(token)] = token;
+        if (stand_ins) {
+            for (int64_t cell = 0; cell < height * width; ++cell) token_of_cell_[padded(cell)] = stand_ins[cell];
+        } else {
+            for (int64_t token = 0; token < tokens; ++token) token_of_cell_[cell_of(token)] = token;
+        }
 
         places = tokens;
         neighbours_.resize(tokens * kernel * kernel + 1);
@@ -57,6 +64,18 @@ public:
                 for (int v = 0; v < kVectors; ++v) total[v] += weights[v] * inputs[v];
             }
             std::copy_n(total, kVectors, &sums[token * kVectors]);
+        }
+    }
+
+    void spread(const BlockRows& weight, const BlockRows& grads, BlockRows& sums) const {
+        for (int64_t token = 0; token < places; ++token) {
+            Vec grad[kVectors];
+            std::copy_n(&grads[token * kVectors], kVectors, grad);
+            for (int64_t i = starts_[token]; i < starts_[token + 1]; ++i) {
+                const Vec* weights = &weight[neighbours_[i].tap * kVectors];
+                Vec* total = &sums[neighbours_[i].token * kVectors];
+                for (int v = 0; v < kVectors; ++v) total[v] += weights[v] * grad[v];
+            }
         }
     }
 
@@ -113,6 +132,16 @@ public:
             }
             store_rows<kTile>(total, tile, v, sums);
         });
+    }
+
+    // If j is i's neighbour at a tap, then i is j's neighbour at the mirrored tap.
+    void spread(const BlockRows& weight, const BlockRows& grads, BlockRows& sums) const {
+        constexpr int taps = kKernel * kKernel;
+        BlockRows mirrored(taps * kVectors);
+        for (int tap = 0; tap < taps; ++tap) {
+            std::copy_n(&weight[tap * kVectors], kVectors, &mirrored[(taps - 1 - tap) * kVectors]);
+        }
+        convolve(mirrored, grads, sums);
     }
 
     void correlate(const BlockRows& grads, const BlockRows& rows, BlockRows& grad_weight) const {

@@ -1,0 +1,43 @@
+"""Vim's causal depthwise convolution along the sequence, with the kernel of the grid's convolution where it fits."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .selective_scan import choose_kernel, is_exporting
+
+
+GRID_KERNEL = 7
+# As many taps reach back from the middle of the grid's kernel, with the middle itself.
+MOST_TAPS = GRID_KERNEL // 2 + 1
+
+
+def causal_conv1d(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
+    """SiLU of a depthwise convolution of each token with the ones before it, and zeros before the first.
+
+    A sequence is a grid of one row. There the causal kernel is the left half of the middle row of a 7 x 7 kernel, and
+    the other rows are not looked at.
+
+    Args:
+        hidden_states: shape (batch, tokens, channels).
+        weight: shape (channels, 1, taps), the last of which is for the token itself.
+        bias: shape (channels,), or None.
+        backend: as in `selective_scan`.
+
+    Returns:
+        (batch, tokens, channels).
+    """
+    taps = weight.shape[-1]
+    backend = "torch" if backend == "auto" and is_exporting() else backend
+    convolution = choose_kernel("depthwise_conv2d", backend, hidden_states.device.type)
+    if convolution is None or taps > MOST_TAPS:
+        return causal_conv1d_torch(hidden_states, weight, bias)
+    middle = GRID_KERNEL // 2
+    grid_weight = F.pad(weight.unsqueeze(2), (MOST_TAPS - taps, middle, middle, middle))
+    return convolution(hidden_states, grid_weight, bias, (1, hidden_states.shape[1]), None, True)
+
+
+def causal_conv1d_torch(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The reference; arguments and result as in `causal_conv1d`."""
+    channels, _, taps = weight.shape
+    sequence = F.conv1d(hidden_states.transpose(1, 2), weight, bias, padding=taps - 1, groups=channels)
+    return F.silu(sequence[..., : hidden_states.shape[1]]).transpose(1, 2)
