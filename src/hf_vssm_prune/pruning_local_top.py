@@ -14,7 +14,8 @@ def keep_locally_important(stage: Stage) -> Reduction:
     """Of every 2 x 2 window of the grid the most important token stays, then the second, as far as the count allows.
 
     Where not all windows get their next token, those with the more important one do. No large part of the image is lost
-    while elsewhere all is kept, the holes that a scan has to cross stay short, and the convolutions find a neighbour.
+    while elsewhere all is kept, the holes that a scan has to cross stay short, and what stands in for a dropped token
+    (see `stand_in`) was next to it.
     """
     importance = stage.scores()
     scores = _relative(importance) - _rank_in_window(importance, _windows(stage.cells, stage.grid))

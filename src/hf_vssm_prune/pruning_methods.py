@@ -61,7 +61,7 @@ METHODS = {
     "uniform": PruningMethod(keep_evenly_spread, "repeat"),
     "state_merge": PruningMethod(merge_into_state, "repeat", takes_importance=True),
     "stand_in": PruningMethod(keep_with_stand_ins, "repeat", takes_importance=True, stand_ins=True),
-    "local_top": PruningMethod(keep_locally_important, "repeat", takes_importance=True),
+    "local_top": PruningMethod(keep_locally_important, "repeat", takes_importance=True, stand_ins=True),
 }
 
 # What a schedule means that names none: those of before there was a choice.

@@ -73,6 +73,7 @@ class Study:
         training, dense, finetuning: options of all pieces that train, of scripts/train.py, of scripts/finetune.py.
         elastic: the `variant` that is trained for all budgets at once, and options over its own.
         variants: by name; the first is the baseline.
+        more_variants: others, which are run after everything else.
         every_budget: names of those that are fine-tuned for every budget.
     """
 
@@ -87,7 +88,12 @@ class Study:
     finetuning: dict[str, Any]
     elastic: dict[str, Any]
     variants: dict[str, Variant]
+    more_variants: dict[str, Variant]
     every_budget: list[str]
+
+    @property
+    def all_variants(self) -> dict[str, Variant]:
+        return {**self.variants, **self.more_variants}
 
 
 def read_study(file: Path) -> Study:
@@ -100,20 +106,26 @@ def read_study(file: Path) -> Study:
     names = [each.name for each in fields(Study)]
     if sorted(content) != sorted(names):
         raise ValueError(f"{file} has {sorted(content)}; a study has exactly {sorted(names)}.")
-    variants = {}
-    for name, parts in content["variants"].items():
-        if unknown := sorted(set(parts) - {"pruning", "training"}):
-            raise ValueError(f"{file}: variant {name!r} has {unknown}; allowed are 'pruning' and 'training'.")
-        variants[name] = Variant(**parts)
-        if unknown := sorted(set(variants[name].pruning) - set(PRUNING_OPTIONS)):
-            raise ValueError(f"{file}: variant {name!r} prunes by {unknown}; allowed are {sorted(PRUNING_OPTIONS)}.")
+    variants, more_variants = (
+        {name: _read_variant(file, name, parts) for name, parts in content[key].items()}
+        for key in ("variants", "more_variants")
+    )
     if unknown := sorted(set(content["every_budget"]) - set(variants)):
         raise ValueError(f"{file}: every_budget has {unknown}, which are no variants: {sorted(variants)}.")
     if content["elastic"].get("variant") not in variants:
         raise ValueError(f"{file}: elastic has no 'variant' that is one of {sorted(variants)}.")
     if content["main_budget"] not in content["budgets"]:
         raise ValueError(f"{file}: main_budget {content['main_budget']} is none of {content['budgets']}.")
-    return Study(**{**content, "variants": variants})
+    return Study(**{**content, "variants": variants, "more_variants": more_variants})
+
+
+def _read_variant(file: Path, name: str, parts: dict[str, Any]) -> Variant:
+    if unknown := sorted(set(parts) - {"pruning", "training"}):
+        raise ValueError(f"{file}: variant {name!r} has {unknown}; allowed are 'pruning' and 'training'.")
+    variant = Variant(**parts)
+    if unknown := sorted(set(variant.pruning) - set(PRUNING_OPTIONS)):
+        raise ValueError(f"{file}: variant {name!r} prunes by {unknown}; allowed are {sorted(PRUNING_OPTIONS)}.")
+    return variant
 
 
 @dataclass(frozen=True)
@@ -192,13 +204,14 @@ def _templates(study: Study, dataset: str, family: str) -> dict[str, tuple[str, 
         **tuned([each for each in at_others if each not in at_main_budget]),
         "elastic": ("finetune", "dense", elastic),
         "elastic compared": ("compare_methods", "elastic", {**evaluated, "schedules": elastic_schedules}),
+        **tuned([(name, study.main_budget) for name in study.more_variants]),
     }
 
 
 def _untrained_schedules(study: Study) -> dict[str, dict[str, Any]]:
     """Every way to prune once, by the name of the first variant that does."""
     schedules: dict[str, dict[str, Any]] = {}
-    for name, variant in study.variants.items():
+    for name, variant in study.all_variants.items():
         for budget in study.budgets if name in study.every_budget else [study.main_budget]:
             schedule = {"flops_reduction": budget, **variant.pruning}
             if schedule not in schedules.values():
@@ -208,7 +221,7 @@ def _untrained_schedules(study: Study) -> dict[str, dict[str, Any]]:
 
 def _tuned_options(study: Study, name: str, budget: float) -> dict[str, Any]:
     """The options of scripts/finetune.py; no teacher, unless the variant has one."""
-    variant = study.variants[name]
+    variant = study.all_variants[name]
     return {
         "max_eval_samples": study.max_eval_samples,
         **study.training,

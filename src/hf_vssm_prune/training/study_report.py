@@ -52,8 +52,8 @@ class Group:
 
     def schedule_name(self, variant: str, budget: float) -> str:
         """The comparison's name for a variant's schedule: that of the first variant which prunes in the same way."""
-        pruning = self.study.variants[variant].pruning
-        same = (name for name, other in self.study.variants.items() if other.pruning == pruning)
+        pruning = self.study.all_variants[variant].pruning
+        same = (name for name, other in self.study.all_variants.items() if other.pruning == pruning)
         return tuned_name(next(same), budget)
 
     def compared(self, piece: str, schedule: str, seed: int) -> dict[str, float]:
@@ -175,9 +175,9 @@ Points lost at each budget after fine-tuning:
 
 def _variants_table(group: Group) -> str:
     study, budget = group.study, group.study.main_budget
-    baseline = next(iter(study.variants))
+    baseline = next(iter(study.all_variants))
     rows = []
-    for variant, choices in study.variants.items():
+    for variant, choices in study.all_variants.items():
         tuned = group.tuned_losses(variant, budget)
         rows.append(
             [
@@ -227,13 +227,13 @@ def _claims(groups: Mapping[tuple[str, str], Group]) -> str:
 def _advantages(group: Group) -> dict[str, dict[int, float]]:
     """Claims, and for each seed by how much they are true."""
     study, budget = group.study, group.study.main_budget
-    baseline = next(iter(study.variants))
+    baseline = next(iter(study.all_variants))
     claims: dict[str, dict[int, float]] = {}
     kinds: dict[str, Callable[[str, float], dict[int, float]]] = {
         "not trained": group.untrained_losses,
         "fine-tuned": group.tuned_losses,
     }
-    for name, variant in study.variants.items():
+    for name, variant in study.all_variants.items():
         if set(variant.pruning) not in ({"alignment"}, {"importance"}) or variant.training:
             continue
         for kind, losses in kinds.items():
