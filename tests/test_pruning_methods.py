@@ -1,5 +1,6 @@
 """Each pruning method against a slow reference, token by token in float64; what all of them promise; and in models."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_vssm_prune import count_flops
+from hf_vssm_prune import count_flops, modeling_plainmamba
 from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
 from hf_vssm_prune.mixer_output import MixerOutput, ScanInputs
 from hf_vssm_prune.pruning_dyvm import TokenPredictor
 from hf_vssm_prune.pruning_methods import METHODS, PruningMethod
 from hf_vssm_prune.pruning_stage import Reduction, Stage
-from hf_vssm_prune.token_pruning import IMPORTANCES, token_importance
+from hf_vssm_prune.token_pruning import IMPORTANCES, gather_tokens, token_importance
 
 
 HIDDEN, CHANNELS, STATES = 6, 5, 3
@@ -565,12 +567,39 @@ def test_class_token_goes_through_a_stage_untouched(method, pixel_values) -> Non
 
 
 def test_methods_differ(tiny_config, pixel_values) -> None:
-    model, logits = make_model(tiny_config), []
+    model, logits = make_model(tiny_config), {}
     for method in METHODS:
         model.set_token_pruning(pruning(method, alignment="repeat"))
         with torch.no_grad():
-            logits.append(model(pixel_values).logits)
-    assert not any(torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i])
+            logits[method] = model(pixel_values).logits
+    if tiny_config.model_type == "vim":  # which has no convolution over the grid
+        assert torch.equal(logits.pop("stand_in"), logits["top"])
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(logits.values(), 2))
+
+
+def test_convolutions_see_stand_ins(pixel_values, monkeypatch) -> None:
+    """As if every cell had a token in every convolution: its own, or a copy of the nearest one."""
+    model = make_model(MAKE_CONFIG["plainmamba"]())
+    model.set_token_pruning(pruning("stand_in"))
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+
+    def fill_and_convolve(hidden_states, weight, bias, grid, kept, silu, stand_ins, backend):
+        if kept is None:
+            return depthwise_conv2d_torch(hidden_states, weight, bias, grid, silu=silu)
+        cells = [divmod(cell, grid[1]) for cell in range(grid[0] * grid[1])]
+        filled = [
+            [min(range(len(ids)), key=lambda i: (sum(map(abs, np.subtract(cells[ids[i]], cell))), i)) for cell in cells]
+            for ids in kept.tolist()
+        ]
+        full = torch.stack([tokens[rows] for tokens, rows in zip(hidden_states, filled, strict=True)])
+        return gather_tokens(depthwise_conv2d_torch(full, weight, bias, grid, silu=silu), kept)
+
+    monkeypatch.setattr(modeling_plainmamba, "depthwise_conv2d", fill_and_convolve)
+    with torch.no_grad():
+        assert torch.allclose(model(pixel_values).logits, logits, atol=1e-5)
+        model.set_token_pruning(pruning("top"))
+        assert not torch.allclose(model(pixel_values).logits, logits, atol=1e-5)
 
 
 def test_no_method_means_top(tiny_config, pixel_values) -> None:
