@@ -28,8 +28,8 @@ from hf_vssm_prune.training.arguments import (
     DenseModelArguments,
     ElasticArguments,
     FinetuneArguments,
+    FinetunePruningArguments,
     OptimizationArguments,
-    PruningArguments,
     RunArguments,
     ScratchOptimizationArguments,
     parse_arguments,
@@ -170,6 +170,7 @@ def test_train_from_scratch_then_prune_then_evaluate(image_folder, tmp_path):
     run("finetune.py", *data, *start, *short, "--flops_reduction", "0.4", "--output_dir", tmp_path / "pruned")
     pruned = AutoModelForImageClassification.from_pretrained(tmp_path / "pruned" / "last")
     assert pruned.config.token_pruning["alignment"] == "repeat"
+    assert pruned.config.token_pruning["method"] == "stand_in"
     card = (tmp_path / "pruned" / "last" / "README.md").read_text()
     assert "finetune.py" in card
     assert "--flops_reduction 0.4" in card
@@ -288,7 +289,7 @@ def parse(types: list, *arguments: str) -> dict:
 def test_recipes_say_what_they_set(recipe):
     values = read_recipe(recipe)
     is_pruned = "prune_layers" in values
-    types = [FinetuneArguments, PruningArguments, OptimizationArguments] if is_pruned else [DenseModelArguments]
+    types = [FinetuneArguments, FinetunePruningArguments, OptimizationArguments] if is_pruned else [DenseModelArguments]
     types += [ScratchOptimizationArguments] * (not is_pruned)
     types += [DataArguments, AugmentationArguments, ElasticArguments, RunArguments]
     needed = ["--dataset_name", "d", "--output_dir", "o"]

@@ -27,6 +27,7 @@ from hf_vssm_prune.training.recipes import insert_recipe
 
 
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+FINETUNED_METHOD = "stand_in"
 BATCH_NORM_MODES = ("local", "frozen", "sync")
 FAMILIES: dict[str, type[VisionMambaConfig]] = {"plainmamba": PlainMambaConfig, "vim": VimConfig}
 
@@ -382,6 +383,15 @@ class PruningArguments:
         if self.prune_layers is not None:
             return {"layers": self.prune_layers, "keep_ratios": self.keep_ratios, **choices}
         return None
+
+
+@dataclass
+class FinetunePruningArguments(PruningArguments):
+    """The method is by default the one that lost least in this project's study, see STUDY.md; the paper's is `top`."""
+
+    prune_method: str = field(
+        default=FINETUNED_METHOD, metadata=_describe("how tokens go; `top` is the paper's", choices=tuple(METHODS))
+    )
 
 
 @dataclass

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import hf_vssm_prune
+from hf_vssm_prune.pruning_methods import DEFAULT_METHOD
 from hf_vssm_prune.training.checkpoints import find_checkpoints, write_json
 from hf_vssm_prune.training.interruption import StopRequest
 from hf_vssm_prune.training.recipes import read_recipe
@@ -412,6 +413,9 @@ class StudyRunner:
         start = piece.key_of_start()
         if start is not None:
             recipe["model_name_or_path"] = str(self.folder / start / "last")
+        if piece.script == "finetune":
+            # As in `token_pruning`, no method means the paper's; in the script it means ours.
+            recipe = {"prune_method": DEFAULT_METHOD, **recipe}
         if piece.script != "compare_methods":
             return {**recipe, "output_dir": str(folder)}
         write_json(piece.options["schedules"], folder / "schedules.json")
