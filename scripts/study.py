@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_vssm_prune.training.study import Study, StudyRunner, read_results, read_study
+from hf_vssm_prune.training.study import StudyRunner, read_results
+from hf_vssm_prune.training.study_plan import Study, read_study
 from hf_vssm_prune.training.study_report import write_report
 
 

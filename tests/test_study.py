@@ -11,15 +11,8 @@ import pytest
 import yaml
 from conftest import SCRIPTS
 
-from hf_vssm_prune.training.study import (
-    StudyRunner,
-    expected_seconds,
-    list_pieces,
-    read_results,
-    read_study,
-    tuned_name,
-    write_results,
-)
+from hf_vssm_prune.training.study import StudyRunner, expected_seconds, read_results, write_results
+from hf_vssm_prune.training.study_plan import list_pieces, read_study, tuned_name
 from hf_vssm_prune.training.study_report import difference, mean_and_spread, verdict, write_report
 
 

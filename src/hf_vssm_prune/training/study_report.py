@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_vssm_prune.training.study import Study, tuned_name
+from hf_vssm_prune.training.study_plan import Study, tuned_name
 
 
 if TYPE_CHECKING:
