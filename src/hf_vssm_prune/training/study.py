@@ -1,8 +1,8 @@
 """Runs a study: dense baselines of several data sets, families and seeds, pruned and fine-tuned in many ways.
 
 Each of its pieces is a run of another script with a recipe written for it, so that any figure can be made again by
-hand. A finished piece is one JSON line in the results; what is there is not run again, and a piece that was stopped goes
-on from its checkpoint.
+hand. A finished piece is one JSON line in the results; what is there is not run again, and a piece that was stopped
+goes on from its checkpoint.
 """
 
 import json
