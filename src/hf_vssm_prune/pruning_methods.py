@@ -35,7 +35,7 @@ class PruningMethod(NamedTuple):
     Attributes:
         reduce: leaves as many of a stage's tokens as it says.
         alignment: the default; what the method's own paper does about the holes, for those of other papers nothing.
-        takes_importance: it ranks tokens by the schedule's `importance`.
+        importance: the default of what it ranks tokens by, where the schedule may choose. None: it may not.
         count_flops: from the number of tokens before and after, and the model's configuration, to the multiply-adds of
             its matrix products. Scores, sorting and means are not counted, as norms and activations are not.
         predictor: from the hidden size to a module with parameters of its own for each stage. None: it has none.
@@ -44,24 +44,24 @@ class PruningMethod(NamedTuple):
 
     reduce: Callable[[Stage], Reduction]
     alignment: str
-    takes_importance: bool = False
+    importance: str | None = None
     count_flops: Callable[[int, int, PreTrainedConfig], int] = _no_flops
     predictor: Callable[[int], nn.Module] | None = None
     stand_ins: bool = False
 
 
 METHODS = {
-    "top": PruningMethod(keep_most_important, "repeat", takes_importance=True),
-    "evit": PruningMethod(fuse_unimportant, "none", takes_importance=True),
+    "top": PruningMethod(keep_most_important, "repeat", importance="clip"),
+    "evit": PruningMethod(fuse_unimportant, "none", importance="clip"),
     "tome": PruningMethod(merge_similar_keys, "none", count_flops=count_tome),
     "r_meeto": PruningMethod(merge_similar_outputs, "none", count_flops=count_r_meeto),
-    "utr": PruningMethod(merge_unimportant, "none", takes_importance=True, count_flops=count_utr),
+    "utr": PruningMethod(merge_unimportant, "none", importance="clip", count_flops=count_utr),
     "mtr": PruningMethod(merge_small_steps, "none", count_flops=count_mtr),
     "dyvm": PruningMethod(keep_predicted, "none", count_flops=count_dyvm, predictor=TokenPredictor),
     "uniform": PruningMethod(keep_evenly_spread, "repeat"),
-    "state_merge": PruningMethod(merge_into_state, "repeat", takes_importance=True),
-    "stand_in": PruningMethod(keep_with_stand_ins, "repeat", takes_importance=True, stand_ins=True),
-    "local_top": PruningMethod(keep_locally_important, "repeat", takes_importance=True, stand_ins=True),
+    "state_merge": PruningMethod(merge_into_state, "repeat", importance="clip"),
+    "stand_in": PruningMethod(keep_with_stand_ins, "repeat", importance="clip", stand_ins=True),
+    "local_top": PruningMethod(keep_locally_important, "repeat", importance="l1", stand_ins=True),
 }
 
 # What a schedule means that names none: those of before there was a choice.

@@ -15,8 +15,8 @@ def check_token_pruning(token_pruning: dict[str, Any], num_hidden_layers: int) -
     Args:
         token_pruning: `layers`, before which tokens are dropped, ascending, each in 1 ... num_hidden_layers - 1;
             `keep_ratios`, for each of them the share of the tokens still there that stays, in (0, 1]; `alignment`
-            (default: the method's), one of `ALIGNMENTS`; `importance` (default `clip`), one of `IMPORTANCES`, for a
-            method that takes one; `method`, one of `METHODS`. Options without a `method` mean `top`.
+            (default: the method's), one of `ALIGNMENTS`; `importance` (default: the method's), one of `IMPORTANCES`,
+            for a method that takes one; `method`, one of `METHODS`. Options without a `method` mean `top`.
         num_hidden_layers: depth of the model.
 
     Raises:
@@ -36,11 +36,11 @@ def check_token_pruning(token_pruning: dict[str, Any], num_hidden_layers: int) -
     }
     _check_keep_ratios(options["keep_ratios"], len(options["layers"]))
     _check_choice("alignment", options["alignment"], ALIGNMENTS)
-    if method.takes_importance:
-        options["importance"] = token_pruning.get("importance", IMPORTANCES[0])
+    if method.importance is not None:
+        options["importance"] = token_pruning.get("importance", method.importance)
         _check_choice("importance", options["importance"], IMPORTANCES)
     elif "importance" in token_pruning:
-        takers = [name for name, other in METHODS.items() if other.takes_importance]
+        takers = [name for name, other in METHODS.items() if other.importance is not None]
         raise ValueError(
             f"`token_pruning['importance']` is {token_pruning['importance']!r}, but the method "
             f"{token_pruning['method']!r} ranks tokens in its own way; methods that take an importance are {takers}."

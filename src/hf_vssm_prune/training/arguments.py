@@ -27,7 +27,7 @@ from hf_vssm_prune.training.recipes import insert_recipe
 
 
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
-FINETUNED_METHOD = "stand_in"
+FINETUNED_METHOD = "local_top"
 BATCH_NORM_MODES = ("local", "frozen", "sync")
 FAMILIES: dict[str, type[VisionMambaConfig]] = {"plainmamba": PlainMambaConfig, "vim": VimConfig}
 
@@ -352,7 +352,7 @@ class PruningArguments:
     importance: str | None = field(
         default=None,
         metadata=_describe(
-            f"what makes a token worth keeping, for a method that takes it; by default {IMPORTANCES[0]}",
+            "what makes a token worth keeping, for a method that takes it; by default as the method has it",
             choices=IMPORTANCES,
         ),
     )
