@@ -178,12 +178,14 @@ def _variants_table(group: Group) -> str:
     baseline = next(iter(study.all_variants))
     rows = []
     for variant, choices in study.all_variants.items():
-        tuned = group.tuned_losses(variant, budget)
+        untrained, tuned = group.untrained_losses(variant, budget), group.tuned_losses(variant, budget)
+        if not untrained and not tuned:
+            continue
         rows.append(
             [
                 variant,
                 ", ".join(f"{name} {value}" for name, value in {**choices.pruning, **choices.training}.items()),
-                mean_and_spread(group.untrained_losses(variant, budget)),
+                mean_and_spread(untrained),
                 mean_and_spread(tuned),
                 mean_and_spread(difference(tuned, group.tuned_losses(baseline, budget)), signed=True),
                 mean_and_spread(group.time_shares("untrained", group.schedule_name(variant, budget))),
@@ -260,6 +262,8 @@ def _authors_curves(groups: Mapping[tuple[str, str], Group]) -> str:
         for variant in group.study.every_budget:
             name = tuned_name(variant, budget)
             seeds = group.seeds("dense", "untrained", name)
+            if not seeds:
+                continue
             schedule = group.schedule_name(variant, budget)
             curves = {seed: group.records[seed, name]["figures"]["top1_by_epoch"] for seed in seeds}
             rows.append(
@@ -296,7 +300,8 @@ def draw_group(group: Group, title: str, file: Path) -> None:
             _draw_line(by_time, name, [(time, top1) for _, time, top1 in points])
         by_flops.set(xlabel="FLOPs / dense", ylabel="top-1 (%)", title=title)
         by_time.set(xlabel="measured time / dense")
-        by_flops.legend(fontsize=8)
+        if by_flops.get_legend_handles_labels()[0]:
+            by_flops.legend(fontsize=8)
         temporary = file.with_name(f".{file.name}")
         figure.savefig(temporary, format="svg", metadata={"Date": None})
         temporary.replace(file)
