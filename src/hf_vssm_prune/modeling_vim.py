@@ -117,6 +117,19 @@ class VimEmbeddings(nn.Module):
         return torch.cat([before, class_token, after], dim=1)
 
 
+class VimCausalConvolution(nn.Conv1d):
+    """Depthwise convolution of each token with the ones before it, and SiLU."""
+
+    def __init__(self, config: VimConfig) -> None:
+        width = config.intermediate_size
+        super().__init__(width, width, config.conv_kernel, groups=width)
+        self.config = config
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`hidden_states` and result (batch, n, channels)."""
+        return causal_conv1d(hidden_states, self.weight, self.bias, self.config.scan_backend)
+
+
 class VimScan(nn.Module):
     """One direction of the mixer: causal depthwise convolution, then the selective scan."""
 
@@ -124,7 +137,7 @@ class VimScan(nn.Module):
         super().__init__()
         self.config = config
         width = config.intermediate_size
-        self.conv1d = nn.Conv1d(width, width, config.conv_kernel, groups=width)  # `causal_conv1d` computes it
+        self.conv1d = VimCausalConvolution(config)
         # The parts of the projection: time-step features, B and C.
         self.sizes = [int(config.time_step_rank), config.state_size, config.state_size]
         self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)
@@ -135,7 +148,7 @@ class VimScan(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor, gaps: Tensor | None, alignment: str) -> tuple[Tensor, ScanInputs]:
         """Gated output of the scan, and its inputs; `x`, `gate` and output (batch, n, channels), `gaps` (batch, n)."""
-        x = causal_conv1d(x, self.conv1d.weight, self.conv1d.bias, self.config.scan_backend)
+        x = self.conv1d(x)
         features, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         time_step, bias = self.dt_proj(features)
         gated = selective_scan(
