@@ -13,7 +13,7 @@ from conftest import SCRIPTS
 
 from hf_vssm_prune.training.study import StudyRunner, expected_seconds, read_results, write_results
 from hf_vssm_prune.training.study_plan import list_pieces, read_study, tuned_name
-from hf_vssm_prune.training.study_report import difference, mean_and_spread, verdict, write_report
+from hf_vssm_prune.training.study_report import Group, difference, mean_and_spread, verdict, write_report
 
 
 RECIPES = SCRIPTS.parent / "recipes"
@@ -167,6 +167,17 @@ def test_expected_seconds(tmp_path) -> None:
     assert expected_seconds(dense, others) == 9
     assert expected_seconds(dense, others[1:]) == 5
     assert expected_seconds(dense, [*others, {**like, "seconds": 2}, {**like, "seconds": 4}]) == 3
+
+
+def test_every_schedule_that_the_page_needs_is_compared() -> None:
+    for file in STUDIES:
+        study = read_study(file)
+        group = Group(study, {})
+        compared = {piece.name: piece.options for piece in list_pieces(study)}["untrained"]["schedules"]
+        for name in study.all_variants:
+            for budget in study.budgets if name in study.every_budget else [study.main_budget]:
+                schedule = {"flops_reduction": budget, **study.all_variants[name].pruning}
+                assert compared[group.schedule_name(name, budget)] == schedule
 
 
 # ---- The page ----------------------------------------------------------------------------------------------------

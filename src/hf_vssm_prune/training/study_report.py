@@ -51,10 +51,10 @@ class Group:
         return 100 * self.records[seed, name]["figures"]["top1"]
 
     def schedule_name(self, variant: str, budget: float) -> str:
-        """The comparison's name for a variant's schedule: that of the first variant which prunes in the same way."""
-        pruning = self.study.all_variants[variant].pruning
-        same = (name for name, other in self.study.all_variants.items() if other.pruning == pruning)
-        return tuned_name(next(same), budget)
+        """The comparison's name for a variant's schedule: that of the first variant compared which prunes so, too."""
+        study, pruning = self.study, self.study.all_variants[variant].pruning
+        compared = study.all_variants if budget == study.main_budget else study.every_budget
+        return tuned_name(next(name for name in compared if study.all_variants[name].pruning == pruning), budget)
 
     def compared(self, piece: str, schedule: str, seed: int) -> dict[str, float]:
         return self.records[seed, piece]["figures"][schedule]
