@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from .selective_scan import choose_kernel, is_exporting
+from .selective_scan import kernel_for
 
 
 GRID_KERNEL = 7
@@ -27,8 +27,7 @@ def causal_conv1d(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, ba
         (batch, tokens, channels).
     """
     taps = weight.shape[-1]
-    backend = "torch" if backend == "auto" and is_exporting() else backend
-    convolution = choose_kernel("depthwise_conv2d", backend, hidden_states.device.type)
+    convolution = kernel_for("depthwise_conv2d", backend, hidden_states)
     if convolution is None or taps > MOST_TAPS:
         return causal_conv1d_torch(hidden_states, weight, bias)
     middle = GRID_KERNEL // 2

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from .selective_scan import choose_kernel, is_exporting
+from .selective_scan import kernel_for
 from .token_pruning import gather_tokens
 
 
@@ -34,8 +34,7 @@ def depthwise_conv2d(
     Returns:
         (batch, tokens, channels).
     """
-    backend = "torch" if backend == "auto" and is_exporting() else backend
-    convolution = choose_kernel("depthwise_conv2d", backend, hidden_states.device.type) or depthwise_conv2d_torch
+    convolution = kernel_for("depthwise_conv2d", backend, hidden_states) or depthwise_conv2d_torch
     return convolution(hidden_states, weight, bias, grid, kept, silu, stand_ins)
 
 
@@ -49,7 +48,7 @@ def depthwise_conv2d_torch(
     stand_ins: Tensor | None = None,
 ) -> Tensor:
     """The reference that every kernel is checked against; arguments and result as in `depthwise_conv2d`."""
-    index = None if kept is None else kept.long().unsqueeze(-1).expand_as(hidden_states)
+    index = None if kept is None else kept.unsqueeze(-1).expand_as(hidden_states)
     cells = hidden_states
     if stand_ins is not None:
         cells = gather_tokens(hidden_states, stand_ins.long())

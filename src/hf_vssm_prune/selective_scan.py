@@ -83,11 +83,16 @@ def selective_scan(
     """
     if (direction_B is None) != (moves is None):
         raise ValueError("`direction_B` and `moves` go together: one was given without the other.")
-    backend = "torch" if backend == "auto" and is_exporting() else backend
-    scan = choose_kernel("selective_scan", backend, hidden_states.device.type) or selective_scan_torch
+    scan = kernel_for("selective_scan", backend, hidden_states) or selective_scan_torch
     return scan(
         hidden_states, time_step, A, B, C, D, time_step_bias, gate, order, gaps, hole_time_step, direction_B, moves
     )
+
+
+def kernel_for(operation: str, backend: str, tensor: Tensor) -> Callable[..., Tensor] | None:
+    """As `kernels.choose_kernel`, where a tensor is; what is exported is plain PyTorch, unless a kernel is named."""
+    backend = "torch" if backend == "auto" and is_exporting() else backend
+    return choose_kernel(operation, backend, tensor.device.type)
 
 
 def selective_scan_torch(

@@ -30,6 +30,7 @@ from hf_vssm_prune.training.distribution import (
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 
 
+RESULTS = "all_results.json"  # of a run that has ended
 STATE, MODEL, EMA, OPTIMIZER = "training_state.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 # These change the random draws of mixing and drop path, which each process makes for its own batch, and no more.
 SPREAD = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -52,11 +53,16 @@ class TrainingState:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+def write_text(text: str, file: Path) -> None:
+    """Writes a file at once."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
 def write_json(content: Any, file: Path) -> None:
     """Writes a JSON file at once."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_text(json.dumps(content, indent=2) + "\n", file)
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:

@@ -43,6 +43,7 @@ from hf_vssm_prune.training.arguments import (
 from hf_vssm_prune.training.augmentation import mix_batch
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
 from hf_vssm_prune.training.checkpoints import (
+    RESULTS,
     TrainedParts,
     TrainingState,
     find_checkpoints,
@@ -86,7 +87,6 @@ from hf_vssm_prune.visualization import draw_classification, image_statistics
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "all_results.json"
 PICTURE = "kept_tokens.png"
 PICTURED_IMAGES = 4
 

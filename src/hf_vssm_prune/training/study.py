@@ -5,6 +5,7 @@ hand. A finished piece is one JSON line in the results; what is there is not run
 goes on from its checkpoint.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -25,14 +26,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import hf_vssm_prune
 from hf_vssm_prune.pruning_methods import DEFAULT_METHOD
-from hf_vssm_prune.training.checkpoints import find_checkpoints, write_json
+from hf_vssm_prune.training.checkpoints import RESULTS, find_checkpoints, write_json, write_text
 from hf_vssm_prune.training.interruption import StopRequest
 from hf_vssm_prune.training.study_plan import Piece, Study, list_pieces
 
 
 logger = logging.getLogger(__name__)
 
-TRAINING_RESULTS, COMPARISON = "all_results.json", "comparison.json"
+COMPARISON = "comparison.json"
 
 
 # ---- What is done ------------------------------------------------------------------------------------------------
@@ -59,9 +60,7 @@ def read_results(file: Path) -> dict[str, dict[str, Any]]:
 def write_results(results: Mapping[str, dict[str, Any]], file: Path) -> None:
     """Writes all results at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in results.values()), encoding="utf-8")
-    temporary.replace(file)
+    write_text("".join(json.dumps(record) + "\n" for record in results.values()), file)
 
 
 def record_piece(piece: Piece, folder: Path, seconds: float) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def record_piece(piece: Piece, folder: Path, seconds: float) -> dict[str, Any]:
             for name, evaluation in evaluations.items()
         }
     else:
-        results = json.loads((folder / TRAINING_RESULTS).read_text(encoding="utf-8"))
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         figures = {
             "top1": results["eval_top1"],
             "gflops": results["gflops_pruned"],
@@ -178,8 +177,8 @@ class StudyRunner:
 
     def _start_pieces(self) -> int:
         """Starts as many pieces as there are free workers for, and returns how many."""
-        ready = [piece for piece in self.pieces if self._is_ready(piece)]
-        started = ready[: self.workers - len(self._running)]
+        free = self.workers - len(self._running)
+        started = list(itertools.islice(filter(self._is_ready, self.pieces), free))  # looks no further than it must
         for piece in started:
             self._running[piece.key] = (piece, self._start(piece), time.perf_counter())
         return len(started)
@@ -194,7 +193,7 @@ class StudyRunner:
         folder = self.folder / piece.key
         folder.mkdir(parents=True, exist_ok=True)
         recipe = self._recipe(piece, folder)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        write_text(yaml.safe_dump(recipe, sort_keys=False), folder / "recipe.yaml")
         command = [sys.executable, str(self.scripts / f"{piece.script}.py"), "--recipe", str(folder / "recipe.yaml")]
         if find_checkpoints(folder):
             command += ["--resume", "latest"]

@@ -63,17 +63,28 @@ class Study:
     every_budget: list[str]
 
     @property
+    def trained(self) -> dict[str, Any]:
+        """Options of every piece that trains."""
+        return {"max_eval_samples": self.max_eval_samples, **self.training}
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.variants))
+
+    @property
     def all_variants(self) -> dict[str, Variant]:
         return {**self.variants, **self.more_variants}
 
 
 def read_study(file: Path) -> Study:
-    """Reads a study's file.
+    """Reads a study's file. What it leaves out is as in the file that its `base` names, in the same folder.
 
     Raises:
         ValueError: it is missing, or its content is not that of a study; the message names what is wrong.
     """
     content = read_recipe(file)
+    if (base := content.pop("base", None)) is not None:
+        content = {**read_recipe(file.parent / base), **content}
     names = [each.name for each in fields(Study)]
     if sorted(content) != sorted(names):
         raise ValueError(f"{file} has {sorted(content)}; a study has exactly {sorted(names)}.")
@@ -150,14 +161,14 @@ def list_pieces(study: Study) -> list[Piece]:
 def _templates(study: Study, dataset: str, family: str) -> dict[str, Template]:
     """Of every piece of a data set and a family, by its name."""
     evaluated = {"max_eval_samples": study.max_eval_samples}
-    trained = {**evaluated, **study.training}
-    dense = {**trained, **study.dense, "family": family, **study.datasets[dataset]["dense"], **study.families[family]}
+    of_dataset, of_family = study.datasets[dataset]["dense"], study.families[family]
+    dense = {**study.trained, **study.dense, "family": family, **of_dataset, **of_family}
     at_other_budgets = [
         (name, budget) for name in study.every_budget for budget in study.budgets if budget != study.main_budget
     ]
     return {
         "dense": Template("train", None, dense),
-        "dense tuned": Template("train", "dense", {**trained, **study.finetuning}),
+        "dense tuned": Template("train", "dense", {**study.trained, **study.finetuning}),
         **_tuned(study, [(name, study.main_budget) for name in study.variants]),
         "untrained": Template("compare_methods", "dense", evaluated | {"schedules": _untrained_schedules(study)}),
         **_tuned(study, at_other_budgets),
@@ -202,8 +213,7 @@ def _tuned_options(study: Study, name: str, budget: float) -> dict[str, Any]:
     """The options of scripts/finetune.py; no teacher, unless the variant has one."""
     variant = study.all_variants[name]
     return {
-        "max_eval_samples": study.max_eval_samples,
-        **study.training,
+        **study.trained,
         **dict.fromkeys(LOSSES_OF_A_TEACHER, 0),
         **study.finetuning,
         "flops_reduction": budget,

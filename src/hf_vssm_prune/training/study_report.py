@@ -6,12 +6,14 @@ helps without pruning too. Of several seeds the mean and the sample standard dev
 every seed agrees with it.
 """
 
+import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_vssm_prune.training.checkpoints import write_text
 from hf_vssm_prune.training.study_plan import Study, tuned_name
 
 
@@ -59,6 +61,9 @@ class Group:
     def compared(self, piece: str, schedule: str, seed: int) -> dict[str, float]:
         return self.records[seed, piece]["figures"][schedule]
 
+    def compared_top1(self, piece: str, schedule: str, seed: int) -> float:
+        return 100 * self.compared(piece, schedule, seed)["top1"]
+
     def tuned_losses(self, variant: str, budget: float) -> dict[int, float]:
         """By seed, after fine-tuning."""
         name = tuned_name(variant, budget)
@@ -75,7 +80,7 @@ class Group:
 
     def _compared_losses(self, reference: str, piece: str, schedule: str) -> dict[int, float]:
         return {
-            seed: self.top1(reference, seed) - 100 * self.compared(piece, schedule, seed)["top1"]
+            seed: self.top1(reference, seed) - self.compared_top1(piece, schedule, seed)
             for seed in self.seeds(reference, piece)
         }
 
@@ -107,13 +112,13 @@ def group_results(study: Study, results: Mapping[str, dict[str, Any]]) -> dict[t
     return groups
 
 
-def mean_and_spread(values: Mapping[int, float] | Sequence[float], digits: int = 2, signed: bool = False) -> str:
+def mean_and_spread(values: Mapping[int, float] | Sequence[float], signed: bool = False) -> str:
     """ "1.23 ± 0.45"; with how many there are where that is one; a dash where there are none."""
     numbers = list(values.values() if isinstance(values, Mapping) else values)
     if not numbers:
         return "–"
-    mean = f"{statistics.mean(numbers):{'+' if signed else ''}.{digits}f}"
-    return f"{mean} (1 seed)" if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+    mean = f"{statistics.mean(numbers):{'+' if signed else ''}.2f}"
+    return f"{mean} (1 seed)" if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.2f}"
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
@@ -146,7 +151,7 @@ def write_report(study: Study, results: Mapping[str, dict[str, Any]], page: Path
         picture = plots / f"{dataset}-{family}.svg"
         draw_group(group, f"{dataset}, {family}", picture)
         parts.append(_group_section(group, dataset, family, picture.relative_to(page.parent).as_posix()))
-    _replace(page, "\n".join(parts).encode())
+    write_text("\n".join(parts), page)
 
 
 def _group_section(group: Group, dataset: str, family: str, picture: str) -> str:
@@ -175,7 +180,6 @@ Points lost at each budget after fine-tuning:
 
 def _variants_table(group: Group) -> str:
     study, budget = group.study, group.study.main_budget
-    baseline = next(iter(study.all_variants))
     rows = []
     for variant, choices in study.all_variants.items():
         untrained, tuned = group.untrained_losses(variant, budget), group.tuned_losses(variant, budget)
@@ -187,7 +191,7 @@ def _variants_table(group: Group) -> str:
                 ", ".join(f"{name} {value}" for name, value in {**choices.pruning, **choices.training}.items()),
                 mean_and_spread(untrained),
                 mean_and_spread(tuned),
-                mean_and_spread(difference(tuned, group.tuned_losses(baseline, budget)), signed=True),
+                mean_and_spread(difference(tuned, group.tuned_losses(study.baseline, budget)), signed=True),
                 mean_and_spread(group.time_shares("untrained", group.schedule_name(variant, budget))),
             ]
         )
@@ -196,7 +200,7 @@ def _variants_table(group: Group) -> str:
         "what differs",
         "points lost, not trained",
         "points lost, fine-tuned",
-        f"more than {baseline}",
+        f"more than {study.baseline}",
         "time / dense",
     ]
     return _table(titles, rows)
@@ -228,8 +232,7 @@ def _claims(groups: Mapping[tuple[str, str], Group]) -> str:
 
 def _advantages(group: Group) -> dict[str, dict[int, float]]:
     """Claims, and for each seed by how much they are true."""
-    study, budget = group.study, group.study.main_budget
-    baseline = next(iter(study.all_variants))
+    study, budget, baseline = group.study, group.study.main_budget, group.study.baseline
     claims: dict[str, dict[int, float]] = {}
     kinds: dict[str, Callable[[str, float], dict[int, float]]] = {
         "not trained": group.untrained_losses,
@@ -270,7 +273,7 @@ def _authors_curves(groups: Mapping[tuple[str, str], Group]) -> str:
                 [
                     f"{dataset}, {family}, {variant}",
                     mean_and_spread([group.top1("dense", seed) for seed in seeds]),
-                    mean_and_spread([100 * group.compared("untrained", schedule, seed)["top1"] for seed in seeds]),
+                    mean_and_spread([group.compared_top1("untrained", schedule, seed) for seed in seeds]),
                     mean_and_spread([100 * curve[0] for curve in curves.values()]),
                     mean_and_spread([100 * max(curve) for curve in curves.values()]),
                 ]
@@ -302,9 +305,9 @@ def draw_group(group: Group, title: str, file: Path) -> None:
         by_time.set(xlabel="measured time / dense")
         if by_flops.get_legend_handles_labels()[0]:
             by_flops.legend(fontsize=8)
-        temporary = file.with_name(f".{file.name}")
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
-        temporary.replace(file)
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None})
+    write_text(drawing.getvalue(), file)
 
 
 # Share of FLOPs, shares of time and top-1 of each seed.
@@ -322,7 +325,7 @@ def _lines(group: Group) -> dict[str, list[Point]]:
         for budget in study.budgets:
             schedule, name = group.schedule_name(variant, budget), tuned_name(variant, budget)
             seeds = group.seeds("dense", "untrained")
-            untrained = [100 * group.compared("untrained", schedule, seed)["top1"] for seed in seeds]
+            untrained = [group.compared_top1("untrained", schedule, seed) for seed in seeds]
             lines[f"{variant}, not trained"].append(_point(group, "untrained", schedule, seeds, untrained))
             seeds = group.seeds("dense", "untrained", name)
             tuned = [group.top1(name, seed) for seed in seeds]
@@ -330,7 +333,7 @@ def _lines(group: Group) -> dict[str, list[Point]]:
     lines["elastic, one checkpoint"] = [dense]
     for budget in study.budgets:
         schedule, seeds = tuned_name("elastic", budget), group.seeds("elastic compared")
-        top1 = [100 * group.compared("elastic compared", schedule, seed)["top1"] for seed in seeds]
+        top1 = [group.compared_top1("elastic compared", schedule, seed) for seed in seeds]
         lines["elastic, one checkpoint"].append(_point(group, "elastic compared", schedule, seeds, top1))
     return lines
 
@@ -347,9 +350,3 @@ def _draw_line(axes: "Axes", name: str, points: Sequence[tuple[Sequence[float], 
     spread = [statistics.stdev(ys) if len(ys) > 1 else 0 for _, ys in points]
     x, y = ([statistics.mean(values) for values in axis] for axis in zip(*points, strict=True))
     axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, capsize=3, label=name)
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_bytes(content)
-    temporary.replace(file)

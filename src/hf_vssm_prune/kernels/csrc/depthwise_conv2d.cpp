@@ -132,7 +132,9 @@ void add_up(const float* partials, int64_t batch, int64_t size, float* sum) {
 }
 
 bool within(const int32_t* indices, int64_t count, int64_t limit) {
-    return std::all_of(indices, indices + count, [&](int32_t index) { return index >= 0 && index < limit; });
+    bool all = true;
+    for (int64_t i = 0; i < count; ++i) all &= indices[i] >= 0 && indices[i] < limit;
+    return all;
 }
 
 const char* find_error(const ConvolutionArguments& arguments) {

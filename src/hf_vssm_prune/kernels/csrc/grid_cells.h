@@ -137,7 +137,7 @@ public:
     // If j is i's neighbour at a tap, then i is j's neighbour at the mirrored tap.
     void spread(const BlockRows& weight, const BlockRows& grads, BlockRows& sums) const {
         constexpr int taps = kKernel * kKernel;
-        BlockRows mirrored(taps * kVectors);
+        thread_local BlockRows mirrored(taps * kVectors);  // its memory is used again
         for (int tap = 0; tap < taps; ++tap) {
             std::copy_n(&weight[tap * kVectors], kVectors, &mirrored[(taps - 1 - tap) * kVectors]);
         }
