@@ -3,6 +3,7 @@
     python scripts/study.py --study recipes/study_small.yaml --results study/small.jsonl --folder runs/study/small
 
 Ctrl-C stops it; the same command goes on. Two workers of one thread each are faster on two cores than one of two.
+`--only 'cifar10/vim/*'` runs a part; the results of parts that several machines ran are the lines of all their files.
 """
 
 import argparse
@@ -25,6 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="NAME=FOLDER", help="folders in place of data sets on the Hub"
     )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="pieces to run, in this order, as 'cifar10/vim/*' or '*/dense'",
+    )
     parser.add_argument("--workers", type=int, default=1, help="pieces at a time")
     parser.add_argument("--threads", type=int, help="of each worker; by default PyTorch's choice")
     options = parser.parse_args(arguments)
@@ -44,7 +52,14 @@ def run(study: Study, options: argparse.Namespace) -> int:
     """Runs what is left; the exit status is 128 + the signal's number where one stopped it, 1 where a piece failed."""
     folders = dict(each.split("=", 1) for each in options.data)
     runner = StudyRunner(
-        study, Path(__file__).parent, options.folder, options.results, folders, options.workers, options.threads
+        study,
+        Path(__file__).parent,
+        options.folder,
+        options.results,
+        folders,
+        options.workers,
+        options.threads,
+        options.only,
     )
     stopped_by = runner.run()
     if stopped_by is not None:

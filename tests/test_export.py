@@ -26,20 +26,22 @@ from hf_vssm_prune.selective_scan import selective_scan_torch
 from hf_vssm_prune.token_pruning import ALIGNMENTS, select_tokens
 
 
-def make_small_model(family: str, alignment: str | None) -> nn.Module:
-    """Two layers and 16 patches, of which the second layer gets 10."""
-    schedule = {"layers": [1], "keep_ratios": [0.6], "alignment": alignment}
-    pruning = None if alignment is None else schedule
-    return make_model(MAKE_CONFIG[family](num_hidden_layers=2, token_pruning=pruning))
+PRUNINGS = {alignment: {"alignment": alignment} for alignment in ALIGNMENTS} | {"local_top": {"method": "local_top"}}
+
+
+def make_small_model(family: str, pruning: str | None) -> nn.Module:
+    """Two layers and 16 patches, of which the second layer gets 10 if the model is pruned."""
+    schedule = None if pruning is None else {"layers": [1], "keep_ratios": [0.6], **PRUNINGS[pruning]}
+    return make_model(MAKE_CONFIG[family](num_hidden_layers=2, token_pruning=schedule))
 
 
 @pytest.fixture(scope="module")
 def export_small_model(tmp_path_factory):
-    """Makes and exports a small model, once for each family and alignment."""
+    """Makes and exports a small model, once for each family and pruning."""
 
     @functools.cache
-    def export(family: str, alignment: str | None) -> tuple[nn.Module, Path]:
-        model = make_small_model(family, alignment)
+    def export(family: str, pruning: str | None) -> tuple[nn.Module, Path]:
+        model = make_small_model(family, pruning)
         processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3, crop_pct=0.875)
         folder = tmp_path_factory.mktemp("export") / "exported"
         return model, export_classifier(model, folder, ["onnx", "torch"], processor)
@@ -47,16 +49,16 @@ def export_small_model(tmp_path_factory):
     return export
 
 
-CASES = [(family, alignment) for family in sorted(MAKE_CONFIG) for alignment in ALIGNMENTS] + [("plainmamba", None)]
+CASES = [(family, pruning) for family in sorted(MAKE_CONFIG) for pruning in PRUNINGS] + [("plainmamba", None)]
 
 
-@pytest.mark.parametrize(("family", "alignment"), CASES)
-def test_any_batch_gives_the_models_answers(family, alignment, export_small_model):
-    model, exported = export_small_model(family, alignment)
+@pytest.mark.parametrize(("family", "pruning"), CASES)
+def test_any_batch_gives_the_models_answers(family, pruning, export_small_model):
+    model, exported = export_small_model(family, pruning)
     session = onnxruntime.InferenceSession(exported / "onnx" / "model.onnx")
     assert [tuple(input.shape[1:]) for input in session.get_inputs()] == [(3, 32, 32)]
     names = [output.name for output in session.get_outputs()]
-    assert names == ["logits"] + ["kept_tokens_0"] * (alignment is not None)
+    assert names == ["logits"] + ["kept_tokens_0"] * (pruning is not None)
     program = torch.export.load(exported / "model.pt2").module()
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, 32, 32)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import SCRIPTS
 
-from hf_vssm_prune.training.study import StudyRunner, expected_seconds, read_results, write_results
+from hf_vssm_prune.training.study import StudyRunner, expected_seconds, read_results, select_pieces, write_results
 from hf_vssm_prune.training.study_plan import list_pieces, read_study, tuned_name
 from hf_vssm_prune.training.study_report import Group, difference, mean_and_spread, verdict, write_report
 
@@ -133,13 +133,26 @@ def test_run_stopped_and_gone_on_with(tmp_path) -> None:
 def test_piece_that_fails_is_named_and_the_others_run(tmp_path, caplog) -> None:
     variants = {"paper": {}, "wrong": {"pruning": {"alignment": "sideways"}}}
     study = read_study(write_study(tmp_path / "study.yaml", variants=variants))
-    runner = StudyRunner(study, SCRIPTS, tmp_path / "pieces", tmp_path / "results.jsonl", {}, workers=2, threads=1)
-    runner.pieces = [piece for piece in runner.pieces if piece.name in ("dense", "wrong at 40.0%", "dense tuned")]
+    only = ["*/dense", "*/wrong at *", "*/dense tuned"]
+    runner = StudyRunner(
+        study, SCRIPTS, tmp_path / "pieces", tmp_path / "results.jsonl", {}, workers=2, threads=1, only=only
+    )
     assert runner.run() is None
     assert [piece.name for piece in runner.failed] == ["wrong at 40.0%"]
     assert "wrong at 40.0% failed with status 2: see " in caplog.text
     assert "sideways" in (tmp_path / "pieces" / "images/plainmamba/0/wrong at 40.0%" / "log.txt").read_text()
     assert {record["name"] for record in read_results(tmp_path / "results.jsonl").values()} == {"dense", "dense tuned"}
+
+
+def test_select_pieces(tmp_path) -> None:
+    pieces = list_pieces(read_study(write_study(tmp_path / "study.yaml", seeds=[0, 1])))
+    selected = select_pieces(pieces, ["images/*/1/paper at *", "*/dense"])
+    keys = ["images/plainmamba/1/paper at 40.0%", "images/plainmamba/0/dense", "images/plainmamba/1/dense"]
+    assert [piece.key for piece in selected] == keys
+    with pytest.raises(
+        ValueError, match=r"No piece of the study fits 'cats/\*'; the first is 'images/plainmamba/0/den"
+    ):
+        select_pieces(pieces, ["*", "cats/*"])
 
 
 def test_results_of_another_study_are_refused(tmp_path) -> None:

@@ -18,23 +18,22 @@ def keep_locally_important(stage: Stage) -> Reduction:
     (see `stand_in`) was next to it.
     """
     importance = stage.scores()
-    scores = _relative(importance) - _rank_in_window(importance, _windows(stage.cells, stage.grid))
+    scores = _relative(importance) - _rank_in_window(importance, stage.cells, stage.grid)
     positions = select_tokens(scores, stage.num_kept)
     return Reduction(positions, gather_tokens(stage.hidden_states, positions), scores)
 
 
-def _windows(cells: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The window that each cell lies in."""
+def _rank_in_window(importance: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How many tokens of its window come before each token: more important ones, or equal ones in an earlier cell."""
     rows, columns = cells // grid[1], cells % grid[1]
-    return rows // WINDOW * grid[1] + columns // WINDOW
-
-
-def _rank_in_window(importance: Tensor, windows: Tensor) -> Tensor:
-    """How many tokens of its window come before each token: more important ones, or equal ones with a lower index."""
-    order = importance.argsort(dim=-1, descending=True, stable=True)
-    sorted_windows = windows.gather(1, order)
-    same = (sorted_windows.unsqueeze(-1) == sorted_windows.unsqueeze(1)).tril(-1)
-    return torch.zeros_like(importance).scatter(1, order, same.sum(-1).to(importance.dtype))
+    down, across = (-(-size // WINDOW) for size in grid)
+    windows = rows // WINDOW * across + columns // WINDOW
+    places = (windows * WINDOW + rows % WINDOW) * WINDOW + columns % WINDOW  # window by window
+    empty = importance.new_full((importance.shape[0], down * across * WINDOW**2), -torch.inf)
+    in_window = empty.scatter(1, places, importance).unflatten(1, (-1, WINDOW**2))
+    one, other = in_window.unsqueeze(-1), in_window.unsqueeze(-2)
+    before = (other > one) | (other == one).tril(-1)
+    return before.sum(-1).flatten(1).gather(1, places).to(importance.dtype)
 
 
 def _relative(importance: Tensor) -> Tensor:

@@ -119,20 +119,21 @@ def nearest_tokens(kept: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         Indices into the kept tokens, int64 of shape (batch, height * width).
     """
-    height, width = grid
-    is_kept = torch.zeros(kept.shape[0], height * width, dtype=torch.bool, device=kept.device)
-    is_kept = is_kept.scatter(1, kept, True)
-    rows, columns = (torch.arange(size, device=kept.device) for size in grid)
-    far = height + width
+    num_cells = grid[0] * grid[1]
+    cells = torch.arange(num_cells, dtype=torch.int32, device=kept.device)
+    is_kept = torch.zeros(kept.shape[0], num_cells, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
+    # A distance and the cell at that distance are one number, distance * num_cells + cell: the smallest is the nearest.
+    nearest = torch.where(is_kept, cells, sum(grid) * num_cells).unflatten(1, grid)
+    across, down = (num_cells * _distances(size, kept.device) for size in (grid[1], grid[0]))
+    nearest = (nearest.unsqueeze(3) + across).amin(2)
+    nearest = (nearest.unsqueeze(2) + down.unsqueeze(2)).amin(1)
+    return (is_kept.cumsum(1) - 1).gather(1, nearest.flatten(1).long() % num_cells)
 
-    # A distance and the place at that distance are one number, so that the smallest is the nearest. First the nearest
-    # token in the same row, (batch, row, column); then that of the nearest row.
-    across = (columns.unsqueeze(1) - columns).abs() * width + columns
-    in_row = torch.where(is_kept.view(-1, height, 1, width), across, far * width).amin(-1)
-    along = (rows.unsqueeze(1) - rows).abs().unsqueeze(-1) + (in_row // width).unsqueeze(1)
-    cell = rows.unsqueeze(-1) * width + in_row % width
-    nearest = (along * (height * width) + cell.unsqueeze(1)).amin(2) % (height * width)
-    return (is_kept.cumsum(1) - 1).gather(1, nearest.flatten(1))
+
+def _distances(size: int, device: torch.device) -> Tensor:
+    """Between the places 0, ..., size - 1 of a line: int32 of shape (size, size)."""
+    places = torch.arange(size, dtype=torch.int32, device=device)
+    return (places.unsqueeze(1) - places).abs()
 
 
 # ---- Alignment ---------------------------------------------------------------------------------------------------

@@ -62,11 +62,14 @@ def _choose_name(operation: str, backend: str, device_type: str) -> str:
                 f"backend {backend!r} cannot be used on {device_type}: {reason}. {see('backend-cannot-be-used')}"
             )
         return backend if hasattr(KERNELS[backend], operation) else "torch"
-    candidates = [name for name in AUTO.get(device_type, ()) if hasattr(KERNELS[name], operation)]
-    reasons = {name: KERNELS[name].unavailable(device_type) for name in candidates}
-    for name, reason in reasons.items():
+    reasons = {}
+    for name in AUTO.get(device_type, ()):
+        if not hasattr(KERNELS[name], operation):
+            continue
+        reason = KERNELS[name].unavailable(device_type)
         if reason is None:
             return name
+        reasons[name] = reason
     # On a GPU PyTorch's own convolution is the fast one; a meta tensor is computed by none.
     if reasons or device_type not in (*AUTO, "meta"):
         _warn_once(device_type, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

@@ -34,35 +34,22 @@ class ScanArguments(NamedTuple):
             ValueError: a tensor does not fit; the message names it.
         """
         batch, length, channels = self.hidden_states.shape
-        states = self.A.shape[-1]
+        states, device = self.A.shape[-1], self.hidden_states.device
         by_token, by_state, by_channel = (batch, length, channels), (batch, length, states), (channels,)
         by_path = (batch, self.num_paths(), length)
         move_kinds = 0 if self.direction_B is None else self.direction_B.shape[0]
-        expected = {
-            "hidden_states": by_token,
-            "time_step": by_token,
-            "A": (channels, states),
-            "B": by_state,
-            "C": by_state,
-            "D": by_channel,
-            "time_step_bias": by_channel,
-            "gate": by_token,
-            "order": by_path,
-            "gaps": by_path,
-            "hole_time_step": by_channel,
-            "direction_B": (move_kinds, states),
-            "moves": by_path,
-        }
-        for name, shape in expected.items():
-            tensor = getattr(self, name)
-            shapes = (shape, (1, *shape[1:])) if shape is by_path else (shape,)
+        # In the order of the fields.
+        expected = (
+            *(by_token, by_token, (channels, states), by_state, by_state, by_channel, by_channel),
+            *(by_token, by_path, by_path, by_channel, (move_kinds, states), by_path),
+        )
+        for name, tensor, shape in zip(self._fields, self, expected, strict=True):
             if tensor is None:
                 continue
-            if tensor.device != self.hidden_states.device:
-                raise ValueError(
-                    f"`{name}` is on the device {tensor.device}, `hidden_states` on {self.hidden_states.device}."
-                )
-            if tuple(tensor.shape) not in shapes:
+            if tensor.device != device:
+                raise ValueError(f"`{name}` is on the device {tensor.device}, `hidden_states` on {device}.")
+            shapes = (shape, (1, *shape[1:])) if shape is by_path else (shape,)
+            if tensor.shape not in shapes:
                 raise ValueError(
                     f"`{name}` must have the shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}."
                 )

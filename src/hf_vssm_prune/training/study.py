@@ -14,7 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,11 @@ class StudyRunner:
         dataset_names: data sets on the Hub or folders in place of the study's.
         workers: pieces at a time.
         threads: of each.
+        only: patterns, as of the shell, of the keys of the pieces to run, in this order.
 
     Raises:
-        ValueError: the results are of other options than the study's, or a data set is not one of the study's.
+        ValueError: the results are of other options than the study's, or a data set is not one of the study's, or a
+            pattern fits no piece.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class StudyRunner:
         dataset_names: Mapping[str, str],
         workers: int = 1,
         threads: int | None = None,
+        only: Sequence[str] = ("*",),
     ) -> None:
         if unknown := sorted(set(dataset_names) - set(study.datasets)):
             raise ValueError(f"The study has no data set {unknown}; it has {sorted(study.datasets)}.")
@@ -134,7 +138,7 @@ class StudyRunner:
         self.scripts, self.folder, self.results_file, self.workers = scripts, folder, results, workers
         self.environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.results = read_results(results)
-        self.pieces = list_pieces(study)
+        self.pieces = select_pieces(list_pieces(study), only)
         for piece in self.pieces:
             record = self.results.get(piece.key)
             if record is not None and record["options"] != json.loads(json.dumps(piece.options)):
@@ -245,6 +249,21 @@ class StudyRunner:
         for _, process, _ in self._running.values():
             process.wait()
         self._running.clear()
+
+
+def select_pieces(pieces: Sequence[Piece], patterns: Sequence[str]) -> list[Piece]:
+    """Those of which the key fits a pattern: first all of the first pattern, then what the next ones add.
+
+    Raises:
+        ValueError: a pattern fits none.
+    """
+    selected: dict[str, Piece] = {}
+    for pattern in patterns:
+        fitting = {piece.key: piece for piece in pieces if fnmatchcase(piece.key, pattern)}
+        if not fitting:
+            raise ValueError(f"No piece of the study fits {pattern!r}; the first is {pieces[0].key!r}.")
+        selected |= fitting
+    return list(selected.values())
 
 
 def expected_seconds(piece: Piece, records: Iterable[dict[str, Any]]) -> float:
