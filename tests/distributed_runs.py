@@ -9,6 +9,7 @@ functions run in the test's own process, for one process.
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import AutoModelForImageClassification
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.training.arguments import (
     AugmentationArguments,
+    ElasticArguments,
     OptimizationArguments,
     RunArguments,
     ScaleArguments,
@@ -42,6 +44,7 @@ ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "one_bf16": {"mixed_precision": "bf16"},
     "one_streamed": {"streaming": True},
     "one_half_teacher": {"teacher": "bfloat16"},
+    "one_elastic": {"elastic": [0.0, 0.2], "pruning": {"alignment": "learned"}},
 }
 TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -52,6 +55,9 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp_streamed": {"streaming": True},
     "ddp_streamed_from_one": {"streaming": True, "resume": "one_streamed"},
     "ddp_from_one": {"resume": "one"},
+    # What `learned` learns has no part in an update that drops no tokens.
+    "ddp_elastic": {"elastic": [0.0, 0.2], "pruning": {"alignment": "learned"}},
+    "fsdp_elastic": {"elastic": [0.0, 0.2], "pruning": {"alignment": "learned"}, "scale": FSDP},
     "fsdp": {"scale": FSDP},
     "fsdp_long": {"updates": 50, "scale": FSDP},
     "fsdp_plainmamba": {"family": "plainmamba", "scale": {**FSDP, **FROZEN}},
@@ -75,6 +81,8 @@ def train(
     streaming: bool = False,
     resume: str | None = None,
     scale: dict[str, Any] | None = None,
+    elastic: Sequence[float] = (),
+    pruning: dict[str, Any] | None = None,
     **optimization: Any,
 ) -> Trainer:
     """One run with the same images in each update, over however many processes and batches they are spread.
@@ -82,6 +90,8 @@ def train(
     Args:
         teacher: the precision of its weights; None: no teacher.
         resume: name of the run whose checkpoint after half of the updates this one goes on from.
+        elastic: budgets, of which each update draws one.
+        pruning: what differs from `TOKEN_PRUNING`.
     """
     output_dir = folder / name
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -109,9 +119,11 @@ def train(
         ),
         LossWeights(kd_weight=1.0, alignment_weight=1.0) if teacher else LossWeights(),
         scale=ScaleArguments(**(scale or {})),
+        elastic=ElasticArguments(elastic_budgets=list(elastic)),
     )
     torch.manual_seed(0)
-    model = AutoModelForImageClassification.from_config(CONFIGS[family](token_pruning=dict(TOKEN_PRUNING)))
+    config = CONFIGS[family](token_pruning={**TOKEN_PRUNING, **(pruning or {})})
+    model = AutoModelForImageClassification.from_config(config)
     teacher_model = None
     if teacher:
         teacher_model = AutoModelForImageClassification.from_pretrained(folder / f"teacher-{family}", dtype=teacher)

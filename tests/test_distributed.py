@@ -98,6 +98,14 @@ def test_a_teacher_in_half_precision_and_in_shards(runs):
     np.testing.assert_allclose(alone, losses(runs, "one"), rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+def test_elastic_training_with_parameters_that_some_budgets_do_not_use(runs, spread):
+    alone = losses(runs, "one_elastic")
+    np.testing.assert_allclose(losses(runs, f"{spread}_elastic"), alone, rtol=0, atol=1e-4)
+    weights = load_file(runs / f"{spread}_elastic" / "last" / "model.safetensors")
+    assert any(value.any() for name, value in weights.items() if name.endswith("hole_time_step.offset"))
+
+
 @pytest.mark.parametrize(
     ("name", "source"),
     [

@@ -133,6 +133,13 @@ class TokenPruningMixin:
                 if isinstance(module, HoleTimeStep) and module.offset is None:
                     module.offset = nn.Parameter(torch.zeros(module.channels, device=like.device, dtype=like.dtype))
 
+    @property
+    def has_pruning_parameters(self) -> bool:
+        """Whether `add_pruning_parameters` has made any."""
+        base: Any = self.base_model  # type: ignore[attr-defined]
+        holes = [module for module in base.modules() if isinstance(module, HoleTimeStep)]
+        return len(base.token_predictors) > 0 or any(hole.offset is not None for hole in holes)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, HoleTimeStep) and module.offset is not None:

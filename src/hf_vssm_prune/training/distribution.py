@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -53,6 +53,7 @@ def make_accelerator(
     cpu: bool = False,
     fsdp: bool = False,
     timeout: float = 1800,
+    find_unused_parameters: bool = False,
 ) -> Accelerator:
     """An accelerator for the processes that `accelerate launch` or `torch.distributed.run` started.
 
@@ -60,6 +61,7 @@ def make_accelerator(
         fsdp: shard by FSDP2; with one process there is nothing to shard, and it changes nothing. `accelerate launch
             --use_fsdp` asks for it as well.
         timeout: seconds after which a process that does not answer is given up.
+        find_unused_parameters: some parameters have no part in some updates, which DDP must be told.
         The rest: as for `Accelerator`.
     """
     fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -73,7 +75,10 @@ def make_accelerator(
         fsdp_plugin=plugin,
         # Each process takes its own part of a stream, and prepares its own images.
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+        ],
     )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         _let_cpus_shard(accelerator, plugin)

@@ -163,6 +163,9 @@ class Trainer:
         self.output_dir = Path(recipe.run.output_dir)
         self.image_processor = image_processor
         self.write_card = write_card
+        self.elastic_schedules = recipe.elastic.schedules(model.config)
+        for schedule in self.elastic_schedules:
+            model.add_pruning_parameters(schedule)  # before the optimizer looks for parameters
         self.accelerator = make_accelerator(
             mixed_precision=recipe.optimization.mixed_precision,
             gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
@@ -171,15 +174,14 @@ class Trainer:
             cpu=recipe.run.use_cpu,
             fsdp=recipe.scale.fsdp,
             timeout=recipe.scale.ddp_timeout,
+            # A stage that an update's schedule does not have leaves what it has learned alone.
+            find_unused_parameters=bool(self.elastic_schedules) and model.has_pruning_parameters,
         )
         if recipe.scale.deterministic:
             _choose_deterministic_algorithms()
         self._make_loaders(datasets)
         self._make_schedule()
 
-        self.elastic_schedules = recipe.elastic.schedules(model.config)
-        for schedule in self.elastic_schedules:
-            model.add_pruning_parameters(schedule)  # before the optimizer looks for parameters
         self._prepare(model, teacher)
         self.state = TrainingState()
         self.stop_request = StopRequest()
