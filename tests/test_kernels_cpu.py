@@ -71,23 +71,27 @@ def test_convolution_in_float64_keeps_its_precision():
 @needs_kernel
 @pytest.mark.parametrize("taps", [1, 3, 4, 5])
 @pytest.mark.parametrize("length", [1, 2, 30])
-def test_causal_convolution_equals_reference(taps: int, length: int):
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reversed"])
+def test_causal_convolution_equals_reference(taps: int, length: int, reverse: bool):
     arguments = {
         "hidden_states": torch.randn(2, length, 24),
         "weight": torch.randn(24, 1, taps),
         "bias": torch.randn(24),
     }
-    reference = run(causal_conv1d_torch, arguments, torch.float64)
-    assert_close_to_reference(run(causal_conv1d, arguments, backend="cpu"), reference, value=1e-6, gradient=2e-6)
+    reference = run(causal_conv1d_torch, arguments, torch.float64, reverse=reverse)
+    result = run(causal_conv1d, arguments, backend="cpu", reverse=reverse)
+    assert_close_to_reference(result, reference, value=1e-6, gradient=2e-6)
 
 
 @needs_kernel
-def test_causal_convolution_looks_back_alone():
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reversed"])
+def test_causal_convolution_looks_one_way(reverse: bool):
     hidden_states, weight, bias = torch.randn(1, 9, 8), torch.randn(8, 1, 4), torch.randn(8)
-    before = causal_conv1d(hidden_states, weight, bias)
+    before = causal_conv1d(hidden_states, weight, bias, reverse)
     hidden_states[:, 5] += 1
-    changed = (causal_conv1d(hidden_states, weight, bias) != before).any(-1)[0]
-    assert changed.tolist() == [False] * 5 + [True] * 4
+    changed = (causal_conv1d(hidden_states, weight, bias, reverse) != before).any(-1)[0]
+    seen = range(2, 6) if reverse else range(5, 9)  # four taps
+    assert changed.nonzero().flatten().tolist() == list(seen)
 
 
 @needs_kernel

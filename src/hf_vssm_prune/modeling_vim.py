@@ -52,6 +52,7 @@ class VimTokenLayout(NamedTuple):
         grid: (height, width) of the full grid, in patches.
         class_id: the class token's place in the full sequence.
         class_position: its row among the tokens that are left, shape (batch, 1).
+        backward_order: the tokens that are left as the backward direction visits them, int32 of shape (1, 1, n).
         kept: the place of each token in the full sequence, shape (batch, n). None: all are there.
         gaps: for the forward and the backward direction the distances between tokens, each (batch, n), in the order of
             the direction. None: no alignment, or nothing was dropped.
@@ -62,17 +63,29 @@ class VimTokenLayout(NamedTuple):
     grid: tuple[int, int]
     class_id: int
     class_position: Tensor
+    backward_order: Tensor
     kept: Tensor | None = None
     gaps: tuple[Tensor, Tensor] | None = None
     alignment: str = "none"
     gates: Tensor | None = None
+
+    @classmethod
+    def of_grid(cls, grid: tuple[int, int], batch: int, device: torch.device) -> "VimTokenLayout":
+        num_patches = math.prod(grid)
+        class_position = torch.full((batch, 1), num_patches // 2, device=device)
+        return cls(grid, num_patches // 2, class_position, cls._backwards(num_patches + 1, device))
 
     def keep(
         self, kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: bool = False
     ) -> "VimTokenLayout":
         gaps = None if alignment == "none" else (path_gaps(kept), path_gaps(-kept.flip(1)))
         class_position = (kept < self.class_id).sum(dim=1, keepdim=True)
-        return VimTokenLayout(self.grid, self.class_id, class_position, kept, gaps, alignment, gates)
+        backward_order = self._backwards(kept.shape[1], kept.device)
+        return VimTokenLayout(self.grid, self.class_id, class_position, backward_order, kept, gaps, alignment, gates)
+
+    @staticmethod
+    def _backwards(num_tokens: int, device: torch.device) -> Tensor:
+        return torch.arange(num_tokens - 1, -1, -1, dtype=torch.int32, device=device).view(1, 1, -1)
 
 
 class VimEmbeddings(nn.Module):
@@ -118,26 +131,30 @@ class VimEmbeddings(nn.Module):
 
 
 class VimCausalConvolution(nn.Conv1d):
-    """Depthwise convolution of each token with the ones before it, and SiLU."""
+    """Depthwise convolution of each token with those that its direction visits before it, and SiLU."""
 
-    def __init__(self, config: VimConfig) -> None:
+    def __init__(self, config: VimConfig, reverse: bool) -> None:
         width = config.intermediate_size
         super().__init__(width, width, config.conv_kernel, groups=width)
-        self.config = config
+        self.config, self.reverse = config, reverse
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states` and result (batch, n, channels)."""
-        return causal_conv1d(hidden_states, self.weight, self.bias, self.config.scan_backend)
+        return causal_conv1d(hidden_states, self.weight, self.bias, self.reverse, self.config.scan_backend)
 
 
 class VimScan(nn.Module):
-    """One direction of the mixer: causal depthwise convolution, then the selective scan."""
+    """One direction of the mixer: causal depthwise convolution, then the selective scan.
 
-    def __init__(self, config: VimConfig) -> None:
+    All tokens stay in raster order. What the reversed direction makes for its steps, from the last token to the first,
+    is turned around while it is narrow.
+    """
+
+    def __init__(self, config: VimConfig, reverse: bool) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.reverse = config, reverse
         width = config.intermediate_size
-        self.conv1d = VimCausalConvolution(config)
+        self.conv1d = VimCausalConvolution(config, reverse)
         # The parts of the projection: time-step features, B and C.
         self.sizes = [int(config.time_step_rank), config.state_size, config.state_size]
         self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)
@@ -146,10 +163,11 @@ class VimScan(nn.Module):
         self.A_log = nn.Parameter(torch.empty(width, config.state_size))
         self.D = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor, gate: Tensor, gaps: Tensor | None, alignment: str) -> tuple[Tensor, ScanInputs]:
-        """Gated output of the scan, and its inputs; `x`, `gate` and output (batch, n, channels), `gaps` (batch, n)."""
+    def forward(self, x: Tensor, gate: Tensor, layout: VimTokenLayout) -> tuple[Tensor, ScanInputs]:
+        """Gated output of the scan, and its inputs; `x`, `gate` and output (batch, n, channels)."""
         x = self.conv1d(x)
-        features, B, C = self.x_proj(x).split(self.sizes, dim=-1)
+        projected = self.x_proj(x)
+        features, B, C = (projected.flip(1) if self.reverse else projected).split(self.sizes, dim=-1)
         time_step, bias = self.dt_proj(features)
         gated = selective_scan(
             x,
@@ -160,11 +178,12 @@ class VimScan(nn.Module):
             self.D,
             time_step_bias=bias,
             gate=gate,
-            gaps=None if gaps is None else gaps.unsqueeze(1),
-            hole_time_step=self.hole_time_step(bias, alignment),
+            order=layout.backward_order if self.reverse else None,
+            gaps=None if layout.gaps is None else layout.gaps[self.reverse].unsqueeze(1),
+            hole_time_step=self.hole_time_step(bias, layout.alignment),
             backend=self.config.scan_backend,
         )
-        return gated, ScanInputs(time_step, bias, B, C)
+        return gated, ScanInputs(time_step, bias, B, C, reversed=self.reverse)
 
 
 class VimMixer(nn.Module):
@@ -173,19 +192,18 @@ class VimMixer(nn.Module):
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.forward_scan = VimScan(config)
-        self.backward_scan = VimScan(config)
+        self.forward_scan = VimScan(config, reverse=False)
+        self.backward_scan = VimScan(config, reverse=True)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> tuple[Tensor, MixerOutput]:
         """Returns the mixed tokens (batch, n, hidden), and what pruning may choose by."""
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        forward_gaps, backward_gaps = layout.gaps or (None, None)
-        forward_gated, forward = self.forward_scan(x, gate, forward_gaps, layout.alignment)
-        backward_gated, backward = self.backward_scan(x.flip(1), gate.flip(1), backward_gaps, layout.alignment)
-        gated = (forward_gated + backward_gated.flip(1)) / 2
+        forward_gated, forward = self.forward_scan(x, gate, layout)
+        backward_gated, backward = self.backward_scan(x, gate, layout)
+        gated = (forward_gated + backward_gated) / 2
         mixed = self.out_proj(gated)
-        return mixed, MixerOutput(gated, mixed, (forward, backward._replace(reversed=True))).detach()
+        return mixed, MixerOutput(gated, mixed, (forward, backward)).detach()
 
 
 class VimRMSNorm(nn.RMSNorm):
@@ -269,10 +287,8 @@ class VimModel(VimPreTrainedModel):
                 configuration; False: refuse such images.
         """
         hidden_states = at_least_float32(self.embeddings(pixel_values, interpolate_pos_encoding))
-        class_id = (hidden_states.shape[1] - 1) // 2
-        class_position = torch.full((hidden_states.shape[0], 1), class_id, device=hidden_states.device)
         grid = self.config.grid_size_for(*pixel_values.shape[2:])
-        layout = VimTokenLayout(grid, class_id, class_position)
+        layout = VimTokenLayout.of_grid(grid, hidden_states.shape[0], hidden_states.device)
         encoding = encode(self.layers, self.token_predictors, hidden_states, layout, self.config)
         last_hidden_state = self.norm(encoding.hidden_states)
         return PrunedModelOutput(
