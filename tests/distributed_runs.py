@@ -37,6 +37,8 @@ CONFIGS = {"vim": make_vim_config, "plainmamba": make_plainmamba_config}
 IMAGES_PER_UPDATE = 12
 FSDP = {"fsdp": True}
 FROZEN = {"batch_norm": "frozen"}
+# What `learned` learns has no part in an update that drops no tokens.
+ELASTIC = {"elastic": [0.0, 0.2], "pruning": {"alignment": "learned"}}
 ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "one": {},
     "one_long": {"updates": 50},
@@ -44,7 +46,7 @@ ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "one_bf16": {"mixed_precision": "bf16"},
     "one_streamed": {"streaming": True},
     "one_half_teacher": {"teacher": "bfloat16"},
-    "one_elastic": {"elastic": [0.0, 0.2], "pruning": {"alignment": "learned"}},
+    "one_elastic": ELASTIC,
 }
 TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -55,9 +57,8 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp_streamed": {"streaming": True},
     "ddp_streamed_from_one": {"streaming": True, "resume": "one_streamed"},
     "ddp_from_one": {"resume": "one"},
-    # What `learned` learns has no part in an update that drops no tokens.
-    "ddp_elastic": {"elastic": [0.0, 0.2], "pruning": {"alignment": "learned"}},
-    "fsdp_elastic": {"elastic": [0.0, 0.2], "pruning": {"alignment": "learned"}, "scale": FSDP},
+    "ddp_elastic": ELASTIC,
+    "fsdp_elastic": {**ELASTIC, "scale": FSDP},
     "fsdp": {"scale": FSDP},
     "fsdp_long": {"updates": 50, "scale": FSDP},
     "fsdp_plainmamba": {"family": "plainmamba", "scale": {**FSDP, **FROZEN}},

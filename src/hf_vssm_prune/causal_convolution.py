@@ -16,8 +16,8 @@ def causal_conv1d(
 ) -> Tensor:
     """SiLU of a depthwise convolution of each token with the ones before it, and zeros before the first.
 
-    A sequence is a grid of one row. There the causal kernel is the left half of the middle row of a 7 x 7 kernel, or,
-    reversed, the right half, and the other rows are not looked at.
+    A sequence is a grid of one row. There the causal kernel is the left half of the middle row of a 7 x 7 kernel,
+    reversed its mirror image, and the other rows are not looked at.
 
     Args:
         hidden_states: shape (batch, tokens, channels).
@@ -34,8 +34,8 @@ def causal_conv1d(
     if convolution is None or taps > MOST_TAPS:
         return causal_conv1d_torch(hidden_states, weight, bias, reverse)
     middle, missing = GRID_KERNEL // 2, MOST_TAPS - taps
-    row = F.pad(weight.flip(-1), (middle, missing)) if reverse else F.pad(weight, (missing, middle))
-    grid_weight = F.pad(row.unsqueeze(2), (0, 0, middle, middle))
+    row = F.pad(weight, (missing, middle))
+    grid_weight = F.pad((row.flip(-1) if reverse else row).unsqueeze(2), (0, 0, middle, middle))
     return convolution(hidden_states, grid_weight, bias, (1, hidden_states.shape[1]), None, True)
 
 

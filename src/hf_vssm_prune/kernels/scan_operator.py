@@ -38,12 +38,23 @@ class ScanArguments(NamedTuple):
         by_token, by_state, by_channel = (batch, length, channels), (batch, length, states), (channels,)
         by_path = (batch, self.num_paths(), length)
         move_kinds = 0 if self.direction_B is None else self.direction_B.shape[0]
-        # In the order of the fields.
-        expected = (
-            *(by_token, by_token, (channels, states), by_state, by_state, by_channel, by_channel),
-            *(by_token, by_path, by_path, by_channel, (move_kinds, states), by_path),
-        )
-        for name, tensor, shape in zip(self._fields, self, expected, strict=True):
+        expected = {
+            "hidden_states": by_token,
+            "time_step": by_token,
+            "A": (channels, states),
+            "B": by_state,
+            "C": by_state,
+            "D": by_channel,
+            "time_step_bias": by_channel,
+            "gate": by_token,
+            "order": by_path,
+            "gaps": by_path,
+            "hole_time_step": by_channel,
+            "direction_B": (move_kinds, states),
+            "moves": by_path,
+        }
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
             if tensor is None:
                 continue
             if tensor.device != device:
