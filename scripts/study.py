@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(study: Study, options: argparse.Namespace) -> int:
-    """Runs what is left; the exit status is 128 + the signal's number where one stopped it, 1 where a piece failed."""
+    """Runs what is left; the exit status is 128 + the signal's number where one stopped it, 1 where a piece failed or
+    could not start."""
     folders = dict(each.split("=", 1) for each in options.data)
     runner = StudyRunner(
         study,
@@ -64,7 +65,7 @@ def run(study: Study, options: argparse.Namespace) -> int:
     stopped_by = runner.run()
     if stopped_by is not None:
         return 128 + stopped_by
-    return 1 if runner.failed else 0
+    return 1 if runner.failed or runner.left else 0
 
 
 if __name__ == "__main__":

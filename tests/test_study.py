@@ -144,6 +144,18 @@ def test_piece_that_fails_is_named_and_the_others_run(tmp_path, caplog) -> None:
     assert {record["name"] for record in read_results(tmp_path / "results.jsonl").values()} == {"dense", "dense tuned"}
 
 
+def test_pieces_without_a_model_to_start_from_are_named(tmp_path) -> None:
+    write_study(tmp_path / "study.yaml")
+    finished = subprocess.run(
+        [*command(tmp_path), "--only", "*/dense tuned"], stderr=subprocess.PIPE, text=True, timeout=300
+    )
+    assert finished.returncode == 1
+    assert (
+        "1 pieces were not run, the first 'images/plainmamba/0/dense tuned': there is no model of "
+        "'images/plainmamba/0/dense'" in finished.stderr
+    )
+
+
 def test_select_pieces(tmp_path) -> None:
     pieces = list_pieces(read_study(write_study(tmp_path / "study.yaml", seeds=[0, 1])))
     selected = select_pieces(pieces, ["images/*/1/paper at *", "*/dense"])

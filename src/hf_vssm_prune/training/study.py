@@ -150,7 +150,7 @@ class StudyRunner:
         self._running: dict[str, tuple[Piece, subprocess.Popen, float]] = {}
 
     def run(self) -> signal.Signals | None:
-        """Runs until nothing is left that can be run; `failed` has what could not be.
+        """Runs until nothing is left that can be run; `failed` has what failed, `left` what had nothing to start from.
 
         Returns:
             The signal that stopped it before; None if there was none.
@@ -177,7 +177,21 @@ class StudyRunner:
             finally:
                 for _, process, _ in self._running.values():
                     process.kill()
+            if stop.received is None and self.left:
+                self._report_left()
         return stop.received
+
+    @property
+    def left(self) -> list[Piece]:
+        """The selected pieces that are neither done nor failed."""
+        return [piece for piece in self.pieces if piece.key not in self.results and piece not in self.failed]
+
+    def _report_left(self) -> None:
+        logger.error(
+            "%d pieces were not run, the first %r: there is no model of %r in %s. Run that piece too; if the results "
+            "have it already, remove its line, so that it is run again.",
+            *(len(self.left), self.left[0].key, self.left[0].key_of_start(), self.folder),
+        )
 
     def _start_pieces(self) -> int:
         """Starts as many pieces as there are free workers for, and returns how many."""
@@ -238,8 +252,7 @@ class StudyRunner:
             progress.set_postfix_str(self._time_left(), refresh=True)
 
     def _time_left(self) -> str:
-        left = [piece for piece in self.pieces if piece.key not in self.results]
-        seconds = sum(expected_seconds(piece, self.results.values()) for piece in left) / self.workers
+        seconds = sum(expected_seconds(piece, self.results.values()) for piece in self.left) / self.workers
         return f"about {seconds / 3600:.1f} h left" if seconds >= 3600 else f"about {seconds / 60:.0f} min left"
 
     def _stop(self, number: signal.Signals) -> None:
