@@ -26,7 +26,9 @@ from hf_vssm_prune.selective_scan import selective_scan_torch
 from hf_vssm_prune.token_pruning import ALIGNMENTS, select_tokens
 
 
-PRUNINGS = {alignment: {"alignment": alignment} for alignment in ALIGNMENTS} | {"local_top": {"method": "local_top"}}
+PRUNINGS = {alignment: {"alignment": alignment} for alignment in ALIGNMENTS} | {
+    method: {"method": method} for method in ("local_top", "local_merge")
+}
 
 
 def make_small_model(family: str, pruning: str | None) -> nn.Module:

@@ -85,6 +85,18 @@ def test_causal_convolution_equals_reference(taps: int, length: int, reverse: bo
 
 @needs_kernel
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reversed"])
+def test_causal_convolution_with_stand_ins_equals_reference(reverse: bool):
+    arguments = convolution_arguments(2, (1, 30), 24, 3, keep_ratio=0.4)
+    kept = arguments.pop("kept")
+    arguments["weight"] = torch.randn(24, 1, 4)
+    options = {"reverse": reverse, "kept": kept, "stand_ins": nearest_tokens(kept, (1, 30))}
+    reference = run(causal_conv1d_torch, arguments, torch.float64, **options)
+    result = run(causal_conv1d, arguments, backend="cpu", **options)
+    assert_close_to_reference(result, reference, value=1e-6, gradient=2e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reversed"])
 def test_causal_convolution_looks_one_way(reverse: bool):
     hidden_states, weight, bias = torch.randn(1, 9, 8), torch.randn(8, 1, 4), torch.randn(8)
     before = causal_conv1d(hidden_states, weight, bias, reverse)

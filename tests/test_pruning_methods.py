@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_vssm_prune import count_flops, modeling_plainmamba
+from hf_vssm_prune import count_flops, modeling_plainmamba, modeling_vim
+from hf_vssm_prune.causal_convolution import causal_conv1d_torch
 from hf_vssm_prune.conversion import MODELS
 from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
 from hf_vssm_prune.mixer_output import MixerOutput, ScanInputs
@@ -251,16 +252,49 @@ def reference_stand_in(sample: Sample) -> Expected:
     return Expected(kept, [sample.tokens[i] for i in kept])
 
 
-def reference_local_top(sample: Sample) -> Expected:
+def nearest_rows(kept: list[int], places: list[tuple[int, int] | None]) -> list[int]:
+    """For each place of a sequence which of the kept ones is nearest; a class token, at None, is so to its own only."""
+
+    def distance(row: int, place: tuple[int, int] | None) -> float:
+        other = places[kept[row]]
+        if place is None or other is None:
+            return 0 if place == other else math.inf
+        return sum(abs(a - b) for a, b in zip(place, other, strict=True))
+
+    return [min(range(len(kept)), key=lambda row: (distance(row, place), row)) for place in places]
+
+
+def windows_of(sample: Sample) -> dict[tuple[int, int], list[int]]:
     windows: dict[tuple[int, int], list[int]] = {}
-    scores = clip(sample)
-    for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
-        windows.setdefault((sample.cells[i] // sample.grid[1] // 2, sample.cells[i] % sample.grid[1] // 2), []).append(
-            i
-        )
-    turns = [(place, -scores[i], i) for window in windows.values() for place, i in enumerate(window)]
-    kept = sorted(i for _, _, i in sorted(turns)[: sample.num_kept])
+    for i, cell in enumerate(sample.cells):
+        windows.setdefault((cell // sample.grid[1] // 2, cell % sample.grid[1] // 2), []).append(i)
+    return windows
+
+
+def best_in_turns(sample: Sample, scores) -> list[int]:
+    turns = [
+        (turn, -scores[i], i)
+        for window in windows_of(sample).values()
+        for turn, i in enumerate(sorted(window, key=lambda i: (-scores[i], i)))
+    ]
+    return sorted(i for _, _, i in sorted(turns)[: sample.num_kept])
+
+
+def reference_local_top(sample: Sample) -> Expected:
+    kept = best_in_turns(sample, clip(sample))
     return Expected(kept, [sample.tokens[i] for i in kept])
+
+
+def reference_local_merge(sample: Sample) -> Expected:
+    normal = [(x - x.mean()) / math.sqrt(x.var() + 1e-5) for x in sample.tokens]
+    distances = dict.fromkeys(range(len(normal)), 0.0)
+    for window in windows_of(sample).values():
+        for i, j in itertools.permutations(window, 2):
+            distances[i] += ((normal[i] - normal[j]) ** 2).mean() / (len(window) - 1)
+    kept = best_in_turns(sample, distances)
+    places: list[tuple[int, int] | None] = [divmod(cell, sample.grid[1]) for cell in sample.cells]
+    into = {i: kept[row] for i, row in enumerate(nearest_rows(kept, places))}
+    return Expected(*means(sample, into, np.ones(len(places)))[:2])
 
 
 REFERENCES = {
@@ -437,9 +471,10 @@ def test_uniform_is_nested_and_even() -> None:
         previous = kept
 
 
-def test_local_top_leaves_no_window_empty() -> None:
+@pytest.mark.parametrize("method", ["local_top", "local_merge"])
+def test_no_window_is_left_empty(method) -> None:
     stage = make_stage("plainmamba", (5, 7), num_tokens=35, num_kept=12, batch=3)
-    for positions in reduce("local_top", stage).positions.tolist():
+    for positions in reduce(method, stage).positions.tolist():
         assert len({(cell // 7 // 2, cell % 7 // 2) for cell in positions}) == 12  # as many as there are
 
 
@@ -572,33 +607,39 @@ def test_methods_differ(tiny_config, pixel_values) -> None:
         model.set_token_pruning(pruning(method, alignment="repeat"))
         with torch.no_grad():
             logits[method] = model(pixel_values).logits
-    if tiny_config.model_type == "vim":  # which has no convolution over the grid
-        assert torch.equal(logits.pop("stand_in"), logits["top"])
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(logits.values(), 2))
 
 
-def test_convolutions_see_stand_ins(pixel_values, monkeypatch) -> None:
-    """As if every cell had a token in every convolution: its own, or a copy of the nearest one."""
-    model = make_model(MAKE_CONFIG["plainmamba"]())
+def test_convolutions_see_stand_ins(tiny_config, pixel_values, monkeypatch) -> None:
+    """As if every place had a token in every convolution: its own, or a copy of the nearest one."""
+    model = make_model(tiny_config)
     with torch.no_grad():
         model.set_token_pruning(pruning("top"))
-        with_zeros = model(pixel_values).logits
+        without = model(pixel_values).logits
         model.set_token_pruning(pruning("stand_in"))
         logits = model(pixel_values).logits
-    assert not torch.allclose(logits, with_zeros, atol=1e-5)
+    assert not torch.allclose(logits, without, atol=1e-5)
 
-    def fill_and_convolve(hidden_states, weight, bias, grid, kept, silu, stand_ins, backend):
+    places: list[tuple[int, int] | None] = list(itertools.product(*map(range, tiny_config.grid_size)))
+    if tiny_config.model_type == "vim":
+        places.insert(len(places) // 2, None)
+
+    def fill(hidden_states, kept):
+        rows = [nearest_rows(ids, places) for ids in kept.tolist()]
+        return torch.stack([tokens[each] for tokens, each in zip(hidden_states, rows, strict=True)])
+
+    def over_the_grid(hidden_states, weight, bias, grid, kept, silu, stand_ins, backend):
         if kept is None:
             return depthwise_conv2d_torch(hidden_states, weight, bias, grid, silu=silu)
-        cells = [divmod(cell, grid[1]) for cell in range(grid[0] * grid[1])]
-        filled = [
-            [min(range(len(ids)), key=lambda i: (sum(map(abs, np.subtract(cells[ids[i]], cell))), i)) for cell in cells]
-            for ids in kept.tolist()
-        ]
-        full = torch.stack([tokens[rows] for tokens, rows in zip(hidden_states, filled, strict=True)])
-        return gather_tokens(depthwise_conv2d_torch(full, weight, bias, grid, silu=silu), kept)
+        return gather_tokens(depthwise_conv2d_torch(fill(hidden_states, kept), weight, bias, grid, silu=silu), kept)
 
-    monkeypatch.setattr(modeling_plainmamba, "depthwise_conv2d", fill_and_convolve)
+    def along_the_sequence(hidden_states, weight, bias, reverse, kept, stand_ins, backend):
+        if kept is None:
+            return causal_conv1d_torch(hidden_states, weight, bias, reverse)
+        return gather_tokens(causal_conv1d_torch(fill(hidden_states, kept), weight, bias, reverse), kept)
+
+    monkeypatch.setattr(modeling_plainmamba, "depthwise_conv2d", over_the_grid)
+    monkeypatch.setattr(modeling_vim, "causal_conv1d", along_the_sequence)
     with torch.no_grad():
         assert torch.allclose(model(pixel_values).logits, logits, atol=1e-5)
 
@@ -702,7 +743,8 @@ def test_new_parameters_take_the_models_precision_and_mode(tiny_config) -> None:
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 @pytest.mark.parametrize("method", METHODS)
 def test_matrix_products_of_a_stage_are_those_that_run(method, family, keep_ratios) -> None:
-    """Of one image, by the difference to a method that computes none."""
+    """Of one image, by the difference to a method that computes none. The reference of a convolution with stand-ins
+    goes over all places; counted are those of the tokens that are left, which are all that a kernel looks at."""
 
     def counted(name: str) -> int:
         config = MAKE_CONFIG[family](scan_backend="torch", token_pruning=pruning(name, keep_ratios=keep_ratios))
@@ -713,7 +755,8 @@ def test_matrix_products_of_a_stage_are_those_that_run(method, family, keep_rati
 
     config = MAKE_CONFIG[family](token_pruning=pruning(method, keep_ratios=keep_ratios))
     flops = count_flops(config).pruned
-    assert flops.breakdown.get("pruning", 0) == counted(method) - counted("top")
+    without = "stand_in" if METHODS[method].stand_ins else "top"
+    assert flops.breakdown.get("pruning", 0) == counted(method) - counted(without)
     assert sum(flops.breakdown.values()) == flops.total
 
 

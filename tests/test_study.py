@@ -11,7 +11,14 @@ import pytest
 import yaml
 from conftest import SCRIPTS
 
-from hf_vssm_prune.training.study import StudyRunner, expected_seconds, read_results, select_pieces, write_results
+from hf_vssm_prune.training.study import (
+    StudyRunner,
+    expected_seconds,
+    may_be_of,
+    read_results,
+    select_pieces,
+    write_results,
+)
 from hf_vssm_prune.training.study_plan import list_pieces, read_study, tuned_name
 from hf_vssm_prune.training.study_report import Group, difference, mean_and_spread, verdict, write_report
 
@@ -175,6 +182,27 @@ def test_results_of_another_study_are_refused(tmp_path) -> None:
         StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "results.jsonl", {})
     with pytest.raises(ValueError, match="The study has no data set"):
         StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "none.jsonl", {"cats": "folder"})
+
+
+def test_study_may_get_more_variants(tmp_path) -> None:
+    """A comparison that lacks one is run again, its figures are shown until then; others' options are as strict."""
+    more = {"paper": {}, "naive": {"pruning": {"alignment": "none"}}, "random": {"pruning": {"importance": "random"}}}
+    old, new = (
+        {piece.name: piece for piece in list_pieces(read_study(write_study(tmp_path / f"{name}.yaml", **changes)))}
+        for name, changes in (("old", {}), ("new", {"variants": more}))
+    )
+    record = {"options": old["untrained"].options}
+    assert may_be_of(record, old["untrained"])
+    assert may_be_of(record, new["untrained"])
+    assert not may_be_of({"options": new["untrained"].options}, old["untrained"])
+    assert not may_be_of({"options": {**old["untrained"].options, "max_eval_samples": 1}}, new["untrained"])
+    assert not may_be_of({"options": old["dense"].options}, new["dense tuned"])
+
+    figures = {name: {"top1": 0.5, "gflops": 1, "images_per_second": 9} for name in ("dense", "paper at 40.0%")}
+    records = {(0, "dense"): {"figures": {"top1": 0.75}}, (0, "untrained"): {"figures": figures}}
+    group = Group(read_study(tmp_path / "new.yaml"), records)
+    assert group.untrained_losses("paper", 0.4) == {0: 25}
+    assert group.untrained_losses("random", 0.4) == group.time_shares("untrained", "random at 40.0%") == {}
 
 
 @pytest.mark.parametrize("line", ["", "{", "[]", "{}"])

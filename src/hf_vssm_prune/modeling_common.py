@@ -171,8 +171,8 @@ class TokenLayout(Protocol):
     def keep(
         self: "Layout", kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: bool = False
     ) -> "Layout":
-        """The layout when only the tokens with the original ids `kept` (batch, n) stay; with `stand_ins` the grid's
-        convolutions see the nearest of them in the cells of the others."""
+        """The layout when only the tokens with the original ids `kept` (batch, n) stay; with `stand_ins` the
+        convolutions see the nearest of them in the places of the others."""
 
 
 Layout = TypeVar("Layout", bound=TokenLayout)
@@ -247,11 +247,21 @@ def _make_stage(hidden_states: Tensor, mixer: MixerOutput, layout: TokenLayout, 
     if layout.class_position is None:
         return Stage(hidden_states, count_kept(num_tokens, keep_ratio), mixer, None, ids, layout.grid)
     class_id = ids.gather(1, layout.class_position)
-    rows = rows[:, :-1] + (rows[:, :-1] >= layout.class_position)
-    ids = ids.gather(1, rows)
-    cells = ids - (ids > class_id).long()
+    rows = patch_rows(num_tokens, layout.class_position)
+    cells = patch_cells(ids.gather(1, rows), class_id)
     patches = gather_tokens(hidden_states, rows)
     return Stage(patches, count_kept(num_tokens - 1, keep_ratio), mixer, rows, cells, layout.grid)
+
+
+def patch_rows(num_tokens: int, class_position: Tensor) -> Tensor:
+    """The rows of all of `num_tokens` but the class token, which is at `class_position` (batch, 1)."""
+    rows = torch.arange(num_tokens - 1, device=class_position.device)
+    return rows + (rows >= class_position).long()
+
+
+def patch_cells(ids: Tensor, class_id: Tensor | int) -> Tensor:
+    """The cells in the grid of patch tokens, from their places in the full sequence, with a class token among them."""
+    return ids - (ids > class_id).long()
 
 
 def _gather_gates(gates: Tensor | None, reduction: Reduction) -> Tensor | None:

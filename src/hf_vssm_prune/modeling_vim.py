@@ -39,10 +39,12 @@ from .modeling_common import (
     image_classifier,
     init_decay,
     init_time_step_projection,
+    patch_cells,
+    patch_rows,
     resize_position_embeddings,
 )
 from .selective_scan import selective_scan
-from .token_pruning import gather_tokens, path_gaps
+from .token_pruning import gather_tokens, nearest_tokens, path_gaps
 
 
 class VimTokenLayout(NamedTuple):
@@ -58,6 +60,8 @@ class VimTokenLayout(NamedTuple):
             the direction. None: no alignment, or nothing was dropped.
         alignment: how the scans cross the holes.
         gates: see `TokenLayout`.
+        stand_ins: the token that the convolutions see at each place of the full sequence, int32 of shape (batch,
+            places). None: they see the tokens that are left, side by side.
     """
 
     grid: tuple[int, int]
@@ -68,6 +72,7 @@ class VimTokenLayout(NamedTuple):
     gaps: tuple[Tensor, Tensor] | None = None
     alignment: str = "none"
     gates: Tensor | None = None
+    stand_ins: Tensor | None = None
 
     @classmethod
     def of_grid(cls, grid: tuple[int, int], batch: int, device: torch.device) -> "VimTokenLayout":
@@ -81,7 +86,19 @@ class VimTokenLayout(NamedTuple):
         gaps = None if alignment == "none" else (path_gaps(kept), path_gaps(-kept.flip(1)))
         class_position = (kept < self.class_id).sum(dim=1, keepdim=True)
         backward_order = self._backwards(kept.shape[1], kept.device)
-        return VimTokenLayout(self.grid, self.class_id, class_position, backward_order, kept, gaps, alignment, gates)
+        nearest = self._nearest_tokens(kept, class_position) if stand_ins else None
+        return VimTokenLayout(
+            self.grid, self.class_id, class_position, backward_order, kept, gaps, alignment, gates, nearest
+        )
+
+    def _nearest_tokens(self, kept: Tensor, class_position: Tensor) -> Tensor:
+        """For each place of the full sequence the row of the patch that is left nearest to it on the grid; for the
+        class token's its own."""
+        rows = patch_rows(kept.shape[1], class_position)
+        cells = patch_cells(kept.gather(1, rows), self.class_id)
+        nearest = rows.gather(1, nearest_tokens(cells, self.grid))
+        before, after = nearest.tensor_split([self.class_id], dim=1)
+        return torch.cat([before, class_position, after], dim=1).int()
 
     @staticmethod
     def _backwards(num_tokens: int, device: torch.device) -> Tensor:
@@ -138,9 +155,12 @@ class VimCausalConvolution(nn.Conv1d):
         super().__init__(width, width, config.conv_kernel, groups=width)
         self.config, self.reverse = config, reverse
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> Tensor:  # type: ignore[override]
         """`hidden_states` and result (batch, n, channels)."""
-        return causal_conv1d(hidden_states, self.weight, self.bias, self.reverse, self.config.scan_backend)
+        kept = None if layout.stand_ins is None else layout.kept
+        return causal_conv1d(
+            hidden_states, self.weight, self.bias, self.reverse, kept, layout.stand_ins, self.config.scan_backend
+        )
 
 
 class VimScan(nn.Module):
@@ -165,7 +185,7 @@ class VimScan(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor, layout: VimTokenLayout) -> tuple[Tensor, ScanInputs]:
         """Gated output of the scan, and its inputs; `x`, `gate` and output (batch, n, channels)."""
-        x = self.conv1d(x)
+        x = self.conv1d(x, layout)
         projected = self.x_proj(x)
         features, B, C = (projected.flip(1) if self.reverse else projected).split(self.sizes, dim=-1)
         time_step, bias = self.dt_proj(features)

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from .pruning_dyvm import TokenPredictor, keep_predicted
 from .pruning_dyvm import count_flops as count_dyvm
 from .pruning_evit import fuse_unimportant
+from .pruning_local_merge import merge_into_nearest
 from .pruning_local_top import keep_locally_important
 from .pruning_mtr import count_flops as count_mtr
 from .pruning_mtr import merge_small_steps
@@ -39,7 +40,7 @@ class PruningMethod(NamedTuple):
         count_flops: from the number of tokens before and after, and the model's configuration, to the multiply-adds of
             its matrix products. Scores, sorting and means are not counted, as norms and activations are not.
         predictor: from the hidden size to a module with parameters of its own for each stage. None: it has none.
-        stand_ins: convolutions over the grid see, in a dropped token's cell, the nearest token that is left, not zero.
+        stand_ins: convolutions see, in a dropped token's place, the nearest token that is left.
     """
 
     reduce: Callable[[Stage], Reduction]
@@ -62,6 +63,7 @@ METHODS = {
     "state_merge": PruningMethod(merge_into_state, "repeat", importance="clip"),
     "stand_in": PruningMethod(keep_with_stand_ins, "repeat", importance="clip", stand_ins=True),
     "local_top": PruningMethod(keep_locally_important, "repeat", importance="l1", stand_ins=True),
+    "local_merge": PruningMethod(merge_into_nearest, "none", stand_ins=True),
 }
 
 # What a schedule means that names none: those of before there was a choice.

@@ -5,10 +5,8 @@ from .pruning_top import keep_most_important
 
 
 def keep_with_stand_ins(stage: Stage) -> Reduction:
-    """Chooses as `top` does. PlainMamba's convolutions over the grid then see, in a dropped token's cell, the nearest
-    token that is left (`token_pruning.nearest_tokens`) in place of zero, which no dense model ever showed them.
-
-    To fill a hole with the nearest token is what the scan does anyway, whose state goes on, and what Vim's causal
-    convolution does along its sequence, so that Vim has no more to do.
+    """Chooses as `top` does. The convolutions then go over all places that tokens had, PlainMamba's over the grid and
+    Vim's along the sequence, and see in a dropped token's place the nearest one that is left on the grid
+    (`token_pruning.nearest_tokens`): neither zero nor a token from further away, which no dense model ever showed them.
     """
     return keep_most_important(stage)

@@ -140,8 +140,7 @@ class StudyRunner:
         self.results = read_results(results)
         self.pieces = select_pieces(list_pieces(study), only)
         for piece in self.pieces:
-            record = self.results.get(piece.key)
-            if record is not None and record["options"] != json.loads(json.dumps(piece.options)):
+            if piece.key in self.results and not may_be_of(self.results[piece.key], piece):
                 raise ValueError(
                     f"{results} has {piece.key!r} with other options than the study: name another file for the "
                     "results and another folder, or remove its line and its folder."
@@ -166,7 +165,7 @@ class StudyRunner:
             raise ValueError(f"Another process is running a study in {self.folder}.") from error
 
     def _run(self) -> signal.Signals | None:
-        done = sum(piece.key in self.results for piece in self.pieces)
+        done = sum(map(self._is_done, self.pieces))
         progress = tqdm(desc="study", total=len(self.pieces), initial=done, unit="piece")
         with StopRequest() as stop, logging_redirect_tqdm(), progress:
             try:
@@ -184,7 +183,7 @@ class StudyRunner:
     @property
     def left(self) -> list[Piece]:
         """The selected pieces that are neither done nor failed."""
-        return [piece for piece in self.pieces if piece.key not in self.results and piece not in self.failed]
+        return [piece for piece in self.pieces if not self._is_done(piece) and piece not in self.failed]
 
     def _report_left(self) -> None:
         logger.error(
@@ -192,6 +191,9 @@ class StudyRunner:
             "have it already, remove its line, so that it is run again.",
             *(len(self.left), self.left[0].key, self.left[0].key_of_start(), self.folder),
         )
+
+    def _is_done(self, piece: Piece) -> bool:
+        return piece.key in self.results and self.results[piece.key]["options"] == _as_json(piece.options)
 
     def _start_pieces(self) -> int:
         """Starts as many pieces as there are free workers for, and returns how many."""
@@ -202,7 +204,7 @@ class StudyRunner:
         return len(started)
 
     def _is_ready(self, piece: Piece) -> bool:
-        if piece.key in self.results or piece.key in self._running or piece in self.failed:
+        if self._is_done(piece) or piece.key in self._running or piece in self.failed:
             return False
         start = piece.key_of_start()
         return start is None or (start in self.results and (self.folder / start / "last").is_dir())
@@ -262,6 +264,19 @@ class StudyRunner:
         for _, process, _ in self._running.values():
             process.wait()
         self._running.clear()
+
+
+def may_be_of(record: Mapping[str, Any], piece: Piece) -> bool:
+    """Whether a result is of a piece's options, or of a comparison that lacked some of its schedules: a study may get
+    more variants, and what was measured of the others stays true until all are compared again."""
+    had, has = record["options"], _as_json(piece.options)
+    if "schedules" not in has or not had.get("schedules", {}).items() <= has["schedules"].items():
+        return had == has
+    return had == {**has, "schedules": had.get("schedules")}
+
+
+def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(options))
 
 
 def select_pieces(pieces: Sequence[Piece], patterns: Sequence[str]) -> list[Piece]:

@@ -49,6 +49,10 @@ class Group:
         """Those for which all of these pieces are there."""
         return [seed for seed in self.study.seeds if all((seed, name) in self.records for name in names)]
 
+    def compared_seeds(self, piece: str, schedule: str, *names: str) -> list[int]:
+        """Those for which a comparison has this schedule, and all of the other pieces are there."""
+        return [seed for seed in self.seeds(piece, *names) if schedule in self.records[seed, piece]["figures"]]
+
     def top1(self, name: str, seed: int) -> float:
         return 100 * self.records[seed, name]["figures"]["top1"]
 
@@ -81,7 +85,7 @@ class Group:
     def _compared_losses(self, reference: str, piece: str, schedule: str) -> dict[int, float]:
         return {
             seed: self.top1(reference, seed) - self.compared_top1(piece, schedule, seed)
-            for seed in self.seeds(reference, piece)
+            for seed in self.compared_seeds(piece, schedule, reference)
         }
 
     def time_shares(self, piece: str, schedule: str) -> dict[int, float]:
@@ -89,7 +93,7 @@ class Group:
         return {
             seed: self.compared(piece, "dense", seed)["images_per_second"]
             / self.compared(piece, schedule, seed)["images_per_second"]
-            for seed in self.seeds(piece)
+            for seed in self.compared_seeds(piece, schedule)
         }
 
     def flops_share(self, piece: str, schedule: str, seed: int) -> float:
@@ -264,10 +268,10 @@ def _authors_curves(groups: Mapping[tuple[str, str], Group]) -> str:
         budget = group.study.main_budget
         for variant in group.study.every_budget:
             name = tuned_name(variant, budget)
-            seeds = group.seeds("dense", "untrained", name)
+            schedule = group.schedule_name(variant, budget)
+            seeds = group.compared_seeds("untrained", schedule, "dense", name)
             if not seeds:
                 continue
-            schedule = group.schedule_name(variant, budget)
             curves = {seed: group.records[seed, name]["figures"]["top1_by_epoch"] for seed in seeds}
             rows.append(
                 [
@@ -324,15 +328,16 @@ def _lines(group: Group) -> dict[str, list[Point]]:
         lines[f"{variant}, fine-tuned"] = [dense]
         for budget in study.budgets:
             schedule, name = group.schedule_name(variant, budget), tuned_name(variant, budget)
-            seeds = group.seeds("dense", "untrained")
+            seeds = group.compared_seeds("untrained", schedule, "dense")
             untrained = [group.compared_top1("untrained", schedule, seed) for seed in seeds]
             lines[f"{variant}, not trained"].append(_point(group, "untrained", schedule, seeds, untrained))
-            seeds = group.seeds("dense", "untrained", name)
+            seeds = group.compared_seeds("untrained", schedule, "dense", name)
             tuned = [group.top1(name, seed) for seed in seeds]
             lines[f"{variant}, fine-tuned"].append(_point(group, "untrained", schedule, seeds, tuned))
     lines["elastic, one checkpoint"] = [dense]
     for budget in study.budgets:
-        schedule, seeds = tuned_name("elastic", budget), group.seeds("elastic compared")
+        schedule = tuned_name("elastic", budget)
+        seeds = group.compared_seeds("elastic compared", schedule)
         top1 = [group.compared_top1("elastic compared", schedule, seed) for seed in seeds]
         lines["elastic, one checkpoint"].append(_point(group, "elastic compared", schedule, seeds, top1))
     return lines

@@ -1,0 +1,78 @@
+"""The grid in windows of 2 x 2 cells: choosing tokens so that every part of the image keeps some."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+WINDOW = 2  # side in cells
+
+
+def score_in_turns(importance: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Scores by which the most important token of every window is chosen first, then the second of every window, as far
+    as the count allows; where not all windows get their next token, those with the more important one do.
+
+    Args:
+        importance: shape (batch, n).
+        cells: of the tokens, ascending, shape (batch, n).
+        grid: (height, width).
+
+    Returns:
+        Shape (batch, n).
+    """
+    return _relative(importance) - _rank_in_window(importance, cells, grid)
+
+
+def distance_in_window(features: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How far each token is from the others of its window: the mean square of the differences, after a layer norm
+    without parameters. In a window, the one that is furthest is also furthest from their mean; two alone are equally
+    far, to the last bit.
+
+    Args:
+        features: shape (batch, n, channels).
+        cells, grid: as in `score_in_turns`.
+
+    Returns:
+        float32 (float64 where the features are) of shape (batch, n); 0 for a token that is alone in its window.
+    """
+    features = F.layer_norm(features.to(torch.promote_types(features.dtype, torch.float32)), features.shape[-1:])
+    places = _places(cells, grid)
+    batch, _, channels = features.shape
+    empty = features.new_zeros(batch, _count_places(grid), channels)
+    tokens = empty.scatter(1, places.unsqueeze(-1).expand_as(features), features).unflatten(1, (-1, WINDOW**2))
+    there = empty[..., 0].scatter(1, places, 1).unflatten(1, (-1, WINDOW**2))
+    distances = torch.zeros_like(there)
+    for turn in range(1, WINDOW**2):
+        difference = (tokens - tokens.roll(turn, dims=2)).square().mean(-1)
+        distances = distances + difference * there.roll(turn, dims=2)
+    others = (there.sum(-1, keepdim=True) - 1).clamp(min=1)
+    return (distances / others).flatten(1).gather(1, places)
+
+
+def _places(cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The places of cells when the grid is read window by window."""
+    rows, columns = cells // grid[1], cells % grid[1]
+    windows = rows // WINDOW * -(-grid[1] // WINDOW) + columns // WINDOW
+    return (windows * WINDOW + rows % WINDOW) * WINDOW + columns % WINDOW
+
+
+def _count_places(grid: tuple[int, int]) -> int:
+    """Those of all windows, whole ones at the edges too."""
+    down, across = (-(-size // WINDOW) for size in grid)
+    return down * across * WINDOW**2
+
+
+def _rank_in_window(importance: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How many tokens of its window come before each token: more important ones, or equal ones in an earlier cell."""
+    places = _places(cells, grid)
+    empty = importance.new_full((importance.shape[0], _count_places(grid)), -torch.inf)
+    in_window = empty.scatter(1, places, importance).unflatten(1, (-1, WINDOW**2))
+    one, other = in_window.unsqueeze(-1), in_window.unsqueeze(-2)
+    before = (other > one) | (other == one).tril(-1)
+    return before.sum(-1).flatten(1).gather(1, places).to(importance.dtype)
+
+
+def _relative(importance: Tensor) -> Tensor:
+    """Importance from 0 to less than 1, in the same order."""
+    low, high = importance.amin(-1, keepdim=True), importance.amax(-1, keepdim=True)
+    return (importance - low) / ((high - low) * 1.001).clamp(min=torch.finfo(importance.dtype).tiny)

@@ -1,0 +1,22 @@
+"""`local_merge`: of every part of the image the most distinct tokens stay, and the others go into a neighbour. Ours."""
+
+from .grid_windows import distance_in_window, score_in_turns
+from .pruning_stage import Reduction, Stage
+from .token_merging import merge_tokens, unit_weights
+from .token_pruning import nearest_tokens, select_tokens
+
+
+def merge_into_nearest(stage: Stage) -> Reduction:
+    """Of every 2 x 2 window of the grid the token that is furthest from the others stays, then the second, as far as
+    the count allows, as in `local_top`. Each one that does not stay goes into the nearest that does, which becomes the
+    mean of them and stands in for them (see `stand_in`).
+
+    Each token counts once, whatever was merged into it at stages before. It lies where it lay.
+    """
+    distance = distance_in_window(stage.hidden_states.detach(), stage.cells, stage.grid)
+    scores = score_in_turns(distance, stage.cells, stage.grid)
+    positions = select_tokens(scores, stage.num_kept)
+    nearest = nearest_tokens(stage.cells.gather(1, positions), stage.grid).gather(1, stage.cells)
+    into = positions.gather(1, nearest)
+    tokens, _ = merge_tokens(stage.hidden_states, unit_weights(stage.hidden_states), into, positions)
+    return Reduction(positions, tokens, scores)
