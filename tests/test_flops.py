@@ -94,13 +94,11 @@ def test_linear_layers_and_convolutions_are_those_that_run(family, token_pruning
 def extra_convolutions(model: torch.nn.Module, height: int, width: int) -> int:
     """What plain PyTorch computes beside what is needed, by the shapes of its calls.
 
-    It evaluates PlainMamba's convolutions at the dropped cells of the grid, too, and Vim's causal ones, padded at both
-    ends, at three places after the last token.
+    It evaluates PlainMamba's convolutions at the dropped cells of the grid, too.
     """
     config = model.config
     if config.model_type == "vim":
-        places = (config.conv_kernel - 1) * config.num_hidden_layers
-        return 2 * places * config.intermediate_size * config.conv_kernel
+        return 0
     tokens = tokens_of_each_layer(model, height, width)
     dropped = [tokens[0] - count for count in tokens]
     mixers = sum(dropped) * config.intermediate_size * config.conv_kernel**2

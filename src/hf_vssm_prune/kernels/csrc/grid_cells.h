@@ -25,15 +25,14 @@ public:
     void list(const int32_t* kept, const int32_t* stand_ins, int64_t tokens, int64_t height, int64_t width,
               int64_t kernel) {
         const int64_t radius = kernel / 2, padded_width = width + 2 * radius;
-        const auto padded = [&](int64_t cell) {
-            return (cell / width + radius) * padded_width + cell % width + radius;
-        };
-        const auto cell_of = [&](int64_t token) { return padded(kept ? kept[token] : token); };
-        token_of_cell_.assign((height + 2 * radius) * padded_width, -1);
+        const auto padded = [&](int64_t cell) { return cell / width * padded_width + cell % width + radius; };
+        token_of_cell_.assign(height * padded_width, -1);
         if (stand_ins) {
             for (int64_t cell = 0; cell < height * width; ++cell) token_of_cell_[padded(cell)] = stand_ins[cell];
         } else {
-            for (int64_t token = 0; token < tokens; ++token) token_of_cell_[cell_of(token)] = token;
+            for (int64_t token = 0; token < tokens; ++token) {
+                token_of_cell_[padded(kept ? kept[token] : token)] = token;
+            }
         }
 
         places = tokens;
@@ -41,11 +40,13 @@ public:
         starts_.assign(1, 0);
         int64_t count = 0;
         for (int64_t token = 0; token < tokens; ++token) {
-            const int32_t* corner = &token_of_cell_[cell_of(token) - radius * padded_width - radius];
-            int32_t tap = 0;
-            for (int64_t row = 0; row < kernel; ++row) {
-                for (int64_t column = 0; column < kernel; ++column, ++tap) {
-                    neighbours_[count] = {tap, corner[row * padded_width + column]};
+            const int64_t cell = kept ? kept[token] : token, y = cell / width;
+            const int64_t corner = padded(cell) - radius * padded_width - radius;
+            const int64_t last_row = std::min(kernel, height + radius - y);
+            for (int64_t row = std::max<int64_t>(0, radius - y); row < last_row; ++row) {
+                const int32_t* in_row = &token_of_cell_[corner + row * padded_width];
+                for (int64_t column = 0; column < kernel; ++column) {
+                    neighbours_[count] = {static_cast<int32_t>(row * kernel + column), in_row[column]};
                     count += neighbours_[count].token >= 0;
                 }
             }
