@@ -4,8 +4,8 @@
         --flops_reduction 0.416 --output_dir runs/pruned
 
 On several devices: `accelerate launch scripts/finetune.py ...`. The defaults are the paper's recipe (arXiv 2409.18962)
-with this project's distillation and alignment losses beside its cross-entropy, and with its method `local_top`; the
-paper's is `--prune_method top`. `--help` lists all options.
+with this project's distillation and alignment losses beside its cross-entropy, and with its method `local_merge`;
+the paper's is `--prune_method top`. `--help` lists all options.
 """
 
 import sys

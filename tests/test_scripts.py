@@ -169,8 +169,8 @@ def test_train_from_scratch_then_prune_then_evaluate(image_folder, tmp_path):
     start = ["--model_name_or_path", tmp_path / "dense" / "last"]
     run("finetune.py", *data, *start, *short, "--flops_reduction", "0.4", "--output_dir", tmp_path / "pruned")
     pruned = AutoModelForImageClassification.from_pretrained(tmp_path / "pruned" / "last")
-    assert pruned.config.token_pruning["alignment"] == "repeat"
-    assert pruned.config.token_pruning["method"] == "local_top"
+    assert pruned.config.token_pruning["alignment"] == "none"
+    assert pruned.config.token_pruning["method"] == "local_merge"
     card = (tmp_path / "pruned" / "last" / "README.md").read_text()
     assert "finetune.py" in card
     assert "--flops_reduction 0.4" in card

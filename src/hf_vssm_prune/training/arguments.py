@@ -27,7 +27,7 @@ from hf_vssm_prune.training.recipes import insert_recipe
 
 
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
-FINETUNED_METHOD = "local_top"
+FINETUNED_METHOD = "local_merge"
 BATCH_NORM_MODES = ("local", "frozen", "sync")
 FAMILIES: dict[str, type[VisionMambaConfig]] = {"plainmamba": PlainMambaConfig, "vim": VimConfig}
 
