@@ -83,12 +83,15 @@ class VimTokenLayout(NamedTuple):
     def keep(
         self, kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: bool = False
     ) -> "VimTokenLayout":
-        gaps = None if alignment == "none" else (path_gaps(kept), path_gaps(-kept.flip(1)))
         class_position = (kept < self.class_id).sum(dim=1, keepdim=True)
-        backward_order = self._backwards(kept.shape[1], kept.device)
-        nearest = self._nearest_tokens(kept, class_position) if stand_ins else None
-        return VimTokenLayout(
-            self.grid, self.class_id, class_position, backward_order, kept, gaps, alignment, gates, nearest
+        return self._replace(
+            class_position=class_position,
+            backward_order=self._backwards(kept.shape[1], kept.device),
+            kept=kept,
+            gaps=None if alignment == "none" else (path_gaps(kept), path_gaps(-kept.flip(1))),
+            alignment=alignment,
+            gates=gates,
+            stand_ins=self._nearest_tokens(kept, class_position) if stand_ins else None,
         )
 
     def _nearest_tokens(self, kept: Tensor, class_position: Tensor) -> Tensor:
