@@ -46,6 +46,7 @@ from hf_vssm_prune.modeling_plainmamba import PlainMambaTokenLayout
 from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.token_pruning import prune_paths, snake_paths
+from hf_vssm_prune.training.arguments import FINETUNED_METHOD
 from hf_vssm_prune.training.checkpoints import write_json
 
 
@@ -424,13 +425,14 @@ FAMILIES: dict[str, Any] = {
 
 
 def make_models(options: argparse.Namespace) -> dict[str, nn.Module]:
-    """One set of random weights under three schedules."""
+    """One set of random weights under four schedules."""
     config_class, model_class = FAMILIES[options.family]
     models = {}
     for name, pruning in (
         ("dense", None),
         ("pruned, aligned", {"flops_reduction": options.flops_reduction}),
         ("pruned, naive", {"flops_reduction": options.flops_reduction, "alignment": "none"}),
+        (f"pruned, {FINETUNED_METHOD}", {"flops_reduction": options.flops_reduction, "method": FINETUNED_METHOD}),
     ):
         models[name] = model_class(config_class.from_preset(options.preset, token_pruning=pruning)).eval()
         models[name].load_state_dict(models["dense"].state_dict())
@@ -450,6 +452,7 @@ def model_section(options: argparse.Namespace) -> list[Group]:
         ratios = {
             f"dense / pruned (FLOPs: {1 / (1 - reduction):.2f})": (1.0, "dense", "pruned, aligned"),
             "aligned / naive": (1.0, "pruned, aligned", "pruned, naive"),
+            f"dense / pruned by {FINETUNED_METHOD}": (1.0, "dense", f"pruned, {FINETUNED_METHOD}"),
         }
         if on_cpu:
             ratios["dense / pruned with int8 linears"] = (1.0, "dense", "pruned, int8 linears")
@@ -566,6 +569,7 @@ def training_section(options: argparse.Namespace) -> list[Group]:
     ratios = {
         "dense / pruned": (1.0, "dense", "pruned, aligned"),
         "aligned / naive": (1.0, "pruned, aligned", "pruned, naive"),
+        f"dense / pruned by {FINETUNED_METHOD}": (1.0, "dense", f"pruned, {FINETUNED_METHOD}"),
     }
     for name, case in cases.items():
         report_memory(models[name], name, case)
@@ -806,6 +810,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", help="file to draw the time at growing budgets into (needs matplotlib)")
     parser.add_argument("--json", help="file to write all runs and ratios to")
     options = parser.parse_args(arguments)
+    presets = list(FAMILIES[options.family][0].presets)
+    if options.preset not in presets:
+        parser.error(f"--preset {options.preset}: {options.family} has {presets}.")
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here.")
     of_device = [name for name in SECTIONS if name not in CPU_SECTIONS or torch.device(options.device).type == "cpu"]

@@ -47,6 +47,12 @@ def test_matrix_products_are_all_of_the_models(benchmark):
     assert len(products) == len(linears) == 4 * 4 + 1
 
 
+def test_preset_of_another_family_is_refused(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_options(["--family", "vim"])
+    assert "--preset L3: vim has ['T', 'S', 'B']." in capsys.readouterr().err
+
+
 def test_cases_take_turns(benchmark):
     order = []
     cases = {name: partial(order.append, name) for name in "ab"}
