@@ -176,8 +176,12 @@ class StudyRunner:
             finally:
                 for _, process, _ in self._running.values():
                     process.kill()
-            if stop.received is None and self.left:
-                self._report_left()
+            if stop.received is None and (left := self.left):
+                logger.error(
+                    "%d pieces were not run, the first %r: there is no model of %r in %s. Run that piece too; if the "
+                    "results have it already, remove its line, so that it is run again.",
+                    *(len(left), left[0].key, left[0].key_of_start(), self.folder),
+                )
         return stop.received
 
     @property
@@ -185,15 +189,8 @@ class StudyRunner:
         """The selected pieces that are neither done nor failed."""
         return [piece for piece in self.pieces if not self._is_done(piece) and piece not in self.failed]
 
-    def _report_left(self) -> None:
-        logger.error(
-            "%d pieces were not run, the first %r: there is no model of %r in %s. Run that piece too; if the results "
-            "have it already, remove its line, so that it is run again.",
-            *(len(self.left), self.left[0].key, self.left[0].key_of_start(), self.folder),
-        )
-
     def _is_done(self, piece: Piece) -> bool:
-        return piece.key in self.results and self.results[piece.key]["options"] == _as_json(piece.options)
+        return piece.key in self.results and self.results[piece.key]["options"] == piece.options
 
     def _start_pieces(self) -> int:
         """Starts as many pieces as there are free workers for, and returns how many."""
@@ -269,14 +266,10 @@ class StudyRunner:
 def may_be_of(record: Mapping[str, Any], piece: Piece) -> bool:
     """Whether a result is of a piece's options, or of a comparison that lacked some of its schedules: a study may get
     more variants, and what was measured of the others stays true until all are compared again."""
-    had, has = record["options"], _as_json(piece.options)
+    had, has = record["options"], piece.options
     if "schedules" not in has or not had.get("schedules", {}).items() <= has["schedules"].items():
         return had == has
     return had == {**has, "schedules": had.get("schedules")}
-
-
-def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(options))
 
 
 def select_pieces(pieces: Sequence[Piece], patterns: Sequence[str]) -> list[Piece]:
