@@ -169,10 +169,10 @@ class TokenLayout(Protocol):
         shape (batch, n, 1). Mixers see the tokens multiplied by them, behind the norm, which would hide a factor."""
 
     def keep(
-        self: "Layout", kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: bool = False
+        self: "Layout", kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: Tensor | None = None
     ) -> "Layout":
-        """The layout when only the tokens with the original ids `kept` (batch, n) stay; with `stand_ins` the
-        convolutions see the nearest of them in the places of the others."""
+        """The layout when only the tokens with the original ids `kept` (batch, n) stay; with
+        `stand_ins`, as `Reduction` has them, convolutions see these in the places of the others."""
 
 
 Layout = TypeVar("Layout", bound=TokenLayout)
@@ -232,7 +232,7 @@ def encode(
             gates = _gather_gates(gates, reduction)
             positions, hidden_states, all_gates = _with_class_token(reduction, gates, hidden_states, stage, layout)
             kept = positions if layout.kept is None else layout.kept.gather(1, positions)
-            layout = layout.keep(kept, pruning["alignment"], all_gates, method.stand_ins)
+            layout = layout.keep(kept, pruning["alignment"], all_gates, reduction.stand_ins)
             kept_tokens.append(kept)
             token_scores.append(reduction.scores)
             sizes = reduction.sizes
@@ -247,21 +247,11 @@ def _make_stage(hidden_states: Tensor, mixer: MixerOutput, layout: TokenLayout, 
     if layout.class_position is None:
         return Stage(hidden_states, count_kept(num_tokens, keep_ratio), mixer, None, ids, layout.grid)
     class_id = ids.gather(1, layout.class_position)
-    rows = patch_rows(num_tokens, layout.class_position)
-    cells = patch_cells(ids.gather(1, rows), class_id)
+    rows = rows[:, :-1] + (rows[:, :-1] >= layout.class_position)
+    ids = ids.gather(1, rows)
+    cells = ids - (ids > class_id).long()
     patches = gather_tokens(hidden_states, rows)
     return Stage(patches, count_kept(num_tokens - 1, keep_ratio), mixer, rows, cells, layout.grid)
-
-
-def patch_rows(num_tokens: int, class_position: Tensor) -> Tensor:
-    """The rows of all of `num_tokens` but the class token, which is at `class_position` (batch, 1)."""
-    rows = torch.arange(num_tokens - 1, device=class_position.device)
-    return rows + (rows >= class_position).long()
-
-
-def patch_cells(ids: Tensor, class_id: Tensor | int) -> Tensor:
-    """The cells in the grid of patch tokens, from their places in the full sequence, with a class token among them."""
-    return ids - (ids > class_id).long()
 
 
 def _gather_gates(gates: Tensor | None, reduction: Reduction) -> Tensor | None:

@@ -42,7 +42,7 @@ from .modeling_common import (
     resize_position_embeddings,
 )
 from .selective_scan import selective_scan
-from .token_pruning import ScanPaths, nearest_tokens, prune_paths, snake_paths
+from .token_pruning import ScanPaths, prune_paths, snake_paths
 
 
 class PlainMambaTokenLayout(NamedTuple):
@@ -75,11 +75,11 @@ class PlainMambaTokenLayout(NamedTuple):
         return cls(grid, paths, kept=None, paths=cls._to_int32(paths), alignment="none")
 
     def keep(
-        self, kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: bool = False
+        self, kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: Tensor | None = None
     ) -> "PlainMambaTokenLayout":
         paths = self._to_int32(prune_paths(self.full_paths, kept, alignment))
-        nearest = nearest_tokens(kept, self.grid).int() if stand_ins else None
-        return self._replace(kept=kept, paths=paths, alignment=alignment, gates=gates, stand_ins=nearest)
+        stand_ins = None if stand_ins is None else stand_ins.int()
+        return self._replace(kept=kept, paths=paths, alignment=alignment, gates=gates, stand_ins=stand_ins)
 
     @staticmethod
     def _to_int32(paths: ScanPaths) -> ScanPaths:

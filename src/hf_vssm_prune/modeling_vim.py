@@ -39,12 +39,10 @@ from .modeling_common import (
     image_classifier,
     init_decay,
     init_time_step_projection,
-    patch_cells,
-    patch_rows,
     resize_position_embeddings,
 )
 from .selective_scan import selective_scan
-from .token_pruning import gather_tokens, nearest_tokens, path_gaps
+from .token_pruning import gather_tokens, path_gaps
 
 
 class VimTokenLayout(NamedTuple):
@@ -81,7 +79,7 @@ class VimTokenLayout(NamedTuple):
         return cls(grid, num_patches // 2, class_position, cls._backwards(num_patches + 1, device))
 
     def keep(
-        self, kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: bool = False
+        self, kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: Tensor | None = None
     ) -> "VimTokenLayout":
         class_position = (kept < self.class_id).sum(dim=1, keepdim=True)
         return self._replace(
@@ -91,16 +89,15 @@ class VimTokenLayout(NamedTuple):
             gaps=None if alignment == "none" else (path_gaps(kept), path_gaps(-kept.flip(1))),
             alignment=alignment,
             gates=gates,
-            stand_ins=self._nearest_tokens(kept, class_position) if stand_ins else None,
+            stand_ins=None if stand_ins is None else self._in_sequence(stand_ins, self.class_id, class_position),
         )
 
-    def _nearest_tokens(self, kept: Tensor, class_position: Tensor) -> Tensor:
-        """For each place of the full sequence the row of the patch that is left nearest to it on the grid; for the
-        class token's its own."""
-        rows = patch_rows(kept.shape[1], class_position)
-        cells = patch_cells(kept.gather(1, rows), self.class_id)
-        nearest = rows.gather(1, nearest_tokens(cells, self.grid))
-        before, after = nearest.tensor_split([self.class_id], dim=1)
+    @staticmethod
+    def _in_sequence(stand_ins: Tensor, class_id: int, class_position: Tensor) -> Tensor:
+        """Stand-ins in the grid's cells, counted among patches, to those at all places, counted among all tokens: the
+        class token is seen at its own place."""
+        rows = stand_ins + (stand_ins >= class_position).long()
+        before, after = rows.tensor_split([class_id], dim=1)
         return torch.cat([before, class_position, after], dim=1).int()
 
     @staticmethod

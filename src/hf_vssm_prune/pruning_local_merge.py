@@ -3,7 +3,7 @@
 from .grid_windows import distance_in_window, score_in_turns
 from .pruning_stage import Reduction, Stage
 from .token_merging import merge_tokens, unit_weights
-from .token_pruning import nearest_tokens, select_tokens
+from .token_pruning import select_tokens
 
 
 def merge_into_nearest(stage: Stage) -> Reduction:
@@ -16,7 +16,7 @@ def merge_into_nearest(stage: Stage) -> Reduction:
     distance = distance_in_window(stage.hidden_states.detach(), stage.cells, stage.grid)
     scores = score_in_turns(distance, stage.cells, stage.grid)
     positions = select_tokens(scores, stage.num_kept)
-    nearest = nearest_tokens(stage.cells.gather(1, positions), stage.grid).gather(1, stage.cells)
-    into = positions.gather(1, nearest)
+    stand_ins = stage.nearest(positions)
+    into = positions.gather(1, stand_ins.gather(1, stage.cells))
     tokens, _ = merge_tokens(stage.hidden_states, unit_weights(stage.hidden_states), into, positions)
-    return Reduction(positions, tokens, scores)
+    return Reduction(positions, tokens, scores, stand_ins=stand_ins)

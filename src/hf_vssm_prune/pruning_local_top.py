@@ -14,4 +14,5 @@ def keep_locally_important(stage: Stage) -> Reduction:
     """
     scores = score_in_turns(stage.scores(), stage.cells, stage.grid)
     positions = select_tokens(scores, stage.num_kept)
-    return Reduction(positions, gather_tokens(stage.hidden_states, positions), scores)
+    tokens = gather_tokens(stage.hidden_states, positions)
+    return Reduction(positions, tokens, scores, stand_ins=stage.nearest(positions))

@@ -40,7 +40,6 @@ class PruningMethod(NamedTuple):
         count_flops: from the number of tokens before and after, and the model's configuration, to the multiply-adds of
             its matrix products. Scores, sorting and means are not counted, as norms and activations are not.
         predictor: from the hidden size to a module with parameters of its own for each stage. None: it has none.
-        stand_ins: convolutions see, in a dropped token's place, the nearest token that is left.
     """
 
     reduce: Callable[[Stage], Reduction]
@@ -48,7 +47,6 @@ class PruningMethod(NamedTuple):
     importance: str | None = None
     count_flops: Callable[[int, int, PreTrainedConfig], int] = _no_flops
     predictor: Callable[[int], nn.Module] | None = None
-    stand_ins: bool = False
 
 
 METHODS = {
@@ -61,9 +59,9 @@ METHODS = {
     "dyvm": PruningMethod(keep_predicted, "none", count_flops=count_dyvm, predictor=TokenPredictor),
     "uniform": PruningMethod(keep_evenly_spread, "repeat"),
     "state_merge": PruningMethod(merge_into_state, "repeat", importance="clip"),
-    "stand_in": PruningMethod(keep_with_stand_ins, "repeat", importance="clip", stand_ins=True),
-    "local_top": PruningMethod(keep_locally_important, "repeat", importance="l1", stand_ins=True),
-    "local_merge": PruningMethod(merge_into_nearest, "none", stand_ins=True),
+    "stand_in": PruningMethod(keep_with_stand_ins, "repeat", importance="clip"),
+    "local_top": PruningMethod(keep_locally_important, "repeat", importance="l1"),
+    "local_merge": PruningMethod(merge_into_nearest, "none"),
 }
 
 # What a schedule means that names none: those of before there was a choice.

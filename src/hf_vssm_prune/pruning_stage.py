@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .mixer_output import MixerOutput
-from .token_pruning import token_importance
+from .token_pruning import nearest_tokens, token_importance
 
 
 class Stage(NamedTuple):
@@ -45,6 +45,10 @@ class Stage(NamedTuple):
         """The patch tokens' importance, shape (batch, n)."""
         return self.of_patches(token_importance(self.mixer, self.importance))
 
+    def nearest(self, positions: Tensor) -> Tensor:
+        """For each cell of the grid which of the tokens at `positions` is nearest: as `Reduction.stand_ins`."""
+        return nearest_tokens(self.cells.gather(1, positions), self.grid)
+
 
 class Reduction(NamedTuple):
     """What a method makes of a stage.
@@ -57,6 +61,8 @@ class Reduction(NamedTuple):
         sizes: as in `Stage`, shape (batch, num_kept). None: not counted.
         gates: of a method that learns whom to keep, in training: 1 for each token, with the gradient of the decision
             for it, shape (batch, num_kept). None: nothing to learn.
+        stand_ins: the token, of those that are left, that convolutions see in each cell of the grid, int64 of shape
+            (batch, height * width). None: they see none in the cell of a token that is gone.
     """
 
     positions: Tensor
@@ -64,3 +70,4 @@ class Reduction(NamedTuple):
     scores: Tensor
     sizes: Tensor | None = None
     gates: Tensor | None = None
+    stand_ins: Tensor | None = None

@@ -9,4 +9,5 @@ def keep_with_stand_ins(stage: Stage) -> Reduction:
     Vim's along the sequence, and see in a dropped token's place the nearest one that is left on the grid
     (`token_pruning.nearest_tokens`): neither zero nor a token from further away, which no dense model ever showed them.
     """
-    return keep_most_important(stage)
+    reduction = keep_most_important(stage)
+    return reduction._replace(stand_ins=stage.nearest(reduction.positions))
