@@ -46,7 +46,7 @@ from hf_vssm_prune.modeling_plainmamba import PlainMambaTokenLayout
 from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.token_pruning import prune_paths, snake_paths
-from hf_vssm_prune.training.arguments import FINETUNED_METHOD
+from hf_vssm_prune.training.arguments import RECOMMENDED_METHOD
 from hf_vssm_prune.training.checkpoints import write_json
 
 
@@ -432,7 +432,7 @@ def make_models(options: argparse.Namespace) -> dict[str, nn.Module]:
         ("dense", None),
         ("pruned, aligned", {"flops_reduction": options.flops_reduction}),
         ("pruned, naive", {"flops_reduction": options.flops_reduction, "alignment": "none"}),
-        (f"pruned, {FINETUNED_METHOD}", {"flops_reduction": options.flops_reduction, "method": FINETUNED_METHOD}),
+        (f"pruned, {RECOMMENDED_METHOD}", {"flops_reduction": options.flops_reduction, "method": RECOMMENDED_METHOD}),
     ):
         models[name] = model_class(config_class.from_preset(options.preset, token_pruning=pruning)).eval()
         models[name].load_state_dict(models["dense"].state_dict())
@@ -452,7 +452,7 @@ def model_section(options: argparse.Namespace) -> list[Group]:
         ratios = {
             f"dense / pruned (FLOPs: {1 / (1 - reduction):.2f})": (1.0, "dense", "pruned, aligned"),
             "aligned / naive": (1.0, "pruned, aligned", "pruned, naive"),
-            f"dense / pruned by {FINETUNED_METHOD}": (1.0, "dense", f"pruned, {FINETUNED_METHOD}"),
+            f"dense / pruned by {RECOMMENDED_METHOD}": (1.0, "dense", f"pruned, {RECOMMENDED_METHOD}"),
         }
         if on_cpu:
             ratios["dense / pruned with int8 linears"] = (1.0, "dense", "pruned, int8 linears")
@@ -569,7 +569,7 @@ def training_section(options: argparse.Namespace) -> list[Group]:
     ratios = {
         "dense / pruned": (1.0, "dense", "pruned, aligned"),
         "aligned / naive": (1.0, "pruned, aligned", "pruned, naive"),
-        f"dense / pruned by {FINETUNED_METHOD}": (1.0, "dense", f"pruned, {FINETUNED_METHOD}"),
+        f"dense / pruned by {RECOMMENDED_METHOD}": (1.0, "dense", f"pruned, {RECOMMENDED_METHOD}"),
     }
     for name, case in cases.items():
         report_memory(models[name], name, case)

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = model.config([f"class {i}" for i in range(options.num_classes)], optimization.drop_path)
         else:
             config = load_config(model.model_name_or_path)
-        config.token_pruning = config.complete_token_pruning(pruning.token_pruning() or config.token_pruning)
+        config.token_pruning = pruning.schedule(config)
         estimate = estimate_run(config, optimization, losses, elastic, scale, options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

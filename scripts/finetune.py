@@ -4,8 +4,8 @@
         --flops_reduction 0.416 --output_dir runs/pruned
 
 On several devices: `accelerate launch scripts/finetune.py ...`. The defaults are the paper's recipe (arXiv 2409.18962)
-with this project's distillation and alignment losses beside its cross-entropy, and with its method `local_merge`;
-the paper's is `--prune_method top`. `--help` lists all options.
+with this project's distillation and alignment losses beside its cross-entropy, and with its method `local_merge` for a
+dense checkpoint; the paper's is `--prune_method top`. `--help` lists all options.
 """
 
 import sys
@@ -17,8 +17,8 @@ from hf_vssm_prune.training.arguments import (
     DataArguments,
     ElasticArguments,
     FinetuneArguments,
-    FinetunePruningArguments,
     OptimizationArguments,
+    PruningArguments,
     RunArguments,
     ScaleArguments,
     parse_arguments,
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     types = [
         DataArguments,
         FinetuneArguments,
-        FinetunePruningArguments,
+        PruningArguments,
         OptimizationArguments,
         AugmentationArguments,
         ElasticArguments,

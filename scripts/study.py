@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_vssm_prune.training.study import StudyRunner, read_results
+from hf_vssm_prune.training.study import StudyRunner, check_results, read_results
 from hf_vssm_prune.training.study_plan import Study, read_study
 from hf_vssm_prune.training.study_report import write_report
 
@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study = read_study(options.study)
         status = 0 if options.folder is None else run(study, options)
         if options.report is not None:
-            write_report(study, read_results(options.results), options.report, options.results.parent)
+            results = read_results(options.results)
+            check_results(results, study)
+            write_report(study, results, options.report, options.results.parent)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -51,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(study: Study, options: argparse.Namespace) -> int:
     """Runs what is left; the exit status is 128 + the signal's number where one stopped it, 1 where a piece failed or
     could not start."""
+    if wrong := [each for each in options.data if "=" not in each]:
+        raise ValueError(f"--data has {wrong}; NAME=FOLDER is needed.")
     folders = dict(each.split("=", 1) for each in options.data)
     runner = StudyRunner(
         study,

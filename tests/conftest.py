@@ -70,7 +70,13 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-TOKEN_PRUNING = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "alignment": "repeat", "importance": "clip"}
+TOKEN_PRUNING = {
+    "layers": [1, 3],
+    "keep_ratios": [0.7, 0.6],
+    "alignment": "repeat",
+    "importance": "clip",
+    "method": "top",
+}
 
 
 def make_plainmamba_config(**changes) -> PlainMambaConfig:

@@ -49,7 +49,7 @@ WRONG = [
     (schedule(layers="12"), "'12'; a list is needed"),
     (schedule(layers=1, keep_ratios=0.5), "1; a list is needed"),
     (schedule(layers=[], keep_ratios=[]), "give at least one layer, or `token_pruning=None`"),
-    (schedule(layers=...), r"needs \['layers'\]; given were \['keep_ratios'\]"),
+    (schedule(layers=...), r"needs \['layers'\], or `flops_reduction`"),
     (schedule(keep_ratios=None), r"needs \['keep_ratios'\]"),
     ({}, r"needs \['layers', 'keep_ratios'\]"),
     (schedule(alignment="Repeat"), r"'alignment'.*'Repeat'; allowed are \['repeat', 'zero_input', 'none', 'learned'\]"),
@@ -109,7 +109,7 @@ def test_attribute_set_behind_the_checks_is_refused_in_use(config, pixel_values)
 def test_schedule_is_completed_and_copied(config) -> None:
     given = {"layers": (1, 3), "keep_ratios": (1, 0.5)}
     completed = config.complete_token_pruning(given)
-    assert completed == {"layers": [1, 3], "keep_ratios": [1, 0.5], "alignment": "repeat", "importance": "clip"}
+    assert completed == TOKEN_PRUNING | {"keep_ratios": [1, 0.5]}
     assert given == {"layers": (1, 3), "keep_ratios": (1, 0.5)}
 
 
@@ -123,6 +123,22 @@ def test_config_file_keeps_the_schedule(token_pruning, config, tmp_path) -> None
     assert opened.token_pruning == config.token_pruning
     assert opened.to_dict() == config.to_dict()
     assert opened.token_pruning is None or set(opened.token_pruning) == set(TOKEN_PRUNING)
+
+
+def test_another_budget_keeps_the_method(config) -> None:
+    model = MODELS[config.model_type](config)
+    model.set_token_pruning({"flops_reduction": 0.2, "method": "local_top", "alignment": "none"})
+    method = {"method": "local_top", "alignment": "none", "importance": "l1"}
+    for given in ({"flops_reduction": 0.3}, {"layers": [2], "keep_ratios": [0.5]}):
+        model.set_token_pruning(given)
+        assert model.config.token_pruning.items() >= method.items()
+    model.set_token_pruning({"flops_reduction": 0.3, "importance": "clip"})
+    assert model.config.token_pruning.items() >= (method | {"importance": "clip"}).items()
+    model.set_token_pruning({"flops_reduction": 0.3, "method": "local_top"})  # named, it comes with its own defaults
+    assert model.config.token_pruning["alignment"] == "repeat"
+    model.set_token_pruning(None)
+    model.set_token_pruning({"flops_reduction": 0.3})
+    assert model.config.token_pruning["method"] == "top"
 
 
 def test_schedule_of_a_loaded_model(config, pixel_values) -> None:

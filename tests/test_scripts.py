@@ -28,8 +28,8 @@ from hf_vssm_prune.training.arguments import (
     DenseModelArguments,
     ElasticArguments,
     FinetuneArguments,
-    FinetunePruningArguments,
     OptimizationArguments,
+    PruningArguments,
     RunArguments,
     ScratchOptimizationArguments,
     parse_arguments,
@@ -290,7 +290,7 @@ def parse(types: list, *arguments: str) -> dict:
 def test_recipes_say_what_they_set(recipe):
     values = read_recipe(recipe)
     is_pruned = "prune_layers" in values
-    types = [FinetuneArguments, FinetunePruningArguments, OptimizationArguments] if is_pruned else [DenseModelArguments]
+    types = [FinetuneArguments, PruningArguments, OptimizationArguments] if is_pruned else [DenseModelArguments]
     types += [ScratchOptimizationArguments] * (not is_pruned)
     types += [DataArguments, AugmentationArguments, ElasticArguments, RunArguments]
     needed = ["--dataset_name", "d", "--output_dir", "o"]
@@ -319,6 +319,39 @@ def test_wrong_recipes_are_refused(content, message, tmp_path, capsys):
         load_script("finetune").main([*FINETUNE, "--recipe", str(recipe)])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+STAGES = {"layers": [1, 3], "keep_ratios": [0.7, 0.6]}
+OURS = {"method": "local_merge", "alignment": "none"}
+OTHERS = {"method": "top", "alignment": "repeat", "importance": "l1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "of_dense", "of_pruned"),
+    [
+        ({}, None, STAGES | OTHERS),
+        ({"prune_layers": [2], "keep_ratios": [0.5]}, OURS, OTHERS),
+        ({"flops_reduction": 0.2}, OURS, OTHERS),
+        ({"flops_reduction": 0.191, "prune_layers": [2]}, OURS, OTHERS),
+        ({"flops_reduction": 0.2, "prune_alignment": "repeat"}, OURS | {"alignment": "repeat"}, OTHERS),
+        ({"flops_reduction": 0.2, "prune_method": "mtr"}, {"method": "mtr"}, {"method": "mtr", "alignment": "none"}),
+        ({"prune_method": "mtr"}, "--prune_method is 'mtr'", STAGES | {"method": "mtr", "alignment": "none"}),
+        ({"importance": "l2"}, "--importance is 'l2'", STAGES | OTHERS | {"importance": "l2"}),
+        ({"importance": "l2", "flops_reduction": 0.2}, "'l2', but the method 'local_merge'", {"importance": "l2"}),
+    ],
+    ids=str,
+)
+def test_what_is_not_given_is_the_checkpoints(given, of_dense, of_pruned):
+    arguments = PruningArguments(**given)
+    for own, expected in ((None, of_dense), (STAGES | OTHERS, of_pruned)):
+        config = make_vim_config(token_pruning=own)
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                arguments.schedule(config)
+        elif expected is None:
+            assert arguments.schedule(config) is None
+        else:
+            assert arguments.schedule(config).items() >= expected.items()
 
 
 @pytest.mark.parametrize("script", ["train", "finetune", "evaluate"])

@@ -13,6 +13,7 @@ from conftest import SCRIPTS
 
 from hf_vssm_prune.training.study import (
     StudyRunner,
+    check_results,
     expected_seconds,
     may_be_of,
     read_results,
@@ -130,6 +131,7 @@ def test_run_stopped_and_gone_on_with(tmp_path) -> None:
     assert [everything[key] for key in done] == list(done.values())  # not run again
     assert sorted(record["name"] for record in everything.values()) == sorted(NAMES)
     assert str(tmp_path) not in results.read_text()
+    assert len({record["start_weights"] for record in everything.values() if "start_weights" in record}) == 2
     assert list(everything["images/plainmamba/0/untrained"]["figures"]) == ["dense", "paper at 40.0%", "naive at 40.0%"]
 
     page = (tmp_path / "STUDY.md").read_text()
@@ -180,8 +182,25 @@ def test_results_of_another_study_are_refused(tmp_path) -> None:
     write_results({piece.key: {"piece": piece.key, "options": {"learning_rate": 1}}}, tmp_path / "results.jsonl")
     with pytest.raises(ValueError, match="with other options than the study"):
         StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "results.jsonl", {})
+    with pytest.raises(ValueError, match="There are 0 workers"):
+        StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "none.jsonl", {}, workers=0)
     with pytest.raises(ValueError, match="The study has no data set"):
         StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "none.jsonl", {"cats": "folder"})
+
+
+def test_results_from_other_weights_are_refused(tmp_path) -> None:
+    study = read_study(write_study(tmp_path / "study.yaml"))
+    dense, tuned = list_pieces(study)[:2]
+    results = {
+        dense.key: {"piece": dense.key, "options": dense.options, "weights": "new"},
+        tuned.key: {"piece": tuned.key, "options": tuned.options, "weights": "of it", "start_weights": "new"},
+    }
+    check_results(results, study)
+    results[tuned.key]["start_weights"] = "old"
+    with pytest.raises(ValueError, match=r"0/dense tuned' from other weights of 'images/.*/0/dense'"):
+        check_results(results, study)
+    del results[tuned.key]["start_weights"]  # of before results had them
+    check_results(results, study)
 
 
 def test_study_may_get_more_variants(tmp_path) -> None:

@@ -8,7 +8,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .flops import schedule_for_budget
-from .pruning_schedule import check_layers, check_token_pruning, pruning_method
+from .pruning_schedule import METHOD_OPTIONS, check_layers, check_token_pruning, pruning_method
 
 
 @strict
@@ -29,8 +29,9 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         initializer_range: standard deviation of the truncated normal initialisation.
         drop_path_rate: stochastic depth in the last layer; it rises linearly from 0 in the first.
         token_pruning: None for a dense model, or a dict with `layers`, `keep_ratios`, `alignment`, `importance` and
-            `method`, see `pruning_schedule.check_token_pruning`; or with `flops_reduction` in place of the first two, a
-            share of the published FLOPs that is to go, for which a schedule is found and put into the dict.
+            `method`, see `pruning_schedule.check_token_pruning`; or with `flops_reduction` in place of `keep_ratios`,
+            a share of the published FLOPs that is to go, for which a schedule is found and put into the dict, by stages
+            before `layers` if these are given.
         scan_backend: which kernel scans, see `selective_scan.selective_scan`.
 
     Raises:
@@ -100,6 +101,10 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> dict[str, Any] | None:
         """Checks pruning options against this configuration and returns them complete, a budget turned into a schedule.
 
+        Options that name no `method` are for the one that this configuration has, with its `alignment` and `importance`
+        unless they have their own: weights that were trained for a method may get another budget. Those of a dense
+        model mean `top`.
+
         Raises:
             ValueError: as `pruning_schedule.check_token_pruning` and `flops.schedule_for_budget`.
         """
@@ -107,6 +112,9 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             return None
         if not isinstance(token_pruning, dict):
             raise ValueError(f"`token_pruning` is {token_pruning!r}; None or a dict is needed.")
+        if "method" not in token_pruning and self.token_pruning is not None:
+            own = self.token_pruning
+            token_pruning = {name: own[name] for name in METHOD_OPTIONS if name in own} | token_pruning
         if "flops_reduction" in token_pruning:
             token_pruning = dict(token_pruning)
             budget = token_pruning.pop("flops_reduction")

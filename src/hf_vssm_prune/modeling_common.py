@@ -101,7 +101,9 @@ class TokenPruningMixin:
         The schedule is the configuration's: models that were made from one configuration object change together.
 
         Args:
-            token_pruning: as `config.token_pruning`; with `{"flops_reduction": 0.416}` a schedule is found.
+            token_pruning: as `config.token_pruning`; with `{"flops_reduction": 0.416}` a schedule is found. Where it
+                names no `method`, the model keeps its own; a dense model, one that was made so, too, has none, and
+                `top` is meant.
 
         Raises:
             ValueError: the schedule is not allowed; the model keeps the one it has.

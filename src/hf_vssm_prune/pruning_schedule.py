@@ -9,6 +9,10 @@ from .pruning_methods import DEFAULT_METHOD, METHODS, PruningMethod
 from .token_pruning import ALIGNMENTS, IMPORTANCES
 
 
+# How a model prunes, whatever its budget.
+METHOD_OPTIONS = ("alignment", "importance", "method")
+
+
 def check_token_pruning(token_pruning: dict[str, Any], num_hidden_layers: int) -> dict[str, Any]:
     """Checks pruning options and returns them complete, as `config.json` holds them.
 
@@ -23,11 +27,11 @@ def check_token_pruning(token_pruning: dict[str, Any], num_hidden_layers: int) -
         ValueError: an option is unknown or missing, or its value is not allowed; the message says what was given and
             what is allowed.
     """
-    allowed = ("layers", "keep_ratios", "alignment", "importance", "method")
+    allowed = ("layers", "keep_ratios", *METHOD_OPTIONS)
     if unknown := sorted(set(token_pruning) - set(allowed)):
         raise ValueError(f"`token_pruning` has unknown options {unknown}; allowed are {list(allowed)}.")
     if missing := [name for name in allowed[:2] if token_pruning.get(name) is None]:
-        raise ValueError(f"`token_pruning` needs {missing}; given were {sorted(token_pruning)}.")
+        raise ValueError(f"`token_pruning` needs {missing}, or `flops_reduction` in place of `keep_ratios`.")
     method = pruning_method(token_pruning)
     options = {
         "layers": check_layers(token_pruning["layers"], num_hidden_layers),
@@ -45,9 +49,7 @@ def check_token_pruning(token_pruning: dict[str, Any], num_hidden_layers: int) -
             f"`token_pruning['importance']` is {token_pruning['importance']!r}, but the method "
             f"{token_pruning['method']!r} ranks tokens in its own way; methods that take an importance are {takers}."
         )
-    if "method" in token_pruning:
-        options["method"] = token_pruning["method"]
-    return options
+    return {**options, "method": token_pruning.get("method", DEFAULT_METHOD)}
 
 
 def pruning_method(token_pruning: dict[str, Any]) -> PruningMethod:

@@ -87,12 +87,13 @@ def _wrongly_downloaded(name_or_path: str | Path, revision: str) -> Path | None:
     snapshot = Path(str(cached_file(name_or_path, "config.json", revision=revision))).parent
     for weights in sorted(snapshot.glob("*.safetensors")):
         recorded = weights.resolve()
-        if re.fullmatch("[0-9a-f]{64}", recorded.name) and _sha256(recorded) != recorded.name:
+        if re.fullmatch("[0-9a-f]{64}", recorded.name) and sha256_of_file(recorded) != recorded.name:
             return recorded
     return None
 
 
-def _sha256(file: Path) -> str:
+def sha256_of_file(file: Path) -> str:
+    """SHA-256 in hexadecimal digits."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):

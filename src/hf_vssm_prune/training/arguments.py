@@ -18,7 +18,7 @@ from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.configuration_plainmamba import PlainMambaConfig
 from hf_vssm_prune.configuration_vim import VimConfig
 from hf_vssm_prune.hub.loading import new_image_processor
-from hf_vssm_prune.pruning_methods import DEFAULT_METHOD, METHODS
+from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES
 from hf_vssm_prune.training.augmentation import AugmentationConfig, MixConfig
 from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, LossWeights
@@ -27,7 +27,8 @@ from hf_vssm_prune.training.recipes import insert_recipe
 
 
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
-FINETUNED_METHOD = "local_merge"
+# By which the scripts prune a dense model: what lost least in this project's study, see STUDY.md.
+RECOMMENDED_METHOD = "local_merge"
 BATCH_NORM_MODES = ("local", "frozen", "sync")
 FAMILIES: dict[str, type[VisionMambaConfig]] = {"plainmamba": PlainMambaConfig, "vim": VimConfig}
 
@@ -343,7 +344,12 @@ class PruningArguments:
         metadata=_describe("in place of ratios: the share of FLOPs to remove, by stages at --prune_layers if given"),
     )
     prune_method: str | None = field(
-        default=None, metadata=_describe(f"how tokens go; by default {DEFAULT_METHOD}", choices=tuple(METHODS))
+        default=None,
+        metadata=_describe(
+            "how tokens go; `top` is the paper's; by default that of the checkpoint, of a dense one "
+            f"{RECOMMENDED_METHOD}",
+            choices=tuple(METHODS),
+        ),
     )
     prune_alignment: str | None = field(
         default=None,
@@ -373,25 +379,39 @@ class PruningArguments:
                 f"--flops_reduction is {self.flops_reduction}: it must be between 0 and 1, for instance 0.416."
             )
 
-    def token_pruning(self) -> dict[str, Any] | None:
-        """For a configuration's `token_pruning`; None where no schedule was given."""
-        given = {"method": self.prune_method, "alignment": self.prune_alignment, "importance": self.importance}
+    def schedule(self, config: VisionMambaConfig) -> dict[str, Any] | None:
+        """Complete `token_pruning` options for a checkpoint of this configuration: what was given, and for the rest
+        what it has itself; None where neither has a schedule.
+
+        Raises:
+            ValueError: they are not allowed for this model, or say how tokens go, but not how many.
+        """
+        own = config.token_pruning
+        if (stages := self._stages() or _stages_of(own)) is None:
+            if idle := [name for name in ("prune_method", "prune_alignment", "importance") if getattr(self, name)]:
+                raise ValueError(
+                    f"--{idle[0]} is {getattr(self, idle[0])!r}, but nothing says how many tokens are to go: give "
+                    "--flops_reduction, or --prune_layers and --keep_ratios."
+                )
+            return None
+        method = self.prune_method or (RECOMMENDED_METHOD if own is None else None)
+        given = {"method": method, "alignment": self.prune_alignment, "importance": self.importance}
         choices = {name: value for name, value in given.items() if value is not None}
-        if self.flops_reduction is not None:
-            layers = {} if self.prune_layers is None else {"layers": self.prune_layers}
-            return {"flops_reduction": self.flops_reduction, **layers, **choices}
-        if self.prune_layers is not None:
-            return {"layers": self.prune_layers, "keep_ratios": self.keep_ratios, **choices}
-        return None
+        return config.complete_token_pruning(stages | choices)
+
+    def _stages(self) -> dict[str, Any] | None:
+        """How many tokens go where, if it was given."""
+        given = {
+            "flops_reduction": self.flops_reduction,
+            "layers": self.prune_layers,
+            "keep_ratios": self.keep_ratios,
+        }
+        return {name: value for name, value in given.items() if value is not None} or None
 
 
-@dataclass
-class FinetunePruningArguments(PruningArguments):
-    """The method is by default the one that lost least in this project's study, see STUDY.md; the paper's is `top`."""
-
-    prune_method: str = field(
-        default=FINETUNED_METHOD, metadata=_describe("how tokens go; `top` is the paper's", choices=tuple(METHODS))
-    )
+def _stages_of(token_pruning: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How many tokens go where by complete options."""
+    return None if token_pruning is None else {name: token_pruning[name] for name in ("layers", "keep_ratios")}
 
 
 @dataclass
@@ -422,10 +442,7 @@ class ElasticArguments:
         Raises:
             ValueError: no schedule of this model comes near a budget.
         """
-        own = config.token_pruning or {}
-        choices = {name: own[name] for name in ("method", "alignment", "importance") if name in own}
-        if self.elastic_importance is not None:
-            choices["importance"] = self.elastic_importance
+        choices = {} if self.elastic_importance is None else {"importance": self.elastic_importance}
         return [
             config.complete_token_pruning({"flops_reduction": budget, **choices}) if budget > 0 else None
             for budget in self.elastic_budgets
@@ -448,7 +465,8 @@ class LossArguments:
     alignment_layers: list[int] | None = field(
         default=None,
         metadata=_describe(
-            "layers whose outputs are compared; by default the last before each stage and the last of all"
+            "layers whose outputs are compared; by default the last of those that a stage's tokens go through: before "
+            "the next stage, and the last of all"
         ),
     )
     alignment_distance: str = field(

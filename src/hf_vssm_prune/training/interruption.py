@@ -6,6 +6,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 
+STOPPING = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class TrainingInterruptedError(Exception):
     """A run was stopped by a signal after it saved a checkpoint.
 
@@ -23,7 +26,8 @@ class TrainingInterruptedError(Exception):
 
 
 class StopRequest:
-    """Within this context SIGINT (Ctrl-C) and SIGTERM are noted rather than obeyed.
+    """Within this context SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is closed) are noted rather than obeyed;
+    those that are ignored, as SIGHUP is under nohup, still are.
 
     Attributes:
         received: the signal, or None so far.
@@ -36,8 +40,9 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         # Python lets only the main thread set handlers; elsewhere signals act as they always do.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+            for number in STOPPING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

@@ -32,6 +32,7 @@ from hf_vssm_prune.training.arguments import (
     DataArguments,
     DenseModelArguments,
     EvaluationArguments,
+    EvaluationDataArguments,
     FinetuneArguments,
     PruningArguments,
     RunArguments,
@@ -68,7 +69,7 @@ def prepare_finetuning(
     check_output_dir(recipe.run)
     config = load_config(model.model_name_or_path)
     # The checkpoint's configuration checks the schedule, before weights and images are loaded.
-    schedule = config.complete_token_pruning(pruning.token_pruning() or config.token_pruning)
+    schedule = pruning.schedule(config)
     if schedule is None:
         raise ValueError(
             f"{model.model_name_or_path} has no pruning schedule, and none was given: give --prune_layers and "
@@ -111,7 +112,7 @@ def prepare_dense_training(data: DataArguments, model: DenseModelArguments, reci
 
 
 def evaluate(
-    data: DataArguments, options: EvaluationArguments, beside: BesideArguments, pruning: PruningArguments
+    data: EvaluationDataArguments, options: EvaluationArguments, beside: BesideArguments, pruning: PruningArguments
 ) -> dict[str, ModelEvaluation]:
     """A model without pruning and, where it or the options have a schedule, with it; on request with int8 linears, too.
 
@@ -124,7 +125,7 @@ def evaluate(
     if beside.int8 and options.mixed_precision != "no":
         raise ValueError(f"--int8 needs float32 around it; --mixed_precision is {options.mixed_precision}.")
     config = load_config(options.model_name_or_path)
-    schedule = config.complete_token_pruning(pruning.token_pruning() or config.token_pruning)
+    schedule = pruning.schedule(config)
     loader, label_names = _load_evaluation(data, options)
     models = {"dense": load_model(beside.dense_name_or_path or options.model_name_or_path, label_names)}
     models["dense"].set_token_pruning(None)
@@ -137,7 +138,7 @@ def evaluate(
 
 
 def compare_schedules(
-    data: DataArguments, options: EvaluationArguments, schedules: Mapping[str, dict[str, Any]]
+    data: EvaluationDataArguments, options: EvaluationArguments, schedules: Mapping[str, dict[str, Any]]
 ) -> dict[str, ModelEvaluation]:
     """A model without pruning, and pruned in several ways with the weights as they are.
 
@@ -187,7 +188,7 @@ def _evaluation_device(options: EvaluationArguments) -> torch.device:
     return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _load_evaluation(data: DataArguments, options: EvaluationArguments) -> tuple[DataLoader, Sequence[str]]:
+def _load_evaluation(data: EvaluationDataArguments, options: EvaluationArguments) -> tuple[DataLoader, Sequence[str]]:
     """Batches of the images that the options name, and the names of their labels."""
     set_seed(options.seed)
     dataset, label_names = load_evaluation_dataset(

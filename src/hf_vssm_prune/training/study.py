@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import hf_vssm_prune
+from hf_vssm_prune.hub.loading import sha256_of_file
 from hf_vssm_prune.pruning_methods import DEFAULT_METHOD
 from hf_vssm_prune.training.checkpoints import RESULTS, find_checkpoints, write_json, write_text
 from hf_vssm_prune.training.interruption import StopRequest
@@ -35,6 +36,7 @@ from hf_vssm_prune.training.study_plan import Piece, Study, list_pieces
 logger = logging.getLogger(__name__)
 
 COMPARISON = "comparison.json"
+WEIGHTS = Path("last", "model.safetensors")
 
 
 # ---- What is done ------------------------------------------------------------------------------------------------
@@ -64,8 +66,37 @@ def write_results(results: Mapping[str, dict[str, Any]], file: Path) -> None:
     write_text("".join(json.dumps(record) + "\n" for record in results.values()), file)
 
 
-def record_piece(piece: Piece, folder: Path, seconds: float) -> dict[str, Any]:
-    """What the results keep of a finished piece: the figures, the options that gave them, and no paths."""
+def check_results(results: Mapping[str, dict[str, Any]], study: Study) -> None:
+    """Refuses results that would be compared with what they are not of.
+
+    Raises:
+        ValueError: a piece has other options than the study says, or started from other weights than those of the piece
+            that the results have.
+    """
+    for piece in list_pieces(study):
+        if (record := results.get(piece.key)) is None:
+            continue
+        if not may_be_of(record, piece):
+            raise ValueError(
+                f"The results have {piece.key!r} with other options than the study: name another file for the results "
+                "and another folder, or remove its line and its folder, and those of the pieces that start from it."
+            )
+        had, has = record.get("start_weights"), results.get(piece.key_of_start() or "", {}).get("weights")
+        if had and has and had != has:
+            raise ValueError(
+                f"The results have {piece.key!r} from other weights of {piece.key_of_start()!r} than they have: "
+                "remove its line and its folder, so that it is run again."
+            )
+
+
+def record_piece(piece: Piece, folder: Path, start_weights: str | None, seconds: float) -> dict[str, Any]:
+    """What the results keep of a finished piece: the figures, the options that gave them, and no paths.
+
+    Args:
+        piece, folder: where it ran.
+        start_weights: SHA-256 of the weights that it started from, if it did from some.
+        seconds: of the run, or of its last part if it was stopped.
+    """
     figures: dict[str, Any]
     if piece.script == "compare_methods":
         evaluations = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
@@ -94,6 +125,8 @@ def record_piece(piece: Piece, folder: Path, seconds: float) -> dict[str, Any]:
         "figures": figures,
         "script": piece.script,
         "options": piece.options,
+        **({} if start_weights is None else {"start_weights": start_weights}),
+        **({} if piece.script == "compare_methods" else {"weights": sha256_of_file(folder / WEIGHTS)}),
         "seconds": round(seconds, 1),
         "versions": {"hf_vssm_prune": hf_vssm_prune.__version__, "torch": torch.__version__},
     }
@@ -116,8 +149,8 @@ class StudyRunner:
         only: patterns, as of the shell, of the keys of the pieces to run, in this order.
 
     Raises:
-        ValueError: the results are of other options than the study's, or a data set is not one of the study's, or a
-            pattern fits no piece.
+        ValueError: the results are not of this study, or a data set is not one of the study's, or a pattern fits no
+            piece, or there is no worker.
     """
 
     def __init__(
@@ -135,16 +168,13 @@ class StudyRunner:
             raise ValueError(f"The study has no data set {unknown}; it has {sorted(study.datasets)}.")
         self.dataset_names = {name: options["dataset_name"] for name, options in study.datasets.items()}
         self.dataset_names |= dataset_names
+        if workers < 1:
+            raise ValueError(f"There are {workers} workers; at least 1 is needed.")
         self.scripts, self.folder, self.results_file, self.workers = scripts, folder, results, workers
         self.environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.results = read_results(results)
+        check_results(self.results, study)
         self.pieces = select_pieces(list_pieces(study), only)
-        for piece in self.pieces:
-            if piece.key in self.results and not may_be_of(self.results[piece.key], piece):
-                raise ValueError(
-                    f"{results} has {piece.key!r} with other options than the study: name another file for the "
-                    "results and another folder, or remove its line and its folder."
-                )
         self.failed: list[Piece] = []
         self._running: dict[str, tuple[Piece, subprocess.Popen, float]] = {}
 
@@ -178,8 +208,8 @@ class StudyRunner:
                     process.kill()
             if stop.received is None and (left := self.left):
                 logger.error(
-                    "%d pieces were not run, the first %r: there is no model of %r in %s. Run that piece too; if the "
-                    "results have it already, remove its line, so that it is run again.",
+                    "%d pieces were not run, the first %r: there is no model of %r in %s. Unless that piece "
+                    "has failed, run it too; if the results have it already, remove its line, so that it is run again.",
                     *(len(left), left[0].key, left[0].key_of_start(), self.folder),
                 )
         return stop.received
@@ -244,11 +274,18 @@ class StudyRunner:
                 logger.error("%s failed with status %d: see %s", key, process.returncode, self.folder / key / "log.txt")
                 self.failed.append(piece)
                 continue
-            self.results[key] = record_piece(piece, self.folder / key, time.perf_counter() - start)
+            start_weights = self._start_weights(piece)
+            record = record_piece(piece, self.folder / key, start_weights, time.perf_counter() - start)
+            # Another part of the study may have written there in the meantime.
+            self.results = read_results(self.results_file) | {key: record}
             write_results(self.results, self.results_file)
             logger.info("%s", describe(self.results[key]))
             progress.update()
             progress.set_postfix_str(self._time_left(), refresh=True)
+
+    def _start_weights(self, piece: Piece) -> str | None:
+        start = piece.key_of_start()
+        return None if start is None else sha256_of_file(self.folder / start / WEIGHTS)
 
     def _time_left(self) -> str:
         seconds = sum(expected_seconds(piece, self.results.values()) for piece in self.left) / self.workers
