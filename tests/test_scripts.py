@@ -91,14 +91,14 @@ def run(script: str, *arguments: str | Path, num_processes: int = 1) -> subproce
 
 
 def stop(full: list[str], awaited: Path, number: signal.Signals) -> subprocess.Popen:
-    """Starts a command, and sends it a signal once a file or folder is there."""
-    process = subprocess.Popen(full, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    """Starts a command, and sends it and its children a signal once a file or folder is there."""
+    process = subprocess.Popen(full, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not awaited.exists():
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline, f"{awaited} did not appear"
         time.sleep(0.002)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as launchers and terminals do
     return process
 
 
@@ -127,7 +127,7 @@ def test_killed_and_resumed_runs_end_with_the_same_weights_to_the_bit(image_fold
     assert process.returncode == -signal.SIGKILL
     assert not (broken / "last").exists()
 
-    process = stop(full, broken / "checkpoint-12", signal.SIGTERM)
+    process = stop([*full, "--workers", "2"], broken / "checkpoint-12", signal.SIGTERM)
     message = process.communicate()[1]
     assert process.returncode == 128 + signal.SIGTERM, message[-3000:]
     assert "Stopped by SIGTERM" in message

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from hf_vssm_prune.training.arguments import (
     RunArguments,
     ScaleArguments,
 )
+from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.checkpoints import find_checkpoints, find_resumed
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
+from hf_vssm_prune.training.distribution import ProcessLostError, lost_processes_named
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import compare_models, comparison_table, mean_accuracy, score_predictions
@@ -352,6 +355,24 @@ def test_elastic_training_prunes_each_update_by_a_budget_drawn(datasets, tmp_pat
     assert run("again")[0] == used
 
 
+def test_batches_of_an_update_share_its_budget(datasets, tmp_path):
+    """And are pruned as one large batch is."""
+    used: dict[int, list[str]] = {}
+    for accumulation in (1, 3):
+        elastic = ElasticArguments(elastic_budgets=[0, 0.25, 0.394])
+        options = {"per_device_train_batch_size": 12 // accumulation, "gradient_accumulation_steps": accumulation}
+        recipe = replace(make_recipe(tmp_path / str(accumulation), num_train_epochs=2, **options), elastic=elastic)
+        trainer = make_trainer(make_vim_config(), datasets, recipe)
+        used[accumulation] = []
+        trainer.plain_model.register_forward_pre_hook(
+            lambda model, _, seen=used[accumulation]: (
+                seen.append(json.dumps(model.config.token_pruning)) if model.training else None
+            )
+        )
+        trainer.train()
+    assert used[3] == [schedule for schedule in used[1] for _ in range(3)]
+
+
 def test_parameters_of_pruning_are_trained(datasets, tmp_path):
     """Also those of elastic schedules that the model's own does not need, whose update may draw none."""
     options = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "dyvm", "alignment": "learned"}
@@ -371,6 +392,49 @@ def test_parameters_of_pruning_are_trained(datasets, tmp_path):
         last.state_dict()["vim.token_predictors.3.input.weight"],
         trainer.plain_model.state_dict()["vim.token_predictors.3.input.weight"],
     )
+
+
+def test_what_an_earlier_schedule_has_learned_stays_as_it_is(datasets, tmp_path):
+    """Nor does a run with parameters that it does not use fail to go on."""
+    recipe = make_recipe(tmp_path, max_train_steps=2)
+    recipe.run.checkpointing_steps = "1"
+    learned = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "dyvm", "alignment": "learned"}
+    other = {"layers": [2], "keep_ratios": [0.6], "method": "dyvm", "alignment": "learned"}
+
+    def prepare() -> Trainer:
+        torch.manual_seed(0)
+        model = AutoModelForImageClassification.from_config(make_vim_config(token_pruning=learned))
+        model.set_token_pruning(other)
+        processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
+        return Trainer(model, datasets, processor, recipe)
+
+    trainer = prepare()
+    before = {name: value.clone() for name, value in trainer.plain_model.state_dict().items()}
+    trainer.train()
+    changed = {name for name, value in trainer.plain_model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[2] for name in changed if "predictors" in name} == {"2"}
+    assert {name.split(".")[2] for name in changed if "offset" in name} == {"2", "3"}
+
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    recipe.run.resume = "latest"
+    resumed = prepare()
+    resumed.train()
+    assert all(
+        torch.equal(value, resumed.plain_model.state_dict()[name])
+        for name, value in trainer.plain_model.state_dict().items()
+    )
+
+
+def test_elastic_training_goes_on_from_before_all_budgets_were_drawn(datasets, tmp_path):
+    options = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "dyvm"}
+    recipe = replace(make_recipe(tmp_path, max_train_steps=2), elastic=ElasticArguments(elastic_budgets=[0.394, 0]))
+    recipe.run.checkpointing_steps = "1"
+    make_trainer(make_vim_config(token_pruning=options), datasets, recipe).train()
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    moments = load_file(tmp_path / "checkpoint-1" / "optimizer.safetensors")
+    assert not any("token_predictors" in name for name in moments)  # the first update was of the dense model
+    recipe.run.resume = "latest"
+    assert make_trainer(make_vim_config(token_pruning=options), datasets, recipe).train()["update"] == 2
 
 
 def test_bf16_autocast(datasets, tmp_path):
@@ -422,6 +486,49 @@ def test_a_gradient_that_is_not_finite_is_named_where_it_arose(datasets, tmp_pat
     break_at_update(trainer, 2, "vim.layers.2", break_gradient)
     with pytest.raises(TrainingDivergedError, match=r"update 2 of 8: .*first gradient.*that of vim\.layers\.2\."):
         trainer.train()
+
+
+def test_a_teacher_that_overflows_is_named(datasets, tmp_path):
+    teacher = AutoModelForImageClassification.from_config(make_vim_config())
+    teacher.vim.layers[1].mixer.out_proj.weight.data[0, 0] = math.inf
+    recipe = make_recipe(tmp_path, LossWeights(kd_weight=1.0), max_train_steps=8)
+    trainer = make_trainer(make_vim_config(), datasets, recipe, teacher)
+    with pytest.raises(TrainingDivergedError, match=r"update 1 of 8: .*not finite is that of teacher\.classifier\."):
+        trainer.train()
+
+
+def test_gradients_that_no_scale_makes_finite_stop_the_run(datasets, tmp_path):
+    """fp16 needs a GPU: here the scaler is made up, and halves its scale as torch's does."""
+
+    class Scaler:
+        factor = 32.0
+
+        def get_scale(self) -> float:
+            return self.factor
+
+        def scale(self, loss: torch.Tensor) -> torch.Tensor:
+            return loss * self.factor
+
+        def state_dict(self) -> dict:
+            return {}
+
+    trainer = make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=8))
+    break_at_update(trainer, 2, "vim.layers.2", lambda output: output.register_hook(lambda g: g * math.inf) and output)
+    scaler = trainer.accelerator.scaler = Scaler()
+
+    def skip() -> None:
+        scaler.factor /= 8
+
+    trainer.optimizer.step = skip
+    with pytest.raises(TrainingDivergedError, match=r"update 3 of 8: .*first gradient"):
+        trainer.train()
+
+
+def test_a_divergence_is_not_taken_for_a_lost_process():
+    with pytest.raises(TrainingDivergedError), lost_processes_named(2):
+        raise TrainingDivergedError("The last checkpoint is runs/nccl/checkpoint-1.")
+    with pytest.raises(ProcessLostError, match="Another of the 2 processes"), lost_processes_named(2):
+        raise RuntimeError("NCCL error: remote process exited")
 
 
 def test_weights_that_are_not_finite_do_not_replace_the_last_good_checkpoint(datasets, tmp_path):
@@ -491,13 +598,16 @@ def test_deterministic_runs_are_the_same_to_the_bit(family, datasets, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_without_pruning_there_is_nothing_to_align(datasets, tmp_path):
-    """The loss is exactly 0 while the student is its teacher, and the gradient that it sends is 0, too."""
-    config = make_vim_config()
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_without_pruning_there_is_nothing_to_align(family, datasets, tmp_path):
+    """The loss is exactly 0 while the student is its teacher, and the gradient that it sends is 0, too. PlainMamba's
+    batch norm must not see other statistics than the teacher's."""
+    config = MAKE_CONFIG[family]()
     recipe = make_recipe(tmp_path, LossWeights(alignment_weight=1.0), max_train_steps=1)
     torch.manual_seed(0)
     teacher = AutoModelForImageClassification.from_config(config)
-    trainer = make_trainer(make_vim_config(), datasets, recipe, teacher)
+    trainer = make_trainer(MAKE_CONFIG[family](), datasets, recipe, teacher)
+    freeze_batch_norm(trainer.model.train())
     terms = trainer._losses(next(iter(trainer.train_loader)), epoch=0, index=0)
     assert terms.alignment.item() == 0
     terms.alignment.backward()
@@ -583,6 +693,12 @@ def test_a_batch_must_be_filled(datasets, tmp_path):
         make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, per_device_train_batch_size=64))
 
 
+def test_warmup_is_a_share_of_the_run(datasets, tmp_path):
+    for steps, updates in ((2, 0), (60, 2)):
+        recipe = make_recipe(tmp_path, max_train_steps=steps, warmup_epochs=None)
+        assert make_trainer(make_vim_config(), datasets, recipe).schedule.warmup_updates == updates
+
+
 def test_warmup_must_leave_something(datasets, tmp_path):
     with pytest.raises(ValueError, match="9 updates of warm-up leave nothing of the run's 9"):
         make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, warmup_epochs=1.0))
@@ -593,6 +709,25 @@ def test_two_runs_do_not_mix_in_a_folder(datasets, tmp_path):
     make_trainer(make_vim_config(), datasets, recipe).train()
     with pytest.raises(FileExistsError, match="the last is checkpoint-1"):
         make_trainer(make_vim_config(), datasets, recipe)
+
+
+def test_going_back_behind_a_later_checkpoint_is_refused(datasets, tmp_path):
+    """What was trained from there would not be what `--resume latest` finds."""
+    recipe = make_recipe(tmp_path, max_train_steps=3)
+    recipe.run.checkpointing_steps, recipe.run.save_total_limit = "1", 5
+    make_trainer(make_vim_config(), datasets, recipe).train()
+    recipe.run.resume = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"is of update 1, and .* has later checkpoints, up to checkpoint-3"):
+        make_trainer(make_vim_config(), datasets, recipe)
+
+
+def test_a_checkpoint_is_saved_again_in_its_place(datasets, tmp_path):
+    trainer = make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=1))
+    trainer.train()
+    trainer.state.history.append({"epoch": 2})
+    folder = trainer._save_checkpoint()
+    assert json.loads((folder / "training_state.json").read_text())["state"]["history"][-1] == {"epoch": 2}
+    assert [each.name for each in tmp_path.glob("*checkpoint*")] == ["checkpoint-1"]
 
 
 def test_a_run_with_other_settings_is_not_continued(datasets, tmp_path):

@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -134,6 +135,22 @@ class TokenPruningMixin:
             for module in base.layers[token_pruning["layers"][0] :].modules():
                 if isinstance(module, HoleTimeStep) and module.offset is None:
                     module.offset = nn.Parameter(torch.zeros(module.channels, device=like.device, dtype=like.dtype))
+
+    def freeze_pruning_parameters(self, schedules: Sequence[dict[str, Any] | None]) -> None:
+        """Of the parameters that `add_pruning_parameters` made, only those are trained from here on that one of these
+        schedules uses, complete options each."""
+        base: Any = self.base_model  # type: ignore[attr-defined]
+        pruning = [schedule for schedule in schedules if schedule is not None]
+        predicted = {
+            str(layer) for each in pruning if pruning_method(each).predictor is not None for layer in each["layers"]
+        }
+        for layer, predictor in base.token_predictors.items():
+            predictor.requires_grad_(layer in predicted)
+        learned = min((each["layers"][0] for each in pruning if each["alignment"] == "learned"), default=math.inf)
+        for index, layer in enumerate(base.layers):
+            for module in layer.modules():
+                if isinstance(module, HoleTimeStep):
+                    module.requires_grad_(index >= learned)
 
     @property
     def has_pruning_parameters(self) -> bool:

@@ -65,11 +65,11 @@ def write_json(content: Any, file: Path) -> None:
     write_text(json.dumps(content, indent=2) + "\n", file)
 
 
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """All whole checkpoints of a run, the oldest first."""
+def find_checkpoints(output_dir: Path, after: int = -1) -> list[Path]:
+    """All whole checkpoints of a run, or those after a number of updates, the oldest first."""
     folders = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in output_dir.glob("checkpoint-*")}
     updates = {folder: int(match[1]) for folder, match in folders.items() if match and (folder / STATE).is_file()}
-    return sorted(updates, key=lambda folder: updates[folder])
+    return sorted((folder for folder in updates if updates[folder] > after), key=lambda folder: updates[folder])
 
 
 def find_resumed(output_dir: Path, resume: str) -> Path | None:
@@ -79,7 +79,7 @@ def find_resumed(output_dir: Path, resume: str) -> Path | None:
         FileNotFoundError: the folder is not a whole checkpoint.
     """
     if resume == "latest":
-        return max(find_checkpoints(output_dir), key=lambda folder: int(folder.name.split("-")[1]), default=None)
+        return next(reversed(find_checkpoints(output_dir)), None)
     if not (Path(resume) / STATE).is_file():
         raise FileNotFoundError(
             f"--resume {resume}: no checkpoint there (a folder with {STATE}); "
@@ -89,8 +89,9 @@ def find_resumed(output_dir: Path, resume: str) -> Path | None:
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Removes what a killed run was writing: a checkpoint, or a model that `save_for_hub` had not yet moved."""
-    for pattern in (".unfinished-*", ".saving-*"):
+    """Removes what a killed run was writing or replacing: a checkpoint, or a model that `save_for_hub` had not yet
+    moved."""
+    for pattern in (".unfinished-*", ".replaced-*", ".saving-*", "*/.saving-*"):
         for folder in output_dir.glob(pattern):
             shutil.rmtree(folder)
 
@@ -144,8 +145,7 @@ def save_checkpoint(
                 "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             }
             write_json(content, unfinished / STATE)
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
+            _replace_folder(folder, unfinished)
         except (OSError, SafetensorError) as error:  # a full disk is one or the other, by who meets it
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"The checkpoint could not be saved to {folder}: {error}") from error
@@ -153,6 +153,16 @@ def save_checkpoint(
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return folder
+
+
+def _replace_folder(folder: Path, by: Path) -> None:
+    """Moves another folder into a folder's place. What was there is removed only then."""
+    replaced = folder.with_name(f".replaced-{folder.name}")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    by.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_checkpoint(

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What gloo, NCCL and torch's store say when a peer is gone or does not answer. Most of these are plain RuntimeErrors.
@@ -127,6 +128,7 @@ def spread_frozen(accelerator: Accelerator, model: Model) -> Model:
 
     `Accelerator.prepare` takes one model, with its optimizer; this is what it calls for that one.
     """
+    shard_by_layers(accelerator, model)
     return fsdp2_prepare_model(accelerator, model) if accelerator.is_fsdp2 else model
 
 
@@ -153,12 +155,14 @@ def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 def load_whole_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list
 ) -> None:
-    """Loads what `whole_optimizer_state` gave, the same on all processes."""
+    """Loads what `whole_optimizer_state` gave, the same on all processes. A parameter that it has nothing of begins
+    afresh: it had no gradient yet, as the parts of a schedule that elastic training has not drawn so far."""
     states: dict[str, Any] = {}
     for key, value in tensors.items():
         name, moment = key.rsplit("/", 1)
         states.setdefault(name, {})[moment] = value
-    set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=WHOLE)
+    options = replace(WHOLE, strict=False)
+    set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=options)
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -183,7 +187,10 @@ def lost_processes_named(num_processes: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if num_processes == 1 or not (isinstance(error, torch.distributed.DistError) or LOST_PEER.search(str(error))):
+        of_peer = isinstance(error, torch.distributed.DistError) or (
+            type(error) is RuntimeError and LOST_PEER.search(str(error))
+        )
+        if num_processes == 1 or not of_peer:
             raise
         raise ProcessLostError(
             f"Another of the {num_processes} processes died or did not answer (its own message, if it had one, is "

@@ -18,19 +18,22 @@ class ForwardWatch:
     together). Nothing waits for the device before `first_not_finite` asks.
 
     Args:
-        model: of this package; with its embeddings, layers, last norm and classifier.
+        model: of this package; with its embeddings, layers, last norm and classifier. Watched while it is in training.
+        teacher: if there is one, its classifier alone, always.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, teacher: nn.Module | None = None) -> None:
         self._sums: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             if _is_watched(name):
-                module.register_forward_hook(self._hook(name))
+                module.register_forward_hook(self._hook(name, in_training=True))
+        if teacher is not None:
+            teacher.get_submodule("classifier").register_forward_hook(self._hook("teacher.classifier", False))
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str, in_training: bool):  # type: ignore[no-untyped-def]
         def add_up(module: nn.Module, inputs: object, output: object) -> None:
             values = output[0] if isinstance(output, tuple) else output
-            if module.training and isinstance(values, Tensor):
+            if (module.training or not in_training) and isinstance(values, Tensor):
                 total = values.detach().sum(dtype=torch.float32)
                 self._sums[name] = self._sums[name] + total if name in self._sums else total
 

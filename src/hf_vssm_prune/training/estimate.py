@@ -173,7 +173,7 @@ def _synthetic_step(
 
     def step(batch_size: int) -> None:
         pixel_values = torch.randn(batch_size, config.num_channels, height, width, device=device)
-        labels = torch.randint(options.num_classes, (batch_size,), device=device)
+        labels = torch.randint(student.num_labels, (batch_size,), device=device)
         outputs = student(pixel_values, output_hidden_states=with_states)
         with torch.no_grad():
             targets = None if teacher is None else teacher(pixel_values, output_hidden_states=with_states)

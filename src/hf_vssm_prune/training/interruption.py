@@ -9,6 +9,17 @@ from types import FrameType, TracebackType
 STOPPING = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+def leave_stopping_to_main_process(worker: int) -> None:
+    """For a data loader's workers: launchers and terminals send signals to them as well, and without its workers the
+    main process could not go on to the end of the update, after which it saves. They end when it does.
+
+    Args:
+        worker: its number, as `DataLoader` gives it to its `worker_init_fn`.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class TrainingInterruptedError(Exception):
     """A run was stopped by a signal after it saved a checkpoint.
 

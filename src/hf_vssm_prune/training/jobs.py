@@ -359,7 +359,7 @@ def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
     except TrainingInterruptedError as interruption:
         print(interruption, file=sys.stderr)
         return 128 + interruption.signal
-    except (TrainingDivergedError, ProcessLostError, OSError) as error:
+    except (TrainingDivergedError, ProcessLostError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ImageError as error:

@@ -78,7 +78,7 @@ from hf_vssm_prune.training.divergence import (
 )
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import evaluate_accuracy
-from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError
+from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError, leave_stopping_to_main_process
 from hf_vssm_prune.training.losses import LossTerms, LossWeights, training_loss
 from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer
 from hf_vssm_prune.training.sampling import EpochSampler, StreamSampler
@@ -165,7 +165,9 @@ class Trainer:
         self.write_card = write_card
         self.elastic_schedules = recipe.elastic.schedules(model.config)
         for schedule in self.elastic_schedules:
-            model.add_pruning_parameters(schedule)  # before the optimizer looks for parameters
+            model.add_pruning_parameters(schedule)
+        # What has no gradient ever is neither DDP's to wait for nor the optimizer's to have moments of.
+        model.freeze_pruning_parameters([model.config.token_pruning, *self.elastic_schedules])
         self.accelerator = make_accelerator(
             mixed_precision=recipe.optimization.mixed_precision,
             gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
@@ -197,20 +199,19 @@ class Trainer:
             synchronize_batch_norm(model, self.accelerator.device)
         if scale.gradient_checkpointing:
             enable_activation_checkpointing(model)
-        shard_by_layers(self.accelerator, model)
         self.plain_model = model.to(self.accelerator.device)
         self.teacher = None
         if teacher is not None:
             teacher = teacher.to(self.accelerator.device).eval().requires_grad_(False)
             self.teacher = spread_frozen(self.accelerator, teacher)
+        self.forward_watch = ForwardWatch(model, self.teacher)
         self.ema = None
         if options.model_ema:
             self.ema = ExponentialMovingAverage(model, options.model_ema_decay, options.model_ema_warmup)
-        # Whole weights are saved from this copy, which no process shards.
+        # Whole weights are saved and drawn from this copy, which no process shards; see `_whole`.
         self._saved_model = copy.deepcopy(model).cpu() if self.accelerator.is_fsdp2 else None
         if self.ema is not None:
             self.ema.model = spread_frozen(self.accelerator, self.ema.model)
-        self.forward_watch = ForwardWatch(model)
         optimizer = make_optimizer(
             model,
             options.learning_rate,
@@ -219,6 +220,7 @@ class Trainer:
             (options.adam_beta1, options.adam_beta2),
             options.adam_epsilon,
         )
+        shard_by_layers(self.accelerator, model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def _make_loaders(self, datasets: ImageDatasets) -> None:
@@ -240,6 +242,7 @@ class Trainer:
             sampler=self.sampler,
             collate_fn=collate,
             num_workers=self.recipe.num_workers,
+            worker_init_fn=leave_stopping_to_main_process,
             pin_memory=self.accelerator.device.type == "cuda",
             # The images of a smaller last batch would weigh more. Each epoch leaves out others.
             drop_last=True,
@@ -250,6 +253,7 @@ class Trainer:
             batch_size=options.per_device_eval_batch_size,
             collate_fn=collate,
             num_workers=self.recipe.num_workers,
+            worker_init_fn=leave_stopping_to_main_process,
             pin_memory=self.accelerator.device.type == "cuda",
         )
         self.train_loader, self.eval_loader = self.accelerator.prepare(train_loader, eval_loader)
@@ -268,8 +272,8 @@ class Trainer:
         self.num_epochs = math.ceil(self.num_updates / self.updates_per_epoch)
         warmup_updates = options.num_warmup_steps
         if warmup_updates is None:
-            epochs = self.num_epochs / 30 if options.warmup_epochs is None else options.warmup_epochs
-            warmup_updates = round(epochs * self.updates_per_epoch)
+            epochs = options.warmup_epochs
+            warmup_updates = round(self.num_updates / 30 if epochs is None else epochs * self.updates_per_epoch)
         if warmup_updates >= self.num_updates:
             raise ValueError(f"{warmup_updates} updates of warm-up leave nothing of the run's {self.num_updates}.")
         self.schedule = LearningRateSchedule(
@@ -353,6 +357,12 @@ class Trainer:
         folder = None if resume is None else find_resumed(self.output_dir, resume)
         if folder is not None:
             self.state, differing = load_checkpoint(self.accelerator, folder, self._parts(), self._settings())
+            if later := find_checkpoints(self.output_dir, after=self.state.updates):
+                raise ValueError(
+                    f"{folder} is of update {self.state.updates}, and {self.output_dir} has later checkpoints, up to "
+                    f"{later[-1].name}, from which --resume latest would go on: remove them, or copy {folder.name} to "
+                    "another --output_dir."
+                )
             if differing:
                 self._log(f"The same images make each update, but mixing and drop path draw anew: {differing}.")
             if not (self.output_dir / "best").is_dir():
@@ -421,7 +431,8 @@ class Trainer:
         # Drop path and random importance draw from torch's own generator.
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         with_states = self.recipe.losses.alignment_weight > 0
-        with self._drawn_pruning(epoch, index) as pruning_layers, self.accelerator.autocast():
+        update = index // self.recipe.optimization.gradient_accumulation_steps
+        with self._drawn_pruning(epoch, update) as pruning_layers, self.accelerator.autocast():
             student = self.model(pixel_values, output_hidden_states=with_states)
         teacher = None
         if self.teacher is not None and self.recipe.losses.needs_teacher:
@@ -430,8 +441,9 @@ class Trainer:
         return training_loss(student, teacher, labels, self.recipe.losses, pruning_layers)
 
     @contextmanager
-    def _drawn_pruning(self, epoch: int, index: int) -> Iterator[list[int]]:
-        """Prunes by one of the elastic schedules, the same in every process; gives the layers that drop tokens.
+    def _drawn_pruning(self, epoch: int, update: int) -> Iterator[list[int]]:
+        """Prunes by one of the elastic schedules, the same in every process and for all batches of an update; gives the
+        layers that drop tokens.
 
         Without elastic schedules the model's own is in force.
         """
@@ -439,7 +451,7 @@ class Trainer:
         if not self.elastic_schedules:
             yield [] if own is None else own["layers"]
             return
-        place = np.random.SeedSequence([self.recipe.run.seed, epoch, index], spawn_key=(1,))
+        place = np.random.SeedSequence([self.recipe.run.seed, epoch, update], spawn_key=(1,))
         schedule = self.elastic_schedules[np.random.default_rng(place).integers(len(self.elastic_schedules))]
         self.plain_model.set_token_pruning(schedule)
         try:
@@ -454,8 +466,9 @@ class Trainer:
         largest_norm = self.recipe.optimization.clip_grad or math.inf
         values["gradient_norm"] = float(self.accelerator.clip_grad_norm_(self.model.parameters(), largest_norm))
         finite = {name: math.isfinite(value) for name, value in values.items()}
-        # With fp16 an infinite gradient only means that its scale was too large: the scaler skips the update.
-        if self.accelerator.scaler is not None:
+        # With fp16 an infinite gradient only means that its scale was too large: the scaler skips the update. If it was
+        # scaled down already, that is not why.
+        if self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1:
             finite.pop("gradient_norm")
         if not all(finite.values()):
             raise TrainingDivergedError(self._divergence(values, norms))
@@ -554,11 +567,7 @@ class Trainer:
         self._track_picture(candidates["model"])
 
     def _save_model(self, model: ImageClassifier, name: str, top1: float, top5: float) -> None:
-        if self._saved_model is not None:
-            weights = whole_model_state(model)
-            if self.accelerator.is_main_process:
-                self._saved_model.load_state_dict(weights)
-            model = self._saved_model
+        model = self._whole(model)
         if self.accelerator.is_main_process:
             card = self.write_card and self.write_card(top1, top5, len(self.eval_images))
             with tempfile.TemporaryDirectory() as scratch:
@@ -568,6 +577,15 @@ class Trainer:
                     card = replace(card, picture=picture)
                 save_for_hub(model, self.output_dir / name, self.image_processor, card)
         self.accelerator.wait_for_everyone()
+
+    def _whole(self, model: ImageClassifier) -> ImageClassifier:
+        """The model, which one process can run by itself; all call this. What is sharded comes together in a copy."""
+        if self._saved_model is None:
+            return model
+        weights = whole_model_state(model)
+        if self.accelerator.is_main_process:
+            self._saved_model.load_state_dict(weights)
+        return self._saved_model
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         figures = self.state.history[-1]
@@ -614,6 +632,7 @@ class Trainer:
         """Shows a pruned model's kept tokens to the trackers that take pictures; each takes them in its own way."""
         if not self.recipe.run.with_tracking or model.config.token_pruning is None:
             return
+        model = self._whole(model)
         if not self.accelerator.is_main_process:
             return
         picture = self._draw_kept_tokens(model)

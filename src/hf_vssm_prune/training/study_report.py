@@ -59,7 +59,7 @@ class Group:
     def schedule_name(self, variant: str, budget: float) -> str:
         """The comparison's name for a variant's schedule: that of the first variant compared which prunes so, too."""
         study, pruning = self.study, self.study.all_variants[variant].pruning
-        compared = study.all_variants if budget == study.main_budget else study.every_budget
+        compared = [name for name in study.all_variants if budget == study.main_budget or name in study.every_budget]
         return tuned_name(next(name for name in compared if study.all_variants[name].pruning == pruning), budget)
 
     def compared(self, piece: str, schedule: str, seed: int) -> dict[str, float]:
