@@ -46,6 +46,7 @@ ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "one_bf16": {"mixed_precision": "bf16"},
     "one_streamed": {"streaming": True},
     "one_half_teacher": {"teacher": "bfloat16"},
+    "one_plainmamba_teacher": {"teacher_family": "plainmamba"},
     "one_elastic": ELASTIC,
 }
 TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
@@ -65,6 +66,7 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "fsdp_bf16": {"mixed_precision": "bf16", "scale": FSDP},
     "fsdp_accumulated": {"accumulation": 3, "scale": {**FSDP, "gradient_checkpointing": True}},
     "fsdp_half_teacher": {"teacher": "bfloat16", "scale": FSDP},
+    "fsdp_plainmamba_teacher": {"teacher_family": "plainmamba", "tracking": True, "scale": FSDP},
     "fsdp_from_one": {"resume": "one", "scale": FSDP},
     "fsdp_from_ddp": {"resume": "ddp", "scale": FSDP},
     "fsdp_from_fsdp": {"resume": "fsdp", "scale": FSDP},
@@ -79,6 +81,8 @@ def train(
     updates: int = 12,
     accumulation: int = 1,
     teacher: str | None = "float32",
+    teacher_family: str | None = None,
+    tracking: bool = False,
     streaming: bool = False,
     resume: str | None = None,
     scale: dict[str, Any] | None = None,
@@ -90,6 +94,8 @@ def train(
 
     Args:
         teacher: the precision of its weights; None: no teacher.
+        teacher_family: if it is not the model's; then the losses compare logits alone.
+        tracking: show the trackers what there is to show.
         resume: name of the run whose checkpoint after half of the updates this one goes on from.
         elastic: budgets, of which each update draws one.
         pruning: what differs from `TOKEN_PRUNING`.
@@ -117,8 +123,9 @@ def train(
             save_total_limit=9,
             logging_steps=1,
             resume=None if resume is None else str(folder / resume / f"checkpoint-{updates // 2}"),
+            with_tracking=tracking,
         ),
-        LossWeights(kd_weight=1.0, alignment_weight=1.0) if teacher else LossWeights(),
+        LossWeights(kd_weight=1.0, alignment_weight=float(teacher_family is None)) if teacher else LossWeights(),
         scale=ScaleArguments(**(scale or {})),
         elastic=ElasticArguments(elastic_budgets=list(elastic)),
     )
@@ -127,7 +134,8 @@ def train(
     model = AutoModelForImageClassification.from_config(config)
     teacher_model = None
     if teacher:
-        teacher_model = AutoModelForImageClassification.from_pretrained(folder / f"teacher-{family}", dtype=teacher)
+        source = folder / f"teacher-{teacher_family or family}"
+        teacher_model = AutoModelForImageClassification.from_pretrained(source, dtype=teacher)
     load = load_image_stream if streaming else load_image_dataset
     options = {"shuffle_buffer_size": 8} if streaming else {}
     datasets = load(folder / ("parquet" if streaming else "images"), **options)
@@ -167,9 +175,11 @@ def main(folder: Path) -> None:
         if sys.argv[2:] and name not in sys.argv[2:]:
             continue
         trainer = train(folder, name, **options)
-        kind = type(next(trainer.model.parameters())).__name__
         assert trainer.accelerator.num_processes == 2
-        assert kind == ("DTensor" if name.startswith("fsdp") else "Parameter"), f"{name} has {kind}s"
+        for part in (trainer.model, trainer.teacher, trainer.ema.model):
+            # What is in no layer stays together after a forward pass that no backward pass follows.
+            kinds = {type(parameter).__name__ for parameter in part.parameters()}
+            assert ("DTensor" in kinds) == name.startswith("fsdp"), f"{name} has {kinds}"
         reset()
         print(name, flush=True)
     torch.distributed.destroy_process_group()

@@ -98,6 +98,13 @@ def test_a_teacher_in_half_precision_and_in_shards(runs):
     np.testing.assert_allclose(alone, losses(runs, "one"), rtol=0, atol=0.05)
 
 
+def test_a_teacher_of_the_other_family_in_shards(runs):
+    """With trackers on, to which the main process alone shows what the sharded model keeps."""
+    alone = losses(runs, "one_plainmamba_teacher")
+    np.testing.assert_allclose(losses(runs, "fsdp_plainmamba_teacher"), alone, rtol=0, atol=1e-4)
+    assert list((runs / "fsdp_plainmamba_teacher" / "hf_vssm_prune").glob("events*"))
+
+
 @pytest.mark.parametrize("spread", ["ddp", "fsdp"])
 def test_elastic_training_with_parameters_that_some_budgets_do_not_use(runs, spread):
     alone = losses(runs, "one_elastic")
