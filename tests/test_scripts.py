@@ -302,6 +302,28 @@ def test_recipes_say_what_they_set(recipe):
 
 
 @pytest.mark.parametrize(
+    ("recipe", "options", "expected"),
+    [
+        (
+            "top_plainmamba_l3_imagenet",
+            ["--flops_reduction", "0.3"],
+            {"flops_reduction": 0.3, "keep_ratios": None, "prune_layers": [6, 12, 18], "importance": "clip"},
+        ),
+        (
+            "top_plainmamba_l3_imagenet",
+            ["--prune_method=tome"],
+            {"prune_method": "tome", "importance": None, "prune_alignment": None, "keep_ratios": [0.7, 0.7, 0.7]},
+        ),
+        ("r_meeto_vim_s_imagenet", ["--warmup_epochs", "1"], {"warmup_epochs": 1, "num_warmup_steps": None}),
+    ],
+)
+def test_any_value_of_a_recipe_is_overridden(recipe, options, expected):
+    types = [FinetuneArguments, PruningArguments, OptimizationArguments]
+    parsed = parse(types, "--model_name_or_path", "m", "--recipe", str(RECIPES / f"{recipe}.yaml"), *options)
+    assert parsed.items() >= expected.items()
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("learning_rate: 1\ncolour: red", "has ['colour']"),

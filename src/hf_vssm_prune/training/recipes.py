@@ -8,8 +8,22 @@ from typing import Any
 import yaml
 
 
+# What an option of the command line puts out of force in a recipe, beside the same option: what excludes it, and what
+# belongs to the method that it replaces.
+SET_ASIDE = {
+    "flops_reduction": ["keep_ratios"],
+    "keep_ratios": ["flops_reduction"],
+    "num_warmup_steps": ["warmup_epochs"],
+    "warmup_epochs": ["num_warmup_steps"],
+    "no_random_crop": ["random_crop_padding"],
+    "random_crop_padding": ["no_random_crop"],
+    "prune_method": ["prune_alignment", "importance"],
+}
+
+
 def insert_recipe(arguments: Sequence[str], options: Collection[str]) -> list[str]:
-    """Replaces `--recipe FILE` by the options in the file, before all others, so that those override them.
+    """Replaces `--recipe FILE` by the options in the file, before all others, so that those override them; see also
+    `SET_ASIDE`.
 
     Args:
         arguments: of the command line.
@@ -26,7 +40,10 @@ def insert_recipe(arguments: Sequence[str], options: Collection[str]) -> list[st
     recipe = read_recipe(Path(given.recipe))
     if unknown := sorted(set(recipe) - set(options)):
         raise ValueError(f"--recipe {given.recipe} has {unknown}, which this script does not know; see --help.")
-    return [word for name, value in recipe.items() if value is not None for word in _words(name, value)] + rest
+    over = [word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--")]
+    aside = {name for option in over for name in SET_ASIDE.get(option, [])}
+    kept = {name: value for name, value in recipe.items() if value is not None and name not in aside}
+    return [word for name, value in kept.items() for word in _words(name, value)] + rest
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
