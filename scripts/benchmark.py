@@ -772,6 +772,7 @@ SECTIONS = {
 }
 
 CPU_SECTIONS = ("roofline", "parts", "export")
+PLAINMAMBA_SECTIONS = ("blocks",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -799,7 +800,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="default: all of the device but export")
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, help="default: all of the device and family but export"
+    )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "torch"], help="of exported models")
     parser.add_argument("--family", choices=FAMILIES, default="plainmamba", help="default: %(default)s")
     parser.add_argument("--preset", default="L3", help="of the whole models (default: %(default)s)")
@@ -815,10 +818,15 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--preset {options.preset}: {options.family} has {presets}.")
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here.")
-    of_device = [name for name in SECTIONS if name not in CPU_SECTIONS or torch.device(options.device).type == "cpu"]
-    options.sections = options.sections or [name for name in of_device if name != "export"]
-    if others := [name for name in options.sections if name not in of_device]:
-        parser.error(f"--sections {' '.join(others)}: on a CPU only.")
+    on_cpu, of_plainmamba = torch.device(options.device).type == "cpu", options.family == "plainmamba"
+    possible = [
+        name
+        for name in SECTIONS
+        if (name not in CPU_SECTIONS or on_cpu) and (name not in PLAINMAMBA_SECTIONS or of_plainmamba)
+    ]
+    options.sections = options.sections or [name for name in possible if name != "export"]
+    if others := [name for name in options.sections if name not in possible]:
+        parser.error(f"--sections {' '.join(others)}: not for {options.family} on {options.device}.")
     return options
 
 

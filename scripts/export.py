@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="a classifier of this package, in a folder or on the Hub")
     parser.add_argument("folder", type=Path, help="the folder to make")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
-    parser.add_argument("--flops_reduction", type=float, help="prune by this share of FLOPs")
+    parser.add_argument(
+        "--flops_reduction", type=float, help="prune by this share, a dense model by the paper's method"
+    )
     parser.add_argument("--revision", default="main", help="of a model on the Hub (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor
 
 from hf_vssm_prune import EXAMPLE_MODEL, visualize
 from hf_vssm_prune.hub.loading import load_classifier
-from hf_vssm_prune.training.image_steps import decode_image
+from hf_vssm_prune.training.image_steps import ImageProcessorSteps, decode_image
 
 
 DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--flops_reduction",
         type=float,
-        help=f"prune by this share (default: the model's own schedule, {DENSE_MODELS_REDUCTION} for a dense model)",
+        help=f"prune by this share (default: the model's own schedule; for a dense model {DENSE_MODELS_REDUCTION}, by "
+        "the paper's method)",
     )
     parser.add_argument("--importance", action="store_true", help="draw the importance of the tokens as well")
     parser.add_argument("--output", default="kept_tokens.png", help="where to write (default: %(default)s)")
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif model.config.token_pruning is None:
             model.set_token_pruning({"flops_reduction": DENSE_MODELS_REDUCTION})
         image_processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
-        images = [decode_image({"bytes": None, "path": file}, "RGB", file) for file in options.images]
+        mode = ImageProcessorSteps(image_processor).mode
+        images = [decode_image({"bytes": None, "path": file}, mode, file) for file in options.images]
         visualize(model, image_processor, images, options.importance).save(options.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Writes the page of a saved model, with what an evaluation measured.
 
     python scripts/evaluate.py --model_name_or_path runs/pruned/best --dataset_name ... --json results.json
-    python scripts/visualize.py runs/pruned/best image.png --output kept_tokens.png
+    python scripts/visualize.py image.png --model_name_or_path runs/pruned/best --output kept_tokens.png
     python scripts/write_card.py runs/pruned/best card.yaml
 
 `hf_vssm_prune.hub.model_card_file` says what stands in the YAML file; `model_cards/` has examples.

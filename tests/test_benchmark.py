@@ -135,4 +135,5 @@ def test_a_device_that_is_not_there_and_sections_of_another_are_named(benchmark,
     assert "roofline" not in benchmark.parse_options(["--device", "cuda"]).sections
     with pytest.raises(SystemExit):
         benchmark.parse_options(["--device", "cuda", "--sections", "model", "roofline"])
-    assert "roofline: on a CPU only" in capsys.readouterr().err
+    assert "roofline: not for plainmamba on cuda" in capsys.readouterr().err
+    assert "blocks" not in benchmark.parse_options(["--family", "vim", "--preset", "S"]).sections

@@ -102,6 +102,21 @@ def test_class_folders(tmp_path: Path):
             assert Path(row["image"]["path"]).parent.name == datasets.label_names[row["label"]]
 
 
+def test_files_that_are_left_out_are_named(tmp_path: Path, caplog):
+    write_class_folders(tmp_path / "train", {"cat": 4, "dog": 5})
+    write_class_folders(tmp_path / "test", {"cat": 2, "dog": 3})
+    load_image_dataset(tmp_path)
+    (tmp_path / "train" / ".DS_Store").write_text("")
+    assert not caplog.records
+    write_class_folders(tmp_path / "other", {"cat": 1})
+    (tmp_path / "train" / "loose.png").write_text("")
+    for i in range(3):
+        (tmp_path / "train" / "cat" / f"{i}.heic").write_text("")
+    load_image_dataset(tmp_path)
+    message = caplog.records[-1].getMessage()
+    assert f"5 files in '{tmp_path}' are not among its images: 3 .heic, 2 .png; the first is" in message
+
+
 @pytest.mark.parametrize("name", ["val", "validation", "Valid", "test"])
 def test_folders_of_splits(tmp_path: Path, name: str):
     write_class_folders(tmp_path / "train", {"cat": 4, "dog": 5})

@@ -90,13 +90,21 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.time_step_rank != "auto":
             names.append("time_step_rank")
         for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; a whole number of at least 1 is needed.")
+            self._check_whole_number(name, least=1)
+        if not 0 < self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                f"`time_step_min` is {self.time_step_min} and `time_step_max` {self.time_step_max}; the first must be "
+                "greater than 0, and the second at least as large."
+            )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}; it must be in [0, 1).")
         if min(self.grid_size) < 1:
             raise ValueError(f"`image_size` is {self.image_size}: too small for a patch of {self.patch_size} pixels.")
+
+    def _check_whole_number(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"`{name}` is {value!r}; a whole number of at least {least} is needed.")
 
     def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> dict[str, Any] | None:
         """Checks pruning options against this configuration and returns them complete, a budget turned into a schedule.

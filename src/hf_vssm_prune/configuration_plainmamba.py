@@ -47,6 +47,8 @@ class PlainMambaConfig(VisionMambaConfig):
 
     def _check_sizes(self) -> None:
         super()._check_sizes()
+        self._check_whole_number("num_stem_convs", least=0)
+        self._check_whole_number("stem_channels", least=1)
         if self.patch_size % 2:
             raise ValueError(
                 f"`patch_size` is {self.patch_size}; PlainMamba's stem halves the image first: it must be even."

@@ -158,7 +158,7 @@ def write_onnx(program: ExportedProgram, folder: Path, file: Path) -> None:
         import onnxruntime  # noqa: F401  (checks the file)
         import onnxscript  # noqa: F401  (torch's exporter)
     except ImportError as error:
-        raise ImportError(f"ONNX needs the extra `export`: pip install 'hf_vssm_prune[export]' ({error}).") from error
+        raise ImportError(f"ONNX needs the extra `export`: pip install -e '.[export]' ({error}).") from error
     num_stages = len(program.graph_signature.user_outputs) - 1
     onnx_program: Any = torch.onnx.export(
         program,

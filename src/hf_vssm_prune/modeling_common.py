@@ -28,8 +28,8 @@ class PrunedModelOutput(BaseModelOutputWithPooling):
     Args:
         kept_tokens: for each stage of the pruning schedule the original ids of the tokens left after it, in raster
             order, int64 of shape (batch, n). A class token counts and is always there.
-        token_scores: for each stage the scores by which the method chose among the tokens that could be dropped, in
-            most methods their importance, shape (batch, candidates).
+        token_scores: for each stage the scores by which the method compared the tokens that could be dropped, in many
+            methods their importance, shape (batch, candidates).
     """
 
     kept_tokens: tuple[Tensor, ...] | None = None

@@ -14,9 +14,8 @@ def merge_into_nearest(stage: Stage) -> Reduction:
     Each token counts once, whatever was merged into it at stages before. It lies where it lay.
     """
     distance = distance_in_window(stage.hidden_states.detach(), stage.cells, stage.grid)
-    scores = score_in_turns(distance, stage.cells, stage.grid)
-    positions = select_tokens(scores, stage.num_kept)
+    positions = select_tokens(score_in_turns(distance, stage.cells, stage.grid), stage.num_kept)
     stand_ins = stage.nearest(positions)
     into = positions.gather(1, stand_ins.gather(1, stage.cells))
     tokens, _ = merge_tokens(stage.hidden_states, unit_weights(stage.hidden_states), into, positions)
-    return Reduction(positions, tokens, scores, stand_ins=stand_ins)
+    return Reduction(positions, tokens, distance, stand_ins=stand_ins)

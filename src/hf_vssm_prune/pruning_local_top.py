@@ -12,7 +12,7 @@ def keep_locally_important(stage: Stage) -> Reduction:
     while elsewhere all is kept, the holes that a scan has to cross stay short, and what stands in for a dropped token
     (see `stand_in`) was next to it.
     """
-    scores = score_in_turns(stage.scores(), stage.cells, stage.grid)
-    positions = select_tokens(scores, stage.num_kept)
+    scores = stage.scores()
+    positions = select_tokens(score_in_turns(scores, stage.cells, stage.grid), stage.num_kept)
     tokens = gather_tokens(stage.hidden_states, positions)
     return Reduction(positions, tokens, scores, stand_ins=stage.nearest(positions))

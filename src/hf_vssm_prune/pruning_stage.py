@@ -57,7 +57,8 @@ class Reduction(NamedTuple):
         positions: the places, among the stage's n, of the tokens that are left, ascending, int64 (batch, num_kept). A
             token that others were merged into keeps its place.
         hidden_states: of these tokens, shape (batch, num_kept, hidden).
-        scores: what the method chose by, higher for a token that rather stays, shape (batch, n).
+        scores: what the method compared tokens by, in all of the image or in a part of it, higher for one that rather
+            stays, shape (batch, n).
         sizes: as in `Stage`, shape (batch, num_kept). None: not counted.
         gates: of a method that learns whom to keep, in training: 1 for each token, with the gradient of the decision
             for it, shape (batch, num_kept). None: nothing to learn.

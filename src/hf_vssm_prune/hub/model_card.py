@@ -33,14 +33,14 @@ class Paper:
         name: of the method.
         title: of the paper.
         arxiv: its number on arXiv.
-        citation: a BibTeX entry.
+        citation: a BibTeX entry. None: the link alone.
         flops_convention: what the paper's figures count, for a model family.
     """
 
     name: str
     title: str
     arxiv: str
-    citation: str
+    citation: str | None = None
     flops_convention: str | None = None
 
 
@@ -70,7 +70,7 @@ PAPERS = {
 }""",
         flops_convention="linear layers, convolutions and one of the two scan directions",
     ),
-    "pruning": Paper(
+    "top": Paper(
         name="ToP",
         title="Exploring Token Pruning in Vision State Space Models",
         arxiv="2409.18962",
@@ -82,6 +82,12 @@ PAPERS = {
   year      = {2024}
 }""",
     ),
+    "evit": Paper("EViT", "Not All Patches are What You Need: Expediting Vision Transformers", "2202.07800"),
+    "tome": Paper("ToMe", "Token Merging: Your ViT But Faster", "2210.09461"),
+    "r_meeto": Paper("R-MeeTo", "Faster Vision Mamba is Rebuilt in Minutes via Merged Token Re-training", "2412.12496"),
+    "utr": Paper("UTR", "Rethinking Token Reduction for State Space Models", "2410.14725"),
+    "mtr": Paper("MTR", "Training-free Token Reduction for Vision Mamba", "2507.14042"),
+    "dyvm": Paper("DyVM", "Dynamic Vision Mamba", "2504.04787"),
 }
 
 
@@ -258,8 +264,17 @@ def create_model_card(
         measurements=[] if info.evaluation is None else [*info.evaluation.others, info.evaluation.this_model],
         published_results=published_results(config) if _is_classifier(model) else [],
         family=PAPERS[config.model_type],
-        papers=[PAPERS[config.model_type], *([PAPERS["pruning"]] if config.token_pruning else [])],
+        papers=_papers(config),
+        method_is_published=config.token_pruning is not None and config.token_pruning["method"] in PAPERS,
     )
+
+
+def _papers(config: VisionMambaConfig) -> list[Paper]:
+    """Of the family, and of the pruning method: our own follow the paper of `top`."""
+    papers = [PAPERS[config.model_type]]
+    if config.token_pruning is not None:
+        papers.append(PAPERS.get(config.token_pruning["method"], PAPERS["top"]))
+    return papers
 
 
 def format_flops(count: int) -> str:

@@ -1,7 +1,9 @@
 """Labelled images for training and evaluation, from the Hub, an image folder or Parquet files."""
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ from hf_vssm_prune.training.augmentation import (
 )
 from hf_vssm_prune.training.image_steps import ImageProcessorSteps, decode_image
 
+
+logger = logging.getLogger(__name__)
 
 PACKAGED_DATA = Path(__file__).resolve().parents[1] / "data"
 PACKAGED_NAMES = ("fashion_mnist",)
@@ -289,12 +293,36 @@ def _load_image_folder(folder: Path) -> DatasetDict:
         raise ValueError(
             f"The folder '{folder}' holds neither Parquet files nor class folders (such as '{folder}/cat/1.png')."
         )
+    images = {split: _find_images(split_folder, label_names) for split, split_folder in split_folders.items()}
+    _warn_of_others(folder, {path for paths, _ in images.values() for path in paths})
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=label_names)})
     return DatasetDict(
-        {split: _list_images(split_folder, label_names, split) for split, split_folder in split_folders.items()}
+        {
+            split: Dataset.from_dict(
+                {"image": [{"bytes": None, "path": path} for path in paths], "label": labels},
+                features=features,
+                split=NamedSplit(split),
+            )
+            for split, (paths, labels) in images.items()
+        }
     )
 
 
-def _list_images(folder: Path, label_names: list[str], split: str) -> Dataset:
+def _warn_of_others(folder: Path, images: Collection[str]) -> None:
+    """Says which files of a folder are not among its images: photos of an unknown kind, or in another place."""
+    others = [file for file in sorted(folder.rglob("*")) if str(file) not in images and file.is_file()]
+    others = [file for file in others if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if others:
+        kinds = Counter(file.suffix.lower() or "without a suffix" for file in others)
+        logger.warning(
+            "%d files in '%s' are not among its images: %s; the first is '%s'. Images are files of a kind that Pillow "
+            "reads, in class folders; where there are folders for train and test, in class folders in these.",
+            *(len(others), folder, ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()), others[0]),
+        )
+
+
+def _find_images(folder: Path, label_names: list[str]) -> tuple[list[str], list[int]]:
+    """The paths of the images in the class folders, and their labels."""
     readable = {suffix for suffix, form in PILImage.registered_extensions().items() if form in PILImage.OPEN}
     paths: list[str] = []
     labels: list[int] = []
@@ -305,9 +333,7 @@ def _list_images(folder: Path, label_names: list[str], split: str) -> Dataset:
             raise ValueError(f"The class folder '{class_folder}' holds no images.")
         paths += found
         labels += [label] * len(found)
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=label_names)})
-    images = [{"bytes": None, "path": path} for path in paths]
-    return Dataset.from_dict({"image": images, "label": labels}, features=features, split=NamedSplit(split))
+    return paths, labels
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -299,7 +299,7 @@ def card_writer(
     if recipe.losses.needs_teacher:
         options |= asdict(recipe.losses)
     training = TrainingRecipe(
-        command=shlex.join(["python", *sys.argv]),
+        command=shlex.join(["python", *map(_without_folders, sys.argv)]),
         hyperparameters={name: value for name, value in options.items() if value is not None},
     )
     # The card's metadata links to the Hub; what is a folder here is not there.
@@ -325,6 +325,12 @@ def card_writer(
         )
 
     return write
+
+
+def _without_folders(word: str) -> str:
+    """A word of the command line, of an absolute path the name alone: cards are published."""
+    path = Path(word).expanduser()
+    return path.name if path.is_absolute() else word
 
 
 def report(compute: Callable[[], dict[str, ModelEvaluation]], options: EvaluationArguments) -> int:
