@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="the folder to make")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
     parser.add_argument(
-        "--flops_reduction", type=float, help="prune by this share, a dense model by the paper's method"
+        "--flops_reduction", type=float, help="prune by this share, by the model's method (a dense one: by top)"
     )
     parser.add_argument("--revision", default="main", help="of a model on the Hub (default: %(default)s)")
     options = parser.parse_args(arguments)

@@ -114,9 +114,10 @@ def finetuning(config: VisionMambaConfig, base: str) -> TrainingRecipe:
     return TrainingRecipe(
         command=(
             f"accelerate launch scripts/finetune.py --model_name_or_path {base} --dataset_name <ImageNet-1k> \\\n"
-            f"    --prune_method {pruning['method']} --prune_layers {layers} --keep_ratios {ratios} --output_dir {base}-pruned"
+            f"    --prune_method {pruning['method']} --prune_layers {layers} --keep_ratios {ratios} \\\n"
+            f"    --output_dir {base}-pruned"
         ),
-        description="The command that makes it; what it does not say is as in the paper. Nobody has run it yet.",
+        description="The command that makes it, with the paper's length, optimizer and rates. Nobody has run it yet.",
     )
 
 

@@ -421,8 +421,8 @@ class ElasticArguments:
     elastic_budgets: list[float] = field(
         default_factory=list,
         metadata=_describe(
-            "shares of FLOPs to remove, 0 for none: each update draws one of them, with stages where they are by default "
-            "for it; evaluation and the saved model are not affected"
+            "shares of FLOPs to remove, 0 for none: each update draws one of them, with the stages that it has by "
+            "default; evaluation and the saved model are not affected"
         ),
     )
     elastic_importance: str | None = field(

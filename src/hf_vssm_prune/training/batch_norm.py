@@ -1,4 +1,5 @@
-"""Where the statistics of batch norm come from in training. PlainMamba has it in its stem, Vim has none."""
+"""Where the statistics of batch norm come from in training. PlainMamba has it in its stem and behind a layer with a
+depthwise convolution (L1), Vim has none."""
 
 import torch
 from torch import nn
