@@ -79,7 +79,9 @@ def command(script: str, *arguments: str | Path, num_processes: int = 1) -> list
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", f"--master_port={port}"]
+        # `accelerate launch` knows several processes on a CPU as several GPUs; the script's --use_cpu is what counts.
+        launcher += ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={num_processes}"]
+        launcher += [f"--main_process_port={port}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     return [*launcher, str(SCRIPTS / script), *map(str, arguments)]
 
 

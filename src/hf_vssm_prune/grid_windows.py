@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import at_least_float32
+
 
 WINDOW = 2  # side in cells
 
@@ -35,7 +37,7 @@ def distance_in_window(features: Tensor, cells: Tensor, grid: tuple[int, int]) -
     Returns:
         float32 (float64 where the features are) of shape (batch, n); 0 for a token that is alone in its window.
     """
-    features = F.layer_norm(features.to(torch.promote_types(features.dtype, torch.float32)), features.shape[-1:])
+    features = F.layer_norm(at_least_float32(features), features.shape[-1:])
     places = _places(cells, grid)
     batch, _, channels = features.shape
     empty = features.new_zeros(batch, _count_places(grid), channels)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import at_least_float32
+
 
 class ScanInputs(NamedTuple):
     """One scan's time steps, B and C, as `selective_scan` was given them, without gradient.
@@ -74,10 +76,10 @@ def token_influence(scans: Sequence[ScanInputs]) -> Tensor:
     """
     influences = []
     for scan in scans:
-        B = _full_precision(scan.B).unsqueeze(1)
+        B = at_least_float32(scan.B).unsqueeze(1)
         if scan.direction_B is not None:
-            B = B + _full_precision(scan.direction_B)[scan.moves]
-        C = _full_precision(scan.C).unsqueeze(1)
+            B = B + at_least_float32(scan.direction_B)[scan.moves]
+        C = at_least_float32(scan.C).unsqueeze(1)
         influences.append(_visited(scan, _steps(scan).unsqueeze(1) * B.norm(dim=-1) * C.norm(dim=-1)))
     return torch.cat(influences, dim=1)
 
@@ -86,13 +88,13 @@ def own_inputs(scans: Sequence[ScanInputs]) -> tuple[Tensor, Tensor]:
     """What the scans made from each token itself: step sizes, mean over channels (batch, scans, tokens), and B
     (batch, scans, tokens, state_size). Without `direction_B`, which belongs to a path."""
     steps = [_steps(scan).flip(-1) if scan.reversed else _steps(scan) for scan in scans]
-    B = [_full_precision(scan.B.flip(1) if scan.reversed else scan.B) for scan in scans]
+    B = [at_least_float32(scan.B.flip(1) if scan.reversed else scan.B) for scan in scans]
     return torch.stack(steps, dim=1), torch.stack(B, dim=1)
 
 
 def _steps(scan: ScanInputs) -> Tensor:
     """Step sizes, mean over channels (batch, steps)."""
-    return F.softplus(_full_precision(scan.time_step) + _full_precision(scan.time_step_bias)).mean(-1)
+    return F.softplus(at_least_float32(scan.time_step) + at_least_float32(scan.time_step_bias)).mean(-1)
 
 
 def _visited(scan: ScanInputs, steps: Tensor) -> Tensor:
@@ -101,7 +103,3 @@ def _visited(scan: ScanInputs, steps: Tensor) -> Tensor:
         return steps.flip(-1) if scan.reversed else steps
     order = scan.order.long().expand(steps.shape[0], -1, -1)
     return torch.zeros_like(order, dtype=steps.dtype).scatter(-1, order, steps.expand_as(order))
-
-
-def _full_precision(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from .configuration_common import VisionMambaConfig
 from .mixer_output import MixerOutput
+from .precision import at_least_float32
 from .pruning_dyvm import TokenPredictor
 from .pruning_schedule import check_token_pruning, pruning_method
 from .pruning_stage import Reduction, Stage
@@ -382,11 +383,6 @@ def resize_position_embeddings(
     image = position_embeddings.transpose(1, 2).unflatten(2, grid)
     image = F.interpolate(image.float(), size=new_grid, mode="bicubic", align_corners=False)
     return image.flatten(2).transpose(1, 2).to(position_embeddings.dtype)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """In float32, or in float64 where it is that already: half precision is too coarse for states and time steps."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class DropPath(nn.Module):

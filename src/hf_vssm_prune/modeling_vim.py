@@ -30,7 +30,6 @@ from .modeling_common import (
     PrunedModelOutput,
     TimeStepProjection,
     TokenPruningMixin,
-    at_least_float32,
     check_pixel_values,
     drop_path_rates,
     encode,
@@ -41,6 +40,7 @@ from .modeling_common import (
     init_time_step_projection,
     resize_position_embeddings,
 )
+from .precision import at_least_float32
 from .selective_scan import selective_scan
 from .token_pruning import gather_tokens, path_gaps
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import at_least_float32
 from .token_pruning import gather_tokens, select_tokens
 
 
@@ -28,7 +29,7 @@ def most_similar(features: Tensor, sources: Tensor, targets: Tensor) -> tuple[Te
     Returns:
         Two tensors of shape (batch, s).
     """
-    unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+    unit = F.normalize(at_least_float32(features), dim=-1)
     similarity = gather_tokens(unit, sources) @ gather_tokens(unit, targets).transpose(1, 2)
     best, match = similarity.max(dim=-1)
     return best, targets.gather(1, match)
@@ -94,7 +95,7 @@ def merge_tokens(tokens: Tensor, weights: Tensor, into: Tensor, positions: Tenso
     Returns:
         The means (batch, count, channels), in the dtype of `tokens`, and the sums of the weights (batch, count).
     """
-    weighted = tokens.to(torch.promote_types(tokens.dtype, torch.float32)) * weights.unsqueeze(-1)
+    weighted = at_least_float32(tokens) * weights.unsqueeze(-1)
     sums = torch.zeros_like(weighted).scatter_add(1, into.unsqueeze(-1).expand_as(weighted), weighted)
     totals = torch.zeros_like(weights).scatter_add(1, into, weights).gather(1, positions)
     return (gather_tokens(sums, positions) / totals.unsqueeze(-1)).to(tokens.dtype), totals
@@ -102,4 +103,4 @@ def merge_tokens(tokens: Tensor, weights: Tensor, into: Tensor, positions: Tenso
 
 def unit_weights(tokens: Tensor) -> Tensor:
     """Weight 1 for each of the tokens (batch, n, channels): (batch, n), float32 at least."""
-    return torch.ones_like(tokens[..., 0], dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return torch.ones_like(at_least_float32(tokens[..., 0]))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .mixer_output import MixerOutput, token_influence
+from .precision import at_least_float32
 
 
 ALIGNMENTS = ("repeat", "zero_input", "none", "learned")
@@ -50,8 +51,7 @@ def token_importance(mixer: MixerOutput, importance: str = "clip") -> Tensor:
     Returns:
         float32 (float64 when the input is) of shape (batch, tokens), without gradient.
     """
-    y = mixer.gated.detach()
-    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    y = at_least_float32(mixer.gated.detach())
     if importance == "clip":
         return y.clamp(min=0).mean(-1)
     if importance == "mean":

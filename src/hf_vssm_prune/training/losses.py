@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_vssm_prune.precision import at_least_float32
 from hf_vssm_prune.token_pruning import gather_tokens
 
 
@@ -25,7 +26,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
         labels: class ids (batch,), or probabilities (batch, labels) as mixup and CutMix make them.
         label_smoothing: share of each label that is spread evenly over all classes.
     """
-    return F.cross_entropy(_full_precision(logits), labels, label_smoothing=label_smoothing)
+    return F.cross_entropy(at_least_float32(logits), labels, label_smoothing=label_smoothing)
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -37,8 +38,8 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
         student_logits, teacher_logits: (batch, labels).
         temperature: T > 0.
     """
-    student = F.log_softmax(_full_precision(student_logits) / temperature, dim=-1)
-    teacher = F.log_softmax(_full_precision(teacher_logits.detach()) / temperature, dim=-1)
+    student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
+    teacher = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
@@ -82,7 +83,7 @@ def alignment_loss(
         stages_before = sum(pruning_layer <= layer for pruning_layer in pruning_layers)
         if stages_before:
             teacher = gather_tokens(teacher, kept_tokens[stages_before - 1])
-        distances.append(measure(_full_precision(student), _full_precision(teacher)))
+        distances.append(measure(at_least_float32(student), at_least_float32(teacher)))
     return torch.stack(distances).mean()
 
 
@@ -168,7 +169,3 @@ def training_loss(
         )
         loss = loss + weights.alignment_weight * alignment
     return LossTerms(loss, classification, distillation, alignment)
-
-
-def _full_precision(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
