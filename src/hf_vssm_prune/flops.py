@@ -9,8 +9,9 @@ directions.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -178,23 +179,9 @@ def schedule_for_budget(
     """
     if not isinstance(flops_reduction, int | float) or isinstance(flops_reduction, bool) or not 0 < flops_reduction < 1:
         raise ValueError(f"`flops_reduction` is {flops_reduction!r}; a share in (0, 1) is needed, for instance 0.416.")
-    depth = config.num_hidden_layers
-    if depth < 2:
-        raise ValueError(f"a model of {depth} layer has no layer before which tokens could be dropped.")
-
+    stages, savings = _stages_in_reach(config, flops_reduction, layers)
     num_patches = math.prod(config.grid_size)
-    for stages in [layers] if layers is not None else _standard_layers(depth):
-        savings = _savings_per_token(config, stages)
-        most = sum(savings) * (num_patches - 1)
-        if flops_reduction <= most:
-            break
-    if flops_reduction > most + BUDGET_TOLERANCE:
-        raise ValueError(
-            f"`flops_reduction` is {flops_reduction}; dropping all but one token at {stages} removes {most:.3f}. "
-            f"{see('budget-out-of-reach')}"
-        )
-
-    all_patches = tokens_per_layer(num_patches, depth, None)
+    all_patches = tokens_per_layer(num_patches, config.num_hidden_layers, None)
     dense = _count(config, config.image_height_width(config.image_size), all_patches).published
 
     def cost(counts: Counts) -> float:
@@ -205,21 +192,23 @@ def schedule_for_budget(
         saved = sum(saving * (num_patches - count) for saving, count in zip(savings, counts, strict=True))
         return saved - cost(counts)
 
-    equal = {_chain(num_patches, (step / 1000,) * len(stages)): (step / 1000,) * len(stages) for step in range(1, 1000)}
-    fitting = [counts for counts in equal if abs(reduction(counts) - flops_reduction) <= BUDGET_TOLERANCE]
-    if fitting:
-        best = min(fitting, key=lambda c: (reduction(c) < flops_reduction, abs(reduction(c) - flops_reduction)))
-        return {"layers": list(stages), "keep_ratios": list(equal[best])}
+    def distance(counts: Counts) -> float:
+        return abs(reduction(counts) - flops_reduction)
 
-    nearest_equal = min(equal, key=lambda counts: abs(reduction(counts) - flops_reduction))
-    exact = [nearest_equal]
+    def best(candidates: Iterable[Counts], least: Callable[[Counts], float]) -> Counts | None:
+        """Of those within the tolerance; none that removes too little where others do not."""
+        fitting = [counts for counts in candidates if distance(counts) <= BUDGET_TOLERANCE]
+        return min(fitting, key=lambda counts: (reduction(counts) < flops_reduction, least(counts)), default=None)
+
+    equal = {_chain(num_patches, (step / 1000,) * len(stages)): (step / 1000,) * len(stages) for step in range(1, 1000)}
+    if (counts := best(equal, distance)) is not None:
+        return {"layers": stages, "keep_ratios": list(equal[counts])}
+    exact = [min(equal, key=distance)]
     if len(stages) <= MOST_STAGES_OF_UNEQUAL_RATIOS:
-        exact = _counts_near(flops_reduction + cost(nearest_equal), savings, num_patches)
-    fitting = [counts for counts in exact if abs(reduction(counts) - flops_reduction) <= BUDGET_TOLERANCE]
-    if fitting:
-        best = min(fitting, key=lambda c: (reduction(c) < flops_reduction, _spread(num_patches, c)))
-        return {"layers": list(stages), "keep_ratios": _ratios(num_patches, best)}
-    nearest = min((reduction(counts) for counts in exact), key=lambda cut: abs(cut - flops_reduction))
+        exact = _counts_near(flops_reduction + cost(exact[0]), savings, num_patches)
+    if (counts := best(exact, partial(_spread, num_patches))) is not None:
+        return {"layers": stages, "keep_ratios": _ratios(num_patches, counts)}
+    nearest = reduction(min(exact, key=distance))
     raise ValueError(
         f"`flops_reduction` is {flops_reduction}; with {num_patches} tokens and stages at {stages} no schedule comes "
         f"within half a point of it, the nearest removes {nearest:.3f}. {see('budget-out-of-reach')}"
@@ -227,6 +216,27 @@ def schedule_for_budget(
 
 
 Counts = tuple[int, ...]
+
+
+def _stages_in_reach(
+    config: PreTrainedConfig, flops_reduction: float, layers: Sequence[int] | None
+) -> tuple[list[int], list[float]]:
+    """Layers before which so much can be dropped, those given or the first that do of the standard ones, and what they
+    save per token."""
+    depth = config.num_hidden_layers
+    if depth < 2:
+        raise ValueError(f"a model of {depth} layer has no layer before which tokens could be dropped.")
+    for stages in [list(layers)] if layers is not None else _standard_layers(depth):
+        savings = _savings_per_token(config, stages)
+        most = sum(savings) * (math.prod(config.grid_size) - 1)
+        if flops_reduction <= most:
+            break
+    if flops_reduction > most + BUDGET_TOLERANCE:
+        raise ValueError(
+            f"`flops_reduction` is {flops_reduction}; dropping all but one token at {stages} removes {most:.3f}. "
+            f"{see('budget-out-of-reach')}"
+        )
+    return stages, savings
 
 
 def _standard_layers(depth: int) -> list[list[int]]:
