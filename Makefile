@@ -11,7 +11,7 @@ help:  ## List the targets
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 test: .venv/installed lint docs  ## Make .venv, check style and types, build the documentation, run all tests
-	.venv/bin/python -m pytest -n $(WORKERS)
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: .venv/installed  ## Check style and types
 	.venv/bin/python -m ruff check

@@ -20,6 +20,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 
+# All tests of this file on one worker: what `runs` makes takes minutes.
+pytestmark = pytest.mark.xdist_group("distributed")
+
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 

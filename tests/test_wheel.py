@@ -15,6 +15,8 @@ import pytest
 from hf_vssm_prune.kernels import build
 
 
+# All tests of this file on one worker: what `installed` compiles takes a minute.
+pytestmark = pytest.mark.xdist_group("wheel")
 ROOT = Path(__file__).resolve().parents[1]
 
 pytest.importorskip("hatchling")
