@@ -6,7 +6,6 @@ therefore ends with the very weights of one that was not.
 """
 
 import copy
-import logging
 import math
 import os
 import signal
@@ -81,11 +80,10 @@ from hf_vssm_prune.training.evaluation import evaluate_accuracy
 from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError, leave_stopping_to_main_process
 from hf_vssm_prune.training.losses import LossTerms, LossWeights, training_loss
 from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer
+from hf_vssm_prune.training.run_log import LossWindow, RunLog
 from hf_vssm_prune.training.sampling import EpochSampler, StreamSampler
 from hf_vssm_prune.visualization import draw_classification, image_statistics
 
-
-logger = logging.getLogger(__name__)
 
 PICTURE = "kept_tokens.png"
 PICTURED_IMAGES = 4
@@ -179,6 +177,7 @@ class Trainer:
             # A stage that an update's schedule does not have leaves what it has learned alone.
             find_unused_parameters=bool(self.elastic_schedules) and model.has_pruning_parameters,
         )
+        self.log = RunLog(self.accelerator, recipe.run.with_tracking)
         if recipe.scale.deterministic:
             _choose_deterministic_algorithms()
         self._make_loaders(datasets)
@@ -330,8 +329,7 @@ class Trainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             remove_unfinished(self.output_dir)
-        if self.recipe.run.with_tracking:
-            self.accelerator.init_trackers("hf_vssm_prune", config=_flat(self._settings()))
+        self.log.start_tracking(self._settings())
         self._describe()
         start = time.perf_counter()
         progress = tqdm(
@@ -364,17 +362,17 @@ class Trainer:
                     "another --output_dir."
                 )
             if differing:
-                self._log(f"The same images make each update, but mixing and drop path draw anew: {differing}.")
+                self.log.write(f"The same images make each update, but mixing and drop path draw anew: {differing}.")
             if not (self.output_dir / "best").is_dir():
                 # The checkpoint was copied from another folder: the best model so far did not come along.
                 self.state.best = {}
-            self._log(f"Going on from {folder}, after {self.state.updates} updates.")
+            self.log.write(f"Going on from {folder}, after {self.state.updates} updates.")
         elif resume is not None:
-            self._log(f"No checkpoint in {self.output_dir} yet: starting afresh.")
+            self.log.write(f"No checkpoint in {self.output_dir} yet: starting afresh.")
 
     def _describe(self) -> None:
         flops = count_flops(self.plain_model.config)
-        self._log(
+        self.log.write(
             f"{len(self.train_images)} training images, {self.num_epochs} epochs, {self.num_updates} updates of "
             f"{self._images_per_update()} images; {self.plain_model.num_parameters():,} "
             f"parameters, {flops.pruned.published / 1e9:.4g} GFLOPs ({flops.reduction:.1%} pruned)."
@@ -386,21 +384,21 @@ class Trainer:
         self.model.train()
         if self.recipe.scale.batch_norm == "frozen":
             freeze_batch_norm(self.model)
-        log = _LogWindow()
+        window = LossWindow()
         for index, batch in self._batches(epoch, done):
             # Accelerate divides by the number of accumulated batches; at an epoch's end there may be fewer.
             group = min(accumulation, self.batches_per_epoch - index // accumulation * accumulation)
             with self.accelerator.accumulate(self.model):
                 terms = self._losses(batch, epoch, index)
                 self.accelerator.backward(terms.loss * (accumulation / group))
-                log.add_batch(terms.named(), group)
+                window.add_batch(terms.named(), group)
             if not self.accelerator.sync_gradients:
                 continue
-            self._update(log)
+            self._update(window)
             progress.update()
             if self.state.updates % self.recipe.run.logging_steps == 0 or self.state.updates == self.num_updates:
-                self._log_losses(epoch, log)
-                log = _LogWindow()
+                self._log_losses(epoch, window)
+                window = LossWindow()
             self._checkpoint_if_due()
             if self.state.updates == self.num_updates:
                 return
@@ -459,9 +457,9 @@ class Trainer:
         finally:
             self.plain_model.set_token_pruning(own)
 
-    def _update(self, log: "_LogWindow") -> None:
+    def _update(self, window: LossWindow) -> None:
         """Changes the weights by the gradients that have come together."""
-        values = self._agree(log)
+        values = self._agree(window)
         norms = gradient_norms(self.plain_model)
         largest_norm = self.recipe.optimization.clip_grad or math.inf
         values["gradient_norm"] = float(self.accelerator.clip_grad_norm_(self.model.parameters(), largest_norm))
@@ -479,14 +477,14 @@ class Trainer:
         self.state.updates += 1
         if self.ema is not None:
             self.ema.update(self.accelerator.unwrap_model(self.model), self.state.updates)
-        log.add_update(values)
+        window.add_update(values)
 
-    def _agree(self, log: "_LogWindow") -> dict[str, float]:
+    def _agree(self, window: LossWindow) -> dict[str, float]:
         """The loss terms of this update, mean over processes; in passing, whether any process was asked to stop."""
         stop = torch.tensor(float(self.stop_request.received is not None), device=self.accelerator.device)
-        values = self.accelerator.reduce(torch.stack([*log.terms.values(), stop]), reduction="mean").tolist()
+        values = self.accelerator.reduce(torch.stack([*window.terms.values(), stop]), reduction="mean").tolist()
         self._stop_agreed = values.pop() > 0
-        return dict(zip(log.terms, values, strict=True))
+        return dict(zip(window.terms, values, strict=True))
 
     def _should_stop(self) -> bool:
         stop = torch.tensor(float(self.stop_request.received is not None), device=self.accelerator.device)
@@ -562,8 +560,9 @@ class Trainer:
                 self._save_model(candidate, "best", accuracy.top1, accuracy.top5)
         self.state.history.append(figures)
         self.state.evaluated_epochs = epoch + 1
-        self._log(_line(f"epoch {epoch + 1}/{self.num_epochs}", figures))
-        self._track({name: value for name, value in figures.items() if name.startswith("eval")})
+        accuracies = {name: value for name, value in figures.items() if name.startswith("eval")}
+        self.log.write_figures(f"epoch {epoch + 1}/{self.num_epochs}", accuracies)
+        self.log.track(accuracies, self.state.updates)
         self._track_picture(candidates["model"])
 
     def _save_model(self, model: ImageClassifier, name: str, top1: float, top5: float) -> None:
@@ -605,43 +604,29 @@ class Trainer:
         }
         if self.accelerator.is_main_process:
             write_json(results, self.output_dir / RESULTS)
-        self._log(f"Done: the best top-1 is {self.state.best['top1']:.2%}; see {self.output_dir / RESULTS}.")
+        self.log.write(f"Done: the best top-1 is {self.state.best['top1']:.2%}; see {self.output_dir / RESULTS}.")
         return results
 
     # Logging
 
-    def _log_losses(self, epoch: int, log: "_LogWindow") -> None:
+    def _log_losses(self, epoch: int, window: LossWindow) -> None:
         images = self.recipe.optimization.per_device_train_batch_size * self.accelerator.num_processes
         figures = {
-            **log.means(),
+            **window.means(),
             "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
-            "images_per_second": log.num_batches * images / log.seconds(),
+            "images_per_second": window.num_batches * images / window.seconds(),
         }
-        self._log(_line(f"epoch {epoch + 1}/{self.num_epochs} update {self.state.updates}/{self.num_updates}", figures))
-        self._track({f"train_{name}": value for name, value in figures.items()})
-
-    def _log(self, message: str) -> None:
-        if self.accelerator.is_main_process:
-            logger.info(message)
-
-    def _track(self, figures: dict[str, float]) -> None:
-        if self.recipe.run.with_tracking:
-            self.accelerator.log(figures, step=self.state.updates)
+        title = f"epoch {epoch + 1}/{self.num_epochs} update {self.state.updates}/{self.num_updates}"
+        self.log.write_figures(title, figures)
+        self.log.track({f"train_{name}": value for name, value in figures.items()}, self.state.updates)
 
     def _track_picture(self, model: ImageClassifier) -> None:
-        """Shows a pruned model's kept tokens to the trackers that take pictures; each takes them in its own way."""
+        """Shows a pruned model's kept tokens to the trackers."""
         if not self.recipe.run.with_tracking or model.config.token_pruning is None:
             return
         model = self._whole(model)
-        if not self.accelerator.is_main_process:
-            return
-        picture = self._draw_kept_tokens(model)
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                batch = np.asarray(picture)[None]
-                tracker.log_images({"kept_tokens": batch}, step=self.state.updates, dataformats="NHWC")
-            elif tracker.name in ("wandb", "swanlab"):
-                tracker.log_images({"kept_tokens": [picture]}, step=self.state.updates)
+        if self.accelerator.is_main_process:
+            self.log.track_picture("kept_tokens", self._draw_kept_tokens(model), self.state.updates)
 
     def _draw_kept_tokens(self, model: ImageClassifier) -> Image.Image:
         # Spread over the images, which may be in the order of their labels.
@@ -671,44 +656,3 @@ def _choose_deterministic_algorithms() -> None:
 def _check_alignment_layers(losses: LossWeights, config: VisionMambaConfig) -> None:
     if outside := [layer for layer in losses.alignment_layers or () if not 0 <= layer < config.num_hidden_layers]:
         raise ValueError(f"--alignment_layers has {outside}: the model has layers 0 to {config.num_hidden_layers - 1}.")
-
-
-class _LogWindow:
-    """Loss terms and the gradient's norm between two log lines.
-
-    Attributes:
-        terms: of the update in the making, mean over its batches, on the device.
-        num_batches: so far.
-    """
-
-    def __init__(self) -> None:
-        self.terms: dict[str, Tensor] = {}
-        self.num_batches = 0
-        self._updates: list[dict[str, float]] = []
-        self._start = time.perf_counter()
-
-    def add_batch(self, terms: dict[str, Tensor], group: int) -> None:
-        """Adds one of the `group` batches of an update."""
-        self.num_batches += 1
-        self.terms = {name: self.terms.get(name, 0) + value / group for name, value in terms.items()}
-
-    def add_update(self, values: dict[str, float]) -> None:
-        self.terms = {}
-        self._updates.append(values)
-
-    def means(self) -> dict[str, float]:
-        return {name: sum(update[name] for update in self._updates) / len(self._updates) for name in self._updates[0]}
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-
-def _line(title: str, figures: dict[str, Any]) -> str:
-    return " ".join(
-        [title, *(f"{name} {value:.6g}" for name, value in figures.items() if name not in ("epoch", "update"))]
-    )
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as trackers take them: numbers and text."""
-    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}

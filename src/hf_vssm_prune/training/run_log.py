@@ -1,0 +1,83 @@
+"""Where a run tells how it goes: log lines, and Accelerate's trackers."""
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """The log lines and trackers of a run; only the main process writes.
+
+    Args:
+        accelerator: with the trackers of the run.
+        with_tracking: send figures and pictures to them.
+    """
+
+    def __init__(self, accelerator: Accelerator, with_tracking: bool) -> None:
+        self.accelerator = accelerator
+        self.with_tracking = with_tracking
+
+    def start_tracking(self, settings: dict[str, Any]) -> None:
+        """Tells the trackers what run it is, if there are any; they take numbers and text."""
+        if self.with_tracking:
+            plain = {
+                name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()
+            }
+            self.accelerator.init_trackers("hf_vssm_prune", config=plain)
+
+    def write(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.info(message)
+
+    def write_figures(self, title: str, figures: dict[str, float]) -> None:
+        self.write(" ".join([title, *(f"{name} {value:.6g}" for name, value in figures.items())]))
+
+    def track(self, figures: dict[str, float], update: int) -> None:
+        if self.with_tracking:
+            self.accelerator.log(figures, step=update)
+
+    def track_picture(self, name: str, picture: Image.Image, update: int) -> None:
+        """Shows a picture to the trackers that take some; each takes them in its own way."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(picture)[None]}, step=update, dataformats="NHWC")
+            elif tracker.name in ("wandb", "swanlab"):
+                tracker.log_images({name: [picture]}, step=update)
+
+
+class LossWindow:
+    """Loss terms and the gradient's norm between two log lines.
+
+    Attributes:
+        terms: of the update in the making, mean over its batches, on the device.
+        num_batches: so far.
+    """
+
+    def __init__(self) -> None:
+        self.terms: dict[str, Tensor] = {}
+        self.num_batches = 0
+        self._updates: list[dict[str, float]] = []
+        self._start = time.perf_counter()
+
+    def add_batch(self, terms: dict[str, Tensor], group: int) -> None:
+        """Adds one of the `group` batches of an update."""
+        self.num_batches += 1
+        self.terms = {name: self.terms.get(name, 0) + value / group for name, value in terms.items()}
+
+    def add_update(self, values: dict[str, float]) -> None:
+        self.terms = {}
+        self._updates.append(values)
+
+    def means(self) -> dict[str, float]:
+        return {name: sum(update[name] for update in self._updates) / len(self._updates) for name in self._updates[0]}
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
