@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor
 
 from hf_vssm_prune.flops import ModelFlops, count_flops
-from hf_vssm_prune.hub.loading import load_classifier
+from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.pruning_schedule import METHOD_OPTIONS
 from hf_vssm_prune.visualization import (
     draw_stages,
@@ -77,13 +76,13 @@ class PrunedModel:
 
     def __init__(self, name_or_path: str) -> None:
         self.model = load_classifier(name_or_path)
-        self.image_processor = AutoImageProcessor.from_pretrained(name_or_path)
+        self.image_processor = load_image_processor(name_or_path)
         # While the model is dense, its configuration does not say how it prunes.
         own = self.model.config.token_pruning or {}
         self._options = {name: own[name] for name in METHOD_OPTIONS if name in own}
         self._lock = threading.Lock()
         self._schedule = lru_cache(maxsize=101)(self._find_schedule)
-        self.labels = list((self.model.config.id2label or {}).values())
+        self.labels = self.model.config.label_names
         dense = count_flops(self.model.config).dense.published
         self.measured_batch = SMALL_MODEL_BATCH if dense < SMALL_MODEL_FLOPS else 1
 

@@ -10,6 +10,7 @@ from hf_vssm_prune.training.image_steps import decode_image
 
 MAX_BYTES = 10 * 1024**2
 MAX_PIXELS = 30_000_000
+MAX_ASPECT_RATIO = 20  # its shortest edge is what is resized to the model's size
 FORMATS = ("JPEG", "PNG", "WEBP")
 # For the browser to offer; only a file's header tells what it is.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -31,6 +32,8 @@ def open_upload(path: str) -> Image.Image:
     if os.path.getsize(path) > MAX_BYTES:
         raise ValueError(f"{name} is larger than {MAX_BYTES // 1024**2} MB: send a smaller one.")
     width, height = _read_size(path, name)
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"{name} is {width} × {height}: at most {MAX_ASPECT_RATIO} times as long as wide; crop it.")
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"{name} has {width} × {height} pixels; at most {MAX_PIXELS // 10**6} million are taken: make it smaller."

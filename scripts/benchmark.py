@@ -41,7 +41,7 @@ from hf_vssm_prune import (
 from hf_vssm_prune.export import FORMATS, export_classifier
 from hf_vssm_prune.grid_convolution import depthwise_conv2d, depthwise_conv2d_torch
 from hf_vssm_prune.kernels import AUTO, KERNELS, available, build
-from hf_vssm_prune.modeling_common import encode
+from hf_vssm_prune.modeling_common import TimeStepProjection, encode
 from hf_vssm_prune.modeling_plainmamba import PlainMambaTokenLayout
 from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.selective_scan import selective_scan
@@ -509,12 +509,12 @@ def by_backend(name: str, model: nn.Module, case: Case) -> None:
 
 
 def matrix_products(layers: nn.Module, run: Case) -> Case:
-    """The linear layers that `run` goes through, each once with an input of its shape."""
+    """The projections that `run` goes through, each once with an input of its shape."""
     shapes: list[tuple[Tensor, torch.Size]] = []
     handles = [
         module.register_forward_hook(lambda module, inputs, _: shapes.append((module.weight, inputs[0].shape)))
         for module in layers.modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | TimeStepProjection)
     ]
     run()
     for handle in handles:

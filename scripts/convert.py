@@ -101,7 +101,7 @@ def set_labels(config: VisionMambaConfig, file: Path) -> None:
 
 def read_labels(file: Path) -> list[str]:
     """Label names in the order of their ids: a JSON list, a JSON dict with the ids as keys, or one name a line."""
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8-sig")
     if file.suffix != ".json":
         return text.splitlines()
     labels = json.loads(text)

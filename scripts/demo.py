@@ -20,12 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor
 
 from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.conversion import ImageClassifier
 from hf_vssm_prune.flops import count_flops
-from hf_vssm_prune.hub.loading import load_classifier
+from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.saving import save_for_hub
 from hf_vssm_prune.training import jobs
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     output = Path(options.output_dir)
     dataset, _ = load_evaluation_dataset(DATASET)
-    image_processor = AutoImageProcessor.from_pretrained(EXAMPLE_MODEL)
+    image_processor = load_image_processor(EXAMPLE_MODEL)
     images = EvaluationImages(dataset, image_processor)
 
     say("Fine-tuning the pruned model, with the dense one as its teacher")
@@ -164,7 +163,7 @@ def reopen(folder: Path, model: ImageClassifier, pixel_values: Tensor) -> bool:
     logits = model(pixel_values).logits
     with tempfile.TemporaryDirectory() as scratch:
         files = []
-        image_processor = AutoImageProcessor.from_pretrained(folder)
+        image_processor = load_image_processor(folder)
         for index, image in enumerate(pixel_values):
             files.append(str(Path(scratch) / f"{index}.png"))
             image_from_pixel_values(image, image_processor.image_mean, image_processor.image_std).save(files[-1])

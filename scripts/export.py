@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor
 
 from hf_vssm_prune.export import FORMATS, export_classifier
-from hf_vssm_prune.hub.loading import load_classifier
+from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = load_classifier(options.model, revision=options.revision, dtype=torch.float32)
         if options.flops_reduction is not None:
             model.set_token_pruning({"flops_reduction": options.flops_reduction})
-        image_processor = AutoImageProcessor.from_pretrained(options.model, revision=options.revision)
+        image_processor = load_image_processor(options.model, revision=options.revision)
         folder = export_classifier(model, options.folder, options.formats, image_processor)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

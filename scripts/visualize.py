@@ -8,10 +8,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from transformers import AutoImageProcessor
-
 from hf_vssm_prune import EXAMPLE_MODEL, visualize
-from hf_vssm_prune.hub.loading import load_classifier
+from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.training.image_steps import ImageProcessorSteps, decode_image
 
 
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model.set_token_pruning({"flops_reduction": options.flops_reduction})
         elif model.config.token_pruning is None:
             model.set_token_pruning({"flops_reduction": DENSE_MODELS_REDUCTION})
-        image_processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
+        image_processor = load_image_processor(options.model_name_or_path)
         mode = ImageProcessorSteps(image_processor).mode
         images = [decode_image({"bytes": None, "path": file}, mode, file) for file in options.images]
         visualize(model, image_processor, images, options.importance).save(options.output)

@@ -12,10 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoImageProcessor
-
 from hf_vssm_prune.hub import save_for_hub
-from hf_vssm_prune.hub.loading import load_classifier
+from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.hub.model_card_file import read_model_card_info
 
 
@@ -28,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.folder.is_dir():
             raise NotADirectoryError(f"{options.folder} is not a folder.")
         info = read_model_card_info(options.card)
-        processor = AutoImageProcessor.from_pretrained(options.folder)
+        processor = load_image_processor(options.folder)
         save_for_hub(load_classifier(options.folder), options.folder, processor, info)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

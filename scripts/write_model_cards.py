@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune import EXAMPLE_MODEL, PlainMambaConfig, VimConfig
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.hub import ModelCardInfo, TrainingRecipe, create_model_card
-from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
+from hf_vssm_prune.hub.loading import load_classifier, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.model_card_file import read_model_card_info
 
 
@@ -81,7 +81,7 @@ def own_pruned_card_text() -> str:
     model = load_classifier(EXAMPLE_MODEL)
     model.set_token_pruning({"flops_reduction": 0.416})
     info = read_model_card_info(SOURCES / f"{OWN_MODEL}-pruned.yaml")
-    return str(create_model_card(model, info, AutoImageProcessor.from_pretrained(EXAMPLE_MODEL)))
+    return str(create_model_card(model, info, load_image_processor(EXAMPLE_MODEL)))
 
 
 def model_name(family: str, preset: str, pruned: bool) -> str:

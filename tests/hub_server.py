@@ -167,6 +167,9 @@ class Handler(BaseHTTPRequestHandler):
             self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return found
 
+    def whoami(self) -> None:
+        self.answer(200, {"type": "user", "name": "user"})
+
     def create_repository(self) -> None:
         options = json.loads(self.body)
         name = f"{options.get('organization') or 'user'}/{options['name']}"
@@ -318,6 +321,7 @@ class Handler(BaseHTTPRequestHandler):
 
 REPO = r"([^/]+/[^/]+)"
 ROUTES = (
+    ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create_repository),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
     ("POST", f"/api/models/{REPO}/branch/(.+)", Handler.create_branch),

@@ -128,6 +128,24 @@ def test_folders_of_splits(tmp_path: Path, name: str):
     assert label_names == ["cat", "dog"]
 
 
+def test_classes_that_are_only_evaluated_are_named(tmp_path: Path):
+    write_class_folders(tmp_path / "train", {"cat": 4, "dog": 5})
+    write_class_folders(tmp_path / "test", {"images": 3})
+    with pytest.raises(ValueError, match=r"class folders \['images'\] without training images"):
+        load_image_dataset(tmp_path)
+
+
+def test_hidden_files_are_no_photos(tmp_path: Path):
+    write_class_folders(tmp_path, {"cat": 4, "dog": 5})
+    for name in ("._0.png", ".Trash/9.png", ".ipynb_checkpoints/0.png"):
+        (tmp_path / "cat" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "cat" / name).write_text("no image")
+    (tmp_path / "cat" / "folder.png").mkdir()
+    (tmp_path / "cat" / "clip.mpg").write_text("no image")
+    datasets = load_image_dataset(tmp_path, validation_share=0.25)
+    assert len(datasets.train) + len(datasets.evaluation) == 9
+
+
 def test_a_class_may_be_called_test(tmp_path: Path):
     write_class_folders(tmp_path, {"test": 5, "control": 5})
     assert load_image_dataset(tmp_path, validation_share=0.2).label_names == ["control", "test"]

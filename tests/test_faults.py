@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -304,7 +305,8 @@ def test_damaged_checkpoint_at_resume(damage, trained, datasets) -> None:  # noq
     with pytest.raises(ValueError, match=r"checkpoint-3 is damaged: .*there are \['checkpoint-2'\]"):
         make_trainer(make_vim_config(), datasets, recipe_for(trained, "latest"))
     reset_accelerator()
-    trainer = make_trainer(make_vim_config(), datasets, recipe_for(trained, str(trained / "checkpoint-2")))
+    shutil.rmtree(trained / "checkpoint-3")
+    trainer = make_trainer(make_vim_config(), datasets, recipe_for(trained, "latest"))
     assert trainer.state.updates == 2
 
 
@@ -348,10 +350,11 @@ def test_full_disk_while_a_checkpoint_is_written(trained, datasets, capsys, requ
     assert not list(trained.glob(".unfinished-*"))
 
 
-def test_broken_image_in_training_is_one_line(datasets, image_folder, tmp_path, capsys) -> None:  # noqa: F811
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_image_in_training_is_one_line(workers, datasets, image_folder, tmp_path, capsys) -> None:  # noqa: F811
     copy = shutil.copytree(image_folder, tmp_path / "images")
     truncate(copy / "train" / "green" / "3.png")
-    recipe = make_recipe(tmp_path / "run")
+    recipe = replace(make_recipe(tmp_path / "run"), num_workers=workers)
     trainer = make_trainer(make_vim_config(), load_image_dataset(str(copy)), recipe)
     assert jobs.run(lambda: trainer, recipe.run) == 1
     error = capsys.readouterr().err.rpartition("error: ")[2]

@@ -6,11 +6,13 @@ import struct
 import numpy as np
 import pytest
 import torch
+from conftest import make_vim_config
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import BitImageProcessor, CLIPImageProcessor, ConvNextImageProcessor, ViTImageProcessor
 
+from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.training.image_steps import ImageProcessorSteps, decode_image
 
 
@@ -177,6 +179,30 @@ def test_exif_orientation(orientation: int):
     exif[0x0112] = orientation
     stored = encode(Image.fromarray(np.ascontiguousarray(stored_pixels)), exif=exif.tobytes())
     assert np.array_equal(decode(stored), upright)
+
+
+def test_exif_that_cannot_be_read_says_nothing():
+    """A resolution that is a text: Pillow fails to write it again, viewers show the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(random_pixels(8, 12))
+    content = encode(stored, exif=exif.tobytes() + b"nonsense")
+    assert decode(content).shape == (12, 8, 3)
+    assert decode(encode(stored, exif=b"Exif\x00\x00no TIFF")).shape == (8, 12, 3)
+
+
+def test_elongated_images_take_no_more_than_what_is_left_of_them():
+    processor = new_image_processor(make_vim_config(image_size=32), [0.5] * 3, [0.25] * 3, crop_pct=0.875)
+    steps = ImageProcessorSteps(processor)
+    wave = (127 + 127 * np.sin(np.arange(60_000) / 500)).astype(np.uint8)
+    for image in (Image.fromarray(np.tile(wave, (2, 1))), Image.fromarray(np.tile(wave, (2, 1)).T)):
+        image = image.convert("RGB")
+        cut, size = steps._cut_ends(image, *steps._resized_size(image))
+        assert max(cut.size) <= 4
+        assert max(size) <= 80
+        middle = np.asarray(steps.resize_and_crop(image), dtype=int)
+        assert middle.shape == (32, 32, 3)
+        assert abs(middle - wave[30_000]).max() <= 1
 
 
 def broken_png_chunk() -> bytes:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,32 @@ def test_convolution_equals_reference(kernel: int, keep_ratio: float | None, bia
         options["bias"] = None
     reference = run(depthwise_conv2d_torch, arguments, torch.float64, **options)
     assert_close_to_reference(run(cpu.depthwise_conv2d, arguments, **options), reference, value=1e-6, gradient=2e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_is_not_the_kernels(dtype: torch.dtype):
+    convolution = partial(cpu.depthwise_conv2d, grid=(5, 7)), convolution_arguments(2, (5, 7), 19, 3, 0.6)
+    scan = cpu.selective_scan, scan_arguments(2, 9, 19, 5, paths=2, largest_gap=3)
+
+    def compute() -> list[Tensor]:
+        results = []
+        for function, arguments in (convolution, scan):
+            inputs = {
+                name: tensor.float().requires_grad_() if tensor.is_floating_point() else tensor
+                for name, tensor in arguments.items()
+            }
+            output = function(**inputs)
+            results += [output, *torch.autograd.grad(output.sum(), [x for x in inputs.values() if x.requires_grad])]
+        return results
+
+    expected = compute()
+    torch.set_default_dtype(dtype)
+    try:
+        found = compute()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 @needs_kernel
@@ -280,6 +307,33 @@ def test_says_what_the_compiler_said(without_prebuilt: Path, monkeypatch: pytest
     with pytest.raises(build.BuildError, match="broken compiler"):
         build.library_path()
     assert not list(without_prebuilt.rglob("*.so*"))
+
+
+@needs_kernel
+def test_a_cache_that_others_wrote_is_only_read(without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch):
+    path = build.library_path()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("filelock.FileLock", refuse)
+    assert build.library_path() == path
+    path.unlink()
+    with pytest.raises(build.BuildError, match=r"cannot be used \(read-only\); set HF_VSSM_PRUNE_CACHE"):
+        build.library_path()
+
+
+def test_says_what_is_wrong_with_the_place(without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HF_VSSM_PRUNE_CACHE")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(build.BuildError, match="no place for the kernels' cache"):
+        build._cache_directory()
+    monkeypatch.setenv("CXX", "g++ 'unbalanced")
+    with pytest.raises(build.BuildError, match="CXX is no command"):
+        build.find_compiler()
 
 
 @needs_kernel

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification
 import hf_vssm_prune
 from hf_vssm_prune.hub import ModelCardInfo
 from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
-from hf_vssm_prune.hub.pushing import PushError
+from hf_vssm_prune.hub.pushing import PushError, list_pushed_files
 from hf_vssm_prune.hub.saving import auto_map
 
 
@@ -149,6 +149,37 @@ def test_branch_and_pull_request(hub, plainmamba, repo) -> None:
     assert hub.state.repositories[repo].branches["main"][-1].sha == first
     assert load_classifier(repo, revision="v2").classifier.bias.tolist() == [0.5] * 3
     assert load_classifier(repo, revision=first).classifier.bias.tolist() != [0.5] * 3
+
+
+def test_saving_in_other_shards_leaves_no_old_weights(plainmamba, pixel_values, tmp_path) -> None:
+    for size, count in (("50GB", 1), ("5KB", None), ("50GB", 1)):
+        with torch.no_grad():
+            plainmamba.classifier.bias += 1
+            plainmamba.save_pretrained(tmp_path / "model", max_shard_size=size)
+            expected = plainmamba(pixel_values).logits
+            assert torch.equal(load_classifier(tmp_path / "model")(pixel_values).logits, expected)
+        weights = list((tmp_path / "model").glob("*.safetensors"))
+        assert len(weights) == count if count else len(weights) > 1
+        list_pushed_files(tmp_path / "model")
+
+
+def test_a_name_alone_is_of_ones_own_account(hub, plainmamba, repo) -> None:
+    name = repo.partition("/")[2]
+    plainmamba.push_to_hub(name)
+    assert "model.safetensors" in hub.files(f"user/{name}")
+
+
+def test_private_is_not_pushed_to_where_everybody_sees_it(hub, plainmamba, repo) -> None:
+    plainmamba.push_to_hub(repo)
+    with pytest.raises(PushError, match="there already, and everybody may see it"):
+        plainmamba.push_to_hub(repo, private=True)
+
+
+def test_a_hub_that_is_not_there_is_named(plainmamba, monkeypatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(PushError, match="user/name was not changed"):
+        plainmamba.push_to_hub("user/name")
 
 
 def test_save_pretrained_pushes_on_request(hub, plainmamba, tmp_path, repo) -> None:

@@ -644,6 +644,16 @@ def test_convolutions_see_stand_ins(tiny_config, pixel_values, monkeypatch) -> N
         assert torch.allclose(model(pixel_values).logits, logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_works_under_autocast(method, tiny_config, pixel_values) -> None:
+    model = make_model(tiny_config)
+    model.set_token_pruning(pruning(method))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(pixel_values)
+    assert outputs.logits.isfinite().all()
+    assert outputs.kept_tokens[-1].shape[0] == len(pixel_values)
+
+
 def test_no_method_means_top(tiny_config) -> None:
     options = {name: value for name, value in TOKEN_PRUNING.items() if name != "method"}
     assert tiny_config.complete_token_pruning(options) == TOKEN_PRUNING

@@ -98,6 +98,15 @@ def test_auto_map_names_classes_that_exist(family) -> None:
         assert hasattr(hf_vssm_prune, name)
 
 
+def test_labels_stay_in_the_order_of_their_ids(tmp_path) -> None:
+    """Also where it is not that of text: "10" comes before "2" there."""
+    names = [f"class {i}" for i in range(12)]
+    model = make_classifier(num_labels=12, id2label=dict(enumerate(names)))
+    folder = save_for_hub(model, tmp_path / "model")
+    assert list(json.loads((folder / "config.json").read_text())["id2label"]) == [str(i) for i in range(12)]
+    assert AutoConfig.from_pretrained(folder).label_names == names
+
+
 def test_parameters_of_pruning_are_saved(pixel_values, tmp_path) -> None:
     model = make_classifier(token_pruning=TOKEN_PRUNING | {"alignment": "learned"})
     model.set_token_pruning({"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "dyvm", "alignment": "learned"})

@@ -39,6 +39,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    # transformers' `Trainer` puts everything else together to the predictions.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["kept_tokens", "token_scores"]
 
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
@@ -105,6 +107,11 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         value = getattr(self, name)
         if not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}` is {value!r}; a whole number of at least {least} is needed.")
+
+    @property
+    def label_names(self) -> list[str]:
+        """The labels' names in the order of their ids."""
+        return [name for _, name in sorted((self.id2label or {}).items())]
 
     def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> dict[str, Any] | None:
         """Checks pruning options against this configuration and returns them complete, a budget turned into a schedule.

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .configuration_common import VisionMambaConfig
@@ -115,7 +115,8 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if path.suffix == ".safetensors":
-                save_file({name: tensor.contiguous() for name, tensor in official.items()}, temporary)
+                # `save_file` would make a file that nobody else may read.
+                temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in official.items()}))
             else:
                 torch.save({OFFICIAL_WEIGHT_KEY[model.config.model_type]: official}, temporary)
             os.replace(temporary, path)
@@ -318,14 +319,18 @@ def _infer_vim(official: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> 
 def _infer_mixer(official: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     pattern = re.escape(prefix).replace(r"\{\}", r"(\d+)") + r"\.A_log"
     layers = {int(match[1]) for key in official if (match := re.fullmatch(pattern, key))}
+    if layers != set(range(len(layers))):
+        raise ValueError(
+            f"the checkpoint's layers are {sorted(layers)[:20]}; they must be numbered from 0 without gaps."
+        )
     first = prefix.format(0)
     width, state_size = _shape(official, f"{first}.A_log", 2)
     hidden_size = _shape(official, f"{first}.in_proj.weight", 2)[1]
     return {
         "hidden_size": hidden_size,
-        "num_hidden_layers": max(layers) + 1,
+        "num_hidden_layers": len(layers),
         "state_size": state_size,
-        "expand": width // hidden_size,
+        "expand": width // max(1, hidden_size),
         "time_step_rank": _shape(official, f"{first}.dt_proj.weight", 2)[1],
     }
 

@@ -381,7 +381,7 @@ def resize_position_embeddings(
             f"{grid[0]} x {grid[1]}: resize the image, or pass `interpolate_pos_encoding=True`."
         )
     image = position_embeddings.transpose(1, 2).unflatten(2, grid)
-    image = F.interpolate(image.float(), size=new_grid, mode="bicubic", align_corners=False)
+    image = F.interpolate(at_least_float32(image), size=new_grid, mode="bicubic", align_corners=False)
     return image.flatten(2).transpose(1, 2).to(position_embeddings.dtype)
 
 
@@ -408,17 +408,24 @@ def drop_path_rates(config: VisionMambaConfig) -> list[float]:
     return torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
 
 
-class TimeStepProjection(nn.Linear):
+class TimeStepProjection(nn.Module):
     """Projects to time steps before bias and softplus, and hands out the bias, which the scan adds.
 
-    The layer is called, its bias not read from outside: weights that were offloaded are there during a call only.
+    The layer is called, its bias not read from outside: weights that were offloaded are there during a call only. It is
+    no `nn.Linear`, because what wraps those (PEFT, quantisation) takes them to return one tensor.
     """
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return F.linear(features, self.weight), self.bias
 
 
-def init_time_step_projection(projection: nn.Linear, config: VisionMambaConfig) -> None:
+def init_time_step_projection(projection: TimeStepProjection, config: VisionMambaConfig) -> None:
     """Mamba's initialisation: time steps spread log-uniformly between `time_step_min` and `time_step_max`.
 
     The bias is the inverse softplus of the step: log(exp(step) - 1) = step + log(1 - exp(-step)).

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
+from .precision import at_least_float32
 from .pruning_stage import Reduction, Stage
 from .token_pruning import gather_tokens, select_tokens
 
@@ -41,7 +42,7 @@ class TokenPredictor(nn.Module):
         local, shared = features[..., : self.local_size], features[..., self.local_size :]
         features = torch.cat([local, shared.mean(dim=1, keepdim=True).expand_as(shared)], dim=-1)
         features = F.gelu(self.second(F.gelu(self.first(features))))
-        return F.log_softmax(self.output(features).float(), dim=-1)[..., 0]
+        return F.log_softmax(at_least_float32(self.output(features)), dim=-1)[..., 0]
 
 
 def keep_predicted(stage: Stage) -> Reduction:

@@ -30,7 +30,8 @@ def most_similar(features: Tensor, sources: Tensor, targets: Tensor) -> tuple[Te
         Two tensors of shape (batch, s).
     """
     unit = F.normalize(at_least_float32(features), dim=-1)
-    similarity = gather_tokens(unit, sources) @ gather_tokens(unit, targets).transpose(1, 2)
+    with torch.autocast(unit.device.type, enabled=False):
+        similarity = gather_tokens(unit, sources) @ gather_tokens(unit, targets).transpose(1, 2)
     best, match = similarity.max(dim=-1)
     return best, targets.gather(1, match)
 

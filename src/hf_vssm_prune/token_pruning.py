@@ -120,11 +120,12 @@ def nearest_tokens(kept: Tensor, grid: tuple[int, int]) -> Tensor:
         Indices into the kept tokens, int64 of shape (batch, height * width).
     """
     num_cells = grid[0] * grid[1]
-    cells = torch.arange(num_cells, dtype=torch.int32, device=kept.device)
+    dtype = torch.int32 if 2 * sum(grid) * num_cells < 2**31 else torch.int64
+    cells = torch.arange(num_cells, dtype=dtype, device=kept.device)
     is_kept = torch.zeros(kept.shape[0], num_cells, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
     # A distance and the cell at that distance are one number, distance * num_cells + cell: the smallest is the nearest.
     nearest = torch.where(is_kept, cells, sum(grid) * num_cells).unflatten(1, grid)
-    across, down = (num_cells * _distances(size, kept.device) for size in (grid[1], grid[0]))
+    across, down = (num_cells * _distances(size, kept.device).to(dtype) for size in (grid[1], grid[0]))
     nearest = (nearest.unsqueeze(3) + across).amin(2)
     nearest = (nearest.unsqueeze(2) + down.unsqueeze(2)).amin(1)
     return (is_kept.cumsum(1) - 1).gather(1, nearest.flatten(1).long() % num_cells)

@@ -128,7 +128,7 @@ def draw_classification(
     finally:
         model.train(was_training)
     height, width = pixel_values.shape[2:]
-    labels = list((config.id2label or {}).values())
+    labels = config.label_names
     return draw_kept_tokens(
         [patched_area(image_from_pixel_values(image, mean, std), config) for image in pixel_values],
         kept_patches(output.kept_tokens, config, (height, width)),

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageClassification, BaseImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 from transformers.utils import cached_file
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
@@ -16,15 +16,26 @@ from hf_vssm_prune.conversion import ImageClassifier
 from hf_vssm_prune.hub.retrying import patiently
 
 
-def load_config(name_or_path: str, revision: str = "main") -> VisionMambaConfig:
-    """A checkpoint's configuration; `revision` is of a model on the Hub.
+# Options of `from_pretrained` that say where on the Hub, or in which copy of it, a model is.
+PLACE_OPTIONS = ("token", "cache_dir", "subfolder", "local_files_only")
+
+
+def load_config(name_or_path: str, revision: str = "main", **place: Any) -> VisionMambaConfig:
+    """A checkpoint's configuration. Code that lies beside it is not run.
+
+    Args:
+        name_or_path: a folder, or a model on the Hub.
+        revision: branch, tag or commit of a model on the Hub.
+        place: of `PLACE_OPTIONS`.
 
     Raises:
         ValueError: it is of no family of this package, or has a value that is not allowed.
         OSError: there is none.
     """
     try:
-        config = patiently(lambda: AutoConfig.from_pretrained(name_or_path, revision=revision))
+        config = patiently(
+            lambda: AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False, **place)
+        )
     except StrictDataclassError as error:
         raise ValueError(f"The configuration of {name_or_path} is not valid: {error}") from error
     except OSError as error:
@@ -53,7 +64,8 @@ def load_classifier(
             another shape or not the model's own; or see `load_config`.
         OSError: there is none.
     """
-    load_config(str(name_or_path), revision)
+    place = {name: options[name] for name in PLACE_OPTIONS if name in options}
+    load_config(str(name_or_path), revision, **place)
     try:
         model, info = patiently(
             lambda: AutoModelForImageClassification.from_pretrained(
@@ -62,6 +74,7 @@ def load_classifier(
                 revision=revision,
                 output_loading_info=True,
                 use_safetensors=True,
+                trust_remote_code=False,
                 **options,
             )
         )
@@ -72,7 +85,7 @@ def load_classifier(
         wrong = {kind: [name for name in names if "classifier." not in str(name)] for kind, names in wrong.items()}
     if any(wrong.values()):
         raise ValueError(f"{name_or_path} is not a whole image classifier: {wrong}.")
-    if wrong_file := _wrongly_downloaded(name_or_path, revision):
+    if wrong_file := _wrongly_downloaded(name_or_path, revision, **place):
         raise ValueError(f"{wrong_file} is not what the Hub has: its SHA-256 is another. Delete it, and load again.")
     tensors = model.state_dict().items()
     if damaged := [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]:
@@ -80,11 +93,11 @@ def load_classifier(
     return model
 
 
-def _wrongly_downloaded(name_or_path: str | Path, revision: str) -> Path | None:
+def _wrongly_downloaded(name_or_path: str | Path, revision: str, **place: Any) -> Path | None:
     """Weights in the Hub's cache whose bytes are not those that the Hub recorded: files there are named by SHA-256."""
     if Path(name_or_path).exists():
         return None
-    snapshot = Path(str(cached_file(name_or_path, "config.json", revision=revision))).parent
+    snapshot = Path(str(cached_file(name_or_path, "config.json", revision=revision, **place))).parent
     for weights in sorted(snapshot.glob("*.safetensors")):
         recorded = weights.resolve()
         if re.fullmatch("[0-9a-f]{64}", recorded.name) and sha256_of_file(recorded) != recorded.name:
@@ -99,6 +112,18 @@ def sha256_of_file(file: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def load_image_processor(name_or_path: str | Path, revision: str = "main") -> BaseImageProcessor:
+    """The image processor that was saved beside a model. Code that lies beside it is not run.
+
+    Raises:
+        ValueError: it is of no kind that transformers has.
+        OSError: there is none.
+    """
+    return patiently(
+        lambda: AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    )
 
 
 def new_image_processor(

@@ -188,6 +188,12 @@ class TrainingRecipe:
     description: str | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.hyperparameters, Mapping):
+            raise ValueError(
+                f"`hyperparameters` of a model card are {self.hyperparameters!r}; names and values are needed."
+            )
+
 
 @dataclass(frozen=True)
 class ModelCardInfo:
@@ -227,6 +233,10 @@ class ModelCardInfo:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise ValueError("`name` of a model card is empty; the model needs a title.")
+        for name in ("datasets", "limits", "tags"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise ValueError(f"`{name}` of a model card is {value!r}; a list is needed.")
         if self.picture is not None and not Path(self.picture).is_file():
             raise FileNotFoundError(f"`picture` of the model card is missing: there is no file {self.picture}.")
 
@@ -310,7 +320,8 @@ def _metadata(model: VisionMamba, info: ModelCardInfo, has_image_processor: bool
     task = "image-classification" if is_classifier else "image-feature-extraction"
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=task if has_image_processor or not is_classifier else None,
+        # The pipelines make images RGB.
+        pipeline_tag=task if model.config.num_channels == 3 and (has_image_processor or not is_classifier) else None,
         license=info.license,
         base_model=info.base_model,
         base_model_relation="finetune" if info.base_model else None,

@@ -12,7 +12,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from hf_vssm_prune.hub.model_card import ModelCardInfo, VisionMamba
 from hf_vssm_prune.hub.pushing import push_model
-from hf_vssm_prune.hub.saving import card_for, check_arguments, check_folder, complete_folder
+from hf_vssm_prune.hub.saving import WEIGHTS, card_for, check_arguments, check_folder, complete_folder
 
 
 def save_pretrained(
@@ -48,11 +48,21 @@ def save_pretrained(
     check_folder(folder)
     token = options.get("token")
     push_options = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
+    earlier = _weights_in(folder)
     PreTrainedModel.save_pretrained(model, folder, is_main_process, **options)
+    if is_main_process and "variant" not in options:
+        # One file and several, from saving in other sizes, do not go together: the first would be loaded.
+        for file in earlier.items() & _weights_in(folder).items():
+            file[0].unlink()
     if is_main_process:
         complete_folder(model, folder, image_processor, card_for(folder, model_card))
         if push_to_hub:
             push_model(folder, push_options.pop("repo_id", folder.name), token=token, **push_options)
+
+
+def _weights_in(folder: Path) -> dict[Path, int]:
+    """Files of weights, and when each was written."""
+    return {file: file.stat().st_mtime_ns for pattern in WEIGHTS for file in folder.glob(pattern)}
 
 
 PUSH_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "revision")

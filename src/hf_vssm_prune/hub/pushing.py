@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
@@ -19,12 +19,14 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from hf_vssm_prune.hub.loading import load_config
-from hf_vssm_prune.hub.retrying import patiently
+from hf_vssm_prune.hub.retrying import TRANSPORT_ERRORS, patiently
 from hf_vssm_prune.hub.saving import CARD, CONFIG, NOTICE, WEIGHTS
 
 
+PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.svg", "*.webp", "*.gif")
 # What belongs to a model: not checkpoints, logs, optimizer states, or pickles.
-PUSHED = (CONFIG, CARD, *WEIGHTS, "preprocessor_config.json", "*.py", "*.png", "*.jpg", "*.svg", "LICENSE*", "NOTICE*")
+PUSHED = (CONFIG, CARD, *WEIGHTS, "preprocessor_config.json", "*.py", *PICTURES, "LICENSE*", "NOTICE*")
+FAILURES: tuple[type[Exception], ...] = (OSError, RuntimeError, *TRANSPORT_ERRORS)
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
@@ -79,9 +81,9 @@ def push_model(
 
     Args:
         folder: that `save_for_hub` or a training script wrote.
-        repo_id: `user/name`.
+        repo_id: `user/name`; of the token's own account where no user is given.
         revision: branch; None: `main`.
-        private: who may see a repository that is made; None: as the account has it.
+        private: whether nobody else may see the repository; None: as the account has it for one that is made.
         commit_message: its title.
         create_pr: open a pull request with the commit, in place of changing the branch.
         token: of the account; None: that of `hf auth login` or `HF_TOKEN`.
@@ -101,11 +103,15 @@ def push_model(
         raise ValueError(f"{repo_id!r} is not the name of a repository: user/name is needed.") from error
     api = HfApi(token=token)
     with _explained(repo_id):
+        if "/" not in repo_id:
+            repo_id = f"{patiently(api.whoami)['name']}/{repo_id}"
         if not create_pr:
             patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
             if revision is not None:
                 patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         base = patiently(lambda: api.model_info(repo_id, revision=revision))
+        if private and base.private is False:
+            raise PushError(f"{repo_id} is there already, and everybody may see it.")
         there = {sibling.rfilename for sibling in base.siblings or []}
         if keep_card and CARD in there:
             files = [file for file in files if file.path.name not in (CARD, NOTICE)]
@@ -129,11 +135,13 @@ def push_model(
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    return any(fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns)
 
 
 def _check_weights(folder: Path) -> None:
     index = folder / WEIGHTS_INDEX
+    if (folder / "model.safetensors").is_file() and index.is_file():
+        raise ValueError(f"{folder} has weights in one file and, by {index.name}, in several: remove the older ones.")
     if (folder / "model.safetensors").is_file():
         shards = {"model.safetensors"}
     elif index.is_file():
@@ -175,7 +183,9 @@ def _explained(repo_id: str) -> Iterator[None]:
         raise PushError(f"{repo_id} has no such branch: {error}") from error
     except HfHubHTTPError as error:
         raise PushError(f"{repo_id}: {_meaning(error)}") from error
-    except (OSError, RuntimeError) as error:
+    except PushError:
+        raise
+    except FAILURES as error:
         # Connections that failed too often; an upload that ended with an error of a thread.
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):

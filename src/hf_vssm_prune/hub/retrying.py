@@ -1,5 +1,6 @@
 """Asks a Hub once more that was busy, or failed for a moment; huggingface_hub does so for some requests alone."""
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -7,6 +8,12 @@ from typing import TypeVar
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 
+# Of a connection that is not there or breaks; the library below huggingface_hub has had several names.
+TRANSPORT_ERRORS: tuple[type[Exception], ...] = tuple(
+    importlib.import_module(library).TransportError
+    for library in ("httpx", "httpx2")
+    if importlib.util.find_spec(library) is not None
+)
 WAITS = (1.0, 3.0)  # seconds before the second and the third attempt
 BUSY = (429, 500, 502, 503, 504)
 
@@ -30,6 +37,8 @@ def _is_worth_another_attempt(error: BaseException) -> bool:
     # This one huggingface_hub raises after attempts of its own.
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         return False
+    if any(isinstance(cause, TRANSPORT_ERRORS) for cause in causes):
+        return True
     return any(isinstance(cause, HfHubHTTPError) and cause.response.status_code in BUSY for cause in causes)
 
 

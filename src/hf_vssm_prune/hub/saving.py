@@ -161,10 +161,10 @@ def _notice(model_card: ModelCardInfo) -> str:
 
 def _complete_config(file: Path, classes: dict[str, str]) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["auto_map"] = classes
+    config["auto_map"] = classes  # the ids of labels stay in their order, which is not that of text
     # Which kernel scans is a choice of the machine: the next one may not have it.
     config.pop("scan_backend", None)
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
 
 
 def _publish(staged: Path, folder: Path) -> None:

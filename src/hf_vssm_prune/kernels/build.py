@@ -49,6 +49,8 @@ def library_path() -> Path:
         return prebuilt
     compiler = find_compiler()
     path = _cache_directory() / _digest(_sources(), *compiler, _version(compiler), variant) / "kernels.so"
+    if path.exists():  # perhaps in a folder that others wrote
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -71,7 +73,11 @@ def best_variant() -> str:
 
 def find_compiler() -> list[str]:
     """The command of the C++ compiler: `$CXX`, g++ or clang++, the first that is there."""
-    candidates = [shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"]]
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX is no command: {error}") from error
+    candidates = [named, ["g++"], ["clang++"]]
     for command in candidates:
         if command and shutil.which(command[0]):
             return command
@@ -84,7 +90,7 @@ def compile_library(compiler: list[str], variant: str, path: Path) -> None:
     sources = [str(source) for source in sorted(SOURCE_DIRECTORY.glob("*.cpp"))]
     command = [*compiler, *FLAGS, *_instruction_sets(variant), *sources, "-o", str(temporary)]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
             raise BuildError(f"compiling the kernels failed ({shlex.join(command)}):\n{result.stderr[-2000:]}")
         os.replace(temporary, path)
@@ -118,8 +124,11 @@ def _prebuilt_name(variant: str) -> str:
 
 
 def _cache_directory() -> Path:
-    root = os.environ.get("HF_VSSM_PRUNE_CACHE") or Path.home() / ".cache" / "hf_vssm_prune"
-    return Path(root) / "kernels"
+    root = os.environ.get("HF_VSSM_PRUNE_CACHE")
+    try:
+        return Path(root or Path.home() / ".cache" / "hf_vssm_prune") / "kernels"
+    except RuntimeError as error:  # nobody's home
+        raise BuildError(f"there is no place for the kernels' cache ({error}); set HF_VSSM_PRUNE_CACHE") from error
 
 
 @functools.cache
@@ -128,7 +137,8 @@ def _sources() -> str:
 
 
 def _version(compiler: list[str]) -> str:
-    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    command = [*compiler, "--version"]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
 
 
 def _digest(*parts: str) -> str:

@@ -136,6 +136,11 @@ def _call(function: str, *arguments: Any) -> None:
         raise IndexError(error.decode())
 
 
+def _new(like: Tensor) -> Tensor:
+    """What C++ fills: float32 and contiguous, whatever torch's defaults are."""
+    return torch.empty(like.shape, dtype=torch.float32, device="cpu")
+
+
 # What a pointer points to must outlive the call: these return tensors to be kept in a local name.
 
 
@@ -180,7 +185,7 @@ def _expect_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) ->
 
 
 def _scan_forward(arguments: ScanArguments) -> Tensor:
-    output = torch.empty(arguments.hidden_states.shape)
+    output = _new(arguments.hidden_states)
     structure, _keep = _scan_structure(arguments)
     _call("selective_scan_forward", structure, output.data_ptr())
     return output
@@ -188,7 +193,7 @@ def _scan_forward(arguments: ScanArguments) -> Tensor:
 
 def _scan_backward(arguments: ScanArguments, grad_output: Tensor) -> list[Tensor]:
     wanted = [getattr(arguments, name) for name in SCAN_GRADIENTS]
-    gradients = [None if tensor is None else torch.empty(tensor.shape) for tensor in wanted]
+    gradients = [None if tensor is None else _new(tensor) for tensor in wanted]
     structure, _keep = _scan_structure(arguments)
     grad_output = grad_output.contiguous()
     _call("selective_scan_backward", structure, _rows(grad_output), _ScanGradients(*map(_pointer, gradients)))
@@ -230,7 +235,7 @@ def _depthwise_conv2d(
     width: int,
     silu: bool,
 ) -> Tensor:
-    output = torch.empty(hidden_states.shape)
+    output = _new(hidden_states)
     if output.numel():
         arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, stand_ins, height, width, silu)
         _call("depthwise_conv2d_forward", arguments, output.data_ptr())
@@ -286,8 +291,8 @@ def _depthwise_conv2d_backward(
     """The gradients of `hidden_states`, `weight` and, if there is one, `bias`."""
     wanted = (hidden_states, weight) if bias is None else (hidden_states, weight, bias)
     if hidden_states.numel() == 0:
-        return [torch.zeros(tensor.shape) for tensor in wanted]
-    gradients = [torch.empty(tensor.shape) for tensor in wanted]
+        return [_new(tensor).zero_() for tensor in wanted]
+    gradients = [_new(tensor) for tensor in wanted]
     arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, stand_ins, height, width, silu)
     grad_output = grad_output.contiguous()
     pointers = _ConvolutionGradients(*map(_pointer, gradients))

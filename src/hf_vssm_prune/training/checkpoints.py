@@ -206,6 +206,8 @@ def _named_where_damaged(folder: Path) -> Iterator[None]:
     except Exception as error:  # JSON, zip, pickle, torch and safetensors each have their own
         others = [other.name for other in find_checkpoints(folder.parent) if other.name != folder.name]
         advice = (
-            f"go on from another with --resume, there are {others}" if others else "there is no other in its folder"
+            f"remove it, then --resume latest goes on from an earlier one: there are {others}"
+            if others
+            else "there is no other in its folder"
         )
         raise ValueError(f"The checkpoint {folder} is damaged: {error!r}; {advice}.") from error

@@ -1,5 +1,6 @@
 """Labelled images for training and evaluation, from the Hub, an image folder or Parquet files."""
 
+import glob
 import logging
 import re
 from collections import Counter
@@ -35,7 +36,7 @@ from hf_vssm_prune.training.augmentation import (
     random_erasing,
     random_resized_crop,
 )
-from hf_vssm_prune.training.image_steps import ImageProcessorSteps, decode_image
+from hf_vssm_prune.training.image_steps import ImageProcessorSteps, decode_image, readable_formats
 
 
 logger = logging.getLogger(__name__)
@@ -194,7 +195,10 @@ def load_image_stream(
         )
     stored = _choose_split(splits, eval_split, name_or_path)
     stored, _ = _standardize_stream(stored, image_column, label_column)
-    evaluation = Dataset.from_generator(stored.__iter__, features=stored.features, split=NamedSplit(eval_split))
+    try:
+        evaluation = Dataset.from_generator(stored.__iter__, features=stored.features, split=NamedSplit(eval_split))
+    except DatasetGenerationError as error:
+        raise ValueError(f"Split '{eval_split}' of '{name_or_path}' cannot be read: {error.__cause__}") from error
     evaluation, _ = _standardize(evaluation, "image", "label", label_names)
     return ImageDatasets(
         train=ImageStream(rows, num_images, shuffle_buffer_size, train_split),
@@ -259,8 +263,9 @@ def _load_splits(
 def _load_parquet(files: Sequence[Path], streaming: bool) -> DatasetDict | IterableDatasetDict:
     """Loads Parquet files, each into the split that its name or its folder's name begins with, "train" without one."""
     files_of_split = _parquet_files_of_splits(files)
+    patterns = {split: [glob.escape(name) for name in names] for split, names in files_of_split.items()}
     try:
-        return load_dataset("parquet", data_files=files_of_split, streaming=streaming)
+        return load_dataset("parquet", data_files=patterns, streaming=streaming)
     except (DatasetGenerationError, OSError, ValueError) as error:
         listed = ", ".join(f"'{file}'" for file in files)
         raise ValueError(f"Parquet cannot be read from {listed}: {error.__cause__ or error}") from error
@@ -293,6 +298,13 @@ def _load_image_folder(folder: Path) -> DatasetDict:
         raise ValueError(
             f"The folder '{folder}' holds neither Parquet files nor class folders (such as '{folder}/cat/1.png')."
         )
+    if "train" in split_folders:
+        trained = {child.name for child in _subfolders(split_folders["train"])}
+        if untrained := [name for name in label_names if name not in trained]:
+            raise ValueError(
+                f"'{folder}' has class folders {untrained} without training images: only the classes in "
+                f"'{split_folders['train']}' can be evaluated."
+            )
     images = {split: _find_images(split_folder, label_names) for split, split_folder in split_folders.items()}
     _warn_of_others(folder, {path for paths, _ in images.values() for path in paths})
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=label_names)})
@@ -311,7 +323,7 @@ def _load_image_folder(folder: Path) -> DatasetDict:
 def _warn_of_others(folder: Path, images: Collection[str]) -> None:
     """Says which files of a folder are not among its images: photos of an unknown kind, or in another place."""
     others = [file for file in sorted(folder.rglob("*")) if str(file) not in images and file.is_file()]
-    others = [file for file in others if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    others = [file for file in others if not _is_hidden(file.relative_to(folder))]
     if others:
         kinds = Counter(file.suffix.lower() or "without a suffix" for file in others)
         logger.warning(
@@ -321,14 +333,21 @@ def _warn_of_others(folder: Path, images: Collection[str]) -> None:
         )
 
 
+def _is_hidden(file: Path) -> bool:
+    """Whether it, or a folder that it is in, is: Macs, notebooks and waste bins leave images there."""
+    return any(part.startswith(".") for part in file.parts)
+
+
 def _find_images(folder: Path, label_names: list[str]) -> tuple[list[str], list[int]]:
     """The paths of the images in the class folders, and their labels."""
-    readable = {suffix for suffix, form in PILImage.registered_extensions().items() if form in PILImage.OPEN}
+    formats = readable_formats()
+    readable = {suffix for suffix, form in PILImage.registered_extensions().items() if form in formats}
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(label_names):
         class_folder = folder / name
-        found = sorted(str(file) for file in class_folder.rglob("*") if file.suffix.lower() in readable)
+        files = [file for file in class_folder.rglob("*") if file.suffix.lower() in readable and file.is_file()]
+        found = sorted(str(file) for file in files if not _is_hidden(file.relative_to(class_folder)))
         if class_folder.is_dir() and not found:
             raise ValueError(f"The class folder '{class_folder}' holds no images.")
         paths += found
@@ -445,7 +464,7 @@ def _read_labels(dataset: Dataset, column: str) -> tuple[np.ndarray, list[str]]:
         row = values.is_null().to_pylist().index(True)
         raise ValueError(f"Row {row} of split '{dataset.split}' has no label in column '{column}'.")
     kind = getattr(feature, "dtype", None)
-    if kind == "string":
+    if kind in ("string", "large_string", "string_view"):
         found, indices = np.unique(values.to_numpy(), return_inverse=True)
         return indices.astype(np.int64), [str(name) for name in found]
     if not isinstance(kind, str) or not re.fullmatch(r"u?int\d+", kind):

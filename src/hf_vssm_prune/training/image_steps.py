@@ -1,23 +1,44 @@
 """From a stored image to pixel values: decoding, and an image processor's steps without its cost per call."""
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from transformers import BaseImageProcessor
 
 from hf_vssm_prune.documentation import see
 
 
-# Two of the 255 levels: torchvision's resizing, where it is installed, rounds otherwise than Pillow's.
-PROBE_TOLERANCE_IN_LEVELS = 2
+# A little more than two of 255 levels: torchvision's resizing, where it is installed, rounds otherwise than Pillow's.
+PROBE_TOLERANCE_IN_LEVELS = 2.5
+# From here on an elongated image is resized only where it is not cut away: a line of 60,000 pixels takes gigabytes.
+MOST_RESIZED_PIXELS = 2**24
+# Formats that Pillow knows and cannot decode, or only with a program that runs the file (EPS).
+UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# What has to be done to pixels that EXIF says lie otherwise.
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(ValueError):
     """An image is missing, damaged, of no known format, or of a pixel type without a known range."""
+
+
+def readable_formats() -> list[str]:
+    """The image formats that are opened."""
+    Image.init()
+    return sorted(set(Image.OPEN) - UNREADABLE_FORMATS)
 
 
 def decode_image(stored: Mapping[str, Any], mode: str, name: str) -> Image.Image:
@@ -37,9 +58,9 @@ def decode_image(stored: Mapping[str, Any], mode: str, name: str) -> Image.Image
     if source is None:
         raise ImageError(f"{name} has neither bytes nor a path.")
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=readable_formats()) as image:
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            upright = _upright(image)
     # Pillow's readers raise OSError, SyntaxError, ValueError, EOFError, struct.error, … for damaged files.
     except Exception as error:
         raise ImageError(f"{name} cannot be read: {error}") from error
@@ -49,6 +70,15 @@ def decode_image(stored: Mapping[str, Any], mode: str, name: str) -> Image.Image
         upright = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
     return upright if upright.mode == mode else upright.convert(mode)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A copy as its EXIF says it lies, or as it is where that cannot be read: viewers show such images, too."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of many kinds, as of damaged files
+        orientation = None
+    return image.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else image.copy()
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
@@ -118,6 +148,8 @@ class ImageProcessorSteps:
         """Returns the image in `self.size`."""
         if self._resize_to:
             height, width = self._resized_size(image)
+            if self._crops and height * width > MOST_RESIZED_PIXELS:
+                image, (height, width) = self._cut_ends(image, height, width)
             if (width, height) != image.size:
                 image = image.resize((width, height), self.resample)
         if self._crops and image.size != self.size[::-1]:
@@ -126,6 +158,20 @@ class ImageProcessorSteps:
             # Beyond the image's border, Pillow's crop is black, and so is the image processor's.
             image = image.crop((left, top, left + width, top + height))
         return image
+
+    def _cut_ends(self, image: Image.Image, height: int, width: int) -> tuple[Image.Image, tuple[int, int]]:
+        """The part of an elongated image around what the crop leaves of it, and the size that it is to be resized to.
+
+        A few pixels more than the crop on either side, for what the resizing filter sees.
+        """
+        size, parts = [], []
+        for before, after, crop in ((image.height, height, self.size[0]), (image.width, width, self.size[1])):
+            kept = min(before, math.ceil((crop + 16) * before / after))
+            kept += (before - kept) % 2  # as much from either end
+            parts.append(((before - kept) // 2, (before + kept) // 2))
+            size.append(max(1, round(kept * after / before)))
+        (top, bottom), (left, right) = parts
+        return image.crop((left, top, right, bottom)), (size[0], size[1])
 
     def normalize(self, image: Image.Image) -> torch.Tensor:
         """Returns the rescaled and normalised pixel values (channels, height, width), float32."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     set_seed,
 )
@@ -21,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.conversion import ImageClassifier
 from hf_vssm_prune.documentation import see
-from hf_vssm_prune.hub.loading import load_classifier, load_config, new_image_processor
+from hf_vssm_prune.hub.loading import load_classifier, load_config, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.pushing import push_model
 from hf_vssm_prune.pruning_methods import METHODS
@@ -84,7 +83,7 @@ def prepare_finetuning(
     if recipe.losses.needs_teacher:
         name = model.teacher_name_or_path or model.model_name_or_path
         teacher = load_teacher(name, student.config, recipe, model.teacher_dtype)
-    processor = AutoImageProcessor.from_pretrained(model.model_name_or_path)
+    processor = load_image_processor(model.model_name_or_path)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=True)
     return Trainer(student, datasets, processor, recipe, teacher, card)
 
@@ -106,7 +105,7 @@ def prepare_dense_training(data: DataArguments, model: DenseModelArguments, reci
     else:
         network = load_model(model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes)
         network.set_token_pruning(None)
-        processor = AutoImageProcessor.from_pretrained(model.model_name_or_path)
+        processor = load_image_processor(model.model_name_or_path)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=False)
     return Trainer(network, datasets, processor, recipe, write_card=card)
 
@@ -200,7 +199,7 @@ def _load_evaluation(data: EvaluationDataArguments, options: EvaluationArguments
         max_samples=data.max_eval_samples,
         seed=options.seed,
     )
-    processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
+    processor = load_image_processor(options.model_name_or_path)
     loader = DataLoader(
         EvaluationImages(dataset, processor),
         batch_size=options.per_device_eval_batch_size,
@@ -245,7 +244,7 @@ def load_model(
     """
     config = load_config(name_or_path)
     options: dict[str, Any] = {"drop_path_rate": drop_path_rate}
-    names = list((config.id2label or {}).values())
+    names = config.label_names
     if len(names) != len(label_names):
         if not ignore_mismatched_sizes:
             raise ValueError(
@@ -303,9 +302,9 @@ def card_writer(
         hyperparameters={name: value for name, value in options.items() if value is not None},
     )
     # The card's metadata links to the Hub; what is a folder here is not there.
-    dataset_on_hub = not Path(data.dataset_name).exists()
+    dataset_on_hub = not Path(data.dataset_name).expanduser().exists()
     dataset_name = data.dataset_name if dataset_on_hub else Path(data.dataset_name).name
-    if base_model is not None and Path(base_model).exists():
+    if base_model is not None and Path(base_model).expanduser().exists():
         base_model = None
 
     def write(top1: float, top5: float, num_images: int) -> ModelCardInfo:
@@ -329,8 +328,9 @@ def card_writer(
 
 def _without_folders(word: str) -> str:
     """A word of the command line, of an absolute path the name alone: cards are published."""
-    path = Path(word).expanduser()
-    return path.name if path.is_absolute() else word
+    option, equals, value = word.rpartition("=")
+    path = Path(value).expanduser()
+    return f"{option}{equals}{path.name}" if path.is_absolute() else word
 
 
 def report(compute: Callable[[], dict[str, ModelEvaluation]], options: EvaluationArguments) -> int:
@@ -339,12 +339,17 @@ def report(compute: Callable[[], dict[str, ModelEvaluation]], options: Evaluatio
     try:
         evaluations = compute()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_in_a_line(error)}", file=sys.stderr)
         return 1
     print(comparison_table(evaluations))
     if options.json is not None:
         write_json({name: asdict(evaluation) for name, evaluation in evaluations.items()}, Path(options.json))
     return 0
+
+
+def _in_a_line(error: Exception) -> str:
+    """One of an image brings a traceback along if it comes from a loader's worker."""
+    return str(error).splitlines()[-1] if isinstance(error, ImageError) else str(error)
 
 
 def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
@@ -366,11 +371,7 @@ def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
         print(interruption, file=sys.stderr)
         return 128 + interruption.signal
     except (TrainingDivergedError, ProcessLostError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except ImageError as error:
-        # One of a worker process brings that one's traceback along.
-        print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr)
+        print(f"error: {_in_a_line(error)}", file=sys.stderr)
         return 1
     if arguments.push_to_hub and trainer.accelerator.is_main_process:
         try:
