@@ -211,6 +211,36 @@ def test_forked_process_computes():
     assert queue.get() == expected
 
 
+OUT_OF_MEMORY = """
+import re, resource, sys, torch
+sys.path.insert(0, "tests")
+from pathlib import Path
+from kernel_arguments import scan_arguments
+from hf_vssm_prune.kernels import cpu
+
+arguments = scan_arguments(16, 1024, 128, 16)
+for value in arguments.values():
+    value.requires_grad_(value.is_floating_point())
+cpu.selective_scan(**scan_arguments(2, 8, 128, 16))
+output = cpu.selective_scan(**arguments)
+size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + 40 * 2**20,) * 2)
+try:
+    output.sum().backward()
+except (MemoryError, RuntimeError) as error:  # RuntimeError: PyTorch's own allocations
+    print(f"error: {error}")
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_runs_out_is_an_error_of_python():
+    command = [sys.executable, "-c", OUT_OF_MEMORY]
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "error: " in result.stdout
+
+
 @needs_kernel
 def test_threads_of_python_may_call_at_the_same_time():
     from concurrent.futures import ThreadPoolExecutor

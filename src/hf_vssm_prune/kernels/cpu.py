@@ -132,6 +132,8 @@ def _call(function: str, *arguments: Any) -> None:
     if isinstance(library, str):
         raise ImportError(library)
     error = getattr(library, function)(*arguments, torch.get_num_threads())
+    if error == b"out of memory":
+        raise MemoryError(f"{function}: there is not enough memory.")
     if error:
         raise IndexError(error.decode())
 

@@ -154,10 +154,11 @@ const char* find_error(const ConvolutionArguments& arguments) {
 
 extern "C" const char* depthwise_conv2d_forward(const ConvolutionArguments* arguments, float* output, int threads) {
     if (const char* error = find_error(*arguments)) return error;
-    for_blocks(*arguments, threads, [&](const ChannelBlock& block, const auto& cells, Workspace& work) {
-        forward_block(*arguments, block, cells, work, output);
+    return with_memory([&] {
+        for_blocks(*arguments, threads, [&](const ChannelBlock& block, const auto& cells, Workspace& work) {
+            forward_block(*arguments, block, cells, work, output);
+        });
     });
-    return nullptr;
 }
 
 extern "C" const char* depthwise_conv2d_backward(const ConvolutionArguments* arguments, const Rows* grad_output,
@@ -165,12 +166,13 @@ extern "C" const char* depthwise_conv2d_backward(const ConvolutionArguments* arg
     if (const char* error = find_error(*arguments)) return error;
     const int64_t batch = arguments->batch, channels = arguments->channels;
     const int64_t weight_size = arguments->kernel * arguments->kernel * channels;
-    const std::unique_ptr<float[]> weights(new float[batch * weight_size]), biases(new float[batch * channels]);
-    for_blocks(*arguments, threads, [&](const ChannelBlock& block, const auto& cells, Workspace& work) {
-        backward_block(*arguments, *grad_output, block, cells, work, gradients->hidden_states,
-                       weights.get() + block.sample * weight_size, biases.get() + block.sample * channels);
+    return with_memory([&] {
+        const std::unique_ptr<float[]> weights(new float[batch * weight_size]), biases(new float[batch * channels]);
+        for_blocks(*arguments, threads, [&](const ChannelBlock& block, const auto& cells, Workspace& work) {
+            backward_block(*arguments, *grad_output, block, cells, work, gradients->hidden_states,
+                           weights.get() + block.sample * weight_size, biases.get() + block.sample * channels);
+        });
+        add_up(weights.get(), batch, weight_size, gradients->weight);
+        if (gradients->bias) add_up(biases.get(), batch, channels, gradients->bias);
     });
-    add_up(weights.get(), batch, weight_size, gradients->weight);
-    if (gradients->bias) add_up(biases.get(), batch, channels, gradients->bias);
-    return nullptr;
 }

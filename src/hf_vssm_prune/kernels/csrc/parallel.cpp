@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 
 // The entry point of GNU's runtime, which LLVM's and Intel's have too. Null unless PyTorch has loaded one of them.
 extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags) __attribute__((weak));
@@ -17,9 +18,16 @@ struct Loop {
     const int64_t count;
     const std::function<void(int64_t)>& task;
     std::atomic<int64_t> next{0};
+    std::atomic<bool> out_of_memory{false};
 
-    void run() {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+    // No exception may leave a thread of the runtime's.
+    void run() noexcept {
+        try {
+            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
+            next = count;
+        }
     }
 };
 
@@ -30,6 +38,10 @@ extern "C" int has_threads() { return GOMP_parallel && !forked; }
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
     Loop loop{count, task};
     threads = static_cast<int>(std::min<int64_t>(threads, count));
-    if (threads < 2 || !has_threads()) return loop.run();
-    GOMP_parallel([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, threads, 0);
+    if (threads < 2 || !has_threads()) {
+        loop.run();
+    } else {
+        GOMP_parallel([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, threads, 0);
+    }
+    if (loop.out_of_memory) throw std::bad_alloc();
 }

@@ -700,13 +700,13 @@ const char* find_error(const ScanArguments& arguments) {
 
 extern "C" const char* selective_scan_forward(const ScanArguments* arguments, float* output, int threads) {
     if (const char* error = find_error(*arguments)) return error;
-    (arguments->states <= 8 ? forward<8> : forward<16>)(*arguments, output, threads);
-    return nullptr;
+    return with_memory([&] { (arguments->states <= 8 ? forward<8> : forward<16>)(*arguments, output, threads); });
 }
 
 extern "C" const char* selective_scan_backward(const ScanArguments* arguments, const Rows* grad_output,
                                                const ScanGradients* gradients, int threads) {
     if (const char* error = find_error(*arguments)) return error;
-    (arguments->states <= 8 ? backward<8> : backward<16>)(*arguments, *grad_output, *gradients, threads);
-    return nullptr;
+    return with_memory([&] {
+        (arguments->states <= 8 ? backward<8> : backward<16>)(*arguments, *grad_output, *gradients, threads);
+    });
 }
