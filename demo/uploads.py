@@ -32,12 +32,12 @@ def open_upload(path: str) -> Image.Image:
     if os.path.getsize(path) > MAX_BYTES:
         raise ValueError(f"{name} is larger than {MAX_BYTES // 1024**2} MB: send a smaller one.")
     width, height = _read_size(path, name)
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(f"{name} is {width} × {height}: at most {MAX_ASPECT_RATIO} times as long as wide; crop it.")
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"{name} has {width} × {height} pixels; at most {MAX_PIXELS // 10**6} million are taken: make it smaller."
         )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"{name} is {width} × {height}: at most {MAX_ASPECT_RATIO} times as long as wide; crop it.")
     return decode_image({"bytes": None, "path": path}, "RGB", name)
 
 

@@ -8,6 +8,7 @@ import torch
 from conftest import load_script, make_plainmamba_config
 
 from hf_vssm_prune import PlainMambaForImageClassification
+from hf_vssm_prune.modeling_common import TimeStepProjection
 from hf_vssm_prune.selective_scan import selective_scan, selective_scan_torch
 
 
@@ -43,7 +44,7 @@ def test_matrix_products_are_all_of_the_models(benchmark):
     model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
     with torch.no_grad():
         products = benchmark.matrix_products(model, partial(model, torch.randn(1, 3, 32, 32)))()
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear | TimeStepProjection)]
     assert len(products) == len(linears) == 4 * 4 + 1
 
 
