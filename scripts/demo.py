@@ -43,7 +43,8 @@ from hf_vssm_prune.visualization import draw_classification, image_from_pixel_va
 
 
 DATASET = "fashion_mnist"
-PRUNING = {"flops_reduction": 0.416}  # what the paper removes from PlainMamba-L3
+REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
+PRUNING = {"flops_reduction": REDUCTION, "method": "top"}
 DENSE, NAIVE, ALIGNED, FINETUNED = "dense", "pruned naively", "pruned with alignment", "pruned, aligned, fine-tuned"
 
 
@@ -115,7 +116,8 @@ def recipe(
     )
     augmentation = AugmentationArguments(no_random_crop=True, randaugment_num_ops=0, reprob=0, mixup=0, cutmix=0)
     run = RunArguments(str(folder), seed=options.seed)
-    return data, model, PruningArguments(**PRUNING), Recipe(optimization, augmentation, run, model.loss_weights())
+    pruning = PruningArguments(flops_reduction=REDUCTION, prune_method="top")
+    return data, model, pruning, Recipe(optimization, augmentation, run, model.loss_weights())
 
 
 def load_example(token_pruning: dict | None) -> ImageClassifier:
