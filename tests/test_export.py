@@ -284,7 +284,9 @@ def test_script(tmp_path, capsys):
     assert "is not overwritten" in capsys.readouterr().err
 
 
-def test_without_a_compiler(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(ImportError, match=r"AOTInductor compiles C\+\+: install g\+\+ or clang\+\+"):
+def test_without_a_compiler(tmp_path):
+    import torch._inductor.config as config
+
+    no_compiler = config.patch({"cpp.cxx": ("no-such-compiler",)})  # monkeypatch would hide the option for good
+    with no_compiler, pytest.raises(ImportError, match=r"AOTInductor compiles C\+\+: install g\+\+ or clang\+\+"):
         FORMATS["aotinductor"].write(None, tmp_path, tmp_path / "model.pt2")
