@@ -46,7 +46,7 @@ from hf_vssm_prune.modeling_plainmamba import PlainMambaTokenLayout
 from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.token_pruning import prune_paths, snake_paths
-from hf_vssm_prune.training.arguments import RECOMMENDED_METHOD
+from hf_vssm_prune.pruning_methods import RECOMMENDED_METHOD
 from hf_vssm_prune.training.checkpoints import write_json
 
 

@@ -18,8 +18,9 @@ from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.configuration_plainmamba import PlainMambaConfig
 from hf_vssm_prune.configuration_vim import VimConfig
 from hf_vssm_prune.hub.loading import new_image_processor
-from hf_vssm_prune.pruning_methods import METHODS
-from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES
+from hf_vssm_prune.pruning_importances import IMPORTANCES
+from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD
+from hf_vssm_prune.token_pruning import ALIGNMENTS
 from hf_vssm_prune.training.augmentation import AugmentationConfig, MixConfig
 from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, LossWeights
 from hf_vssm_prune.training.optimization import LEARNING_RATE_SCHEDULES
@@ -27,8 +28,6 @@ from hf_vssm_prune.training.recipes import insert_recipe
 
 
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
-# By which the scripts prune a dense model: what lost least in this project's study, see STUDY.md.
-RECOMMENDED_METHOD = "local_merge"
 BATCH_NORM_MODES = ("local", "frozen", "sync")
 FAMILIES: dict[str, type[VisionMambaConfig]] = {"plainmamba": PlainMambaConfig, "vim": VimConfig}
 
@@ -359,7 +358,7 @@ class PruningArguments:
         default=None,
         metadata=_describe(
             "what makes a token worth keeping, for a method that takes it; by default as the method has it",
-            choices=IMPORTANCES,
+            choices=tuple(IMPORTANCES),
         ),
     )
 
@@ -394,8 +393,7 @@ class PruningArguments:
                     "--flops_reduction, or --prune_layers and --keep_ratios."
                 )
             return None
-        method = self.prune_method or (RECOMMENDED_METHOD if own is None else None)
-        given = {"method": method, "alignment": self.prune_alignment, "importance": self.importance}
+        given = {"method": self.prune_method, "alignment": self.prune_alignment, "importance": self.importance}
         choices = {name: value for name, value in given.items() if value is not None}
         return config.complete_token_pruning(stages | choices)
 
@@ -428,7 +426,8 @@ class ElasticArguments:
     elastic_importance: str | None = field(
         default=None,
         metadata=_describe(
-            "what makes a token worth keeping then; by default as in the model's own schedule", choices=IMPORTANCES
+            "what makes a token worth keeping then; by default as in the model's own schedule",
+            choices=tuple(IMPORTANCES),
         ),
     )
 
