@@ -12,8 +12,9 @@ import torch
 from kernel_arguments import Arguments, assert_close_to_reference, convolution_arguments, run, scan_arguments
 from torch import Tensor
 
-from hf_vssm_prune.causal_convolution import causal_conv1d, causal_conv1d_torch
-from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
+from hf_vssm_prune.causal_convolution import causal_conv1d
+from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
+from hf_vssm_prune.grid_convolution import depthwise_conv2d
 from hf_vssm_prune.kernels import build, choose_kernel, cpu
 from hf_vssm_prune.token_pruning import nearest_tokens
 
@@ -131,6 +132,37 @@ def test_causal_convolution_looks_one_way(reverse: bool):
     changed = (causal_conv1d(hidden_states, weight, bias, reverse) != before).any(-1)[0]
     seen = range(2, 6) if reverse else range(5, 9)  # four taps
     assert changed.nonzero().flatten().tolist() == list(seen)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_indices_of_convolutions_may_be_int32_or_int64(backend: str):
+    if backend == "cpu" and NO_KERNEL is not None:
+        pytest.skip(NO_KERNEL)
+    arguments = convolution_arguments(2, (1, 30), 24, 3, keep_ratio=0.4)
+    sequence = {"hidden_states": arguments["hidden_states"], "weight": torch.randn(24, 1, 4), "bias": arguments["bias"]}
+    results = []
+    for dtype in (torch.int32, torch.int64):
+        kept = arguments["kept"].to(dtype)
+        for stand_ins in (None, nearest_tokens(arguments["kept"], (1, 30)).to(dtype)):
+            indices = {"kept": kept, "stand_ins": stand_ins, "backend": backend}
+            results.append(depthwise_conv2d(**{**arguments, **indices}, grid=(1, 30)))
+        results.append(causal_conv1d(**sequence, **indices))
+    assert all(map(torch.equal, results[:3], results[3:]))
+
+
+@needs_kernel
+def test_int32_indices_are_read_where_they_lie():
+    scan = scan_arguments(2, 8, 24, 16, paths=2, largest_gap=3, direction_B=True)
+    convolution = convolution_arguments(2, (4, 5), 24, 3, 0.6)
+    convolution["stand_ins"] = nearest_tokens(convolution["kept"], (4, 5))
+    for function, arguments, options in (
+        (cpu.selective_scan, scan, {}),
+        (cpu.depthwise_conv2d, convolution, {"grid": (4, 5)}),
+    ):
+        int32 = {name: tensor if tensor.is_floating_point() else tensor.int() for name, tensor in arguments.items()}
+        with torch.profiler.profile() as profile:
+            function(**int32, **options)
+        assert not {"aten::_to_copy", "aten::copy_"} & {event.key for event in profile.key_averages()}
 
 
 @needs_kernel

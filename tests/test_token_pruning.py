@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hf_vssm_prune.conversion import MODELS
 from hf_vssm_prune.mixer_output import MixerOutput
-from hf_vssm_prune.selective_scan import selective_scan_torch
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 from hf_vssm_prune.token_pruning import (
     IMPORTANCES,
     count_kept,

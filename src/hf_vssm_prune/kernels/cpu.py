@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_vssm_prune.convolution_torch import depthwise_conv2d_torch
 from hf_vssm_prune.kernels.build import BuildError, library_path
 from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator, to_float32
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 
 DISABLE = "HF_VSSM_PRUNE_DISABLE_CPU_KERNEL"
@@ -36,8 +38,6 @@ def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`."""
     arguments = ScanArguments(*args, **kwargs)
     if arguments.hidden_states.dtype == torch.float64:
-        from hf_vssm_prune.selective_scan import selective_scan_torch
-
         return selective_scan_torch(*arguments)
     return _selective_scan(*map(to_float32, arguments)).to(arguments.hidden_states.dtype)
 
@@ -53,8 +53,6 @@ def depthwise_conv2d(
 ) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.grid_convolution.depthwise_conv2d`."""
     if hidden_states.dtype == torch.float64:
-        from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
-
         return depthwise_conv2d_torch(hidden_states, weight, bias, grid, kept, silu, stand_ins)
     tensors = map(to_float32, (hidden_states, weight, bias))
     return _depthwise_conv2d(*tensors, kept, stand_ins, *grid, silu).to(hidden_states.dtype)

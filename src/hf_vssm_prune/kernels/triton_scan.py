@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 
 BLOCK_CHANNELS = 32
@@ -47,8 +48,6 @@ def _self_check_on_gpu() -> str | None:
 def self_check(device_type: str) -> str | None:
     """Why the kernels cannot be trusted on this device, or None where they can: Triton compiles them anew for each kind
     of GPU, and this package has been tried on few. Compares a small scan and its gradients with plain PyTorch."""
-    from hf_vssm_prune.selective_scan import selective_scan_torch
-
     batch, paths, length, channels, states = 2, 2, 7, 40, 8
     token, state, path = (batch, length, channels), (batch, length, states), (batch, paths, length)
     shapes = (token, token, (channels, states), state, state, (channels,), (channels,), token)
@@ -79,8 +78,6 @@ def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`; a path visits each token once."""
     arguments = ScanArguments(*args, **kwargs)
     if arguments.hidden_states.dtype == torch.float64:
-        from hf_vssm_prune.selective_scan import selective_scan_torch
-
         return selective_scan_torch(*arguments)
     return _selective_scan(*arguments)
 
