@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_vssm_prune.kernels.plain_fallback import DifferentiatedOnce, left_to
 from hf_vssm_prune.kernels.scan_operator import ScanArguments, to_float32
 from hf_vssm_prune.selective_scan_torch import (
     decay_steps,
@@ -37,13 +38,14 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
+@left_to(selective_scan_torch)
 def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
-    """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`; float64 is left to plain PyTorch."""
+    """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     arguments = ScanArguments(*args, **kwargs)
     arguments.check()
-    if arguments.hidden_states.dtype == torch.float64 or arguments.hidden_states.numel() == 0:
+    if arguments.hidden_states.numel() == 0:
         return selective_scan_torch(*arguments)
     return scan_with(selective_scan_fn, arguments)
 
@@ -68,6 +70,8 @@ def scan_with(mamba_scan: Callable[..., Tensor], arguments: ScanArguments) -> Te
         return tokens.expand(*paths, -1, -1).flatten(0, 1).transpose(1, 2).contiguous()
 
     y = mamba_scan(as_images(entering), as_images(steps), a.A, as_images(B), as_images(a.C.unsqueeze(1)))
+    if not torch.compiler.is_compiling():
+        y = DifferentiatedOnce.apply(y, "mamba_ssm")
     y = y.transpose(1, 2).unflatten(0, paths) + a.D * u
     output = y.squeeze(1) if a.order is None else scatter_along_paths(y, a.order)
     if a.gate is not None:
