@@ -6,7 +6,6 @@ functions. Rows of channels are read where they lie, so the parts of a split pro
 
 import ctypes
 import functools
-import os
 import warnings
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_vssm_prune.convolution_torch import depthwise_conv2d_torch
+from hf_vssm_prune.environment import is_switched_on
 from hf_vssm_prune.kernels.build import BuildError, library_path
 from hf_vssm_prune.kernels.plain_fallback import left_to, plain_gradients, wants_plain_gradients
 from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator, to_float32
@@ -28,7 +28,7 @@ def unavailable(device_type: str) -> str | None:
     """Why these kernels cannot be used for tensors on `device_type`, or None where they can."""
     if device_type != "cpu":
         return "it computes on the CPU only"
-    if os.environ.get(DISABLE, "0") not in ("", "0"):
+    if is_switched_on(DISABLE):
         return f"it is turned off by the environment variable {DISABLE}"
     library = _load()
     return library if isinstance(library, str) else None
