@@ -98,11 +98,11 @@ class Int8Linear(nn.Module):
                 f"{hidden_states.dtype} of shape {tuple(hidden_states.shape)}."
             )
         if is_transformed() or (torch.is_grad_enabled() and hidden_states.requires_grad):
-            raise RuntimeError(
-                "int8 layers are for plain inference: derivatives and torch.func need the float32 model."
-            )
+            raise RuntimeError("int8 layers are for inference: derivatives and torch.func need the float32 model.")
         if hidden_states.numel() == 0:
             return hidden_states.new_zeros((*hidden_states.shape[:-1], self.out_features), dtype=torch.float32)
+        if hidden_states.ndim == 1:
+            return self(hidden_states.unsqueeze(0)).squeeze(0)
         hidden_states = hidden_states.float()
         # `abs` would be one more pass over a wide tensor, and the infinity norm takes ten times as long as both.
         largest = torch.maximum(hidden_states.amax(-1, keepdim=True), -hidden_states.amin(-1, keepdim=True))
