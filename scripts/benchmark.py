@@ -38,8 +38,9 @@ from hf_vssm_prune import (
     VimForImageClassification,
     count_flops,
 )
+from hf_vssm_prune.convolution_torch import depthwise_conv2d_torch
 from hf_vssm_prune.export import FORMATS, export_classifier
-from hf_vssm_prune.grid_convolution import depthwise_conv2d, depthwise_conv2d_torch
+from hf_vssm_prune.grid_convolution import depthwise_conv2d
 from hf_vssm_prune.kernels import AUTO, KERNELS, available, build
 from hf_vssm_prune.modeling_common import TimeStepProjection, encode
 from hf_vssm_prune.modeling_plainmamba import PlainMambaTokenLayout

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vssm_prune import count_flops, modeling_plainmamba, modeling_vim
-from hf_vssm_prune.causal_convolution import causal_conv1d_torch
 from hf_vssm_prune.conversion import MODELS
-from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
+from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
 from hf_vssm_prune.mixer_output import MixerOutput, ScanInputs
 from hf_vssm_prune.pruning_dyvm import TokenPredictor
 from hf_vssm_prune.pruning_importances import IMPORTANCES

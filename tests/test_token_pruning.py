@@ -15,7 +15,7 @@ from hf_vssm_prune.conversion import MODELS
 from hf_vssm_prune.mixer_output import MixerOutput
 from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_stage import Stage
-from hf_vssm_prune.selective_scan import selective_scan_torch
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 from hf_vssm_prune.token_pruning import (
     count_kept,
     fill_dropped_tokens,

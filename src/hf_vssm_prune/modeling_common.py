@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.utils import TransformersKwargs
 
 from .configuration_common import VisionMambaConfig
+from .function_transforms import is_transformed
 from .precision import at_least_float32
 from .pruning_options import TokenPruning
 from .pruning_stage import StageModule
@@ -185,7 +186,8 @@ def image_classifier(config: VisionMambaConfig) -> nn.Module:
 def check_pixel_values(pixel_values: Tensor, num_channels: int) -> None:
     """Refuses what is not a batch of images, before a layer deep inside does.
 
-    Values are looked at in eager mode on the CPU only: elsewhere the look would wait for the device, or be traced.
+    Values are looked at in eager mode on the CPU only: elsewhere the look would wait for the device, or be traced, and
+    a function transform forbids it.
     """
     if pixel_values is None:
         raise ValueError("You have to specify `pixel_values`, of shape (batch, channels, height, width).")
@@ -201,7 +203,9 @@ def check_pixel_values(pixel_values: Tensor, num_channels: int) -> None:
         raise ValueError(
             f"`pixel_values` has dtype {pixel_values.dtype}; normalised floating-point values are expected."
         )
-    if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling() and not pixel_values.sum().isfinite():
+    if pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
+        return
+    if not pixel_values.sum().isfinite():
         # The sum is the quick look. It may overflow where every value is finite, hence the thorough one.
         finite = pixel_values.isfinite().flatten(1).all(1)
         if not finite.all():

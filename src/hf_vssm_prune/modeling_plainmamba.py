@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_plainmamba import PlainMambaConfig
+from .function_transforms import is_transformed
 from .grid_convolution import depthwise_conv2d
 from .mixer_output import MixerOutput, ScanInputs
 from .modeling_common import (
@@ -145,7 +146,7 @@ class PlainMambaEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, tuple[int, int]]:
         check_pixel_values(pixel_values, self.config.num_channels)
         pixel_values = pixel_values.to(self.projection.weight.dtype)
-        if pixel_values.device.type == "cpu":  # where the convolutions are fastest in this layout
+        if pixel_values.device.type == "cpu" and not is_transformed():  # where convolutions are fastest in this layout
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         pixels = self.stem(pixel_values)
         height, width = pixels.shape[2:]

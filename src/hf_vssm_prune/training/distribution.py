@@ -4,7 +4,6 @@ States leave the processes whole and with the plain model's names, whatever the 
 process opens in two, one of DDP in FSDP, and the reverse.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from hf_vssm_prune.environment import is_switched_on
 
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -65,7 +66,7 @@ def make_accelerator(
         find_unused_parameters: some parameters have no part in some updates, which DDP must be told.
         The rest: as for `Accelerator`.
     """
-    fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    fsdp = fsdp or is_switched_on("ACCELERATE_USE_FSDP")
     plugin = _fsdp2_plugin() if fsdp else None
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
