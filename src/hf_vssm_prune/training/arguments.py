@@ -15,8 +15,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.configuration_plainmamba import PlainMambaConfig
-from hf_vssm_prune.configuration_vim import VimConfig
+from hf_vssm_prune.families import FAMILIES, preset_names
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES
@@ -30,7 +29,6 @@ TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 # By which the scripts prune a dense model: what lost least in this project's study, see STUDY.md.
 RECOMMENDED_METHOD = "local_merge"
 BATCH_NORM_MODES = ("local", "frozen", "sync")
-FAMILIES: dict[str, type[VisionMambaConfig]] = {"plainmamba": PlainMambaConfig, "vim": VimConfig}
 
 
 def parse_arguments(dataclass_types: list[Any], arguments: Sequence[str] | None, description: str) -> tuple:
@@ -580,9 +578,7 @@ class DenseModelArguments:
         default=False, metadata=_describe("give the checkpoint a new classifier where labels differ")
     )
     family: str | None = field(default=None, metadata=_describe("of the new model", choices=tuple(FAMILIES)))
-    preset: str | None = field(
-        default=None, metadata=_describe("size by name: L1, L2, L3 of PlainMamba; T, S, B of Vim")
-    )
+    preset: str | None = field(default=None, metadata=_describe(f"size by name: {preset_names()}"))
     image_size: int | None = field(
         default=None, metadata=_describe("side in pixels; 224 for a new model", "--img_size")
     )
@@ -618,7 +614,7 @@ class DenseModelArguments:
 
     def config(self, label_names: Sequence[str], drop_path_rate: float = 0.0) -> VisionMambaConfig:
         """The configuration of the new model."""
-        family = FAMILIES[self.family or ""]
+        family = FAMILIES[self.family or ""].config
         options: dict[str, Any] = {
             "image_size": self.image_size,
             "patch_size": self.patch_size,
