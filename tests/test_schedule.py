@@ -8,7 +8,7 @@ from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from hf_vssm_prune import PlainMambaConfig, VimConfig, count_flops
-from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.families import FAMILIES
 
 
 # A narrow stem, which pruning cannot make cheaper.
@@ -84,7 +84,7 @@ def test_wrong_schedule(token_pruning, message, family) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(family, token_pruning=token_pruning)
 
-    model = MODELS[family](make_config(family, token_pruning=dict(TOKEN_PRUNING)))
+    model = FAMILIES[family].classifier(make_config(family, token_pruning=dict(TOKEN_PRUNING)))
     with pytest.raises(ValueError, match=message):
         model.set_token_pruning(token_pruning)
     assert model.config.token_pruning == TOKEN_PRUNING
@@ -96,11 +96,11 @@ def test_not_a_dict(token_pruning, config) -> None:
     with pytest.raises(StrictDataclassFieldValidationError, match=r"token_pruning.*\n.*expected"):
         type(config)(token_pruning=token_pruning)
     with pytest.raises(ValueError, match="None or a dict is needed"):
-        MODELS[config.model_type](config).set_token_pruning(token_pruning)
+        FAMILIES[config.model_type].classifier(config).set_token_pruning(token_pruning)
 
 
 def test_attribute_set_behind_the_checks_is_refused_in_use(config, pixel_values) -> None:
-    model = MODELS[config.model_type](config)
+    model = FAMILIES[config.model_type].classifier(config)
     model.config.token_pruning = {"layers": [9], "keep_ratios": [0.5]}
     with pytest.raises(ValueError, match=r"\[9\]; .*1 to 3 are allowed"):
         model(pixel_values)
@@ -126,7 +126,7 @@ def test_config_file_keeps_the_schedule(token_pruning, config, tmp_path) -> None
 
 
 def test_another_budget_keeps_the_method(config) -> None:
-    model = MODELS[config.model_type](config)
+    model = FAMILIES[config.model_type].classifier(config)
     model.set_token_pruning({"flops_reduction": 0.2, "method": "local_top", "alignment": "none"})
     method = {"method": "local_top", "alignment": "none", "importance": "l1"}
     for given in ({"flops_reduction": 0.3}, {"layers": [2], "keep_ratios": [0.5]}):
@@ -142,7 +142,7 @@ def test_another_budget_keeps_the_method(config) -> None:
 
 
 def test_schedule_of_a_loaded_model(config, pixel_values) -> None:
-    model = MODELS[config.model_type](config).eval()
+    model = FAMILIES[config.model_type].classifier(config).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         dense = model(pixel_values)

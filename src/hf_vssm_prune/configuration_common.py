@@ -161,7 +161,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def input_size(self) -> tuple[int, ...]:
-        """Of an input that the model is laid out for: (height, width) in pixels, before them frames where it has any."""
+        """Of an input that the model is laid out for: (height, width) in pixels; of a video (frames, height, width)."""
         return self.input_size_for(self.image_size)
 
     def input_size_for(self, image_size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:

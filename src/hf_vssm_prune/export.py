@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers.image_processing_base import ImageProcessingMixin
 
-from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.families import ImageClassifier
 
 
 # What an exported file computes, from pixel values to the logits and each stage's kept tokens.

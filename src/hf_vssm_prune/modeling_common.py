@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_common import VisionMambaConfig
 from .mixer_output import MixerOutput
+from .official_weights import OfficialWeights
 from .precision import at_least_float32
 from .pruning_dyvm import TokenPredictor
 from .pruning_schedule import check_token_pruning, pruning_method
@@ -70,8 +72,8 @@ class HoleTimeStep(nn.Module):
         return None
 
 
-class TokenPruningMixin:
-    """For `PreTrainedModel`s whose configuration has `token_pruning`.
+class TokenPruningMixin(OfficialWeights, PreTrainedModel):
+    """What all models of this package derive from: their configuration has `token_pruning`.
 
     Attributes:
         hub_module: the module that saves and pushes these models together with their code, card and notices. The

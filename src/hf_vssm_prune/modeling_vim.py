@@ -5,7 +5,8 @@ The model is that of "Vision Mamba: Efficient Visual Representation Learning wit
 """
 
 import math
-from typing import NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -260,6 +261,19 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     _no_split_modules = ["VimEmbeddings", "VimLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D"]
     _can_record_outputs = {"hidden_states": VimLayer}
+    official_names = [
+        (r"vim\.embeddings\.class_token", r"cls_token"),
+        (r"vim\.embeddings\.position_embeddings", r"pos_embed"),
+        (r"vim\.embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
+        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.A_log", r"layers.\1.mixer.A_b_log"),
+        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.D", r"layers.\1.mixer.D_b"),
+        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.(\w+)\.(.+)", r"layers.\1.mixer.\2_b.\3"),
+        (r"vim\.layers\.(\d+)\.mixer\.(?:forward_scan\.)?(.+)", r"layers.\1.mixer.\2"),
+        (r"vim\.layers\.(\d+)\.norm\.(.+)", r"layers.\1.norm.\2"),
+        (r"vim\.norm\.(.+)", r"norm_f.\1"),
+        (r"classifier\.(.+)", r"head.\1"),
+    ]
+    official_marks = ("layers.0.mixer.A_b_log",)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -278,6 +292,23 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             init_time_step_projection(module.dt_proj, self.config)
             init_decay(module.A_log)
             init.ones_(module.D)
+
+    @classmethod
+    def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        _, num_channels, _, patch_size = official.shape("patch_embed.proj.weight", 4)
+        _, num_tokens, _ = official.shape("pos_embed", 3)
+        stride = overrides.get("patch_stride") or patch_size
+        image_size = overrides.get("image_size")
+        if image_size is None:
+            image_size = (official.square_side(num_tokens - 1) - 1) * stride + patch_size
+        return official.mixer_options("layers.{}.mixer") | {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "patch_stride": stride,
+            "num_channels": num_channels,
+            "conv_kernel": official.shape("layers.0.mixer.conv1d.weight", 3)[-1],
+            "num_labels": official.shape("head.weight", 2)[0],
+        }
 
 
 class VimModel(VimPreTrainedModel):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.utils import cached_file
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub.retrying import patiently
 
 
@@ -41,7 +41,7 @@ def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Visi
     except OSError as error:
         raise OSError(f"{name_or_path} cannot be opened: {error}") from error
     if not isinstance(config, VisionMambaConfig):
-        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a plainmamba or vim model is needed.")
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a {' or '.join(FAMILIES)} model is needed.")
     return config
 
 
