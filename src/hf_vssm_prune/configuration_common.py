@@ -168,6 +168,11 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         """The size of an input whose images have another size, as `image_size` gives it."""
         return self.image_height_width(image_size)
 
+    def pixel_values_shape(self, batch_size: int) -> tuple[int, ...]:
+        """(batch, channels, height, width), the frames of a video before its channels."""
+        *frames, height, width = self.input_size
+        return (batch_size, *frames, self.num_channels, height, width)
+
     @property
     def grid_size(self) -> tuple[int, ...]:
         """(height, width) in patches of an image of `image_size`; for a video (time, height, width)."""

@@ -123,8 +123,7 @@ def trace(model: ImageClassifier) -> ExportedProgram:
 
 def random_images(model: ImageClassifier, batch: int) -> Tensor:
     """Normalised pixel values of the model's image size, on its device."""
-    height, width = model.config.image_height_width(model.config.image_size)
-    return torch.randn(batch, model.config.num_channels, height, width, device=model.device)
+    return torch.randn(model.config.pixel_values_shape(batch), device=model.device)
 
 
 @torch.no_grad()
