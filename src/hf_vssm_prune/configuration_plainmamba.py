@@ -46,19 +46,19 @@ class PlainMambaConfig(VisionMambaConfig):
         "L2": PublishedModel(
             "ChenhongyiYang/PlainMamba",
             {"flops_reduction": 0.416},
-            [PublishedResult("token reduction without training", STORM, 80.6)],
+            (PublishedResult("token reduction without training", STORM, 80.6),),
         ),
         "L3": PublishedModel(
             "ChenhongyiYang/PlainMamba",
             {"layers": [6, 12, 18], "keep_ratios": [0.7, 0.7, 0.7]},
-            [
+            (
                 PublishedResult("dense", TOP, 82.3),
                 PublishedResult("token pruning with alignment", TOP, 81.7, "−41.6%"),
                 PublishedResult("token pruning without alignment", TOP, 79.3),
                 PublishedResult("token reduction without training", STORM, 80.9, "9.74 G"),
                 PublishedResult("ToMe without training", STORM, 76.1, "9.7 G"),
                 PublishedResult("EViT without training", STORM, 75.2, "9.7 G"),
-            ],
+            ),
         ),
     }
     paper: ClassVar[Paper] = Paper(
@@ -96,9 +96,10 @@ class PlainMambaConfig(VisionMambaConfig):
         if outside := [layer for layer in self.depthwise_layers if not 0 <= layer < self.num_hidden_layers]:
             raise ValueError(f"`depthwise_layers` has {outside}; allowed are 0 to {self.num_hidden_layers - 1}.")
 
-    def grid_size_for(self, *input_size: int) -> tuple[int, ...]:
+    def grid_size_for(self, *input_size: int) -> tuple[int, int]:
         """(height, width) in patches: the last row and column are padded with zeros where they are not full."""
-        return tuple(math.ceil(size / self.patch_size) for size in input_size)
+        height, width = input_size
+        return math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)
 
     def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
         """See `VisionMambaConfig.count_flops`. The published figures count everything."""
@@ -107,7 +108,7 @@ class PlainMambaConfig(VisionMambaConfig):
         parts = Counter(
             stem=stem_pixels * stem * (self.num_channels * 7**2 + self.num_stem_convs * stem * 3**2),
             patch_projection=tokens[0] * (self.patch_size // 2) ** 2 * stem * hidden,
-            head=hidden * self.num_labels,
+            head=hidden * (self.num_labels or 0),
         )
         for layer, length in enumerate(tokens):
             parts.update(count_projections(self, length))

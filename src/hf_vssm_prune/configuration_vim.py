@@ -41,32 +41,32 @@ class VimConfig(VisionMambaConfig):
         "T": PublishedModel(
             "hustvl/Vim-tiny-midclstok",
             {"flops_reduction": 0.107},
-            [
+            (
                 PublishedResult("dense", TOP, 76.1),
                 PublishedResult("token pruning with alignment", TOP, 75.1, "1.29 G"),
                 PublishedResult("EViT", TOP, 71.3, "1.28 G"),
                 PublishedResult("token merging, retrained", R_MEETO, 75.3, "1.28 G"),
-            ],
+            ),
         ),
         "S": PublishedModel(
             "hustvl/Vim-small-midclstok",
             {"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8]},
-            [
+            (
                 PublishedResult("dense", TOP, 80.5),
                 PublishedResult("token pruning with alignment", TOP, 78.8, "3.60 G"),
                 PublishedResult("token pruning without alignment", TOP, 75.4),
                 PublishedResult("EViT", TOP, 74.8, "3.57 G"),
                 PublishedResult("token merging, retrained", R_MEETO, 79.9, "3.58 G"),
                 PublishedResult("dynamic pruning", DYVM, 78.8, "−35.2%"),
-            ],
+            ),
         ),
         "B": PublishedModel(
             "hustvl/Vim-base-midclstok",
             {"flops_reduction": 0.3},
-            [
+            (
                 PublishedResult("dense", R_MEETO, 81.9),
                 PublishedResult("token merging, retrained", R_MEETO, 81.3, "13.21 G"),
-            ],
+            ),
         ),
     }
     paper: ClassVar[Paper] = Paper(
@@ -100,15 +100,16 @@ class VimConfig(VisionMambaConfig):
         """Pixels from one patch to the next."""
         return self.patch_stride or self.patch_size
 
-    def grid_size_for(self, *input_size: int) -> tuple[int, ...]:
+    def grid_size_for(self, *input_size: int) -> tuple[int, int]:
         """(height, width) in patches: pixels that fill no whole patch are left out."""
-        return tuple(max(0, (size - self.patch_size) // self.patch_spacing + 1) for size in input_size)
+        height, width = (max(0, (size - self.patch_size) // self.patch_spacing + 1) for size in input_size)
+        return height, width
 
     def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
         """See `VisionMambaConfig.count_flops`. The published figures count one of the two directions."""
         parts = Counter(
             patch_projection=tokens[0] * self.patch_size**2 * self.num_channels * self.hidden_size,
-            head=self.hidden_size * self.num_labels,
+            head=self.hidden_size * (self.num_labels or 0),
         )
         one_direction = 0
         for patches in tokens:

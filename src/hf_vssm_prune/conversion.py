@@ -1,16 +1,16 @@
 """Published checkpoints to ours, and back.
 
 Both ways go through one table, of the family: the published name of each of our tensors. Tensors are renamed, not
-changed, but for what a family's `complete_official` does.
+changed, but for what a family's own `complete_official` does.
 """
 
 import argparse
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,39 @@ from torch import Tensor
 from .configuration_common import VisionMambaConfig
 from .documentation import see
 from .families import FAMILIES, Family, ImageClassifier
+
+
+class OfficialFormat(Protocol):
+    """What the classes of a family's models tell of the files in which its authors published weights.
+
+    Attributes:
+        official_names: our names of an image classifier's tensors -> published names, a text or a function of the
+            match; the first pattern that matches the whole name counts.
+        official_marks: names of tensors by which a file is known as the family's.
+        official_weight_key: under which the family's own training code saves weights.
+        official_ignored: beginnings of names that are no part of the model.
+        official_last_weights: likewise of a second set of weights, the last ones, beside those of the model's names,
+            which then hold averaged ones.
+    """
+
+    official_names: ClassVar[Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]]
+    official_marks: ClassVar[tuple[str, ...]]
+    official_weight_key: ClassVar[str]
+    official_ignored: ClassVar[tuple[str, ...]]
+    official_last_weights: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def options_of_official(cls, official: "OfficialTensors", overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the configuration that published tensors imply, where overrides leave them open."""
+
+    @classmethod
+    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Published tensors, with what a file may lack, or have in another layout than the model expects, made right.
+
+        Args:
+            official: of a file, by their published names.
+            expected: all that the model has, without memory, by the same names.
+        """
 
 
 # Where published files keep their weights, and those averaged over training.

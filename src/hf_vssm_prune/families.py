@@ -40,7 +40,7 @@ class Family:
     Attributes:
         config: its configuration's class, which also tells what is to be known of the family.
         classes: its models' classes, by the end of their names as in `AUTO_CLASSES`.
-        base: what they all derive from, which also tells of the files that the family's authors published.
+        base: what they all derive from, which also is an `OfficialFormat`: see `conversion`.
         public_names: everything that its two files offer, by name.
     """
 

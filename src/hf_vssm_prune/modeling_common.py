@@ -16,7 +16,6 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_common import VisionMambaConfig
 from .mixer_output import MixerOutput
-from .official_weights import OfficialWeights
 from .precision import at_least_float32
 from .pruning_dyvm import TokenPredictor
 from .pruning_schedule import check_token_pruning, pruning_method
@@ -72,7 +71,7 @@ class HoleTimeStep(nn.Module):
         return None
 
 
-class TokenPruningMixin(OfficialWeights, PreTrainedModel):
+class TokenPruningMixin(PreTrainedModel):
     """What all models of this package derive from: their configuration has `token_pruning`.
 
     Attributes:
@@ -88,13 +87,13 @@ class TokenPruningMixin(OfficialWeights, PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> Any:
         """As `hf_vssm_prune.hub.pretrained.save_pretrained` where that is installed, else as transformers has it."""
         if self.hub_module is None:
-            return super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]
+            return super().save_pretrained(save_directory, *arguments, **options)
         return importlib.import_module(self.hub_module).save_pretrained(self, save_directory, *arguments, **options)
 
     def _push_to_hub(self, *arguments: Any, **options: Any) -> Any:
         """As `hf_vssm_prune.hub.pretrained.push_to_hub` where that is installed, else as transformers has it."""
         if self.hub_module is None:
-            return super().push_to_hub(*arguments, **options)  # type: ignore[misc]
+            return super().push_to_hub(*arguments, **options)
         return importlib.import_module(self.hub_module).push_to_hub(self, *arguments, **options)
 
     push_to_hub: Any = _push_to_hub  # transformers has an attribute there, and no method
@@ -126,7 +125,7 @@ class TokenPruningMixin(OfficialWeights, PreTrainedModel):
         """
         if token_pruning is None:
             return
-        base: Any = self.base_model  # type: ignore[attr-defined]
+        base: Any = self.base_model
         like = next(base.layers.parameters())
         if (make_predictor := pruning_method(token_pruning).predictor) is not None:
             for layer in map(str, token_pruning["layers"]):
@@ -142,7 +141,7 @@ class TokenPruningMixin(OfficialWeights, PreTrainedModel):
     def freeze_pruning_parameters(self, schedules: Sequence[dict[str, Any] | None]) -> None:
         """Of the parameters that `add_pruning_parameters` made, only those are trained from here on that one of these
         schedules uses, complete options each."""
-        base: Any = self.base_model  # type: ignore[attr-defined]
+        base: Any = self.base_model
         pruning = [schedule for schedule in schedules if schedule is not None]
         predicted = {
             str(layer) for each in pruning if pruning_method(each).predictor is not None for layer in each["layers"]
@@ -158,12 +157,12 @@ class TokenPruningMixin(OfficialWeights, PreTrainedModel):
     @property
     def has_pruning_parameters(self) -> bool:
         """Whether `add_pruning_parameters` has made any."""
-        base: Any = self.base_model  # type: ignore[attr-defined]
+        base: Any = self.base_model
         holes = [module for module in base.modules() if isinstance(module, HoleTimeStep)]
         return len(base.token_predictors) > 0 or any(hole.offset is not None for hole in holes)
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
+        super()._init_weights(module)
         if isinstance(module, HoleTimeStep) and module.offset is not None:
             init.zeros_(module.offset)
         if isinstance(module, TokenPredictor):

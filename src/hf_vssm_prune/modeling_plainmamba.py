@@ -272,6 +272,7 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     _no_split_modules = ["PlainMambaEmbeddings", "PlainMambaLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D", "direction_B"]
     _can_record_outputs = {"hidden_states": PlainMambaLayer}
+    # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
     official_names = [
         (r"plainmamba\.embeddings\.position_embeddings", r"backbone.pos_embed"),
         (r"plainmamba\.embeddings\.stem\.0\.convolution\.(.+)", r"backbone.patch_embed.stem.0.\1"),
@@ -296,6 +297,7 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     ]
     official_marks = ("backbone.layers.0.mamba.A_log",)
     official_weight_key = "state_dict"
+    official_ignored = ()
     # Training keeps a second set of weights as buffers of these names beside the model's. It swaps the two before it
     # saves: in a file the model's own names hold the averaged weights, and these the last ones.
     official_last_weights = ("ema_backbone_", "ema_head_")

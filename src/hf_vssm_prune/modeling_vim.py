@@ -261,6 +261,7 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     _no_split_modules = ["VimEmbeddings", "VimLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D"]
     _can_record_outputs = {"hidden_states": VimLayer}
+    # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
     official_names = [
         (r"vim\.embeddings\.class_token", r"cls_token"),
         (r"vim\.embeddings\.position_embeddings", r"pos_embed"),
@@ -274,6 +275,9 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
         (r"classifier\.(.+)", r"head.\1"),
     ]
     official_marks = ("layers.0.mixer.A_b_log",)
+    official_weight_key = "model"
+    official_ignored = ()
+    official_last_weights = ()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -309,6 +313,10 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             "conv_kernel": official.shape("layers.0.mixer.conv1d.weight", 3)[-1],
             "num_labels": official.shape("head.weight", 2)[0],
         }
+
+    @classmethod
+    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return official
 
 
 class VimModel(VimPreTrainedModel):

@@ -1,43 +1,21 @@
-"""What papers say about a family of models: the classes in which its configuration tells it.
+"""What papers say about a family of models, for its configuration to tell. None of it was measured by this project."""
 
-None of it was measured by this project.
-"""
-
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Paper:
-    """A paper that model cards refer to.
+class Paper(NamedTuple):
+    """A paper, for model cards; `flops_convention` says what the figures of a family's count."""
 
-    Attributes:
-        name: of the family or method.
-        title: of the paper.
-        arxiv: its number on arXiv.
-        citation: a BibTeX entry. None: the link alone.
-        repository: address of the authors' code.
-        flops_convention: what its figures count, for a model family.
-    """
-
-    name: str
+    name: str  # of the family or method
     title: str
     arxiv: str
-    citation: str | None = None
+    citation: str | None = None  # BibTeX
     repository: str | None = None
     flops_convention: str | None = None
 
 
-@dataclass(frozen=True)
-class PublishedResult:
-    """One row of a paper's table.
-
-    Attributes:
-        method: what was done to the model.
-        source: the paper that reports it.
-        top1: accuracy in percent.
-        flops: as the paper states it, in multiply-adds or as a share of the dense model's; None where it does not.
-    """
+class PublishedResult(NamedTuple):
+    """One row of a paper's table: ImageNet-1k top-1 in percent, and FLOPs as the paper states them, if it does."""
 
     method: str
     source: str
@@ -45,19 +23,13 @@ class PublishedResult:
     flops: str | None = None
 
 
-@dataclass(frozen=True)
-class PublishedModel:
-    """A preset whose weights its authors published, for ImageNet-1k at 224 x 224.
-
-    Attributes:
-        weights: where they are, as the authors' README links them.
-        token_pruning: a schedule that comes to the FLOPs that a paper states for it, else one like a sibling's.
-        results: what papers report for it.
-    """
+class PublishedModel(NamedTuple):
+    """A preset whose weights for ImageNet-1k were published: where, the pruning that comes to the FLOPs that a paper
+    states for it (else that of a sibling), and what papers report."""
 
     weights: str
     token_pruning: dict[str, Any]
-    results: list[PublishedResult] = field(default_factory=list)
+    results: tuple[PublishedResult, ...] = ()
 
 
 TOP = "ToP, arXiv 2409.18962"

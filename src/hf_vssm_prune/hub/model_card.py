@@ -225,7 +225,7 @@ def create_model_card(
         picture=None if info.picture is None else Path(info.picture).name,
         stages=_stages(config),
         measurements=[] if info.evaluation is None else [*info.evaluation.others, info.evaluation.this_model],
-        published_results=published_results(config) if _is_classifier(model) else [],
+        published_results=published_results(config) if _is_classifier(model) else (),
         papers=_papers(config),
         method_is_published=config.token_pruning is not None and config.token_pruning["method"] in METHOD_PAPERS,
     )

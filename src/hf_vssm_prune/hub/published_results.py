@@ -8,10 +8,10 @@ from hf_vssm_prune.publication import PublishedResult
 ARCHITECTURE = ("patch_size", "grid_size", "num_channels", "hidden_size", "num_hidden_layers", "state_size", "expand")
 
 
-def published_results(config: VisionMambaConfig) -> list[PublishedResult]:
-    """What papers report for the model with this architecture; an empty list where it is not a published one."""
+def published_results(config: VisionMambaConfig) -> tuple[PublishedResult, ...]:
+    """What papers report for the model with this architecture; nothing where it is not a published one."""
     published = config.published.get(preset_of(config) or "")
-    return [] if published is None else published.results
+    return () if published is None else published.results
 
 
 def preset_of(config: VisionMambaConfig) -> str | None:
