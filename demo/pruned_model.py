@@ -18,7 +18,6 @@ from hf_vssm_prune.visualization import (
     draw_stages,
     frames_from_pixel_values,
     image_statistics,
-    input_size_of,
     kept_patches,
 )
 
@@ -103,7 +102,7 @@ class PrunedModel:
             ValueError: this model cannot be pruned by so much.
         """
         config = self.model.config
-        size = input_size_of(pixel_values)
+        size = config.input_size_of(pixel_values.shape)
         schedule = self._schedule(percent)
         with self._lock:
             self.model.set_token_pruning(None)

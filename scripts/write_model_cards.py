@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.configuration_common import VisionMambaConfig
@@ -75,7 +74,7 @@ def card_text(family: type[VisionMambaConfig], preset: str, pruned: bool) -> str
     published = family.published[preset]
     config = family.from_preset(preset, token_pruning=published.token_pruning if pruned else None)
     with torch.device("meta"):  # a card needs sizes, not weights
-        model = AutoModelForImageClassification.from_config(config)
+        model = FAMILIES[config.model_type].classifier(config)
     info = ModelCardInfo(
         name=model_name(family, preset, pruned),
         summary=f"{family.paper.name}-{preset} for ImageNet-1k" + (", with token pruning." if pruned else ", dense."),

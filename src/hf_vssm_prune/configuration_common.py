@@ -164,9 +164,18 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         """Of an input that the model is laid out for: (height, width) in pixels; of a video (frames, height, width)."""
         return self.input_size_for(self.image_size)
 
+    @property
+    def modality(self) -> str:
+        """Of what the model is made for: "image" or "video"."""
+        return "image" if len(self.input_size) == 2 else "video"
+
     def input_size_for(self, image_size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
         """The size of an input whose images have another size, as `image_size` gives it."""
         return self.image_height_width(image_size)
+
+    def input_size_of(self, pixel_values_shape: Sequence[int]) -> tuple[int, ...]:
+        """The input's size, as `input_size` has it, from the shape of a batch of pixel values."""
+        return (*pixel_values_shape[1:-3], *pixel_values_shape[-2:])
 
     def pixel_values_shape(self, batch_size: int) -> tuple[int, ...]:
         """(batch, channels, height, width), the frames of a video before its channels."""

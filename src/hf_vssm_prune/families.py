@@ -20,7 +20,7 @@ from .configuration_common import VisionMambaConfig
 from .modeling_common import TokenPruningMixin
 
 
-# A model of this package, and one of its image classifiers: the package's own, not one from code of a Hub repository.
+# A model of this package, and one of its classifiers: the package's own, not one from code of a Hub repository.
 VisionMamba: TypeAlias = TokenPruningMixin
 ImageClassifier: TypeAlias = TokenPruningMixin
 
@@ -49,10 +49,14 @@ class Family:
     base: Any
     public_names: dict[str, Any]
 
-    @property
-    def classifier(self) -> Any:
-        """The class of its image classifiers."""
-        return self.classes["ForImageClassification"]
+    def classifier(self, config: VisionMambaConfig) -> Any:
+        """A new classifier, of images or of videos as the configuration says."""
+        return self.classes[f"For{config.modality.capitalize()}Classification"](config)
+
+    @staticmethod
+    def auto_classifier(config: VisionMambaConfig) -> Any:
+        """The Auto class of such classifiers."""
+        return AUTO_CLASSES[f"For{config.modality.capitalize()}Classification"]
 
     def auto_map(self) -> dict[str, str]:
         """Where transformers finds the classes in a folder's code files, by the names of the Auto classes."""

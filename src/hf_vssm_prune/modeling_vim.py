@@ -46,6 +46,10 @@ from .selective_scan import selective_scan
 from .token_pruning import gather_tokens, path_gaps
 
 
+def _cls_id(config: VimConfig, num_patches: int) -> int:
+    return cast(int, config.cls_token_id(num_patches))  # this family has one
+
+
 class VimTokenLayout(NamedTuple):
     """Where the tokens that are left lie in the full sequence, patches with the class token in their middle.
 
@@ -63,7 +67,7 @@ class VimTokenLayout(NamedTuple):
             places). None: they see the tokens that are left, side by side.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     class_id: int
     class_position: Tensor
     backward_order: Tensor
@@ -74,10 +78,9 @@ class VimTokenLayout(NamedTuple):
     stand_ins: Tensor | None = None
 
     @classmethod
-    def of_grid(cls, grid: tuple[int, int], batch: int, device: torch.device) -> "VimTokenLayout":
-        num_patches = math.prod(grid)
-        class_position = torch.full((batch, 1), num_patches // 2, device=device)
-        return cls(grid, num_patches // 2, class_position, cls._backwards(num_patches + 1, device))
+    def of_grid(cls, grid: tuple[int, ...], cls_id: int, batch: int, device: torch.device) -> "VimTokenLayout":
+        class_position = torch.full((batch, 1), cls_id, device=device)
+        return cls(grid, cls_id, class_position, cls._backwards(math.prod(grid) + 1, device))
 
     def keep(
         self, kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: Tensor | None = None
@@ -123,7 +126,7 @@ class VimEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
         check_pixel_values(pixel_values, self.config.num_channels)
-        grid = self.config.grid_size_for(*pixel_values.shape[2:])
+        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         if min(grid) < 1:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}: too small for one patch of "
@@ -131,20 +134,17 @@ class VimEmbeddings(nn.Module):
             )
         patches = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
         class_token = self.class_token.expand(patches.shape[0], -1, -1)
-        tokens = self._insert_in_middle(patches, class_token)
+        tokens = self._insert(patches, class_token)
         return tokens + self._positions(grid, interpolate_pos_encoding)
 
     def _positions(self, grid: tuple[int, int], interpolate: bool) -> Tensor:
-        middle = math.prod(self.config.grid_size) // 2
-        before, class_token, after = self.position_embeddings.tensor_split([middle, middle + 1], dim=1)
+        cls_id = _cls_id(self.config, math.prod(self.config.grid_size))
+        before, class_token, after = self.position_embeddings.tensor_split([cls_id, cls_id + 1], dim=1)
         patches = torch.cat([before, after], dim=1)
-        return self._insert_in_middle(
-            resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), class_token
-        )
+        return self._insert(resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), class_token)
 
-    @staticmethod
-    def _insert_in_middle(patches: Tensor, class_token: Tensor) -> Tensor:
-        before, after = patches.tensor_split([patches.shape[1] // 2], dim=1)
+    def _insert(self, patches: Tensor, class_token: Tensor) -> Tensor:
+        before, after = patches.tensor_split([_cls_id(self.config, patches.shape[1])], dim=1)
         return torch.cat([before, class_token, after], dim=1)
 
 
@@ -346,8 +346,9 @@ class VimModel(VimPreTrainedModel):
                 configuration; False: refuse such images.
         """
         hidden_states = at_least_float32(self.embeddings(pixel_values, interpolate_pos_encoding))
-        grid = self.config.grid_size_for(*pixel_values.shape[2:])
-        layout = VimTokenLayout.of_grid(grid, hidden_states.shape[0], hidden_states.device)
+        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
+        cls_id = _cls_id(self.config, math.prod(grid))
+        layout = VimTokenLayout.of_grid(grid, cls_id, hidden_states.shape[0], hidden_states.device)
         encoding = encode(self.layers, self.token_predictors, hidden_states, layout, self.config)
         last_hidden_state = self.norm(encoding.hidden_states)
         return PrunedModelOutput(
@@ -406,14 +407,14 @@ class VimBackbone(BackboneMixin, VimModel):
             pixel_values: shape (batch, channels, height, width), normalised.
         """
         outputs = VimModel.forward(self, pixel_values, **kwargs)
-        grid = self.config.grid_size_for(*pixel_values.shape[2:])
+        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         states = [full_hidden_states(self.config, outputs, self.stage_names.index(name)) for name in self.out_features]
         feature_maps: tuple = tuple(self._feature_map(state, grid) for state in states)
         return BackboneOutput(feature_maps=feature_maps, hidden_states=outputs.hidden_states)
 
     def _feature_map(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
-        class_id = math.prod(grid) // 2
-        patches = torch.cat([hidden_states[:, :class_id], hidden_states[:, class_id + 1 :]], dim=1)
+        cls_id = _cls_id(self.config, math.prod(grid))
+        patches = torch.cat([hidden_states[:, :cls_id], hidden_states[:, cls_id + 1 :]], dim=1)
         return self.norm(patches).transpose(1, 2).unflatten(2, grid)
 
 

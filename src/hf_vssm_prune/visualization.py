@@ -90,12 +90,6 @@ def kept_patches(
     return [ids - (ids > cls_token_id).long() for ids in without_class]
 
 
-def input_size_of(pixel_values: Tensor) -> tuple[int, ...]:
-    """(height, width) of pixel values (batch, channels, height, width); (frames, height, width) of videos' (batch,
-    frames, channels, height, width)."""
-    return (*pixel_values.shape[1:-3], *pixel_values.shape[-2:])
-
-
 def frames_from_pixel_values(
     pixel_values: Tensor, mean: Sequence[float], std: Sequence[float], config: VisionMambaConfig
 ) -> list[Image.Image]:
@@ -107,7 +101,7 @@ def frames_from_pixel_values(
         mean, std: of the image processor, for each channel.
         config: the model's.
     """
-    leading = config.grid_size_for(*input_size_of(pixel_values.unsqueeze(0)))[:-2]
+    leading = config.grid_size_for(*config.input_size_of((1, *pixel_values.shape)))[:-2]
     images = pixel_values.flatten(0, -4) if leading else pixel_values.unsqueeze(0)
     num_frames = math.prod(leading)
     return [
@@ -162,7 +156,7 @@ def draw_classification(
         output = model(pixel_values.to(model.device, model.dtype))
     finally:
         model.train(was_training)
-    input_size, labels = input_size_of(pixel_values), config.label_names
+    input_size, labels = config.input_size_of(pixel_values.shape), config.label_names
     return draw_kept_tokens(
         [frames_from_pixel_values(sample, mean, std, config) for sample in pixel_values],
         kept_patches(output.kept_tokens, config, input_size),

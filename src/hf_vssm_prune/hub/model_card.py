@@ -244,7 +244,7 @@ def format_flops(count: int) -> str:
 
 
 def _is_classifier(model: VisionMamba) -> bool:
-    return type(model).__name__.endswith("ForImageClassification")
+    return type(model).__name__.endswith("Classification")
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _stages(config: VisionMambaConfig) -> list[_Stage]:
 def _metadata(model: VisionMamba, info: ModelCardInfo, has_image_processor: bool) -> ModelCardData:
     is_classifier = _is_classifier(model)
     pruning_tags = ["token-pruning"] if model.config.token_pruning else []
-    task = "image-classification" if is_classifier else "image-feature-extraction"
+    task = f"{model.config.modality}-" + ("classification" if is_classifier else "feature-extraction")
     return ModelCardData(
         library_name="transformers",
         # The pipelines make images RGB.
@@ -281,22 +281,22 @@ def _metadata(model: VisionMamba, info: ModelCardInfo, has_image_processor: bool
         tags=list(
             dict.fromkeys([model.config.model_type, "vision", "mamba", *pruning_tags, "custom_code", *info.tags])
         ),
-        **_model_index(info),
+        **_model_index(info, model.config.modality),
     )
 
 
 METRIC_NAMES = {"accuracy": "Top-1 accuracy", "top_5_accuracy": "Top-5 accuracy"}
 
 
-def _model_index(info: ModelCardInfo) -> dict[str, Any]:
+def _model_index(info: ModelCardInfo, modality: str) -> dict[str, Any]:
     if info.evaluation is None:
         return {}
     evaluation = info.evaluation
     measured = {"accuracy": evaluation.this_model.top1, "top_5_accuracy": evaluation.this_model.top5}
     results = [
         EvalResult(
-            task_type="image-classification",
-            task_name="Image classification",
+            task_type=f"{modality}-classification",
+            task_name=f"{modality.capitalize()} classification",
             dataset_type=evaluation.dataset_id,
             dataset_name=evaluation.dataset_name,
             dataset_split=evaluation.split,
