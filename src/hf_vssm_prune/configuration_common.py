@@ -1,14 +1,15 @@
-"""What the configurations of all model families share."""
+"""What the configurations of all model families share, and what each of them tells of itself."""
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .flops import schedule_for_budget
+from .flops import FlopCount, schedule_for_budget
 from .pruning_options import (
     TokenPruning,
     check_layers,
@@ -17,6 +18,7 @@ from .pruning_options import (
     plain_value,
     pruning_method,
 )
+from .publication import Paper, PublishedModel
 
 
 # Of a model's output; see `pruned_outputs.StageFields`.
@@ -26,7 +28,14 @@ FEATURE_FILLS = ("last", "merged")
 
 @strict
 class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Options of every vision Mamba.
+    """Options of every vision Mamba. A family's own class also tells what everything else asks about it.
+
+    Attributes:
+        presets: options of published models by name.
+        published: of these models, by the same names, where the weights are and what papers report.
+        paper: the family's.
+        cls_token: where the class token stands among the patches: "none", "middle" or "first".
+        num_scans: with parameters of their own, so that each token has so many Δ, B and C.
 
     Args:
         image_size: pixels, or (height, width), for which the position embeddings are laid out. Other sizes work too.
@@ -54,6 +63,10 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    published: ClassVar[dict[str, PublishedModel]] = {}
+    paper: ClassVar[Paper]
+    cls_token: ClassVar[str] = "none"
+    num_scans: ClassVar[int] = 1
 
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
@@ -192,20 +205,59 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.expand * self.hidden_size
 
     @property
-    def grid_size(self) -> tuple[int, int]:
-        """(height, width) in patches of an image of `image_size`."""
-        return self.grid_size_for(*self.image_height_width(self.image_size))
+    def input_size(self) -> tuple[int, ...]:
+        """Of an input that the model is laid out for: (height, width) in pixels; of a video (frames, height, width)."""
+        return self.input_size_for(self.image_size)
+
+    @property
+    def modality(self) -> str:
+        """Of what the model is made for: "image" or "video"."""
+        return "image" if len(self.input_size) == 2 else "video"
+
+    def input_size_for(self, image_size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
+        """The size of an input whose images have another size, as `image_size` gives it."""
+        return self.image_height_width(image_size)
+
+    def input_size_of(self, pixel_values_shape: Sequence[int]) -> tuple[int, ...]:
+        """The input's size, as `input_size` has it, from the shape of a batch of pixel values."""
+        return (*pixel_values_shape[1:-3], *pixel_values_shape[-2:])
+
+    def pixel_values_shape(self, batch_size: int) -> tuple[int, ...]:
+        """(batch, channels, height, width), the frames of a video before its channels."""
+        *frames, height, width = self.input_size
+        return (batch_size, *frames, self.num_channels, height, width)
+
+    @property
+    def grid_size(self) -> tuple[int, ...]:
+        """(height, width) in patches of an image of `image_size`; for a video (time, height, width)."""
+        return self.grid_size_for(*self.input_size)
+
+    @property
+    def patch_spacing(self) -> int:
+        """Pixels from one patch to the next."""
+        return self.patch_size
+
+    def cls_token_id(self, num_patches: int) -> int | None:
+        """The class token's place among so many patches and itself. None: there is none."""
+        return {"none": None, "middle": num_patches // 2, "first": 0}[self.cls_token]
 
     @staticmethod
-    def image_height_width(image_size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    def image_height_width(image_size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
         """An image size as (height, width) in pixels."""
         height_width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(height_width) != 2 or not all(isinstance(size, int) and size >= 1 for size in height_width):
             raise ValueError(f"`image_size` is {image_size!r}; a number of pixels or (height, width) is needed.")
         return height_width
 
-    def grid_size_for(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in patches of an image of so many pixels; 0 where not one patch fits."""
+    def grid_size_for(self, *input_size: int) -> tuple[int, ...]:
+        """The grid of patches of an input of this size, with as many dimensions; 0 where not one patch fits."""
+        raise NotImplementedError
+
+    def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
+        """Multiply-adds of one input of this size, of which so many patch tokens are left at each layer.
+
+        What a pruning method itself computes is not among them: see `flops.count_flops`.
+        """
         raise NotImplementedError
 
 

@@ -15,8 +15,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.configuration_plainmamba import PlainMambaConfig
-from hf_vssm_prune.configuration_vim import VimConfig
+from hf_vssm_prune.families import FAMILIES, preset_names
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD
@@ -29,7 +28,6 @@ from hf_vssm_prune.training.recipes import insert_recipe
 
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 BATCH_NORM_MODES = ("local", "frozen", "sync")
-FAMILIES: dict[str, type[VisionMambaConfig]] = {"plainmamba": PlainMambaConfig, "vim": VimConfig}
 
 
 def parse_arguments(dataclass_types: list[Any], arguments: Sequence[str] | None, description: str) -> tuple:
@@ -579,9 +577,7 @@ class DenseModelArguments:
         default=False, metadata=_describe("give the checkpoint a new classifier where labels differ")
     )
     family: str | None = field(default=None, metadata=_describe("of the new model", choices=tuple(FAMILIES)))
-    preset: str | None = field(
-        default=None, metadata=_describe("size by name: L1, L2, L3 of PlainMamba; T, S, B of Vim")
-    )
+    preset: str | None = field(default=None, metadata=_describe(f"size by name: {preset_names()}"))
     image_size: int | None = field(
         default=None, metadata=_describe("side in pixels; 224 for a new model", "--img_size")
     )
@@ -617,7 +613,7 @@ class DenseModelArguments:
 
     def config(self, label_names: Sequence[str], drop_path_rate: float = 0.0) -> VisionMambaConfig:
         """The configuration of the new model."""
-        family = FAMILIES[self.family or ""]
+        family = FAMILIES[self.family or ""].config
         options: dict[str, Any] = {
             "image_size": self.image_size,
             "patch_size": self.patch_size,

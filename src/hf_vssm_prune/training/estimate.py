@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.training.arguments import (
     ElasticArguments,

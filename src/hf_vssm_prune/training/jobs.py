@@ -18,8 +18,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.conversion import ImageClassifier
 from hf_vssm_prune.documentation import see
+from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.hub.loading import load_classifier, load_config, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.pushing import push_model

@@ -27,8 +27,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.conversion import ImageClassifier
 from hf_vssm_prune.documentation import see
+from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.hub.saving import save_for_hub
