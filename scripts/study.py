@@ -12,9 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_vssm_prune.training.study import StudyRunner, check_results, read_results
-from hf_vssm_prune.training.study_plan import Study, read_study
-from hf_vssm_prune.training.study_report import write_report
+
+# The study is a part of the repository and not of the package; before this folder, whose study.py is this file.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from study.plan import Study, read_study
+from study.report import write_report
+from study.runner import StudyRunner, check_results, read_results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

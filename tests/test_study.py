@@ -11,7 +11,9 @@ import pytest
 import yaml
 from conftest import SCRIPTS
 
-from hf_vssm_prune.training.study import (
+from study.plan import list_pieces, read_study, tuned_name
+from study.report import Group, difference, mean_and_spread, verdict, write_report
+from study.runner import (
     StudyRunner,
     check_results,
     expected_seconds,
@@ -20,8 +22,6 @@ from hf_vssm_prune.training.study import (
     select_pieces,
     write_results,
 )
-from hf_vssm_prune.training.study_plan import list_pieces, read_study, tuned_name
-from hf_vssm_prune.training.study_report import Group, difference, mean_and_spread, verdict, write_report
 
 
 RECIPES = SCRIPTS.parent / "recipes"

@@ -30,7 +30,7 @@ from hf_vssm_prune.hub.loading import sha256_of_file
 from hf_vssm_prune.pruning_methods import DEFAULT_METHOD
 from hf_vssm_prune.training.checkpoints import RESULTS, find_checkpoints, write_json, write_text
 from hf_vssm_prune.training.interruption import StopRequest
-from hf_vssm_prune.training.study_plan import Piece, Study, list_pieces
+from study.plan import Piece, Study, list_pieces
 
 
 logger = logging.getLogger(__name__)
