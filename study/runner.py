@@ -102,7 +102,7 @@ def record_piece(piece: Piece, folder: Path, start_weights: str | None, seconds:
         evaluations = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
         figures = {
             name: {
-                "top1": evaluation["accuracy"]["top1"],
+                "top1": evaluation["metrics"]["top1"],
                 "gflops": evaluation["gflops_published"],
                 "images_per_second": evaluation["images_per_second"],
             }

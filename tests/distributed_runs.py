@@ -20,7 +20,6 @@ from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.training.arguments import (
-    AugmentationArguments,
     ElasticArguments,
     OptimizationArguments,
     RunArguments,
@@ -29,6 +28,7 @@ from hf_vssm_prune.training.arguments import (
 from hf_vssm_prune.training.data import load_image_dataset, load_image_stream
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.losses import LossWeights
+from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
 
 
 CONFIGS = {"vim": make_vim_config, "plainmamba": make_plainmamba_config}
@@ -115,7 +115,7 @@ def train(
             **optimization,
         ),
         # Mixing, drop path and random importance draw anew for each process' own batch; images do not.
-        AugmentationArguments(mixup=0.0, cutmix=0.0, smoothing=0.1),
+        ImageClassification(AugmentationArguments(mixup=0.0, cutmix=0.0, smoothing=0.1)),
         RunArguments(
             output_dir=str(output_dir),
             use_cpu=True,
