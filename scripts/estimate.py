@@ -41,9 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ScaleArguments,
         EstimateArguments,
     ]
-    _, model, losses, pruning, optimization, of_task, elastic, scale, options = parse_arguments(
-        types, arguments, __doc__
-    )
+    parsed = parse_arguments(types, arguments, __doc__)
+    _, model, losses, pruning, optimization, of_task, elastic, scale, options = parsed
     try:
         if model.model_name_or_path is None:
             config = model.config([f"class {i}" for i in range(options.num_classes)], optimization.drop_path)

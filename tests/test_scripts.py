@@ -112,7 +112,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
 
 
 def finetuning(image_folder: Path, checkpoint: Path) -> list[str | Path]:
-    """Everything random at once: augmentation, mixing, drop path. An epoch is 4 updates of 3 batches of 4 images."""
+    """Everything random at once: augmentation, mixing, drop path. An epoch is 4 steps of 3 batches of 4 images."""
     options = ["--num_train_epochs", "6", "--checkpointing_steps", "4", "--drop_path", "0.3", "--logging_steps", "5"]
     model = ["--model_name_or_path", checkpoint, "--model_ema_decay", "0.9", "--alignment_layers", "1", "3"]
     return ["--dataset_name", image_folder, *model, *options, *SCHEDULE, *SMALL]

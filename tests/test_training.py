@@ -271,8 +271,8 @@ def test_a_run_leaves_models_checkpoints_and_results(datasets, tmp_path):
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_updates_average_the_gradients_of_their_batches(datasets, tmp_path):
-    """5 batches of 4 in groups of 3: the second update has 2. Adam hides the gradient's size in its step, not in its
+def test_steps_average_the_gradients_of_their_batches(datasets, tmp_path):
+    """5 batches of 4 in groups of 3: the second step has 2. Adam hides the gradient's size in what it does, not in its
     moments: with a rate near 0 the first moment is 0.9 * 0.1 * first gradient + 0.1 * second."""
     config = make_vim_config(num_labels=3)
     datasets = replace(datasets, train=datasets.train.select(range(5, 25)))
@@ -332,7 +332,7 @@ def test_finetuning_logs_every_term_and_leaves_the_teacher_alone(datasets, tmp_p
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "last").config.token_pruning == TOKEN_PRUNING
 
 
-def test_elastic_training_prunes_each_update_by_a_budget_drawn(datasets, tmp_path):
+def test_elastic_training_prunes_each_step_by_a_budget_drawn(datasets, tmp_path):
     def run(name: str) -> tuple[list[dict | None], Trainer]:
         elastic = ElasticArguments(elastic_budgets=[0, 0.25, 0.394], elastic_importance="random")
         losses = LossWeights(kd_weight=1.0, alignment_weight=1.0)
@@ -356,7 +356,7 @@ def test_elastic_training_prunes_each_update_by_a_budget_drawn(datasets, tmp_pat
     assert run("again")[0] == used
 
 
-def test_batches_of_an_update_share_its_budget(datasets, tmp_path):
+def test_batches_of_a_step_share_its_budget(datasets, tmp_path):
     """And are pruned as one large batch is."""
     used: dict[int, list[str]] = {}
     for accumulation in (1, 3):
@@ -375,7 +375,7 @@ def test_batches_of_an_update_share_its_budget(datasets, tmp_path):
 
 
 def test_parameters_of_pruning_are_trained(datasets, tmp_path):
-    """Also those of elastic schedules that the model's own does not need, whose update may draw none."""
+    """Also those of elastic schedules that the model's own does not need, whose steps may draw none."""
     options = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "dyvm", "alignment": "learned"}
     elastic = ElasticArguments(elastic_budgets=[0, 0.394])
     recipe = replace(make_recipe(tmp_path, num_train_epochs=1, learning_rate=0.01), elastic=elastic)
@@ -433,7 +433,7 @@ def test_elastic_training_goes_on_from_before_all_budgets_were_drawn(datasets, t
     make_trainer(make_vim_config(token_pruning=options), datasets, recipe).train()
     shutil.rmtree(tmp_path / "checkpoint-2")
     moments = load_file(tmp_path / "checkpoint-1" / "optimizer.safetensors")
-    assert not any("token_predictors" in name for name in moments)  # the first update was of the dense model
+    assert not any("token_predictors" in name for name in moments)  # the first step was of the dense model
     recipe.run.resume = "latest"
     assert make_trainer(make_vim_config(token_pruning=options), datasets, recipe).train()["step"] == 2
 
