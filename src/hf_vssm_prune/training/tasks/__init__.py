@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_vssm_prune.training.arguments.parsing import describe
 from hf_vssm_prune.training.recipes import read_recipe
 from hf_vssm_prune.training.tasks.classification import ImageClassification
 from hf_vssm_prune.training.tasks.task import Task
@@ -21,7 +20,8 @@ DEFAULT_TASK = ImageClassification.name
 class TaskArguments:
     """Which task it is; each has options of its own."""
 
-    task: str = field(default=DEFAULT_TASK, metadata=describe("what is trained for", choices=tuple(TASKS)))
+    # The table itself, so that a task that is entered from outside is known, too.
+    task: str = field(default=DEFAULT_TASK, metadata={"help": "what is trained for", "choices": TASKS})
 
 
 def default_task() -> Task:
