@@ -47,6 +47,7 @@ from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.token_pruning import prune_paths, snake_paths
 from hf_vssm_prune.training.arguments import RECOMMENDED_METHOD
+from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.checkpoints import write_json
 
 
@@ -813,6 +814,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", help="file to draw the time at growing budgets into (needs matplotlib)")
     parser.add_argument("--json", help="file to write all runs and ratios to")
     options = parser.parse_args(arguments)
+    try:
+        torch.device(options.device)
+        check_output_file("plot", options.plot)
+        check_output_file("json", options.json)
+    except (RuntimeError, ValueError) as error:
+        parser.error(f"--device {options.device}: {error}" if isinstance(error, RuntimeError) else str(error))
     presets = list(FAMILIES[options.family][0].presets)
     if options.preset not in presets:
         parser.error(f"--preset {options.preset}: {options.family} has {presets}.")

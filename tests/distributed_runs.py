@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from tested_tasks import MeanColour
 from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune.hub.loading import new_image_processor
@@ -48,6 +49,7 @@ ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "one_half_teacher": {"teacher": "bfloat16"},
     "one_plainmamba_teacher": {"teacher_family": "plainmamba"},
     "one_elastic": ELASTIC,
+    "one_toy": {"task": "mean-colour"},
 }
 TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -59,6 +61,9 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp_streamed_from_one": {"streaming": True, "resume": "one_streamed"},
     "ddp_from_one": {"resume": "one"},
     "ddp_elastic": ELASTIC,
+    "ddp_toy": {"task": "mean-colour"},
+    "fsdp_toy": {"task": "mean-colour", "scale": FSDP},
+    "fsdp_toy_from_one": {"task": "mean-colour", "resume": "one_toy", "scale": FSDP},
     "fsdp_elastic": {**ELASTIC, "scale": FSDP},
     "fsdp": {"scale": FSDP},
     "fsdp_long": {"steps": 50, "scale": FSDP},
@@ -72,12 +77,18 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "fsdp_from_fsdp": {"resume": "fsdp", "scale": FSDP},
     "ddp_from_fsdp": {"resume": "fsdp"},
 }
+# Mixing, drop path and random importance draw anew for each process' own batch; images do not.
+TASKS = {
+    "image-classification": lambda: ImageClassification(AugmentationArguments(mixup=0.0, cutmix=0.0, smoothing=0.1)),
+    "mean-colour": MeanColour,
+}
 
 
 def train(
     folder: Path,
     name: str,
     family: str = "vim",
+    task: str = "image-classification",
     steps: int = 12,
     accumulation: int = 1,
     teacher: str | None = "float32",
@@ -114,8 +125,7 @@ def train(
             model_ema_decay=0.9,
             **optimization,
         ),
-        # Mixing, drop path and random importance draw anew for each process' own batch; images do not.
-        ImageClassification(AugmentationArguments(mixup=0.0, cutmix=0.0, smoothing=0.1)),
+        TASKS[task](),
         RunArguments(
             output_dir=str(output_dir),
             use_cpu=True,

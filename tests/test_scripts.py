@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import SCRIPTS, load_script, make_plainmamba_config, make_vim_config
+from conftest import SCRIPTS, hear_signals, load_script, make_plainmamba_config, make_vim_config
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -94,7 +94,9 @@ def run(script: str, *arguments: str | Path, num_processes: int = 1) -> subproce
 
 def stop(full: list[str], awaited: Path, number: signal.Signals) -> subprocess.Popen:
     """Starts a command, and sends it and its children a signal once a file or folder is there."""
-    process = subprocess.Popen(full, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        full, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals
+    )
     deadline = time.monotonic() + 60
     while not awaited.exists():
         assert process.poll() is None, process.communicate()[1][-3000:]

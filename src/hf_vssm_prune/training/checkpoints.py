@@ -102,12 +102,16 @@ def check_output_dir(run: RunArguments) -> None:
 
     Raises:
         FileExistsError: the folder has checkpoints, and the run is not to go on from one.
-        NotADirectoryError: the folder is a file.
+        NotADirectoryError: the folder, or one that it is in, is a file.
+        PermissionError: nothing may be written there.
         FileNotFoundError: the checkpoint to go on from is not there.
     """
     output_dir = Path(run.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise NotADirectoryError(f"--output_dir {output_dir} is a file.")
+    existing = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--output_dir {output_dir}: {existing} is a file.")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"--output_dir {output_dir}: this user may not write in {existing}.")
     if run.resume is not None:
         find_resumed(output_dir, run.resume)
     elif found := find_checkpoints(output_dir):

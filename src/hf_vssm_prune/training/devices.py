@@ -19,14 +19,14 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def check_precision(mixed_precision: str | None, device: torch.device) -> None:
-    """Refuses a precision that a device cannot compute in.
+def check_training_precision(mixed_precision: str | None, device: torch.device) -> None:
+    """Refuses a precision that a device cannot train in.
 
     Raises:
         ValueError: it cannot.
     """
-    if mixed_precision == "fp16" and device.type == "cpu":
-        raise ValueError("--mixed_precision fp16 needs a GPU, and the device is the CPU: choose bf16 or no.")
+    if mixed_precision == "fp16" and device.type == "cpu":  # no scale for its gradients there
+        raise ValueError("--mixed_precision fp16 trains on a GPU only, and the device is the CPU: choose bf16 or no.")
     if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16; choose fp16.")
 

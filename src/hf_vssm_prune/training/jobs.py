@@ -34,7 +34,7 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.cards import card_writer
 from hf_vssm_prune.training.checkpoints import check_output_dir, write_json
-from hf_vssm_prune.training.devices import check_precision, find_device
+from hf_vssm_prune.training.devices import check_training_precision, find_device
 from hf_vssm_prune.training.distribution import ProcessLostError
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models, comparison_table
@@ -82,7 +82,7 @@ def prepare_finetuning(
 def _check_run(recipe: Recipe) -> None:
     """What can be refused before anything is loaded."""
     check_output_dir(recipe.run)
-    check_precision(recipe.optimization.mixed_precision, find_device("cpu" if recipe.run.use_cpu else None))
+    check_training_precision(recipe.optimization.mixed_precision, find_device("cpu" if recipe.run.use_cpu else None))
 
 
 def prepare_dense_training(data: DataArguments, model: DenseModelArguments, recipe: Recipe) -> Trainer:
@@ -124,7 +124,7 @@ def evaluate(
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
     task = task or default_task()
-    device = evaluation_device(options)
+    device = find_device(options.device)
     if beside.int8 and device.type != "cpu":
         raise ValueError(f"--int8 computes on the CPU only, and the device is {device}: give --device cpu.")
     if beside.int8 and options.mixed_precision != "no":
@@ -159,7 +159,7 @@ def compare_schedules(
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
     task = task or default_task()
-    evaluation_device(options)
+    find_device(options.device)  # before anything is loaded
     config = load_config(options.model_name_or_path)
     completed = {"dense": None, **{name: config.complete_token_pruning(each) for name, each in schedules.items()}}
     loader, label_names = _load_evaluation(task, data, options)
@@ -196,17 +196,6 @@ def _sharing_weights(task: Task, model: ImageClassifier, token_pruning: dict[str
     return other
 
 
-def evaluation_device(options: EvaluationArguments) -> torch.device:
-    """Where an evaluation computes.
-
-    Raises:
-        ValueError: the device is not there, or cannot compute in the precision that is asked for.
-    """
-    device = find_device(options.device)
-    check_precision(options.mixed_precision, device)
-    return device
-
-
 def _load_evaluation(
     task: Task, data: EvaluationDataArguments, options: EvaluationArguments
 ) -> tuple[DataLoader, Sequence[str]]:
@@ -226,7 +215,7 @@ def _compare(
     task: Task, models: Mapping[str, ImageClassifier], loader: DataLoader, options: EvaluationArguments
 ) -> dict[str, ModelEvaluation]:
     dtypes = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return compare_models(task, models, loader, evaluation_device(options), dtypes[options.mixed_precision])
+    return compare_models(task, models, loader, find_device(options.device), dtypes[options.mixed_precision])
 
 
 def load_model(

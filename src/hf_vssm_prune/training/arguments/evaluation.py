@@ -2,9 +2,8 @@
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from hf_vssm_prune.training.arguments.parsing import check_range, describe
+from hf_vssm_prune.training.arguments.parsing import check_output_file, check_range, describe
 
 
 @dataclass
@@ -22,8 +21,7 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         check_range("per_device_eval_batch_size", self.per_device_eval_batch_size, 1, math.inf)
-        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"--json {self.json}: its folder does not exist.")
+        check_output_file("json", self.json)
 
 
 @dataclass
@@ -67,3 +65,4 @@ class EstimateArguments:
         sizes = self.measured_batch_sizes
         if len(sizes) != 2 or not 0 < sizes[0] < sizes[1]:
             raise ValueError(f"--measured_batch_sizes is {sizes}: two sizes are needed, the smaller one first.")
+        check_output_file("json", self.json)

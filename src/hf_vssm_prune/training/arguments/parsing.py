@@ -1,8 +1,10 @@
 """How options are read: dataclasses, a command line, and the recipe that it names."""
 
 import math
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -36,6 +38,18 @@ def check_range(name: str, value: float | None, low: float, high: float, below: 
     if high == math.inf:
         raise ValueError(f"--{name} is {value}: it must be at least {low}.")
     raise ValueError(f"--{name} is {value}: it must be from {low} to {'less than ' if below else ''}{high}.")
+
+
+def check_output_file(name: str, file: str | Path | None) -> None:
+    """Refuses, before the work and not after it, a file that cannot be written: a folder, or one in no folder."""
+    if file is None:
+        return
+    if Path(file).is_dir():
+        raise ValueError(f"--{name} {file} is a folder: a file is needed.")
+    if not (folder := Path(file).absolute().parent).is_dir():
+        raise ValueError(f"--{name} {file}: its folder does not exist.")
+    if not os.access(file if Path(file).exists() else folder, os.W_OK):
+        raise ValueError(f"--{name} {file} cannot be written: this user may not.")
 
 
 def exclude(first: str, first_value: object, second: str, second_value: object) -> None:
