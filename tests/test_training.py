@@ -721,6 +721,30 @@ def test_a_run_with_other_settings_is_not_continued(datasets, tmp_path):
         make_trainer(make_vim_config(), datasets, recipe)
 
 
+def test_a_checkpoint_of_before_steps_were_called_so_goes_on(datasets, tmp_path):
+    """It has "updates", and no task."""
+    recipe = make_recipe(tmp_path, max_train_steps=3)
+    recipe.run.checkpointing_steps, recipe.run.save_total_limit = "1", 9
+    whole = make_trainer(make_vim_config(), datasets, recipe)
+    whole.train()
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    file = tmp_path / "checkpoint-1" / "training_state.json"
+    content = json.loads(file.read_text())
+    del content["settings"]["task"]
+    for old, new in (("updates_per_epoch", "steps_per_epoch"), ("images_per_update", "images_per_step")):
+        content["settings"][old] = content["settings"].pop(new)
+    content["state"]["updates"] = content["state"].pop("steps")
+    content["state"]["history"] = [{"epoch": 0, "update": 1, "eval_top1": 0.5}]
+    file.write_text(json.dumps(content))
+    recipe.run.resume = "latest"
+    resumed = make_trainer(make_vim_config(), datasets, recipe)
+    assert resumed.state.steps == 1
+    assert resumed.train()["history"][0] == {"epoch": 0, "step": 1, "eval_top1": 0.5}
+    for name, value in whole.plain_model.state_dict().items():
+        assert torch.equal(resumed.plain_model.state_dict()[name], value), name
+
+
 def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     assert find_resumed(tmp_path, "latest") is None

@@ -105,7 +105,8 @@ def describe_divergence(
     accelerator: Accelerator,
     values: dict[str, float],
     norms: dict[str, Tensor],
-    step: str,
+    step: int,
+    num_steps: int,
     options: OptimizationArguments,
     last_checkpoint: str,
 ) -> str:
@@ -115,7 +116,7 @@ def describe_divergence(
         watch: of the step's forward passes.
         values: loss terms and the gradient's norm.
         norms: of each gradient, before clipping.
-        step: "step 3 of 8".
+        step, num_steps: the first is 1, the last `num_steps`.
         options: of the run.
         last_checkpoint: a sentence that says where it is.
     """
@@ -127,7 +128,7 @@ def describe_divergence(
     else:
         place = "all layers' outputs and all gradients are finite, one by one"
     return (
-        f"The loss or its gradient is not finite at {step}: {terms}; {place}. Try a smaller --learning_rate (it is "
+        f"The loss or its gradient is not finite at step {step} of {num_steps}: {terms}; {place}. Try a smaller --learning_rate (it is "
         f"{options.learning_rate:g}), a longer warm-up, --clip_grad (it is {options.clip_grad}), or --mixed_precision "
         f"no (it is {accelerator.mixed_precision}). {last_checkpoint} {see('loss-not-finite')}"
     )

@@ -349,7 +349,8 @@ class Trainer:
                     self.accelerator,
                     values,
                     norms,
-                    f"step {self.state.steps + 1} of {self.length.num_steps}",
+                    self.state.steps + 1,
+                    self.length.num_steps,
                     self.recipe.optimization,
                     self._last_checkpoint(),
                 )
