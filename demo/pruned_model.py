@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_vssm_prune.flops import ModelFlops, count_flops
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
-from hf_vssm_prune.pruning_schedule import METHOD_OPTIONS
+from hf_vssm_prune.pruning_options import method_options
 from hf_vssm_prune.visualization import (
     draw_stages,
     image_from_pixel_values,
@@ -78,8 +78,7 @@ class PrunedModel:
         self.model = load_classifier(name_or_path)
         self.image_processor = load_image_processor(name_or_path)
         # While the model is dense, its configuration does not say how it prunes.
-        own = self.model.config.token_pruning or {}
-        self._options = {name: own[name] for name in METHOD_OPTIONS if name in own}
+        self._options = method_options(self.model.config.token_pruning)
         self._lock = threading.Lock()
         self._schedule = lru_cache(maxsize=101)(self._find_schedule)
         self.labels = self.model.config.label_names

@@ -38,15 +38,16 @@ from hf_vssm_prune import (
     VimForImageClassification,
     count_flops,
 )
+from hf_vssm_prune.convolution_torch import depthwise_conv2d_torch
 from hf_vssm_prune.export import FORMATS, export_classifier
-from hf_vssm_prune.grid_convolution import depthwise_conv2d, depthwise_conv2d_torch
+from hf_vssm_prune.grid_convolution import depthwise_conv2d
 from hf_vssm_prune.kernels import AUTO, KERNELS, available, build
 from hf_vssm_prune.modeling_common import TimeStepProjection, encode
 from hf_vssm_prune.modeling_plainmamba import PlainMambaTokenLayout
+from hf_vssm_prune.pruning_methods import RECOMMENDED_METHOD
 from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.token_pruning import prune_paths, snake_paths
-from hf_vssm_prune.training.arguments import RECOMMENDED_METHOD
 from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.checkpoints import write_json
 

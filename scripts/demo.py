@@ -43,8 +43,7 @@ from hf_vssm_prune.visualization import draw_classification, image_from_pixel_va
 
 
 DATASET = "fashion_mnist"
-REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
-PRUNING = {"flops_reduction": REDUCTION, "method": "top"}
+PRUNING = {"flops_reduction": 0.416, "method": "top"}  # as the paper prunes PlainMamba-L3
 DENSE, NAIVE, ALIGNED, FINETUNED = "dense", "pruned naively", "pruned with alignment", "pruned, aligned, fine-tuned"
 
 
@@ -116,7 +115,7 @@ def recipe(
     )
     augmentation = AugmentationArguments(no_random_crop=True, randaugment_num_ops=0, reprob=0, mixup=0, cutmix=0)
     run = RunArguments(str(folder), seed=options.seed)
-    pruning = PruningArguments(flops_reduction=REDUCTION, prune_method="top")
+    pruning = PruningArguments(flops_reduction=PRUNING["flops_reduction"], prune_method=PRUNING["method"])
     return data, model, pruning, Recipe(optimization, ImageClassification(augmentation), run, model.loss_weights())
 
 

@@ -27,7 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import hf_vssm_prune
 from hf_vssm_prune.hub.loading import sha256_of_file
-from hf_vssm_prune.pruning_methods import DEFAULT_METHOD
+from hf_vssm_prune.pruning_methods import PAPERS_METHOD
 from hf_vssm_prune.training.checkpoints import RESULTS, find_checkpoints, write_json, write_text
 from hf_vssm_prune.training.interruption import StopRequest
 from study.plan import Piece, Study, list_pieces
@@ -258,7 +258,7 @@ class StudyRunner:
             recipe["model_name_or_path"] = str(self.folder / start / "last")
         if piece.script == "finetune":
             # As in `token_pruning`, no method means the paper's; in the script it means ours.
-            recipe = {"prune_method": DEFAULT_METHOD, **recipe}
+            recipe = {"prune_method": PAPERS_METHOD, **recipe}
         if piece.script != "compare_methods":
             return {**recipe, "output_dir": str(folder)}
         write_json(piece.options["schedules"], folder / "schedules.json")

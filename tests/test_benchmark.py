@@ -9,7 +9,8 @@ from conftest import load_script, make_plainmamba_config
 
 from hf_vssm_prune import PlainMambaForImageClassification
 from hf_vssm_prune.modeling_common import TimeStepProjection
-from hf_vssm_prune.selective_scan import selective_scan, selective_scan_torch
+from hf_vssm_prune.selective_scan import selective_scan
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 
 @pytest.fixture(scope="module")

@@ -324,7 +324,8 @@ def test_elastic_training_prunes_each_step_by_a_budget_drawn(datasets, tmp_path)
         trainer = make_trainer(config, datasets, recipe, teacher)
         used: list[dict | None] = []
         trainer.plain_model.register_forward_pre_hook(
-            lambda model, _: used.append(model.config.token_pruning) if model.training else None
+            lambda model, _, options: used.append(options["token_pruning"]) if model.training else None,
+            with_kwargs=True,
         )
         trainer.train()
         return used, trainer
@@ -348,9 +349,10 @@ def test_batches_of_a_step_share_its_budget(datasets, tmp_path):
         trainer = make_trainer(make_vim_config(), datasets, recipe)
         used[accumulation] = []
         trainer.plain_model.register_forward_pre_hook(
-            lambda model, _, seen=used[accumulation]: (
-                seen.append(json.dumps(model.config.token_pruning)) if model.training else None
-            )
+            lambda model, _, options, seen=used[accumulation]: (
+                seen.append(json.dumps(options["token_pruning"])) if model.training else None
+            ),
+            with_kwargs=True,
         )
         trainer.train()
     assert used[3] == [schedule for schedule in used[1] for _ in range(3)]

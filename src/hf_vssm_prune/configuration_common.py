@@ -1,5 +1,6 @@
-"""What the configurations of the two model families share."""
+"""What the configurations of all model families share."""
 
+import copy
 import math
 from typing import Any, ClassVar
 
@@ -8,7 +9,19 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .flops import schedule_for_budget
-from .pruning_schedule import METHOD_OPTIONS, check_layers, check_token_pruning, pruning_method
+from .pruning_options import (
+    TokenPruning,
+    check_layers,
+    check_token_pruning,
+    method_options,
+    plain_value,
+    pruning_method,
+)
+
+
+# Of a model's output; see `pruned_outputs.StageFields`.
+STAGE_FIELDS = ("kept_tokens", "token_scores", "merged_tokens")
+FEATURE_FILLS = ("last", "merged")
 
 
 @strict
@@ -29,18 +42,18 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         initializer_range: standard deviation of the truncated normal initialisation.
         drop_path_rate: stochastic depth in the last layer; it rises linearly from 0 in the first.
         token_pruning: None for a dense model, or a dict with `layers`, `keep_ratios`, `alignment`, `importance` and
-            `method`, see `pruning_schedule.check_token_pruning`; or with `flops_reduction` in place of `keep_ratios`,
-            a share of the published FLOPs that is to go, for which a schedule is found and put into the dict, by stages
-            before `layers` if these are given.
+            `method`, see `pruning_options.check_token_pruning`; or with `flops_reduction` in place of `keep_ratios`,
+            the fraction of the published FLOPs to remove, for which a schedule is found, with stages before `layers` if
+            these are given. However it is set, it is checked and complete when it is read.
         scan_backend: which kernel scans, see `selective_scan.selective_scan`.
+        feature_fill: what a backbone's maps show in the cell of a token that is gone: `last`, the state with which it
+            left; `merged`, for methods that merge, the state of the token that it went into.
 
     Raises:
         ValueError: a value is not allowed; the message says what was given and what is allowed.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
-    # transformers' `Trainer` puts everything else together to the predictions.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["kept_tokens", "token_scores"]
 
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
@@ -58,6 +71,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     drop_path_rate: float | int = 0.0
     token_pruning: dict | None = None
     scan_backend: str = "auto"
+    feature_fill: str = "last"
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -77,7 +91,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
-        self.token_pruning = self.complete_token_pruning(self.token_pruning)
+        _ = self.token_pruning  # what is wrong with it is said here
 
     def _check_sizes(self) -> None:
         names = [
@@ -100,6 +114,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}; it must be in [0, 1).")
+        if self.feature_fill not in FEATURE_FILLS:
+            raise ValueError(f"`feature_fill` is {self.feature_fill!r}; allowed are {list(FEATURE_FILLS)}.")
         if min(self.grid_size) < 1:
             raise ValueError(f"`image_size` is {self.image_size}: too small for a patch of {self.patch_size} pixels.")
 
@@ -109,30 +125,43 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`{name}` is {value!r}; a whole number of at least {least} is needed.")
 
     @property
+    def keys_to_ignore_at_inference(self) -> list[str]:  # type: ignore[override]
+        """What transformers' `Trainer` leaves out of the predictions."""
+        stages = range(len(self.token_pruning["layers"]) if self.token_pruning else 0)
+        return [f"{field}_{stage}" for field in STAGE_FIELDS for stage in stages]
+
+    @property
     def label_names(self) -> list[str]:
         """The labels' names in the order of their ids."""
         return [name for _, name in sorted((self.id2label or {}).items())]
 
-    def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> dict[str, Any] | None:
+    def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> TokenPruning | None:
         """Checks pruning options against this configuration and returns them complete, a budget turned into a schedule.
 
         Options that name no `method` are for the one that this configuration has, with its `alignment` and `importance`
         unless they have their own: weights that were trained for a method may get another budget. Those of a dense
-        model mean `top`.
+        model mean `pruning_methods.RECOMMENDED_METHOD`.
 
         Raises:
-            ValueError: as `pruning_schedule.check_token_pruning` and `flops.schedule_for_budget`.
+            ValueError: as `pruning_options.check_token_pruning` and `flops.schedule_for_budget`.
         """
+        return self._complete(self._inherit_method(token_pruning))
+
+    def _inherit_method(self, token_pruning: Any) -> Any:
+        """Options that name no method, with those of the schedule that is in force."""
+        own = self.__dict__.get("_token_pruning")
+        if not isinstance(token_pruning, dict) or "method" in token_pruning or own is None:
+            return token_pruning
+        return method_options(own) | token_pruning
+
+    def _complete(self, token_pruning: Any) -> TokenPruning | None:
         if token_pruning is None:
             return None
         if not isinstance(token_pruning, dict):
             raise ValueError(f"`token_pruning` is {token_pruning!r}; None or a dict is needed.")
-        if "method" not in token_pruning and self.token_pruning is not None:
-            own = self.token_pruning
-            token_pruning = {name: own[name] for name in METHOD_OPTIONS if name in own} | token_pruning
         if "flops_reduction" in token_pruning:
             token_pruning = dict(token_pruning)
-            budget = token_pruning.pop("flops_reduction")
+            budget = plain_value(token_pruning.pop("flops_reduction"))
             if "keep_ratios" in token_pruning:
                 raise ValueError("`token_pruning` has both `flops_reduction` and `keep_ratios`; give one of them.")
             layers = token_pruning.get("layers")
@@ -140,6 +169,22 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
                 layers = check_layers(layers, self.num_hidden_layers)
             token_pruning |= schedule_for_budget(self, budget, pruning_method(token_pruning), layers)
         return check_token_pruning(token_pruning, self.num_hidden_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        for name in ("_token_pruning", "_token_pruning_depth"):
+            values.pop(name, None)
+        token_pruning = self.token_pruning
+        return values | {"token_pruning": None if token_pruning is None else copy.deepcopy(dict(token_pruning))}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers has it, but options that are given override those of the dict before anything is checked."""
+        own = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+        given = {name: kwargs.pop(name) for name in own & set(kwargs)}
+        if isinstance(token_pruning := given.get("token_pruning"), dict) and "method" not in token_pruning:
+            given["token_pruning"] = method_options(config_dict.get("token_pruning")) | token_pruning
+        return super().from_dict(config_dict | given, **kwargs)
 
     @property
     def intermediate_size(self) -> int:
@@ -162,3 +207,30 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     def grid_size_for(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in patches of an image of so many pixels; 0 where not one patch fits."""
         raise NotImplementedError
+
+
+class _TokenPruningOption:
+    """`token_pruning` of a configuration: what is set is completed and checked when it is first read.
+
+    transformers sets the options that `from_pretrained` is given one by one on a configuration that is made already: a
+    schedule and the depth that it is for may come in any order.
+    """
+
+    def __get__(self, config: VisionMambaConfig | None, owner: type | None = None) -> TokenPruning | None:
+        if config is None:
+            return None  # a dataclass takes this for the default
+        token_pruning = config._token_pruning
+        if token_pruning is None:
+            return None
+        if isinstance(token_pruning, TokenPruning) and config._token_pruning_depth == config.num_hidden_layers:
+            return token_pruning
+        config._token_pruning = config._complete(token_pruning)
+        config._token_pruning_depth = config.num_hidden_layers
+        return config._token_pruning
+
+    def __set__(self, config: VisionMambaConfig, token_pruning: dict[str, Any] | None) -> None:
+        config._token_pruning = config._inherit_method(token_pruning)
+        config._token_pruning_depth = None
+
+
+VisionMambaConfig.token_pruning = _TokenPruningOption()  # type: ignore[assignment]

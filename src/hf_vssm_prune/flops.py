@@ -17,7 +17,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .documentation import see
-from .pruning_methods import DEFAULT_METHOD, METHODS, PruningMethod
+from .pruning_methods import METHODS, RECOMMENDED_METHOD, PruningMethod
+from .pruning_options import is_number
 from .token_pruning import count_kept
 
 
@@ -65,7 +66,7 @@ def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | No
     pruned = tokens_per_layer(num_patches, config.num_hidden_layers, config.token_pruning)
     count = _count(config, size, pruned)
     if config.token_pruning is not None:
-        method = METHODS[config.token_pruning.get("method", DEFAULT_METHOD)]
+        method = config.token_pruning.method
         stages = [(pruned[layer - 1], pruned[layer]) for layer in config.token_pruning["layers"]]
         if flops := _count_pruning(config, method, stages):
             count = FlopCount(count.total + flops, count.published + flops, count.breakdown | {"pruning": flops})
@@ -156,7 +157,7 @@ STAGES = ((1 / 6, 1 / 3, 1 / 2), (1 / 12, 1 / 6, 1 / 4), (1 / 24, 1 / 12, 1 / 8)
 def schedule_for_budget(
     config: PreTrainedConfig,
     flops_reduction: float,
-    method: PruningMethod = METHODS[DEFAULT_METHOD],
+    method: PruningMethod = METHODS[RECOMMENDED_METHOD],
     layers: Sequence[int] | None = None,
 ) -> dict[str, list]:
     """Finds the pruning schedule that removes a share of the published FLOPs, at `config.image_size`.
@@ -177,7 +178,7 @@ def schedule_for_budget(
     Raises:
         ValueError: no schedule comes within half a point of the share; the message says what is possible.
     """
-    if not isinstance(flops_reduction, int | float) or isinstance(flops_reduction, bool) or not 0 < flops_reduction < 1:
+    if not is_number(flops_reduction) or not 0 < flops_reduction < 1:
         raise ValueError(f"`flops_reduction` is {flops_reduction!r}; a share in (0, 1) is needed, for instance 0.416.")
     stages, savings = _stages_in_reach(config, flops_reduction, layers)
     num_patches = math.prod(config.grid_size)

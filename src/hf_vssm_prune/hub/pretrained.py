@@ -50,11 +50,11 @@ def save_pretrained(
     push_options = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
     earlier = _weights_in(folder)
     PreTrainedModel.save_pretrained(model, folder, is_main_process, **options)
-    if is_main_process and "variant" not in options:
-        # One file and several, from saving in other sizes, do not go together: the first would be loaded.
-        for file in earlier.items() & _weights_in(folder).items():
-            file[0].unlink()
     if is_main_process:
+        if "variant" not in options:
+            # One file and several, from saving in other sizes, do not go together: the first would be loaded.
+            for outdated, _ in earlier.items() & _weights_in(folder).items():
+                outdated.unlink()
         complete_folder(model, folder, image_processor, card_for(folder, model_card))
         if push_to_hub:
             push_model(folder, push_options.pop("repo_id", folder.name), token=token, **push_options)

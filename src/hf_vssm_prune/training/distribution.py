@@ -30,6 +30,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from hf_vssm_prune.environment import is_switched_on
+
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -65,7 +67,7 @@ def make_accelerator(
         find_unused_parameters: some parameters have no part in some steps, which DDP must be told.
         The rest: as for `Accelerator`.
     """
-    fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    fsdp = fsdp or is_switched_on("ACCELERATE_USE_FSDP")
     plugin = _fsdp2_plugin() if fsdp else None
     accelerator = Accelerator(
         mixed_precision=mixed_precision,

@@ -18,9 +18,10 @@ from hf_vssm_prune.conversion import ImageClassifier
 from hf_vssm_prune.documentation import see
 from hf_vssm_prune.hub.loading import load_classifier, load_config, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.pushing import push_model
+from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.quantization import quantize_linears
-from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES
+from hf_vssm_prune.token_pruning import ALIGNMENTS
 from hf_vssm_prune.training.arguments import (
     BesideArguments,
     DataArguments,
@@ -182,7 +183,8 @@ def method_schedules(flops_reduction: float) -> dict[str, dict[str, Any]]:
     }
     variants |= {
         f"top, repeat, {importance}": {"method": "top", "alignment": "repeat", "importance": importance}
-        for importance in IMPORTANCES[1:]
+        for importance in IMPORTANCES
+        if importance != METHODS["top"].importance
     }
     return {name: {"flops_reduction": flops_reduction, **choices} for name, choices in variants.items()}
 

@@ -54,7 +54,7 @@ from hf_vssm_prune.training.divergence import (
     gradient_norms,
     weight_not_finite,
 )
-from hf_vssm_prune.training.elastic import draw_schedule, pruned_by, pruned_layers
+from hf_vssm_prune.training.elastic import draw_schedule, pruned_layers
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import evaluate_model
 from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError
@@ -323,8 +323,8 @@ class Trainer:
         if self.elastic_schedules:
             step = index // self.length.gradient_accumulation_steps
             schedule = draw_schedule(self.elastic_schedules, self.recipe.run.seed, epoch, step)
-        with pruned_by(self.plain_model, schedule), self.accelerator.autocast():
-            student = self.model(**inputs)
+        with self.accelerator.autocast():
+            student = self.model(**inputs, token_pruning=schedule)
         teacher = None
         if self.teacher is not None and self.recipe.losses.needs_teacher:
             with torch.no_grad(), self.accelerator.autocast():

@@ -10,12 +10,11 @@ from hf_vssm_prune.training.arguments.evaluation import BesideArguments, Estimat
 from hf_vssm_prune.training.arguments.model import DenseModelArguments, FinetuneArguments, LossArguments, label_maps
 from hf_vssm_prune.training.arguments.optimization import OptimizationArguments, ScratchOptimizationArguments
 from hf_vssm_prune.training.arguments.parsing import parse_arguments
-from hf_vssm_prune.training.arguments.pruning import RECOMMENDED_METHOD, ElasticArguments, PruningArguments
+from hf_vssm_prune.training.arguments.pruning import ElasticArguments, PruningArguments
 from hf_vssm_prune.training.arguments.run import RunArguments, ScaleArguments
 
 
 __all__ = [
-    "RECOMMENDED_METHOD",
     "BesideArguments",
     "DataArguments",
     "DenseModelArguments",

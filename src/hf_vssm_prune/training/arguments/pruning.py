@@ -4,13 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.pruning_methods import METHODS
-from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES
+from hf_vssm_prune.pruning_importances import IMPORTANCES
+from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD
+from hf_vssm_prune.pruning_options import TokenPruning
+from hf_vssm_prune.token_pruning import ALIGNMENTS
 from hf_vssm_prune.training.arguments.parsing import describe, exclude
-
-
-# By which the scripts prune a dense model: what lost least in this project's study, see STUDY.md.
-RECOMMENDED_METHOD = "local_merge"
 
 
 @dataclass
@@ -43,7 +41,7 @@ class PruningArguments:
         default=None,
         metadata=describe(
             "what makes a token worth keeping, for a method that takes it; by default as the method has it",
-            choices=IMPORTANCES,
+            choices=tuple(IMPORTANCES),
         ),
     )
 
@@ -78,8 +76,7 @@ class PruningArguments:
                     "--flops_reduction, or --prune_layers and --keep_ratios."
                 )
             return None
-        method = self.prune_method or (RECOMMENDED_METHOD if own is None else None)
-        given = {"method": method, "alignment": self.prune_alignment, "importance": self.importance}
+        given = {"method": self.prune_method, "alignment": self.prune_alignment, "importance": self.importance}
         choices = {name: value for name, value in given.items() if value is not None}
         return config.complete_token_pruning(stages | choices)
 
@@ -112,7 +109,8 @@ class ElasticArguments:
     elastic_importance: str | None = field(
         default=None,
         metadata=describe(
-            "what makes a token worth keeping then; by default as in the model's own schedule", choices=IMPORTANCES
+            "what makes a token worth keeping then; by default as in the model's own schedule",
+            choices=tuple(IMPORTANCES),
         ),
     )
 
@@ -120,7 +118,7 @@ class ElasticArguments:
         if outside := [budget for budget in self.elastic_budgets if not 0 <= budget < 1]:
             raise ValueError(f"--elastic_budgets has {outside}: each must be at least 0 and less than 1.")
 
-    def schedules(self, config: VisionMambaConfig) -> list[dict[str, Any] | None]:
+    def schedules(self, config: VisionMambaConfig) -> list[TokenPruning | None]:
         """For each budget `token_pruning` options for a model of this configuration; None where nothing is to go.
 
         Raises:
