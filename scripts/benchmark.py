@@ -27,6 +27,7 @@ from benchmarking.training import training_section
 from hf_vssm_prune import PlainMambaConfig
 from hf_vssm_prune.export import FORMATS
 from hf_vssm_prune.families import FAMILIES
+from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.checkpoints import write_json
 
 
@@ -86,6 +87,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", help="file to draw the time at growing budgets into (needs matplotlib)")
     parser.add_argument("--json", help="file to write all runs and ratios to")
     options = parser.parse_args(arguments)
+    try:
+        torch.device(options.device)
+        check_output_file("plot", options.plot)
+        check_output_file("json", options.json)
+    except (RuntimeError, ValueError) as error:
+        parser.error(f"--device {options.device}: {error}" if isinstance(error, RuntimeError) else str(error))
     presets = list(FAMILIES[options.family].config.presets)
     if options.preset not in presets:
         parser.error(f"--preset {options.preset}: {options.family} has {presets}.")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from hf_vssm_prune import EXAMPLE_MODEL, visualize
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
+from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.image_steps import decode_image
 
 
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="kept_tokens.png", help="where to write (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
+        check_output_file("output", options.output)
         model = load_classifier(options.model_name_or_path)
         if options.flops_reduction is not None:
             model.set_token_pruning({"flops_reduction": options.flops_reduction})

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -140,6 +141,13 @@ def tiny_pruned_config(request: pytest.FixtureRequest) -> PlainMambaConfig | Vim
 def pixel_values(seed: int) -> torch.Tensor:
     """Two images for any of the tiny configurations."""
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def hear_signals() -> None:
+    """For `preexec_fn`: a process that is to be stopped listens, even if the tests were started with SIGINT ignored, as
+    shells do in the background."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def free_port() -> int:

@@ -24,6 +24,7 @@ from .publication import Paper, PublishedModel
 # Of a model's output; see `pruned_outputs.StageFields`.
 STAGE_FIELDS = ("kept_tokens", "token_scores", "merged_tokens")
 FEATURE_FILLS = ("last", "merged")
+_BACKBONE_STAGES = ("stage_names", "out_features", "out_indices")
 
 
 @strict
@@ -195,6 +196,9 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         """As transformers has it, but options that are given override those of the dict before anything is checked."""
         own = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
         given = {name: kwargs.pop(name) for name in own & set(kwargs)}
+        if config_dict.get("out_features") == [f"stage{config_dict.get('num_hidden_layers')}"]:
+            # A backbone's default, the last layer's output: that of another depth, where one is given.
+            config_dict = {name: value for name, value in config_dict.items() if name not in _BACKBONE_STAGES}
         if isinstance(token_pruning := given.get("token_pruning"), dict) and "method" not in token_pruning:
             given["token_pruning"] = method_options(config_dict.get("token_pruning")) | token_pruning
         return super().from_dict(config_dict | given, **kwargs)

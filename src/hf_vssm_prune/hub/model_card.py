@@ -111,18 +111,21 @@ class Evaluation:
         """
         try:
             results = json.loads(Path(file).read_text(encoding="utf-8"))
+            for result in results.values():
+                if (older := result.get("accuracy")) is not None:  # of version 0.1
+                    result |= {"metrics": older, "num_images": older["num_images"]}
             measured = {
                 name: Measurement(
                     name,
-                    top1=100 * result["accuracy"]["top1"],
-                    top5=100 * result["accuracy"]["top5"],
+                    top1=100 * result["metrics"]["top1"],
+                    top5=100 * result["metrics"]["top5"],
                     images_per_second=result["images_per_second"],
                     pruned=name == "pruned",
                 )
                 for name, result in results.items()
             }
             this_model = measured.pop("pruned" if "pruned" in measured else "dense")
-            num_images = results[this_model.name]["accuracy"]["num_images"]
+            num_images = results[this_model.name]["num_images"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not what scripts/evaluate.py --json writes: {error!r}") from error
         return cls(num_images=num_images, this_model=this_model, others=list(measured.values()), **about)

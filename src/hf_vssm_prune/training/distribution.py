@@ -4,6 +4,7 @@ States leave the processes whole and with the plain model's names, whatever the 
 process opens in two, one of DDP in FSDP, and the reverse.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def make_accelerator(
         fsdp: shard by FSDP2; with one process there is nothing to shard, and it changes nothing. `accelerate launch
             --use_fsdp` asks for it as well.
         timeout: seconds after which a process that does not answer is given up.
-        find_unused_parameters: some parameters have no part in some updates, which DDP must be told.
+        find_unused_parameters: some parameters have no part in some steps, which DDP must be told.
         The rest: as for `Accelerator`.
     """
     fsdp = fsdp or is_switched_on("ACCELERATE_USE_FSDP")
@@ -110,6 +111,14 @@ def _let_cpus_shard(accelerator: Accelerator, plugin: FullyShardedDataParallelPl
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
+
+
+def choose_deterministic_algorithms() -> None:
+    """Lets torch use no other, on CPUs and GPUs."""
+    # cuBLAS reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def shard_by_layers(accelerator: Accelerator, model: PreTrainedModel) -> None:
