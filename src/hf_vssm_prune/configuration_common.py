@@ -8,6 +8,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .flops import schedule_for_budget
+from .label_maps import complete_label_maps, names_by_id
 from .pruning_schedule import METHOD_OPTIONS, check_layers, check_token_pruning, pruning_method
 
 
@@ -42,6 +43,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     # transformers' `Trainer` puts everything else together to the predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["kept_tokens", "token_scores"]
 
+    id2label: dict | list | tuple | None = None
+    label2id: dict | list | tuple | None = None
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3
@@ -66,7 +69,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         """The configuration of a published model by name, with `overrides` put over it."""
         if name not in cls.presets:
             raise ValueError(f"unknown preset {name!r} of {cls.__name__}; known are {list(cls.presets)}.")
-        return cls(**{"num_labels": 1000, **cls.presets[name], **overrides})
+        num_labels = {} if {"id2label", "label2id"} & overrides.keys() else {"num_labels": 1000}
+        return cls(**{**num_labels, **cls.presets[name], **overrides})
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_sizes()
@@ -76,6 +80,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        for name, labels in complete_label_maps({"id2label": self.id2label, "label2id": self.label2id}).items():
+            setattr(self, name, labels)
         super().__post_init__(**kwargs)
         self.token_pruning = self.complete_token_pruning(self.token_pruning)
 
@@ -111,7 +117,12 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def label_names(self) -> list[str]:
         """The labels' names in the order of their ids."""
-        return [name for _, name in sorted((self.id2label or {}).items())]
+        return names_by_id(self.id2label or {})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers has it, with the labels in any form."""
+        return super().from_dict(config_dict, **(kwargs | complete_label_maps(kwargs)))
 
     def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> dict[str, Any] | None:
         """Checks pruning options against this configuration and returns them complete, a budget turned into a schedule.
