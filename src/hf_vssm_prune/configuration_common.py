@@ -10,6 +10,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .flops import FlopCount, schedule_for_budget
+from .label_maps import complete_label_maps, names_by_id
 from .pruning_options import (
     TokenPruning,
     check_layers,
@@ -69,6 +70,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     cls_token: ClassVar[str] = "none"
     num_scans: ClassVar[int] = 1
 
+    id2label: dict | list | tuple | None = None
+    label2id: dict | list | tuple | None = None
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3
@@ -94,7 +97,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         """The configuration of a published model by name, with `overrides` put over it."""
         if name not in cls.presets:
             raise ValueError(f"unknown preset {name!r} of {cls.__name__}; known are {list(cls.presets)}.")
-        return cls(**{"num_labels": 1000, **cls.presets[name], **overrides})
+        num_labels = {} if {"id2label", "label2id"} & overrides.keys() else {"num_labels": 1000}
+        return cls(**{**num_labels, **cls.presets[name], **overrides})
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_sizes()
@@ -104,6 +108,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        for name, labels in complete_label_maps({"id2label": self.id2label, "label2id": self.label2id}).items():
+            setattr(self, name, labels)
         super().__post_init__(**kwargs)
         _ = self.token_pruning  # what is wrong with it is said here
 
@@ -147,7 +153,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def label_names(self) -> list[str]:
         """The labels' names in the order of their ids."""
-        return [name for _, name in sorted((self.id2label or {}).items())]
+        return names_by_id(self.id2label or {})
 
     def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> TokenPruning | None:
         """Checks pruning options against this configuration and returns them complete, a budget turned into a schedule.
@@ -201,7 +207,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             config_dict = {name: value for name, value in config_dict.items() if name not in _BACKBONE_STAGES}
         if isinstance(token_pruning := given.get("token_pruning"), dict) and "method" not in token_pruning:
             given["token_pruning"] = method_options(config_dict.get("token_pruning")) | token_pruning
-        return super().from_dict(config_dict | given, **kwargs)
+        return super().from_dict(config_dict | given, **(kwargs | complete_label_maps(kwargs)))
 
     @property
     def intermediate_size(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.families import FAMILIES, preset_names
 from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.label_maps import complete_label_maps
 from hf_vssm_prune.training.arguments.parsing import check_range, describe
 from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, LossWeights
 
@@ -125,16 +126,11 @@ class DenseModelArguments:
             "patch_size": self.patch_size,
             "drop_path_rate": drop_path_rate,
             "num_labels": len(label_names),
-            **label_maps(label_names),
+            **complete_label_maps({"id2label": list(label_names)}),
         }
         options = {name: value for name, value in options.items() if value is not None}
         options |= _parse_overrides(self.config_overrides, family)
         return family(**options) if self.preset is None else family.from_preset(self.preset, **options)
-
-
-def label_maps(label_names: Sequence[str]) -> dict[str, dict]:
-    """`id2label` and `label2id` of a configuration."""
-    return {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
 
 
 def _parse_overrides(overrides: Sequence[str], family: type[VisionMambaConfig]) -> dict[str, Any]:
