@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_vssm_prune import count_flops, modeling_plainmamba, modeling_vim
+from hf_vssm_prune import count_flops, modeling_bidirectional, modeling_plainmamba
 from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.mixer_output import MixerOutput, ScanInputs
@@ -641,7 +641,7 @@ def test_convolutions_see_stand_ins(tiny_config, pixel_values, monkeypatch) -> N
         return gather_tokens(causal_conv1d_torch(fill(hidden_states, kept), weight, bias, reverse), kept)
 
     monkeypatch.setattr(modeling_plainmamba, "depthwise_conv2d", over_the_grid)
-    monkeypatch.setattr(modeling_vim, "causal_conv1d", along_the_sequence)
+    monkeypatch.setattr(modeling_bidirectional, "causal_conv1d", along_the_sequence)
     with torch.no_grad():
         assert torch.allclose(model(pixel_values).logits, logits, atol=1e-5)
 
