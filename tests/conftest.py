@@ -33,7 +33,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from hf_vssm_prune import PlainMambaConfig, VimConfig  # noqa: E402
+from hf_vssm_prune import PlainMambaConfig, VideoMambaConfig, VimConfig  # noqa: E402
 
 
 if IS_XDIST_WORKER:
@@ -112,7 +112,27 @@ def make_vim_config(**changes) -> VimConfig:
     return VimConfig(**{**defaults, **changes})
 
 
-MAKE_CONFIG = {"plainmamba": make_plainmamba_config, "vim": make_vim_config}
+def make_videomamba_config(**changes) -> VideoMambaConfig:
+    """4 layers, 16 patch tokens and the class token: a model of images, as the others; see `make_video_config`."""
+    defaults = {
+        "image_size": 32,
+        "patch_size": 8,
+        "patch_stride": 8,
+        "num_frames": None,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "state_size": 4,
+        "num_labels": 3,
+    }
+    return VideoMambaConfig(**{**defaults, **changes})
+
+
+def make_video_config(**changes) -> VideoMambaConfig:
+    """4 layers, 3 frames of 4 x 4 patches and the class token."""
+    return make_videomamba_config(**{"num_frames": 3, **changes})
+
+
+MAKE_CONFIG = {"plainmamba": make_plainmamba_config, "videomamba": make_videomamba_config, "vim": make_vim_config}
 
 
 @pytest.fixture
