@@ -79,9 +79,7 @@ def _count_places(grid: tuple[int, ...], window: tuple[int, ...]) -> int:
     return math.prod(-(-size // side) * side for size, side in zip(grid, window, strict=True))
 
 
-def _rank_in_window(
-    importance: Tensor, cells: Tensor, grid: tuple[int, ...], window: tuple[int, ...]
-) -> Tensor:
+def _rank_in_window(importance: Tensor, cells: Tensor, grid: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
     """How many tokens of its window come before each token: more important ones, or equal ones in an earlier cell."""
     places = _window_places(cells, grid, window)
     empty = importance.new_full((importance.shape[0], _count_places(grid, window)), -torch.inf)
