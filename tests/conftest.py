@@ -34,6 +34,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from hf_vssm_prune import PlainMambaConfig, VideoMambaConfig, VimConfig  # noqa: E402
+from hf_vssm_prune.configuration_common import VisionMambaConfig  # noqa: E402
 
 
 if IS_XDIST_WORKER:
@@ -134,6 +135,10 @@ def make_video_config(**changes) -> VideoMambaConfig:
 
 MAKE_CONFIG = {"plainmamba": make_plainmamba_config, "videomamba": make_videomamba_config, "vim": make_vim_config}
 
+# The class token's place among the 16 patches of such a configuration and itself. None: the family has none.
+CLS_TOKEN_IDS = {"plainmamba": None, "videomamba": 0, "vim": 8}
+NUM_CLS_TOKENS = {family: 0 if place is None else 1 for family, place in CLS_TOKEN_IDS.items()}
+
 
 @pytest.fixture
 def plainmamba_config() -> PlainMambaConfig:
@@ -146,13 +151,13 @@ def vim_config() -> VimConfig:
 
 
 @pytest.fixture(params=sorted(MAKE_CONFIG))
-def tiny_config(request: pytest.FixtureRequest) -> PlainMambaConfig | VimConfig:
+def tiny_config(request: pytest.FixtureRequest) -> VisionMambaConfig:
     """Each family in turn, dense."""
     return MAKE_CONFIG[request.param]()
 
 
 @pytest.fixture(params=sorted(MAKE_CONFIG))
-def tiny_pruned_config(request: pytest.FixtureRequest) -> PlainMambaConfig | VimConfig:
+def tiny_pruned_config(request: pytest.FixtureRequest) -> VisionMambaConfig:
     """Each family in turn, with two stages of token pruning."""
     return MAKE_CONFIG[request.param](token_pruning=dict(TOKEN_PRUNING))
 

@@ -257,6 +257,16 @@ def test_export(clips) -> None:
         assert torch.equal(kept, expected.kept_tokens[0])
 
 
+@torch.no_grad()
+def test_compile_in_one_graph(clips) -> None:
+    config = make_video_config(num_hidden_layers=2, token_pruning={"layers": [1], "keep_ratios": [0.6]})
+    model = make_model(config)
+    torch._dynamo.reset()
+    outputs, expected = torch.compile(model, backend="aot_eager", fullgraph=True)(clips), model(clips)
+    torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(outputs.kept_tokens[0], expected.kept_tokens[0])
+
+
 def test_schedule_of_a_call(model, clips) -> None:
     assert model(clips, token_pruning={"flops_reduction": 0.3}).kept_tokens is not None
     assert model(clips).kept_tokens is None

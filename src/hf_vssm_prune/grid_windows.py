@@ -76,7 +76,7 @@ def _window_places(cells: Tensor, grid: tuple[int, ...], window: tuple[int, ...]
 
 def _count_places(grid: tuple[int, ...], window: tuple[int, ...]) -> int:
     """Those of all windows, whole ones at the edges too."""
-    return math.prod(-(-size // side) * side for size, side in zip(grid, window, strict=True))
+    return math.prod([-(-size // side) * side for size, side in zip(grid, window, strict=True)])
 
 
 def _rank_in_window(importance: Tensor, cells: Tensor, grid: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
