@@ -11,7 +11,11 @@ from .precision import at_least_float32
 
 
 def default_window(grid: tuple[int, ...]) -> tuple[int, ...]:
-    """The sides of a window in cells: two along each axis of the grid."""
+    """The sides of a window in cells: two along each axis of the grid.
+
+    On clips, windows of 2 x 2 x 2 beat those of 1 x 2 x 2: what goes into a neighbour was more like it, at every keep
+    ratio that was tried, as neighbours in time are the most alike.
+    """
     return (2,) * len(grid)
 
 
