@@ -106,7 +106,8 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
                 # `save_file` would make a file that nobody else may read.
                 temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in official.items()}))
             else:
-                torch.save({model.official_weight_keys[0]: official}, temporary)
+                key = FAMILIES[model.config.model_type].base.official_weight_keys[0]
+                torch.save({key: official}, temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
