@@ -4,6 +4,8 @@ The toy is one of videos, whose tokens lie on a grid of three dimensions, behind
 """
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +46,18 @@ def make_model(**changes) -> ToyForVideoClassification:
 @pytest.fixture
 def videos() -> torch.Tensor:
     return torch.randn(2, 3, 3, 32, 32)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = [file for folder in ("src", "scripts", "demo") for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_nothing_else_asks_which_family_a_model_is_of() -> None:
+    """Neither by comparing model types, nor by a table of them."""
+    names = "|".join(FAMILIES)
+    pattern = re.compile(rf"model_type (==|!=|in|not in) |[\"']({names})[\"']\s*:|[=!]= *[\"']({names})[\"']")
+    found = [f"{file.relative_to(ROOT)}: {match[0]}" for file in CODE for match in pattern.finditer(file.read_text())]
+    assert not found
 
 
 def test_auto_classes() -> None:
