@@ -16,7 +16,7 @@ from toy_family.configuration_toy import ToyConfig
 from toy_family.modeling_toy import ToyForVideoClassification, ToyModel
 from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification
 
-from hf_vssm_prune import count_flops
+from hf_vssm_prune import count_flops, visualize
 from hf_vssm_prune.conversion import (
     convert_official_state_dict,
     convert_to_official_state_dict,
@@ -26,7 +26,7 @@ from hf_vssm_prune.conversion import (
 )
 from hf_vssm_prune.families import FAMILIES, register
 from hf_vssm_prune.hub import ModelCardInfo, create_model_card, save_for_hub
-from hf_vssm_prune.hub.loading import load_classifier
+from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
 from hf_vssm_prune.hub.published_results import preset_of
 from hf_vssm_prune.visualization import draw_classification, draw_stages, kept_patches
 
@@ -158,7 +158,9 @@ def test_published_figures() -> None:
     config = ToyConfig.from_preset("XS")
     assert preset_of(config) == "XS"
     model = ToyForVideoClassification(config)
-    assert "| dense | 12.3 | – | A Toy |" in create_model_card(model, ModelCardInfo("Toy-XS")).text
+    text = create_model_card(model, ModelCardInfo("Toy-XS")).text
+    assert "For the same architecture on Toys." in text
+    assert "| dense | 12.3 | – | A Toy |" in text
 
 
 def test_a_picture_is_a_sheet_of_frames(videos) -> None:
@@ -167,6 +169,12 @@ def test_a_picture_is_a_sheet_of_frames(videos) -> None:
     picture = draw_classification(model, videos, *statistics)
     taller = draw_classification(model, videos, *statistics, importance=True)
     assert taller.height > 1.5 * picture.height
+
+    processor = new_image_processor(model.config, *statistics, crop_pct=1.0)
+    frames = [Image.new("RGB", (40, 32), colour) for colour in ("red", "green", "blue")]
+    one, two = visualize(model, processor, frames), visualize(model, processor, [frames, frames])
+    assert one.width == two.width
+    assert one.height < two.height
 
 
 def test_patches_are_covered_in_their_own_frame() -> None:

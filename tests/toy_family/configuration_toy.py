@@ -31,7 +31,7 @@ class ToyConfig(VimConfig):
         "XS": {"image_size": 32, "patch_size": 8, "num_frames": 3, "hidden_size": 16, "num_hidden_layers": 6}
     }
     published: ClassVar[dict[str, PublishedModel]] = {
-        "XS": PublishedModel("toy/xs", {"flops_reduction": 0.3}, (PublishedResult("dense", "A Toy", 12.3),))
+        "XS": PublishedModel("toy/xs", {"flops_reduction": 0.3}, (PublishedResult("dense", "A Toy", 12.3),), "Toys")
     }
     cls_token: ClassVar[str] = "first"
     num_scans: ClassVar[int] = 2
