@@ -29,7 +29,8 @@ class OfficialFormat(Protocol):
         official_names: our names of an image classifier's tensors -> published names, a text or a function of the
             match; the first pattern that matches the whole name counts.
         official_marks: names of tensors by which a file is known as the family's.
-        official_weight_key: under which the family's own training code saves weights.
+        official_weight_keys: under which files have weights, the first as the family's own training code saves them.
+        official_prefixes: beginnings of all names that some files have and the model has not.
         official_ignored: beginnings of names that are no part of the model.
         official_last_weights: likewise of a second set of weights, the last ones, beside those of the model's names,
             which then hold averaged ones.
@@ -37,7 +38,8 @@ class OfficialFormat(Protocol):
 
     official_names: ClassVar[Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]]
     official_marks: ClassVar[tuple[str, ...]]
-    official_weight_key: ClassVar[str]
+    official_weight_keys: ClassVar[tuple[str, ...]]
+    official_prefixes: ClassVar[tuple[str, ...]]
     official_ignored: ClassVar[tuple[str, ...]]
     official_last_weights: ClassVar[tuple[str, ...]]
 
@@ -55,8 +57,7 @@ class OfficialFormat(Protocol):
         """
 
 
-# Where published files keep their weights, and those averaged over training.
-WEIGHT_KEYS = ("state_dict", "model")
+# Where published files keep weights averaged over training.
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict")
 
 
@@ -105,7 +106,8 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
                 # `save_file` would make a file that nobody else may read.
                 temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in official.items()}))
             else:
-                torch.save({model.official_weight_key: official}, temporary)
+                key = FAMILIES[model.config.model_type].base.official_weight_keys[0]
+                torch.save({key: official}, temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -152,7 +154,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
-    """The weights in a published file's layout: under `state_dict` or `model`, or the file itself.
+    """The weights in a published file's layout: under a key that some family has them under, or the file itself.
 
     Args:
         checkpoint: the file's content.
@@ -161,29 +163,35 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
     Raises:
         ValueError: there are none.
     """
-    keys = EMA_KEYS if ema else WEIGHT_KEYS
+    weight_keys = [key for family in FAMILIES.values() for key in family.base.official_weight_keys]
+    keys = list(EMA_KEYS) if ema else weight_keys
     found = next((checkpoint[key] for key in keys if key in checkpoint), None)
     if found is None and (not ema or _has_swapped_ema(checkpoint)):
-        found = next((checkpoint[key] for key in WEIGHT_KEYS if key in checkpoint), checkpoint)
+        found = next((checkpoint[key] for key in weight_keys if key in checkpoint), checkpoint)
     if not isinstance(found, Mapping) or not found:
         kind = "EMA weights" if ema else "weights"
         raise ValueError(
-            f"the checkpoint holds no {kind} under any of {list(keys)}; it has {sorted(map(str, checkpoint))[:20]}. "
+            f"the checkpoint holds no {kind} under any of {keys}; it has {sorted(map(str, checkpoint))[:20]}. "
             f"{see('checkpoint-of-another-layout')}"
         )
     tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"the checkpoint holds no tensors; it has {sorted(map(str, found))[:20]}.")
-    names = {key: key.removeprefix("module.") for key in tensors}
-    families = [family.base for family in FAMILIES.values()]
-    ignored = tuple(prefix for each in families for prefix in (*each.official_ignored, *each.official_last_weights))
-    return {name: tensors[key] for key, name in names.items() if not name.startswith(ignored)}
+    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
 
 
 def _has_swapped_ema(checkpoint: Mapping[str, Any]) -> bool:
     last_weights = tuple(prefix for family in FAMILIES.values() for prefix in family.base.official_last_weights)
     weights = checkpoint.get("state_dict")
     return isinstance(weights, Mapping) and any(str(key).startswith(last_weights) for key in weights)
+
+
+def _as_of(family: Family, tensors: Mapping[str, Tensor]) -> "OfficialTensors":
+    """Tensors by a family's published names, without what is no part of its models."""
+    prefix = "|".join(map(re.escape, family.base.official_prefixes))
+    names = {re.sub(f"^({prefix})", "", name): name for name in tensors}
+    ignored = (*family.base.official_ignored, *family.base.official_last_weights)
+    return OfficialTensors({name: tensors[key] for name, key in names.items() if not name.startswith(ignored)})
 
 
 def convert_official_state_dict(
@@ -202,7 +210,8 @@ def convert_official_state_dict(
     tensors = _tensors_of(config)
     names = {official_name(config.model_type, name): name for name in tensors}
     expected = {key: tensors[name] for key, name in names.items()}
-    official = FAMILIES[config.model_type].base.complete_official(extract_state_dict(state_dict, ema), expected)
+    family = FAMILIES[config.model_type]
+    official = family.base.complete_official(_as_of(family, extract_state_dict(state_dict, ema)), expected)
     problems = [f"missing: {key} {list(tensor.shape)}" for key, tensor in expected.items() if key not in official]
     problems += [f"unexpected: {key} {list(tensor.shape)}" for key, tensor in official.items() if key not in expected]
     problems += [
@@ -254,8 +263,8 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
         ValueError: it is of no known family, or of several, a tensor that tells a size is missing, an option is another
             family's, or the grid is not square and `image_size` is not given.
     """
-    official = OfficialTensors(extract_state_dict(state_dict))
-    found = _family_of(official) if family is None else FAMILIES.get(family)
+    tensors = extract_state_dict(state_dict)
+    found = _family_of(tensors) if family is None else FAMILIES.get(family)
     if found is None:
         raise ValueError(f"`family` is {family!r}; allowed are {list(FAMILIES)}.")
     for option in overrides:
@@ -263,12 +272,12 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
         if owners and found.config not in owners:
             names = " and ".join(owner.paper.name for owner in owners)
             raise ValueError(f"`{option}` is an option of {names}, not of {found.config.paper.name}.")
-    return found.config(**{**found.base.options_of_official(official, overrides), **overrides})
+    return found.config(**{**found.base.options_of_official(_as_of(found, tensors), overrides), **overrides})
 
 
-def _family_of(official: Mapping[str, Tensor]) -> Family:
+def _family_of(tensors: Mapping[str, Tensor]) -> Family:
     """The family whose marks all are there, that with most of them where several fit."""
-    fitting = [each for each in FAMILIES.values() if all(mark in official for mark in each.base.official_marks)]
+    fitting = [each for each in FAMILIES.values() if _as_of(each, tensors).keys() >= set(each.base.official_marks)]
     most = max((len(each.base.official_marks) for each in fitting), default=0)
     best = [each for each in fitting if len(each.base.official_marks) == most]
     if len(best) == 1:
@@ -279,7 +288,7 @@ def _family_of(official: Mapping[str, Tensor]) -> Family:
         )
     known = (f"{each.config.paper.name} ({', '.join(each.base.official_marks)})" for each in FAMILIES.values())
     raise ValueError(
-        f"this is neither a {' nor a '.join(known)} checkpoint; its tensors start with {sorted(official)[:5]}. "
+        f"this is neither a {' nor a '.join(known)} checkpoint; its tensors start with {sorted(tensors)[:5]}. "
         f"{see('checkpoint-of-another-layout')}"
     )
 

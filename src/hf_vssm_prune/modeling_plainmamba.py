@@ -307,7 +307,8 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
         (r"classifier\.(.+)", r"head.fc.\1"),
     ]
     official_marks = ("backbone.layers.0.mamba.A_log",)
-    official_weight_key = "state_dict"
+    official_weight_keys = ("state_dict",)
+    official_prefixes = ()
     official_ignored = ()
     # Training keeps a second set of weights as buffers of these names beside the model's. It swaps the two before it
     # saves: in a file the model's own names hold the averaged weights, and these the last ones.

@@ -284,7 +284,8 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
         (r"classifier\.(.+)", r"head.\1"),
     ]
     official_marks = ("layers.0.mixer.A_b_log",)
-    official_weight_key = "model"
+    official_weight_keys = ("model",)
+    official_prefixes = ()
     official_ignored = ()
     official_last_weights = ()
 
