@@ -43,8 +43,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     # transformers' `Trainer` puts everything else together to the predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["kept_tokens", "token_scores"]
 
-    id2label: dict | list | tuple | None = None
-    label2id: dict | list | tuple | None = None
+    id2label: dict | list | tuple | None = None  # type: ignore[assignment]
+    label2id: dict | list | tuple | None = None  # type: ignore[assignment]
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3

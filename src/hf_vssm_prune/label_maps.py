@@ -32,8 +32,8 @@ def names_by_id(maps: Mapping[Any, Any] | Sequence[Any], option: str = "id2label
     forwards, backwards = list(maps.items()), [(value, key) for key, value in maps.items()]
     for pairs in (backwards, forwards) if option == "label2id" else (forwards, backwards):
         ids = [_as_id(key) for key, _ in pairs]
+        names = {i: str(name) for i, (_, name) in zip(ids, pairs, strict=True) if i is not None}
         if None not in ids:
-            names = {i: str(name) for i, (_, name) in zip(ids, pairs, strict=True)}
             if sorted(names) != list(range(len(pairs))):
                 raise ValueError(
                     f"`{option}` has the ids {sorted(names)[:10]} for {len(pairs)} labels; each of 0 to "
