@@ -104,3 +104,26 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, parquet_folder):
         load_image_stream(tmp_path / "train.parquet", label_column="kind")
     with pytest.raises(ValueError, match="no split to evaluate on"):
         load_image_stream(parquet_folder / "train-0.parquet")
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "message"),
+    [
+        (None, 1, "The image in place 1 of epoch 0 of split 'train' has neither bytes nor a path"),
+        ({"bytes": b"", "path": None}, 1, "The image in place 1 of epoch 0 of split 'train' cannot be read"),
+        ("a picture", None, "The image in place 1 of split 'train' has the label None: allowed is 0 to 2"),
+        ("a picture", -1, "The image in place 1 of split 'train' has the label -1: allowed is 0 to 2"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(image, label, message, tmp_path):
+    picture = Image().encode_example(PILImage.new("RGB", (8, 8)))
+    images = [picture, picture if image == "a picture" else image, picture]
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b", "c"])})
+    table = Dataset.from_dict({"image": images, "label": [0, label, 2]}, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    table.select([0, 2]).to_parquet(tmp_path / "test.parquet")
+    stream = load_image_stream(tmp_path).train
+    processor = new_image_processor(_Config(), [0.0] * 3, [1.0] * 3, crop_pct=1.0)
+    images = StreamedTrainingImages(stream, processor, AugmentationArguments().image_augmentation())
+    with pytest.raises(ValueError, match=message):
+        images.__getitems__(list(enumerate(stream.rows)))
