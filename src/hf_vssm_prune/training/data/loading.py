@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, NamedSplit
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, NamedSplit, Value
 from datasets.exceptions import DatasetGenerationError
 
 from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, standardize, standardize_stream
@@ -115,8 +115,10 @@ def load_image_stream(
         )
     stored = _choose_split(splits, eval_split, name_or_path)
     stored, _ = standardize_stream(stored, image_column, label_column)
+    # Rows without an image are no `Image` to datasets, and are named by `standardize`.
+    features = Features(stored.features | {"image": {"bytes": Value("binary"), "path": Value("string")}})
     try:
-        evaluation = Dataset.from_generator(stored.__iter__, features=stored.features, split=NamedSplit(eval_split))
+        evaluation = Dataset.from_generator(stored.__iter__, features=features, split=NamedSplit(eval_split))
     except DatasetGenerationError as error:
         raise ValueError(f"Split '{eval_split}' of '{name_or_path}' cannot be read: {error.__cause__}") from error
     evaluation, _ = standardize(evaluation, "image", "label", label_names)
