@@ -129,3 +129,19 @@ def test_rows_that_cannot_be_used_are_named(image, label, message, tmp_path):
     images = StreamedTrainingImages(stream, processor, AugmentationArguments().image_augmentation())
     with pytest.raises(ValueError, match=message):
         images.__getitems__(list(enumerate(stream.rows)))
+
+
+def test_rows_that_datasets_cannot_read_are_named(tmp_path):
+    write(tmp_path / "train.parquet", range(4))
+    stream = load_image_stream(tmp_path, eval_split="train").train
+
+    def fail(row):
+        if row["label"] == 2:
+            raise ValueError("An image sample should have bytes")
+        return row
+
+    broken = ImageStream(stream.rows.map(fail), 4, buffer_size=1, split="train")
+    with pytest.raises(
+        ValueError, match="After [0-2] rows of split 'train' one cannot be read: An image sample should have bytes"
+    ):
+        list(StreamSampler(broken, seed=0))
