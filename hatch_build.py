@@ -5,7 +5,6 @@ platform, and the kernels are compiled at their first use.
 """
 
 import importlib.util
-import os
 import shutil
 import sysconfig
 import tempfile
@@ -16,18 +15,17 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-KERNELS = "hf_vssm_prune/kernels"
-
-
 class PrebuiltKernelsHook(BuildHookInterface):
     directory: Path | None = None
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if version == "editable" or os.environ.get("HF_VSSM_PRUNE_PREBUILT", "0") in ("", "0"):
+        package = Path(self.root) / "src" / "hf_vssm_prune"
+        if version == "editable" or not load(package / "environment.py").is_switched_on("HF_VSSM_PRUNE_PREBUILT"):
             return
         self.directory = Path(tempfile.mkdtemp())
-        for library in load_builder(Path(self.root)).build_prebuilt(self.directory):
-            build_data["force_include"][str(library)] = f"{KERNELS}/prebuilt/{library.name}"
+        load(package / "kernels" / "build.py").build_prebuilt(self.directory)
+        for file in self.directory.iterdir():  # libraries and their checksums
+            build_data["force_include"][str(file)] = f"hf_vssm_prune/kernels/prebuilt/{file.name}"
         platform_tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{platform_tag}"
         build_data["pure_python"] = False
@@ -37,9 +35,9 @@ class PrebuiltKernelsHook(BuildHookInterface):
             shutil.rmtree(self.directory)
 
 
-def load_builder(root: Path) -> ModuleType:
-    """`kernels/build.py` by itself: the package around it needs torch, which a wheel is built without."""
-    spec = importlib.util.spec_from_file_location("build_kernels", root / "src" / KERNELS / "build.py")
+def load(file: Path) -> ModuleType:
+    """A module by itself: the package around it needs torch, which a wheel is built without."""
+    spec = importlib.util.spec_from_file_location(f"build_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments, parse_arguments
+from hf_vssm_prune.training.tasks import TaskArguments, choose_task
 
 
 @dataclass
@@ -39,9 +40,12 @@ class ComparisonArguments:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    types = [EvaluationDataArguments, EvaluationArguments, ComparisonArguments]
-    data, options, comparison = parse_arguments(types, arguments, __doc__)
-    return jobs.report(lambda: jobs.compare_schedules(data, options, comparison.read_schedules()), options)
+    chosen = choose_task(arguments)
+    types = [TaskArguments, EvaluationDataArguments, EvaluationArguments, ComparisonArguments]
+    types.append(chosen.evaluation_arguments)
+    _, data, options, comparison, of_task = parse_arguments(types, arguments, __doc__)
+    task = chosen(of_task)
+    return jobs.report(lambda: jobs.compare_schedules(data, options, comparison.read_schedules(), task), options, task)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_vssm_prune import EXAMPLE_MODEL
-from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.saving import save_for_hub
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import (
-    AugmentationArguments,
     DataArguments,
     FinetuneArguments,
     OptimizationArguments,
@@ -39,12 +38,12 @@ from hf_vssm_prune.training.arguments import (
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_evaluation_dataset
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
 from hf_vssm_prune.training.loop import Recipe
+from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
 from hf_vssm_prune.visualization import draw_classification, image_from_pixel_values
 
 
 DATASET = "fashion_mnist"
-REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
-PRUNING = {"flops_reduction": REDUCTION, "method": "top"}
+PRUNING = {"flops_reduction": 0.416, "method": "top"}  # as the paper prunes PlainMamba-L3
 DENSE, NAIVE, ALIGNED, FINETUNED = "dense", "pruned naively", "pruned with alignment", "pruned, aligned, fine-tuned"
 
 
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     say(f"Evaluating on {len(images)} test images, every batch with all models in turn")
     loader = DataLoader(images, batch_size=50, collate_fn=collate)
-    evaluations = compare_models(models, loader, torch.device("cpu"))
+    evaluations = compare_models(ImageClassification(), models, loader, torch.device("cpu"))
 
     say("Saving the pruned model, and opening it again in a fresh process")
     output.mkdir(parents=True, exist_ok=True)
@@ -82,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reopened = reopen(folder, models[FINETUNED], shown)
 
     print("\n" + table(models, evaluations) + "\n")
-    gained = evaluations[FINETUNED].accuracy.top1 - evaluations[DENSE].accuracy.top1
+    gained = evaluations[FINETUNED].metrics["top1"] - evaluations[DENSE].metrics["top1"]
     faster = evaluations[FINETUNED].images_per_second / evaluations[DENSE].images_per_second
     reduction = count_flops(models[FINETUNED].config).reduction
     print(f"{reduction:.1%} fewer FLOPs, {faster:.2f}× the speed, {100 * gained:+.2f} points of accuracy.")
@@ -116,8 +115,8 @@ def recipe(
     )
     augmentation = AugmentationArguments(no_random_crop=True, randaugment_num_ops=0, reprob=0, mixup=0, cutmix=0)
     run = RunArguments(str(folder), seed=options.seed)
-    pruning = PruningArguments(flops_reduction=REDUCTION, prune_method="top")
-    return data, model, pruning, Recipe(optimization, augmentation, run, model.loss_weights())
+    pruning = PruningArguments(flops_reduction=PRUNING["flops_reduction"], prune_method=PRUNING["method"])
+    return data, model, pruning, Recipe(optimization, ImageClassification(augmentation), run, model.loss_weights())
 
 
 def load_example(token_pruning: dict | None) -> ImageClassifier:
@@ -131,8 +130,8 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
     measurements = [
         Measurement(
             name,
-            100 * evaluation.accuracy.top1,
-            100 * evaluation.accuracy.top5,
+            100 * evaluation.metrics["top1"],
+            100 * evaluation.metrics["top5"],
             evaluation.images_per_second,
             pruned=name != DENSE,
         )
@@ -149,7 +148,7 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
             dataset_name="Fashion-MNIST, a subset",
             dataset_id="zalando-datasets/fashion_mnist",
             split="test",
-            num_images=evaluations[FINETUNED].accuracy.num_images,
+            num_images=evaluations[FINETUNED].num_images,
             this_model=measurements[-1],
             others=measurements[:-1],
             hardware=f"a CPU with {torch.get_num_threads()} threads",
@@ -183,7 +182,7 @@ def table(models: dict[str, ImageClassifier], evaluations: dict[str, ModelEvalua
     for name, evaluation in evaluations.items():
         flops = count_flops(models[name].config)
         lines.append(
-            f"| {name} | {evaluation.accuracy.top1:.2%} | {flops.pruned.published / 1e6:.1f} "
+            f"| {name} | {evaluation.metrics['top1']:.2%} | {flops.pruned.published / 1e6:.1f} "
             f"| {flops.reduction:.1%} | {evaluation.images_per_second:.0f} |"
         )
     return "\n".join(lines)

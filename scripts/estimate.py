@@ -3,7 +3,7 @@
     python scripts/estimate.py --recipe recipes/top_plainmamba_l3_imagenet.yaml --family plainmamba --preset L3
 
 Takes the options of `finetune.py` and, for a new dense model, of `train.py`; those that a recipe does not have are as
-`finetune.py` has them. It states updates, FLOPs, memory and device-hours at the speed that `--device_tflops` assumes,
+`finetune.py` has them. It states steps, FLOPs, memory and device-hours at the speed that `--device_tflops` assumes,
 and measures the same model on synthetic images on this machine.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 
 from hf_vssm_prune.hub.loading import load_config
 from hf_vssm_prune.training.arguments import (
-    AugmentationArguments,
     DenseModelArguments,
     ElasticArguments,
     EstimateArguments,
@@ -26,27 +25,31 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.checkpoints import write_json
 from hf_vssm_prune.training.estimate import estimate_run, estimate_text
+from hf_vssm_prune.training.tasks import TaskArguments, choose_task
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    task = choose_task(arguments)
     types = [
+        TaskArguments,
         DenseModelArguments,
         LossArguments,
         PruningArguments,
         OptimizationArguments,
-        AugmentationArguments,
+        task.training_arguments,
         ElasticArguments,
         ScaleArguments,
         EstimateArguments,
     ]
-    model, losses, pruning, optimization, _, elastic, scale, options = parse_arguments(types, arguments, __doc__)
+    parsed = parse_arguments(types, arguments, __doc__)
+    _, model, losses, pruning, optimization, of_task, elastic, scale, options = parsed
     try:
         if model.model_name_or_path is None:
             config = model.config([f"class {i}" for i in range(options.num_classes)], optimization.drop_path)
         else:
             config = load_config(model.model_name_or_path)
         config.token_pruning = pruning.schedule(config)
-        estimate = estimate_run(config, optimization, losses, elastic, scale, options)
+        estimate = estimate_run(task(of_task), config, optimization, losses, elastic, scale, options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

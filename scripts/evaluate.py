@@ -1,4 +1,4 @@
-"""Evaluates a model dense beside pruned: top-1, top-5, FLOPs and images per second.
+"""Evaluates a model dense beside pruned: its metrics (top-1, top-5), FLOPs and images per second.
 
     python scripts/evaluate.py --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder> --json out.json
 
@@ -16,12 +16,16 @@ from hf_vssm_prune.training.arguments import (
     PruningArguments,
     parse_arguments,
 )
+from hf_vssm_prune.training.tasks import TaskArguments, choose_task
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    types = [EvaluationDataArguments, EvaluationArguments, BesideArguments, PruningArguments]
-    data, options, beside, pruning = parse_arguments(types, arguments, __doc__)
-    return jobs.report(lambda: jobs.evaluate(data, options, beside, pruning), options)
+    chosen = choose_task(arguments)
+    types = [TaskArguments, EvaluationDataArguments, EvaluationArguments, BesideArguments, PruningArguments]
+    types.append(chosen.evaluation_arguments)
+    _, data, options, beside, pruning, of_task = parse_arguments(types, arguments, __doc__)
+    task = chosen(of_task)
+    return jobs.report(lambda: jobs.evaluate(data, options, beside, pruning, task), options, task)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import (
-    AugmentationArguments,
     DataArguments,
     ElasticArguments,
     FinetuneArguments,
@@ -24,21 +23,24 @@ from hf_vssm_prune.training.arguments import (
     parse_arguments,
 )
 from hf_vssm_prune.training.loop import Recipe
+from hf_vssm_prune.training.tasks import TaskArguments, choose_task
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    task = choose_task(arguments)
     types = [
+        TaskArguments,
         DataArguments,
         FinetuneArguments,
         PruningArguments,
         OptimizationArguments,
-        AugmentationArguments,
+        task.training_arguments,
         ElasticArguments,
         ScaleArguments,
         RunArguments,
     ]
-    data, model, pruning, optimization, augmentation, elastic, scale, run = parse_arguments(types, arguments, __doc__)
-    recipe = Recipe(optimization, augmentation, run, model.loss_weights(), elastic, scale, data.dataloader_num_workers)
+    _, data, model, pruning, optimization, options, elastic, scale, run = parse_arguments(types, arguments, __doc__)
+    recipe = Recipe(optimization, task(options), run, model.loss_weights(), elastic, scale, data.dataloader_num_workers)
     return jobs.run(lambda: jobs.prepare_finetuning(data, model, pruning, recipe), run)
 
 

@@ -12,9 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_vssm_prune.training.study import StudyRunner, check_results, read_results
-from hf_vssm_prune.training.study_plan import Study, read_study
-from hf_vssm_prune.training.study_report import write_report
+from hf_vssm_prune.training.arguments.parsing import check_output_file
+
+
+# The study is a part of the repository and not of the package; before this folder, whose study.py is this file.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from study.plan import Study, read_study
+from study.report import write_report
+from study.runner import StudyRunner, check_results, read_results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
     try:
         study = read_study(options.study)
+        check_output_file("report", options.report)
+        if options.results.is_dir():
+            raise ValueError(f"--results {options.results} is a folder: a file is needed.")
         status = 0 if options.folder is None else run(study, options)
         if options.report is not None:
             results = read_results(options.results)

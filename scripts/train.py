@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import (
-    AugmentationArguments,
     DataArguments,
     DenseModelArguments,
     ElasticArguments,
@@ -20,21 +19,24 @@ from hf_vssm_prune.training.arguments import (
     parse_arguments,
 )
 from hf_vssm_prune.training.loop import Recipe
+from hf_vssm_prune.training.tasks import TaskArguments, choose_task
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    task = choose_task(arguments)
     types = [
+        TaskArguments,
         DataArguments,
         DenseModelArguments,
         ScratchOptimizationArguments,
-        AugmentationArguments,
+        task.training_arguments,
         ElasticArguments,
         ScaleArguments,
         RunArguments,
     ]
-    data, model, optimization, augmentation, elastic, scale, run = parse_arguments(types, arguments, __doc__)
+    _, data, model, optimization, options, elastic, scale, run = parse_arguments(types, arguments, __doc__)
     recipe = Recipe(
-        optimization, augmentation, run, elastic=elastic, scale=scale, num_workers=data.dataloader_num_workers
+        optimization, task(options), run, elastic=elastic, scale=scale, num_workers=data.dataloader_num_workers
     )
     return jobs.run(lambda: jobs.prepare_dense_training(data, model, recipe), run)
 

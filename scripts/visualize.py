@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from hf_vssm_prune import EXAMPLE_MODEL, visualize
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
-from hf_vssm_prune.training.image_steps import ImageProcessorSteps, decode_image
+from hf_vssm_prune.training.arguments.parsing import check_output_file
+from hf_vssm_prune.training.image_steps import decode_image
 
 
 DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
@@ -34,13 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="kept_tokens.png", help="where to write (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
+        check_output_file("output", options.output)
         model = load_classifier(options.model_name_or_path)
         if options.flops_reduction is not None:
             model.set_token_pruning({"flops_reduction": options.flops_reduction})
         elif model.config.token_pruning is None:
             model.set_token_pruning({"flops_reduction": DENSE_MODELS_REDUCTION})
         image_processor = load_image_processor(options.model_name_or_path)
-        mode = ImageProcessorSteps(image_processor).mode
+        mode = "L" if model.config.num_channels == 1 else "RGB"
         images = [decode_image({"bytes": None, "path": file}, mode, file) for file in options.images]
         visualize(model, image_processor, images, options.importance).save(options.output)
     except (ValueError, OSError) as error:

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import random
+import signal
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +66,8 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 def load_script(name: str) -> ModuleType:
     """A script as a module, whose `main` takes the arguments of its command line."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.append(str(SCRIPTS))  # a script imports what lies beside it; last, as its names are common ones
     spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -137,6 +141,13 @@ def tiny_pruned_config(request: pytest.FixtureRequest) -> PlainMambaConfig | Vim
 def pixel_values(seed: int) -> torch.Tensor:
     """Two images for any of the tiny configurations."""
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def hear_signals() -> None:
+    """For `preexec_fn`: a process that is to be stopped listens, even if the tests were started with SIGINT ignored, as
+    shells do in the background."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def free_port() -> int:

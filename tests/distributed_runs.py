@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from tested_tasks import MeanColour
 from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.training.arguments import (
-    AugmentationArguments,
     ElasticArguments,
     OptimizationArguments,
     RunArguments,
@@ -29,29 +29,31 @@ from hf_vssm_prune.training.arguments import (
 from hf_vssm_prune.training.data import load_image_dataset, load_image_stream
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.losses import LossWeights
+from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
 
 
 CONFIGS = {"vim": make_vim_config, "plainmamba": make_plainmamba_config}
-# 146 images and 12 to an update: 12 updates in an epoch, and two images left over. Half of 12 or of 50 updates is in
+# 146 images and 12 to a step: 12 steps in an epoch, and two images left over. Half of 12 or of 50 steps is in
 # the middle of an epoch.
-IMAGES_PER_UPDATE = 12
+IMAGES_PER_STEP = 12
 FSDP = {"fsdp": True}
 FROZEN = {"batch_norm": "frozen"}
-# What `learned` learns has no part in an update that drops no tokens.
+# What `learned` learns has no part in a step that drops no tokens.
 ELASTIC = {"elastic": [0.0, 0.2], "pruning": {"alignment": "learned"}}
 ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "one": {},
-    "one_long": {"updates": 50},
+    "one_long": {"steps": 50},
     "one_plainmamba": {"family": "plainmamba", "scale": FROZEN},
     "one_bf16": {"mixed_precision": "bf16"},
     "one_streamed": {"streaming": True},
     "one_half_teacher": {"teacher": "bfloat16"},
     "one_plainmamba_teacher": {"teacher_family": "plainmamba"},
     "one_elastic": ELASTIC,
+    "one_toy": {"task": "mean-colour"},
 }
 TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
-    "ddp_long": {"updates": 50},
+    "ddp_long": {"steps": 50},
     "ddp_plainmamba": {"family": "plainmamba", "scale": FROZEN},
     "ddp_bf16": {"mixed_precision": "bf16"},
     "ddp_accumulated": {"accumulation": 3},
@@ -59,9 +61,12 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp_streamed_from_one": {"streaming": True, "resume": "one_streamed"},
     "ddp_from_one": {"resume": "one"},
     "ddp_elastic": ELASTIC,
+    "ddp_toy": {"task": "mean-colour"},
+    "fsdp_toy": {"task": "mean-colour", "scale": FSDP},
+    "fsdp_toy_from_one": {"task": "mean-colour", "resume": "one_toy", "scale": FSDP},
     "fsdp_elastic": {**ELASTIC, "scale": FSDP},
     "fsdp": {"scale": FSDP},
-    "fsdp_long": {"updates": 50, "scale": FSDP},
+    "fsdp_long": {"steps": 50, "scale": FSDP},
     "fsdp_plainmamba": {"family": "plainmamba", "scale": {**FSDP, **FROZEN}},
     "fsdp_bf16": {"mixed_precision": "bf16", "scale": FSDP},
     "fsdp_accumulated": {"accumulation": 3, "scale": {**FSDP, "gradient_checkpointing": True}},
@@ -72,13 +77,19 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "fsdp_from_fsdp": {"resume": "fsdp", "scale": FSDP},
     "ddp_from_fsdp": {"resume": "fsdp"},
 }
+# Mixing, drop path and random importance draw anew for each process' own batch; images do not.
+TASKS = {
+    "image-classification": lambda: ImageClassification(AugmentationArguments(mixup=0.0, cutmix=0.0, smoothing=0.1)),
+    "mean-colour": MeanColour,
+}
 
 
 def train(
     folder: Path,
     name: str,
     family: str = "vim",
-    updates: int = 12,
+    task: str = "image-classification",
+    steps: int = 12,
     accumulation: int = 1,
     teacher: str | None = "float32",
     teacher_family: str | None = None,
@@ -90,22 +101,22 @@ def train(
     pruning: dict[str, Any] | None = None,
     **optimization: Any,
 ) -> Trainer:
-    """One run with the same images in each update, over however many processes and batches they are spread.
+    """One run with the same images in each step, over however many processes and batches they are spread.
 
     Args:
         teacher: the precision of its weights; None: no teacher.
         teacher_family: if it is not the model's; then the losses compare logits alone.
         tracking: show the trackers what there is to show.
-        resume: name of the run whose checkpoint after half of the updates this one goes on from.
-        elastic: budgets, of which each update draws one.
+        resume: name of the run whose checkpoint after half of the steps this one goes on from.
+        elastic: budgets, of which each step draws one.
         pruning: what differs from `TOKEN_PRUNING`.
     """
     output_dir = folder / name
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     recipe = Recipe(
         OptimizationArguments(
-            max_train_steps=updates,
-            per_device_train_batch_size=IMAGES_PER_UPDATE // num_processes // accumulation,
+            max_train_steps=steps,
+            per_device_train_batch_size=IMAGES_PER_STEP // num_processes // accumulation,
             gradient_accumulation_steps=accumulation,
             per_device_eval_batch_size=4,
             learning_rate=1e-3,
@@ -114,15 +125,14 @@ def train(
             model_ema_decay=0.9,
             **optimization,
         ),
-        # Mixing, drop path and random importance draw anew for each process' own batch; images do not.
-        AugmentationArguments(mixup=0.0, cutmix=0.0, smoothing=0.1),
+        TASKS[task](),
         RunArguments(
             output_dir=str(output_dir),
             use_cpu=True,
-            checkpointing_steps=str(updates // 2),
+            checkpointing_steps=str(steps // 2),
             save_total_limit=9,
             logging_steps=1,
-            resume=None if resume is None else str(folder / resume / f"checkpoint-{updates // 2}"),
+            resume=None if resume is None else str(folder / resume / f"checkpoint-{steps // 2}"),
             with_tracking=tracking,
         ),
         LossWeights(kd_weight=1.0, alignment_weight=float(teacher_family is None)) if teacher else LossWeights(),

@@ -74,7 +74,7 @@ def losses(runs: Path, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("spread", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("one", "kind"), [("one_long", "long"), ("one_plainmamba", "plainmamba")])
+@pytest.mark.parametrize(("one", "kind"), [("one_long", "long"), ("one_plainmamba", "plainmamba"), ("one_toy", "toy")])
 def test_two_processes_have_the_losses_of_one(runs, spread, one, kind):
     alone, spread_out = losses(runs, one), losses(runs, f"{spread}_{kind}")
     assert len(alone) == (50 if kind == "long" else 12)
@@ -127,6 +127,7 @@ def test_elastic_training_with_parameters_that_some_budgets_do_not_use(runs, spr
         ("ddp_from_fsdp", "fsdp"),
         ("fsdp_from_fsdp", "fsdp"),
         ("ddp_streamed_from_one", "one_streamed"),
+        ("fsdp_toy_from_one", "one_toy"),
     ],
 )
 def test_checkpoints_move(runs, name, source):

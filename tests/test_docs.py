@@ -26,6 +26,7 @@ from hf_vssm_prune import PlainMambaConfig
 from hf_vssm_prune.conversion import infer_config
 from hf_vssm_prune.documentation import DOCUMENTATION, see
 from hf_vssm_prune.selective_scan import selective_scan
+from hf_vssm_prune.training.tasks import TASKS
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,11 +63,14 @@ def pages_with(*languages: str) -> list[str]:
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in which commands find what they find in the repository, and write nothing into it."""
-    for name in ("scripts", "recipes", "src"):
+    for name in ("scripts", "recipes", "src", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     kernels = dict(hf_vssm_prune.kernels.KERNELS)
+    tasks = dict(TASKS)
     yield tmp_path
+    TASKS.clear()
+    TASKS.update(tasks)
     hf_vssm_prune.kernels.KERNELS.clear()
     hf_vssm_prune.kernels.KERNELS.update(kernels)
 

@@ -14,6 +14,7 @@ from hf_vssm_prune.training.arguments import (
     ScaleArguments,
 )
 from hf_vssm_prune.training.estimate import RunEstimate, estimate_run
+from hf_vssm_prune.training.tasks.classification import ImageClassification
 
 
 def estimate(elastic: ElasticArguments | None = None, scale: ScaleArguments | None = None, **losses) -> RunEstimate:
@@ -30,6 +31,7 @@ def estimate(elastic: ElasticArguments | None = None, scale: ScaleArguments | No
         measured_batch_sizes=[2, 8],
     )
     return estimate_run(
+        ImageClassification(),
         config,
         optimization,
         LossArguments(**losses),
@@ -42,7 +44,7 @@ def estimate(elastic: ElasticArguments | None = None, scale: ScaleArguments | No
 def test_updates_flops_and_hours():
     found = estimate()
     # 100 images are 12 batches on each of 2 devices, in pairs.
-    assert (found.images_per_update, found.updates_per_epoch, found.num_updates) == (16, 6, 18)
+    assert (found.images_per_step, found.steps_per_epoch, found.num_steps) == (16, 6, 18)
     flops = count_flops(make_vim_config(num_hidden_layers=8, token_pruning=dict(TOKEN_PRUNING)))
     assert found.flops_per_image == 2 * (3 * flops.pruned.total + flops.dense.total)
     evaluations = 3 * 2 * 10 * 2 * flops.pruned.total
@@ -74,6 +76,6 @@ def test_the_script(tmp_path, capfd):
     output = capfd.readouterr().out
     assert "75,060 of 512 images; 30 epochs of 2,502" in output
     assert "40 TFLOP/s on each of 8 devices" in output
-    assert json.loads(file.read_text())["num_updates"] == 75_060
+    assert json.loads(file.read_text())["num_steps"] == 75_060
     assert load_script("estimate").main([*model, "--num_images", "9"]) == 1
     assert "9 images do not fill one batch of 64 on each of 8 devices" in capfd.readouterr().err

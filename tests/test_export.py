@@ -22,7 +22,7 @@ from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.export import FORMATS, check_answers, export_classifier, trace, write_onnx
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
-from hf_vssm_prune.selective_scan import selective_scan_torch
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 from hf_vssm_prune.token_pruning import ALIGNMENTS, select_tokens
 
 

@@ -307,7 +307,7 @@ def test_damaged_checkpoint_at_resume(damage, trained, datasets) -> None:  # noq
     reset_accelerator()
     shutil.rmtree(trained / "checkpoint-3")
     trainer = make_trainer(make_vim_config(), datasets, recipe_for(trained, "latest"))
-    assert trainer.state.updates == 2
+    assert trainer.state.steps == 2
 
 
 def reset_accelerator() -> None:

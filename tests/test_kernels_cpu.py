@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +15,9 @@ import torch
 from kernel_arguments import Arguments, assert_close_to_reference, convolution_arguments, run, scan_arguments
 from torch import Tensor
 
-from hf_vssm_prune.causal_convolution import causal_conv1d, causal_conv1d_torch
-from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
+from hf_vssm_prune.causal_convolution import causal_conv1d
+from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
+from hf_vssm_prune.grid_convolution import depthwise_conv2d
 from hf_vssm_prune.kernels import build, choose_kernel, cpu
 from hf_vssm_prune.token_pruning import nearest_tokens
 
@@ -131,6 +135,37 @@ def test_causal_convolution_looks_one_way(reverse: bool):
     changed = (causal_conv1d(hidden_states, weight, bias, reverse) != before).any(-1)[0]
     seen = range(2, 6) if reverse else range(5, 9)  # four taps
     assert changed.nonzero().flatten().tolist() == list(seen)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_indices_of_convolutions_may_be_int32_or_int64(backend: str):
+    if backend == "cpu" and NO_KERNEL is not None:
+        pytest.skip(NO_KERNEL)
+    arguments = convolution_arguments(2, (1, 30), 24, 3, keep_ratio=0.4)
+    sequence = {"hidden_states": arguments["hidden_states"], "weight": torch.randn(24, 1, 4), "bias": arguments["bias"]}
+    results = []
+    for dtype in (torch.int32, torch.int64):
+        kept = arguments["kept"].to(dtype)
+        for stand_ins in (None, nearest_tokens(arguments["kept"], (1, 30)).to(dtype)):
+            indices = {"kept": kept, "stand_ins": stand_ins, "backend": backend}
+            results.append(depthwise_conv2d(**{**arguments, **indices}, grid=(1, 30)))
+        results.append(causal_conv1d(**sequence, **indices))
+    assert all(map(torch.equal, results[:3], results[3:]))
+
+
+@needs_kernel
+def test_int32_indices_are_read_where_they_lie():
+    scan = scan_arguments(2, 8, 24, 16, paths=2, largest_gap=3, direction_B=True)
+    convolution = convolution_arguments(2, (4, 5), 24, 3, 0.6)
+    convolution["stand_ins"] = nearest_tokens(convolution["kept"], (4, 5))
+    for function, arguments, options in (
+        (cpu.selective_scan, scan, {}),
+        (cpu.depthwise_conv2d, convolution, {"grid": (4, 5)}),
+    ):
+        int32 = {name: tensor if tensor.is_floating_point() else tensor.int() for name, tensor in arguments.items()}
+        with torch.profiler.profile() as profile:
+            function(**int32, **options)
+        assert not {"aten::_to_copy", "aten::copy_"} & {event.key for event in profile.key_averages()}
 
 
 @needs_kernel
@@ -307,11 +342,18 @@ def test_only_for_the_cpu():
     assert "CPU" in cpu.unavailable("cuda")
 
 
-def test_can_be_turned_off(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(cpu.DISABLE, "1")
+@pytest.mark.parametrize("value", ["1", "true", "Yes", "on"])
+def test_can_be_turned_off(value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(cpu.DISABLE, value)
     assert cpu.DISABLE in cpu.unavailable("cpu")
     with pytest.raises(ImportError, match=cpu.DISABLE):
         choose_kernel("selective_scan", "cpu", "cpu")
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "False", "no", "NO", "off", " off "])
+def test_what_does_not_turn_it_off(value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(cpu.DISABLE, value)
+    assert cpu.DISABLE not in (cpu.unavailable("cpu") or "")
 
 
 @pytest.fixture
@@ -348,7 +390,7 @@ def test_a_cache_that_others_wrote_is_only_read(without_prebuilt: Path, monkeypa
 
     monkeypatch.setattr("filelock.FileLock", refuse)
     assert build.library_path() == path
-    path.unlink()
+    path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(build.BuildError, match=r"cannot be used \(read-only\); set HF_VSSM_PRUNE_CACHE"):
         build.library_path()
 
@@ -374,4 +416,91 @@ def test_processes_that_build_at_once_share_one_library(without_prebuilt: Path):
     assert [process.returncode for process in processes] == [0, 0]
     (path,) = map(Path, paths)
     assert path.is_relative_to(without_prebuilt)
-    assert {file.suffix for file in path.parent.iterdir()} <= {".so", ".lock"}
+    assert {file.suffix for file in path.parent.iterdir()} <= {".so", ".lock", ".sha256"}
+
+
+def flip_byte(place: int) -> Callable[[Path], object]:
+    def flip(library: Path) -> None:
+        content = bytearray(library.read_bytes())
+        content[place] ^= 0xFF
+        library.write_bytes(content)
+
+    return flip
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda library: library.write_bytes(b""),
+    "one byte": lambda library: library.write_bytes(library.read_bytes()[:1]),
+    "cut in the middle": lambda library: library.write_bytes(library.read_bytes()[: library.stat().st_size // 2]),
+    "last byte missing": lambda library: library.write_bytes(library.read_bytes()[:-1]),
+    "page of zeros": lambda library: library.write_bytes(library.read_bytes()[:-4096] + bytes(4096)),
+    "one byte wrong": flip_byte(-1000),
+    "other processor": flip_byte(18),  # e_machine of ELF
+    "not a library": lambda library: library.write_text("<html>404</html>"),
+    "missing": lambda library: library.unlink(),
+    "of another version": lambda library: build._checksum_file(library).write_bytes(
+        build._checksum(library, "of another version")
+    ),
+    "no checksum": lambda library: build._checksum_file(library).unlink(),
+    "checksum cut short": lambda library: build._checksum_file(library).write_bytes(b"3a"),
+}
+
+
+@pytest.fixture
+def quick_compiler(without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copies what was compiled before; each time that it does, a line is added to the file that is returned."""
+    compiled = shutil.copy(build.library_path(), without_prebuilt / "compiled.so")
+    log, compiler = without_prebuilt / "log", without_prebuilt / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit\nfor output; do :; done\ncp "{compiled}" "$output"\necho >> "{log}"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    return log
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="the compiler is a script")
+def test_damaged_libraries_are_compiled_anew(quick_compiler: Path):
+    library = build.library_path()
+    whole = library.read_bytes()
+    for count, (name, damage) in enumerate(DAMAGES.items(), start=2):
+        damage(library)
+        assert build.library_path() == library
+        assert library.read_bytes() == whole, name
+        assert len(quick_compiler.read_text()) == count, name
+    assert build.library_path() == library
+    assert len(quick_compiler.read_text()) == len(DAMAGES) + 1
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="the compiler is a script")
+def test_a_damaged_prebuilt_library_is_not_taken(quick_compiler: Path, monkeypatch: pytest.MonkeyPatch):
+    library = build.library_path()
+    prebuilt = build.PREBUILT_DIRECTORY / build._prebuilt_name(build.best_variant())
+    prebuilt.parent.mkdir()
+    for source, target in ((library, prebuilt), (build._checksum_file(library), build._checksum_file(prebuilt))):
+        shutil.copy(source, target)
+    assert build.library_path() == prebuilt
+    DAMAGES["cut in the middle"](prebuilt)
+    assert build.library_path() == library
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="the compiler is a script")
+def test_a_process_survives_a_library_that_was_cut_short(quick_compiler: Path):
+    DAMAGES["cut in the middle"](build.library_path())
+    program = "from hf_vssm_prune import kernels; print(kernels.available()['cpu (cpu)'])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout.strip()) == (0, "available")
+
+
+@needs_kernel
+def test_looking_at_the_library_takes_no_time_to_speak_of():
+    library, variant = build.library_path(), build.best_variant()
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        assert build.is_whole(library, variant)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1e-3

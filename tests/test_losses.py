@@ -14,6 +14,7 @@ from hf_vssm_prune.training.losses import (
     segment_ends,
     training_loss,
 )
+from hf_vssm_prune.training.tasks.classification import ImageClassification
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -127,13 +128,13 @@ def test_the_terms_add_up_and_reach_the_student_only(student_and_teacher, pixel_
     labels = torch.tensor([0, 2])
     outputs = student(pixel_values, output_hidden_states=True)
     targets = teacher(pixel_values, output_hidden_states=True)
-    terms = training_loss(outputs, targets, labels, WEIGHTS, TOKEN_PRUNING["layers"])
-    assert set(terms.named()) == {"loss", "cross_entropy", "distillation", "alignment"}
-    assert all(value > 0 for value in terms.named().values())
-    expected = terms.cross_entropy + 0.5 * terms.distillation + 0.25 * terms.alignment
-    torch.testing.assert_close(terms.loss, expected)
-    torch.testing.assert_close(terms.alignment, hand_made_alignment(outputs, targets))
-    terms.loss.backward()
+    terms = training_loss(ImageClassification(), outputs, targets, {"labels": labels}, WEIGHTS, TOKEN_PRUNING["layers"])
+    assert set(terms) == {"loss", "cross_entropy", "distillation", "alignment"}
+    assert all(value > 0 for value in terms.values())
+    expected = terms["cross_entropy"] + 0.5 * terms["distillation"] + 0.25 * terms["alignment"]
+    torch.testing.assert_close(terms["loss"], expected)
+    torch.testing.assert_close(terms["alignment"], hand_made_alignment(outputs, targets))
+    terms["loss"].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert sum(parameter.grad.abs().sum() for parameter in student.parameters()) > 0
 
@@ -157,9 +158,9 @@ def test_without_pruning_a_student_equal_to_its_teacher_has_nothing_to_align(stu
     student.set_token_pruning(None)
     outputs = student(pixel_values, output_hidden_states=True)
     targets = teacher(pixel_values, output_hidden_states=True)
-    terms = training_loss(outputs, targets, torch.tensor([0, 2]), WEIGHTS)
-    assert terms.alignment.item() == 0
-    assert terms.distillation.item() == pytest.approx(0, abs=1e-7)
+    terms = training_loss(ImageClassification(), outputs, targets, {"labels": torch.tensor([0, 2])}, WEIGHTS)
+    assert terms["alignment"].item() == 0
+    assert terms["distillation"].item() == pytest.approx(0, abs=1e-7)
 
 
 def test_a_schedule_that_keeps_everything_has_nothing_to_align(student_and_teacher, pixel_values):
@@ -167,14 +168,16 @@ def test_a_schedule_that_keeps_everything_has_nothing_to_align(student_and_teach
     student.set_token_pruning({"layers": [1, 3], "keep_ratios": [1.0, 1.0]})
     outputs = student(pixel_values, output_hidden_states=True)
     targets = teacher(pixel_values, output_hidden_states=True)
-    terms = training_loss(outputs, targets, torch.tensor([0, 2]), WEIGHTS, [1, 3])
-    assert terms.alignment.item() == pytest.approx(0, abs=1e-8)
+    terms = training_loss(ImageClassification(), outputs, targets, {"labels": torch.tensor([0, 2])}, WEIGHTS, [1, 3])
+    assert terms["alignment"].item() == pytest.approx(0, abs=1e-8)
 
 
 def test_terms_with_weight_0_are_left_out(student_and_teacher, pixel_values):
     student, _ = student_and_teacher
     labels = torch.tensor([0, 2])
     outputs = student(pixel_values)
-    terms = training_loss(outputs, None, labels, LossWeights(), TOKEN_PRUNING["layers"])
-    assert set(terms.named()) == {"loss", "cross_entropy"}
-    torch.testing.assert_close(terms.loss, torch.nn.functional.cross_entropy(outputs.logits, labels))
+    terms = training_loss(
+        ImageClassification(), outputs, None, {"labels": labels}, LossWeights(), TOKEN_PRUNING["layers"]
+    )
+    assert set(terms) == {"loss", "cross_entropy"}
+    torch.testing.assert_close(terms["loss"], torch.nn.functional.cross_entropy(outputs.logits, labels))

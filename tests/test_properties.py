@@ -21,7 +21,8 @@ from hf_vssm_prune.conversion import (
 )
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
-from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES, count_kept
+from hf_vssm_prune.pruning_importances import IMPORTANCES
+from hf_vssm_prune.token_pruning import ALIGNMENTS, count_kept
 
 
 quick = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])

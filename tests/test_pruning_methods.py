@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vssm_prune import count_flops, modeling_plainmamba, modeling_vim
-from hf_vssm_prune.causal_convolution import causal_conv1d_torch
-from hf_vssm_prune.conversion import MODELS
-from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
+from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.mixer_output import MixerOutput, ScanInputs
 from hf_vssm_prune.pruning_dyvm import TokenPredictor
-from hf_vssm_prune.pruning_methods import METHODS, PruningMethod
+from hf_vssm_prune.pruning_importances import IMPORTANCES
+from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD, PruningMethod
 from hf_vssm_prune.pruning_stage import Reduction, Stage
-from hf_vssm_prune.token_pruning import IMPORTANCES, gather_tokens, token_importance
+from hf_vssm_prune.token_pruning import gather_tokens
 
 
 HIDDEN, CHANNELS, STATES = 6, 5, 3
@@ -44,21 +45,32 @@ def make_scans(family: str, batch: int, num_tokens: int) -> tuple[ScanInputs, ..
 
 
 def make_stage(
-    family: str, grid: tuple[int, int], num_tokens: int, num_kept: int, batch: int = 2, merged: bool = False
+    family: str, grid: tuple[int, ...], num_tokens: int, num_kept: int, batch: int = 2, merged: bool = False
 ) -> Stage:
     """Random tokens in some of a grid's cells; with a class token in another row of each sample for Vim."""
     cells = torch.stack([torch.randperm(math.prod(grid))[:num_tokens].sort().values for _ in range(batch)])
-    rows, total = None, num_tokens
+    patch_rows, cls_row, cls_token, total = None, None, None, num_tokens
     if family == "vim":
         total += 1
-        place = torch.randint(total, (batch, 1))
-        rows = torch.arange(num_tokens) + (torch.arange(num_tokens) >= place)
+        cls_row, cls_token = torch.randint(total, (batch, 1)), torch.randn(batch, HIDDEN)
+        patch_rows = torch.arange(num_tokens) + (torch.arange(num_tokens) >= cls_row)
     mixer = MixerOutput(
         torch.randn(batch, total, CHANNELS), torch.randn(batch, total, HIDDEN), make_scans(family, batch, total)
     )
     sizes = torch.randint(1, 5, (batch, num_tokens)).to(torch.get_default_dtype()) if merged else None
-    predictor = TokenPredictor(HIDDEN).eval()
-    return Stage(torch.randn(batch, num_tokens, HIDDEN), num_kept, mixer, rows, cells, grid, sizes, "clip", predictor)
+    return Stage(
+        torch.randn(batch, num_tokens, HIDDEN),
+        num_kept,
+        cells,
+        grid,
+        mixer,
+        patch_rows,
+        cls_row,
+        cls_token,
+        sizes,
+        importance=IMPORTANCES["clip"],
+        module=TokenPredictor(HIDDEN).eval(),
+    )
 
 
 @pytest.fixture
@@ -77,13 +89,13 @@ class Sample:
     def __init__(self, stage: Stage, index: int) -> None:
         scans = stage.mixer.scans
         total = stage.mixer.gated.shape[1]
-        self.rows = list(range(total)) if stage.rows is None else stage.rows[index].tolist()
+        self.rows = list(range(total)) if stage.patch_rows is None else stage.patch_rows[index].tolist()
         self.tokens = stage.hidden_states[index].numpy()
         self.gated = stage.mixer.gated[index].numpy()[self.rows]
         self.projected = stage.mixer.projected[index].numpy()[self.rows]
         self.cells, self.grid, self.num_kept = stage.cells[index].tolist(), stage.grid, stage.num_kept
         self.sizes = np.ones(len(self.cells)) if stage.sizes is None else stage.sizes[index].numpy()
-        self.predictor = stage.predictor
+        self.predictor = stage.module
         self.steps, self.own_steps, self.own_B, self.influences = [], [], [], []
         for scan in scans:
             time_step, B, C = (tensor[index].numpy() for tensor in (scan.time_step, scan.B, scan.C))
@@ -185,7 +197,7 @@ def reference_utr(sample: Sample) -> Expected:
 
 
 def reference_mtr(sample: Sample) -> Expected:
-    scores = sum(sample.steps)
+    scores = sum(sample.own_steps)
     ranking = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     kept, sources = ranking[: sample.num_kept], ranking[sample.num_kept :]
     targets = sorted(kept[max(0, len(kept) - len(sources)) :])
@@ -318,7 +330,7 @@ def test_against_a_slow_reference(method, family, num_kept, merged, float64) -> 
         reduction = METHODS[method].reduce(stage)
     for index in range(2):
         expected = REFERENCES[method](Sample(stage, index))
-        assert reduction.positions[index].tolist() == expected.kept
+        assert reduction.rows[index].tolist() == expected.kept
         np.testing.assert_allclose(reduction.hidden_states[index].numpy(), np.stack(expected.tokens), rtol=1e-9)
         if expected.sizes is None:
             assert reduction.sizes is None
@@ -329,8 +341,8 @@ def test_against_a_slow_reference(method, family, num_kept, merged, float64) -> 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 def test_influence(family, float64) -> None:
     stage = make_stage(family, (3, 4), num_tokens=9, num_kept=4)
-    for importance, reduce in (("influence", np.mean), ("worst_influence", np.max)):
-        scores = stage._replace(importance=importance).scores()
+    for importance, reduce in (("influence", np.mean), ("worst_influence", partial(np.linalg.norm, ord=4))):
+        scores = stage._replace(importance=IMPORTANCES[importance]).scores()
         assert scores.dtype == torch.float64
         for index in range(2):
             expected = reduce(np.array(Sample(stage, index).influences), axis=0)
@@ -347,7 +359,7 @@ def stages(draw) -> Stage:
     num_tokens = draw(st.integers(1, math.prod(grid)))
     family, merged = draw(st.sampled_from(sorted(MAKE_CONFIG))), draw(st.booleans())
     stage = make_stage(family, grid, num_tokens, draw(st.integers(1, num_tokens)), merged=merged)
-    return stage._replace(importance=draw(st.sampled_from(IMPORTANCES)))
+    return stage._replace(importance=IMPORTANCES[draw(st.sampled_from(sorted(IMPORTANCES)))])
 
 
 def reduce(method: str, stage: Stage) -> Reduction:
@@ -361,14 +373,14 @@ def reduce(method: str, stage: Stage) -> Reduction:
 def test_promises(method, stage) -> None:
     num_tokens = stage.hidden_states.shape[1]
     reduction = reduce(method, stage)
-    assert reduction.positions.shape == (2, stage.num_kept)
-    assert reduction.positions.dtype == torch.int64
+    assert reduction.rows.shape == (2, stage.num_kept)
+    assert reduction.rows.dtype == torch.int64
     assert reduction.hidden_states.shape == (2, stage.num_kept, HIDDEN)
     assert reduction.scores.shape == (2, num_tokens)
     assert reduction.scores.isfinite().all()
     assert not reduction.scores.requires_grad
-    assert (reduction.positions.diff(dim=1) > 0).all()
-    assert 0 <= reduction.positions.min() <= reduction.positions.max() < num_tokens
+    assert (reduction.rows.diff(dim=1) > 0).all()
+    assert 0 <= reduction.rows.min() <= reduction.rows.max() < num_tokens
     # Every token that is left is a mean of tokens that were there.
     low, high = (extreme(stage.hidden_states, dim=1, keepdim=True) for extreme in (torch.amin, torch.amax))
     assert (reduction.hidden_states >= low - 1e-5).all()
@@ -377,7 +389,7 @@ def test_promises(method, stage) -> None:
         before = torch.full((2,), float(num_tokens)) if stage.sizes is None else stage.sizes.sum(1)
         torch.testing.assert_close(reduction.sizes.sum(1), before)
     if stage.num_kept == num_tokens:
-        assert reduction.positions.tolist() == [list(range(num_tokens))] * 2
+        assert reduction.rows.tolist() == [list(range(num_tokens))] * 2
         torch.testing.assert_close(reduction.hidden_states, stage.hidden_states)
 
 
@@ -389,17 +401,8 @@ def one_sample(stage: Stage, index: int) -> Stage:
         ScanInputs(*(value if isinstance(value, bool) else one(value) for value in scan)) for scan in stage.mixer.scans
     )
     mixer = MixerOutput(one(stage.mixer.gated), one(stage.mixer.projected), scans)
-    return Stage(
-        one(stage.hidden_states),
-        stage.num_kept,
-        mixer,
-        one(stage.rows),
-        one(stage.cells),
-        stage.grid,
-        one(stage.sizes),
-        stage.importance,
-        stage.predictor,
-    )
+    tensors = {name: one(value) for name, value in stage._asdict().items() if isinstance(value, Tensor)}
+    return stage._replace(mixer=mixer, **tensors)
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
@@ -409,7 +412,7 @@ def test_samples_do_not_touch_one_another(method, family) -> None:
     both = reduce(method, stage)
     for index in range(2):
         alone = reduce(method, one_sample(stage, index))
-        assert torch.equal(alone.positions[0], both.positions[index])
+        assert torch.equal(alone.rows[0], both.rows[index])
         torch.testing.assert_close(alone.hidden_states[0], both.hidden_states[index])
 
 
@@ -431,7 +434,7 @@ def test_of_equal_tokens_the_earlier_comes_first(method, family) -> None:
     )
     mixer = MixerOutput(torch.ones_like(stage.mixer.gated), torch.ones_like(stage.mixer.projected), scans)
     stage = stage._replace(mixer=mixer, hidden_states=torch.ones_like(stage.hidden_states))
-    assert reduce(method, stage).positions.tolist() == [TIES[method]] * 2
+    assert reduce(method, stage).rows.tolist() == [TIES[method]] * 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -460,7 +463,7 @@ def test_uniform_is_nested_and_even() -> None:
     previous = set(range(64))
     for num_kept in (32, 16, 4):
         stage = make_stage("plainmamba", (8, 8), num_tokens=64, num_kept=num_kept, batch=1)
-        kept = set(reduce("uniform", stage).positions[0].tolist())
+        kept = set(reduce("uniform", stage).rows[0].tolist())
         quadrants = [
             sum(cell // 8 // 4 == row and cell % 8 // 4 == column for cell in kept)
             for row in (0, 1)
@@ -474,8 +477,49 @@ def test_uniform_is_nested_and_even() -> None:
 @pytest.mark.parametrize("method", ["local_top", "local_merge"])
 def test_no_window_is_left_empty(method) -> None:
     stage = make_stage("plainmamba", (5, 7), num_tokens=35, num_kept=12, batch=3)
-    for positions in reduce(method, stage).positions.tolist():
+    for positions in reduce(method, stage).rows.tolist():
         assert len({(cell // 7 // 2, cell % 7 // 2) for cell in positions}) == 12  # as many as there are
+
+
+# ---- Ties --------------------------------------------------------------------------------------------------------
+
+
+# By what `local_merge` compares, two tokens that are alone in a window tie; `tome` and `r_meeto` score those that were
+# never up for merging alike. Both are decided by the tokens' order and never by rounding.
+RANKS_ALL = [name for name in METHODS if name not in ("local_merge", "tome", "r_meeto")]
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize(
+    "options",
+    [*({"method": name} for name in RANKS_ALL), *({"method": "top", "importance": name} for name in IMPORTANCES)],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_distinct_tokens_have_distinct_scores(options, family) -> None:
+    """Else rounding would decide, and each backend would keep others; on a grid that has a middle and axes of
+    symmetry."""
+    config = MAKE_CONFIG[family](image_size=72, token_pruning={"layers": [1], "keep_ratios": [0.5], **options})
+    model = make_model(config)
+    with torch.no_grad():
+        scores = model(torch.randn(2, *config.pixel_values_shape(1)[1:])).token_scores[0].double()
+    gaps = scores.sort(dim=1).values.diff(dim=1)
+    assert (gaps > 0).all(), f"{(gaps == 0).sum()} of {gaps.numel()} neighbours tie"
+    mirrored = torch.isclose(scores, scores.flip(1), rtol=1e-6, atol=0).sum(1) - 1  # the middle is its own image
+    assert (mirrored <= 1).all()
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("method", METHODS)
+def test_backends_keep_the_same_tokens(method, family) -> None:
+    config = MAKE_CONFIG[family](image_size=72, token_pruning=pruning(method))
+    model = FAMILIES[family].classifier(config).eval()
+    images = torch.randn(4, *config.pixel_values_shape(1)[1:])
+    kept = []
+    for backend in ("torch", "auto"):
+        config.scan_backend = backend
+        with torch.no_grad():
+            kept.append(model(images).kept_tokens)
+    assert all(map(torch.equal, *kept))
 
 
 # ---- DyVM's predictor --------------------------------------------------------------------------------------------
@@ -483,16 +527,16 @@ def test_no_window_is_left_empty(method) -> None:
 
 def test_gates_are_one_with_the_gradient_of_the_probabilities(float64) -> None:
     stage = make_stage("vim", (3, 4), num_tokens=9, num_kept=4)
-    assert reduce("dyvm", stage).gates is None
-    predictor = stage.predictor.train()
+    assert reduce("dyvm", stage).view.scale is None
+    predictor = stage.module.train()
     reduction = METHODS["dyvm"].reduce(stage)
-    assert torch.equal(reduction.gates, torch.ones(2, 4))
+    assert torch.equal(reduction.view.scale, torch.ones(2, 4))
     weights = torch.randn(2, 4)
-    (reduction.gates * weights).sum().backward()
+    (reduction.view.scale * weights).sum().backward()
     found = [parameter.grad.clone() for parameter in predictor.parameters()]
 
     predictor.zero_grad()
-    (predictor(stage.hidden_states).exp().gather(1, reduction.positions) * weights).sum().backward()
+    (predictor(stage.hidden_states).exp().gather(1, reduction.rows) * weights).sum().backward()
     for gradient, parameter in zip(found, predictor.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
         assert gradient.abs().max() > 0
@@ -519,16 +563,16 @@ def test_training_draws_by_probability() -> None:
     """Gumbel-top-1 draws a token with its share of the probabilities."""
     stage = make_stage("plainmamba", (1, 3), num_tokens=3, num_kept=1, batch=1)
     with torch.no_grad():
-        stage.predictor.output.weight.mul_(8)
-        shares = torch.softmax(stage.predictor(stage.hidden_states)[0], dim=0)
-    many = stage._replace(hidden_states=stage.hidden_states.expand(20_000, -1, -1), rows=None)
-    stage.predictor.train()
-    drawn = METHODS["dyvm"].reduce(many).positions.flatten().bincount(minlength=3) / 20_000
+        stage.module.output.weight.mul_(8)
+        shares = torch.softmax(stage.module(stage.hidden_states)[0], dim=0)
+    many = stage._replace(hidden_states=stage.hidden_states.expand(20_000, -1, -1), patch_rows=None)
+    stage.module.train()
+    drawn = METHODS["dyvm"].reduce(many).rows.flatten().bincount(minlength=3) / 20_000
     torch.testing.assert_close(drawn, shares, atol=0.015, rtol=0)
 
 
 def test_missing_predictor() -> None:
-    stage = make_stage("vim", (2, 2), 4, 2)._replace(predictor=None)
+    stage = make_stage("vim", (2, 2), 4, 2)._replace(module=None)
     with pytest.raises(ValueError, match=r"needs a predictor .* `model.set_token_pruning` makes it"):
         METHODS["dyvm"].reduce(stage)
 
@@ -538,7 +582,7 @@ def test_missing_predictor() -> None:
 
 def make_model(config) -> nn.Module:
     """In evaluation mode, with weights large enough for every part of the model to matter."""
-    model = MODELS[config.model_type](config).eval()
+    model = FAMILIES[config.model_type].classifier(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -597,8 +641,8 @@ def test_class_token_goes_through_a_stage_untouched(method, pixel_values) -> Non
     with torch.no_grad():
         model(pixel_values)
     for sample in range(2):
-        before = seen["before"][sample, seen["layout_before"].class_position[sample]]
-        assert torch.equal(seen["after"][sample, seen["layout"].class_position[sample]], before)
+        before = seen["before"][sample, seen["layout_before"].cls_row[sample]]
+        assert torch.equal(seen["after"][sample, seen["layout"].cls_row[sample]], before)
 
 
 def test_methods_differ(tiny_config, pixel_values) -> None:
@@ -654,8 +698,11 @@ def test_every_method_works_under_autocast(method, tiny_config, pixel_values) ->
     assert outputs.kept_tokens[-1].shape[0] == len(pixel_values)
 
 
-def test_no_method_means_top(tiny_config) -> None:
-    options = {name: value for name, value in TOKEN_PRUNING.items() if name != "method"}
+def test_no_method_means_the_recommended_one(tiny_config) -> None:
+    """Everywhere the same; it ranks tokens in its own way, so that an importance means the paper's."""
+    stages = {name: TOKEN_PRUNING[name] for name in ("layers", "keep_ratios")}
+    assert tiny_config.complete_token_pruning(stages)["method"] == RECOMMENDED_METHOD == "local_merge"
+    options = stages | {"importance": "clip", "alignment": "repeat"}
     assert tiny_config.complete_token_pruning(options) == TOKEN_PRUNING
 
 
@@ -732,7 +779,7 @@ def test_parameters_of_pruning_that_are_not_there(tiny_config, pixel_values) -> 
 
 
 def test_new_parameters_take_the_models_precision_and_mode(tiny_config) -> None:
-    model = MODELS[tiny_config.model_type](tiny_config).to(torch.bfloat16).train()
+    model = FAMILIES[tiny_config.model_type].classifier(tiny_config).to(torch.bfloat16).train()
     before = set(dict(model.named_parameters()))
     model.set_token_pruning(pruning("dyvm", alignment="learned"))
     new = [parameter for name, parameter in model.named_parameters() if name not in before]
@@ -753,7 +800,7 @@ def test_matrix_products_of_a_stage_are_those_that_run(method, family, keep_rati
 
     def counted(name: str) -> int:
         config = MAKE_CONFIG[family](scan_backend="torch", token_pruning=pruning(name, keep_ratios=keep_ratios))
-        model = MODELS[family](config).eval()
+        model = FAMILIES[family].classifier(config).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.randn(1, 3, 32, 32))
         return counter.get_total_flops() // 2
@@ -780,13 +827,13 @@ def test_budget_counts_the_methods_own_cost(method, family, size) -> None:
 # ---- Static shapes -----------------------------------------------------------------------------------------------
 
 
-class StageModule(nn.Module):
+class MethodModule(nn.Module):
     """A method as a module of plain tensors, for Vim's two scans."""
 
     def __init__(self, method: str, stage: Stage) -> None:
         super().__init__()
         self.reduce, self.grid, self.num_kept = METHODS[method].reduce, stage.grid, stage.num_kept
-        self.predictor = stage.predictor
+        self.module = stage.module
         self.biases = [scan.time_step_bias for scan in stage.mixer.scans]
 
     def forward(self, hidden_states, gated, projected, rows, cells, time_step, B, C) -> tuple[Tensor, Tensor]:
@@ -794,7 +841,8 @@ class StageModule(nn.Module):
             ScanInputs(time_step[:, i], bias, B[:, i], C[:, i], reversed=i == 1) for i, bias in enumerate(self.biases)
         )
         mixer = MixerOutput(gated, projected, scans)
-        stage = Stage(hidden_states, self.num_kept, mixer, rows, cells, self.grid, predictor=self.predictor)
+        clip = IMPORTANCES["clip"]
+        stage = Stage(hidden_states, self.num_kept, cells, self.grid, mixer, rows, importance=clip, module=self.module)
         return self.reduce(stage)[:2]
 
 
@@ -804,10 +852,10 @@ def test_export_with_dynamic_batch(method) -> None:
         scans = [
             torch.stack([getattr(scan, name) for scan in stage.mixer.scans], 1) for name in ("time_step", "B", "C")
         ]
-        return stage.hidden_states, stage.mixer.gated, stage.mixer.projected, stage.rows, stage.cells, *scans
+        return stage.hidden_states, stage.mixer.gated, stage.mixer.projected, stage.patch_rows, stage.cells, *scans
 
     stage, other = (make_stage("vim", (3, 4), num_tokens=10, num_kept=4, batch=batch) for batch in (2, 5))
-    module = StageModule(method, stage).eval()
+    module = MethodModule(method, stage).eval()
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(module, tensors(stage), dynamic_shapes=({0: batch},) * 8)
     with torch.no_grad():
@@ -817,10 +865,10 @@ def test_export_with_dynamic_batch(method) -> None:
 
 
 def test_importance_needs_no_gradient() -> None:
-    scans = make_scans("vim", 1, 4)
-    mixer = MixerOutput(torch.randn(1, 4, CHANNELS, requires_grad=True), torch.randn(1, 4, HIDDEN), scans)
-    for importance in IMPORTANCES:
-        assert not token_importance(mixer, importance).requires_grad
+    stage = make_stage("vim", (2, 2), num_tokens=4, num_kept=2)
+    stage = stage._replace(mixer=stage.mixer._replace(gated=stage.mixer.gated.requires_grad_()))
+    for importance in IMPORTANCES.values():
+        assert not importance(stage).requires_grad
 
 
 def test_a_new_method_is_one_entry(monkeypatch, tiny_config, pixel_values) -> None:

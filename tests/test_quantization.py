@@ -8,7 +8,7 @@ from conftest import make_plainmamba_config
 from torch import nn
 
 from hf_vssm_prune import PlainMambaForImageClassification
-from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.quantization import Int8Linear, quantize_linears
 
 
@@ -29,8 +29,54 @@ def test_layer_is_close_to_float32(bias: bool) -> None:
     assert torch.equal(result[0, 0], expected[0, 0])
 
 
+@pytest.mark.parametrize("shape", [(0, 7, 16), (2, 0, 16), (0, 16), (16,), (3, 16), (2, 3, 4, 16)])
+def test_layer_takes_tokens_of_any_shape(shape: tuple[int, ...]) -> None:
+    layer, linear = Int8Linear(nn.Linear(16, 5)), nn.Linear(16, 5)
+    with torch.no_grad():
+        result = layer(torch.randn(shape))
+    assert result.shape == linear(torch.zeros(shape)).shape
+    assert result.dtype == torch.float32
+
+
+def test_layer_takes_tokens_of_any_precision_and_layout() -> None:
+    layer = Int8Linear(nn.Linear(16, 5))
+    tokens = torch.randn(6, 16, 3).transpose(1, 2)
+    expected = layer(tokens.contiguous())
+    assert torch.equal(layer(tokens), expected)
+    assert torch.equal(layer(tokens.double()), expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(layer(tokens.to(dtype)), layer(tokens.to(dtype).float()))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so_and_spoils_no_other_token(value: float) -> None:
+    layer, tokens = Int8Linear(nn.Linear(16, 5)), torch.randn(3, 16)
+    expected = layer(tokens)
+    tokens[1, 4] = value
+    result = layer(tokens)
+    assert not result[1].isfinite().any()
+    torch.testing.assert_close(result[::2], expected[::2], rtol=0.1, atol=0.02)
+
+
+def test_what_a_layer_cannot_take_is_named() -> None:
+    layer = Int8Linear(nn.Linear(16, 5))
+    for wrong in (torch.randn(2, 15), torch.ones(2, 16, dtype=torch.int64), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"shape \(..., 16\), got torch\.\w+ of shape"):
+            layer(wrong)
+    with pytest.raises(RuntimeError, match="need the float32 model"):
+        layer(torch.randn(2, 16, requires_grad=True))
+    with pytest.raises(RuntimeError, match="need the float32 model"):
+        torch.func.jvp(layer, (torch.randn(2, 16),), (torch.randn(2, 16),))
+
+
+def test_an_empty_batch_has_no_logits(tiny_pruned_config) -> None:
+    model = quantize_linears(FAMILIES[tiny_pruned_config.model_type].classifier(tiny_pruned_config))
+    with torch.no_grad():
+        assert model(torch.zeros(0, 3, 32, 32)).logits.shape == (0, 3)
+
+
 def test_all_wide_layers_are_replaced(tiny_pruned_config, pixel_values) -> None:
-    model = MODELS[tiny_pruned_config.model_type](tiny_pruned_config).eval()
+    model = FAMILIES[tiny_pruned_config.model_type].classifier(tiny_pruned_config).eval()
     quantized = quantize_linears(copy.deepcopy(model))
     names = {name.rpartition(".")[2] for name, layer in quantized.named_modules() if isinstance(layer, Int8Linear)}
     assert names == {"in_proj", "out_proj"}
@@ -42,7 +88,7 @@ def test_all_wide_layers_are_replaced(tiny_pruned_config, pixel_values) -> None:
 
 
 def test_samples_do_not_disturb_each_other(tiny_config, pixel_values) -> None:
-    model = quantize_linears(MODELS[tiny_config.model_type](tiny_config))
+    model = quantize_linears(FAMILIES[tiny_config.model_type].classifier(tiny_config))
     with torch.no_grad():
         alone = model(pixel_values[:1]).logits
         beside = model(torch.cat([pixel_values[:1], 100 * pixel_values[1:]])).logits[:1]

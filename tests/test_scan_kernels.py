@@ -18,7 +18,8 @@ from torch import Tensor
 from hf_vssm_prune import PlainMambaForImageClassification
 from hf_vssm_prune.kernels import KERNELS, cpu, mamba_ssm, triton_scan
 from hf_vssm_prune.kernels.scan_operator import ScanArguments
-from hf_vssm_prune.selective_scan import selective_scan, selective_scan_torch
+from hf_vssm_prune.selective_scan import selective_scan
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 
 def mamba_scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:

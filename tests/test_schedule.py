@@ -1,14 +1,19 @@
 """Pruning schedules: wrong ones are refused when the configuration is made, budgets are met."""
 
+import copy
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig
 
 from hf_vssm_prune import PlainMambaConfig, VimConfig, count_flops
-from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.families import FAMILIES
+from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD
 
 
 # A narrow stem, which pruning cannot make cheaper.
@@ -84,7 +89,7 @@ def test_wrong_schedule(token_pruning, message, family) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(family, token_pruning=token_pruning)
 
-    model = MODELS[family](make_config(family, token_pruning=dict(TOKEN_PRUNING)))
+    model = FAMILIES[family].classifier(make_config(family, token_pruning=dict(TOKEN_PRUNING)))
     with pytest.raises(ValueError, match=message):
         model.set_token_pruning(token_pruning)
     assert model.config.token_pruning == TOKEN_PRUNING
@@ -96,21 +101,103 @@ def test_not_a_dict(token_pruning, config) -> None:
     with pytest.raises(StrictDataclassFieldValidationError, match=r"token_pruning.*\n.*expected"):
         type(config)(token_pruning=token_pruning)
     with pytest.raises(ValueError, match="None or a dict is needed"):
-        MODELS[config.model_type](config).set_token_pruning(token_pruning)
+        FAMILIES[config.model_type].classifier(config).set_token_pruning(token_pruning)
 
 
 def test_attribute_set_behind_the_checks_is_refused_in_use(config, pixel_values) -> None:
-    model = MODELS[config.model_type](config)
+    model = FAMILIES[config.model_type].classifier(config)
     model.config.token_pruning = {"layers": [9], "keep_ratios": [0.5]}
     with pytest.raises(ValueError, match=r"\[9\]; .*1 to 3 are allowed"):
         model(pixel_values)
 
 
 def test_schedule_is_completed_and_copied(config) -> None:
-    given = {"layers": (1, 3), "keep_ratios": (1, 0.5)}
+    given = {"layers": (1, 3), "keep_ratios": (1, 0.5), "method": "top"}
     completed = config.complete_token_pruning(given)
     assert completed == TOKEN_PRUNING | {"keep_ratios": [1, 0.5]}
-    assert given == {"layers": (1, 3), "keep_ratios": (1, 0.5)}
+    assert given == {"layers": (1, 3), "keep_ratios": (1, 0.5), "method": "top"}
+
+
+NUMBERS = {
+    "numpy": lambda values: np.asarray(values, dtype=np.float64 if isinstance(values[0], float) else np.int32),
+    "numpy scalars": lambda values: [np.array(value)[()] for value in values],
+    "torch": lambda values: torch.tensor(values, dtype=torch.float64 if isinstance(values[0], float) else torch.int64),
+    "torch scalars": lambda values: list(NUMBERS["torch"](values)),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_of_other_libraries(kind, config, tmp_path) -> None:
+    make = NUMBERS[kind]
+    config.token_pruning = TOKEN_PRUNING | {"layers": make([1, 3]), "keep_ratios": make([0.7, 0.6])}
+    assert config.token_pruning == TOKEN_PRUNING
+    config.save_pretrained(tmp_path)
+    assert type(config).from_pretrained(tmp_path).token_pruning == TOKEN_PRUNING
+    config.token_pruning = {"flops_reduction": make([0.3])[0]}
+    assert count_flops(config).reduction == pytest.approx(0.3, abs=0.005)
+
+
+def test_schedule_cannot_be_changed_in_place(config) -> None:
+    config.token_pruning = dict(TOKEN_PRUNING)
+    for change in (
+        lambda: config.token_pruning.update(method="evit"),
+        lambda: config.token_pruning.__setitem__("method", "evit"),
+        lambda: config.token_pruning.pop("method"),
+    ):
+        with pytest.raises(TypeError, match=r"can't be changed in place: set `config\.token_pruning`"):
+            change()
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied.token_pruning == TOKEN_PRUNING
+        assert copied.token_pruning.stages == {1: 0.7, 3: 0.6}
+
+
+def test_options_of_from_pretrained_in_any_order(config, tmp_path) -> None:
+    """A schedule and the depth that it is for, over those of the folder; nothing is checked before all are there."""
+    config.token_pruning = TOKEN_PRUNING | {"method": "local_top"}
+    config.save_pretrained(tmp_path)
+    budget = {"flops_reduction": 0.2}
+    for options in (
+        {"num_hidden_layers": 2, "token_pruning": budget},
+        {"token_pruning": budget, "num_hidden_layers": 2},
+    ):
+        opened = AutoConfig.from_pretrained(tmp_path, **options)
+        assert opened.token_pruning["layers"] == [1]
+        assert opened.token_pruning["method"] == "local_top"
+        assert count_flops(opened).reduction == pytest.approx(0.2, abs=0.005)
+    with pytest.raises(ValueError, match=r"'layers'.*\[1, 3\]; .*1 to 1 are allowed"):
+        AutoConfig.from_pretrained(tmp_path, num_hidden_layers=2)
+
+
+def test_depth_changed_on_a_configuration(config) -> None:
+    config.token_pruning = dict(TOKEN_PRUNING)
+    config.num_hidden_layers = 6
+    assert config.token_pruning == TOKEN_PRUNING
+    config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match=r"'layers'.*\[1, 3\]; .*1 to 2 are allowed"):
+        _ = config.token_pruning
+
+
+def test_schedule_of_one_call(config, pixel_values) -> None:
+    model = FAMILIES[config.model_type].classifier(config).eval()
+    with torch.no_grad():
+        dense = model(pixel_values).logits
+        pruned = model(pixel_values, token_pruning=dict(TOKEN_PRUNING))
+        assert config.token_pruning is None
+        model.set_token_pruning(dict(TOKEN_PRUNING))
+        assert torch.equal(model(pixel_values).logits, pruned.logits)
+        assert torch.equal(model(pixel_values, token_pruning=None).logits, dense)
+        assert model.config.token_pruning == TOKEN_PRUNING
+        with pytest.raises(ValueError, match="1 to 3 are allowed"):
+            model(pixel_values, token_pruning={"layers": [9], "keep_ratios": [0.5]})
+
+
+def test_options_of_a_call_that_are_not_known(config, pixel_values) -> None:
+    for model in (
+        FAMILIES[config.model_type].classifier(config),
+        FAMILIES[config.model_type].classifier(config).base_model,
+    ):
+        with pytest.raises(TypeError, match=r"does not know the options \['interpolate_position'\]"):
+            model(pixel_values, interpolate_position=True)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +209,11 @@ def test_config_file_keeps_the_schedule(token_pruning, config, tmp_path) -> None
     opened = type(config).from_pretrained(tmp_path)
     assert opened.token_pruning == config.token_pruning
     assert opened.to_dict() == config.to_dict()
-    assert opened.token_pruning is None or set(opened.token_pruning) == set(TOKEN_PRUNING)
+    assert opened.token_pruning is None or opened.token_pruning["method"] in METHODS
 
 
 def test_another_budget_keeps_the_method(config) -> None:
-    model = MODELS[config.model_type](config)
+    model = FAMILIES[config.model_type].classifier(config)
     model.set_token_pruning({"flops_reduction": 0.2, "method": "local_top", "alignment": "none"})
     method = {"method": "local_top", "alignment": "none", "importance": "l1"}
     for given in ({"flops_reduction": 0.3}, {"layers": [2], "keep_ratios": [0.5]}):
@@ -138,11 +225,11 @@ def test_another_budget_keeps_the_method(config) -> None:
     assert model.config.token_pruning["alignment"] == "repeat"
     model.set_token_pruning(None)
     model.set_token_pruning({"flops_reduction": 0.3})
-    assert model.config.token_pruning["method"] == "top"
+    assert model.config.token_pruning["method"] == RECOMMENDED_METHOD
 
 
 def test_schedule_of_a_loaded_model(config, pixel_values) -> None:
-    model = MODELS[config.model_type](config).eval()
+    model = FAMILIES[config.model_type].classifier(config).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         dense = model(pixel_values)
@@ -165,7 +252,7 @@ def test_schedule_of_a_loaded_model(config, pixel_values) -> None:
 def test_budget_is_met(config_class, preset, flops_reduction) -> None:
     config = config_class.from_preset(preset, token_pruning={"flops_reduction": flops_reduction})
     assert abs(count_flops(config).reduction - flops_reduction) <= 0.005
-    assert set(config.token_pruning) == set(TOKEN_PRUNING)
+    assert config.token_pruning["method"] == RECOMMENDED_METHOD
     assert all(0 < ratio <= 1 for ratio in config.token_pruning["keep_ratios"])
 
 

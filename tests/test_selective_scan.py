@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_vssm_prune.kernels import cpu
-from hf_vssm_prune.selective_scan import selective_scan, selective_scan_torch
+from hf_vssm_prune.selective_scan import selective_scan
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 
 BATCH, LENGTH, CHANNELS, STATES, PATHS = 2, 6, 3, 4, 3

@@ -9,9 +9,9 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from hf_vssm_prune.hub.loading import new_image_processor
-from hf_vssm_prune.training.arguments import AugmentationArguments
 from hf_vssm_prune.training.data import ImageStream, StreamedTrainingImages, collate, load_image_stream
 from hf_vssm_prune.training.sampling import StreamSampler
+from hf_vssm_prune.training.tasks.classification import AugmentationArguments
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SCRIPTS
+from conftest import SCRIPTS, hear_signals
 
-from hf_vssm_prune.training.study import (
+from study.plan import list_pieces, read_study, tuned_name
+from study.report import Group, difference, mean_and_spread, verdict, write_report
+from study.runner import (
     StudyRunner,
     check_results,
     expected_seconds,
@@ -20,8 +22,6 @@ from hf_vssm_prune.training.study import (
     select_pieces,
     write_results,
 )
-from hf_vssm_prune.training.study_plan import list_pieces, read_study, tuned_name
-from hf_vssm_prune.training.study_report import Group, difference, mean_and_spread, verdict, write_report
 
 
 RECIPES = SCRIPTS.parent / "recipes"
@@ -114,7 +114,9 @@ def command(tmp_path: Path) -> list[str]:
 def test_run_stopped_and_gone_on_with(tmp_path) -> None:
     write_study(tmp_path / "study.yaml")
     results = tmp_path / "results.jsonl"
-    process = subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command(tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals
+    )
     end = time.monotonic() + 120
     while not results.exists() and time.monotonic() < end:
         time.sleep(0.1)

@@ -11,11 +11,12 @@ from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.mixer_output import MixerOutput
-from hf_vssm_prune.selective_scan import selective_scan_torch
+from hf_vssm_prune.pruning_importances import IMPORTANCES
+from hf_vssm_prune.pruning_stage import Stage
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 from hf_vssm_prune.token_pruning import (
-    IMPORTANCES,
     count_kept,
     fill_dropped_tokens,
     gather_tokens,
@@ -24,7 +25,6 @@ from hf_vssm_prune.token_pruning import (
     prune_paths,
     select_tokens,
     snake_paths,
-    token_importance,
 )
 
 
@@ -61,10 +61,16 @@ FORMULAS = {
 }
 
 
+def importance_of(y: torch.Tensor, importance: str) -> torch.Tensor:
+    """Of tokens on a grid of one row, from a mixer's gated output."""
+    cells = torch.arange(y.shape[1]).expand(len(y), -1)
+    return IMPORTANCES[importance](Stage(y, 1, cells, (1, y.shape[1]), MixerOutput(y, y, ())))
+
+
 @pytest.mark.parametrize("importance", FORMULAS)
 def test_importance(importance) -> None:
     y = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
-    scores = token_importance(MixerOutput(y, y, ()), importance)
+    scores = importance_of(y, importance)
     np.testing.assert_allclose(scores.numpy(), FORMULAS[importance](y.detach().numpy()), rtol=1e-12)
 
 
@@ -72,7 +78,7 @@ def test_importance(importance) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scores_are_float32_without_gradient(importance, dtype) -> None:
     y = torch.randn(2, 7, 5, dtype=dtype, requires_grad=True)
-    scores = token_importance(MixerOutput(y, y, ()), importance)
+    scores = importance_of(y, importance)
     assert scores.shape == (2, 7)
     assert scores.dtype == torch.float32
     assert not scores.requires_grad
@@ -81,12 +87,7 @@ def test_scores_are_float32_without_gradient(importance, dtype) -> None:
 def test_half_precision_does_not_overflow() -> None:
     y = torch.full((1, 2, 64), 6e4, dtype=torch.float16)
     for importance in ("clip", "mean", "l1", "l2"):
-        torch.testing.assert_close(token_importance(MixerOutput(y, y, ()), importance), y[..., 0].float())
-
-
-def test_unknown_importance() -> None:
-    with pytest.raises(ValueError, match=r"unknown importance 'norm'; allowed are \['clip'"):
-        token_importance(MixerOutput(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), ()), "norm")
+        torch.testing.assert_close(importance_of(y, importance), y[..., 0].float())
 
 
 # ---- Which -------------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_selected_tokens_are_the_best(scores, data) -> None:
 def test_selection_in_a_model(family, importance) -> None:
     config = MAKE_CONFIG[family](token_pruning=TOKEN_PRUNING | {"importance": importance})
     class_tokens, middle = (1, 8) if family == "vim" else (0, None)
-    outputs = MODELS[family](config).eval()(torch.randn(3, 3, 32, 32))
+    outputs = FAMILIES[family].classifier(config).eval()(torch.randn(3, 3, 32, 32))
     assert [kept.shape for kept in outputs.kept_tokens] == [(3, 12 + class_tokens), (3, 8 + class_tokens)]
     assert [scores.shape for scores in outputs.token_scores] == [(3, 16), (3, 12)]
     for sample in range(3):

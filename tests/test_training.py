@@ -21,7 +21,6 @@ import hf_vssm_prune
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.training.arguments import (
-    AugmentationArguments,
     ElasticArguments,
     OptimizationArguments,
     RunArguments,
@@ -33,12 +32,14 @@ from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_da
 from hf_vssm_prune.training.distribution import ProcessLostError, lost_processes_named
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
-from hf_vssm_prune.training.evaluation import compare_models, comparison_table, mean_accuracy, score_predictions
-from hf_vssm_prune.training.loop import PICTURE, Recipe, Trainer
+from hf_vssm_prune.training.evaluation import compare_models, comparison_table
+from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.memory import peak_memory
 from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer, parameter_groups
 from hf_vssm_prune.training.sampling import EpochSampler
+from hf_vssm_prune.training.saved_models import PICTURE
+from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification, score_predictions
 
 
 CLASSES = ("blue", "green", "red")
@@ -100,7 +101,7 @@ def make_recipe(output_dir: Path, losses: LossWeights | None = None, augmentatio
     }
     return Recipe(
         OptimizationArguments(**{**defaults, **optimization}),
-        augmentation or plain_augmentation(),
+        ImageClassification(augmentation or plain_augmentation()),
         RunArguments(output_dir=str(output_dir), use_cpu=True),
         losses or LossWeights(),
     )
@@ -141,23 +142,23 @@ def test_layer_decay_lowers_the_rate_towards_the_input(vim_config):
 
 
 def test_cosine_schedule_with_warmup_and_lowest_rate():
-    schedule = LearningRateSchedule("cosine", num_updates=110, warmup_updates=10, warmup_share=0.2, min_share=0.1)
-    assert schedule.share(0) == 0.2
-    assert schedule.share(5) == pytest.approx(0.6)
-    assert schedule.share(10) == 1.0
-    assert schedule.share(35) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
-    assert schedule.share(110) == pytest.approx(0.1)
+    schedule = LearningRateSchedule("cosine", num_steps=110, warmup_steps=10, warmup_factor=0.2, min_factor=0.1)
+    assert schedule.factor(0) == 0.2
+    assert schedule.factor(5) == pytest.approx(0.6)
+    assert schedule.factor(10) == 1.0
+    assert schedule.factor(35) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert schedule.factor(110) == pytest.approx(0.1)
 
 
 def test_linear_and_constant_schedules():
-    assert LearningRateSchedule("linear", num_updates=10, min_share=0.5).share(4) == pytest.approx(0.8)
-    assert LearningRateSchedule("constant", num_updates=10, min_share=0.5).share(9) == 1.0
+    assert LearningRateSchedule("linear", num_steps=10, min_factor=0.5).factor(4) == pytest.approx(0.8)
+    assert LearningRateSchedule("constant", num_steps=10, min_factor=0.5).factor(9) == 1.0
 
 
 def test_a_schedule_keeps_the_ratios_between_groups(vim_config):
     model = AutoModelForImageClassification.from_config(vim_config)
     optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.0, layer_decay=0.5)
-    LearningRateSchedule("linear", num_updates=10).apply(optimizer, 5)
+    LearningRateSchedule("linear", num_steps=10).apply(optimizer, 5)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
         [group["initial_lr"] / 2 for group in optimizer.param_groups]
     )
@@ -171,12 +172,12 @@ def test_average_of_weights_and_batch_norm_statistics():
     start = {name: value.clone() for name, value in model.state_dict().items()}
     ema = ExponentialMovingAverage(model, decay=0.75)
     expected = {name: value.double() for name, value in start.items()}
-    for update in (1, 2, 3):
+    for step in (1, 2, 3):
         model(torch.randn(8, 3))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        ema.update(model, update)
+        ema.update(model, step)
         for name, value in model.state_dict().items():
             expected[name] = 0.75 * expected[name] + 0.25 * value.double()
     averages = ema.model.state_dict()
@@ -219,11 +220,10 @@ def test_top1_top5_and_loss():
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9.0, 8, 7, 6, 5, 4], [9.0, 8, 7, 6, 5, 4]])
     scores = score_predictions(logits, torch.tensor([0, 4, 5]))
     assert scores[:, :2].tolist() == [[1, 1], [0, 1], [0, 0]]
-    accuracy = mean_accuracy([scores[:1], scores[1:]])
-    assert (accuracy.top1, accuracy.top5) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
-    assert accuracy.num_images == 3
+    metrics = ImageClassification().metrics([scores[:1], scores[1:]])
+    assert (metrics["top1"], metrics["top5"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     log_sum = math.log(sum(math.exp(-i) for i in range(6)))
-    assert accuracy.loss == pytest.approx(log_sum + (0 + 4 + 5) / 3, rel=1e-6)
+    assert metrics["loss"] == pytest.approx(log_sum + (0 + 4 + 5) / 3, rel=1e-6)
 
 
 def test_fewer_labels_than_five():
@@ -238,18 +238,19 @@ def test_comparison_of_dense_and_pruned(datasets):
     processor = new_image_processor(make_vim_config(), [0.5] * 3, [0.25] * 3, crop_pct=1.0)
     images = EvaluationImages(datasets.evaluation, processor)
     loader = torch.utils.data.DataLoader(images, batch_size=4, collate_fn=collate)
-    evaluations = compare_models(models, loader, torch.device("cpu"))
+    evaluations = compare_models(ImageClassification(), models, loader, torch.device("cpu"))
     batch = collate([images[i] for i in range(len(images))])
     for name, model in models.items():
         with torch.no_grad():
             guesses = model.eval()(batch["pixel_values"]).logits.argmax(-1)
         expected = (guesses == batch["labels"]).float().mean().item()
-        assert evaluations[name].accuracy.top1 == pytest.approx(expected)
+        assert evaluations[name].num_images == 15
+        assert evaluations[name].metrics["top1"] == pytest.approx(expected)
         assert evaluations[name].images_per_second > 0
     flops = hf_vssm_prune.count_flops(models["pruned"].config)
     assert evaluations["dense"].gflops_total == flops.dense.total / 1e9
     assert evaluations["pruned"].gflops_total == flops.pruned.total / 1e9
-    assert "| pruned |" in comparison_table(evaluations)
+    assert "| pruned |" in comparison_table(ImageClassification(), evaluations)
 
 
 # The loop
@@ -260,7 +261,7 @@ def test_a_run_leaves_models_checkpoints_and_results(datasets, tmp_path):
     results = make_trainer(make_plainmamba_config(), datasets, recipe).train()
     assert [folder.name for folder in find_checkpoints(tmp_path / "run")] == ["checkpoint-18", "checkpoint-27"]
     assert json.loads((tmp_path / "run" / "all_results.json").read_text()) == results
-    assert [entry["update"] for entry in results["history"]] == [9, 18, 27]
+    assert [entry["step"] for entry in results["history"]] == [9, 18, 27]
     tops = [entry[key] for entry in results["history"] for key in ("eval_top1", "eval_ema_top1")]
     assert results["best"]["top1"] == max(tops)
     for name in ("best", "last", "last_ema"):
@@ -270,15 +271,15 @@ def test_a_run_leaves_models_checkpoints_and_results(datasets, tmp_path):
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_updates_average_the_gradients_of_their_batches(datasets, tmp_path):
-    """5 batches of 4 in groups of 3: the second update has 2. Adam hides the gradient's size in its step, not in its
+def test_steps_average_the_gradients_of_their_batches(datasets, tmp_path):
+    """5 batches of 4 in groups of 3: the second step has 2. Adam hides the gradient's size in what it does, not in its
     moments: with a rate near 0 the first moment is 0.9 * 0.1 * first gradient + 0.1 * second."""
     config = make_vim_config(num_labels=3)
     datasets = replace(datasets, train=datasets.train.select(range(5, 25)))
     recipe = make_recipe(tmp_path, gradient_accumulation_steps=3, learning_rate=1e-20, warmup_lr=0.0, min_lr=0.0)
     trainer = make_trainer(config, datasets, recipe)
     model = trainer.plain_model
-    images = EvaluationImages(datasets.train, trainer.image_processor)
+    images = EvaluationImages(datasets.train, trainer.saved_models.image_processor)
     order = list(EpochSampler(20, seed=0))
 
     def gradient(batches: list[int]) -> torch.Tensor:
@@ -292,27 +293,9 @@ def test_updates_average_the_gradients_of_their_batches(datasets, tmp_path):
     expected = 0.09 * gradient([0, 1, 2]) + 0.1 * gradient([3, 4])
     model.zero_grad()
     trainer.train()
-    assert trainer.state.updates == 2
+    assert trainer.state.steps == 2
     moment = trainer.optimizer.optimizer.state[model.classifier.weight]["exp_avg"]
     torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-8)
-
-
-def test_accumulated_small_batches_train_like_large_ones(datasets, tmp_path):
-    weights = {}
-    for batch_size, accumulation in ((12, 1), (4, 3)):
-        recipe = make_recipe(
-            tmp_path / str(batch_size),
-            num_train_epochs=2,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            adam_epsilon=1e-3,
-            clip_grad=0.5,
-        )
-        trainer = make_trainer(make_vim_config(), datasets, recipe)
-        trainer.train()
-        weights[batch_size] = trainer.plain_model.state_dict()
-    for name, value in weights[12].items():
-        torch.testing.assert_close(weights[4][name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_finetuning_logs_every_term_and_leaves_the_teacher_alone(datasets, tmp_path, caplog):
@@ -325,13 +308,13 @@ def test_finetuning_logs_every_term_and_leaves_the_teacher_alone(datasets, tmp_p
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(parameter.grad is None for parameter in teacher.parameters())
-    line = next(record.message for record in caplog.records if "update 3/3" in record.message)
+    line = next(record.message for record in caplog.records if "step 3/3" in record.message)
     for term in ("loss", "cross_entropy", "distillation", "alignment", "gradient_norm", "learning_rate"):
         assert f" {term} " in line
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "last").config.token_pruning == TOKEN_PRUNING
 
 
-def test_elastic_training_prunes_each_update_by_a_budget_drawn(datasets, tmp_path):
+def test_elastic_training_prunes_each_step_by_a_budget_drawn(datasets, tmp_path):
     def run(name: str) -> tuple[list[dict | None], Trainer]:
         elastic = ElasticArguments(elastic_budgets=[0, 0.25, 0.394], elastic_importance="random")
         losses = LossWeights(kd_weight=1.0, alignment_weight=1.0)
@@ -341,7 +324,8 @@ def test_elastic_training_prunes_each_update_by_a_budget_drawn(datasets, tmp_pat
         trainer = make_trainer(config, datasets, recipe, teacher)
         used: list[dict | None] = []
         trainer.plain_model.register_forward_pre_hook(
-            lambda model, _: used.append(model.config.token_pruning) if model.training else None
+            lambda model, _, options: used.append(options["token_pruning"]) if model.training else None,
+            with_kwargs=True,
         )
         trainer.train()
         return used, trainer
@@ -355,7 +339,7 @@ def test_elastic_training_prunes_each_update_by_a_budget_drawn(datasets, tmp_pat
     assert run("again")[0] == used
 
 
-def test_batches_of_an_update_share_its_budget(datasets, tmp_path):
+def test_batches_of_a_step_share_its_budget(datasets, tmp_path):
     """And are pruned as one large batch is."""
     used: dict[int, list[str]] = {}
     for accumulation in (1, 3):
@@ -365,16 +349,17 @@ def test_batches_of_an_update_share_its_budget(datasets, tmp_path):
         trainer = make_trainer(make_vim_config(), datasets, recipe)
         used[accumulation] = []
         trainer.plain_model.register_forward_pre_hook(
-            lambda model, _, seen=used[accumulation]: (
-                seen.append(json.dumps(model.config.token_pruning)) if model.training else None
-            )
+            lambda model, _, options, seen=used[accumulation]: (
+                seen.append(json.dumps(options["token_pruning"])) if model.training else None
+            ),
+            with_kwargs=True,
         )
         trainer.train()
     assert used[3] == [schedule for schedule in used[1] for _ in range(3)]
 
 
 def test_parameters_of_pruning_are_trained(datasets, tmp_path):
-    """Also those of elastic schedules that the model's own does not need, whose update may draw none."""
+    """Also those of elastic schedules that the model's own does not need, whose steps may draw none."""
     options = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "dyvm", "alignment": "learned"}
     elastic = ElasticArguments(elastic_budgets=[0, 0.394])
     recipe = replace(make_recipe(tmp_path, num_train_epochs=1, learning_rate=0.01), elastic=elastic)
@@ -432,9 +417,9 @@ def test_elastic_training_goes_on_from_before_all_budgets_were_drawn(datasets, t
     make_trainer(make_vim_config(token_pruning=options), datasets, recipe).train()
     shutil.rmtree(tmp_path / "checkpoint-2")
     moments = load_file(tmp_path / "checkpoint-1" / "optimizer.safetensors")
-    assert not any("token_predictors" in name for name in moments)  # the first update was of the dense model
+    assert not any("token_predictors" in name for name in moments)  # the first step was of the dense model
     recipe.run.resume = "latest"
-    assert make_trainer(make_vim_config(token_pruning=options), datasets, recipe).train()["update"] == 2
+    assert make_trainer(make_vim_config(token_pruning=options), datasets, recipe).train()["step"] == 2
 
 
 def test_bf16_autocast(datasets, tmp_path):
@@ -447,19 +432,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(datas
     recipe = make_recipe(tmp_path, max_train_steps=8, learning_rate=1e30)
     recipe.run.checkpointing_steps = "1"
     trainer = make_trainer(make_vim_config(), datasets, recipe)
-    with pytest.raises(TrainingDivergedError, match=r"update 2 of 8.*--learning_rate \(it is 1e\+30\)") as error:
+    with pytest.raises(TrainingDivergedError, match=r"step 2 of 8.*--learning_rate \(it is 1e\+30\)") as error:
         trainer.train()
-    assert trainer.state.updates == 1
+    assert trainer.state.steps == 1
     assert all(parameter.isfinite().all() for parameter in trainer.plain_model.parameters())
     assert [folder.name for folder in find_checkpoints(tmp_path)] == ["checkpoint-1"]
     assert f"The last checkpoint is {tmp_path / 'checkpoint-1'}" in str(error.value)
 
 
-def break_at_update(trainer: Trainer, update: int, module: str, change) -> None:
-    """From an update on, changes what a module puts out."""
+def break_at_step(trainer: Trainer, step: int, module: str, change) -> None:
+    """From a step on, changes what a module puts out."""
 
     def hook(layer: nn.Module, inputs: object, output):
-        if layer.training and trainer.state.updates >= update - 1:
+        if layer.training and trainer.state.steps >= step - 1:
             return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
         return None
 
@@ -471,8 +456,8 @@ def break_at_update(trainer: Trainer, update: int, module: str, change) -> None:
 @pytest.mark.parametrize("value", [math.nan, 1e300], ids=["nan", "overflow"])
 def test_a_layer_whose_output_is_not_finite_is_named(datasets, tmp_path, module, value):
     trainer = make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=8))
-    break_at_update(trainer, 3, module, lambda output: output * value)
-    with pytest.raises(TrainingDivergedError, match=rf"update 3 of 8: .*not finite is that of {module}\."):
+    break_at_step(trainer, 3, module, lambda output: output * value)
+    with pytest.raises(TrainingDivergedError, match=rf"step 3 of 8: .*not finite is that of {module}\."):
         trainer.train()
 
 
@@ -483,8 +468,8 @@ def test_a_gradient_that_is_not_finite_is_named_where_it_arose(datasets, tmp_pat
         output.register_hook(lambda gradient: gradient * math.inf)
         return output
 
-    break_at_update(trainer, 2, "vim.layers.2", break_gradient)
-    with pytest.raises(TrainingDivergedError, match=r"update 2 of 8: .*first gradient.*that of vim\.layers\.2\."):
+    break_at_step(trainer, 2, "vim.layers.2", break_gradient)
+    with pytest.raises(TrainingDivergedError, match=r"step 2 of 8: .*first gradient.*that of vim\.layers\.2\."):
         trainer.train()
 
 
@@ -493,7 +478,7 @@ def test_a_teacher_that_overflows_is_named(datasets, tmp_path):
     teacher.vim.layers[1].mixer.out_proj.weight.data[0, 0] = math.inf
     recipe = make_recipe(tmp_path, LossWeights(kd_weight=1.0), max_train_steps=8)
     trainer = make_trainer(make_vim_config(), datasets, recipe, teacher)
-    with pytest.raises(TrainingDivergedError, match=r"update 1 of 8: .*not finite is that of teacher\.classifier\."):
+    with pytest.raises(TrainingDivergedError, match=r"step 1 of 8: .*not finite is that of teacher\.classifier\."):
         trainer.train()
 
 
@@ -513,14 +498,14 @@ def test_gradients_that_no_scale_makes_finite_stop_the_run(datasets, tmp_path):
             return {}
 
     trainer = make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=8))
-    break_at_update(trainer, 2, "vim.layers.2", lambda output: output.register_hook(lambda g: g * math.inf) and output)
+    break_at_step(trainer, 2, "vim.layers.2", lambda output: output.register_hook(lambda g: g * math.inf) and output)
     scaler = trainer.accelerator.scaler = Scaler()
 
     def skip() -> None:
         scaler.factor /= 8
 
     trainer.optimizer.step = skip
-    with pytest.raises(TrainingDivergedError, match=r"update 3 of 8: .*first gradient"):
+    with pytest.raises(TrainingDivergedError, match=r"step 3 of 8: .*first gradient"):
         trainer.train()
 
 
@@ -539,11 +524,11 @@ def test_weights_that_are_not_finite_do_not_replace_the_last_good_checkpoint(dat
 
     def overflow() -> None:
         step()
-        if trainer.state.updates == 2:
+        if trainer.state.steps == 2:
             trainer.plain_model.vim.layers[1].mixer.out_proj.weight.data[0, 0] = math.inf
 
     trainer.optimizer.step = overflow
-    message = r"After update 3 of 8 the weight vim\.layers\.1\.mixer\.out_proj\.weight is not finite.*checkpoint-2"
+    message = r"After step 3 of 8 the weight vim\.layers\.1\.mixer\.out_proj\.weight is not finite.*checkpoint-2"
     with pytest.raises(TrainingDivergedError, match=message):
         trainer.train()
     assert [folder.name for folder in find_checkpoints(tmp_path)] == ["checkpoint-2"]
@@ -608,9 +593,9 @@ def test_without_pruning_there_is_nothing_to_align(family, datasets, tmp_path):
     teacher = AutoModelForImageClassification.from_config(config)
     trainer = make_trainer(MAKE_CONFIG[family](), datasets, recipe, teacher)
     freeze_batch_norm(trainer.model.train())
-    terms = trainer._losses(next(iter(trainer.train_loader)), epoch=0, index=0)
-    assert terms.alignment.item() == 0
-    terms.alignment.backward()
+    terms = trainer._losses(next(iter(trainer.loaders.train)), epoch=0, index=0)
+    assert terms["alignment"].item() == 0
+    terms["alignment"].backward()
     assert all(p.grad is None or not p.grad.any() for p in trainer.plain_model.parameters())
 
 
@@ -621,8 +606,8 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(datasets, tmp_p
         recipe = replace(recipe, scale=ScaleArguments(gradient_checkpointing=checkpointing))
         config = make_vim_config(num_hidden_layers=12, token_pruning=dict(TOKEN_PRUNING), drop_path_rate=0.3)
         trainer = make_trainer(config, datasets, recipe)
-        batch = next(iter(trainer.train_loader))
-        memory = peak_memory(lambda t=trainer, b=batch: t._losses(b, 0, 0).loss.backward(), torch.device("cpu"))
+        batch = next(iter(trainer.loaders.train))
+        memory = peak_memory(lambda t=trainer, b=batch: t._losses(b, 0, 0)["loss"].backward(), torch.device("cpu"))
         gradients = [parameter.grad.clone() for parameter in trainer.plain_model.parameters()]
         figures[checkpointing] = memory, gradients
     assert figures[True][0] < 0.4 * figures[False][0]
@@ -662,12 +647,12 @@ def test_trackers_and_cards_get_pictures_of_what_is_kept(family, datasets, tmp_p
     recipe = make_recipe(tmp_path, max_train_steps=10)
     recipe.run.with_tracking = True
     trainer = make_trainer(MAKE_CONFIG[family](token_pruning=dict(TOKEN_PRUNING)), datasets, recipe)
-    trainer.write_card = lambda top1, top5, num_images: ModelCardInfo(name="with a picture")
+    trainer.saved_models.write_card = lambda metrics, num_images: ModelCardInfo(name="with a picture")
     trainer.train()
     (file,) = (tmp_path / "hf_vssm_prune").glob("events*")
     events = event_accumulator.EventAccumulator(str(file)).Reload()
     logged = events.Images("kept_tokens")
-    assert [event.step for event in logged] == [evaluation["update"] for evaluation in trainer.state.history]
+    assert [event.step for event in logged] == [evaluation["step"] for evaluation in trainer.state.history]
     with (
         Image.open(io.BytesIO(logged[-1].encoded_image_string)) as last,
         Image.open(tmp_path / "last" / PICTURE) as on_card,
@@ -694,13 +679,13 @@ def test_a_batch_must_be_filled(datasets, tmp_path):
 
 
 def test_warmup_is_a_share_of_the_run(datasets, tmp_path):
-    for steps, updates in ((2, 0), (60, 2)):
+    for steps, warmup in ((2, 0), (60, 2)):
         recipe = make_recipe(tmp_path, max_train_steps=steps, warmup_epochs=None)
-        assert make_trainer(make_vim_config(), datasets, recipe).schedule.warmup_updates == updates
+        assert make_trainer(make_vim_config(), datasets, recipe).schedule.warmup_steps == warmup
 
 
 def test_warmup_must_leave_something(datasets, tmp_path):
-    with pytest.raises(ValueError, match="9 updates of warm-up leave nothing of the run's 9"):
+    with pytest.raises(ValueError, match="9 steps of warm-up leave nothing of the run's 9"):
         make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, warmup_epochs=1.0))
 
 
@@ -717,7 +702,7 @@ def test_going_back_behind_a_later_checkpoint_is_refused(datasets, tmp_path):
     recipe.run.checkpointing_steps, recipe.run.save_total_limit = "1", 5
     make_trainer(make_vim_config(), datasets, recipe).train()
     recipe.run.resume = str(tmp_path / "checkpoint-1")
-    with pytest.raises(ValueError, match=r"is of update 1, and .* has later checkpoints, up to checkpoint-3"):
+    with pytest.raises(ValueError, match=r"is of step 1, and .* has later checkpoints, up to checkpoint-3"):
         make_trainer(make_vim_config(), datasets, recipe)
 
 
@@ -736,6 +721,30 @@ def test_a_run_with_other_settings_is_not_continued(datasets, tmp_path):
     recipe.run.resume = "latest"
     with pytest.raises(ValueError, match=r"max_train_steps was 1 and is 2; clip_grad was None and is 1\.0"):
         make_trainer(make_vim_config(), datasets, recipe)
+
+
+def test_a_checkpoint_of_before_steps_were_called_so_goes_on(datasets, tmp_path):
+    """It has "updates", and no task."""
+    recipe = make_recipe(tmp_path, max_train_steps=3)
+    recipe.run.checkpointing_steps, recipe.run.save_total_limit = "1", 9
+    whole = make_trainer(make_vim_config(), datasets, recipe)
+    whole.train()
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    file = tmp_path / "checkpoint-1" / "training_state.json"
+    content = json.loads(file.read_text())
+    del content["settings"]["task"]
+    for old, new in (("updates_per_epoch", "steps_per_epoch"), ("images_per_update", "images_per_step")):
+        content["settings"][old] = content["settings"].pop(new)
+    content["state"]["updates"] = content["state"].pop("steps")
+    content["state"]["history"] = [{"epoch": 0, "update": 1, "eval_top1": 0.5}]
+    file.write_text(json.dumps(content))
+    recipe.run.resume = "latest"
+    resumed = make_trainer(make_vim_config(), datasets, recipe)
+    assert resumed.state.steps == 1
+    assert resumed.train()["history"][0] == {"epoch": 0, "step": 1, "eval_top1": 0.5}
+    for name, value in whole.plain_model.state_dict().items():
+        assert torch.equal(resumed.plain_model.state_dict()[name], value), name
 
 
 def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused(tmp_path):

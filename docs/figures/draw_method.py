@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_vssm_prune.selective_scan import decay_steps
+from hf_vssm_prune.selective_scan_torch import decay_steps
 from hf_vssm_prune.token_pruning import path_gaps, select_tokens
 
 

@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from .selective_scan import kernel_for
-from .token_pruning import gather_tokens
+from .convolution_torch import causal_conv1d_torch
+from .kernel_choice import kernel_for
 
 
 GRID_KERNEL = 7
@@ -32,7 +32,7 @@ def causal_conv1d(
         weight: shape (channels, 1, taps), the last of which is for the token itself.
         bias: shape (channels,), or None.
         reverse: go through the sequence from its end: each token with the ones behind it.
-        kept: with `stand_ins` the place of each token in the full sequence, int64 of shape (batch, tokens).
+        kept: with `stand_ins` the place of each token in the full sequence, integers of shape (batch, tokens).
         stand_ins: the token seen at each place of the full sequence, its own in a kept one, integers of shape (batch,
             places). None: there is no sequence but that of the tokens that are left.
         backend: as in `selective_scan`.
@@ -49,19 +49,3 @@ def causal_conv1d(
     grid_weight = F.pad((row.flip(-1) if reverse else row).unsqueeze(2), (0, 0, middle, middle))
     places = (hidden_states if stand_ins is None else stand_ins).shape[1]
     return convolution(hidden_states, grid_weight, bias, (1, places), kept, True, stand_ins)
-
-
-def causal_conv1d_torch(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reverse: bool = False,
-    kept: Tensor | None = None,
-    stand_ins: Tensor | None = None,
-) -> Tensor:
-    """The reference; arguments and result as in `causal_conv1d`."""
-    sequence = hidden_states if stand_ins is None else gather_tokens(hidden_states, stand_ins.long())
-    before = weight.shape[-1] - 1
-    padded = F.pad(sequence.transpose(1, 2), (0, before) if reverse else (before, 0))
-    sequence = F.conv1d(padded, weight.flip(-1) if reverse else weight, bias, groups=weight.shape[0]).transpose(1, 2)
-    return F.silu(sequence if kept is None else gather_tokens(sequence, kept))

@@ -1,20 +1,43 @@
-"""What the configurations of the two model families share."""
+"""What the configurations of all model families share, and what each of them tells of itself."""
 
+import copy
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .flops import schedule_for_budget
+from .flops import FlopCount, schedule_for_budget
 from .label_maps import complete_label_maps, names_by_id
-from .pruning_schedule import METHOD_OPTIONS, check_layers, check_token_pruning, pruning_method
+from .pruning_options import (
+    TokenPruning,
+    check_layers,
+    check_token_pruning,
+    method_options,
+    plain_value,
+    pruning_method,
+)
+from .publication import Paper, PublishedModel
+
+
+# Of a model's output; see `pruned_outputs.StageFields`.
+STAGE_FIELDS = ("kept_tokens", "token_scores", "merged_tokens")
+FEATURE_FILLS = ("last", "merged")
+_BACKBONE_STAGES = ("stage_names", "out_features", "out_indices")
 
 
 @strict
 class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Options of every vision Mamba.
+    """Options of every vision Mamba. A family's own class also tells what everything else asks about it.
+
+    Attributes:
+        presets: options of published models by name.
+        published: of these models, by the same names, where the weights are and what papers report.
+        paper: the family's.
+        cls_token: where the class token stands among the patches: "none", "middle" or "first".
+        num_scans: with parameters of their own, so that each token has so many Δ, B and C.
 
     Args:
         image_size: pixels, or (height, width), for which the position embeddings are laid out. Other sizes work too.
@@ -30,18 +53,22 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         initializer_range: standard deviation of the truncated normal initialisation.
         drop_path_rate: stochastic depth in the last layer; it rises linearly from 0 in the first.
         token_pruning: None for a dense model, or a dict with `layers`, `keep_ratios`, `alignment`, `importance` and
-            `method`, see `pruning_schedule.check_token_pruning`; or with `flops_reduction` in place of `keep_ratios`,
-            a share of the published FLOPs that is to go, for which a schedule is found and put into the dict, by stages
-            before `layers` if these are given.
+            `method`, see `pruning_options.check_token_pruning`; or with `flops_reduction` in place of `keep_ratios`,
+            the fraction of the published FLOPs to remove, for which a schedule is found, with stages before `layers` if
+            these are given. However it is set, it is checked and complete when it is read.
         scan_backend: which kernel scans, see `selective_scan.selective_scan`.
+        feature_fill: what a backbone's maps show in the cell of a token that is gone: `last`, the state with which it
+            left; `merged`, for methods that merge, the state of the token that it went into.
 
     Raises:
         ValueError: a value is not allowed; the message says what was given and what is allowed.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
-    # transformers' `Trainer` puts everything else together to the predictions.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["kept_tokens", "token_scores"]
+    published: ClassVar[dict[str, PublishedModel]] = {}
+    paper: ClassVar[Paper]
+    cls_token: ClassVar[str] = "none"
+    num_scans: ClassVar[int] = 1
 
     id2label: dict | list | tuple | None = None  # type: ignore[assignment]
     label2id: dict | list | tuple | None = None  # type: ignore[assignment]
@@ -59,8 +86,9 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     time_step_floor: float = 1e-4
     initializer_range: float = 0.02
     drop_path_rate: float | int = 0.0
-    token_pruning: dict | None = None
+    token_pruning: dict | None = None  # what is read is `TokenPruning`, see `_TokenPruningOption`
     scan_backend: str = "auto"
+    feature_fill: str = "last"
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -83,7 +111,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, labels in complete_label_maps({"id2label": self.id2label, "label2id": self.label2id}).items():
             setattr(self, name, labels)
         super().__post_init__(**kwargs)
-        self.token_pruning = self.complete_token_pruning(self.token_pruning)
+        _ = self.token_pruning  # what is wrong with it is said here
 
     def _check_sizes(self) -> None:
         names = [
@@ -106,6 +134,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}; it must be in [0, 1).")
+        if self.feature_fill not in FEATURE_FILLS:
+            raise ValueError(f"`feature_fill` is {self.feature_fill!r}; allowed are {list(FEATURE_FILLS)}.")
         if min(self.grid_size) < 1:
             raise ValueError(f"`image_size` is {self.image_size}: too small for a patch of {self.patch_size} pixels.")
 
@@ -115,35 +145,43 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`{name}` is {value!r}; a whole number of at least {least} is needed.")
 
     @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """What transformers' `Trainer` leaves out of the predictions."""
+        stages = range(len(self.token_pruning["layers"]) if self.token_pruning else 0)
+        return [f"{field}_{stage}" for field in STAGE_FIELDS for stage in stages]
+
+    @property
     def label_names(self) -> list[str]:
         """The labels' names in the order of their ids."""
         return names_by_id(self.id2label or {})
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers has it, with the labels in any form."""
-        return super().from_dict(config_dict, **(kwargs | complete_label_maps(kwargs)))
-
-    def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> dict[str, Any] | None:
+    def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> TokenPruning | None:
         """Checks pruning options against this configuration and returns them complete, a budget turned into a schedule.
 
         Options that name no `method` are for the one that this configuration has, with its `alignment` and `importance`
         unless they have their own: weights that were trained for a method may get another budget. Those of a dense
-        model mean `top`.
+        model mean `pruning_methods.RECOMMENDED_METHOD`.
 
         Raises:
-            ValueError: as `pruning_schedule.check_token_pruning` and `flops.schedule_for_budget`.
+            ValueError: as `pruning_options.check_token_pruning` and `flops.schedule_for_budget`.
         """
+        return self._complete(self._inherit_method(token_pruning))
+
+    def _inherit_method(self, token_pruning: Any) -> Any:
+        """Options that name no method, with those of the schedule that is in force."""
+        own = self.__dict__.get("_token_pruning")
+        if not isinstance(token_pruning, dict) or "method" in token_pruning or own is None:
+            return token_pruning
+        return method_options(own) | token_pruning
+
+    def _complete(self, token_pruning: Any) -> TokenPruning | None:
         if token_pruning is None:
             return None
         if not isinstance(token_pruning, dict):
             raise ValueError(f"`token_pruning` is {token_pruning!r}; None or a dict is needed.")
-        if "method" not in token_pruning and self.token_pruning is not None:
-            own = self.token_pruning
-            token_pruning = {name: own[name] for name in METHOD_OPTIONS if name in own} | token_pruning
         if "flops_reduction" in token_pruning:
             token_pruning = dict(token_pruning)
-            budget = token_pruning.pop("flops_reduction")
+            budget = plain_value(token_pruning.pop("flops_reduction"))
             if "keep_ratios" in token_pruning:
                 raise ValueError("`token_pruning` has both `flops_reduction` and `keep_ratios`; give one of them.")
             layers = token_pruning.get("layers")
@@ -152,24 +190,110 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             token_pruning |= schedule_for_budget(self, budget, pruning_method(token_pruning), layers)
         return check_token_pruning(token_pruning, self.num_hidden_layers)
 
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        for name in ("_token_pruning", "_token_pruning_depth"):
+            values.pop(name, None)
+        token_pruning = self.token_pruning
+        return values | {"token_pruning": None if token_pruning is None else copy.deepcopy(dict(token_pruning))}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers has it, but options that are given override those of the dict before anything is checked."""
+        own = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+        given = {name: kwargs.pop(name) for name in own & set(kwargs)}
+        if config_dict.get("out_features") == [f"stage{config_dict.get('num_hidden_layers')}"]:
+            # A backbone's default, the last layer's output: that of another depth, where one is given.
+            config_dict = {name: value for name, value in config_dict.items() if name not in _BACKBONE_STAGES}
+        if isinstance(token_pruning := given.get("token_pruning"), dict) and "method" not in token_pruning:
+            given["token_pruning"] = method_options(config_dict.get("token_pruning")) | token_pruning
+        return super().from_dict(config_dict | given, **(kwargs | complete_label_maps(kwargs)))
+
     @property
     def intermediate_size(self) -> int:
         """Channels inside the mixer."""
         return self.expand * self.hidden_size
 
     @property
-    def grid_size(self) -> tuple[int, int]:
-        """(height, width) in patches of an image of `image_size`."""
-        return self.grid_size_for(*self.image_height_width(self.image_size))
+    def input_size(self) -> tuple[int, ...]:
+        """Of an input that the model is laid out for: (height, width) in pixels; of a video (frames, height, width)."""
+        return self.input_size_for(self.image_size)
+
+    @property
+    def modality(self) -> str:
+        """Of what the model is made for: "image" or "video"."""
+        return "image" if len(self.input_size) == 2 else "video"
+
+    def input_size_for(self, image_size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
+        """The size of an input whose images have another size, as `image_size` gives it."""
+        return self.image_height_width(image_size)
+
+    def input_size_of(self, pixel_values_shape: Sequence[int]) -> tuple[int, ...]:
+        """The input's size, as `input_size` has it, from the shape of a batch of pixel values."""
+        return (*pixel_values_shape[1:-3], *pixel_values_shape[-2:])
+
+    def pixel_values_shape(self, batch_size: int) -> tuple[int, ...]:
+        """(batch, channels, height, width), the frames of a video before its channels."""
+        *frames, height, width = self.input_size
+        return (batch_size, *frames, self.num_channels, height, width)
+
+    @property
+    def grid_size(self) -> tuple[int, ...]:
+        """(height, width) in patches of an image of `image_size`; for a video (time, height, width)."""
+        return self.grid_size_for(*self.input_size)
+
+    @property
+    def patch_spacing(self) -> int:
+        """Pixels from one patch to the next."""
+        return self.patch_size
+
+    def cls_token_id(self, num_patches: int) -> int | None:
+        """The class token's place among so many patches and itself. None: there is none."""
+        return {"none": None, "middle": num_patches // 2, "first": 0}[self.cls_token]
 
     @staticmethod
-    def image_height_width(image_size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    def image_height_width(image_size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
         """An image size as (height, width) in pixels."""
         height_width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(height_width) != 2 or not all(isinstance(size, int) and size >= 1 for size in height_width):
             raise ValueError(f"`image_size` is {image_size!r}; a number of pixels or (height, width) is needed.")
         return height_width
 
-    def grid_size_for(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in patches of an image of so many pixels; 0 where not one patch fits."""
+    def grid_size_for(self, *input_size: int) -> tuple[int, ...]:
+        """The grid of patches of an input of this size, with as many dimensions; 0 where not one patch fits."""
         raise NotImplementedError
+
+    def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
+        """Multiply-adds of one input of this size, of which so many patch tokens are left at each layer.
+
+        What a pruning method itself computes is not among them: see `flops.count_flops`.
+        """
+        raise NotImplementedError
+
+
+class _TokenPruningOption:
+    """`token_pruning` of a configuration: what is set is completed and checked when it is first read.
+
+    transformers sets the options that `from_pretrained` is given one by one on a configuration that is made already: a
+    schedule and the depth that it is for may come in any order.
+    """
+
+    def __get__(self, config: VisionMambaConfig | None, owner: type | None = None) -> TokenPruning | None:
+        if config is None:
+            return None  # a dataclass takes this for the default
+        token_pruning = config._token_pruning
+        if token_pruning is None:
+            return None
+        if isinstance(token_pruning, TokenPruning) and config._token_pruning_depth == config.num_hidden_layers:
+            return token_pruning
+        config._token_pruning = config._complete(token_pruning)
+        config._token_pruning_depth = config.num_hidden_layers
+        return config._token_pruning
+
+    def __set__(self, config: VisionMambaConfig, token_pruning: dict[str, Any] | None) -> None:
+        config._token_pruning = config._inherit_method(token_pruning)
+        config._token_pruning_depth = None
+
+
+# Not in the class's body, where a dataclass would take it for the default.
+VisionMambaConfig.token_pruning = _TokenPruningOption()  # type: ignore[assignment]

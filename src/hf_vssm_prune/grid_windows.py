@@ -1,4 +1,7 @@
-"""The grid in windows of 2 x 2 cells: choosing tokens so that every part of the image keeps some."""
+"""The grid in windows of two cells along each axis: choosing tokens so that every part of the input keeps some."""
+
+import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +13,14 @@ from .precision import at_least_float32
 WINDOW = 2  # side in cells
 
 
-def score_in_turns(importance: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+def score_in_turns(importance: Tensor, cells: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Scores by which the most important token of every window is chosen first, then the second of every window, as far
     as the count allows; where not all windows get their next token, those with the more important one do.
 
     Args:
         importance: shape (batch, n).
         cells: of the tokens, ascending, shape (batch, n).
-        grid: (height, width).
+        grid: shape of the full grid, any number of axes.
 
     Returns:
         Shape (batch, n).
@@ -25,7 +28,7 @@ def score_in_turns(importance: Tensor, cells: Tensor, grid: tuple[int, int]) -> 
     return _relative(importance) - _rank_in_window(importance, cells, grid)
 
 
-def distance_in_window(features: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+def distance_in_window(features: Tensor, cells: Tensor, grid: tuple[int, ...]) -> Tensor:
     """How far each token is from the others of its window: the mean square of the differences, after a layer norm
     without parameters. In a window, the one that is furthest is also furthest from their mean; two alone are equally
     far, to the last bit.
@@ -38,37 +41,45 @@ def distance_in_window(features: Tensor, cells: Tensor, grid: tuple[int, int]) -
         float32 (float64 where the features are) of shape (batch, n); 0 for a token that is alone in its window.
     """
     features = F.layer_norm(at_least_float32(features), features.shape[-1:])
-    places = _places(cells, grid)
+    places = _window_places(cells, grid)
     batch, _, channels = features.shape
+    size = _window_size(grid)
     empty = features.new_zeros(batch, _count_places(grid), channels)
-    tokens = empty.scatter(1, places.unsqueeze(-1).expand_as(features), features).unflatten(1, (-1, WINDOW**2))
-    there = empty[..., 0].scatter(1, places, 1).unflatten(1, (-1, WINDOW**2))
+    tokens = empty.scatter(1, places.unsqueeze(-1).expand_as(features), features).unflatten(1, (-1, size))
+    there = empty[..., 0].scatter(1, places, 1).unflatten(1, (-1, size))
     distances = torch.zeros_like(there)
-    for turn in range(1, WINDOW**2):
+    for turn in range(1, size):
         difference = (tokens - tokens.roll(turn, dims=2)).square().mean(-1)
         distances = distances + difference * there.roll(turn, dims=2)
     others = (there.sum(-1, keepdim=True) - 1).clamp(min=1)
     return (distances / others).flatten(1).gather(1, places)
 
 
-def _places(cells: Tensor, grid: tuple[int, int]) -> Tensor:
+def _window_places(cells: Tensor, grid: tuple[int, ...]) -> Tensor:
     """The places of cells when the grid is read window by window."""
-    rows, columns = cells // grid[1], cells % grid[1]
-    windows = rows // WINDOW * -(-grid[1] // WINDOW) + columns // WINDOW
-    return (windows * WINDOW + rows % WINDOW) * WINDOW + columns % WINDOW
+    window, within = torch.zeros_like(cells), torch.zeros_like(cells)
+    strides = [*itertools.accumulate(grid[:0:-1], lambda a, b: a * b, initial=1)][::-1]
+    for size, stride in zip(grid, strides, strict=True):
+        along = cells // stride % size
+        window = window * -(-size // WINDOW) + along // WINDOW
+        within = within * WINDOW + along % WINDOW
+    return window * _window_size(grid) + within
 
 
-def _count_places(grid: tuple[int, int]) -> int:
+def _window_size(grid: tuple[int, ...]) -> int:
+    return WINDOW ** len(grid)
+
+
+def _count_places(grid: tuple[int, ...]) -> int:
     """Those of all windows, whole ones at the edges too."""
-    down, across = (-(-size // WINDOW) for size in grid)
-    return down * across * WINDOW**2
+    return math.prod([-(-size // WINDOW) for size in grid]) * _window_size(grid)
 
 
-def _rank_in_window(importance: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+def _rank_in_window(importance: Tensor, cells: Tensor, grid: tuple[int, ...]) -> Tensor:
     """How many tokens of its window come before each token: more important ones, or equal ones in an earlier cell."""
-    places = _places(cells, grid)
+    places = _window_places(cells, grid)
     empty = importance.new_full((importance.shape[0], _count_places(grid)), -torch.inf)
-    in_window = empty.scatter(1, places, importance).unflatten(1, (-1, WINDOW**2))
+    in_window = empty.scatter(1, places, importance).unflatten(1, (-1, _window_size(grid)))
     one, other = in_window.unsqueeze(-1), in_window.unsqueeze(-2)
     before = (other > one) | (other == one).tril(-1)
     return before.sum(-1).flatten(1).gather(1, places).to(importance.dtype)

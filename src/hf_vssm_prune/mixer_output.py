@@ -62,11 +62,6 @@ class MixerOutput(NamedTuple):
         return MixerOutput(self.gated.detach(), self.projected.detach(), tuple(scan.detach() for scan in self.scans))
 
 
-def mean_time_steps(scans: Sequence[ScanInputs]) -> Tensor:
-    """The step size with which each direction lets a token in, mean over channels: (batch, directions, tokens)."""
-    return torch.cat([_visited(scan, _steps(scan).unsqueeze(1)) for scan in scans], dim=1)
-
-
 def token_influence(scans: Sequence[ScanInputs]) -> Tensor:
     """How much each direction can carry from a token to its output: (batch, directions, tokens).
 

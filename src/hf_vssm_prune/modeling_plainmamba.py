@@ -4,7 +4,9 @@ The model is that of "PlainMamba: Improving Non-Hierarchical Mamba in Visual Rec
 in "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
 """
 
-from typing import NamedTuple, cast
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,35 +14,34 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_plainmamba import PlainMambaConfig
+from .function_transforms import is_transformed
 from .grid_convolution import depthwise_conv2d
 from .mixer_output import MixerOutput, ScanInputs
 from .modeling_common import (
     DropPath,
     HoleTimeStep,
-    PrunedImageClassifierOutput,
-    PrunedModelOutput,
     TimeStepProjection,
     TokenPruningMixin,
+    VisionMambaKwargs,
     check_pixel_values,
     drop_path_rates,
-    encode,
-    full_hidden_states,
-    gate_tokens,
     image_classifier,
     init_decay,
     init_time_step_projection,
+    is_plain,
     mean_over_patches,
     resize_position_embeddings,
 )
 from .precision import at_least_float32
+from .pruned_layers import encode, full_states, scale_tokens
+from .pruned_outputs import PrunedBackboneOutput, PrunedImageClassifierOutput, PrunedModelOutput, stage_fields
+from .pruning_stage import TokenView
 from .selective_scan import selective_scan
 from .token_pruning import ScanPaths, prune_paths, snake_paths
 
@@ -48,38 +49,35 @@ from .token_pruning import ScanPaths, prune_paths, snake_paths
 class PlainMambaTokenLayout(NamedTuple):
     """Where the tokens that are left lie on the grid.
 
+    All indices are int32, as the kernels take them, so that no layer converts them.
+
     Attributes:
         grid: (height, width) of the full grid.
-        full_paths: the scans' paths over it.
+        full_paths: the scans' paths over it, int64.
+        paths: the paths over the cells of the tokens that are left.
         kept: the cell of each token, shape (batch, n). None: every cell has its token.
-        paths: the paths over these cells; int32, as the kernels take them, so that no layer converts them.
-        alignment: how the scans cross the holes.
-        gates: see `TokenLayout`.
-        stand_ins: the token that the convolutions see in each cell, int32 of shape (batch, cells). None: they see zero
-            in dropped ones.
-        class_position: None, PlainMamba has no class token.
+        alignment: how the scans cross the gaps.
+        view: see `TokenLayout`; without stand-ins, convolutions see zeros in dropped cells.
+        cls_row: None, PlainMamba has no class token.
     """
 
     grid: tuple[int, int]
     full_paths: ScanPaths
-    kept: Tensor | None
     paths: ScanPaths
-    alignment: str
-    gates: Tensor | None = None
-    stand_ins: Tensor | None = None
-    class_position: None = None
+    kept: Tensor | None = None
+    alignment: str = "none"
+    view: TokenView = TokenView()
+    cls_row: None = None
 
     @classmethod
     def of_grid(cls, grid: tuple[int, int], device: torch.device) -> "PlainMambaTokenLayout":
         paths = snake_paths(grid, device)
-        return cls(grid, paths, kept=None, paths=cls._to_int32(paths), alignment="none")
+        return cls(grid, paths, cls._to_int32(paths))
 
-    def keep(
-        self, kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: Tensor | None = None
-    ) -> "PlainMambaTokenLayout":
+    def keep(self, kept: Tensor, alignment: str, view: TokenView) -> "PlainMambaTokenLayout":
         paths = self._to_int32(prune_paths(self.full_paths, kept, alignment))
-        stand_ins = None if stand_ins is None else stand_ins.int()
-        return self._replace(kept=kept, paths=paths, alignment=alignment, gates=gates, stand_ins=stand_ins)
+        view = view._replace(stand_ins=None if view.stand_ins is None else view.stand_ins.int())
+        return self._replace(paths=paths, kept=kept.int(), alignment=alignment, view=view)
 
     @staticmethod
     def _to_int32(paths: ScanPaths) -> ScanPaths:
@@ -97,12 +95,13 @@ class PlainMambaConvNorm(nn.Module):
         self.normalization = nn.BatchNorm2d(out_channels)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # Offloaded weights are on the device only while their own layer is called.
-        if self.normalization.training or self.convolution.weight.device != hidden_states.device:
-            hidden_states = self.normalization(self.convolution(hidden_states))
-        else:
-            hidden_states = self.convolution._conv_forward(hidden_states, *self._folded())
-        return F.relu(hidden_states, inplace=True)
+        if self._can_fold():
+            return F.relu(self.convolution._conv_forward(hidden_states, *self._folded()), inplace=True)
+        return F.relu(self.normalization(self.convolution(hidden_states)))
+
+    def _can_fold(self) -> bool:
+        plain = is_plain(self.convolution, nn.Conv2d) and is_plain(self.normalization, nn.BatchNorm2d)
+        return plain and not self.normalization.training and self.normalization.track_running_stats
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the convolution with the batch norm in it, from its running statistics."""
@@ -115,17 +114,20 @@ class PlainMambaConvNorm(nn.Module):
 
 
 class PlainMambaPatchProjection(nn.Conv2d):
-    """Convolution whose stride is its kernel size: one matrix product with the patches, which do not overlap."""
+    """Convolution whose stride is its kernel size: one matrix product with the patches, which do not overlap.
+
+    It takes and gives what `nn.Conv2d` does. The result lies in memory with its channels last.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, patch_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """From (batch, in_channels, height, width), multiples of the patch, to (batch, patches, out_channels)."""
+    def forward(self, input: Tensor) -> Tensor:
         size = self.weight.shape[-1]
-        height, width = pixels.shape[2] // size, pixels.shape[3] // size
-        patches = pixels.unflatten(3, (width, size)).unflatten(2, (height, size)).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
+        height, width = input.shape[2] // size, input.shape[3] // size
+        whole = input[:, :, : height * size, : width * size]
+        patches = whole.unflatten(3, (width, size)).unflatten(2, (height, size)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class PlainMambaEmbeddings(nn.Module):
@@ -146,28 +148,31 @@ class PlainMambaEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, tuple[int, int]]:
         check_pixel_values(pixel_values, self.config.num_channels)
         pixel_values = pixel_values.to(self.projection.weight.dtype)
-        if pixel_values.device.type == "cpu":  # where the convolutions are fastest in this layout
+        if pixel_values.device.type == "cpu" and not is_transformed():  # where convolutions are fastest in this layout
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         pixels = self.stem(pixel_values)
-        missing = [-size % self.half_patch for size in pixels.shape[2:]]
-        pixels = F.pad(pixels, (0, missing[1], 0, missing[0]))
-        grid = (pixels.shape[2] // self.half_patch, pixels.shape[3] // self.half_patch)
+        height, width = pixels.shape[2:]
+        grid = (-(-height // self.half_patch), -(-width // self.half_patch))
+        pixels = F.pad(pixels, (0, grid[1] * self.half_patch - width, 0, grid[0] * self.half_patch - height))
         positions = resize_position_embeddings(
             self.position_embeddings, self.config.grid_size, grid, interpolate_pos_encoding
         )
-        return self.projection(pixels) + positions, grid
+        return self.projection(pixels).flatten(2).transpose(1, 2) + positions, grid
 
 
-class PlainMambaGridConvolution(nn.Conv2d):
-    """Depthwise convolution over the cells of the grid that still hold a token."""
+class PlainMambaGridConvolution(nn.Module):
+    """Depthwise convolution over the cells of the grid that still hold a token.
+
+    It is no `nn.Conv2d`, because what wraps those (PEFT, quantisation) takes them to map images to images.
+    """
 
     def __init__(self, config: PlainMambaConfig, channels: int, kernel_size: int, bias: bool = True) -> None:
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+        super().__init__()
         self.config = config
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, layout: PlainMambaTokenLayout, silu: bool = False
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout, silu: bool = False) -> Tensor:
         return depthwise_conv2d(
             hidden_states,
             self.weight,
@@ -175,7 +180,7 @@ class PlainMambaGridConvolution(nn.Conv2d):
             layout.grid,
             layout.kept,
             silu,
-            layout.stand_ins,
+            layout.view.stand_ins,
             backend=self.config.scan_backend,
         )
 
@@ -200,8 +205,10 @@ class PlainMambaMixer(nn.Module):
         self.direction_B = nn.Parameter(torch.empty(5, config.state_size))
         self.out_proj = nn.Linear(width, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> tuple[Tensor, MixerOutput]:
-        """Returns the mixed tokens (batch, n, hidden), and what pruning may choose by."""
+    def forward(
+        self, hidden_states: Tensor, layout: PlainMambaTokenLayout, with_output: bool
+    ) -> tuple[Tensor, MixerOutput | None]:
+        """Returns the mixed tokens (batch, n, hidden) and, where it is wanted, what pruning may choose by."""
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         x = self.conv2d(x, layout, silu=True)
         features, B, C = self.x_proj(x).split(self.sizes, dim=-1)
@@ -223,9 +230,11 @@ class PlainMambaMixer(nn.Module):
             moves=layout.paths.moves,
             backend=self.config.scan_backend,
         )
+        mixed = self.out_proj(gated)
+        if not with_output:
+            return mixed, None
         paths = layout.paths
         scan = ScanInputs(time_step, bias, B, C, order=paths.order, direction_B=self.direction_B, moves=paths.moves)
-        mixed = self.out_proj(gated)
         return mixed, MixerOutput(gated, mixed, (scan,)).detach()
 
 
@@ -251,9 +260,12 @@ class PlainMambaLayer(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path_rate)
         self.depthwise = PlainMambaDepthwise(config) if layer_idx in config.depthwise_layers else None
 
-    def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> tuple[Tensor, MixerOutput]:
-        """Returns the layer's output, and what its mixer tells of the tokens, by which pruning may choose."""
-        mixed, mixer_output = self.mixer(gate_tokens(self.norm(hidden_states), layout), layout)
+    def forward(
+        self, hidden_states: Tensor, layout: PlainMambaTokenLayout, with_output: bool
+    ) -> tuple[Tensor, MixerOutput | None]:
+        """Returns the layer's output and, where it is wanted, what its mixer tells of the tokens, by which pruning may
+        choose."""
+        mixed, mixer_output = self.mixer(scale_tokens(self.norm(hidden_states), layout), layout, with_output)
         hidden_states = hidden_states + self.drop_path(mixed)
         if self.depthwise is not None:
             hidden_states = self.depthwise(hidden_states, layout)
@@ -270,6 +282,35 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     _no_split_modules = ["PlainMambaEmbeddings", "PlainMambaLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D", "direction_B"]
     _can_record_outputs = {"hidden_states": PlainMambaLayer}
+    # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
+    official_names = [
+        (r"plainmamba\.embeddings\.position_embeddings", r"backbone.pos_embed"),
+        (r"plainmamba\.embeddings\.stem\.0\.convolution\.(.+)", r"backbone.patch_embed.stem.0.\1"),
+        (r"plainmamba\.embeddings\.stem\.0\.normalization\.(.+)", r"backbone.patch_embed.stem.1.\1"),
+        # The published list holds a convolution, a norm and a ReLU for each of our blocks.
+        (
+            r"plainmamba\.embeddings\.stem\.(\d+)\.convolution\.(.+)",
+            lambda match: f"backbone.patch_embed.convs.{3 * int(match[1]) - 3}.{match[2]}",
+        ),
+        (
+            r"plainmamba\.embeddings\.stem\.(\d+)\.normalization\.(.+)",
+            lambda match: f"backbone.patch_embed.convs.{3 * int(match[1]) - 2}.{match[2]}",
+        ),
+        (r"plainmamba\.embeddings\.projection\.(.+)", r"backbone.patch_embed.projection.\1"),
+        (r"plainmamba\.layers\.(\d+)\.mixer\.direction_B", r"backbone.layers.\1.mamba.direction_Bs"),
+        (r"plainmamba\.layers\.(\d+)\.mixer\.(.+)", r"backbone.layers.\1.mamba.\2"),
+        (r"plainmamba\.layers\.(\d+)\.norm\.(.+)", r"backbone.layers.\1.norm.\2"),
+        (r"plainmamba\.layers\.(\d+)\.depthwise\.convolution\.(.+)", r"backbone.layers.\1.dw.0.\2"),
+        (r"plainmamba\.layers\.(\d+)\.depthwise\.normalization\.(.+)", r"backbone.layers.\1.dw.1.\2"),
+        (r"plainmamba\.norm\.(.+)", r"backbone.ln1.\1"),
+        (r"classifier\.(.+)", r"head.fc.\1"),
+    ]
+    official_marks = ("backbone.layers.0.mamba.A_log",)
+    official_weight_key = "state_dict"
+    official_ignored = ()
+    # Training keeps a second set of weights as buffers of these names beside the model's. It swaps the two before it
+    # saves: in a file the model's own names hold the averaged weights, and these the last ones.
+    official_last_weights = ("ema_backbone_", "ema_head_")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -278,7 +319,7 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, nn.Conv2d | PlainMambaGridConvolution):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -289,6 +330,30 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             init_decay(module.A_log)
             init.ones_(module.D)
             init.trunc_normal_(module.direction_B, std=self.config.initializer_range)
+
+    @classmethod
+    def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        stem_channels, num_channels, _, _ = official.shape("backbone.patch_embed.stem.0.weight", 4)
+        patch_size = 2 * official.shape("backbone.patch_embed.projection.weight", 4)[-1]
+        _, num_patches, _ = official.shape("backbone.pos_embed", 3)
+        depthwise = {int(match[1]) for key in official if (match := re.match(r"backbone\.layers\.(\d+)\.dw\.", key))}
+        convolutions = [key for key in official if re.fullmatch(r"backbone\.patch_embed\.convs\.\d+\.weight", key)]
+        return official.mixer_options("backbone.layers.{}.mamba") | {
+            "image_size": overrides.get("image_size") or official.square_side(num_patches) * patch_size,
+            "patch_size": patch_size,
+            "num_channels": num_channels,
+            "stem_channels": stem_channels,
+            "num_stem_convs": sum(official[key].ndim == 4 for key in convolutions),
+            "conv_kernel": official.shape("backbone.layers.0.mamba.conv2d.weight", 4)[-1],
+            "depthwise_layers": sorted(depthwise),
+            "num_labels": official.shape("head.fc.weight", 2)[0],
+        }
+
+    @classmethod
+    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Adds the counters of batch norm that old checkpoints lack, and that no forward pass reads."""
+        counters = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}
+        return {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in counters.items()} | official
 
 
 class PlainMambaModel(PlainMambaPreTrainedModel):
@@ -310,7 +375,7 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[VisionMambaKwargs]
     ) -> PrunedModelOutput:
         """
         Args:
@@ -318,15 +383,15 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
             interpolate_pos_encoding: resize the position embeddings where the grid of patches is not that of the
                 configuration; False: refuse such images.
         """
+        token_pruning = self._pruning_of_call(kwargs)
         hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
         layout = PlainMambaTokenLayout.of_grid(grid, hidden_states.device)
-        encoding = encode(self.layers, self.token_predictors, hidden_states, layout, self.config)
+        encoding = encode(self.layers, self.token_predictors, hidden_states, layout, token_pruning)
         last_hidden_state = self.norm(encoding.hidden_states)
         return PrunedModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=mean_over_patches(last_hidden_state, encoding.sizes),
-            kept_tokens=encoding.kept_tokens,
-            token_scores=encoding.token_scores,
+            **encoding.stages,
         )
 
 
@@ -342,7 +407,7 @@ class PlainMambaForImageClassification(PlainMambaPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[VisionMambaKwargs]
     ) -> PrunedImageClassifierOutput:
         """
         Args:
@@ -353,16 +418,13 @@ class PlainMambaForImageClassification(PlainMambaPreTrainedModel):
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return PrunedImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            kept_tokens=outputs.kept_tokens,
-            token_scores=outputs.token_scores,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **stage_fields(outputs)
         )
 
 
 class PlainMambaBackbone(BackboneMixin, PlainMambaModel):
-    """PlainMamba as a feature extractor: maps of the full grid, in which a dropped token keeps its last state."""
+    """PlainMamba as a feature extractor: maps of the full grid, in which `config.feature_fill` says what a dropped cell
+    shows."""
 
     has_attentions = False
 
@@ -372,16 +434,18 @@ class PlainMambaBackbone(BackboneMixin, PlainMambaModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[VisionMambaKwargs]) -> PrunedBackboneOutput:
         """
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
         """
         outputs = PlainMambaModel.forward(self, pixel_values, **kwargs)
         grid = self.config.grid_size_for(*pixel_values.shape[2:])
-        states = [full_hidden_states(self.config, outputs, self.stage_names.index(name)) for name in self.out_features]
+        states = full_states(self, outputs, self._pruning_of_call(kwargs))
         feature_maps = tuple(self.norm(state).transpose(1, 2).unflatten(2, grid) for state in states)
-        return BackboneOutput(feature_maps=feature_maps, hidden_states=outputs.hidden_states)
+        return PrunedBackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.hidden_states, **stage_fields(outputs)
+        )
 
 
 __all__ = ["PlainMambaBackbone", "PlainMambaForImageClassification", "PlainMambaModel", "PlainMambaPreTrainedModel"]

@@ -5,7 +5,8 @@ The model is that of "Vision Mamba: Efficient Visual Representation Learning wit
 """
 
 import math
-from typing import NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -26,79 +25,83 @@ from .mixer_output import MixerOutput, ScanInputs
 from .modeling_common import (
     DropPath,
     HoleTimeStep,
-    PrunedImageClassifierOutput,
-    PrunedModelOutput,
     TimeStepProjection,
     TokenPruningMixin,
+    VisionMambaKwargs,
     check_pixel_values,
     drop_path_rates,
-    encode,
-    full_hidden_states,
-    gate_tokens,
     image_classifier,
     init_decay,
     init_time_step_projection,
     resize_position_embeddings,
 )
 from .precision import at_least_float32
+from .pruned_layers import encode, full_states, scale_tokens
+from .pruned_outputs import PrunedBackboneOutput, PrunedImageClassifierOutput, PrunedModelOutput, stage_fields
+from .pruning_stage import TokenView
 from .selective_scan import selective_scan
 from .token_pruning import gather_tokens, path_gaps
+
+
+def _cls_id(config: VimConfig, num_patches: int) -> int:
+    return cast(int, config.cls_token_id(num_patches))  # this family has one
 
 
 class VimTokenLayout(NamedTuple):
     """Where the tokens that are left lie in the full sequence, patches with the class token in their middle.
 
+    Indices of the layers' are int32, as the kernels take them, so that no layer converts them.
+
     Attributes:
         grid: (height, width) of the full grid, in patches.
-        class_id: the class token's place in the full sequence.
-        class_position: its row among the tokens that are left, shape (batch, 1).
-        backward_order: the tokens that are left as the backward direction visits them, int32 of shape (1, 1, n).
+        cls_id: the class token's place in the full sequence.
+        cls_row: its row among the tokens that are left, int64 (batch, 1).
+        backward_order: the tokens that are left as the backward direction visits them, shape (1, 1, n).
         kept: the place of each token in the full sequence, shape (batch, n). None: all are there.
-        gaps: for the forward and the backward direction the distances between tokens, each (batch, n), in the order of
-            the direction. None: no alignment, or nothing was dropped.
-        alignment: how the scans cross the holes.
-        gates: see `TokenLayout`.
-        stand_ins: the token that the convolutions see at each place of the full sequence, int32 of shape (batch,
-            places). None: they see the tokens that are left, side by side.
+        gaps: for the forward and the backward direction the distances between tokens, each (batch, 1, n), in the order
+            of the direction. None: no alignment, or nothing was dropped.
+        alignment: how the scans cross the gaps.
+        view: see `TokenLayout`; its stand-ins are of shape (batch, places of the full sequence). Without, convolutions
+            see the tokens that are left, side by side.
     """
 
-    grid: tuple[int, int]
-    class_id: int
-    class_position: Tensor
+    grid: tuple[int, ...]
+    cls_id: int
+    cls_row: Tensor
     backward_order: Tensor
     kept: Tensor | None = None
     gaps: tuple[Tensor, Tensor] | None = None
     alignment: str = "none"
-    gates: Tensor | None = None
-    stand_ins: Tensor | None = None
+    view: TokenView = TokenView()
 
     @classmethod
-    def of_grid(cls, grid: tuple[int, int], batch: int, device: torch.device) -> "VimTokenLayout":
-        num_patches = math.prod(grid)
-        class_position = torch.full((batch, 1), num_patches // 2, device=device)
-        return cls(grid, num_patches // 2, class_position, cls._backwards(num_patches + 1, device))
+    def of_grid(cls, grid: tuple[int, ...], cls_id: int, batch: int, device: torch.device) -> "VimTokenLayout":
+        cls_row = torch.full((batch, 1), cls_id, device=device)
+        return cls(grid, cls_id, cls_row, cls._backwards(math.prod(grid) + 1, device))
 
-    def keep(
-        self, kept: Tensor, alignment: str, gates: Tensor | None = None, stand_ins: Tensor | None = None
-    ) -> "VimTokenLayout":
-        class_position = (kept < self.class_id).sum(dim=1, keepdim=True)
+    def keep(self, kept: Tensor, alignment: str, view: TokenView) -> "VimTokenLayout":
+        cls_row = (kept < self.cls_id).sum(dim=1, keepdim=True)
+        gaps = None
+        if alignment != "none":
+            gaps = path_gaps(kept).int().unsqueeze(1), path_gaps(-kept.flip(1)).int().unsqueeze(1)
+        if view.stand_ins is not None:
+            view = view._replace(stand_ins=self._in_sequence(view.stand_ins, self.cls_id, cls_row))
         return self._replace(
-            class_position=class_position,
+            cls_row=cls_row,
             backward_order=self._backwards(kept.shape[1], kept.device),
-            kept=kept,
-            gaps=None if alignment == "none" else (path_gaps(kept), path_gaps(-kept.flip(1))),
+            kept=kept.int(),
+            gaps=gaps,
             alignment=alignment,
-            gates=gates,
-            stand_ins=None if stand_ins is None else self._in_sequence(stand_ins, self.class_id, class_position),
+            view=view,
         )
 
     @staticmethod
-    def _in_sequence(stand_ins: Tensor, class_id: int, class_position: Tensor) -> Tensor:
+    def _in_sequence(stand_ins: Tensor, cls_id: int, cls_row: Tensor) -> Tensor:
         """Stand-ins in the grid's cells, counted among patches, to those at all places, counted among all tokens: the
         class token is seen at its own place."""
-        rows = stand_ins + (stand_ins >= class_position).long()
-        before, after = rows.tensor_split([class_id], dim=1)
-        return torch.cat([before, class_position, after], dim=1).int()
+        rows = stand_ins + (stand_ins >= cls_row).long()
+        before, after = rows.tensor_split([cls_id], dim=1)
+        return torch.cat([before, cls_row, after], dim=1).int()
 
     @staticmethod
     def _backwards(num_tokens: int, device: torch.device) -> Tensor:
@@ -117,49 +120,51 @@ class VimEmbeddings(nn.Module):
             kernel_size=config.patch_size,
             stride=config.patch_stride or config.patch_size,
         )
+        # Saved models call it so; elsewhere it is `cls_token`.
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.grid_size) + 1, config.hidden_size))
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
         check_pixel_values(pixel_values, self.config.num_channels)
-        grid = self.config.grid_size_for(*pixel_values.shape[2:])
+        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         if min(grid) < 1:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}: too small for one patch of "
                 f"{self.config.patch_size} x {self.config.patch_size} pixels."
             )
         patches = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
-        class_token = self.class_token.expand(patches.shape[0], -1, -1)
-        tokens = self._insert_in_middle(patches, class_token)
+        tokens = self._insert(patches, self.class_token.expand(patches.shape[0], -1, -1))
         return tokens + self._positions(grid, interpolate_pos_encoding)
 
-    def _positions(self, grid: tuple[int, int], interpolate: bool) -> Tensor:
-        middle = math.prod(self.config.grid_size) // 2
-        before, class_token, after = self.position_embeddings.tensor_split([middle, middle + 1], dim=1)
+    def _positions(self, grid: tuple[int, ...], interpolate: bool) -> Tensor:
+        cls_id = _cls_id(self.config, math.prod(self.config.grid_size))
+        before, cls_token, after = self.position_embeddings.tensor_split([cls_id, cls_id + 1], dim=1)
         patches = torch.cat([before, after], dim=1)
-        return self._insert_in_middle(
-            resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), class_token
-        )
+        return self._insert(resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), cls_token)
 
-    @staticmethod
-    def _insert_in_middle(patches: Tensor, class_token: Tensor) -> Tensor:
-        before, after = patches.tensor_split([patches.shape[1] // 2], dim=1)
-        return torch.cat([before, class_token, after], dim=1)
+    def _insert(self, patches: Tensor, cls_token: Tensor) -> Tensor:
+        before, after = patches.tensor_split([_cls_id(self.config, patches.shape[1])], dim=1)
+        return torch.cat([before, cls_token, after], dim=1)
 
 
-class VimCausalConvolution(nn.Conv1d):
-    """Depthwise convolution of each token with those that its direction visits before it, and SiLU."""
+class VimCausalConvolution(nn.Module):
+    """Depthwise convolution of each token with those that its direction visits before it, and SiLU.
+
+    It is no `nn.Conv1d`, because what wraps those (PEFT, quantisation) takes them to map sequences to sequences.
+    """
 
     def __init__(self, config: VimConfig, reverse: bool) -> None:
-        width = config.intermediate_size
-        super().__init__(width, width, config.conv_kernel, groups=width)
+        super().__init__()
         self.config, self.reverse = config, reverse
+        self.weight = nn.Parameter(torch.empty(config.intermediate_size, 1, config.conv_kernel))
+        self.bias = nn.Parameter(torch.empty(config.intermediate_size))
 
-    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> Tensor:
         """`hidden_states` and result (batch, n, channels)."""
-        kept = None if layout.stand_ins is None else layout.kept
+        stand_ins = layout.view.stand_ins
+        kept = None if stand_ins is None else layout.kept
         return causal_conv1d(
-            hidden_states, self.weight, self.bias, self.reverse, kept, layout.stand_ins, self.config.scan_backend
+            hidden_states, self.weight, self.bias, self.reverse, kept, stand_ins, self.config.scan_backend
         )
 
 
@@ -199,7 +204,7 @@ class VimScan(nn.Module):
             time_step_bias=bias,
             gate=gate,
             order=layout.backward_order if self.reverse else None,
-            gaps=None if layout.gaps is None else layout.gaps[self.reverse].unsqueeze(1),
+            gaps=None if layout.gaps is None else layout.gaps[self.reverse],
             hole_time_step=self.hole_time_step(bias, layout.alignment),
             backend=self.config.scan_backend,
         )
@@ -216,14 +221,16 @@ class VimMixer(nn.Module):
         self.backward_scan = VimScan(config, reverse=True)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> tuple[Tensor, MixerOutput]:
-        """Returns the mixed tokens (batch, n, hidden), and what pruning may choose by."""
+    def forward(
+        self, hidden_states: Tensor, layout: VimTokenLayout, with_output: bool
+    ) -> tuple[Tensor, MixerOutput | None]:
+        """Returns the mixed tokens (batch, n, hidden) and, where it is wanted, what pruning may choose by."""
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         forward_gated, forward = self.forward_scan(x, gate, layout)
         backward_gated, backward = self.backward_scan(x, gate, layout)
         gated = (forward_gated + backward_gated) / 2
         mixed = self.out_proj(gated)
-        return mixed, MixerOutput(gated, mixed, (forward, backward)).detach()
+        return mixed, MixerOutput(gated, mixed, (forward, backward)).detach() if with_output else None
 
 
 class VimRMSNorm(nn.RMSNorm):
@@ -241,12 +248,15 @@ class VimLayer(GradientCheckpointingLayer):
         self.mixer = VimMixer(config)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> tuple[Tensor, MixerOutput]:
-        """Returns the layer's output, and what its mixer tells of the tokens, by which pruning may choose.
+    def forward(
+        self, hidden_states: Tensor, layout: VimTokenLayout, with_output: bool
+    ) -> tuple[Tensor, MixerOutput | None]:
+        """Returns the layer's output and, where it is wanted, what its mixer tells of the tokens, by which pruning may
+        choose.
 
         `hidden_states` is the residual stream, float32 in every precision (float64 where the weights are).
         """
-        mixed, mixer_output = self.mixer(gate_tokens(self.norm(hidden_states), layout), layout)
+        mixed, mixer_output = self.mixer(scale_tokens(self.norm(hidden_states), layout), layout, with_output)
         return hidden_states + self.drop_path(mixed).to(hidden_states.dtype), mixer_output
 
 
@@ -260,6 +270,23 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     _no_split_modules = ["VimEmbeddings", "VimLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D"]
     _can_record_outputs = {"hidden_states": VimLayer}
+    # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
+    official_names = [
+        (r"vim\.embeddings\.class_token", r"cls_token"),
+        (r"vim\.embeddings\.position_embeddings", r"pos_embed"),
+        (r"vim\.embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
+        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.A_log", r"layers.\1.mixer.A_b_log"),
+        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.D", r"layers.\1.mixer.D_b"),
+        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.(\w+)\.(.+)", r"layers.\1.mixer.\2_b.\3"),
+        (r"vim\.layers\.(\d+)\.mixer\.(?:forward_scan\.)?(.+)", r"layers.\1.mixer.\2"),
+        (r"vim\.layers\.(\d+)\.norm\.(.+)", r"layers.\1.norm.\2"),
+        (r"vim\.norm\.(.+)", r"norm_f.\1"),
+        (r"classifier\.(.+)", r"head.\1"),
+    ]
+    official_marks = ("layers.0.mixer.A_b_log",)
+    official_weight_key = "model"
+    official_ignored = ()
+    official_last_weights = ()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -268,9 +295,9 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv1d):
+        elif isinstance(module, VimCausalConvolution):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            init.zeros_(cast(Tensor, module.bias))
+            init.zeros_(module.bias)
         elif isinstance(module, VimEmbeddings):
             init.trunc_normal_(module.class_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
@@ -278,6 +305,27 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             init_time_step_projection(module.dt_proj, self.config)
             init_decay(module.A_log)
             init.ones_(module.D)
+
+    @classmethod
+    def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        _, num_channels, _, patch_size = official.shape("patch_embed.proj.weight", 4)
+        _, num_tokens, _ = official.shape("pos_embed", 3)
+        stride = overrides.get("patch_stride") or patch_size
+        image_size = overrides.get("image_size")
+        if image_size is None:
+            image_size = (official.square_side(num_tokens - 1) - 1) * stride + patch_size
+        return official.mixer_options("layers.{}.mixer") | {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "patch_stride": stride,
+            "num_channels": num_channels,
+            "conv_kernel": official.shape("layers.0.mixer.conv1d.weight", 3)[-1],
+            "num_labels": official.shape("head.weight", 2)[0],
+        }
+
+    @classmethod
+    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return official
 
 
 class VimModel(VimPreTrainedModel):
@@ -298,7 +346,7 @@ class VimModel(VimPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[VisionMambaKwargs]
     ) -> PrunedModelOutput:
         """
         Args:
@@ -306,16 +354,17 @@ class VimModel(VimPreTrainedModel):
             interpolate_pos_encoding: resize the position embeddings where the grid of patches is not that of the
                 configuration; False: refuse such images.
         """
+        token_pruning = self._pruning_of_call(kwargs)
         hidden_states = at_least_float32(self.embeddings(pixel_values, interpolate_pos_encoding))
-        grid = self.config.grid_size_for(*pixel_values.shape[2:])
-        layout = VimTokenLayout.of_grid(grid, hidden_states.shape[0], hidden_states.device)
-        encoding = encode(self.layers, self.token_predictors, hidden_states, layout, self.config)
+        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
+        cls_id = _cls_id(self.config, math.prod(grid))
+        layout = VimTokenLayout.of_grid(grid, cls_id, hidden_states.shape[0], hidden_states.device)
+        encoding = encode(self.layers, self.token_predictors, hidden_states, layout, token_pruning)
         last_hidden_state = self.norm(encoding.hidden_states)
         return PrunedModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=gather_tokens(last_hidden_state, encoding.layout.class_position).squeeze(1),
-            kept_tokens=encoding.kept_tokens,
-            token_scores=encoding.token_scores,
+            pooler_output=gather_tokens(last_hidden_state, encoding.layout.cls_row).squeeze(1),
+            **encoding.stages,
         )
 
 
@@ -331,7 +380,7 @@ class VimForImageClassification(VimPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[VisionMambaKwargs]
     ) -> PrunedImageClassifierOutput:
         """
         Args:
@@ -342,16 +391,12 @@ class VimForImageClassification(VimPreTrainedModel):
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return PrunedImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            kept_tokens=outputs.kept_tokens,
-            token_scores=outputs.token_scores,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **stage_fields(outputs)
         )
 
 
 class VimBackbone(BackboneMixin, VimModel):
-    """Vim as a feature extractor: maps of the full grid, in which a dropped token keeps its last state."""
+    """Vim as a feature extractor: maps of the full grid; `config.feature_fill` says what a dropped cell shows."""
 
     has_attentions = False
 
@@ -361,20 +406,22 @@ class VimBackbone(BackboneMixin, VimModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[VisionMambaKwargs]) -> PrunedBackboneOutput:
         """
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
         """
         outputs = VimModel.forward(self, pixel_values, **kwargs)
-        grid = self.config.grid_size_for(*pixel_values.shape[2:])
-        states = [full_hidden_states(self.config, outputs, self.stage_names.index(name)) for name in self.out_features]
+        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
+        states = full_states(self, outputs, self._pruning_of_call(kwargs))
         feature_maps: tuple = tuple(self._feature_map(state, grid) for state in states)
-        return BackboneOutput(feature_maps=feature_maps, hidden_states=outputs.hidden_states)
+        return PrunedBackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.hidden_states, **stage_fields(outputs)
+        )
 
     def _feature_map(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
-        class_id = math.prod(grid) // 2
-        patches = torch.cat([hidden_states[:, :class_id], hidden_states[:, class_id + 1 :]], dim=1)
+        cls_id = _cls_id(self.config, math.prod(grid))
+        patches = torch.cat([hidden_states[:, :cls_id], hidden_states[:, cls_id + 1 :]], dim=1)
         return self.norm(patches).transpose(1, 2).unflatten(2, grid)
 
 

@@ -9,11 +9,11 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .precision import at_least_float32
-from .pruning_stage import Reduction, Stage
+from .pruning_stage import Reduction, Stage, StageModule, TokenView
 from .token_pruning import gather_tokens, select_tokens
 
 
-class TokenPredictor(nn.Module):
+class TokenPredictor(StageModule):
     """The probability that a token stays, from its features and the mean of all tokens' features.
 
     Args:
@@ -59,22 +59,24 @@ def keep_predicted(stage: Stage) -> Reduction:
     Raises:
         ValueError: the model has no predictor for this stage.
     """
-    if stage.predictor is None:
+    if stage.module is None:
         raise ValueError(
             "the pruning method 'dyvm' needs a predictor for each stage, and the model has none for this one: "
             "`model.set_token_pruning` makes it."
         )
-    log_probabilities = stage.predictor(stage.hidden_states)
+    log_probabilities = stage.module(stage.hidden_states)
     scores = log_probabilities.detach()
-    if stage.predictor.training:
+    if stage.module.training:
         scores = scores - torch.empty_like(scores).exponential_().log()
-    positions = select_tokens(scores, stage.num_kept)
-    tokens = gather_tokens(stage.hidden_states, positions)
+    rows = select_tokens(scores, stage.num_kept)
+    tokens = gather_tokens(stage.hidden_states, rows)
     gates = None
-    if stage.predictor.training:
-        probabilities = log_probabilities.exp().gather(1, positions)
+    if stage.module.training:
+        probabilities = log_probabilities.exp().gather(1, rows)
         gates = 1 + (probabilities - probabilities.detach())
-    return Reduction(positions, tokens, log_probabilities.detach(), gates=gates)
+        if stage.view.scale is not None:
+            gates = stage.view.scale.gather(1, rows) * gates
+    return Reduction(rows, tokens, log_probabilities.detach(), view=TokenView(scale=gates))
 
 
 def count_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:

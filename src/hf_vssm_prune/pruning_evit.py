@@ -21,7 +21,7 @@ def fuse_unimportant(stage: Stage) -> Reduction:
     scores = stage.scores()
     ranking = scores.argsort(dim=-1, descending=True, stable=True)
     fused = ranking[:, stage.num_kept - 1 : stage.num_kept]
-    positions = select_tokens(scores, stage.num_kept)
-    into = fused.expand_as(scores).scatter(1, positions, positions)
-    tokens, _ = merge_tokens(stage.hidden_states, scores.clamp(min=0) + LEAST_WEIGHT, into, positions)
-    return Reduction(positions, tokens, scores)
+    rows = select_tokens(scores, stage.num_kept)
+    into = fused.expand_as(scores).scatter(1, rows, rows)
+    tokens, _ = merge_tokens(stage.hidden_states, scores.clamp(min=0) + LEAST_WEIGHT, into, rows)
+    return Reduction(rows, tokens, scores, into)

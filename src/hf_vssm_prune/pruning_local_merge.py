@@ -1,7 +1,7 @@
 """`local_merge`: of every part of the image the most distinct tokens stay, and the others go into a neighbour. Ours."""
 
 from .grid_windows import distance_in_window, score_in_turns
-from .pruning_stage import Reduction, Stage
+from .pruning_stage import Reduction, Stage, TokenView
 from .token_merging import merge_tokens, unit_weights
 from .token_pruning import select_tokens
 
@@ -14,8 +14,8 @@ def merge_into_nearest(stage: Stage) -> Reduction:
     Each token counts once, whatever was merged into it at stages before. It lies where it lay.
     """
     distance = distance_in_window(stage.hidden_states.detach(), stage.cells, stage.grid)
-    positions = select_tokens(score_in_turns(distance, stage.cells, stage.grid), stage.num_kept)
-    stand_ins = stage.nearest(positions)
-    into = positions.gather(1, stand_ins.gather(1, stage.cells))
-    tokens, _ = merge_tokens(stage.hidden_states, unit_weights(stage.hidden_states), into, positions)
-    return Reduction(positions, tokens, distance, stand_ins=stand_ins)
+    rows = select_tokens(score_in_turns(distance, stage.cells, stage.grid), stage.num_kept)
+    stand_ins = stage.nearest(rows)
+    into = rows.gather(1, stand_ins.gather(1, stage.cells))
+    tokens, _ = merge_tokens(stage.hidden_states, unit_weights(stage.hidden_states), into, rows)
+    return Reduction(rows, tokens, distance, into, view=TokenView(stand_ins=stand_ins))

@@ -1,7 +1,7 @@
 """`local_top`: the most important tokens of every part of the image stay. Ours."""
 
 from .grid_windows import score_in_turns
-from .pruning_stage import Reduction, Stage
+from .pruning_stage import Reduction, Stage, TokenView
 from .token_pruning import gather_tokens, select_tokens
 
 
@@ -13,6 +13,6 @@ def keep_locally_important(stage: Stage) -> Reduction:
     (see `stand_in`) was next to it.
     """
     scores = stage.scores()
-    positions = select_tokens(score_in_turns(scores, stage.cells, stage.grid), stage.num_kept)
-    tokens = gather_tokens(stage.hidden_states, positions)
-    return Reduction(positions, tokens, scores, stand_ins=stage.nearest(positions))
+    rows = select_tokens(score_in_turns(scores, stage.cells, stage.grid), stage.num_kept)
+    tokens = gather_tokens(stage.hidden_states, rows)
+    return Reduction(rows, tokens, scores, view=TokenView(stand_ins=stage.nearest(rows)))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import nn
 from transformers import PreTrainedConfig
 
 from .pruning_dyvm import TokenPredictor, keep_predicted
@@ -15,7 +14,7 @@ from .pruning_mtr import count_flops as count_mtr
 from .pruning_mtr import merge_small_steps
 from .pruning_r_meeto import count_flops as count_r_meeto
 from .pruning_r_meeto import merge_similar_outputs
-from .pruning_stage import Reduction, Stage
+from .pruning_stage import Reduction, Stage, StageModule
 from .pruning_stand_in import keep_with_stand_ins
 from .pruning_state_merge import merge_into_state
 from .pruning_tome import count_flops as count_tome
@@ -35,18 +34,18 @@ class PruningMethod(NamedTuple):
 
     Attributes:
         reduce: leaves as many of a stage's tokens as it says.
-        alignment: the default; what the method's own paper does about the holes, for those of other papers nothing.
+        alignment: the default; what the method's own paper does about the gaps, for those of other papers nothing.
         importance: the default of what it ranks tokens by, where the schedule may choose. None: it may not.
         count_flops: from the number of tokens before and after, and the model's configuration, to the multiply-adds of
             its matrix products. Scores, sorting and means are not counted, as norms and activations are not.
-        predictor: from the hidden size to a module with parameters of its own for each stage. None: it has none.
+        module: from the hidden size to the parameters that it has at each stage. None: it has none.
     """
 
     reduce: Callable[[Stage], Reduction]
     alignment: str
     importance: str | None = None
     count_flops: Callable[[int, int, PreTrainedConfig], int] = _no_flops
-    predictor: Callable[[int], nn.Module] | None = None
+    module: Callable[[int], StageModule] | None = None
 
 
 METHODS = {
@@ -56,7 +55,7 @@ METHODS = {
     "r_meeto": PruningMethod(merge_similar_outputs, "none", count_flops=count_r_meeto),
     "utr": PruningMethod(merge_unimportant, "none", importance="clip", count_flops=count_utr),
     "mtr": PruningMethod(merge_small_steps, "none", count_flops=count_mtr),
-    "dyvm": PruningMethod(keep_predicted, "none", count_flops=count_dyvm, predictor=TokenPredictor),
+    "dyvm": PruningMethod(keep_predicted, "none", count_flops=count_dyvm, module=TokenPredictor),
     "uniform": PruningMethod(keep_evenly_spread, "repeat"),
     "state_merge": PruningMethod(merge_into_state, "repeat", importance="clip"),
     "stand_in": PruningMethod(keep_with_stand_ins, "repeat", importance="clip"),
@@ -64,5 +63,6 @@ METHODS = {
     "local_merge": PruningMethod(merge_into_nearest, "none"),
 }
 
-# What a schedule means that names none: those of before there was a choice.
-DEFAULT_METHOD = "top"
+# What a schedule means that names none: what lost least in this project's study, see STUDY.md.
+RECOMMENDED_METHOD = "local_merge"
+PAPERS_METHOD = "top"

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedConfig
 
-from .mixer_output import mean_time_steps
+from .mixer_output import own_inputs
 from .pruning_stage import Reduction, Stage
 from .token_merging import merge_tokens, most_similar, unit_weights
 from .token_pruning import select_tokens
@@ -12,24 +12,25 @@ from .token_pruning import select_tokens
 def merge_small_steps(stage: Stage) -> Reduction:
     """Mamba token reduction of "Training-free Token Reduction for Vision Mamba" (MTR, arXiv 2507.14042).
 
-    A token's score is its step size, mean over channels and summed over the directions: the scan's input gate. The
-    least tokens (the paper's *source*) are each merged into the most similar one of those that rank next (*target*), to
-    the mean of all that meet there; the first (*keep*) stay as they are. Not taken from the paper, but ours: there are
-    as many targets as sources, or as many as are left; and tokens are alike by the cosine of their hidden states. In
-    PlainMamba, which the paper does not have, a token's step on a path is the one with which the path lets it in.
+    A token's score is the step size that the scans made from it, mean over channels and summed over the scans: the
+    scan's input gate. The least tokens (the paper's *source*) are each merged into the most similar one of those that
+    rank next (*target*), to the mean of all that meet there; the first (*keep*) stay as they are. Not taken from the
+    paper, but ours: there are as many targets as sources, or as many as are left; and tokens are alike by the cosine of
+    their hidden states. In PlainMamba, which the paper does not have, a path lets a token in with the step size of
+    another one; the sum of these over the four paths would be the same for tokens that lie point-symmetrically.
     """
-    scores = stage.of_patches(mean_time_steps(stage.mixer.scans).sum(dim=1))
+    scores = stage.of_patches(own_inputs(stage.mixer.scans)[0].sum(dim=1))
     num_sources, num_targets = _group_sizes(scores.shape[1], stage.num_kept)
     ranking = scores.argsort(dim=-1, descending=True, stable=True)
-    positions = select_tokens(scores, stage.num_kept)
+    rows = select_tokens(scores, stage.num_kept)
     if num_sources == 0:
-        return Reduction(positions, stage.hidden_states, scores)
+        return Reduction(rows, stage.hidden_states, scores)
     sources = ranking[:, stage.num_kept :]
     targets = ranking[:, stage.num_kept - num_targets : stage.num_kept].sort(dim=1).values
     _, match = most_similar(stage.hidden_states.detach(), sources, targets)
     into = torch.arange(scores.shape[1], device=scores.device).expand_as(scores).scatter(1, sources, match)
-    tokens, _ = merge_tokens(stage.hidden_states, unit_weights(stage.hidden_states), into, positions)
-    return Reduction(positions, tokens, scores)
+    tokens, _ = merge_tokens(stage.hidden_states, unit_weights(stage.hidden_states), into, rows)
+    return Reduction(rows, tokens, scores, into)
 
 
 def _group_sizes(num_tokens: int, count: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """`stand_in`: the most important tokens stay, and where one was dropped the convolutions see its neighbour. Ours."""
 
-from .pruning_stage import Reduction, Stage
+from .pruning_stage import Reduction, Stage, TokenView
 from .pruning_top import keep_most_important
 
 
@@ -10,4 +10,4 @@ def keep_with_stand_ins(stage: Stage) -> Reduction:
     (`token_pruning.nearest_tokens`): neither zero nor a token from further away, which no dense model ever showed them.
     """
     reduction = keep_most_important(stage)
-    return reduction._replace(stand_ins=stage.nearest(reduction.positions))
+    return reduction._replace(view=TokenView(stand_ins=stage.nearest(reduction.rows)))

@@ -21,18 +21,17 @@ def merge_into_state(stage: Stage) -> Reduction:
     two neighbours is left out.
     """
     scores = stage.scores()
-    positions = select_tokens(scores, stage.num_kept)
-    nearest = _nearest(stage.cells, positions)
-    into = nearest.scatter(1, positions, positions)
-    weights = _input_shares(stage, into).scatter(1, positions, torch.ones_like(positions, dtype=scores.dtype))
-    tokens, _ = merge_tokens(stage.hidden_states, weights, into, positions)
-    return Reduction(positions, tokens, scores)
+    rows = select_tokens(scores, stage.num_kept)
+    into = _nearest(stage.cells, rows).scatter(1, rows, rows)
+    weights = _input_shares(stage, into).scatter(1, rows, torch.ones_like(rows, dtype=scores.dtype))
+    tokens, _ = merge_tokens(stage.hidden_states, weights, into, rows)
+    return Reduction(rows, tokens, scores, into)
 
 
-def _nearest(cells: Tensor, positions: Tensor) -> Tensor:
-    """For each of the cells (batch, n) the place of the nearest one at `positions` (batch, count)."""
-    distance = (cells.unsqueeze(-1) - cells.gather(1, positions).unsqueeze(1)).abs()
-    return positions.gather(1, distance.argmin(dim=-1))
+def _nearest(cells: Tensor, rows: Tensor) -> Tensor:
+    """For each of the cells (batch, n) the row of the nearest one among those in `rows` (batch, count)."""
+    distance = (cells.unsqueeze(-1) - cells.gather(1, rows).unsqueeze(1)).abs()
+    return rows.gather(1, distance.argmin(dim=-1))
 
 
 def _input_shares(stage: Stage, into: Tensor) -> Tensor:

@@ -24,13 +24,12 @@ def merge_similar_keys(stage: Stage) -> Reduction:
 
 def merge_alternating(stage: Stage, features: Tensor) -> Reduction:
     """Merges every second token into one of the others by the similarity of their features (batch, n, channels)."""
-    positions, into, scores = match_tokens(features, stage.num_kept, alternate)
+    rows, into, scores = match_tokens(features, stage.num_kept, alternate)
     sizes = unit_weights(stage.hidden_states) if stage.sizes is None else stage.sizes
-    tokens, sizes = merge_tokens(stage.hidden_states, sizes, into, positions)
-    return Reduction(positions, tokens, scores, sizes)
+    tokens, sizes = merge_tokens(stage.hidden_states, sizes, into, rows)
+    return Reduction(rows, tokens, scores, into, sizes)
 
 
 def count_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:
     """Multiply-adds of the similarities."""
-    scans = {"plainmamba": 1, "vim": 2}[config.model_type]
-    return count_matching(num_tokens, count, scans * config.state_size)
+    return count_matching(num_tokens, count, config.num_scans * config.state_size)

@@ -7,9 +7,9 @@ from .token_pruning import gather_tokens, select_tokens
 def keep_most_important(stage: Stage) -> Reduction:
     """Token pruning of "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962, section 4).
 
-    The paper's importance is `clip`; `random` gives random pruning. What the paper does about the holes is the
+    The paper's importance is `clip`; `random` gives random pruning. What the paper does about the gaps is the
     alignment, see `token_pruning`.
     """
     scores = stage.scores()
-    positions = select_tokens(scores, stage.num_kept)
-    return Reduction(positions, gather_tokens(stage.hidden_states, positions), scores)
+    rows = select_tokens(scores, stage.num_kept)
+    return Reduction(rows, gather_tokens(stage.hidden_states, rows), scores)

@@ -15,19 +15,22 @@ def keep_evenly_spread(stage: Stage) -> Reduction:
     """
     ranks = dither_ranks(stage.grid, stage.cells.device)
     scores = -ranks[stage.cells].float()
-    positions = select_tokens(scores, stage.num_kept)
-    return Reduction(positions, gather_tokens(stage.hidden_states, positions), scores)
+    rows = select_tokens(scores, stage.num_kept)
+    return Reduction(rows, gather_tokens(stage.hidden_states, rows), scores)
 
 
-def dither_ranks(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """For each cell of a grid (height, width), in raster order, its entry in the Bayer matrix: int64 (height * width).
+def dither_ranks(grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """For each cell of a grid, in raster order, its entry in the Bayer matrix: int64 (cells,).
 
-    The entry's binary digits are those of row xor column and of the row, by turns, the lowest ones first.
+    On two axes the entry's binary digits are those of row xor column and of the row, by turns, the lowest ones first;
+    on n axes those of the xor over all of them, and of all but the last.
     """
-    row = torch.arange(grid[0], device=device).view(-1, 1)
-    column = torch.arange(grid[1], device=device)
+    places = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
+    parity = places[0]
+    for place in places[1:]:
+        parity = parity ^ place
     ranks = torch.zeros(grid, dtype=torch.int64, device=device)
     for bit in range((max(grid) - 1).bit_length()):
-        digits = ((row ^ column) >> bit & 1) * 2 + (row >> bit & 1)
-        ranks = ranks * 4 + digits
+        for digits in (parity, *places[:-1]):
+            ranks = ranks * 2 + (digits >> bit & 1)
     return ranks.flatten()

@@ -26,9 +26,9 @@ def merge_unimportant(stage: Stage) -> Reduction:
         return left.gather(1, unimportant.sort(dim=1).values), left.gather(1, important.sort(dim=1).values)
 
     features = stage.of_patches(stage.mixer.gated)
-    positions, into, _ = match_tokens(features, stage.num_kept, by_importance)
-    tokens, _ = merge_tokens(stage.hidden_states, unit_weights(stage.hidden_states), into, positions)
-    return Reduction(positions, tokens, scores)
+    rows, into, _ = match_tokens(features, stage.num_kept, by_importance)
+    tokens, _ = merge_tokens(stage.hidden_states, unit_weights(stage.hidden_states), into, rows)
+    return Reduction(rows, tokens, scores, into)
 
 
 def count_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from hf_vssm_prune.function_transforms import is_transformed
+
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -89,6 +91,19 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """From (..., in_features) in any floating-point precision to float32 of shape (..., out_features)."""
+        if not hidden_states.is_floating_point() or hidden_states.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"the int8 layer takes floating-point numbers of shape (..., {self.in_features}), got "
+                f"{hidden_states.dtype} of shape {tuple(hidden_states.shape)}."
+            )
+        if is_transformed() or (torch.is_grad_enabled() and hidden_states.requires_grad):
+            raise RuntimeError("int8 layers are for inference: derivatives and torch.func need the float32 model.")
+        if hidden_states.numel() == 0:
+            return hidden_states.new_zeros((*hidden_states.shape[:-1], self.out_features), dtype=torch.float32)
+        if hidden_states.ndim == 1:
+            return self(hidden_states.unsqueeze(0)).squeeze(0)
+        hidden_states = hidden_states.float()
         # `abs` would be one more pass over a wide tensor, and the infinity norm takes ten times as long as both.
         largest = torch.maximum(hidden_states.amax(-1, keepdim=True), -hidden_states.amin(-1, keepdim=True))
         largest.clamp_(min=torch.finfo(torch.float32).tiny)

@@ -14,17 +14,17 @@ from .precision import at_least_float32
 from .token_pruning import gather_tokens, select_tokens
 
 
-# From the places of the tokens that are left (batch, m) to those of the two groups.
+# From the rows of the tokens that are left (batch, m) to those of the two groups.
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def most_similar(features: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosine similarity of each source to the target that it is most similar to, and that target's place; of equal
+    """The cosine similarity of each source to the target that it is most similar to, and that target's row; of equal
     ones the first target given.
 
     Args:
         features: shape (batch, n, channels).
-        sources, targets: places among these n, shapes (batch, s) and (batch, t).
+        sources, targets: rows of these n, shapes (batch, s) and (batch, t).
 
     Returns:
         Two tensors of shape (batch, s).
@@ -48,7 +48,7 @@ def match_tokens(features: Tensor, count: int, split: Split) -> tuple[Tensor, Te
         split: makes the two groups.
 
     Returns:
-        The places of the tokens that are left, ascending (batch, count); for each token the place of the one that it
+        The rows of the tokens that are left, ascending (batch, count); for each token the row of the one that it
         was merged into, its own if it is left (batch, n); and scores (batch, n): minus the similarity by which a token
         was last up for merging, 1, the highest there is, if it never was.
     """
@@ -84,22 +84,22 @@ def alternate(left: Tensor) -> tuple[Tensor, Tensor]:
     return left[:, ::2], left[:, 1::2]
 
 
-def merge_tokens(tokens: Tensor, weights: Tensor, into: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def merge_tokens(tokens: Tensor, weights: Tensor, into: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted means of the tokens that were merged into the same one.
 
     Args:
         tokens: shape (batch, n, channels).
-        weights: not negative, those at `positions` positive, shape (batch, n).
-        into: for each token the place of the one that it is merged into, its own if it stays, shape (batch, n).
-        positions: the places of the tokens that stay, shape (batch, count).
+        weights: not negative, those in `rows` positive, shape (batch, n).
+        into: for each token the row of the one that it is merged into, its own if it stays, shape (batch, n).
+        rows: of the tokens that stay, shape (batch, count).
 
     Returns:
         The means (batch, count, channels), in the dtype of `tokens`, and the sums of the weights (batch, count).
     """
     weighted = at_least_float32(tokens) * weights.unsqueeze(-1)
     sums = torch.zeros_like(weighted).scatter_add(1, into.unsqueeze(-1).expand_as(weighted), weighted)
-    totals = torch.zeros_like(weights).scatter_add(1, into, weights).gather(1, positions)
-    return (gather_tokens(sums, positions) / totals.unsqueeze(-1)).to(tokens.dtype), totals
+    totals = torch.zeros_like(weights).scatter_add(1, into, weights).gather(1, rows)
+    return (gather_tokens(sums, rows) / totals.unsqueeze(-1)).to(tokens.dtype), totals
 
 
 def unit_weights(tokens: Tensor) -> Tensor:

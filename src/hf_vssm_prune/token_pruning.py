@@ -1,9 +1,9 @@
 """Token pruning for vision state space models, as pure functions in the order of the method.
 
 "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962): a *schedule* says before which layers
-tokens go and what share stays; the *importance* of a token is read off the output of the mixer before; the most
-important tokens are *selected*; and the *alignment* tells the scans that follow how far apart the tokens left over are,
-so that the hidden state goes on decaying across the holes between them.
+tokens are dropped and what fraction is kept; the *importance* of a token is read off the output of the mixer before
+(`pruning_importances`); the most important tokens are *selected*; and the *alignment* tells the scans that follow how
+far apart the tokens left over are, so that the hidden state goes on decaying across the gaps between them.
 """
 
 import math
@@ -13,12 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .mixer_output import MixerOutput, token_influence
-from .precision import at_least_float32
-
 
 ALIGNMENTS = ("repeat", "zero_input", "none", "learned")
-IMPORTANCES = ("clip", "mean", "l1", "l2", "random", "influence", "worst_influence")
 
 
 # ---- How many ----------------------------------------------------------------------------------------------------
@@ -32,48 +28,11 @@ def count_kept(num_tokens: int, keep_ratio: float) -> int:
     return max(1, math.ceil(round(keep_ratio * num_tokens, 9)))
 
 
-# ---- Importance --------------------------------------------------------------------------------------------------
-
-
-def token_importance(mixer: MixerOutput, importance: str = "clip") -> Tensor:
-    """The importance of each token, from what the mixer tells of it.
-
-    From the mixer's gated output y before its output projection: `clip`, the paper's: the mean over channels of
-    max(0, y); to compare with, `mean`, the mean of y; `l1`, the mean of |y|; `l2`, the root of the mean square. From
-    the scans' inputs, ours: `influence`, step size · ‖B‖ · ‖C‖, mean over the directions, and `worst_influence`, that
-    of the direction in which it is highest, so that a token goes only if no direction needs it; see
-    `mixer_output.token_influence`. `random`: uniform numbers from torch's generator (`torch.manual_seed`).
-
-    Args:
-        mixer: of shape (batch, tokens, channels).
-        importance: one of `IMPORTANCES`.
-
-    Returns:
-        float32 (float64 when the input is) of shape (batch, tokens), without gradient.
-    """
-    y = at_least_float32(mixer.gated.detach())
-    if importance == "clip":
-        return y.clamp(min=0).mean(-1)
-    if importance == "mean":
-        return y.mean(-1)
-    if importance == "l1":
-        return y.abs().mean(-1)
-    if importance == "l2":
-        return y.square().mean(-1).sqrt()
-    if importance == "random":
-        return torch.rand(y.shape[:-1], dtype=y.dtype, device=y.device)
-    if importance == "influence":
-        return token_influence(mixer.scans).mean(1)
-    if importance == "worst_influence":
-        return token_influence(mixer.scans).amax(1)
-    raise ValueError(f"unknown importance {importance!r}; allowed are {list(IMPORTANCES)}.")
-
-
 # ---- Selection ---------------------------------------------------------------------------------------------------
 
 
 def select_tokens(scores: Tensor, count: int) -> Tensor:
-    """Positions of the `count` best scores of each sample, ascending; of equal scores the earlier token is better.
+    """Rows of the `count` best scores of each sample, ascending; of equal scores the earlier token is better.
 
     Args:
         scores: shape (batch, tokens).
@@ -86,18 +45,24 @@ def select_tokens(scores: Tensor, count: int) -> Tensor:
     return ranking[:, :count].sort(dim=-1).values
 
 
-def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Rows `positions` (batch, n) of `tokens` (batch, length, channels): (batch, n, channels)."""
-    return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+def gather_tokens(tokens: Tensor, rows: Tensor) -> Tensor:
+    """The rows (batch, n) of tokens (batch, length, channels): (batch, n, channels)."""
+    return tokens.gather(1, rows.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def fill_dropped_tokens(hidden_states: Sequence[Tensor], kept_tokens: Sequence[Tensor]) -> Tensor:
-    """The latest hidden state of every token: a dropped token has the one with which it was dropped.
+def fill_dropped_tokens(
+    hidden_states: Sequence[Tensor], kept_tokens: Sequence[Tensor], merged_tokens: Tensor | None = None
+) -> Tensor:
+    """A hidden state for every token of the full sequence.
+
+    A token that is gone has the state with which it left; with `merged_tokens`, that of the token that it was merged
+    into.
 
     Args:
         hidden_states: one tensor (batch, n, channels) before each stage and one after the last; n tokens still there.
-        kept_tokens: for each stage the original ids (batch, n) of the tokens left after it, among all of the first
-            hidden states' tokens.
+        kept_tokens: for each stage the tokens (batch, n) that are left after it.
+        merged_tokens: for each token the one that it was merged into over all stages, its own where it was not, shape
+            (batch, all tokens).
 
     Returns:
         (batch, all tokens, channels).
@@ -105,29 +70,31 @@ def fill_dropped_tokens(hidden_states: Sequence[Tensor], kept_tokens: Sequence[T
     filled = hidden_states[0]
     for kept, states in zip(kept_tokens, hidden_states[1:], strict=True):
         filled = filled.scatter(1, kept.unsqueeze(-1).expand_as(states), states)
-    return filled
+    return filled if merged_tokens is None else gather_tokens(filled, merged_tokens)
 
 
-def nearest_tokens(kept: Tensor, grid: tuple[int, int]) -> Tensor:
-    """For each cell of the grid the kept token nearest to it, in steps along rows and columns; of equally near ones the
-    one in the higher row, then the one further to the left.
+def nearest_tokens(kept: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """For each cell of the grid the kept token nearest to it, in steps along the grid's axes; of equally near ones the
+    first in raster order.
 
     Args:
-        kept: ids of the cells that are left, in raster order, shape (batch, n).
-        grid: (height, width).
+        kept: cells that are left, in raster order, shape (batch, n).
+        grid: the full grid's shape, any number of axes.
 
     Returns:
-        Indices into the kept tokens, int64 of shape (batch, height * width).
+        Rows of the kept tokens, int64 of shape (batch, cells).
     """
-    num_cells = grid[0] * grid[1]
+    num_cells = math.prod(grid)
     dtype = torch.int32 if 2 * sum(grid) * num_cells < 2**31 else torch.int64
     cells = torch.arange(num_cells, dtype=dtype, device=kept.device)
     is_kept = torch.zeros(kept.shape[0], num_cells, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
     # A distance and the cell at that distance are one number, distance * num_cells + cell: the smallest is the nearest.
     nearest = torch.where(is_kept, cells, sum(grid) * num_cells).unflatten(1, grid)
-    across, down = (num_cells * _distances(size, kept.device).to(dtype) for size in (grid[1], grid[0]))
-    nearest = (nearest.unsqueeze(3) + across).amin(2)
-    nearest = (nearest.unsqueeze(2) + down.unsqueeze(2)).amin(1)
+    for axis in range(len(grid), 0, -1):
+        distances = num_cells * _distances(grid[axis - 1], kept.device).to(dtype)
+        # (..., there, ...) to (..., there, from here, ...), the smallest over what is there
+        distances = distances.view(*distances.shape, *(1 for _ in range(len(grid) - axis)))
+        nearest = (nearest.unsqueeze(axis + 1) + distances).amin(axis)
     return (is_kept.cumsum(1) - 1).gather(1, nearest.flatten(1).long() % num_cells)
 
 

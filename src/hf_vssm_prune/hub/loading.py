@@ -8,11 +8,11 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.utils import cached_file
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.families import FAMILIES, Family, ImageClassifier
 from hf_vssm_prune.hub.retrying import patiently
 
 
@@ -41,7 +41,7 @@ def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Visi
     except OSError as error:
         raise OSError(f"{name_or_path} cannot be opened: {error}") from error
     if not isinstance(config, VisionMambaConfig):
-        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a plainmamba or vim model is needed.")
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a {' or '.join(FAMILIES)} model is needed.")
     return config
 
 
@@ -65,10 +65,10 @@ def load_classifier(
         OSError: there is none.
     """
     place = {name: options[name] for name in PLACE_OPTIONS if name in options}
-    load_config(str(name_or_path), revision, **place)
+    auto_class = Family.auto_classifier(load_config(str(name_or_path), revision, **place))
     try:
         model, info = patiently(
-            lambda: AutoModelForImageClassification.from_pretrained(
+            lambda: auto_class.from_pretrained(
                 name_or_path,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 revision=revision,

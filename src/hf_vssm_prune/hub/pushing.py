@@ -19,14 +19,13 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from hf_vssm_prune.hub.loading import load_config
-from hf_vssm_prune.hub.retrying import TRANSPORT_ERRORS, patiently
+from hf_vssm_prune.hub.retrying import TransportError, patiently
 from hf_vssm_prune.hub.saving import CARD, CONFIG, NOTICE, WEIGHTS
 
 
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.svg", "*.webp", "*.gif")
 # What belongs to a model: not checkpoints, logs, optimizer states, or pickles.
 PUSHED = (CONFIG, CARD, *WEIGHTS, "preprocessor_config.json", "*.py", *PICTURES, "LICENSE*", "NOTICE*")
-FAILURES: tuple[type[Exception], ...] = (OSError, RuntimeError, *TRANSPORT_ERRORS)
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
@@ -185,7 +184,7 @@ def _explained(repo_id: str) -> Iterator[None]:
         raise PushError(f"{repo_id}: {_meaning(error)}") from error
     except PushError:
         raise
-    except FAILURES as error:
+    except (OSError, RuntimeError, TransportError) as error:
         # Connections that failed too often; an upload that ended with an error of a thread.
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):

@@ -1,6 +1,6 @@
 """Asks a Hub once more that was busy, or failed for a moment; huggingface_hub does so for some requests alone."""
 
-import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -8,12 +8,9 @@ from typing import TypeVar
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 
-# Of a connection that is not there or breaks; the library below huggingface_hub has had several names.
-TRANSPORT_ERRORS: tuple[type[Exception], ...] = tuple(
-    importlib.import_module(library).TransportError
-    for library in ("httpx", "httpx2")
-    if importlib.util.find_spec(library) is not None
-)
+# Of a connection that is not there or breaks, of the library below huggingface_hub, which has had several names.
+_HTTP = next(base.__module__.partition(".")[0] for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+TransportError: type[Exception] = sys.modules[_HTTP].TransportError
 WAITS = (1.0, 3.0)  # seconds before the second and the third attempt
 BUSY = (429, 500, 502, 503, 504)
 
@@ -37,7 +34,7 @@ def _is_worth_another_attempt(error: BaseException) -> bool:
     # This one huggingface_hub raises after attempts of its own.
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         return False
-    if any(isinstance(cause, TRANSPORT_ERRORS) for cause in causes):
+    if any(isinstance(cause, TransportError) for cause in causes):
         return True
     return any(isinstance(cause, HfHubHTTPError) and cause.response.status_code in BUSY for cause in causes)
 

@@ -3,6 +3,9 @@
 `python -m hf_vssm_prune.kernels.build` puts a prebuilt library for every variant into the package. With the environment
 variable HF_VSSM_PRUNE_PREBUILT=1 a wheel is built with them inside (`hatch_build.py`, which imports this file where
 neither torch nor any other dependency is installed).
+
+Beside each library lies its checksum. One that was cut short or changed would end the process when it is mapped, or
+crash later; it is not touched, and compiled anew.
 """
 
 import functools
@@ -36,7 +39,7 @@ class BuildError(RuntimeError):
 
 
 def library_path() -> Path:
-    """The library for this machine, compiled if it is not there yet.
+    """The library for this machine, compiled if it is not there yet, whole.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -45,22 +48,30 @@ def library_path() -> Path:
 
     variant = best_variant()
     prebuilt = PREBUILT_DIRECTORY / _prebuilt_name(variant)
-    if prebuilt.exists():
+    if is_whole(prebuilt, variant):
         return prebuilt
     compiler = find_compiler()
     path = _cache_directory() / _digest(_sources(), *compiler, _version(compiler), variant) / "kernels.so"
-    if path.exists():  # perhaps in a folder that others wrote
+    if is_whole(path, variant):  # perhaps in a folder that others wrote
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
+            if not is_whole(path, variant):
                 compile_library(compiler, variant, path)
     except OSError as error:
         raise BuildError(
             f"the kernels' cache {path.parent} cannot be used ({error}); set HF_VSSM_PRUNE_CACHE"
         ) from error
     return path
+
+
+def is_whole(library: Path, variant: str) -> bool:
+    """Whether a file is a library of these sources for `variant`, as it was compiled. Takes 0.1 ms."""
+    try:
+        return _checksum_file(library).read_bytes() == _checksum(library, variant)
+    except OSError:
+        return False
 
 
 def best_variant() -> str:
@@ -85,21 +96,28 @@ def find_compiler() -> list[str]:
 
 
 def compile_library(compiler: list[str], variant: str, path: Path) -> None:
-    """Compile `csrc/` for `variant` into `path`, which appears only when it is complete."""
+    """Compile `csrc/` for `variant` into `path`, which appears only when it is complete, and its checksum after it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary_checksum = _checksum_file(temporary)
     sources = [str(source) for source in sorted(SOURCE_DIRECTORY.glob("*.cpp"))]
     command = [*compiler, *FLAGS, *_instruction_sets(variant), *sources, "-o", str(temporary)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
             raise BuildError(f"compiling the kernels failed ({shlex.join(command)}):\n{result.stderr[-2000:]}")
+        temporary_checksum.write_bytes(_checksum(temporary, variant))
         os.replace(temporary, path)
+        os.replace(temporary_checksum, _checksum_file(path))
     finally:
         temporary.unlink(missing_ok=True)
+        temporary_checksum.unlink(missing_ok=True)
 
 
 def build_prebuilt(directory: Path) -> list[Path]:
     """Compile every variant of this architecture into `directory`, whose earlier contents are removed.
+
+    Returns:
+        The libraries, beside which their checksums lie.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -134,6 +152,15 @@ def _cache_directory() -> Path:
 @functools.cache
 def _sources() -> str:
     return "".join(path.name + path.read_text() for path in sorted(SOURCE_DIRECTORY.iterdir()))
+
+
+def _checksum_file(library: Path) -> Path:
+    return library.with_name(f"{library.name}.sha256")
+
+
+def _checksum(library: Path, variant: str) -> bytes:
+    """Of the library and of what it was made from, so that another version's is not taken for this one."""
+    return hashlib.sha256(_digest(_sources(), variant).encode() + library.read_bytes()).hexdigest().encode()
 
 
 def _version(compiler: list[str]) -> str:

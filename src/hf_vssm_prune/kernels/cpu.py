@@ -1,13 +1,11 @@
 """The CPU kernels: the C++ of `csrc/`, reached through ctypes and wrapped as PyTorch operators with their gradients.
 
-They compute in float32: half precision is converted, and float64 is left to the plain PyTorch functions. Rows of
-channels are read where they lie, so the parts of a split projection need no copy. The gradients cannot be
-differentiated again.
+They compute in float32: half precision is converted, and what `plain_fallback.py` names is left to the plain PyTorch
+functions. Rows of channels are read where they lie, so the parts of a split projection need no copy.
 """
 
 import ctypes
 import functools
-import os
 import warnings
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
 from typing import Any
@@ -15,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_vssm_prune.convolution_torch import depthwise_conv2d_torch
+from hf_vssm_prune.environment import is_switched_on
 from hf_vssm_prune.kernels.build import BuildError, library_path
+from hf_vssm_prune.kernels.plain_fallback import left_to, plain_gradients, wants_plain_gradients
 from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator, to_float32
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 
 DISABLE = "HF_VSSM_PRUNE_DISABLE_CPU_KERNEL"
@@ -26,22 +28,20 @@ def unavailable(device_type: str) -> str | None:
     """Why these kernels cannot be used for tensors on `device_type`, or None where they can."""
     if device_type != "cpu":
         return "it computes on the CPU only"
-    if os.environ.get(DISABLE, "0") not in ("", "0"):
+    if is_switched_on(DISABLE):
         return f"it is turned off by the environment variable {DISABLE}"
     library = _load()
     return library if isinstance(library, str) else None
 
 
+@left_to(selective_scan_torch)
 def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`."""
     arguments = ScanArguments(*args, **kwargs)
-    if arguments.hidden_states.dtype == torch.float64:
-        from hf_vssm_prune.selective_scan import selective_scan_torch
-
-        return selective_scan_torch(*arguments)
     return _selective_scan(*map(to_float32, arguments)).to(arguments.hidden_states.dtype)
 
 
+@left_to(depthwise_conv2d_torch)
 def depthwise_conv2d(
     hidden_states: Tensor,
     weight: Tensor,
@@ -52,10 +52,6 @@ def depthwise_conv2d(
     stand_ins: Tensor | None = None,
 ) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.grid_convolution.depthwise_conv2d`."""
-    if hidden_states.dtype == torch.float64:
-        from hf_vssm_prune.grid_convolution import depthwise_conv2d_torch
-
-        return depthwise_conv2d_torch(hidden_states, weight, bias, grid, kept, silu, stand_ins)
     tensors = map(to_float32, (hidden_states, weight, bias))
     return _depthwise_conv2d(*tensors, kept, stand_ins, *grid, silu).to(hidden_states.dtype)
 
@@ -313,7 +309,22 @@ def _save_convolution_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
     ctx.save_for_backward(*tensors)
 
 
+def _convolve_torch(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    stand_ins: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    height, width, silu = rest
+    return depthwise_conv2d_torch(hidden_states, weight, bias, (height, width), kept, silu, stand_ins)
+
+
 def _differentiate_convolution(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    if wants_plain_gradients(grad_output):
+        inputs = (*ctx.saved_tensors, ctx.height, ctx.width, ctx.silu)
+        return tuple(plain_gradients(_convolve_torch, inputs, grad_output))
     gradients = _depthwise_conv2d_backward(grad_output, *ctx.saved_tensors, ctx.height, ctx.width, ctx.silu)
     grad_bias = gradients[2] if len(gradients) > 2 else None
     return gradients[0], gradients[1], grad_bias, None, None, None, None, None

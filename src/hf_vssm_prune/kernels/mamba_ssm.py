@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_vssm_prune.kernels.plain_fallback import DifferentiatedOnce, left_to
 from hf_vssm_prune.kernels.scan_operator import ScanArguments, to_float32
+from hf_vssm_prune.selective_scan_torch import (
+    decay_steps,
+    gather_along_paths,
+    scatter_along_paths,
+    selective_scan_torch,
+)
 
 
 def unavailable(device_type: str) -> str | None:
@@ -31,15 +38,14 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
+@left_to(selective_scan_torch)
 def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
-    """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`; float64 is left to plain PyTorch."""
+    """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    from hf_vssm_prune.selective_scan import selective_scan_torch
 
     arguments = ScanArguments(*args, **kwargs)
     arguments.check()
-    if arguments.hidden_states.dtype == torch.float64 or arguments.hidden_states.numel() == 0:
+    if arguments.hidden_states.numel() == 0:
         return selective_scan_torch(*arguments)
     return scan_with(selective_scan_fn, arguments)
 
@@ -47,27 +53,27 @@ def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
 def scan_with(mamba_scan: Callable[..., Tensor], arguments: ScanArguments) -> Tensor:
     """The scan by a function with the arguments of mamba-ssm's `selective_scan_fn`: u and delta (batch, channels,
     length), A (channels, state_size), B and C (batch, state_size, length), all float32."""
-    from hf_vssm_prune.selective_scan import decay_steps, return_to_tokens, visit
-
     dtype = arguments.hidden_states.dtype
     a = ScanArguments(*map(to_float32, arguments))  # type: ignore[arg-type]
     paths = (len(a.hidden_states), a.num_paths())
 
-    u = a.hidden_states.unsqueeze(1) if a.order is None else visit(a.hidden_states, a.order)
+    u = a.hidden_states.unsqueeze(1) if a.order is None else gather_along_paths(a.hidden_states, a.order)
     time_step = F.softplus(a.time_step + a.time_step_bias).unsqueeze(1)
     steps = decay_steps(time_step, a.gaps, a.hole_time_step)
     # Where nothing decays and nothing enters, 0 / 0 is to be 0.
     entering = u * (time_step / steps.clamp(min=torch.finfo(steps.dtype).tiny))
     B = a.B.unsqueeze(1)
     if a.direction_B is not None:
-        B = B + a.direction_B[a.moves]
+        B = B + a.direction_B[a.moves.long()]
 
     def as_images(tokens: Tensor) -> Tensor:
         return tokens.expand(*paths, -1, -1).flatten(0, 1).transpose(1, 2).contiguous()
 
     y = mamba_scan(as_images(entering), as_images(steps), a.A, as_images(B), as_images(a.C.unsqueeze(1)))
+    if not torch.compiler.is_compiling():
+        y = DifferentiatedOnce.apply(y, "mamba_ssm")
     y = y.transpose(1, 2).unflatten(0, paths) + a.D * u
-    output = y.squeeze(1) if a.order is None else return_to_tokens(y, a.order)
+    output = y.squeeze(1) if a.order is None else scatter_along_paths(y, a.order)
     if a.gate is not None:
         output = output * F.silu(a.gate)
     return output.to(dtype)

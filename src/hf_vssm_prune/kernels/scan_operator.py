@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_vssm_prune.kernels.plain_fallback import plain_gradients, wants_plain_gradients
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
+
 
 class ScanArguments(NamedTuple):
     """What `hf_vssm_prune.selective_scan.selective_scan` takes, in its order."""
@@ -126,6 +129,8 @@ def scan_operator(
 
     def differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors  # once: under gradient checkpointing they are computed when they are asked for
+        if wants_plain_gradients(grad_output):
+            return tuple(plain_gradients(selective_scan_torch, inputs, grad_output))
         gradients = iter(operator_backward(grad_output, *inputs))
         return tuple(next(gradients) if _is_floating(tensor) else None for tensor in inputs)
 

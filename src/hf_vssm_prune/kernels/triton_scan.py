@@ -1,9 +1,9 @@
 """The selective scan for NVIDIA and AMD GPUs, written in Triton: no CUDA compiler is needed.
 
-The state and every product with it are float32, whatever the inputs' precision; float64 is left to the plain PyTorch
-function. Rows of channels are read where they lie, so the parts of a split projection need no copy. The gradients
-recompute the states from a checkpoint every sqrt(length) steps, are the same from run to run, and cannot be
-differentiated again. Unlike on the CPU, indices out of range are not noticed.
+The state and every product with it are float32, whatever the inputs' precision; what `plain_fallback.py` names is left
+to the plain PyTorch function. Rows of channels are read where they lie, so the parts of a split projection need no
+copy. The gradients recompute the states from a checkpoint every sqrt(length) steps, and are the same from run to run.
+Unlike on the CPU, indices out of range are not noticed.
 
 Under TRITON_INTERPRET=1 (set before torch is imported) the kernels run on the CPU, slowly, to be tested.
 """
@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_vssm_prune.kernels.plain_fallback import left_to
 from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 
 BLOCK_CHANNELS = 32
@@ -41,14 +44,14 @@ def unavailable(device_type: str) -> str | None:
 
 @functools.cache
 def _self_check_on_gpu() -> str | None:
-    return self_check("cuda")
+    # The first forward pass asks, whatever it is part of: a new thread is in no mode, autocast or function transform.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(self_check, "cuda").result()
 
 
 def self_check(device_type: str) -> str | None:
     """Why the kernels cannot be trusted on this device, or None where they can: Triton compiles them anew for each kind
     of GPU, and this package has been tried on few. Compares a small scan and its gradients with plain PyTorch."""
-    from hf_vssm_prune.selective_scan import selective_scan_torch
-
     batch, paths, length, channels, states = 2, 2, 7, 40, 8
     token, state, path = (batch, length, channels), (batch, length, states), (batch, paths, length)
     shapes = (token, token, (channels, states), state, state, (channels,), (channels,), token)
@@ -59,15 +62,13 @@ def self_check(device_type: str) -> str | None:
     gaps, moves = (random.integers(low, high, path) for low, high in ((1, 9), (0, 3)))
     try:
         results = []
-        # The first forward pass asks, whatever it is part of.
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
-            for scan in (selective_scan, selective_scan_torch):
-                inputs = [torch.tensor(values, device=device_type).requires_grad_() for values in floats]
-                indices = [torch.tensor(values, device=device_type) for values in (order, gaps, moves)]
-                arguments = [*inputs[:8], *indices[:2], *inputs[8:], indices[2]]
-                output = scan(*arguments)
-                output.square().sum().backward()
-                results.append([output.detach(), *(tensor.grad for tensor in inputs)])
+        for scan in (selective_scan, selective_scan_torch):
+            inputs = [torch.tensor(values, device=device_type).requires_grad_() for values in floats]
+            indices = [torch.tensor(values, device=device_type) for values in (order, gaps, moves)]
+            arguments = [*inputs[:8], *indices[:2], *inputs[8:], indices[2]]
+            output = scan(*arguments)
+            output.square().sum().backward()
+            results.append([output.detach(), *(tensor.grad for tensor in inputs)])
     except Exception as error:  # of the compiler, the driver or the launch: there is no end to their kinds
         return f"Triton failed with {type(error).__name__}: {error}"
     errors = [(ours - theirs).abs().max() / theirs.abs().max() for ours, theirs in zip(*results, strict=True)]
@@ -75,14 +76,10 @@ def self_check(device_type: str) -> str | None:
     return None if worst < 1e-4 else f"Triton's results differ from plain PyTorch's by {worst:.1e}"
 
 
+@left_to(selective_scan_torch)
 def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`; a path visits each token once."""
-    arguments = ScanArguments(*args, **kwargs)
-    if arguments.hidden_states.dtype == torch.float64:
-        from hf_vssm_prune.selective_scan import selective_scan_torch
-
-        return selective_scan_torch(*arguments)
-    return _selective_scan(*arguments)
+    return _selective_scan(*ScanArguments(*args, **kwargs))
 
 
 def _scan_forward(arguments: ScanArguments) -> Tensor:

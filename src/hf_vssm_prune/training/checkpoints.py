@@ -2,7 +2,7 @@
 
 A checkpoint has the whole model, average and optimizer as safetensors, with the plain model's names: it does not matter
 over how many processes, and whether by DDP or FSDP, the run was spread that wrote it. There is no random state in it,
-because what is random in an update depends on the seed and the place in the run alone.
+because what is random in a step depends on the seed and the place in the run alone.
 """
 
 import json
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_vssm_prune.training.arguments import RunArguments
 from hf_vssm_prune.training.distribution import (
     load_whole_model_state,
     load_whole_optimizer_state,
@@ -34,6 +35,14 @@ RESULTS = "all_results.json"  # of a run that has ended
 STATE, MODEL, EMA, OPTIMIZER = "training_state.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 # These change the random draws of mixing and drop path, which each process makes for its own batch, and no more.
 SPREAD = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+# What checkpoints of version 0.1 called "updates"; they have no task, because there was one.
+NEW_NAMES = {
+    "update": "step",
+    "updates": "steps",
+    "updates_per_epoch": "steps_per_epoch",
+    "images_per_update": "images_per_step",
+}
+FIRST_TASK = "image-classification"
 
 
 @dataclass
@@ -41,13 +50,13 @@ class TrainingState:
     """How far a run is.
 
     Attributes:
-        updates: of the weights, so far.
+        steps: of the optimizer, so far.
         evaluated_epochs: epochs that are over, with their evaluation.
-        best: the figures of the best evaluation, empty before the first.
-        history: the figures of every evaluation.
+        best: the metrics of the best evaluation, empty before the first.
+        history: the metrics of every evaluation.
     """
 
-    updates: int = 0
+    steps: int = 0
     evaluated_epochs: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -66,10 +75,10 @@ def write_json(content: Any, file: Path) -> None:
 
 
 def find_checkpoints(output_dir: Path, after: int = -1) -> list[Path]:
-    """All whole checkpoints of a run, or those after a number of updates, the oldest first."""
+    """All whole checkpoints of a run, or those after a number of steps, the oldest first."""
     folders = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in output_dir.glob("checkpoint-*")}
-    updates = {folder: int(match[1]) for folder, match in folders.items() if match and (folder / STATE).is_file()}
-    return sorted((folder for folder in updates if updates[folder] > after), key=lambda folder: updates[folder])
+    steps = {folder: int(match[1]) for folder, match in folders.items() if match and (folder / STATE).is_file()}
+    return sorted((folder for folder in steps if steps[folder] > after), key=lambda folder: steps[folder])
 
 
 def find_resumed(output_dir: Path, resume: str) -> Path | None:
@@ -86,6 +95,30 @@ def find_resumed(output_dir: Path, resume: str) -> Path | None:
             f"in {output_dir} are {[folder.name for folder in find_checkpoints(output_dir)]}."
         )
     return Path(resume)
+
+
+def check_output_dir(run: RunArguments) -> None:
+    """Refuses to mix two runs in a folder.
+
+    Raises:
+        FileExistsError: the folder has checkpoints, and the run is not to go on from one.
+        NotADirectoryError: the folder, or one that it is in, is a file.
+        PermissionError: nothing may be written there.
+        FileNotFoundError: the checkpoint to go on from is not there.
+    """
+    output_dir = Path(run.output_dir)
+    existing = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--output_dir {output_dir}: {existing} is a file.")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"--output_dir {output_dir}: this user may not write in {existing}.")
+    if run.resume is not None:
+        find_resumed(output_dir, run.resume)
+    elif found := find_checkpoints(output_dir):
+        raise FileExistsError(
+            f"--output_dir {output_dir} has the checkpoints of an earlier run, the last is {found[-1].name}: "
+            "go on with --resume latest, or choose another folder."
+        )
 
 
 def remove_unfinished(output_dir: Path) -> None:
@@ -119,14 +152,14 @@ def save_checkpoint(
     settings: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Saves everything that an exact continuation needs as `checkpoint-<updates>`; all but the newest `keep` go.
+    """Saves everything that an exact continuation needs as `checkpoint-<steps>`; all but the newest `keep` go.
 
     It is called on every process. `settings` are those that a continuation has to share.
 
     Raises:
         OSError: it cannot be written; earlier checkpoints are as they were.
     """
-    folder = output_dir / f"checkpoint-{state.updates}"
+    folder = output_dir / f"checkpoint-{state.steps}"
     unfinished = output_dir / f".unfinished-{folder.name}"
     files = {MODEL: whole_model_state(parts.model)}
     if parts.ema is not None:
@@ -179,7 +212,7 @@ def load_checkpoint(
     settings = json.loads(json.dumps(settings))  # tuples became lists in the file, too
     with _named_where_damaged(folder):
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        saved_settings, state = saved["settings"], TrainingState(**saved["state"])
+        saved_settings, state = _with_new_names(saved["settings"]), _read_state(saved["state"])
     differing = {
         name: f"{name} was {saved_settings.get(name)} and is {settings[name]}"
         for name in settings
@@ -197,6 +230,16 @@ def load_checkpoint(
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
     return state, list(differing.values())
+
+
+def _with_new_names(saved: dict[str, Any]) -> dict[str, Any]:
+    return {"task": FIRST_TASK} | {NEW_NAMES.get(name, name): value for name, value in saved.items()}
+
+
+def _read_state(saved: dict[str, Any]) -> TrainingState:
+    state = TrainingState(**{NEW_NAMES.get(name, name): value for name, value in saved.items()})
+    state.history = [{NEW_NAMES.get(name, name): value for name, value in each.items()} for each in state.history]
+    return state
 
 
 @contextmanager

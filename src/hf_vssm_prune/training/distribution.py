@@ -30,6 +30,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from hf_vssm_prune.environment import is_switched_on
+
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -62,10 +64,10 @@ def make_accelerator(
         fsdp: shard by FSDP2; with one process there is nothing to shard, and it changes nothing. `accelerate launch
             --use_fsdp` asks for it as well.
         timeout: seconds after which a process that does not answer is given up.
-        find_unused_parameters: some parameters have no part in some updates, which DDP must be told.
+        find_unused_parameters: some parameters have no part in some steps, which DDP must be told.
         The rest: as for `Accelerator`.
     """
-    fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    fsdp = fsdp or is_switched_on("ACCELERATE_USE_FSDP")
     plugin = _fsdp2_plugin() if fsdp else None
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
@@ -109,6 +111,14 @@ def _let_cpus_shard(accelerator: Accelerator, plugin: FullyShardedDataParallelPl
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
+
+
+def choose_deterministic_algorithms() -> None:
+    """Lets torch use no other, on CPUs and GPUs."""
+    # cuBLAS reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def shard_by_layers(accelerator: Accelerator, model: PreTrainedModel) -> None:

@@ -3,7 +3,10 @@
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf_vssm_prune.documentation import see
+from hf_vssm_prune.training.arguments import OptimizationArguments
 from hf_vssm_prune.training.distribution import local_part
 
 
@@ -18,8 +21,9 @@ class ForwardWatch:
     together). Nothing waits for the device before `first_not_finite` asks.
 
     Args:
-        model: of this package; with its embeddings, layers, last norm and classifier. Watched while it is in training.
-        teacher: if there is one, its classifier alone, always.
+        model: with a backbone of this package; its embeddings, layers, last norm and head. Watched while it is in
+            training.
+        teacher: if there is one, its head alone, always.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None = None) -> None:
@@ -27,8 +31,9 @@ class ForwardWatch:
         for name, module in model.named_modules():
             if _is_watched(name):
                 module.register_forward_hook(self._hook(name, in_training=True))
-        if teacher is not None:
-            teacher.get_submodule("classifier").register_forward_hook(self._hook("teacher.classifier", False))
+        heads = [] if teacher is None else [(name, each) for name, each in teacher.named_children() if _is_head(each)]
+        for name, head in heads:
+            head.register_forward_hook(self._hook(f"teacher.{name}", in_training=False))
 
     def _hook(self, name: str, in_training: bool):  # type: ignore[no-untyped-def]
         def add_up(module: nn.Module, inputs: object, output: object) -> None:
@@ -40,7 +45,7 @@ class ForwardWatch:
         return add_up
 
     def clear(self) -> None:
-        """Forgets what was seen: call it after each update."""
+        """Forgets what was seen: call it after each step."""
         self._sums.clear()
 
     def first_not_finite(self, accelerator: Accelerator) -> str | None:
@@ -56,9 +61,16 @@ class ForwardWatch:
 
 
 def _is_watched(name: str) -> bool:
+    """Layers and the parts of each; beside them what a model and its backbone are made of, and not what those are.
+    (A model's and a backbone's own output has names, and no sum is taken of it.)"""
     parts = name.split(".")
-    in_layer = "layers" in parts and len(parts) - parts.index("layers") <= 3
-    return (in_layer and parts[-1] != "layers") or parts[-1] in ("embeddings", "norm", "classifier")
+    if parts[-1] == "layers":
+        return False
+    return len(parts) - parts.index("layers") <= 3 if "layers" in parts else len(parts) <= 2
+
+
+def _is_head(child: nn.Module) -> bool:
+    return not isinstance(child, PreTrainedModel)
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
@@ -86,3 +98,37 @@ def weight_not_finite(model: nn.Module, accelerator: Accelerator) -> str | None:
     """A weight or buffer that is not finite; None if there is none. All processes call it."""
     state = model.state_dict()
     return last_not_finite({name: value for name, value in state.items() if value.is_floating_point()}, accelerator)
+
+
+def describe_divergence(
+    watch: ForwardWatch,
+    accelerator: Accelerator,
+    values: dict[str, float],
+    norms: dict[str, Tensor],
+    step: int,
+    num_steps: int,
+    options: OptimizationArguments,
+    last_checkpoint: str,
+) -> str:
+    """What stopped being finite at a step, and what to try. All processes call it.
+
+    Args:
+        watch: of the step's forward passes.
+        values: loss terms and the gradient's norm.
+        norms: of each gradient, before clipping.
+        step, num_steps: the first is 1, the last `num_steps`.
+        options: of the run.
+        last_checkpoint: a sentence that says where it is.
+    """
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    if layer := watch.first_not_finite(accelerator):
+        place = f"the first output that is not finite is that of {layer}"
+    elif parameter := last_not_finite(norms, accelerator):
+        place = f"all layers' outputs are finite, and the first gradient that is not is that of {parameter}"
+    else:
+        place = "all layers' outputs and all gradients are finite, one by one"
+    return (
+        f"The loss or its gradient is not finite at step {step} of {num_steps}: {terms}; {place}. Try a smaller "
+        f"--learning_rate (it is {options.learning_rate:g}), a longer warm-up, --clip_grad (it is {options.clip_grad}) "
+        f"or --mixed_precision no (it is {accelerator.mixed_precision}). {last_checkpoint} {see('loss-not-finite')}"
+    )

@@ -15,6 +15,9 @@ Model = TypeVar("Model", bound=nn.Module)
 class ExponentialMovingAverage(Generic[Model]):
     """Keeps a second model whose weights follow those of the first: average += (1 - decay) * (weights - average).
 
+    torch's `swa_utils.AveragedModel` has no decay that rises, puts a counter and other names into the weights that are
+    saved, and cannot be sharded apart from the model that it follows.
+
     Floating-point buffers (the statistics of batch norm) are averaged like weights; other buffers are copied.
 
     Where the followed model is sharded, its average has to be sharded alike (`distribution.spread_frozen`): each
@@ -22,8 +25,8 @@ class ExponentialMovingAverage(Generic[Model]):
 
     Args:
         model: the model to follow, not yet wrapped, sharded or compiled.
-        decay: of the average with each update, in [0, 1).
-        warmup: let the decay rise from 0 as 1 - (1 + updates)^(-2/3) until it reaches `decay`, as timm's
+        decay: of the average with each step, in [0, 1).
+        warmup: let the decay rise from 0 as 1 - (1 + steps)^(-2/3) until it reaches `decay`, as timm's
             `ModelEmaV3` does: the average forgets the first weights sooner, which matters in short runs.
 
     Attributes:
@@ -35,14 +38,14 @@ class ExponentialMovingAverage(Generic[Model]):
         self.decay = decay
         self.warmup = warmup
 
-    def decay_at(self, updates: int) -> float:
-        """The decay of update number `updates`, the first being 1."""
-        return min(self.decay, 1 - updates ** (-2 / 3)) if self.warmup else self.decay
+    def decay_at(self, step: int) -> float:
+        """The decay of a step, the first being 1."""
+        return min(self.decay, 1 - step ** (-2 / 3)) if self.warmup else self.decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, updates: int) -> None:
-        """Takes in the model's weights after its update number `updates`."""
-        weight = 1 - self.decay_at(updates)
+    def update(self, model: nn.Module, step: int) -> None:
+        """Takes in the model's weights after a step."""
+        weight = 1 - self.decay_at(step)
         averages = {name: local_part(value) for name, value in self.model.state_dict().items()}
         values = {name: local_part(value) for name, value in model.state_dict().items()}
         floating = [name for name, average in averages.items() if average.is_floating_point()]

@@ -1,10 +1,9 @@
-"""What a training run will take, before it is started: updates, FLOPs, memory, hours.
+"""What a training run will take, before it is started: steps, FLOPs, memory, hours.
 
-Updates and FLOPs are counted. Memory and this machine's speed are measured on synthetic images with the real model. The
+Steps and FLOPs are counted. Memory and this machine's speed are measured on synthetic images with the real model. The
 hours on other devices follow from an assumed speed.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import PreTrainedModel
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.conversion import ImageClassifier
 from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.training.arguments import (
     ElasticArguments,
@@ -24,17 +22,18 @@ from hf_vssm_prune.training.arguments import (
     OptimizationArguments,
     ScaleArguments,
 )
-from hf_vssm_prune.training.loop import enable_activation_checkpointing
+from hf_vssm_prune.training.length import RunLength
 from hf_vssm_prune.training.losses import training_loss
-from hf_vssm_prune.training.memory import peak_memory
+from hf_vssm_prune.training.memory import enable_activation_checkpointing, peak_memory
+from hf_vssm_prune.training.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """The figures of one run; FLOPs are floating-point operations, of which a multiply-add is two.
+    """What one run takes; FLOPs are floating-point operations, of which a multiply-add is two.
 
     Attributes:
-        images_per_update, updates_per_epoch, num_updates, num_epochs: of the run.
+        images_per_step, steps_per_epoch, num_steps, num_epochs: of the run.
         flops_per_image: of training on one image, the teacher included.
         total_flops: of the run, evaluation included.
         state_bytes: on each device: weights, gradients, Adam's moments, average, teacher.
@@ -49,9 +48,9 @@ class RunEstimate:
         hours_on_this_machine: of the whole run at that speed.
     """
 
-    images_per_update: int
-    updates_per_epoch: int
-    num_updates: int
+    images_per_step: int
+    steps_per_epoch: int
+    num_steps: int
     num_epochs: int
     flops_per_image: float
     total_flops: float
@@ -68,6 +67,7 @@ class RunEstimate:
 
 
 def estimate_run(
+    task: Task,
     config: VisionMambaConfig,
     optimization: OptimizationArguments,
     losses: LossArguments,
@@ -83,10 +83,13 @@ def estimate_run(
             f"{options.num_images} images do not fill one batch of {optimization.per_device_train_batch_size} on each "
             f"of {options.num_devices} devices."
         )
-    updates_per_epoch = math.ceil(batches / optimization.gradient_accumulation_steps)
-    num_updates = optimization.max_train_steps or optimization.num_train_epochs * updates_per_epoch
-    num_epochs = math.ceil(num_updates / updates_per_epoch)
-    images_per_update = (
+    length = RunLength(
+        batches,
+        optimization.gradient_accumulation_steps,
+        optimization.num_train_epochs,
+        optimization.max_train_steps,
+    )
+    images_per_step = (
         optimization.per_device_train_batch_size * optimization.gradient_accumulation_steps * options.num_devices
     )
     forward = 2 * statistics.mean(_multiply_adds(config, schedule) for schedule in _schedules(config, elastic))
@@ -94,10 +97,10 @@ def estimate_run(
     # A backward pass is two forward passes; checkpointing makes the forward pass again.
     flops_per_image = forward * (4 if scale.gradient_checkpointing else 3) + dense * has_teacher
     evaluated = 2 * count_flops(config).pruned.total * options.num_eval_images * (1 + optimization.model_ema)
-    total = flops_per_image * images_per_update * num_updates + evaluated * num_epochs
+    total = flops_per_image * images_per_step * length.num_steps + evaluated * length.num_epochs
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, step = _synthetic_step(config, losses, scale, options, device, has_teacher)
+    student, step = _synthetic_step(task, config, losses, scale, options, device, has_teacher)
     memory, seconds = _measure(step, options.measured_batch_sizes, device)
     small, large = options.measured_batch_sizes
     slope = (memory[large] - memory[small]) / (large - small)
@@ -105,10 +108,10 @@ def estimate_run(
     speed = large / seconds
     hours = total / (options.device_tflops * 1e12 * options.num_devices) / 3600
     return RunEstimate(
-        images_per_update=images_per_update,
-        updates_per_epoch=updates_per_epoch,
-        num_updates=num_updates,
-        num_epochs=num_epochs,
+        images_per_step=images_per_step,
+        steps_per_epoch=length.steps_per_epoch,
+        num_steps=length.num_steps,
+        num_epochs=length.num_epochs,
         flops_per_image=flops_per_image,
         total_flops=total,
         state_bytes=_state_bytes(student, optimization, losses, scale, options, has_teacher),
@@ -136,7 +139,7 @@ def _multiply_adds(config: VisionMambaConfig, schedule: dict[str, Any] | None) -
 
 
 def _state_bytes(
-    student: ImageClassifier,
+    student: PreTrainedModel,
     optimization: OptimizationArguments,
     losses: LossArguments,
     scale: ScaleArguments,
@@ -150,34 +153,34 @@ def _state_bytes(
 
 
 def _synthetic_step(
+    task: Task,
     config: VisionMambaConfig,
     losses: LossArguments,
     scale: ScaleArguments,
     options: EstimateArguments,
     device: torch.device,
     has_teacher: bool,
-) -> tuple[ImageClassifier, Callable[[int], None]]:
-    """The model, and what one update of it does but for the optimizer, on a batch of random images of a given size."""
+) -> tuple[PreTrainedModel, Callable[[int], None]]:
+    """The model, and what one step does but for the optimizer, on a batch of random images of a given size."""
     weights = losses.loss_weights()
-    student = AutoModelForImageClassification.from_config(config).to(device).train()
+    student = task.auto_class.from_config(config).to(device).train()
     if scale.gradient_checkpointing:
         enable_activation_checkpointing(student)
     teacher = None
     if has_teacher:
         dense = type(config).from_dict({**config.to_dict(), "token_pruning": None})
         dtype = getattr(torch, losses.teacher_dtype)
-        teacher = AutoModelForImageClassification.from_config(dense, dtype=dtype).to(device).eval()
-    height, width = config.image_height_width(config.image_size)
+        teacher = task.auto_class.from_config(dense, dtype=dtype).to(device).eval()
     pruning_layers = [] if config.token_pruning is None else config.token_pruning["layers"]
     with_states = weights.alignment_weight > 0 and has_teacher
 
     def step(batch_size: int) -> None:
-        pixel_values = torch.randn(batch_size, config.num_channels, height, width, device=device)
-        labels = torch.randint(student.num_labels, (batch_size,), device=device)
-        outputs = student(pixel_values, output_hidden_states=with_states)
+        batch = task.example_batch(config, batch_size, device)
+        inputs = task.inputs(batch) | {"output_hidden_states": with_states}
+        outputs = student(**inputs)
         with torch.no_grad():
-            targets = None if teacher is None else teacher(pixel_values, output_hidden_states=with_states)
-        training_loss(outputs, targets, labels, weights, pruning_layers).loss.backward()
+            targets = None if teacher is None else teacher(**inputs)
+        training_loss(task, outputs, targets, batch, weights, pruning_layers)["loss"].backward()
 
     return student, step
 
@@ -194,12 +197,12 @@ def _measure(step: Callable[[int], None], batch_sizes: list[int], device: torch.
 
 
 def estimate_text(estimate: RunEstimate, num_devices: int, batch_size: int) -> str:
-    """The figures in words."""
+    """An estimate in words."""
     gib = 2**30
     measured = ", ".join(f"{size}: {value / gib:.2f}" for size, value in estimate.measured_activation_bytes.items())
     lines = {
-        "updates": f"{estimate.num_updates:,} of {estimate.images_per_update} images; {estimate.num_epochs} epochs of "
-        f"{estimate.updates_per_epoch:,}",
+        "steps": f"{estimate.num_steps:,} of {estimate.images_per_step} images; {estimate.num_epochs} epochs of "
+        f"{estimate.steps_per_epoch:,}",
         "FLOPs": f"{estimate.flops_per_image / 1e9:.4g} G to train on an image (teacher included), "
         f"{estimate.total_flops:.3g} for the run (evaluation included)",
         "memory": f"{estimate.state_bytes / gib:.2f} GiB of weights, gradients and optimizer and "

@@ -11,7 +11,7 @@ STOPPING = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 def leave_stopping_to_main_process(worker: int) -> None:
     """For a data loader's workers: launchers and terminals send signals to them as well, and without its workers the
-    main process could not go on to the end of the update, after which it saves. They end when it does.
+    main process could not go on to the end of the step, after which it saves. They end when it does.
 
     Args:
         worker: its number, as `DataLoader` gives it to its `worker_init_fn`.

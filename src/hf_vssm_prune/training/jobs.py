@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,21 +10,18 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForImageClassification,
-    set_seed,
-)
+from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.conversion import ImageClassifier
 from hf_vssm_prune.documentation import see
+from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.hub.loading import load_classifier, load_config, load_image_processor, new_image_processor
-from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.pushing import push_model
+from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.quantization import quantize_linears
-from hf_vssm_prune.token_pruning import ALIGNMENTS, IMPORTANCES
+from hf_vssm_prune.token_pruning import ALIGNMENTS
 from hf_vssm_prune.training.arguments import (
     BesideArguments,
     DataArguments,
@@ -36,15 +32,9 @@ from hf_vssm_prune.training.arguments import (
     PruningArguments,
     RunArguments,
 )
-from hf_vssm_prune.training.checkpoints import write_json
-from hf_vssm_prune.training.data import (
-    EvaluationImages,
-    ImageDatasets,
-    collate,
-    load_evaluation_dataset,
-    load_image_dataset,
-    load_image_stream,
-)
+from hf_vssm_prune.training.cards import card_writer
+from hf_vssm_prune.training.checkpoints import check_output_dir, write_json
+from hf_vssm_prune.training.devices import check_training_precision, find_device
 from hf_vssm_prune.training.distribution import ProcessLostError
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models, comparison_table
@@ -59,7 +49,9 @@ from hf_vssm_prune.training.labels import (
     say_difference,
     say_labels,
 )
-from hf_vssm_prune.training.loop import Recipe, Trainer, check_output_dir
+from hf_vssm_prune.training.loop import Recipe, Trainer
+from hf_vssm_prune.training.tasks import default_task
+from hf_vssm_prune.training.tasks.task import Task
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +65,7 @@ def prepare_finetuning(
     Raises:
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
-    check_output_dir(recipe.run)
+    _check_run(recipe)
     config = load_config(model.model_name_or_path)
     # The checkpoint's configuration checks the schedule, before weights and images are loaded.
     schedule = pruning.schedule(config)
@@ -83,7 +75,7 @@ def prepare_finetuning(
             "--keep_ratios, or --flops_reduction. To fine-tune a dense model use scripts/train.py."
         )
     set_seed(recipe.run.seed)
-    datasets = load_datasets(data, recipe.run.seed)
+    datasets = recipe.task.load_datasets(data, recipe.run.seed)
     drop_path = recipe.optimization.drop_path
     student = load_model(model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes)
     student.set_token_pruning(schedule)
@@ -96,19 +88,25 @@ def prepare_finetuning(
     return Trainer(student, datasets, processor, recipe, teacher, card)
 
 
+def _check_run(recipe: Recipe) -> None:
+    """What can be refused before anything is loaded."""
+    check_output_dir(recipe.run)
+    check_training_precision(recipe.optimization.mixed_precision, find_device("cpu" if recipe.run.use_cpu else None))
+
+
 def prepare_dense_training(data: DataArguments, model: DenseModelArguments, recipe: Recipe) -> Trainer:
     """Training of a new dense model, or on from a checkpoint.
 
     Raises:
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
-    check_output_dir(recipe.run)
+    _check_run(recipe)
     set_seed(recipe.run.seed)
-    datasets = load_datasets(data, recipe.run.seed)
+    datasets = recipe.task.load_datasets(data, recipe.run.seed)
     drop_path = recipe.optimization.drop_path
     if model.model_name_or_path is None:
         config = model.config(datasets.label_names, drop_path)
-        network = AutoModelForImageClassification.from_config(config)
+        network = recipe.task.auto_class.from_config(config)
         processor = new_image_processor(config, model.image_mean, model.image_std, model.crop_pct)
     else:
         network = load_model(model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes)
@@ -119,21 +117,30 @@ def prepare_dense_training(data: DataArguments, model: DenseModelArguments, reci
 
 
 def evaluate(
-    data: EvaluationDataArguments, options: EvaluationArguments, beside: BesideArguments, pruning: PruningArguments
+    data: EvaluationDataArguments,
+    options: EvaluationArguments,
+    beside: BesideArguments,
+    pruning: PruningArguments,
+    task: Task | None = None,
 ) -> dict[str, ModelEvaluation]:
     """A model without pruning and, where it or the options have a schedule, with it; on request with int8 linears, too.
+
+    Args:
+        data, options, beside, pruning: of the evaluation.
+        task: what is measured; image classification by default.
 
     Raises:
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
-    device = _evaluation_device(options)
+    task = task or default_task()
+    device = find_device(options.device)
     if beside.int8 and device.type != "cpu":
         raise ValueError(f"--int8 computes on the CPU only, and the device is {device}: give --device cpu.")
     if beside.int8 and options.mixed_precision != "no":
         raise ValueError(f"--int8 needs float32 around it; --mixed_precision is {options.mixed_precision}.")
     config = load_config(options.model_name_or_path)
     schedule = pruning.schedule(config)
-    loader, label_names = _load_evaluation(data, options)
+    loader, label_names = _load_evaluation(task, data, options)
     models = {
         "dense": load_model(beside.dense_name_or_path or options.model_name_or_path, label_names, some_labels=True)
     }
@@ -143,26 +150,33 @@ def evaluate(
         models["pruned"].set_token_pruning(schedule)
     if beside.int8:
         models |= {f"{name}, int8": quantize_linears(copy.deepcopy(model)) for name, model in models.items()}
-    return _compare(models, loader, options)
+    return _compare(task, models, loader, options)
 
 
 def compare_schedules(
-    data: EvaluationDataArguments, options: EvaluationArguments, schedules: Mapping[str, dict[str, Any]]
+    data: EvaluationDataArguments,
+    options: EvaluationArguments,
+    schedules: Mapping[str, dict[str, Any]],
+    task: Task | None = None,
 ) -> dict[str, ModelEvaluation]:
     """A model without pruning, and pruned in several ways with the weights as they are.
 
     Args:
         data, options: of the evaluation.
         schedules: `token_pruning` options by name.
+        task: what is measured; image classification by default.
 
     Raises:
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
+    task = task or default_task()
+    find_device(options.device)  # before anything is loaded
     config = load_config(options.model_name_or_path)
     completed = {"dense": None, **{name: config.complete_token_pruning(each) for name, each in schedules.items()}}
-    loader, label_names = _load_evaluation(data, options)
+    loader, label_names = _load_evaluation(task, data, options)
     model = load_model(options.model_name_or_path, label_names, some_labels=True)
-    return _compare({name: _sharing_weights(model, each) for name, each in completed.items()}, loader, options)
+    models = {name: _sharing_weights(task, model, each) for name, each in completed.items()}
+    return _compare(task, models, loader, options)
 
 
 def method_schedules(flops_reduction: float) -> dict[str, dict[str, Any]]:
@@ -179,69 +193,41 @@ def method_schedules(flops_reduction: float) -> dict[str, dict[str, Any]]:
     }
     variants |= {
         f"top, repeat, {importance}": {"method": "top", "alignment": "repeat", "importance": importance}
-        for importance in IMPORTANCES[1:]
+        for importance in IMPORTANCES
+        if importance != METHODS["top"].importance
     }
     return {name: {"flops_reduction": flops_reduction, **choices} for name, choices in variants.items()}
 
 
-def _sharing_weights(model: ImageClassifier, token_pruning: dict[str, Any] | None) -> ImageClassifier:
+def _sharing_weights(task: Task, model: ImageClassifier, token_pruning: dict[str, Any] | None) -> ImageClassifier:
     """Another model with the same weights in memory, and pruning of its own."""
     with torch.device("meta"):
-        other = AutoModelForImageClassification.from_config(copy.deepcopy(model.config))
+        other = task.auto_class.from_config(copy.deepcopy(model.config))
     other.load_state_dict(model.state_dict(), assign=True)
     other.set_token_pruning(token_pruning)
     return other
 
 
-def _evaluation_device(options: EvaluationArguments) -> torch.device:
-    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _load_evaluation(data: EvaluationDataArguments, options: EvaluationArguments) -> tuple[DataLoader, Sequence[str]]:
+def _load_evaluation(
+    task: Task, data: EvaluationDataArguments, options: EvaluationArguments
+) -> tuple[DataLoader, Sequence[str]]:
     """Batches of the images that the options name, and the names of their labels."""
     set_seed(options.seed)
-    dataset, label_names = load_evaluation_dataset(
-        data.dataset_name,
-        config_name=data.dataset_config_name,
-        split=data.eval_split,
-        image_column=data.image_column_name,
-        label_column=data.label_column_name,
-        max_samples=data.max_eval_samples,
-        seed=options.seed,
-    )
-    processor = load_image_processor(options.model_name_or_path)
+    rows, label_names = task.load_evaluation_dataset(data, options.seed)
     loader = DataLoader(
-        EvaluationImages(dataset, processor),
+        task.evaluation_items(rows, load_image_processor(options.model_name_or_path)),  # type: ignore[arg-type]
         batch_size=options.per_device_eval_batch_size,
-        collate_fn=collate,
+        collate_fn=task.collate,
         num_workers=data.dataloader_num_workers,
     )
     return loader, label_names
 
 
 def _compare(
-    models: Mapping[str, ImageClassifier], loader: DataLoader, options: EvaluationArguments
+    task: Task, models: Mapping[str, ImageClassifier], loader: DataLoader, options: EvaluationArguments
 ) -> dict[str, ModelEvaluation]:
-    device = _evaluation_device(options)
     dtypes = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return compare_models(models, loader, device, dtypes[options.mixed_precision])
-
-
-def load_datasets(data: DataArguments, seed: int) -> ImageDatasets:
-    """The images that the options name."""
-    options: dict[str, Any] = {
-        "config_name": data.dataset_config_name,
-        "train_split": data.train_split,
-        "eval_split": data.eval_split,
-        "image_column": data.image_column_name,
-        "label_column": data.label_column_name,
-        "max_train_samples": data.max_train_samples,
-        "max_eval_samples": data.max_eval_samples,
-        "seed": seed,
-    }
-    if data.streaming:
-        return load_image_stream(data.dataset_name, shuffle_buffer_size=data.shuffle_buffer_size, **options)
-    return load_image_dataset(data.dataset_name, validation_share=data.train_val_split, **options)
+    return compare_models(task, models, loader, find_device(options.device), dtypes[options.mixed_precision])
 
 
 def load_model(
@@ -329,52 +315,9 @@ def load_teacher(
     return teacher
 
 
-def card_writer(
-    data: DataArguments, recipe: Recipe, base_model: str | None, pruned: bool
-) -> Callable[[float, float, int], ModelCardInfo]:
-    """What a `Trainer` needs to write model cards: the command, the options, and where the model came from."""
-    options = {**asdict(recipe.optimization), **asdict(recipe.augmentation), "seed": recipe.run.seed}
-    if recipe.elastic.elastic_budgets:
-        options |= asdict(recipe.elastic)
-    if recipe.losses.needs_teacher:
-        options |= asdict(recipe.losses)
-    training = TrainingRecipe(
-        command=shlex.join(["python", *map(_without_folders, sys.argv)]),
-        hyperparameters={name: value for name, value in options.items() if value is not None},
-    )
-    # The card's metadata links to the Hub; what is a folder here is not there.
-    dataset_on_hub = not Path(data.dataset_name).expanduser().exists()
-    dataset_name = data.dataset_name if dataset_on_hub else Path(data.dataset_name).name
-    if base_model is not None and Path(base_model).expanduser().exists():
-        base_model = None
-
-    def write(top1: float, top5: float, num_images: int) -> ModelCardInfo:
-        return ModelCardInfo(
-            name=(recipe.run.hub_model_id or Path(recipe.run.output_dir).absolute().name).split("/")[-1],
-            model_id=recipe.run.hub_model_id,
-            base_model=base_model,
-            datasets=[dataset_name] if dataset_on_hub else [],
-            training=training,
-            evaluation=Evaluation(
-                dataset_name=dataset_name,
-                dataset_id=dataset_name,
-                split=data.eval_split or "evaluation",
-                num_images=num_images,
-                this_model=Measurement("this model", 100 * top1, 100 * top5, pruned=pruned),
-            ),
-        )
-
-    return write
-
-
-def _without_folders(word: str) -> str:
-    """A word of the command line, of an absolute path the name alone: cards are published."""
-    option, equals, value = word.rpartition("=")
-    path = Path(value).expanduser()
-    return f"{option}{equals}{path.name}" if path.is_absolute() else word
-
-
-def report(compute: Callable[[], dict[str, ModelEvaluation]], options: EvaluationArguments) -> int:
+def report(
+    compute: Callable[[], dict[str, ModelEvaluation]], options: EvaluationArguments, task: Task | None = None
+) -> int:
     """Prints a comparison as a table, writes it to the file of `--json`, and returns the exit status: 0, or 1 after an
     error, which is printed in one line."""
     try:
@@ -382,7 +325,7 @@ def report(compute: Callable[[], dict[str, ModelEvaluation]], options: Evaluatio
     except (ValueError, OSError) as error:
         print(f"error: {_in_a_line(error)}", file=sys.stderr)
         return 1
-    print(comparison_table(evaluations))
+    print(comparison_table(task or default_task(), evaluations))
     if options.json is not None:
         write_json({name: asdict(evaluation) for name, evaluation in evaluations.items()}, Path(options.json))
     return 0

@@ -1,14 +1,15 @@
 """The losses of pruned fine-tuning, as pure functions.
 
-    loss = cross-entropy + kd_weight * T² * KL(teacher ‖ student logits) + alignment_weight * alignment
+    loss = task + kd_weight * distillation + alignment_weight * alignment
 
-The teacher is the same network, dense and frozen; the alignment compares hidden states at the tokens that the student
-kept. All of them are computed in float32 at least, whatever the precision of the model.
+The task's own terms are for instance a cross-entropy, and its distillation T² KL(teacher ‖ student logits). The teacher
+is the same network, dense and frozen; the alignment compares hidden states at the tokens that the student kept. All of
+them are computed in float32 at least, whatever the precision of the model.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -114,52 +115,51 @@ class LossWeights:
     def needs_teacher(self) -> bool:
         return self.kd_weight > 0 or self.alignment_weight > 0
 
+    def check_layers(self, num_hidden_layers: int) -> None:
+        """Refuses to align layers that a model does not have.
 
-class LossTerms(NamedTuple):
-    """The loss and its unweighted terms, each a scalar; None where a term is off."""
-
-    loss: Tensor
-    cross_entropy: Tensor
-    distillation: Tensor | None = None
-    alignment: Tensor | None = None
-
-    def named(self) -> dict[str, Tensor]:
-        """The terms that are on, without gradient."""
-        return {name: value.detach() for name, value in self._asdict().items() if value is not None}
+        Raises:
+            ValueError: there are some.
+        """
+        if outside := [layer for layer in self.alignment_layers or () if not 0 <= layer < num_hidden_layers]:
+            raise ValueError(f"--alignment_layers has {outside}: the model has layers 0 to {num_hidden_layers - 1}.")
 
 
-class ClassifierOutput(Protocol):
-    """What the losses read from an image classifier's output; `hidden_states` for the alignment only."""
+class TaskLoss(Protocol):
+    """What the loss takes from a task, see `tasks.task.Task`."""
 
-    logits: Tensor
-    hidden_states: tuple[Tensor, ...]
-    kept_tokens: tuple[Tensor, ...] | None
+    def losses(self, outputs: Any, batch: dict[str, Any]) -> dict[str, Tensor]: ...
+
+    def distillation(self, student: Any, teacher: Any, temperature: float) -> Tensor: ...
 
 
 def training_loss(
-    student: ClassifierOutput,
-    teacher: ClassifierOutput | None,
-    labels: Tensor,
+    task: TaskLoss,
+    student: Any,
+    teacher: Any | None,
+    batch: dict[str, Any],
     weights: LossWeights,
     pruning_layers: Sequence[int] = (),
-) -> LossTerms:
-    """The whole loss of one batch.
+) -> dict[str, Tensor]:
+    """The whole loss of one batch, under "loss", and beside it its unweighted terms by name, each a scalar: the task's
+    own, "distillation" and "alignment", as far as they are on.
 
     Args:
-        student: output of the model in training, with hidden states where the alignment is on.
+        task: has the terms that need no teacher, and the distance of two outputs.
+        student: output of the model in training; the alignment needs its `hidden_states` and `kept_tokens`.
         teacher: the same of the dense model; None where neither distillation nor alignment is on.
-        labels: class ids (batch,) or probabilities (batch, labels), smoothed already if they are to be.
+        batch: as the task mixed it.
         weights: of the terms.
         pruning_layers: the student's schedule.
     """
-    loss = classification = cross_entropy(student.logits, labels)
-    distillation = alignment = None
+    terms = task.losses(student, batch)
+    loss = torch.stack(list(terms.values())).sum()
     if teacher is not None and weights.kd_weight > 0:
-        distillation = distillation_loss(student.logits, teacher.logits, weights.kd_temperature)
-        loss = loss + weights.kd_weight * distillation
+        terms["distillation"] = task.distillation(student, teacher, weights.kd_temperature)
+        loss = loss + weights.kd_weight * terms["distillation"]
     if teacher is not None and weights.alignment_weight > 0:
         layers = weights.alignment_layers or segment_ends(pruning_layers, len(student.hidden_states) - 1)
-        alignment = alignment_loss(
+        terms["alignment"] = alignment_loss(
             student.hidden_states,
             teacher.hidden_states,
             student.kept_tokens or (),
@@ -167,5 +167,5 @@ def training_loss(
             layers,
             weights.alignment_distance,
         )
-        loss = loss + weights.alignment_weight * alignment
-    return LossTerms(loss, classification, distillation, alignment)
+        loss = loss + weights.alignment_weight * terms["alignment"]
+    return {"loss": loss, **terms}

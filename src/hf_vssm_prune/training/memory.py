@@ -1,9 +1,10 @@
-"""How much memory a piece of training takes at its peak."""
+"""How much memory a piece of training takes at its peak, and how it takes less."""
 
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
@@ -32,3 +33,10 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
         taken += change
         peak = max(peak, taken)
     return peak
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Lets a model compute each layer again in the backward pass."""
+    new_name = hasattr(model, "activation_checkpointing_enable")  # older versions of transformers have the old one
+    enable = model.activation_checkpointing_enable if new_name else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

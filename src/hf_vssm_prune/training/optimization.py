@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups and the learning rate at each update."""
+"""The optimizer's parameter groups and the learning rate at each step."""
 
 import math
 import re
@@ -23,7 +23,7 @@ def parameter_groups(
     No decay on norms, biases, `A_log`, `D`, position embeddings, the class token and whatever has one dimension only.
 
     Args:
-        model: a model of this package with a classifier.
+        model: of this package, with any head.
         learning_rate: of the last layers.
         weight_decay: of the parameters that decay.
         layer_decay: factor of the learning rate from each layer to the one before (timm's `--layer-decay`); None: the
@@ -51,7 +51,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _depth_of(name: str, num_hidden_layers: int) -> int:
-    """0 for the embeddings, 1 + i for layer i, num_hidden_layers + 1 for the last norm and the classifier."""
+    """0 for the embeddings, 1 + i for layer i, num_hidden_layers + 1 for the last norm and the head."""
     if ".embeddings." in name:
         return 0
     layer = re.search(r"\.layers\.(\d+)\.", name)
@@ -77,36 +77,37 @@ def make_optimizer(
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """The learning rate at each update, as a share of the highest: a linear warm-up, then cosine, linear or constant.
+    """The learning rate at each step, as a factor of the highest: a linear warm-up, then cosine, linear or constant.
 
-    It is a function of the update's number alone, so that a resumed run needs no state of it, and it counts updates
-    rather than calls, whatever the number of processes.
+    It is a function of the step's number alone, so that a resumed run needs no state of it, and it counts optimizer
+    steps rather than calls, whatever the number of processes. `transformers.get_scheduler` has a lowest rate, and a
+    warm-up that begins above 0, for the cosine only; its `LambdaLR` is a state that checkpoints would have to hold.
 
     Attributes:
         shape: one of `LEARNING_RATE_SCHEDULES`.
-        num_updates: of the whole run.
-        warmup_updates: during which the rate rises.
-        warmup_share: the share at which the rise begins.
-        min_share: the share at which the run ends.
+        num_steps: of the whole run.
+        warmup_steps: during which the rate rises.
+        warmup_factor: at which the rise begins.
+        min_factor: at which the run ends.
     """
 
     shape: str
-    num_updates: int
-    warmup_updates: int = 0
-    warmup_share: float = 0.0
-    min_share: float = 0.0
+    num_steps: int
+    warmup_steps: int = 0
+    warmup_factor: float = 0.0
+    min_factor: float = 0.0
 
-    def share(self, update: int) -> float:
-        """The share at an update, the first being 0."""
-        if update < self.warmup_updates:
-            return self.warmup_share + (1 - self.warmup_share) * update / self.warmup_updates
-        progress = min(1.0, (update - self.warmup_updates) / max(1, self.num_updates - self.warmup_updates))
+    def factor(self, step: int) -> float:
+        """The factor at a step, the first being 0."""
+        if step < self.warmup_steps:
+            return self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps))
         falling = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[
             self.shape
         ]
-        return self.min_share + (1 - self.min_share) * falling
+        return self.min_factor + (1 - self.min_factor) * falling
 
-    def apply(self, optimizer: torch.optim.Optimizer, update: int) -> None:
-        """Sets the rates for an update."""
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Sets the rates for a step."""
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.share(update)
+            group["lr"] = group["initial_lr"] * self.factor(step)

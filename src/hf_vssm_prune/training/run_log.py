@@ -18,7 +18,7 @@ class RunLog:
 
     Args:
         accelerator: with the trackers of the run.
-        with_tracking: send figures and pictures to them.
+        with_tracking: send metrics and pictures to them.
     """
 
     def __init__(self, accelerator: Accelerator, with_tracking: bool) -> None:
@@ -37,47 +37,47 @@ class RunLog:
         if self.accelerator.is_main_process:
             logger.info(message)
 
-    def write_figures(self, title: str, figures: dict[str, float]) -> None:
-        self.write(" ".join([title, *(f"{name} {value:.6g}" for name, value in figures.items())]))
+    def write_metrics(self, title: str, metrics: dict[str, float]) -> None:
+        self.write(" ".join([title, *(f"{name} {value:.6g}" for name, value in metrics.items())]))
 
-    def track(self, figures: dict[str, float], update: int) -> None:
+    def track(self, metrics: dict[str, float], step: int) -> None:
         if self.with_tracking:
-            self.accelerator.log(figures, step=update)
+            self.accelerator.log(metrics, step=step)
 
-    def track_picture(self, name: str, picture: Image.Image, update: int) -> None:
+    def track_picture(self, name: str, picture: Image.Image, step: int) -> None:
         """Shows a picture to the trackers that take some; each takes them in its own way."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.log_images({name: np.asarray(picture)[None]}, step=update, dataformats="NHWC")
+                tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
             elif tracker.name in ("wandb", "swanlab"):
-                tracker.log_images({name: [picture]}, step=update)
+                tracker.log_images({name: [picture]}, step=step)
 
 
 class LossWindow:
     """Loss terms and the gradient's norm between two log lines.
 
     Attributes:
-        terms: of the update in the making, mean over its batches, on the device.
+        terms: of the step in the making, mean over its batches, on the device.
         num_batches: so far.
     """
 
     def __init__(self) -> None:
         self.terms: dict[str, Tensor] = {}
         self.num_batches = 0
-        self._updates: list[dict[str, float]] = []
+        self._steps: list[dict[str, float]] = []
         self._start = time.perf_counter()
 
     def add_batch(self, terms: dict[str, Tensor], group: int) -> None:
-        """Adds one of the `group` batches of an update."""
+        """Adds one of the `group` batches of a step."""
         self.num_batches += 1
         self.terms = {name: self.terms.get(name, 0) + value / group for name, value in terms.items()}
 
-    def add_update(self, values: dict[str, float]) -> None:
+    def add_step(self, values: dict[str, float]) -> None:
         self.terms = {}
-        self._updates.append(values)
+        self._steps.append(values)
 
     def means(self) -> dict[str, float]:
-        return {name: sum(update[name] for update in self._updates) / len(self._updates) for name in self._updates[0]}
+        return {name: sum(step[name] for step in self._steps) / len(self._steps) for name in self._steps[0]}
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start

@@ -27,10 +27,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import hf_vssm_prune
 from hf_vssm_prune.hub.loading import sha256_of_file
-from hf_vssm_prune.pruning_methods import DEFAULT_METHOD
+from hf_vssm_prune.pruning_methods import PAPERS_METHOD
 from hf_vssm_prune.training.checkpoints import RESULTS, find_checkpoints, write_json, write_text
 from hf_vssm_prune.training.interruption import StopRequest
-from hf_vssm_prune.training.study_plan import Piece, Study, list_pieces
+from study.plan import Piece, Study, list_pieces
 
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def record_piece(piece: Piece, folder: Path, start_weights: str | None, seconds:
         evaluations = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
         figures = {
             name: {
-                "top1": evaluation["accuracy"]["top1"],
+                "top1": evaluation["metrics"]["top1"],
                 "gflops": evaluation["gflops_published"],
                 "images_per_second": evaluation["images_per_second"],
             }
@@ -258,7 +258,7 @@ class StudyRunner:
             recipe["model_name_or_path"] = str(self.folder / start / "last")
         if piece.script == "finetune":
             # As in `token_pruning`, no method means the paper's; in the script it means ours.
-            recipe = {"prune_method": DEFAULT_METHOD, **recipe}
+            recipe = {"prune_method": PAPERS_METHOD, **recipe}
         if piece.script != "compare_methods":
             return {**recipe, "output_dir": str(folder)}
         write_json(piece.options["schedules"], folder / "schedules.json")

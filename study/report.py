@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_vssm_prune.training.checkpoints import write_text
-from hf_vssm_prune.training.study_plan import Study, tuned_name
+from study.plan import Study, tuned_name
 
 
 if TYPE_CHECKING:

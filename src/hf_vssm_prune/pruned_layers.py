@@ -1,0 +1,199 @@
+"""Runs a model's layers, between which tokens are dropped: the glue between families, pruning methods and schedules."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .mixer_output import MixerOutput
+from .pruned_outputs import PrunedModelOutput
+from .pruning_importances import IMPORTANCES
+from .pruning_options import TokenPruning
+from .pruning_stage import Reduction, Stage, TokenView
+from .token_pruning import count_kept, fill_dropped_tokens, gather_tokens
+
+
+class TokenLayout(Protocol):
+    """What a family's layers need to know of the tokens that are left."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The full grid's shape, in patches."""
+
+    @property
+    def cls_row(self) -> Tensor | None:
+        """The row of the class token in each sample, shape (batch, 1). None: there is none."""
+
+    @property
+    def view(self) -> TokenView:
+        """How the layers see the tokens: its `scale` covers the class token too, its stand-ins are rows of patches."""
+
+    def keep(self: "Layout", kept: Tensor, alignment: str, view: TokenView) -> "Layout":
+        """The layout when only the tokens `kept` of the full sequence, int64 (batch, n), are left."""
+
+
+Layout = TypeVar("Layout", bound=TokenLayout)
+
+
+@dataclass(frozen=True)
+class Encoding(Generic[Layout]):
+    """What the layers make of the tokens.
+
+    Attributes:
+        hidden_states: of the tokens that are left, shape (batch, tokens left, hidden).
+        layout: of these tokens.
+        kept_tokens, token_scores, merged_tokens: as in `pruned_outputs.StageFields`.
+        sizes: how many patches were merged into each patch token that is left, shape (batch, patches left). None: one
+            each, or the method does not count them.
+    """
+
+    hidden_states: Tensor
+    layout: Layout
+    kept_tokens: tuple[Tensor, ...] = ()
+    token_scores: tuple[Tensor, ...] = ()
+    merged_tokens: tuple[Tensor, ...] = ()
+    sizes: Tensor | None = None
+
+    @property
+    def stages(self) -> dict[str, tuple[Tensor, ...]]:
+        """What there is to tell of each stage, as a model's output takes it."""
+        return {
+            "kept_tokens": self.kept_tokens,
+            "token_scores": self.token_scores,
+            "merged_tokens": self.merged_tokens,
+        }
+
+
+def encode(
+    layers: Iterable[nn.Module],
+    stage_modules: nn.ModuleDict,
+    hidden_states: Tensor,
+    layout: Layout,
+    token_pruning: TokenPruning | None,
+) -> Encoding[Layout]:
+    """Runs the layers; at the input of those in the pruning schedule the pruning method leaves fewer tokens.
+
+    Args:
+        layers: each maps (hidden states, layout, whether a stage follows) to the next hidden states and, where one
+            does, what its mixer tells of the tokens.
+        stage_modules: by layer the parameters of a pruning method that has some.
+        hidden_states: all tokens, shape (batch, tokens, hidden).
+        layout: of all tokens.
+        token_pruning: the schedule; None: no token is dropped.
+    """
+    stages = {} if token_pruning is None else token_pruning.stages
+    modules = dict(stage_modules.items())
+    encoding = Encoding(hidden_states, layout)
+    for index, layer in enumerate(layers, start=1):
+        hidden_states, mixer = layer(encoding.hidden_states, encoding.layout, index in stages)
+        encoding = replace(encoding, hidden_states=hidden_states)
+        if token_pruning is not None and index in stages:
+            encoding = _reduce(encoding, mixer, stages[index], token_pruning, modules.get(str(index)))
+    return encoding
+
+
+def _reduce(
+    encoding: Encoding[Layout],
+    mixer: MixerOutput,
+    keep_ratio: float,
+    token_pruning: TokenPruning,
+    module: nn.Module | None,
+) -> Encoding[Layout]:
+    """One stage: the method leaves fewer tokens, and they are put where they belong."""
+    stage, tokens = _make_stage(encoding, mixer, keep_ratio)
+    importance = IMPORTANCES.get(token_pruning.get("importance", ""))
+    reduction = token_pruning.method.reduce(stage._replace(importance=importance, module=module))
+    rows, hidden_states, view = _with_cls_token(stage, reduction)
+    kept = tokens.gather(1, rows)
+    merged_tokens = encoding.merged_tokens
+    if reduction.merged_into is not None:
+        merged_tokens += (_merge_tokens(encoding, stage, tokens, reduction.merged_into),)
+    return Encoding(
+        hidden_states,
+        encoding.layout.keep(kept, token_pruning["alignment"], view),
+        (*encoding.kept_tokens, kept),
+        (*encoding.token_scores, reduction.scores),
+        merged_tokens,
+        reduction.sizes,
+    )
+
+
+def _make_stage(encoding: Encoding, mixer: MixerOutput, keep_ratio: float) -> tuple[Stage, Tensor]:
+    """The patch tokens among all tokens, and which tokens of the full sequence all of them are, (batch, n)."""
+    hidden_states, layout = encoding.hidden_states, encoding.layout
+    batch, num_tokens, _ = hidden_states.shape
+    rows = torch.arange(num_tokens, device=hidden_states.device).expand(batch, -1)
+    tokens = encoding.kept_tokens[-1] if encoding.kept_tokens else rows
+    if layout.cls_row is None:
+        stage = Stage(hidden_states, count_kept(num_tokens, keep_ratio), tokens, layout.grid, mixer)
+        return stage._replace(sizes=encoding.sizes, view=layout.view), tokens
+    patch_rows = rows[:, :-1] + (rows[:, :-1] >= layout.cls_row)
+    patches, cls_token = tokens.gather(1, patch_rows), tokens.gather(1, layout.cls_row)
+    scale = None if layout.view.scale is None else layout.view.scale.gather(1, patch_rows)
+    stage = Stage(
+        gather_tokens(hidden_states, patch_rows),
+        count_kept(num_tokens - 1, keep_ratio),
+        patches - (patches > cls_token).long(),
+        layout.grid,
+        mixer,
+        patch_rows,
+        layout.cls_row,
+        gather_tokens(hidden_states, layout.cls_row).squeeze(1),
+        encoding.sizes,
+        layout.view._replace(scale=scale),
+    )
+    return stage, tokens
+
+
+def _with_cls_token(stage: Stage, reduction: Reduction) -> tuple[Tensor, Tensor, TokenView]:
+    """Puts the class token, where there is one, back between the patch tokens that are left.
+
+    Returns:
+        The rows of all tokens that are left, ascending, (batch, n), their hidden states, and how layers see them.
+    """
+    if stage.patch_rows is None or stage.cls_row is None or stage.cls_token is None:
+        return reduction.rows, reduction.hidden_states, reduction.view
+    rows = torch.cat([stage.patch_rows.gather(1, reduction.rows), stage.cls_row], dim=1)
+    rows, order = rows.sort(dim=-1)
+    hidden_states = gather_tokens(torch.cat([reduction.hidden_states, stage.cls_token.unsqueeze(1)], dim=1), order)
+    view, scale = reduction.view, reduction.view.scale
+    if scale is not None:
+        view = view._replace(scale=torch.cat([scale, torch.ones_like(scale[:, :1])], dim=1).gather(1, order))
+    return rows, hidden_states, view
+
+
+def _merge_tokens(encoding: Encoding, stage: Stage, tokens: Tensor, merged_into: Tensor) -> Tensor:
+    """For each token of the full sequence the one that it was merged into by now, (batch, all tokens)."""
+    patches = stage.of_patches(tokens)
+    num_tokens = math.prod(stage.grid) + (stage.cls_row is not None)
+    everything = torch.arange(num_tokens, device=tokens.device).expand(tokens.shape[0], -1)
+    merges = everything.scatter(1, patches, patches.gather(1, merged_into))
+    return merges.gather(1, encoding.merged_tokens[-1]) if encoding.merged_tokens else merges
+
+
+def scale_tokens(tokens: Tensor, layout: TokenLayout) -> Tensor:
+    """Tokens (batch, n, hidden) as mixers are to see them."""
+    scale = layout.view.scale
+    return tokens if scale is None else tokens * scale.unsqueeze(-1).to(tokens.dtype)
+
+
+def full_states(backbone: Any, outputs: PrunedModelOutput, token_pruning: TokenPruning | None) -> list[Tensor]:
+    """The hidden states that a backbone's `out_features` name, for all tokens: each (batch, all tokens, hidden).
+
+    Args:
+        backbone: whose `config.feature_fill` says what a token that is gone shows.
+        outputs: of its model, with hidden states.
+        token_pruning: the schedule by which it ran.
+    """
+    hidden_states, kept_tokens = outputs.hidden_states or (), outputs.kept_tokens or ()
+    merged_tokens = outputs.merged_tokens if backbone.config.feature_fill == "merged" else None
+    filled = []
+    for index in map(backbone.stage_names.index, backbone.out_features):
+        layers = [layer for layer in (token_pruning.stages if token_pruning else ()) if layer < index]
+        states = [hidden_states[layer] for layer in (*layers, index)]
+        merged = merged_tokens[len(layers) - 1] if merged_tokens and layers else None
+        filled.append(fill_dropped_tokens(states, kept_tokens[: len(layers)], merged))
+    return filled

@@ -1,0 +1,166 @@
+"""Pruning options: checked once, complete and then immutable, as configurations hold and layers are given them."""
+
+import copy
+import itertools
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from .documentation import see
+from .pruning_importances import IMPORTANCES
+from .pruning_methods import METHODS, PAPERS_METHOD, RECOMMENDED_METHOD, PruningMethod
+from .token_pruning import ALIGNMENTS
+
+
+METHOD_OPTIONS = ("alignment", "importance", "method")
+OPTIONS = ("layers", "keep_ratios", *METHOD_OPTIONS)
+
+
+class TokenPruning(dict[str, Any]):
+    """Complete pruning options, as `config.token_pruning` and `config.json` have them. It can't be changed.
+
+    It is made by `check_token_pruning`, or by a configuration's `complete_token_pruning`, which also takes a budget.
+    """
+
+    @property
+    def stages(self) -> dict[int, float]:
+        """The keep ratio of each layer before which tokens are dropped."""
+        return dict(zip(self["layers"], self["keep_ratios"], strict=True))
+
+    @property
+    def method(self) -> PruningMethod:
+        return METHODS[self["method"]]
+
+    def _refuse(self, *arguments: Any, **options: Any) -> NoReturn:
+        raise TypeError(
+            "pruning options can't be changed in place: set `config.token_pruning` to a new dict, or call "
+            "`model.set_token_pruning`."
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """A plain dict, which may be changed."""
+        return copy.deepcopy(dict(self), memo)
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return type(self), (dict(self),)
+
+
+def method_options(token_pruning: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of pruning options those that say how a model prunes, whatever its budget."""
+    return {name: value for name, value in (token_pruning or {}).items() if name in METHOD_OPTIONS}
+
+
+def check_token_pruning(token_pruning: Mapping[str, Any], num_hidden_layers: int) -> TokenPruning:
+    """Checks pruning options and returns them complete.
+
+    Args:
+        token_pruning: `layers`, before which tokens are dropped, ascending, each in 1 ... num_hidden_layers - 1;
+            `keep_ratios`, for each of them the fraction of the tokens still there that is kept, in (0, 1]; `alignment`
+            (default: the method's), one of `ALIGNMENTS`; `importance` (default: the method's), one of `IMPORTANCES`,
+            for a method that takes one; `method`, one of `METHODS` (default: `RECOMMENDED_METHOD`, or `top`, the
+            paper's, where an importance is named). Numbers and arrays of NumPy and torch are taken too.
+        num_hidden_layers: depth of the model.
+
+    Raises:
+        ValueError: an option is unknown or missing, or its value is not allowed; the message says what was given and
+            what is allowed.
+    """
+    if unknown := sorted(set(token_pruning) - set(OPTIONS)):
+        raise ValueError(f"`token_pruning` has unknown options {unknown}; allowed are {list(OPTIONS)}.")
+    if missing := [name for name in OPTIONS[:2] if token_pruning.get(name) is None]:
+        raise ValueError(f"`token_pruning` needs {missing}, or `flops_reduction` in place of `keep_ratios`.")
+    method = pruning_method(token_pruning)
+    layers = check_layers(token_pruning["layers"], num_hidden_layers)
+    options = {
+        "layers": layers,
+        "keep_ratios": _check_keep_ratios(token_pruning["keep_ratios"], len(layers)),
+        "alignment": token_pruning.get("alignment", method.alignment),
+    }
+    _check_choice("alignment", options["alignment"], ALIGNMENTS)
+    if method.importance is not None:
+        options["importance"] = token_pruning.get("importance", method.importance)
+        _check_choice("importance", options["importance"], tuple(IMPORTANCES))
+    elif "importance" in token_pruning:
+        takers = [name for name, other in METHODS.items() if other.importance is not None]
+        raise ValueError(
+            f"`token_pruning['importance']` is {token_pruning['importance']!r}, but the method "
+            f"{_method_name(token_pruning)!r} ranks tokens in its own way; methods that take an importance are "
+            f"{takers}."
+        )
+    return TokenPruning({**options, "method": _method_name(token_pruning)})
+
+
+def pruning_method(token_pruning: Mapping[str, Any]) -> PruningMethod:
+    """The method that pruning options name, or mean.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    name = _method_name(token_pruning)
+    _check_choice("method", name, tuple(METHODS))
+    return METHODS[name]
+
+
+def _method_name(token_pruning: Mapping[str, Any]) -> str:
+    # The recommended method ranks tokens in its own way: who names an importance means the one that is defined by it.
+    return token_pruning.get("method", PAPERS_METHOD if "importance" in token_pruning else RECOMMENDED_METHOD)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`token_pruning[{name!r}]` is {value!r}; allowed are {list(choices)}.")
+
+
+def plain_value(value: Any) -> Any:
+    """A number or an array of NumPy or torch as Python's own; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return [plain_value(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _as_list(name: str, values: object) -> list[Any]:
+    values = plain_value(values)
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError(f"`token_pruning[{name!r}]` is {values!r}; a list is needed, with one entry for each stage.")
+    return list(values)
+
+
+def is_number(value: object, kind: type = numbers.Real) -> bool:
+    """Whether it is one, which True and False are not here."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_layers(layers: object, num_hidden_layers: int) -> list[int]:
+    """Layers before which a model of so many can drop tokens, as a list.
+
+    Raises:
+        ValueError: these are none; the message says what was given and what is allowed.
+    """
+    layers = _as_list("layers", layers)
+    given = f"`token_pruning['layers']` is {layers}"
+    if not layers:
+        raise ValueError(f"{given}; give at least one layer, or `token_pruning=None` for a dense model.")
+    if not all(is_number(layer, numbers.Integral) for layer in layers):
+        raise ValueError(f"{given}; layers are whole numbers.")
+    if not all(1 <= layer < num_hidden_layers for layer in layers):
+        raise ValueError(
+            f"{given}; tokens are scored by the layer before, so that 1 to {num_hidden_layers - 1} are allowed "
+            f"in a model of {num_hidden_layers} layers. {see('schedule-not-allowed')}"
+        )
+    if any(later <= earlier for earlier, later in itertools.pairwise(layers)):
+        raise ValueError(f"{given}; layers must ascend, each given once.")
+    return layers
+
+
+def _check_keep_ratios(keep_ratios: object, num_stages: int) -> list[float]:
+    keep_ratios = _as_list("keep_ratios", keep_ratios)
+    given = f"`token_pruning['keep_ratios']` is {keep_ratios}"
+    if len(keep_ratios) != num_stages:
+        raise ValueError(f"{given}, {len(keep_ratios)} ratios for {num_stages} layers; one for each layer is needed.")
+    for ratio in keep_ratios:
+        if not is_number(ratio) or not 0 < ratio <= 1:
+            raise ValueError(f"{given}; {ratio!r} is not in (0, 1].")
+    return keep_ratios

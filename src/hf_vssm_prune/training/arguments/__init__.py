@@ -1,0 +1,33 @@
+"""The options of the training scripts, as dataclasses for transformers' `HfArgumentParser`.
+
+Names follow transformers' `run_image_classification_no_trainer.py` where it has the option, else timm's `train.py`.
+What cannot work is refused when the dataclasses are made, before anything is loaded. Those of a task are in its file,
+see `training.tasks`.
+"""
+
+from hf_vssm_prune.training.arguments.data import DataArguments, EvaluationDataArguments
+from hf_vssm_prune.training.arguments.evaluation import BesideArguments, EstimateArguments, EvaluationArguments
+from hf_vssm_prune.training.arguments.model import DenseModelArguments, FinetuneArguments, LossArguments
+from hf_vssm_prune.training.arguments.optimization import OptimizationArguments, ScratchOptimizationArguments
+from hf_vssm_prune.training.arguments.parsing import parse_arguments
+from hf_vssm_prune.training.arguments.pruning import ElasticArguments, PruningArguments
+from hf_vssm_prune.training.arguments.run import RunArguments, ScaleArguments
+
+
+__all__ = [
+    "BesideArguments",
+    "DataArguments",
+    "DenseModelArguments",
+    "ElasticArguments",
+    "EstimateArguments",
+    "EvaluationArguments",
+    "EvaluationDataArguments",
+    "FinetuneArguments",
+    "LossArguments",
+    "OptimizationArguments",
+    "PruningArguments",
+    "RunArguments",
+    "ScaleArguments",
+    "ScratchOptimizationArguments",
+    "parse_arguments",
+]

@@ -1,0 +1,55 @@
+"""Options: which images are trained on and evaluated."""
+
+import math
+from dataclasses import dataclass, field
+
+from hf_vssm_prune.training.arguments.parsing import check_range, describe
+
+
+@dataclass
+class EvaluationDataArguments:
+    """Which images are evaluated, and how they are read."""
+
+    dataset_name: str = field(
+        metadata=describe("a Hub data set, a folder of images by class, or Parquet files", "--data_dir")
+    )
+    dataset_config_name: str | None = field(default=None, metadata=describe("configuration of the Hub data set"))
+    eval_split: str | None = field(
+        default=None, metadata=describe("split to evaluate on; found by its name where it is not given")
+    )
+    image_column_name: str | None = field(
+        default=None, metadata=describe("column of the images; found by its type by default")
+    )
+    label_column_name: str | None = field(
+        default=None, metadata=describe("column of the labels; found by its type by default")
+    )
+    max_eval_samples: int | None = field(default=None, metadata=describe("use only so many evaluation images"))
+    dataloader_num_workers: int = field(default=2, metadata=describe("processes that prepare images", "--workers"))
+
+    def __post_init__(self) -> None:
+        check_range("max_eval_samples", self.max_eval_samples, 1, math.inf)
+        check_range("dataloader_num_workers", self.dataloader_num_workers, 0, math.inf)
+
+
+@dataclass
+class DataArguments(EvaluationDataArguments):
+    """Which images are trained on and evaluated, and how they are read."""
+
+    train_split: str = field(default="train", metadata=describe("split to train on"))
+    train_val_split: float = field(
+        default=0.1, metadata=describe("share held out for evaluation where there is no such split")
+    )
+    max_train_samples: int | None = field(default=None, metadata=describe("use only so many training images"))
+    streaming: bool = field(
+        default=False, metadata=describe("read the training images as they are needed, without a copy on this disk")
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000, metadata=describe("with --streaming: images from which the next ones are drawn")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("shuffle_buffer_size", self.shuffle_buffer_size, 1, math.inf)
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"--train_val_split is {self.train_val_split}: it must be between 0 and 1.")
+        check_range("max_train_samples", self.max_train_samples, 1, math.inf)

@@ -1,0 +1,68 @@
+"""Options of an evaluation, and of the estimate of a run."""
+
+import math
+from dataclasses import dataclass, field
+
+from hf_vssm_prune.training.arguments.parsing import check_output_file, check_range, describe
+
+
+@dataclass
+class EvaluationArguments:
+    """What is evaluated, and how."""
+
+    model_name_or_path: str = field(metadata=describe("the checkpoint, on the Hub or in a folder"))
+    per_device_eval_batch_size: int = field(default=64, metadata=describe("images at a time", "--batch_size"))
+    device: str | None = field(
+        default=None, metadata=describe("cpu, cuda, cuda:1, ...; by default a GPU where there is one")
+    )
+    mixed_precision: str = field(default="no", metadata=describe("of the computation", choices=("no", "fp16", "bf16")))
+    seed: int = field(default=0, metadata=describe("of the choice of --max_eval_samples"))
+    json: str | None = field(default=None, metadata=describe("file to write the results to"))
+
+    def __post_init__(self) -> None:
+        check_range("per_device_eval_batch_size", self.per_device_eval_batch_size, 1, math.inf)
+        check_output_file("json", self.json)
+
+
+@dataclass
+class BesideArguments:
+    """What is evaluated beside a model."""
+
+    dense_name_or_path: str | None = field(
+        default=None, metadata=describe("the dense model; by default the same weights without pruning")
+    )
+    int8: bool = field(
+        default=False, metadata=describe("the models with int8 linear layers as well; in float32 on a CPU only")
+    )
+
+
+@dataclass
+class EstimateArguments:
+    """What a training run is estimated for: images, devices, and how fast one is taken to be."""
+
+    num_images: int = field(default=1_281_167, metadata=describe("training images; ImageNet-1k's by default"))
+    num_eval_images: int = field(default=50_000, metadata=describe("images evaluated after each epoch"))
+    num_classes: int = field(default=1000, metadata=describe("labels"))
+    num_devices: int = field(default=8, metadata=describe("devices that share a step"))
+    device_tflops: float = field(
+        default=40.0,
+        metadata=describe(
+            "assumed: 1e12 floating-point operations (a multiply-add is two) that a device sustains each second, which "
+            "is far below its peak"
+        ),
+    )
+    measured_batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 2],
+        metadata=describe("two batch sizes, ascending, with which memory and speed are measured on this machine"),
+    )
+    json: str | None = field(default=None, metadata=describe("file to write the results to"))
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_eval_images", "num_classes", "num_devices"):
+            check_range(name, getattr(self, name), 1, math.inf)
+        if not 0 < self.device_tflops < math.inf:
+            raise ValueError(f"--device_tflops is {self.device_tflops}: it must be greater than 0.")
+        sizes = self.measured_batch_sizes
+        if len(sizes) != 2 or not 0 < sizes[0] < sizes[1]:
+            raise ValueError(f"--measured_batch_sizes is {sizes}: two sizes are needed, the smaller one first.")
+        check_output_file("json", self.json)

@@ -1,0 +1,154 @@
+"""Options: the checkpoint or the new model, its teacher, and the weights of the losses."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.families import FAMILIES, preset_names
+from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.label_maps import complete_label_maps
+from hf_vssm_prune.training.arguments.parsing import check_range, describe
+from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, LossWeights
+
+
+TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class LossArguments:
+    """The teacher's precision, and the weights of the losses."""
+
+    teacher_dtype: str = field(
+        default="float32",
+        metadata=describe("of the teacher's weights; half as much memory in half precision", choices=TEACHER_DTYPES),
+    )
+    kd_weight: float = field(default=1.0, metadata=describe("weight of the distillation loss; 0: none"))
+    kd_temperature: float = field(default=1.0, metadata=describe("its temperature"))
+    alignment_weight: float = field(
+        default=1.0, metadata=describe("weight of the hidden states' alignment loss; 0: none")
+    )
+    alignment_layers: list[int] | None = field(
+        default=None,
+        metadata=describe(
+            "layers whose outputs are compared; by default the last of those that a stage's tokens go through: before "
+            "the next stage, and the last of all"
+        ),
+    )
+    alignment_distance: str = field(
+        default="mse", metadata=describe("how they are compared", choices=tuple(ALIGNMENT_DISTANCES))
+    )
+
+    def __post_init__(self) -> None:
+        check_range("kd_weight", self.kd_weight, 0, math.inf, below=True)
+        check_range("alignment_weight", self.alignment_weight, 0, math.inf, below=True)
+        if not 0 < self.kd_temperature < math.inf:
+            raise ValueError(f"--kd_temperature is {self.kd_temperature}: it must be greater than 0.")
+        if self.alignment_layers is not None and self.alignment_weight == 0:
+            raise ValueError("--alignment_layers needs an --alignment_weight above 0.")
+
+    def loss_weights(self) -> LossWeights:
+        layers = None if self.alignment_layers is None else tuple(self.alignment_layers)
+        return LossWeights(self.kd_weight, self.kd_temperature, self.alignment_weight, layers, self.alignment_distance)
+
+
+@dataclass(kw_only=True)
+class FinetuneArguments(LossArguments):
+    """The checkpoint to prune, its teacher, and the weights of the losses."""
+
+    model_name_or_path: str = field(metadata=describe("the dense checkpoint, on the Hub or in a folder"))
+    teacher_name_or_path: str | None = field(
+        default=None, metadata=describe("the teacher; by default the same checkpoint, dense")
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata=describe("give the model a new classifier where the labels differ")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ignore_mismatched_sizes and self.kd_weight > 0 and self.teacher_name_or_path is None:
+            raise ValueError(
+                "--ignore_mismatched_sizes gives the model a new classifier, which its own dense checkpoint cannot "
+                "teach: set --kd_weight 0, or name a --teacher_name_or_path with these labels."
+            )
+
+
+@dataclass
+class DenseModelArguments:
+    """A new model of a family, or a checkpoint to go on from."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata=describe("go on from this checkpoint, in place of a new model")
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata=describe("give the checkpoint a new classifier where labels differ")
+    )
+    family: str | None = field(default=None, metadata=describe("of the new model", choices=tuple(FAMILIES)))
+    preset: str | None = field(default=None, metadata=describe(f"size by name: {preset_names()}"))
+    image_size: int | None = field(default=None, metadata=describe("side in pixels; 224 for a new model", "--img_size"))
+    patch_size: int | None = field(default=None, metadata=describe("side of a patch in pixels; 16 for a new model"))
+    config_overrides: list[str] = field(
+        default_factory=list,
+        metadata=describe("other options of the configuration, each key=value, e.g. hidden_size=64"),
+    )
+    image_mean: list[float] = field(
+        default_factory=lambda: [0.485, 0.456, 0.406], metadata=describe("of each channel, for a new model", "--mean")
+    )
+    image_std: list[float] = field(
+        default_factory=lambda: [0.229, 0.224, 0.225], metadata=describe("of each channel, for a new model", "--std")
+    )
+    crop_pct: float = field(
+        default=0.875, metadata=describe("share of the resized image's side that evaluation crops, for a new model")
+    )
+
+    def __post_init__(self) -> None:
+        if (self.model_name_or_path is None) == (self.family is None):
+            raise ValueError(
+                "Give either --family, for a new model, or --model_name_or_path, to go on from a checkpoint."
+            )
+        if self.model_name_or_path is not None:
+            if given := [name for name in ("preset", "image_size", "patch_size") if getattr(self, name) is not None]:
+                raise ValueError(f"--{given[0]} is for a new model; with --model_name_or_path the checkpoint says it.")
+            if self.config_overrides:
+                raise ValueError(
+                    "--config_overrides is for a new model; with --model_name_or_path the checkpoint says it."
+                )
+            return
+        new_image_processor(self.config(label_names=["label"]), self.image_mean, self.image_std, self.crop_pct)
+
+    def config(self, label_names: Sequence[str], drop_path_rate: float = 0.0) -> VisionMambaConfig:
+        """The configuration of the new model."""
+        family = FAMILIES[self.family or ""].config
+        options: dict[str, Any] = {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "drop_path_rate": drop_path_rate,
+            "num_labels": len(label_names),
+            **complete_label_maps({"id2label": list(label_names)}),
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        options |= _parse_overrides(self.config_overrides, family)
+        return family(**options) if self.preset is None else family.from_preset(self.preset, **options)
+
+
+def _parse_overrides(overrides: Sequence[str], family: type[VisionMambaConfig]) -> dict[str, Any]:
+    options = {}
+    for override in overrides:
+        name, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"--config_overrides has {override!r}: key=value is needed.")
+        if name in ("token_pruning", "drop_path_rate", "image_size", "patch_size") or name.startswith("_"):
+            raise ValueError(f"--config_overrides has {name!r}, which is not set this way; see --help.")
+        if name not in family.__dataclass_fields__:
+            raise ValueError(f"--config_overrides has {name!r}, which {family.__name__} does not know.")
+        options[name] = _parse_value(value)
+    return options
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

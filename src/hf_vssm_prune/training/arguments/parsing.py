@@ -1,0 +1,57 @@
+"""How options are read: dataclasses, a command line, and the recipe that it names."""
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from hf_vssm_prune.training.recipes import insert_recipe
+
+
+def parse_arguments(dataclass_types: list[Any], arguments: Sequence[str] | None, description: str) -> tuple:
+    """Parses a command line, and the recipe it names, into dataclasses; on a mistake prints what is wrong and exits
+    with status 2."""
+    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser.add_argument("--recipe", help="YAML file of these options; what is given here overrides it")
+    options = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    try:
+        words = insert_recipe(sys.argv[1:] if arguments is None else arguments, options - {"recipe"})
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[: len(dataclass_types)]
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def describe(text: str, *aliases: str, choices: Sequence[str] | None = None) -> dict[str, Any]:
+    """What `HfArgumentParser` reads from a field's metadata."""
+    metadata: dict[str, Any] = {"help": text, "aliases": list(aliases)}
+    return metadata if choices is None else {**metadata, "choices": tuple(choices)}
+
+
+def check_range(name: str, value: float | None, low: float, high: float, below: bool = False) -> None:
+    """Refuses a value outside [low, high], or outside [low, high) where it must stay `below`."""
+    if value is None or (low <= value < high if below else low <= value <= high):
+        return
+    if high == math.inf:
+        raise ValueError(f"--{name} is {value}: it must be at least {low}.")
+    raise ValueError(f"--{name} is {value}: it must be from {low} to {'less than ' if below else ''}{high}.")
+
+
+def check_output_file(name: str, file: str | Path | None) -> None:
+    """Refuses, before the work and not after it, a file that cannot be written: a folder, or one in no folder."""
+    if file is None:
+        return
+    if Path(file).is_dir():
+        raise ValueError(f"--{name} {file} is a folder: a file is needed.")
+    if not (folder := Path(file).absolute().parent).is_dir():
+        raise ValueError(f"--{name} {file}: its folder does not exist.")
+    if not os.access(file if Path(file).exists() else folder, os.W_OK):
+        raise ValueError(f"--{name} {file} cannot be written: this user may not.")
+
+
+def exclude(first: str, first_value: object, second: str, second_value: object) -> None:
+    if first_value is not None and second_value is not None:
+        raise ValueError(f"--{first} and --{second} exclude each other: give one of them.")

@@ -1,0 +1,131 @@
+"""Options: the schedule of token pruning, and budgets to train for."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.pruning_importances import IMPORTANCES
+from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD
+from hf_vssm_prune.pruning_options import TokenPruning
+from hf_vssm_prune.token_pruning import ALIGNMENTS
+from hf_vssm_prune.training.arguments.parsing import describe, exclude
+
+
+@dataclass
+class PruningArguments:
+    """The schedule of token pruning, explicit or from a budget."""
+
+    prune_layers: list[int] | None = field(
+        default=None, metadata=describe("layers before which tokens are dropped, e.g. 6 12 18")
+    )
+    keep_ratios: list[float] | None = field(
+        default=None, metadata=describe("for each of them the share of the tokens that stays")
+    )
+    flops_reduction: float | None = field(
+        default=None,
+        metadata=describe("in place of ratios: the share of FLOPs to remove, by stages at --prune_layers if given"),
+    )
+    prune_method: str | None = field(
+        default=None,
+        metadata=describe(
+            "how tokens go; `top` is the paper's; by default that of the checkpoint, of a dense one "
+            f"{RECOMMENDED_METHOD}",
+            choices=tuple(METHODS),
+        ),
+    )
+    prune_alignment: str | None = field(
+        default=None,
+        metadata=describe("how the scans cross the holes; by default as the method has it", choices=ALIGNMENTS),
+    )
+    importance: str | None = field(
+        default=None,
+        metadata=describe(
+            "what makes a token worth keeping, for a method that takes it; by default as the method has it",
+            choices=tuple(IMPORTANCES),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        exclude("keep_ratios", self.keep_ratios, "flops_reduction", self.flops_reduction)
+        if self.flops_reduction is None and (self.prune_layers is None) != (self.keep_ratios is None):
+            raise ValueError("--prune_layers and --keep_ratios go together: give both, or --flops_reduction.")
+        if self.keep_ratios is not None and len(self.prune_layers or ()) != len(self.keep_ratios):
+            raise ValueError(
+                f"--prune_layers {self.prune_layers} and --keep_ratios {self.keep_ratios} differ in length: "
+                "one ratio for each layer is needed."
+            )
+        if outside := [ratio for ratio in self.keep_ratios or () if not 0 < ratio <= 1]:
+            raise ValueError(f"--keep_ratios has {outside}: each must be greater than 0 and at most 1.")
+        if self.flops_reduction is not None and not 0 < self.flops_reduction < 1:
+            raise ValueError(
+                f"--flops_reduction is {self.flops_reduction}: it must be between 0 and 1, for instance 0.416."
+            )
+
+    def schedule(self, config: VisionMambaConfig) -> dict[str, Any] | None:
+        """Complete `token_pruning` options for a checkpoint of this configuration: what was given, and for the rest
+        what it has itself; None where neither has a schedule.
+
+        Raises:
+            ValueError: they are not allowed for this model, or say how tokens go, but not how many.
+        """
+        own = config.token_pruning
+        if (stages := self._stages() or _stages_of(own)) is None:
+            if idle := [name for name in ("prune_method", "prune_alignment", "importance") if getattr(self, name)]:
+                raise ValueError(
+                    f"--{idle[0]} is {getattr(self, idle[0])!r}, but nothing says how many tokens are to go: give "
+                    "--flops_reduction, or --prune_layers and --keep_ratios."
+                )
+            return None
+        given = {"method": self.prune_method, "alignment": self.prune_alignment, "importance": self.importance}
+        choices = {name: value for name, value in given.items() if value is not None}
+        return config.complete_token_pruning(stages | choices)
+
+    def _stages(self) -> dict[str, Any] | None:
+        """How many tokens go where, if it was given."""
+        given = {
+            "flops_reduction": self.flops_reduction,
+            "layers": self.prune_layers,
+            "keep_ratios": self.keep_ratios,
+        }
+        return {name: value for name, value in given.items() if value is not None} or None
+
+
+def _stages_of(token_pruning: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How many tokens go where by complete options."""
+    return None if token_pruning is None else {name: token_pruning[name] for name in ("layers", "keep_ratios")}
+
+
+@dataclass
+class ElasticArguments:
+    """Training that prunes each step by another budget, so that one set of weights serves them all."""
+
+    elastic_budgets: list[float] = field(
+        default_factory=list,
+        metadata=describe(
+            "shares of FLOPs to remove, 0 for none: each step draws one of them, with the stages that it has by "
+            "default; evaluation and the saved model are not affected"
+        ),
+    )
+    elastic_importance: str | None = field(
+        default=None,
+        metadata=describe(
+            "what makes a token worth keeping then; by default as in the model's own schedule",
+            choices=tuple(IMPORTANCES),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        if outside := [budget for budget in self.elastic_budgets if not 0 <= budget < 1]:
+            raise ValueError(f"--elastic_budgets has {outside}: each must be at least 0 and less than 1.")
+
+    def schedules(self, config: VisionMambaConfig) -> list[TokenPruning | None]:
+        """For each budget `token_pruning` options for a model of this configuration; None where nothing is to go.
+
+        Raises:
+            ValueError: no schedule of this model comes near a budget.
+        """
+        choices = {} if self.elastic_importance is None else {"importance": self.elastic_importance}
+        return [
+            config.complete_token_pruning({"flops_reduction": budget, **choices}) if budget > 0 else None
+            for budget in self.elastic_budgets
+        ]

@@ -1,0 +1,84 @@
+"""Options: where a run writes, and how it is spread over devices."""
+
+import math
+from dataclasses import dataclass, field
+
+from hf_vssm_prune.training.arguments.parsing import check_range, describe
+
+
+BATCH_NORM_MODES = ("local", "frozen", "sync")
+
+
+@dataclass
+class RunArguments:
+    """Where results go, checkpoints, logging, the Hub."""
+
+    output_dir: str = field(
+        metadata=describe("folder of everything that the run writes: best/, last/, checkpoint-*/, all_results.json")
+    )
+    seed: int = field(
+        default=0, metadata=describe("of the split, the order of images, augmentation, mixing and drop path")
+    )
+    checkpointing_steps: str = field(
+        default="epoch", metadata=describe("save a checkpoint every so many steps, or every 'epoch'")
+    )
+    save_total_limit: int = field(default=2, metadata=describe("checkpoints to keep", "--checkpoint_hist"))
+    resume: str | None = field(
+        default=None,
+        metadata=describe("a checkpoint's folder, or 'latest' (none yet: a fresh start)", "--resume_from_checkpoint"),
+    )
+    logging_steps: int = field(default=50, metadata=describe("log every so many steps", "--log_interval"))
+    with_tracking: bool = field(default=False, metadata=describe("send the metrics to experiment trackers"))
+    report_to: str = field(
+        default="tensorboard", metadata=describe("which: tensorboard, wandb, ..., or 'all' that are installed")
+    )
+    use_cpu: bool = field(default=False, metadata=describe("train on the CPU even where there is a GPU"))
+    push_to_hub: bool = field(
+        default=False,
+        metadata=describe("push the best model at the end, with the token of `hf auth login` or HF_TOKEN"),
+    )
+    hub_model_id: str | None = field(default=None, metadata=describe("repository to push to: 'user/name'"))
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed is {self.seed}: it must be from 0 to 2^63 - 1.")
+        if self.checkpointing_steps != "epoch" and not (
+            self.checkpointing_steps.isdecimal() and int(self.checkpointing_steps) > 0
+        ):
+            raise ValueError(
+                f"--checkpointing_steps is {self.checkpointing_steps!r}: a number of steps or 'epoch' is needed."
+            )
+        check_range("save_total_limit", self.save_total_limit, 1, math.inf)
+        check_range("logging_steps", self.logging_steps, 1, math.inf)
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("--push_to_hub needs --hub_model_id user/name.")
+
+
+@dataclass
+class ScaleArguments:
+    """How a run is spread over devices and fitted into their memory."""
+
+    fsdp: bool = field(
+        default=False,
+        metadata=describe("shard weights, gradients and optimizer over the processes (FSDP2), in place of DDP"),
+    )
+    ddp_timeout: int = field(
+        default=1800, metadata=describe("seconds after which a process that does not answer ends the run")
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata=describe("compute each layer again in the backward pass, to save memory")
+    )
+    batch_norm: str = field(
+        default="local",
+        metadata=describe(
+            "statistics of PlainMamba's batch norm in training: of each device's own batch, those of the checkpoint, "
+            "or of all devices together (GPU only)",
+            choices=BATCH_NORM_MODES,
+        ),
+    )
+    deterministic: bool = field(
+        default=False, metadata=describe("only algorithms that give the same result every time; slower on a GPU")
+    )
+
+    def __post_init__(self) -> None:
+        check_range("ddp_timeout", self.ddp_timeout, 1, math.inf)

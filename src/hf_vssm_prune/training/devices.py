@@ -1,0 +1,36 @@
+"""The device that a person names, or the one that there is."""
+
+import torch
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of a `--device` option; without one a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: torch does not know it, or it is not on this machine.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # not known; not compiled in, not there; meta
+        raise ValueError(f"--device {name} is not there; this machine has {', '.join(_devices())}.") from error
+    return device
+
+
+def check_training_precision(mixed_precision: str | None, device: torch.device) -> None:
+    """Refuses a precision that a device cannot train in.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if mixed_precision == "fp16" and device.type == "cpu":  # no scale for its gradients there
+        raise ValueError("--mixed_precision fp16 trains on a GPU only, and the device is the CPU: choose bf16 or no.")
+    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16; choose fp16.")
+
+
+def _devices() -> list[str]:
+    kinds = ["mps"] if torch.backends.mps.is_available() else []
+    return ["cpu", *kinds, *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]

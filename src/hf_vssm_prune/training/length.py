@@ -1,0 +1,74 @@
+"""How long a run is, and its learning rate from the first step to the last."""
+
+import math
+from dataclasses import dataclass
+
+from hf_vssm_prune.training.arguments import OptimizationArguments
+from hf_vssm_prune.training.optimization import LearningRateSchedule
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run is, in optimizer steps.
+
+    Args:
+        batches_per_epoch: on each device; of the last ones of an epoch there may be fewer than a step takes.
+        gradient_accumulation_steps: batches of a step.
+        num_train_epochs: passes over the training images.
+        max_train_steps: in place of them, if it is given.
+    """
+
+    batches_per_epoch: int
+    gradient_accumulation_steps: int
+    num_train_epochs: int
+    max_train_steps: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.batches_per_epoch / self.gradient_accumulation_steps)
+
+    @property
+    def num_steps(self) -> int:
+        return self.max_train_steps or self.num_train_epochs * self.steps_per_epoch
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes, the last of which may end early."""
+        return math.ceil(self.num_steps / self.steps_per_epoch)
+
+    def batches_left(self, epoch: int) -> int:
+        """From the beginning of an epoch to the end of the run."""
+        return (self.num_steps - epoch * self.steps_per_epoch) * self.gradient_accumulation_steps
+
+    def batches_of_step(self, batch: int) -> int:
+        """How many batches the step has to which a batch of an epoch belongs."""
+        accumulation = self.gradient_accumulation_steps
+        return min(accumulation, self.batches_per_epoch - batch // accumulation * accumulation)
+
+
+def plan_steps(options: OptimizationArguments, batches_per_epoch: int) -> tuple[RunLength, LearningRateSchedule]:
+    """The length of a run, and the learning rate of each step.
+
+    Raises:
+        ValueError: the warm-up is as long as the run.
+    """
+    length = RunLength(
+        batches_per_epoch,
+        options.gradient_accumulation_steps,
+        options.num_train_epochs,
+        options.max_train_steps,
+    )
+    warmup_steps = options.num_warmup_steps
+    if warmup_steps is None:
+        epochs = options.warmup_epochs
+        warmup_steps = round(length.num_steps / 30 if epochs is None else epochs * length.steps_per_epoch)
+    if warmup_steps >= length.num_steps:
+        raise ValueError(f"{warmup_steps} steps of warm-up leave nothing of the run's {length.num_steps}.")
+    schedule = LearningRateSchedule(
+        options.lr_scheduler_type,
+        length.num_steps,
+        warmup_steps,
+        warmup_factor=options.warmup_lr / options.learning_rate,
+        min_factor=options.min_lr / options.learning_rate,
+    )
+    return length, schedule

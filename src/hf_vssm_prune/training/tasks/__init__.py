@@ -1,0 +1,43 @@
+"""The tasks that can be trained, evaluated and estimated: one file each, see `task.Task`, and one line here."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_vssm_prune.training.recipes import read_recipe
+from hf_vssm_prune.training.tasks.classification import ImageClassification
+from hf_vssm_prune.training.tasks.task import Task
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (ImageClassification,)}
+DEFAULT_TASK = ImageClassification.name
+
+
+@dataclass
+class TaskArguments:
+    """Which task it is; each has options of its own."""
+
+    # The table itself, so that a task that is entered from outside is known, too.
+    task: str = field(default=DEFAULT_TASK, metadata={"help": "what is trained for", "choices": TASKS})
+
+
+def default_task() -> Task:
+    """Image classification."""
+    return TASKS[DEFAULT_TASK](None)
+
+
+def choose_task(arguments: Sequence[str] | None) -> type[Task]:
+    """The task that a command line, or the recipe it names, asks for: its options have to be known before the whole is
+    parsed. A task that there is not is left to that to refuse."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task")
+    parser.add_argument("--recipe", type=Path)
+    given, _ = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+    name = given.task
+    if name is None and given.recipe is not None:
+        with suppress(ValueError):  # a recipe that cannot be read
+            name = read_recipe(given.recipe).get("task")
+    return TASKS.get(name or DEFAULT_TASK, TASKS[DEFAULT_TASK])

@@ -1,0 +1,206 @@
+"""Image classification: an image has one of the labels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.hub.model_card import Evaluation, Measurement
+from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
+from hf_vssm_prune.training.arguments.parsing import describe
+from hf_vssm_prune.training.augmentation import AugmentationConfig, MixConfig, mix_batch
+from hf_vssm_prune.training.data import (
+    EvaluationImages,
+    ImageDatasets,
+    ImageStream,
+    StreamedTrainingImages,
+    TrainingImages,
+    collate,
+    load_evaluation_dataset,
+    load_image_dataset,
+    load_image_stream,
+)
+from hf_vssm_prune.training.losses import cross_entropy, distillation_loss
+from hf_vssm_prune.training.tasks.task import Batch, NoArguments, Scores
+from hf_vssm_prune.visualization import draw_classification, image_statistics
+
+
+@dataclass
+class AugmentationArguments:
+    """Augmentation of the training images."""
+
+    scale: list[float] = field(
+        default_factory=lambda: [0.08, 1.0],
+        metadata=describe("smallest and largest share of the area of a random resized crop"),
+    )
+    random_crop_padding: int | None = field(
+        default=None,
+        metadata=describe("for small images: random crops from a border of so many pixels, in place of --scale"),
+    )
+    no_random_crop: bool = field(default=False, metadata=describe("neither kind of random crop"))
+    hflip: float = field(default=0.5, metadata=describe("probability of mirroring an image"))
+    randaugment_num_ops: int = field(default=2, metadata=describe("RandAugment operations on an image; 0: none"))
+    randaugment_magnitude: float = field(default=9.0, metadata=describe("their strength, 0 to 10"))
+    reprob: float = field(default=0.25, metadata=describe("probability of random erasing", "--random_erasing"))
+    mixup: float = field(default=0.8, metadata=describe("mixup's alpha; 0: no mixup"))
+    cutmix: float = field(default=1.0, metadata=describe("CutMix's alpha; 0: no CutMix"))
+    mixup_prob: float = field(default=1.0, metadata=describe("probability of mixing a batch at all"))
+    mixup_switch_prob: float = field(
+        default=0.5, metadata=describe("probability of CutMix rather than mixup where both are on")
+    )
+    smoothing: float = field(default=0.1, metadata=describe("label smoothing", "--label_smoothing"))
+
+    def __post_init__(self) -> None:
+        if self.no_random_crop and self.random_crop_padding:
+            raise ValueError("--no_random_crop and --random_crop_padding exclude each other: give one of them.")
+        if len(self.scale) != 2:
+            raise ValueError(f"--scale is {self.scale}: the smallest and the largest share are needed.")
+        self.image_augmentation()
+        self.mix()
+
+    def image_augmentation(self) -> AugmentationConfig:
+        no_resized_crop = self.no_random_crop or self.random_crop_padding is not None
+        return AugmentationConfig(
+            random_resized_crop_scale=None if no_resized_crop else (self.scale[0], self.scale[1]),
+            random_crop_padding=self.random_crop_padding or 0,
+            horizontal_flip=self.hflip,
+            randaugment_num_ops=self.randaugment_num_ops,
+            randaugment_magnitude=self.randaugment_magnitude,
+            random_erasing=self.reprob,
+        )
+
+    def mix(self) -> MixConfig:
+        return MixConfig(self.mixup, self.cutmix, self.mixup_prob, self.mixup_switch_prob, self.smoothing)
+
+
+class ImageClassification:
+    """Cross-entropy with mixup and CutMix, measured by top-1 and top-5; see `task.Task`.
+
+    A batch has "pixel_values" (batch, channels, height, width) and "labels": class ids (batch,), or after mixing
+    probabilities (batch, labels). The scores of a batch are (batch, 3), see `score_predictions`.
+
+    Args:
+        arguments: augmentation and mixing; an evaluation needs none.
+    """
+
+    name: ClassVar[str] = "image-classification"
+    auto_class: ClassVar[Any] = AutoModelForImageClassification
+    training_arguments: ClassVar[type] = AugmentationArguments
+    evaluation_arguments: ClassVar[type] = NoArguments
+    metric_for_best_model: ClassVar[str] = "top1"
+    greater_is_better: ClassVar[bool] = True
+    shown_metrics: ClassVar[Mapping[str, tuple[str, str]]] = {"top1": ("top-1", ".2%"), "top5": ("top-5", ".2%")}
+
+    def __init__(self, arguments: AugmentationArguments | NoArguments | None = None) -> None:
+        self.arguments = arguments if isinstance(arguments, AugmentationArguments) else AugmentationArguments()
+
+    # Data
+
+    def load_datasets(self, data: DataArguments, seed: int) -> ImageDatasets:
+        options: dict[str, Any] = {
+            "config_name": data.dataset_config_name,
+            "train_split": data.train_split,
+            "eval_split": data.eval_split,
+            "image_column": data.image_column_name,
+            "label_column": data.label_column_name,
+            "max_train_samples": data.max_train_samples,
+            "max_eval_samples": data.max_eval_samples,
+            "seed": seed,
+        }
+        if data.streaming:
+            return load_image_stream(data.dataset_name, shuffle_buffer_size=data.shuffle_buffer_size, **options)
+        return load_image_dataset(data.dataset_name, validation_share=data.train_val_split, **options)
+
+    def load_evaluation_dataset(self, data: EvaluationDataArguments, seed: int) -> tuple[Any, Sequence[str]]:
+        return load_evaluation_dataset(
+            data.dataset_name,
+            config_name=data.dataset_config_name,
+            split=data.eval_split,
+            image_column=data.image_column_name,
+            label_column=data.label_column_name,
+            max_samples=data.max_eval_samples,
+            seed=seed,
+        )
+
+    def training_items(self, rows: Any, image_processor: BaseImageProcessor, seed: int) -> TrainingImages:
+        kind = StreamedTrainingImages if isinstance(rows, ImageStream) else TrainingImages
+        return kind(rows, image_processor, self.arguments.image_augmentation(), seed)
+
+    def evaluation_items(self, rows: Any, image_processor: BaseImageProcessor) -> EvaluationImages:
+        return EvaluationImages(rows, image_processor)
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
+        return collate(items)
+
+    def example_batch(self, config: VisionMambaConfig, batch_size: int, device: torch.device) -> Batch:
+        height, width = config.image_height_width(config.image_size)
+        return {
+            "pixel_values": torch.randn(batch_size, config.num_channels, height, width, device=device),
+            "labels": torch.randint(config.num_labels, (batch_size,), device=device),
+        }
+
+    # Training
+
+    def mix(self, batch: Batch, config: VisionMambaConfig, generator: np.random.Generator) -> Batch:
+        pixel_values, labels = mix_batch(
+            batch["pixel_values"], batch["labels"], config.num_labels, self.arguments.mix(), generator
+        )
+        return {**batch, "pixel_values": pixel_values, "labels": labels}
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        # Without labels: to a model's own loss, soft ones mean several labels for an image.
+        return {"pixel_values": batch["pixel_values"]}
+
+    def losses(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        return {"cross_entropy": cross_entropy(outputs.logits, batch["labels"])}
+
+    def distillation(self, student: Any, teacher: Any, temperature: float) -> Tensor:
+        return distillation_loss(student.logits, teacher.logits, temperature)
+
+    # Evaluation
+
+    def scores(self, outputs: Any, batch: Batch) -> Tensor:
+        return score_predictions(outputs.logits, batch["labels"])
+
+    def metrics(self, scores: Sequence[Scores]) -> dict[str, float]:
+        means = torch.cat(list(scores)).double().mean(dim=0).tolist()  # type: ignore[arg-type]
+        return dict(zip(("top1", "top5", "loss"), means, strict=True))
+
+    # To look at
+
+    def draw(self, model: PreTrainedModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
+        return draw_classification(model, batch["pixel_values"], *image_statistics(image_processor))
+
+    def evaluation_on_card(
+        self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
+    ) -> Evaluation:
+        return Evaluation(
+            dataset_name=dataset_name,
+            dataset_id=dataset_name,
+            split=split,
+            num_images=num_images,
+            this_model=Measurement("this model", 100 * metrics["top1"], 100 * metrics["top5"], pruned=pruned),
+        )
+
+
+def score_predictions(logits: Tensor, labels: Tensor) -> Tensor:
+    """For each image whether the label is the first guess, whether it is among the first five, and its cross-entropy.
+
+    Args:
+        logits: (batch, labels).
+        labels: class ids (batch,).
+
+    Returns:
+        float32 (batch, 3).
+    """
+    logits = logits.float()
+    guesses = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels.unsqueeze(-1)
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return torch.stack([guesses[:, 0].float(), guesses.any(dim=-1).float(), loss], dim=-1)

@@ -1,0 +1,83 @@
+"""The shape of the code: who imports whom."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+
+SOURCES = Path(__file__).resolve().parents[1] / "src"
+
+
+def modules_in(folder: Path) -> dict[str, Path]:
+    """Files by the names that an import statement has for them."""
+    files = {file.relative_to(folder).with_suffix(""): file for file in folder.rglob("*.py")}
+    return {".".join(name.parts).removesuffix(".__init__"): file for name, file in files.items()}
+
+
+def imported_names(module: str, file: Path) -> Iterator[tuple[str, str]]:
+    """Of all import statements, those within functions too: the module named, and what is taken from it or nothing."""
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*above, *filter(None, [node.module])])
+            yield from ((source, alias.name) for alias in node.names)
+
+
+def import_graph(folder: Path) -> dict[str, set[str]]:
+    """For each module under `folder` those of the others that it imports.
+
+    What is taken from a package is the module of that name, or the package's own file where there is none.
+    """
+    modules, graph = modules_in(folder), {}
+    for module, file in modules.items():
+        targets = ((f"{source}.{name}", source) for source, name in imported_names(module, file))
+        found = {next((name for name in names if name in modules), None) for names in targets}
+        graph[module] = found - {module, None}
+    return graph
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """Modules each of which is imported by the one after it, the first and the last being the same; or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = import_graph(SOURCES)
+    assert "hf_vssm_prune.kernels.cpu" in graph["hf_vssm_prune.kernels"]
+    assert not circle_in(graph)
+
+
+@pytest.mark.parametrize(
+    ("imports", "circle"),
+    [
+        ({"a": "from . import b", "b": "from .sub.c import x", "sub/c": "def f():\n    from ..a import x"}, True),
+        ({"a": "import p.b", "b": "from p import a"}, True),
+        ({"a": "from p.sub import c", "sub/c": "import p.b", "sub/__init__": "from ..b import x"}, False),
+        ({"a": "from .sub import x", "sub/__init__": "from .c import x", "sub/c": "from p import a"}, True),
+    ],
+)
+def test_circles_are_found_however_they_are_imported(imports, circle, tmp_path) -> None:
+    for name in ("a", "b", "sub/c", "sub/__init__", "__init__"):
+        file = tmp_path / "p" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(imports.get(name, ""))
+    assert bool(circle_in(import_graph(tmp_path))) == circle
+
+
+def test_kernels_import_mathematics_and_not_the_files_that_choose_a_kernel() -> None:
+    graph = import_graph(SOURCES)
+    imported = set().union(*(graph[module] for module in graph if module.startswith("hf_vssm_prune.kernels.")))
+    assert {"hf_vssm_prune.selective_scan_torch", "hf_vssm_prune.convolution_torch"} <= imported
+    choosing = {module for module in graph if "hf_vssm_prune.kernel_choice" in graph[module]}
+    assert choosing >= {"hf_vssm_prune.selective_scan", "hf_vssm_prune.grid_convolution"}
+    assert not imported & (choosing | {"hf_vssm_prune.kernel_choice"})

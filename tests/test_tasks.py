@@ -1,0 +1,247 @@
+"""What every task may rely on, and what the loop promises for each: one set of tests, through all tasks."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import TOKEN_PRUNING, load_script, make_vim_config
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from test_training import fresh_accelerator, image_folder, make_recipe, make_trainer  # noqa: F401
+from tested_tasks import EVERY_TASK, PLAIN_TASKS, RANDOM_TASKS, MeanColour
+from transformers import AutoModelForImageClassification
+
+from hf_vssm_prune.training.arguments import DataArguments, ElasticArguments
+from hf_vssm_prune.training.checkpoints import find_checkpoints
+from hf_vssm_prune.training.data import ImageDatasets
+from hf_vssm_prune.training.divergence import TrainingDivergedError
+from hf_vssm_prune.training.interruption import TrainingInterruptedError
+from hf_vssm_prune.training.loop import Trainer
+from hf_vssm_prune.training.losses import LossWeights
+from hf_vssm_prune.training.tasks import TASKS
+from hf_vssm_prune.training.tasks.task import Task
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(params=sorted(EVERY_TASK))
+def task(request: pytest.FixtureRequest) -> str:
+    """The name of each task in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def parquet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 training and 5 test images of three colours, in files that can be streamed."""
+    folder = tmp_path_factory.mktemp("parquet")
+    generator = np.random.default_rng(0)
+    features = Features({"image": Image(), "label": ClassLabel(names=["red", "green", "blue"])})
+    for split, count in (("train-0", 13), ("train-1", 13), ("test-0", 5)):
+        pixels = generator.integers(0, 156, (count, 32, 32, 3), dtype=np.uint8)
+        for i in range(count):
+            pixels[i, ..., i % 3] += 100
+        images = [PILImage.fromarray(each) for each in pixels]
+        rows = {"image": images, "label": [i % 3 for i in range(count)]}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@cache
+def load_datasets(task: str, data: Path, streaming: bool) -> ImageDatasets:
+    """Of a stream the evaluation images are read and stored, which takes longer than the run."""
+    arguments = DataArguments(str(data), streaming=streaming, shuffle_buffer_size=5, dataloader_num_workers=0)
+    return RANDOM_TASKS[task]().load_datasets(arguments, seed=0)
+
+
+def prepare(
+    task: Task, data: Path, output_dir: Path, resume: str | None = None, streaming: bool = False, **optimization
+) -> Trainer:
+    """Everything at once: pruned by budgets drawn, with teacher, drop path, average of the weights and accumulation.
+    36 images are 5 steps of an epoch, the last one of a single batch; 26 images of a stream are 3."""
+    losses = LossWeights(kd_weight=1.0, alignment_weight=1.0)
+    defaults = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "model_ema": True, "model_ema_decay": 0.9}
+    recipe = make_recipe(output_dir, losses, **{**defaults, **optimization})
+    recipe = replace(recipe, task=task, elastic=ElasticArguments(elastic_budgets=[0.0, 0.3]))
+    recipe.run.resume, recipe.run.checkpointing_steps, recipe.run.save_total_limit = resume, "1", 20
+    datasets = load_datasets(task.name, data, streaming)
+    torch.manual_seed(1)
+    teacher = AutoModelForImageClassification.from_config(make_vim_config())
+    config = make_vim_config(token_pruning=dict(TOKEN_PRUNING), drop_path_rate=0.3)
+    return make_trainer(config, datasets, recipe, teacher)
+
+
+@pytest.fixture(autouse=True)
+def heard_signals() -> Iterator[None]:
+    """Whatever the tests were started with: see `conftest.hear_signals`."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def stop_after(trainer: Trainer, step: int, number: signal.Signals) -> None:
+    """Sends this process a signal in the middle of the step that follows; a second one would end it at once."""
+
+    def stop(module: torch.nn.Module, inputs: object) -> None:
+        if module.training and trainer.state.steps == step:
+            hook.remove()
+            os.kill(os.getpid(), number)
+
+    hook = trainer.plain_model.register_forward_pre_hook(stop)
+
+
+def train_until_killed(task: Task, data: Path, output_dir: Path, streaming: bool) -> None:
+    trainer = prepare(task, data, output_dir, streaming=streaming)
+    stop_after(trainer, 4, signal.SIGKILL)
+    trainer.train()
+
+
+def reset() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+def test_killed_and_stopped_runs_end_with_the_same_weights_to_the_bit(
+    task,
+    streaming,
+    image_folder,  # noqa: F811
+    parquet_folder,
+    tmp_path,
+):
+    data = parquet_folder if streaming else image_folder
+    whole = prepare(RANDOM_TASKS[task](), data, tmp_path / "whole", streaming=streaming).train()
+    reset()
+
+    broken = tmp_path / "broken"
+    process = FORK.Process(target=train_until_killed, args=(RANDOM_TASKS[task](), data, broken, streaming))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert find_checkpoints(broken)[-1].name == "checkpoint-4"
+
+    stopped = prepare(RANDOM_TASKS[task](), data, broken, resume="latest", streaming=streaming)
+    assert stopped.state.steps == 4
+    stop_after(stopped, 5, signal.SIGTERM)
+    with pytest.raises(TrainingInterruptedError, match="Stopped by SIGTERM"):
+        stopped.train()
+    assert find_checkpoints(broken)[-1].name == "checkpoint-6"
+    reset()
+
+    resumed = prepare(RANDOM_TASKS[task](), data, broken, resume="latest", streaming=streaming).train()
+    assert resumed["history"] == whole["history"]
+    for name in ("last", "last_ema"):
+        weights, others = (load_file(tmp_path / run / name / "model.safetensors") for run in ("whole", "broken"))
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weights[key], others[key]) for key in weights), name
+
+
+def test_accumulated_small_batches_train_like_large_ones(task, image_folder, tmp_path):  # noqa: F811
+    weights = {}
+    for batch_size, accumulation in ((12, 1), (4, 3)):
+        recipe = make_recipe(
+            tmp_path / str(batch_size),
+            num_train_epochs=2,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            adam_epsilon=1e-3,
+            clip_grad=0.5,
+        )
+        recipe = replace(recipe, task=PLAIN_TASKS[task]())
+        datasets = recipe.task.load_datasets(DataArguments(str(image_folder)), seed=0)
+        trainer = make_trainer(make_vim_config(), datasets, recipe)
+        trainer.train()
+        weights[batch_size] = trainer.plain_model.state_dict()
+    for name, value in weights[12].items():
+        torch.testing.assert_close(weights[4][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_named_before_the_weights_change(task, image_folder, tmp_path):  # noqa: F811
+    trainer = prepare(RANDOM_TASKS[task](), image_folder, tmp_path, gradient_accumulation_steps=1)
+
+    def overflow(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan") if module.training and trainer.state.steps == 2 else output
+
+    trainer.plain_model.get_submodule("vim.layers.2.mixer").register_forward_hook(
+        lambda module, inputs, output: (overflow(module, inputs, output[0]), *output[1:]), prepend=True
+    )
+    with pytest.raises(TrainingDivergedError, match=r"step 3 of 18: loss nan.*not finite is that of vim\.layers\.2\.m"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.plain_model.parameters())
+    assert find_checkpoints(tmp_path)[-1].name == "checkpoint-2"
+
+
+def test_terms_metrics_and_the_best_by_them(task, image_folder, tmp_path):  # noqa: F811
+    results = prepare(RANDOM_TASKS[task](), image_folder, tmp_path).train()
+    kind = EVERY_TASK[task]
+    key = kind.metric_for_best_model
+    measured = [entry[f"{prefix}{key}"] for entry in results["history"] for prefix in ("eval_", "eval_ema_")]
+    assert results["best"][key] == (max if kind.greater_is_better else min)(measured)
+    assert json.loads((tmp_path / "all_results.json").read_text()) == results
+    for folder in ("best", "last", "last_ema"):
+        model = kind.auto_class.from_pretrained(tmp_path / folder)
+        assert model.config.token_pruning == TOKEN_PRUNING
+
+
+def test_a_task_has_all_that_the_loop_asks_for(task):
+    kind = EVERY_TASK[task]
+    assert kind.name == task
+    members = {name for name in vars(Task) if not name.startswith("_")} | set(get_type_hints(Task))
+    assert all(hasattr(kind(None), name) for name in members)
+    assert kind.metric_for_best_model in kind.shown_metrics
+    batch = kind(None).example_batch(make_vim_config(), 3, torch.device("cpu"))
+    outputs = AutoModelForImageClassification.from_config(make_vim_config())(**kind(None).inputs(batch))
+    assert all(term.shape == () for term in kind(None).losses(outputs, batch).values())
+    scores = kind(None).scores(outputs, batch)
+    assert len(scores) == 3
+    assert set(kind.shown_metrics) <= set(kind(None).metrics([scores, scores]))
+
+
+def test_the_loop_names_no_task():
+    """Nor its data, its loss, its metrics or its head."""
+    folder = Path(__file__).resolve().parents[1] / "src" / "hf_vssm_prune" / "training"
+    for name in (
+        "loop",
+        "loaders",
+        "evaluation",
+        "divergence",
+        "distribution",
+        "elastic",
+        "ema",
+        "run_log",
+        "estimate",
+    ):
+        text = (folder / f"{name}.py").read_text().lower()
+        for word in ("classif", "top1", "top-1", "accuracy", "cross_entropy", "cross-entropy", '"labels"', "mixup"):
+            assert word not in text, f"{name}.py has {word!r}"
+
+
+def test_a_toy_task_is_one_line_in_the_table(image_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setitem(TASKS, MeanColour.name, MeanColour)
+    shared = ["--task", "mean-colour", "--dataset_name", str(image_folder), "--workers", "0"]
+    sizes = ["hidden_size=16", "num_hidden_layers=4", "state_size=4"]
+    model = ["--family", "vim", "--image_size", "32", "--patch_size", "8", "--config_overrides", *sizes]
+    short = ["--batch_size", "4", "--max_train_steps", "2", "--num_warmup_steps", "1", "--use_cpu"]
+    run = [*shared, *model, *short, "--noise", "0.1", "--output_dir", str(tmp_path / "run")]
+    assert load_script("train").main(run) == 0
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["eval_rmse"] > 0
+    capsys.readouterr()
+    reset()
+    options = ["--model_name_or_path", str(tmp_path / "run" / "best"), "--device", "cpu", "--flops_reduction", "0.3"]
+    assert load_script("evaluate").main([*shared, *options, "--json", str(tmp_path / "out.json")]) == 0
+    assert "| model | RMSE | GFLOPs |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["pruned"]["metrics"]["rmse"] > 0
+    with pytest.raises(SystemExit):
+        load_script("train").main([*run, "--mixup", "0.5"])  # an option of another task
+    assert "--mixup" in capsys.readouterr().err
