@@ -141,7 +141,5 @@ def test_rows_that_datasets_cannot_read_are_named(tmp_path):
         return row
 
     broken = ImageStream(stream.rows.map(fail), 4, buffer_size=1, split="train")
-    with pytest.raises(
-        ValueError, match=r"After [0-2] rows of split 'train' one cannot be read: An image"
-    ):
+    with pytest.raises(ValueError, match=r"After [0-2] rows of split 'train' one cannot be read: An image"):
         list(StreamSampler(broken, seed=0))
