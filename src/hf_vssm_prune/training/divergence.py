@@ -129,6 +129,6 @@ def describe_divergence(
         place = "all layers' outputs and all gradients are finite, one by one"
     return (
         f"The loss or its gradient is not finite at step {step} of {num_steps}: {terms}; {place}. Try a smaller "
-        f"--learning_rate (it is {options.learning_rate:g}), a longer warm-up, --clip_grad (it is {options.clip_grad}), "
+        f"--learning_rate (it is {options.learning_rate:g}), a longer warm-up, --clip_grad (it is {options.clip_grad}) "
         f"or --mixed_precision no (it is {accelerator.mixed_precision}). {last_checkpoint} {see('loss-not-finite')}"
     )

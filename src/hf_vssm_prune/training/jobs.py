@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import set_seed
+from transformers import BaseImageProcessor, set_seed
 from transformers.utils import logging as transformers_logging
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
@@ -39,11 +39,12 @@ from hf_vssm_prune.training.devices import check_training_precision, find_device
 from hf_vssm_prune.training.distribution import ProcessLostError
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models, comparison_table
+from hf_vssm_prune.training.image_size import config_at_size, resize_image_processor, resize_model
 from hf_vssm_prune.training.image_steps import ImageError
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.tasks import default_task
-from hf_vssm_prune.training.tasks.task import Task
+from hf_vssm_prune.training.tasks.task import PrunableModel, Task
 
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def prepare_finetuning(
     """
     _check_run(recipe)
     config = load_config(model.model_name_or_path)
+    if model.image_size is not None:
+        config = config_at_size(config, model.image_size)
     # The checkpoint's configuration checks the schedule, before weights and images are loaded.
     schedule = pruning.schedule(config)
     if schedule is None:
@@ -70,12 +73,12 @@ def prepare_finetuning(
     datasets = recipe.task.load_datasets(data, recipe.run.seed)
     drop_path = recipe.optimization.drop_path
     student = load_model(model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes)
+    processor = _at_size(student, load_image_processor(model.model_name_or_path), model.image_size)
     student.set_token_pruning(schedule)
     teacher = None
     if recipe.losses.needs_teacher:
         name = model.teacher_name_or_path or model.model_name_or_path
-        teacher = load_teacher(name, student.config, recipe, model.teacher_dtype)
-    processor = load_image_processor(model.model_name_or_path)
+        teacher = load_teacher(name, student.config, recipe, model.teacher_dtype, model.image_size)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=True)
     return Trainer(student, datasets, processor, recipe, teacher, card)
 
@@ -103,9 +106,17 @@ def prepare_dense_training(data: DataArguments, model: DenseModelArguments, reci
     else:
         network = load_model(model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes)
         network.set_token_pruning(None)
-        processor = load_image_processor(model.model_name_or_path)
+        processor = _at_size(network, load_image_processor(model.model_name_or_path), model.image_size)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=False)
     return Trainer(network, datasets, processor, recipe, write_card=card)
+
+
+def _at_size(model: PrunableModel, processor: BaseImageProcessor, image_size: int | None) -> BaseImageProcessor:
+    """Lays a checkpoint out for another image size, if there is one, and returns the image processor for it."""
+    if image_size is None:
+        return processor
+    resize_model(model, image_size)
+    return resize_image_processor(processor, image_size)
 
 
 def evaluate(
@@ -204,7 +215,7 @@ def _load_evaluation(
     """Batches of the images that the options name, and the names of their labels."""
     set_seed(options.seed)
     rows, label_names = task.load_evaluation_dataset(data, options.seed)
-    loader = DataLoader(
+    loader: DataLoader = DataLoader(
         task.evaluation_items(rows, load_image_processor(options.model_name_or_path)),  # type: ignore[arg-type]
         batch_size=options.per_device_eval_batch_size,
         collate_fn=task.collate,
@@ -252,7 +263,7 @@ def load_model(
 
 
 def load_teacher(
-    name_or_path: str, student: VisionMambaConfig, recipe: Recipe, dtype: str = "float32"
+    name_or_path: str, student: VisionMambaConfig, recipe: Recipe, dtype: str = "float32", image_size: int | None = None
 ) -> ImageClassifier:
     """The dense, frozen model from which a student learns, with weights of the precision `dtype`.
 
@@ -260,6 +271,8 @@ def load_teacher(
         ValueError: its labels, tokens or hidden states are not those of the student, and the losses compare them.
     """
     config = load_config(name_or_path)
+    if image_size is not None:
+        config = config_at_size(config, image_size)
     compared = ["num_labels"] if recipe.losses.kd_weight > 0 else []
     if recipe.losses.alignment_weight > 0:
         compared += ["model_type", "hidden_size", "num_hidden_layers", "grid_size"]
@@ -270,6 +283,8 @@ def load_teacher(
                 "they cannot be compared."
             )
     teacher = load_classifier(name_or_path, dtype=dtype)
+    if image_size is not None:
+        resize_model(teacher, image_size)
     teacher.set_token_pruning(None)
     return teacher
 

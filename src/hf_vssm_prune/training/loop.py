@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor
 
 from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.training.arguments import ElasticArguments, OptimizationArguments, RunArguments, ScaleArguments
@@ -65,7 +65,7 @@ from hf_vssm_prune.training.memory import enable_activation_checkpointing
 from hf_vssm_prune.training.optimization import make_optimizer
 from hf_vssm_prune.training.run_log import LossWindow, RunLog
 from hf_vssm_prune.training.saved_models import SavedModels, WriteCard
-from hf_vssm_prune.training.tasks.task import Batch, Task
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task
 
 
 # Of the metrics of the weights, and of their average.
@@ -109,11 +109,11 @@ class Trainer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PrunableModel,
         datasets: ImageDatasets,
         image_processor: BaseImageProcessor,
         recipe: Recipe,
-        teacher: PreTrainedModel | None = None,
+        teacher: PrunableModel | None = None,
         write_card: WriteCard | None = None,
     ) -> None:
         if recipe.losses.needs_teacher and teacher is None:
@@ -161,7 +161,7 @@ class Trainer:
 
     # Preparation
 
-    def _prepare(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    def _prepare(self, model: PrunableModel, teacher: PrunableModel | None) -> None:
         """Puts the models on the device and spreads them over the processes."""
         options, scale = self.recipe.optimization, self.recipe.scale
         if scale.batch_norm == "sync":
@@ -319,12 +319,13 @@ class Trainer:
         # Drop path and random importance draw from torch's own generator.
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         inputs = self.task.inputs(batch) | {"output_hidden_states": self.recipe.losses.alignment_weight > 0}
-        schedule = self.plain_model.config.token_pruning
+        schedule, drawn = self.plain_model.config.token_pruning, {}
         if self.elastic_schedules:
             step = index // self.length.gradient_accumulation_steps
             schedule = draw_schedule(self.elastic_schedules, self.recipe.run.seed, epoch, step)
+            drawn = {"token_pruning": schedule}
         with self.accelerator.autocast():
-            student = self.model(**inputs, token_pruning=schedule)
+            student = self.model(**inputs, **drawn)
         teacher = None
         if self.teacher is not None and self.recipe.losses.needs_teacher:
             with torch.no_grad(), self.accelerator.autocast():
@@ -412,7 +413,7 @@ class Trainer:
     def _evaluate(self, epoch: int) -> None:
         """Evaluates the weights and their average, and saves the better one if it is the best so far."""
         torch.manual_seed(self.recipe.run.seed)
-        candidates: dict[str, PreTrainedModel] = {"model": self.accelerator.unwrap_model(self.model)}
+        candidates: dict[str, PrunableModel] = {"model": self.accelerator.unwrap_model(self.model)}
         if self.ema is not None:
             candidates["ema"] = self.ema.model
         evaluated: dict[str, float] = {}
@@ -440,13 +441,13 @@ class Trainer:
         best = self.state.best[name]
         return metrics[name] > best if self.task.greater_is_better else metrics[name] < best
 
-    def _save_model(self, model: PreTrainedModel, name: str, metrics: dict[str, float]) -> None:
+    def _save_model(self, model: PrunableModel, name: str, metrics: dict[str, float]) -> None:
         model = self._whole(model)
         if self.accelerator.is_main_process:
             self.saved_models.save(model, self.output_dir / name, metrics)
         self.accelerator.wait_for_everyone()
 
-    def _whole(self, model: PreTrainedModel) -> PreTrainedModel:
+    def _whole(self, model: PrunableModel) -> PrunableModel:
         """The model, which one process can run by itself; all call this. What is sharded comes together in a copy."""
         if self._saved_model is None:
             return model
@@ -495,7 +496,7 @@ class Trainer:
         self.log.write_metrics(f"epoch {epoch + 1}/{length.num_epochs} step {step}/{length.num_steps}", values)
         self.log.track({f"train_{name}": value for name, value in values.items()}, step)
 
-    def _track_picture(self, model: PreTrainedModel) -> None:
+    def _track_picture(self, model: PrunableModel) -> None:
         """Shows the picture of a pruned model to the trackers."""
         if not self.recipe.run.with_tracking or model.config.token_pruning is None:
             return

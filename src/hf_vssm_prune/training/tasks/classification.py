@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import AutoModelForImageClassification, BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement
@@ -28,7 +28,7 @@ from hf_vssm_prune.training.data import (
     load_image_stream,
 )
 from hf_vssm_prune.training.losses import cross_entropy, distillation_loss
-from hf_vssm_prune.training.tasks.task import Batch, NoArguments, Scores
+from hf_vssm_prune.training.tasks.task import Batch, NoArguments, PrunableModel, Scores
 from hf_vssm_prune.visualization import draw_classification, image_statistics
 
 
@@ -143,14 +143,14 @@ class ImageClassification:
         height, width = config.image_height_width(config.image_size)
         return {
             "pixel_values": torch.randn(batch_size, config.num_channels, height, width, device=device),
-            "labels": torch.randint(config.num_labels, (batch_size,), device=device),
+            "labels": torch.randint(len(config.label_names), (batch_size,), device=device),
         }
 
     # Training
 
     def mix(self, batch: Batch, config: VisionMambaConfig, generator: np.random.Generator) -> Batch:
         pixel_values, labels = mix_batch(
-            batch["pixel_values"], batch["labels"], config.num_labels, self.arguments.mix(), generator
+            batch["pixel_values"], batch["labels"], len(config.label_names), self.arguments.mix(), generator
         )
         return {**batch, "pixel_values": pixel_values, "labels": labels}
 
@@ -175,7 +175,7 @@ class ImageClassification:
 
     # To look at
 
-    def draw(self, model: PreTrainedModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
+    def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
         return draw_classification(model, batch["pixel_values"], *image_statistics(image_processor))
 
     def evaluation_on_card(

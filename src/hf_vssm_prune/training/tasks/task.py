@@ -6,13 +6,13 @@ other state: what is random in it comes from generators and seeds that it is giv
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.hub.model_card import Evaluation
@@ -20,9 +20,11 @@ from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArgume
 from hf_vssm_prune.training.data import ImageDatasets
 
 
-Batch = dict[str, Any]
+# A `PreTrainedModel` with a backbone of this package, which is a `TokenPruningMixin`: Python has no type for both.
+PrunableModel: TypeAlias = Any
+Batch: TypeAlias = dict[str, Any]
 # Of the images of one batch, one entry for each: a tensor (batch, ...), or a list where they differ in size.
-Scores = Tensor | list[Any]
+Scores: TypeAlias = Tensor | list[Any]
 
 
 @dataclass
@@ -116,7 +118,7 @@ class Task(Protocol):
 
     # To look at
 
-    def draw(self, model: PreTrainedModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image | None:
+    def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image | None:
         """A picture of what a pruned model makes of a batch, for cards and trackers; None if there is none."""
 
     def evaluation_on_card(

@@ -1,0 +1,66 @@
+"""A checkpoint that was trained at one image size goes on at another: model, configuration and image processor."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import BaseImageProcessor
+
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.modeling_common import resize_position_embeddings
+from hf_vssm_prune.training.tasks.task import PrunableModel
+
+
+def config_at_size(config: VisionMambaConfig, image_size: int) -> VisionMambaConfig:
+    """A configuration for images of `image_size` × `image_size` pixels: budgets are counted, and grids compared, there.
+
+    Raises:
+        ValueError: it is too small for a patch.
+    """
+    return type(config).from_dict({**config.to_dict(), "image_size": image_size})
+
+
+def resize_model(model: PrunableModel, image_size: int) -> None:
+    """Lays a model out for images of `image_size` × `image_size` pixels. Position embeddings are resized bicubically, as
+    a forward pass at that size does it; a class token's stays as it is.
+
+    Raises:
+        ValueError: it is too small for a patch.
+    """
+    grid, new_grid = model.config.grid_size, config_at_size(model.config, image_size).grid_size
+    embeddings = model.base_model.embeddings
+    resized = _resize(embeddings.position_embeddings.detach(), grid, new_grid)
+    embeddings.position_embeddings = nn.Parameter(resized)
+    model.config.image_size = image_size
+
+
+def _resize(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, tokens, hidden) of another grid, with or without a class token in the middle."""
+    num_patches, new_num_patches = math.prod(grid), math.prod(new_grid)
+    middle, new_middle = num_patches // 2, new_num_patches // 2
+    before, class_token, after = positions.split(
+        [middle, positions.shape[1] - num_patches, num_patches - middle], dim=1
+    )
+    patches = resize_position_embeddings(torch.cat([before, after], dim=1), grid, new_grid, interpolate=True)
+    return torch.cat([patches[:, :new_middle], class_token, patches[:, new_middle:]], dim=1)
+
+
+def resize_image_processor(image_processor: BaseImageProcessor, image_size: int) -> BaseImageProcessor:
+    """An image processor that crops to `image_size` × `image_size` pixels, or resizes to them where it crops nothing,
+    and otherwise does what the given one does: the crop is as large a part of the image as before.
+
+    Raises:
+        ValueError: it does not say to what size it crops or resizes.
+    """
+    options = image_processor.to_dict()
+    size, crop = options.get("size") or {}, options.get("crop_size") or {}
+    cropped = options.get("do_center_crop") and crop
+    target = crop if cropped else size
+    if not ({"height", "width"} <= target.keys() or "shortest_edge" in target):
+        raise ValueError(f"The image processor's size {target} is not (height, width) or a shortest edge.")
+    before = {side: target.get(side, target.get("shortest_edge")) for side in ("height", "width")}
+    factors = {side: image_size / pixels for side, pixels in before.items()}
+    factors["shortest_edge"] = max(factors.values())
+    new_size = {name: round(pixels * factors[name]) for name, pixels in size.items() if name in factors}
+    changed = {"size": new_size} | ({"crop_size": {"height": image_size, "width": image_size}} if cropped else {})
+    return type(image_processor).from_dict({**options, **changed})
