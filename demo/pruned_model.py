@@ -1,5 +1,6 @@
 """A classifier that prunes by a budget chosen for each image: what it says and keeps, and how long it takes."""
 
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -15,10 +16,9 @@ from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.pruning_options import method_options
 from hf_vssm_prune.visualization import (
     draw_stages,
-    image_from_pixel_values,
+    frames_from_pixel_values,
     image_statistics,
     kept_patches,
-    patched_area,
 )
 
 
@@ -101,24 +101,24 @@ class PrunedModel:
             ValueError: this model cannot be pruned by so much.
         """
         config = self.model.config
-        size = (pixel_values.shape[2], pixel_values.shape[3])
+        size = config.input_size_of(pixel_values.shape)
         schedule = self._schedule(percent)
         with self._lock:
             self.model.set_token_pruning(None)
             dense = self.model(pixel_values)
             self.model.set_token_pruning(schedule)
             pruned = self.model(pixel_values)
-            flops = count_flops(config, size)
+            flops = count_flops(config, size[-2:])
         grid = config.grid_size_for(*size)
         kept = [ids[0] for ids in kept_patches(pruned.kept_tokens or (), config, size)]
-        seen = image_from_pixel_values(pixel_values[0], *image_statistics(self.image_processor))
+        seen = frames_from_pixel_values(pixel_values[0], *image_statistics(self.image_processor), config)
         return Classification(
             dense=self._likely_labels(dense.logits[0]),
             pruned=self._likely_labels(pruned.logits[0]),
-            panels=draw_stages(patched_area(seen, config), kept, grid),
+            panels=draw_stages(seen, kept, grid),
             layers=[] if schedule is None else schedule["layers"],
             num_kept=[len(ids) for ids in kept],
-            num_patches=grid[0] * grid[1],
+            num_patches=math.prod(grid),
             flops=flops,
         )
 
@@ -130,7 +130,7 @@ class PrunedModel:
             pixel_values: of one image; copies of it fill the batch.
             percent: as for `classify`.
         """
-        batch = pixel_values.repeat(self.measured_batch, 1, 1, 1)
+        batch = pixel_values.repeat_interleave(self.measured_batch, 0)
         schedules = (None, self._schedule(percent))
         turns: list[list[float]] = []
         with self._lock:

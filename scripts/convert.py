@@ -1,4 +1,4 @@
-"""Turns a published PlainMamba or Vim checkpoint into a Hugging Face folder, and such a folder back into a checkpoint.
+"""Turns a published checkpoint into a Hugging Face folder, and such a folder back into a checkpoint.
 
     python scripts/convert.py vim_s.pth models/vim-s --id2label imagenet_labels.json
     python scripts/convert.py models/vim-s vim_s.safetensors
@@ -18,7 +18,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vssm_prune import count_flops
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.conversion import ImageClassifier, load_official_model, save_official_model
+from hf_vssm_prune.conversion import load_official_model, save_official_model
+from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
 from hf_vssm_prune.hub.model_card import format_flops
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-OF_FILES = ("ema", "image_size", "patch_stride", "id2label", "image_mean", "image_std", "crop_pct")
+OF_FILES = ("family", "ema", "image_size", "patch_stride", "id2label", "image_mean", "image_std", "crop_pct")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,13 +54,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, help="a .pth or .safetensors checkpoint, or a Hugging Face folder")
     parser.add_argument("target", type=Path, help="the folder, or the .pth or .safetensors file, to write")
     group = parser.add_argument_group("from a checkpoint to a folder")
+    group.add_argument(
+        "--family", choices=FAMILIES, help="where tensors of several have the same names; default: what they tell"
+    )
     group.add_argument("--ema", action="store_true", help="the weights averaged over training")
     group.add_argument(
         "--image_size", type=int, nargs="+", metavar="PIXELS", help="one number, or height and width; default: square"
     )
     group.add_argument("--patch_stride", type=int, help="Vim's, where patches overlap (published: 8); default: none do")
     group.add_argument("--id2label", type=Path, help="names of the labels: JSON (list or dict), or text, one a line")
-    # Both families were evaluated with ImageNet's statistics and a bicubic resize of the shortest edge to 256.
+    # All families were evaluated with ImageNet's statistics and a bicubic resize of the shortest edge to 256.
     group.add_argument("--image_mean", type=float, nargs="+", default=IMAGENET_DEFAULT_MEAN, help="of each channel")
     group.add_argument("--image_std", type=float, nargs="+", default=IMAGENET_DEFAULT_STD, help="of each channel")
     group.add_argument("--crop_pct", type=float, default=0.875, help="share of the resized image that is cropped")
@@ -76,7 +80,7 @@ def to_folder(options: argparse.Namespace) -> ImageClassifier:
         overrides["image_size"] = options.image_size[0] if len(options.image_size) == 1 else options.image_size
     if options.patch_stride is not None:
         overrides["patch_stride"] = options.patch_stride
-    model = load_official_model(options.source, options.ema, **overrides)
+    model = load_official_model(options.source, options.ema, options.family, **overrides)
     if options.id2label is not None:
         set_labels(model.config, options.id2label)
     processor = new_image_processor(model.config, options.image_mean, options.image_std, options.crop_pct)
@@ -114,11 +118,12 @@ def read_labels(file: Path) -> list[str]:
 
 def summary(model: ImageClassifier) -> str:
     config, flops = model.config, count_flops(model.config).dense
-    height, width = config.image_height_width(config.image_size)
-    rows, columns = config.grid_size
+    *frames, height, width = config.input_size
+    inputs = f"videos of {frames[0]} frames of" if frames else "images of"
+    patches = " x ".join(map(str, config.grid_size))
     return (
-        f"{config.model_type}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, images of "
-        f"{height} x {width} pixels as {rows} x {columns} patches, {config.num_labels} labels\n"
+        f"{config.model_type}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {inputs} "
+        f"{height} x {width} pixels as {patches} patches, {config.num_labels} labels\n"
         f"{model.num_parameters():,} parameters, {format_flops(flops.published)} FLOPs "
         f"({format_flops(flops.total)} with all scans counted)"
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_vssm_prune import EXAMPLE_MODEL
-from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe

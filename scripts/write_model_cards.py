@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageClassification
 
-from hf_vssm_prune import EXAMPLE_MODEL, PlainMambaConfig, VimConfig
+from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub import ModelCardInfo, TrainingRecipe, create_model_card
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.model_card_file import read_model_card_info
@@ -23,24 +23,6 @@ from hf_vssm_prune.hub.model_card_file import read_model_card_info
 
 SOURCES = Path(__file__).resolve().parents[1] / "model_cards"
 OWN_MODEL = "plainmamba-fashion-mnist"
-FAMILIES: dict[str, tuple[type[VisionMambaConfig], str, str]] = {
-    "plainmamba": (PlainMambaConfig, "PlainMamba", "https://github.com/ChenhongyiYang/PlainMamba"),
-    "vim": (VimConfig, "Vim", "https://github.com/hustvl/Vim"),
-}
-# Where the authors put the weights, as their READMEs link them.
-ORIGINALS = {
-    "plainmamba": dict.fromkeys(("L1", "L2", "L3"), "ChenhongyiYang/PlainMamba"),
-    "vim": {"T": "hustvl/Vim-tiny-midclstok", "S": "hustvl/Vim-small-midclstok", "B": "hustvl/Vim-base-midclstok"},
-}
-# Schedules that come to the FLOPs that a paper states for this model; L1 and L2 are pruned like L3.
-SCHEDULES: dict[tuple[str, str], dict] = {
-    ("plainmamba", "L1"): {"flops_reduction": 0.416},
-    ("plainmamba", "L2"): {"flops_reduction": 0.416},
-    ("plainmamba", "L3"): {"layers": [6, 12, 18], "keep_ratios": [0.7, 0.7, 0.7]},
-    ("vim", "T"): {"flops_reduction": 0.107},
-    ("vim", "S"): {"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8]},
-    ("vim", "B"): {"flops_reduction": 0.3},
-}
 LIMITS = [
     "This project has not evaluated it: ImageNet was not at hand. The papers' figures are not its own.",
     "It tells the 1,000 classes of ImageNet-1k apart; any other image gets one of these labels all the same.",
@@ -58,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", default="model_cards", help="default: %(default)s")
     folder = Path(parser.parse_args(arguments).output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for family, (config_class, _, _) in FAMILIES.items():
-        for preset in config_class.presets:
+    for family in FAMILIES.values():
+        for preset in family.config.published:
             for pruned in (False, True):
-                file = folder / f"{model_name(family, preset, pruned)}.md"
-                file.write_text(card_text(family, preset, pruned), encoding="utf-8")
+                file = folder / f"{model_name(family.config, preset, pruned)}.md"
+                file.write_text(card_text(family.config, preset, pruned), encoding="utf-8")
                 print(file)
     for name, text in (("", own_card_text()), ("-pruned", own_pruned_card_text())):
         file = folder / f"{OWN_MODEL}{name}.md"
@@ -84,22 +66,21 @@ def own_pruned_card_text() -> str:
     return str(create_model_card(model, info, load_image_processor(EXAMPLE_MODEL)))
 
 
-def model_name(family: str, preset: str, pruned: bool) -> str:
-    return f"{family}-{preset.lower()}" + ("-pruned" if pruned else "")
+def model_name(family: type[VisionMambaConfig], preset: str, pruned: bool) -> str:
+    return f"{family.model_type}-{preset.lower()}" + ("-pruned" if pruned else "")
 
 
-def card_text(family: str, preset: str, pruned: bool) -> str:
-    config_class, family_name, weights = FAMILIES[family]
-    schedule = SCHEDULES[family, preset] if pruned else None
-    config = config_class.from_preset(preset, token_pruning=schedule)
+def card_text(family: type[VisionMambaConfig], preset: str, pruned: bool) -> str:
+    published = family.published[preset]
+    config = family.from_preset(preset, token_pruning=published.token_pruning if pruned else None)
     with torch.device("meta"):  # a card needs sizes, not weights
-        model = AutoModelForImageClassification.from_config(config)
+        model = FAMILIES[config.model_type].classifier(config)
     info = ModelCardInfo(
         name=model_name(family, preset, pruned),
-        summary=f"{family_name}-{preset} for ImageNet-1k" + (", with token pruning." if pruned else ", dense."),
+        summary=f"{family.paper.name}-{preset} for ImageNet-1k" + (", with token pruning." if pruned else ", dense."),
         license_notice="The original weights' licence applies: see where they were published.",
-        original_weights=weights,
-        base_model=ORIGINALS[family][preset] if pruned else None,
+        original_weights=family.paper.repository,
+        base_model=published.weights if pruned else None,
         datasets=["ILSVRC/imagenet-1k"],
         training=finetuning(config, model_name(family, preset, pruned=False)) if pruned else None,
         limits=[*LIMITS, LIMIT_OF_PRUNING] if pruned else LIMITS,

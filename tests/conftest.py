@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -65,6 +66,8 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 def load_script(name: str) -> ModuleType:
     """A script as a module, whose `main` takes the arguments of its command line."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.append(str(SCRIPTS))  # a script imports what lies beside it; last, as its names are common ones
     spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -13,53 +13,53 @@ from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    return load_script("benchmark")
+benchmark = load_script("benchmark")
+
+from benchmarking import baselines, blocks, budgets, measuring, scan, training  # noqa: E402
 
 
-def test_baselines_compute_the_scan(benchmark):
-    single = benchmark.one_direction(benchmark.scan_inputs(2))
+def test_baselines_compute_the_scan():
+    single = scan.one_direction(scan.scan_inputs(2))
     for name in ("hidden_states", "time_step", "B", "C", "gate"):
         single[name] = single[name][:, :9]
     expected = selective_scan_torch(**single)
-    by_channel = benchmark.reference_scan(*benchmark.in_layout(single, 0, 2, 1)).transpose(1, 2)
+    by_channel = baselines.reference_scan(*scan.in_layout(single, 0, 2, 1)).transpose(1, 2)
     torch.testing.assert_close(by_channel, expected, rtol=1e-4, atol=1e-4)
-    by_time = benchmark.time_major_scan(*benchmark.in_layout(single, 1, 0, 2)).transpose(0, 1)
+    by_time = baselines.time_major_scan(*scan.in_layout(single, 1, 0, 2)).transpose(0, 1)
     torch.testing.assert_close(by_time, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_reference_kernel_computes_a_dense_model(benchmark):
+def test_the_reference_kernel_computes_a_dense_model():
     model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(images).logits
-        with benchmark.registered("reference", benchmark.reference_kernel()):
+        with baselines.registered("reference", baselines.reference_kernel()):
             model.config.scan_backend = "reference"
             torch.testing.assert_close(model(images).logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="unknown backend 'reference'"):
         model(images)
 
 
-def test_matrix_products_are_all_of_the_models(benchmark):
+def test_matrix_products_are_all_of_the_models():
     model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
     with torch.no_grad():
-        products = benchmark.matrix_products(model, partial(model, torch.randn(1, 3, 32, 32)))()
+        products = blocks.matrix_products(model, partial(model, torch.randn(1, 3, 32, 32)))()
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear | TimeStepProjection)]
     assert len(products) == len(linears) == 4 * 4 + 1
 
 
-def test_preset_of_another_family_is_refused(benchmark, capsys):
+def test_preset_of_another_family_is_refused(capsys):
     with pytest.raises(SystemExit):
         benchmark.parse_options(["--family", "vim"])
     assert "--preset L3: vim has ['T', 'S', 'B']." in capsys.readouterr().err
 
 
-def test_cases_take_turns(benchmark):
+def test_cases_take_turns():
     order = []
     cases = {name: partial(order.append, name) for name in "ab"}
     options = benchmark.parse_options(["--seconds", "0"])
-    group = benchmark.take_turns("turns", cases, {"a / b": (2.0, "a", "b")}, options)
+    group = measuring.take_turns("turns", cases, {"a / b": (2.0, "a", "b")}, options)
     # Before the first turn all run once unmeasured, and short ones in every later turn.
     assert order == ["a", "b"] * 2 + ["a", "a", "b", "b"] * 2
     assert [len(runs) for runs in group.seconds.values()] == [3, 3]
@@ -67,7 +67,7 @@ def test_cases_take_turns(benchmark):
     assert group.ratio("a / b") == (6.0, 6.0)
 
 
-def test_figures_are_written(benchmark, tmp_path, capsys):
+def test_figures_are_written(tmp_path, capsys):
     threads = torch.get_num_threads()
     file = tmp_path / "benchmark.json"
     arguments = ["--sections", "convolution", "--batch_sizes", "1", "--seconds", "0", "--json", str(file)]
@@ -79,56 +79,56 @@ def test_figures_are_written(benchmark, tmp_path, capsys):
     assert "| torch / ours, all cells |" in capsys.readouterr().out
 
 
-def test_scan_inputs_with_holes_are_those_of_a_pruned_model(benchmark):
-    inputs = benchmark.scan_inputs(2, 0.5)
+def test_scan_inputs_with_holes_are_those_of_a_pruned_model():
+    inputs = scan.scan_inputs(2, 0.5)
     assert inputs["hidden_states"].shape[1] == 98
-    assert inputs["gaps"].sum(-1).max() <= benchmark.LENGTH
-    assert "gaps" not in benchmark.scan_inputs(2, 0.5, "none")
+    assert inputs["gaps"].sum(-1).max() <= scan.LENGTH
+    assert "gaps" not in scan.scan_inputs(2, 0.5, "none")
     assert selective_scan(**inputs).isfinite().all()
 
 
-def test_a_step_keeps_little_more_than_its_matrix_products(benchmark, capsys):
+def test_a_step_keeps_little_more_than_its_matrix_products(capsys):
     model = PlainMambaForImageClassification(make_plainmamba_config()).train()
     images, labels = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
-    benchmark.report_memory(model, "small", lambda: model(images, labels=labels).loss.backward())
+    training.report_memory(model, "small", lambda: model(images, labels=labels).loss.backward())
     assert "kept for the backward" in capsys.readouterr().out
 
 
-def test_the_roofline_is_above_the_scan(benchmark, capsys):
+def test_the_roofline_is_above_the_scan(capsys):
     (group,) = benchmark.roofline_section(benchmark.parse_options(["--seconds", "0.2"]))
     share, _ = group.ratio("share of the roofline: its multiply-adds / the scan")
     assert 0.02 < share < 1
     assert "GFLOP/s" in capsys.readouterr().out
 
 
-def test_the_plot_is_drawn(benchmark, tmp_path):
+def test_the_plot_is_drawn(tmp_path):
     shares = {"dense": 1.0, "30% fewer FLOPs": 0.7}
     groups = [
-        benchmark.Group(
+        measuring.Group(
             f"model at growing budgets, batch {batch}", {"dense": [2.0], "30% fewer FLOPs": [1.5]}, images=batch
         )
         for batch in (1, 8)
     ]
-    benchmark.plot_budgets(groups, shares, tmp_path / "budgets.svg")
+    budgets.plot_budgets(groups, shares, tmp_path / "budgets.svg")
     drawn = (tmp_path / "budgets.svg").read_text()
     assert drawn.startswith("<?xml")
     assert [file.name for file in tmp_path.iterdir()] == ["budgets.svg"]
 
 
-def test_layers_alone_compute_what_they_compute_in_the_model(benchmark):
+def test_layers_alone_compute_what_they_compute_in_the_model():
     model = PlainMambaForImageClassification(make_plainmamba_config(image_size=112)).eval().plainmamba
     with torch.no_grad():
         tokens, grid = model.embeddings(torch.randn(1, 3, 112, 112), False)
-        assert grid == benchmark.GRID
-        expected = benchmark.run_layers(model, tokens)
-        products = benchmark.matrix_products(model.layers, lambda: benchmark.run_layers(model, tokens))
+        assert grid == scan.GRID
+        expected = blocks.run_layers(model, tokens)
+        products = blocks.matrix_products(model.layers, lambda: blocks.run_layers(model, tokens))
         assert len(products()) == 4 * model.config.num_hidden_layers
-        with benchmark.registered("reference", benchmark.reference_kernel()):
+        with baselines.registered("reference", baselines.reference_kernel()):
             model.config.scan_backend = "reference"
-            torch.testing.assert_close(benchmark.run_layers(model, tokens), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(blocks.run_layers(model, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_device_that_is_not_there_and_sections_of_another_are_named(benchmark, capsys, monkeypatch):
+def test_a_device_that_is_not_there_and_sections_of_another_are_named(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         benchmark.parse_options(["--device", "cuda"])

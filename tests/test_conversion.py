@@ -18,7 +18,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_vssm_prune import PlainMambaConfig, VimConfig
 from hf_vssm_prune.conversion import (
-    MODELS,
     convert_official_state_dict,
     convert_to_official_state_dict,
     infer_config,
@@ -26,6 +25,7 @@ from hf_vssm_prune.conversion import (
     load_official_model,
     save_official_model,
 )
+from hf_vssm_prune.families import FAMILIES
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert.py"
@@ -36,7 +36,7 @@ POSITIONS = {"plainmamba": "backbone.pos_embed", "vim": "pos_embed"}
 
 def make_model(config) -> torch.nn.Module:
     """Random weights, every one different: zeros and ones that stay what they are would hide a mix-up."""
-    model = MODELS[config.model_type](config).eval()
+    model = FAMILIES[config.model_type].classifier(config).eval()
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point():
@@ -78,7 +78,7 @@ def test_round_trip(model, official, pixel_values) -> None:
     config = infer_config(official)
     assert_same_tensors(convert_official_state_dict(config, official), model.state_dict())
 
-    other = MODELS[config.model_type](config).eval()
+    other = FAMILIES[config.model_type].classifier(config).eval()
     other.load_state_dict(convert_official_state_dict(config, official))
     with torch.no_grad():
         assert torch.equal(other(pixel_values).logits, model(pixel_values).logits)
@@ -145,7 +145,7 @@ def test_published_names_and_shapes(name, shared) -> None:
     published = {key: torch.empty(entry["shape"], device="meta") for key, entry in case.recipe["parameters"].items()}
     config = infer_config(published, **case.overrides())
     with torch.device("meta"):
-        ours = MODELS[config.model_type](config).state_dict()
+        ours = FAMILIES[config.model_type].classifier(config).state_dict()
     official = convert_to_official_state_dict(config, ours)
     assert {key: tensor.shape for key, tensor in official.items()} == {
         key: tensor.shape for key, tensor in published.items()
@@ -161,7 +161,7 @@ def sizes(config) -> dict:
 
 def infer_again(config, **overrides):
     with torch.device("meta"):
-        state_dict = MODELS[config.model_type](config).state_dict()
+        state_dict = FAMILIES[config.model_type].classifier(config).state_dict()
     return infer_config(convert_to_official_state_dict(config, state_dict), **overrides)
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor
 
-from hf_vssm_prune.training import data
 from hf_vssm_prune.training.augmentation import AugmentationConfig
 from hf_vssm_prune.training.data import (
     EvaluationImages,
@@ -22,6 +21,7 @@ from hf_vssm_prune.training.data import (
     collate,
     load_evaluation_dataset,
     load_image_dataset,
+    sources,
 )
 
 
@@ -71,7 +71,7 @@ def as_hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Dataset]) -> None:
         assert (name, config_name, streaming) == ("org/name", None, False)
         return dataset_dict
 
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
 
 
 # Where the data comes from

@@ -6,7 +6,7 @@ from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vssm_prune import PlainMambaConfig, VimConfig, count_flops
-from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.families import FAMILIES
 
 
 # Parameters, and published FLOPs in G to their last printed digit.
@@ -36,7 +36,7 @@ def test_published_models(config_class, preset, parameters, flops) -> None:
     assert count.pruned == count.dense
     assert count.reduction == 0
     with torch.device("meta"):
-        model = MODELS[config.model_type](config)
+        model = FAMILIES[config.model_type].classifier(config)
     assert model.num_parameters() == parameters
 
 
@@ -79,7 +79,7 @@ def test_scans_are_counted_by_the_fields_formula(family) -> None:
 def test_linear_layers_and_convolutions_are_those_that_run(family, token_pruning, image_size, changes) -> None:
     config = MAKE_CONFIG[family](token_pruning=token_pruning, scan_backend="torch", **changes)
     height, width = config.image_height_width(image_size)
-    model = MODELS[family](config).eval()
+    model = FAMILIES[family].classifier(config).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randn(1, config.num_channels, height, width))
     counted = counter.get_total_flops() // 2  # it counts a multiply-add as two

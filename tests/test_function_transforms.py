@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 
 from hf_vssm_prune import kernels
 from hf_vssm_prune.causal_convolution import causal_conv1d
-from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.grid_convolution import depthwise_conv2d
 from hf_vssm_prune.kernels import mamba_ssm
 from hf_vssm_prune.selective_scan import selective_scan
@@ -162,7 +162,7 @@ def logits_along_directions(family: str, token_pruning: dict | None, backend: st
     config = MAKE_CONFIG[family](
         token_pruning=token_pruning, num_hidden_layers=2, scan_backend=backend, initializer_range=0.2
     )
-    model = MODELS[family](config).eval().to(dtype)
+    model = FAMILIES[family].classifier(config).eval().to(dtype)
     names = [name for name, _ in model.named_parameters()]
     arguments = {f"parameter {i}": model.get_parameter(name).detach() for i, name in enumerate(names)}
 

@@ -12,7 +12,7 @@ from kernel_arguments import scan_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_vssm_prune import kernels
-from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.kernels import build, cpu
 
 
@@ -43,7 +43,7 @@ OPERATORS = {
 
 @needs_kernel
 def test_inference_runs_the_kernels(tiny_pruned_config, pixel_values) -> None:
-    model = MODELS[tiny_pruned_config.model_type](tiny_pruned_config).eval()
+    model = FAMILIES[tiny_pruned_config.model_type].classifier(tiny_pruned_config).eval()
     with torch.no_grad(), OperatorCount() as count:
         model(pixel_values)
     assert count.calls == OPERATORS[tiny_pruned_config.model_type]
@@ -52,7 +52,7 @@ def test_inference_runs_the_kernels(tiny_pruned_config, pixel_values) -> None:
 @needs_kernel
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_run_the_kernels(training, tiny_pruned_config, pixel_values) -> None:
-    model = MODELS[tiny_pruned_config.model_type](tiny_pruned_config).train(training)
+    model = FAMILIES[tiny_pruned_config.model_type].classifier(tiny_pruned_config).train(training)
     with OperatorCount() as count:
         model(pixel_values, labels=torch.tensor([0, 2])).loss.backward()
     forward = OPERATORS[tiny_pruned_config.model_type]
@@ -75,7 +75,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_without_a_compiler_models_run_and_warn_once(without_compiler, pixel_values) -> None:
     assert "install g++ or clang++" in kernels.available()["cpu (cpu)"]
     for config in (make_plainmamba_config(), make_vim_config()):
-        model = MODELS[config.model_type](config).eval()
+        model = FAMILIES[config.model_type].classifier(config).eval()
         with torch.no_grad(), warnings.catch_warnings(record=True) as caught, OperatorCount() as count:
             warnings.simplefilter("always")
             logits = model(pixel_values).logits

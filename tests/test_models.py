@@ -6,7 +6,7 @@ from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from torch import Tensor, nn
 
 import hf_vssm_prune
-from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.kernels import cpu
 from hf_vssm_prune.token_pruning import ALIGNMENTS, fill_dropped_tokens
 
@@ -25,7 +25,7 @@ def config(request, tiny_config):
 
 def make_model(config) -> nn.Module:
     """In evaluation mode, with weights large enough for every part of the model to matter."""
-    model = MODELS[config.model_type](config).eval()
+    model = FAMILIES[config.model_type].classifier(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -46,7 +46,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights(dtype, config, pixel_values) -> None:
-    model = MODELS[config.model_type](config)
+    model = FAMILIES[config.model_type].classifier(config)
     expected = model(pixel_values).logits
     model.to(dtype)
     outputs = model(pixel_values.to(dtype), labels=torch.tensor([0, 2]))
@@ -59,7 +59,7 @@ def test_half_precision_weights(dtype, config, pixel_values) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, config, pixel_values) -> None:
-    model = MODELS[config.model_type](config)
+    model = FAMILIES[config.model_type].classifier(config)
     expected = model(pixel_values).logits
     with torch.autocast("cpu", dtype=dtype):
         outputs = model(pixel_values, labels=torch.tensor([0, 2]))
@@ -111,7 +111,7 @@ def test_drop_path_is_for_training_only(tiny_config, pixel_values) -> None:
     model = make_model(tiny_config)
     state_dict, images = model.state_dict(), pixel_values[:1].expand(8, -1, -1, -1)
     expected = model(images).logits
-    dropping = MODELS[tiny_config.model_type](
+    dropping = FAMILIES[tiny_config.model_type].classifier(
         type(tiny_config)(**{**tiny_config.to_diff_dict(), "drop_path_rate": 0.9})
     )
     dropping.load_state_dict(state_dict)
@@ -275,14 +275,14 @@ def test_saving_and_loading(model, pixel_values, tmp_path) -> None:
 
 def test_pruning_on_loading(tiny_config, pixel_values, tmp_path) -> None:
     make_model(tiny_config).save_pretrained(tmp_path)
-    loaded = MODELS[tiny_config.model_type].from_pretrained(tmp_path, token_pruning=dict(TOKEN_PRUNING))
+    loaded = FAMILIES[tiny_config.model_type].classifier.from_pretrained(tmp_path, token_pruning=dict(TOKEN_PRUNING))
     assert len(loaded(pixel_values).kept_tokens) == 2
 
 
 def test_nothing_but_weights_is_made_on_meta(config) -> None:
     """Loading builds the model there first: a tensor that is no part of the state dict would hold garbage."""
     with torch.device("meta"):
-        model = MODELS[config.model_type](config)
+        model = FAMILIES[config.model_type].classifier(config)
     assert {name for name, _ in model.named_buffers()} <= set(model.state_dict())
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     assert model(torch.zeros(2, 3, 32, 32, device="meta")).logits.shape == (2, 3)

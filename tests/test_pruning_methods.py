@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vssm_prune import count_flops, modeling_plainmamba, modeling_vim
-from hf_vssm_prune.conversion import MODELS
 from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.mixer_output import MixerOutput, ScanInputs
 from hf_vssm_prune.pruning_dyvm import TokenPredictor
 from hf_vssm_prune.pruning_importances import IMPORTANCES
@@ -540,7 +540,7 @@ def test_missing_predictor() -> None:
 
 def make_model(config) -> nn.Module:
     """In evaluation mode, with weights large enough for every part of the model to matter."""
-    model = MODELS[config.model_type](config).eval()
+    model = FAMILIES[config.model_type].classifier(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -737,7 +737,7 @@ def test_parameters_of_pruning_that_are_not_there(tiny_config, pixel_values) -> 
 
 
 def test_new_parameters_take_the_models_precision_and_mode(tiny_config) -> None:
-    model = MODELS[tiny_config.model_type](tiny_config).to(torch.bfloat16).train()
+    model = FAMILIES[tiny_config.model_type].classifier(tiny_config).to(torch.bfloat16).train()
     before = set(dict(model.named_parameters()))
     model.set_token_pruning(pruning("dyvm", alignment="learned"))
     new = [parameter for name, parameter in model.named_parameters() if name not in before]
@@ -758,7 +758,7 @@ def test_matrix_products_of_a_stage_are_those_that_run(method, family, keep_rati
 
     def counted(name: str) -> int:
         config = MAKE_CONFIG[family](scan_backend="torch", token_pruning=pruning(name, keep_ratios=keep_ratios))
-        model = MODELS[family](config).eval()
+        model = FAMILIES[family].classifier(config).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.randn(1, 3, 32, 32))
         return counter.get_total_flops() // 2

@@ -8,7 +8,7 @@ from conftest import make_plainmamba_config
 from torch import nn
 
 from hf_vssm_prune import PlainMambaForImageClassification
-from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.quantization import Int8Linear, quantize_linears
 
 
@@ -70,13 +70,13 @@ def test_what_a_layer_cannot_take_is_named() -> None:
 
 
 def test_an_empty_batch_has_no_logits(tiny_pruned_config) -> None:
-    model = quantize_linears(MODELS[tiny_pruned_config.model_type](tiny_pruned_config))
+    model = quantize_linears(FAMILIES[tiny_pruned_config.model_type].classifier(tiny_pruned_config))
     with torch.no_grad():
         assert model(torch.zeros(0, 3, 32, 32)).logits.shape == (0, 3)
 
 
 def test_all_wide_layers_are_replaced(tiny_pruned_config, pixel_values) -> None:
-    model = MODELS[tiny_pruned_config.model_type](tiny_pruned_config).eval()
+    model = FAMILIES[tiny_pruned_config.model_type].classifier(tiny_pruned_config).eval()
     quantized = quantize_linears(copy.deepcopy(model))
     names = {name.rpartition(".")[2] for name, layer in quantized.named_modules() if isinstance(layer, Int8Linear)}
     assert names == {"in_proj", "out_proj"}
@@ -88,7 +88,7 @@ def test_all_wide_layers_are_replaced(tiny_pruned_config, pixel_values) -> None:
 
 
 def test_samples_do_not_disturb_each_other(tiny_config, pixel_values) -> None:
-    model = quantize_linears(MODELS[tiny_config.model_type](tiny_config))
+    model = quantize_linears(FAMILIES[tiny_config.model_type].classifier(tiny_config))
     with torch.no_grad():
         alone = model(pixel_values[:1]).logits
         beside = model(torch.cat([pixel_values[:1], 100 * pixel_values[1:]])).logits[:1]

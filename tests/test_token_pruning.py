@@ -11,7 +11,7 @@ from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vssm_prune.conversion import MODELS
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.mixer_output import MixerOutput
 from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_stage import Stage
@@ -122,7 +122,7 @@ def test_selected_tokens_are_the_best(scores, data) -> None:
 def test_selection_in_a_model(family, importance) -> None:
     config = MAKE_CONFIG[family](token_pruning=TOKEN_PRUNING | {"importance": importance})
     class_tokens, middle = (1, 8) if family == "vim" else (0, None)
-    outputs = MODELS[family](config).eval()(torch.randn(3, 3, 32, 32))
+    outputs = FAMILIES[family].classifier(config).eval()(torch.randn(3, 3, 32, 32))
     assert [kept.shape for kept in outputs.kept_tokens] == [(3, 12 + class_tokens), (3, 8 + class_tokens)]
     assert [scores.shape for scores in outputs.token_scores] == [(3, 16), (3, 12)]
     for sample in range(3):

@@ -6,10 +6,9 @@ open them.
 
 from pathlib import Path
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
-
 from .configuration_plainmamba import PlainMambaConfig
 from .configuration_vim import VimConfig
+from .families import FAMILIES
 from .flops import count_flops
 from .modeling_common import TokenPruningMixin
 from .modeling_plainmamba import (
@@ -29,16 +28,6 @@ EXAMPLE_MODEL = Path(__file__).parent / "data" / "plainmamba_fashion_mnist"
 
 TokenPruningMixin.hub_module = "hf_vssm_prune.hub.pretrained"
 
-AutoConfig.register("plainmamba", PlainMambaConfig)
-AutoModel.register(PlainMambaConfig, PlainMambaModel)
-AutoModelForImageClassification.register(PlainMambaConfig, PlainMambaForImageClassification)
-AutoBackbone.register(PlainMambaConfig, PlainMambaBackbone)
-
-AutoConfig.register("vim", VimConfig)
-AutoModel.register(VimConfig, VimModel)
-AutoModelForImageClassification.register(VimConfig, VimForImageClassification)
-AutoBackbone.register(VimConfig, VimBackbone)
-
 __all__ = [
     "EXAMPLE_MODEL",
     "PlainMambaBackbone",
@@ -54,3 +43,8 @@ __all__ = [
     "count_flops",
     "visualize",
 ]
+
+# Above are the names that type checkers and editors see; here is every family's, by its own files.
+for _family in FAMILIES.values():
+    globals().update(_family.public_names)
+    __all__ += [_name for _name in _family.public_names if _name not in __all__]

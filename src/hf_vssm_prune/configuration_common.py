@@ -1,14 +1,16 @@
-"""What the configurations of all model families share."""
+"""What the configurations of all model families share, and what each of them tells of itself."""
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .flops import schedule_for_budget
+from .flops import FlopCount, schedule_for_budget
+from .label_maps import complete_label_maps, names_by_id
 from .pruning_options import (
     TokenPruning,
     check_layers,
@@ -17,16 +19,25 @@ from .pruning_options import (
     plain_value,
     pruning_method,
 )
+from .publication import Paper, PublishedModel
 
 
 # Of a model's output; see `pruned_outputs.StageFields`.
 STAGE_FIELDS = ("kept_tokens", "token_scores", "merged_tokens")
 FEATURE_FILLS = ("last", "merged")
+_BACKBONE_STAGES = ("stage_names", "out_features", "out_indices")
 
 
 @strict
 class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Options of every vision Mamba.
+    """Options of every vision Mamba. A family's own class also tells what everything else asks about it.
+
+    Attributes:
+        presets: options of published models by name.
+        published: of these models, by the same names, where the weights are and what papers report.
+        paper: the family's.
+        cls_token: where the class token stands among the patches: "none", "middle" or "first".
+        num_scans: with parameters of their own, so that each token has so many Δ, B and C.
 
     Args:
         image_size: pixels, or (height, width), for which the position embeddings are laid out. Other sizes work too.
@@ -54,7 +65,13 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    published: ClassVar[dict[str, PublishedModel]] = {}
+    paper: ClassVar[Paper]
+    cls_token: ClassVar[str] = "none"
+    num_scans: ClassVar[int] = 1
 
+    id2label: dict | list | tuple | None = None
+    label2id: dict | list | tuple | None = None
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3
@@ -80,7 +97,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         """The configuration of a published model by name, with `overrides` put over it."""
         if name not in cls.presets:
             raise ValueError(f"unknown preset {name!r} of {cls.__name__}; known are {list(cls.presets)}.")
-        return cls(**{"num_labels": 1000, **cls.presets[name], **overrides})
+        num_labels = {} if {"id2label", "label2id"} & overrides.keys() else {"num_labels": 1000}
+        return cls(**{**num_labels, **cls.presets[name], **overrides})
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_sizes()
@@ -90,6 +108,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        for name, labels in complete_label_maps({"id2label": self.id2label, "label2id": self.label2id}).items():
+            setattr(self, name, labels)
         super().__post_init__(**kwargs)
         _ = self.token_pruning  # what is wrong with it is said here
 
@@ -133,7 +153,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def label_names(self) -> list[str]:
         """The labels' names in the order of their ids."""
-        return [name for _, name in sorted((self.id2label or {}).items())]
+        return names_by_id(self.id2label or {})
 
     def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> TokenPruning | None:
         """Checks pruning options against this configuration and returns them complete, a budget turned into a schedule.
@@ -182,9 +202,12 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         """As transformers has it, but options that are given override those of the dict before anything is checked."""
         own = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
         given = {name: kwargs.pop(name) for name in own & set(kwargs)}
+        if config_dict.get("out_features") == [f"stage{config_dict.get('num_hidden_layers')}"]:
+            # A backbone's default, the last layer's output: that of another depth, where one is given.
+            config_dict = {name: value for name, value in config_dict.items() if name not in _BACKBONE_STAGES}
         if isinstance(token_pruning := given.get("token_pruning"), dict) and "method" not in token_pruning:
             given["token_pruning"] = method_options(config_dict.get("token_pruning")) | token_pruning
-        return super().from_dict(config_dict | given, **kwargs)
+        return super().from_dict(config_dict | given, **(kwargs | complete_label_maps(kwargs)))
 
     @property
     def intermediate_size(self) -> int:
@@ -192,20 +215,59 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.expand * self.hidden_size
 
     @property
-    def grid_size(self) -> tuple[int, int]:
-        """(height, width) in patches of an image of `image_size`."""
-        return self.grid_size_for(*self.image_height_width(self.image_size))
+    def input_size(self) -> tuple[int, ...]:
+        """Of an input that the model is laid out for: (height, width) in pixels; of a video (frames, height, width)."""
+        return self.input_size_for(self.image_size)
+
+    @property
+    def modality(self) -> str:
+        """Of what the model is made for: "image" or "video"."""
+        return "image" if len(self.input_size) == 2 else "video"
+
+    def input_size_for(self, image_size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
+        """The size of an input whose images have another size, as `image_size` gives it."""
+        return self.image_height_width(image_size)
+
+    def input_size_of(self, pixel_values_shape: Sequence[int]) -> tuple[int, ...]:
+        """The input's size, as `input_size` has it, from the shape of a batch of pixel values."""
+        return (*pixel_values_shape[1:-3], *pixel_values_shape[-2:])
+
+    def pixel_values_shape(self, batch_size: int) -> tuple[int, ...]:
+        """(batch, channels, height, width), the frames of a video before its channels."""
+        *frames, height, width = self.input_size
+        return (batch_size, *frames, self.num_channels, height, width)
+
+    @property
+    def grid_size(self) -> tuple[int, ...]:
+        """(height, width) in patches of an image of `image_size`; for a video (time, height, width)."""
+        return self.grid_size_for(*self.input_size)
+
+    @property
+    def patch_spacing(self) -> int:
+        """Pixels from one patch to the next."""
+        return self.patch_size
+
+    def cls_token_id(self, num_patches: int) -> int | None:
+        """The class token's place among so many patches and itself. None: there is none."""
+        return {"none": None, "middle": num_patches // 2, "first": 0}[self.cls_token]
 
     @staticmethod
-    def image_height_width(image_size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    def image_height_width(image_size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
         """An image size as (height, width) in pixels."""
         height_width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(height_width) != 2 or not all(isinstance(size, int) and size >= 1 for size in height_width):
             raise ValueError(f"`image_size` is {image_size!r}; a number of pixels or (height, width) is needed.")
         return height_width
 
-    def grid_size_for(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in patches of an image of so many pixels; 0 where not one patch fits."""
+    def grid_size_for(self, *input_size: int) -> tuple[int, ...]:
+        """The grid of patches of an input of this size, with as many dimensions; 0 where not one patch fits."""
+        raise NotImplementedError
+
+    def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
+        """Multiply-adds of one input of this size, of which so many patch tokens are left at each layer.
+
+        What a pruning method itself computes is not among them: see `flops.count_flops`.
+        """
         raise NotImplementedError
 
 

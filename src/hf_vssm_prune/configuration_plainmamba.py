@@ -1,11 +1,15 @@
 """PlainMamba's configuration."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
 from .configuration_common import VisionMambaConfig
+from .flops import FlopCount, count_projections, count_scans
+from .publication import STORM, TOP, Paper, PublishedModel, PublishedResult
 
 
 @strict
@@ -37,6 +41,40 @@ class PlainMambaConfig(VisionMambaConfig):
         "L2": {"hidden_size": 384, "num_hidden_layers": 24, "num_stem_convs": 2},
         "L3": {"hidden_size": 448, "num_hidden_layers": 36, "num_stem_convs": 2},
     }
+    published: ClassVar[dict[str, PublishedModel]] = {
+        "L1": PublishedModel("ChenhongyiYang/PlainMamba", {"flops_reduction": 0.416}),
+        "L2": PublishedModel(
+            "ChenhongyiYang/PlainMamba",
+            {"flops_reduction": 0.416},
+            (PublishedResult("token reduction without training", STORM, 80.6),),
+        ),
+        "L3": PublishedModel(
+            "ChenhongyiYang/PlainMamba",
+            {"layers": [6, 12, 18], "keep_ratios": [0.7, 0.7, 0.7]},
+            (
+                PublishedResult("dense", TOP, 82.3),
+                PublishedResult("token pruning with alignment", TOP, 81.7, "−41.6%"),
+                PublishedResult("token pruning without alignment", TOP, 79.3),
+                PublishedResult("token reduction without training", STORM, 80.9, "9.74 G"),
+                PublishedResult("ToMe without training", STORM, 76.1, "9.7 G"),
+                PublishedResult("EViT without training", STORM, 75.2, "9.7 G"),
+            ),
+        ),
+    }
+    paper: ClassVar[Paper] = Paper(
+        name="PlainMamba",
+        title="PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition",
+        arxiv="2403.17695",
+        citation="""@inproceedings{yang2024plainmamba,
+  title     = {{PlainMamba}: Improving Non-Hierarchical {Mamba} in Visual Recognition},
+  author    = {Yang, Chenhongyi and Chen, Zehui and Espinosa, Miguel and Ericsson, Linus and Wang, Zhenyu and
+               Liu, Jiaming and Crowley, Elliot J.},
+  booktitle = {British Machine Vision Conference},
+  year      = {2024}
+}""",
+        repository="https://github.com/ChenhongyiYang/PlainMamba",
+        flops_convention="linear layers, convolutions and all four scans",
+    )
 
     conv_kernel: int = 7
     num_stem_convs: int = 1
@@ -58,9 +96,26 @@ class PlainMambaConfig(VisionMambaConfig):
         if outside := [layer for layer in self.depthwise_layers if not 0 <= layer < self.num_hidden_layers]:
             raise ValueError(f"`depthwise_layers` has {outside}; allowed are 0 to {self.num_hidden_layers - 1}.")
 
-    def grid_size_for(self, height: int, width: int) -> tuple[int, int]:
+    def grid_size_for(self, *input_size: int) -> tuple[int, int]:
         """(height, width) in patches: the last row and column are padded with zeros where they are not full."""
+        height, width = input_size
         return math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)
+
+    def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
+        """See `VisionMambaConfig.count_flops`. The published figures count everything."""
+        hidden, stem = self.hidden_size, self.stem_channels
+        stem_pixels = math.prod(math.ceil(size / 2) for size in input_size)
+        parts = Counter(
+            stem=stem_pixels * stem * (self.num_channels * 7**2 + self.num_stem_convs * stem * 3**2),
+            patch_projection=tokens[0] * (self.patch_size // 2) ** 2 * stem * hidden,
+            head=hidden * (self.num_labels or 0),
+        )
+        for layer, length in enumerate(tokens):
+            parts.update(count_projections(self, length))
+            parts.update(count_scans(self, length, self.conv_kernel**2, num_paths=4))
+            if layer in self.depthwise_layers:
+                parts["convolutions"] += length * hidden * 3**2
+        return FlopCount.of_parts(parts)
 
 
 __all__ = ["PlainMambaConfig"]

@@ -1,10 +1,14 @@
 """Vim's configuration."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
 from .configuration_common import VisionMambaConfig
+from .flops import FlopCount, count_projections, count_scans
+from .publication import DYVM, R_MEETO, TOP, Paper, PublishedModel, PublishedResult
 
 
 @strict
@@ -33,6 +37,53 @@ class VimConfig(VisionMambaConfig):
         "S": {"hidden_size": 384},
         "B": {"hidden_size": 768},
     }
+    published: ClassVar[dict[str, PublishedModel]] = {
+        "T": PublishedModel(
+            "hustvl/Vim-tiny-midclstok",
+            {"flops_reduction": 0.107},
+            (
+                PublishedResult("dense", TOP, 76.1),
+                PublishedResult("token pruning with alignment", TOP, 75.1, "1.29 G"),
+                PublishedResult("EViT", TOP, 71.3, "1.28 G"),
+                PublishedResult("token merging, retrained", R_MEETO, 75.3, "1.28 G"),
+            ),
+        ),
+        "S": PublishedModel(
+            "hustvl/Vim-small-midclstok",
+            {"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8]},
+            (
+                PublishedResult("dense", TOP, 80.5),
+                PublishedResult("token pruning with alignment", TOP, 78.8, "3.60 G"),
+                PublishedResult("token pruning without alignment", TOP, 75.4),
+                PublishedResult("EViT", TOP, 74.8, "3.57 G"),
+                PublishedResult("token merging, retrained", R_MEETO, 79.9, "3.58 G"),
+                PublishedResult("dynamic pruning", DYVM, 78.8, "−35.2%"),
+            ),
+        ),
+        "B": PublishedModel(
+            "hustvl/Vim-base-midclstok",
+            {"flops_reduction": 0.3},
+            (
+                PublishedResult("dense", R_MEETO, 81.9),
+                PublishedResult("token merging, retrained", R_MEETO, 81.3, "13.21 G"),
+            ),
+        ),
+    }
+    paper: ClassVar[Paper] = Paper(
+        name="Vim",
+        title="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+        arxiv="2401.09417",
+        citation="""@inproceedings{zhu2024vim,
+  title     = {Vision {Mamba}: Efficient Visual Representation Learning with Bidirectional State Space Model},
+  author    = {Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024}
+}""",
+        repository="https://github.com/hustvl/Vim",
+        flops_convention="linear layers, convolutions and one of the two scan directions",
+    )
+    cls_token: ClassVar[str] = "middle"
+    num_scans: ClassVar[int] = 2
 
     patch_stride: int | None = None
     rms_norm_eps: float = 1e-5
@@ -44,11 +95,31 @@ class VimConfig(VisionMambaConfig):
             raise ValueError(f"`patch_stride` is {self.patch_stride}; a whole number of at least 1 is needed.")
         super()._check_sizes()
 
-    def grid_size_for(self, height: int, width: int) -> tuple[int, int]:
+    @property
+    def patch_spacing(self) -> int:
+        """Pixels from one patch to the next."""
+        return self.patch_stride or self.patch_size
+
+    def grid_size_for(self, *input_size: int) -> tuple[int, int]:
         """(height, width) in patches: pixels that fill no whole patch are left out."""
-        stride = self.patch_stride or self.patch_size
-        rows, columns = (max(0, (size - self.patch_size) // stride + 1) for size in (height, width))
-        return rows, columns
+        height, width = (max(0, (size - self.patch_size) // self.patch_spacing + 1) for size in input_size)
+        return height, width
+
+    def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
+        """See `VisionMambaConfig.count_flops`. The published figures count one of the two directions."""
+        parts = Counter(
+            patch_projection=tokens[0] * self.patch_size**2 * self.num_channels * self.hidden_size,
+            head=self.hidden_size * (self.num_labels or 0),
+        )
+        one_direction = 0
+        for patches in tokens:
+            length = patches + 1  # the class token
+            direction = count_scans(self, length, self.conv_kernel)
+            parts.update(count_projections(self, length))
+            for _ in range(self.num_scans):
+                parts.update(direction)
+            one_direction += direction.total()
+        return FlopCount.of_parts(parts, unpublished=one_direction)
 
 
 __all__ = ["VimConfig"]

@@ -1,15 +1,16 @@
-"""Published PlainMamba and Vim checkpoints to ours, and back.
+"""Published checkpoints to ours, and back.
 
-Both ways go through one table: the published name of each of our tensors. Tensors are renamed, never changed.
+Both ways go through one table, of the family: the published name of each of our tensors. Tensors are renamed, not
+changed, but for what a family's own `complete_official` does.
 """
 
 import argparse
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -17,82 +18,68 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .configuration_common import VisionMambaConfig
-from .configuration_plainmamba import PlainMambaConfig
-from .configuration_vim import VimConfig
 from .documentation import see
-from .modeling_plainmamba import PlainMambaForImageClassification
-from .modeling_vim import VimForImageClassification
+from .families import FAMILIES, Family, ImageClassifier
 
 
-Names = list[tuple[str, str | Callable[[re.Match[str]], str]]]
+class OfficialFormat(Protocol):
+    """What the classes of a family's models tell of the files in which its authors published weights.
 
-# Our names -> published names, the first pattern that matches the whole name counts.
-PLAINMAMBA_NAMES: Names = [
-    (r"plainmamba\.embeddings\.position_embeddings", r"backbone.pos_embed"),
-    (r"plainmamba\.embeddings\.stem\.0\.convolution\.(.+)", r"backbone.patch_embed.stem.0.\1"),
-    (r"plainmamba\.embeddings\.stem\.0\.normalization\.(.+)", r"backbone.patch_embed.stem.1.\1"),
-    # The published list holds a convolution, a norm and a ReLU for each of our blocks.
-    (
-        r"plainmamba\.embeddings\.stem\.(\d+)\.convolution\.(.+)",
-        lambda match: f"backbone.patch_embed.convs.{3 * int(match[1]) - 3}.{match[2]}",
-    ),
-    (
-        r"plainmamba\.embeddings\.stem\.(\d+)\.normalization\.(.+)",
-        lambda match: f"backbone.patch_embed.convs.{3 * int(match[1]) - 2}.{match[2]}",
-    ),
-    (r"plainmamba\.embeddings\.projection\.(.+)", r"backbone.patch_embed.projection.\1"),
-    (r"plainmamba\.layers\.(\d+)\.mixer\.direction_B", r"backbone.layers.\1.mamba.direction_Bs"),
-    (r"plainmamba\.layers\.(\d+)\.mixer\.(.+)", r"backbone.layers.\1.mamba.\2"),
-    (r"plainmamba\.layers\.(\d+)\.norm\.(.+)", r"backbone.layers.\1.norm.\2"),
-    (r"plainmamba\.layers\.(\d+)\.depthwise\.convolution\.(.+)", r"backbone.layers.\1.dw.0.\2"),
-    (r"plainmamba\.layers\.(\d+)\.depthwise\.normalization\.(.+)", r"backbone.layers.\1.dw.1.\2"),
-    (r"plainmamba\.norm\.(.+)", r"backbone.ln1.\1"),
-    (r"classifier\.(.+)", r"head.fc.\1"),
-]
-VIM_NAMES: Names = [
-    (r"vim\.embeddings\.class_token", r"cls_token"),
-    (r"vim\.embeddings\.position_embeddings", r"pos_embed"),
-    (r"vim\.embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
-    (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.A_log", r"layers.\1.mixer.A_b_log"),
-    (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.D", r"layers.\1.mixer.D_b"),
-    (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.(\w+)\.(.+)", r"layers.\1.mixer.\2_b.\3"),
-    (r"vim\.layers\.(\d+)\.mixer\.(?:forward_scan\.)?(.+)", r"layers.\1.mixer.\2"),
-    (r"vim\.layers\.(\d+)\.norm\.(.+)", r"layers.\1.norm.\2"),
-    (r"vim\.norm\.(.+)", r"norm_f.\1"),
-    (r"classifier\.(.+)", r"head.\1"),
-]
-NAMES = {"plainmamba": PLAINMAMBA_NAMES, "vim": VIM_NAMES}
-MODELS = {"plainmamba": PlainMambaForImageClassification, "vim": VimForImageClassification}
+    Attributes:
+        official_names: our names of an image classifier's tensors -> published names, a text or a function of the
+            match; the first pattern that matches the whole name counts.
+        official_marks: names of tensors by which a file is known as the family's.
+        official_weight_key: under which the family's own training code saves weights.
+        official_ignored: beginnings of names that are no part of the model.
+        official_last_weights: likewise of a second set of weights, the last ones, beside those of the model's names,
+            which then hold averaged ones.
+    """
+
+    official_names: ClassVar[Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]]
+    official_marks: ClassVar[tuple[str, ...]]
+    official_weight_key: ClassVar[str]
+    official_ignored: ClassVar[tuple[str, ...]]
+    official_last_weights: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def options_of_official(cls, official: "OfficialTensors", overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the configuration that published tensors imply, where overrides leave them open."""
+
+    @classmethod
+    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Published tensors, with what a file may lack, or have in another layout than the model expects, made right.
+
+        Args:
+            official: of a file, by their published names.
+            expected: all that the model has, without memory, by the same names.
+        """
+
 
 # Where published files keep their weights, and those averaged over training.
 WEIGHT_KEYS = ("state_dict", "model")
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict")
-# Under which of these each family's own training code saves.
-OFFICIAL_WEIGHT_KEY = {"plainmamba": "state_dict", "vim": "model"}
-# PlainMamba's training keeps a second set of weights as buffers of these names beside the model's. It swaps the two
-# before it saves: in a file the model's own names hold the averaged weights, and these the last ones.
-SWAPPED_EMA_PREFIXES = ("ema_backbone_", "ema_head_")
-
-ImageClassifier: TypeAlias = PlainMambaForImageClassification | VimForImageClassification
 
 
-def load_official_model(path: str | Path, ema: bool = False, **overrides: Any) -> ImageClassifier:
+def load_official_model(
+    path: str | Path, ema: bool = False, family: str | None = None, **overrides: Any
+) -> ImageClassifier:
     """A published `.pth` or `.safetensors` file as an image classifier, in evaluation mode, its tensors as they are.
 
     Args:
         path: of the file.
         ema: the weights averaged over training, in place of the last ones.
+        family: whose checkpoint it is, see `infer_config`.
         **overrides: options of the configuration that the tensors do not imply, see `infer_config`; for instance
             `token_pruning`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no PlainMamba or Vim checkpoint, or not a whole one; the message names what is wrong.
+        ValueError: it is no checkpoint of a known family, or not a whole one; the message names what is wrong.
     """
     state_dict = extract_state_dict(load_checkpoint(path), ema)
-    config = infer_config(state_dict, **overrides)
+    config = infer_config(state_dict, family, **overrides)
     with torch.device("meta"):
-        model = MODELS[config.model_type](config)
+        model = FAMILIES[config.model_type].classifier(config)
     model.load_state_dict(convert_official_state_dict(config, state_dict), assign=True)
     return model.eval()
 
@@ -118,7 +105,7 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
                 # `save_file` would make a file that nobody else may read.
                 temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in official.items()}))
             else:
-                torch.save({OFFICIAL_WEIGHT_KEY[model.config.model_type]: official}, temporary)
+                torch.save({model.official_weight_key: official}, temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -128,7 +115,7 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
 
 def official_name(model_type: str, name: str) -> str:
     """The published name of one of our tensors."""
-    for pattern, published in NAMES[model_type]:
+    for pattern, published in FAMILIES[model_type].base.official_names:
         if match := re.fullmatch(pattern, name):
             return published(match) if callable(published) else match.expand(published)
     raise KeyError(f"{name!r} is no tensor of a {model_type} classifier.")
@@ -188,12 +175,15 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
     if not tensors:
         raise ValueError(f"the checkpoint holds no tensors; it has {sorted(map(str, found))[:20]}.")
     names = {key: key.removeprefix("module.") for key in tensors}
-    return {name: tensors[key] for key, name in names.items() if not name.startswith(SWAPPED_EMA_PREFIXES)}
+    families = [family.base for family in FAMILIES.values()]
+    ignored = tuple(prefix for each in families for prefix in (*each.official_ignored, *each.official_last_weights))
+    return {name: tensors[key] for key, name in names.items() if not name.startswith(ignored)}
 
 
 def _has_swapped_ema(checkpoint: Mapping[str, Any]) -> bool:
+    last_weights = tuple(prefix for family in FAMILIES.values() for prefix in family.base.official_last_weights)
     weights = checkpoint.get("state_dict")
-    return isinstance(weights, Mapping) and any(str(key).startswith(SWAPPED_EMA_PREFIXES) for key in weights)
+    return isinstance(weights, Mapping) and any(str(key).startswith(last_weights) for key in weights)
 
 
 def convert_official_state_dict(
@@ -209,17 +199,15 @@ def convert_official_state_dict(
     Raises:
         ValueError: tensors are missing, unexpected, or of another shape than the configuration says; each is named.
     """
-    official = extract_state_dict(state_dict, ema)
-    expected = {official_name(config.model_type, name): (name, tensor) for name, tensor in _tensors_of(config).items()}
-    # Counters that old checkpoints lack and that no forward pass reads.
-    for key, (_, tensor) in expected.items():
-        if key.endswith("num_batches_tracked") and key not in official:
-            official[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-    problems = [f"missing: {key} {list(tensor.shape)}" for key, (_, tensor) in expected.items() if key not in official]
+    tensors = _tensors_of(config)
+    names = {official_name(config.model_type, name): name for name in tensors}
+    expected = {key: tensors[name] for key, name in names.items()}
+    official = FAMILIES[config.model_type].base.complete_official(extract_state_dict(state_dict, ema), expected)
+    problems = [f"missing: {key} {list(tensor.shape)}" for key, tensor in expected.items() if key not in official]
     problems += [f"unexpected: {key} {list(tensor.shape)}" for key, tensor in official.items() if key not in expected]
     problems += [
         f"shape: {key} is {list(official[key].shape)} in the checkpoint and {list(tensor.shape)} in the model"
-        for key, (_, tensor) in expected.items()
+        for key, tensor in expected.items()
         if key in official and official[key].shape != tensor.shape
     ]
     if problems:
@@ -227,7 +215,7 @@ def convert_official_state_dict(
             f"the checkpoint does not fit this {config.model_type} configuration. "
             f"{see('checkpoint-of-another-layout')}\n  " + "\n  ".join(problems)
         )
-    return {name: official[key] for key, (name, _) in expected.items()}
+    return {name: official[key] for key, name in names.items()}
 
 
 def convert_to_official_state_dict(config: VisionMambaConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -249,103 +237,103 @@ def convert_to_official_state_dict(config: VisionMambaConfig, state_dict: Mappin
 def _tensors_of(config: VisionMambaConfig) -> dict[str, Tensor]:
     """Our state dict, as tensors without memory."""
     with torch.device("meta"):
-        return MODELS[config.model_type](config).state_dict()
+        return FAMILIES[config.model_type].classifier(config).state_dict()
 
 
-def infer_config(state_dict: Mapping[str, Any], **overrides: Any) -> VisionMambaConfig:
+def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **overrides: Any) -> VisionMambaConfig:
     """The configuration that a published checkpoint's tensors imply.
 
-    The grid is taken to be square, and Vim's patches not to overlap: give `image_size` or `patch_stride` where it is
-    otherwise.
+    A grid is taken to be square, and patches not to overlap: give `image_size` or `patch_stride` where it is otherwise.
 
     Args:
         state_dict: as for `convert_official_state_dict`.
+        family: its model type. None: the one whose marks it bears; of two that both fit, the one with more marks.
         **overrides: options of the configuration, put over the inferred ones.
 
     Raises:
-        ValueError: it is neither a PlainMamba nor a Vim, a tensor that tells a size is missing, or the grid is not
-            square and `image_size` is not given.
+        ValueError: it is of no known family, or of several, a tensor that tells a size is missing, an option is another
+            family's, or the grid is not square and `image_size` is not given.
     """
-    official = extract_state_dict(state_dict)
-    if "backbone.layers.0.mamba.A_log" in official:
-        return PlainMambaConfig(**{**_infer_plainmamba(official, overrides), **overrides})
-    if "layers.0.mixer.A_b_log" in official:
-        return VimConfig(**{**_infer_vim(official, overrides), **overrides})
+    official = OfficialTensors(extract_state_dict(state_dict))
+    found = _family_of(official) if family is None else FAMILIES.get(family)
+    if found is None:
+        raise ValueError(f"`family` is {family!r}; allowed are {list(FAMILIES)}.")
+    for option in overrides:
+        owners = [each.config for each in FAMILIES.values() if hasattr(each.config, option)]
+        if owners and found.config not in owners:
+            names = " and ".join(owner.paper.name for owner in owners)
+            raise ValueError(f"`{option}` is an option of {names}, not of {found.config.paper.name}.")
+    return found.config(**{**found.base.options_of_official(official, overrides), **overrides})
+
+
+def _family_of(official: Mapping[str, Tensor]) -> Family:
+    """The family whose marks all are there, that with most of them where several fit."""
+    fitting = [each for each in FAMILIES.values() if all(mark in official for mark in each.base.official_marks)]
+    most = max((len(each.base.official_marks) for each in fitting), default=0)
+    best = [each for each in fitting if len(each.base.official_marks) == most]
+    if len(best) == 1:
+        return best[0]
+    if best:
+        raise ValueError(
+            f"the checkpoint may be of any of {[each.config.model_type for each in best]}; name one, as `family`."
+        )
+    known = (f"{each.config.paper.name} ({', '.join(each.base.official_marks)})" for each in FAMILIES.values())
     raise ValueError(
-        "this is neither a PlainMamba (backbone.layers.0.mamba.A_log) nor a Vim (layers.0.mixer.A_b_log) checkpoint; "
-        f"its tensors start with {sorted(official)[:5]}. {see('checkpoint-of-another-layout')}"
+        f"this is neither a {' nor a '.join(known)} checkpoint; its tensors start with {sorted(official)[:5]}. "
+        f"{see('checkpoint-of-another-layout')}"
     )
 
 
-def _infer_plainmamba(official: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    if "patch_stride" in overrides:
-        raise ValueError("`patch_stride` is an option of Vim; PlainMamba's patches do not overlap.")
-    inferred = _infer_mixer(official, "backbone.layers.{}.mamba")
-    stem_channels, num_channels, _, _ = _shape(official, "backbone.patch_embed.stem.0.weight", 4)
-    patch_size = 2 * _shape(official, "backbone.patch_embed.projection.weight", 4)[-1]
-    _, num_patches, _ = _shape(official, "backbone.pos_embed", 3)
-    depthwise = {int(match[1]) for key in official if (match := re.match(r"backbone\.layers\.(\d+)\.dw\.", key))}
-    convolutions = [key for key in official if re.fullmatch(r"backbone\.patch_embed\.convs\.\d+\.weight", key)]
-    return inferred | {
-        "image_size": overrides.get("image_size") or _side(num_patches) * patch_size,
-        "patch_size": patch_size,
-        "num_channels": num_channels,
-        "stem_channels": stem_channels,
-        "num_stem_convs": sum(official[key].ndim == 4 for key in convolutions),
-        "conv_kernel": _shape(official, "backbone.layers.0.mamba.conv2d.weight", 4)[-1],
-        "depthwise_layers": sorted(depthwise),
-        "num_labels": _shape(official, "head.fc.weight", 2)[0],
-    }
+class OfficialTensors(dict[str, Tensor]):
+    """Published tensors by name, and what they say about sizes."""
 
+    def shape(self, name: str, num_axes: int) -> torch.Size:
+        """The shape of a tensor that tells a size of the model.
 
-def _infer_vim(official: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    inferred = _infer_mixer(official, "layers.{}.mixer")
-    _, num_channels, _, patch_size = _shape(official, "patch_embed.proj.weight", 4)
-    _, num_tokens, _ = _shape(official, "pos_embed", 3)
-    stride = overrides.get("patch_stride") or patch_size
-    image_size = overrides.get("image_size")
-    if image_size is None:
-        image_size = (_side(num_tokens - 1) - 1) * stride + patch_size
-    return inferred | {
-        "image_size": image_size,
-        "patch_size": patch_size,
-        "patch_stride": stride,
-        "num_channels": num_channels,
-        "conv_kernel": _shape(official, "layers.0.mixer.conv1d.weight", 3)[-1],
-        "num_labels": _shape(official, "head.weight", 2)[0],
-    }
+        Raises:
+            ValueError: it is missing, or has not so many axes.
+        """
+        if name not in self:
+            raise ValueError(f"the checkpoint is no whole image classifier; missing: {name}.")
+        if self[name].ndim != num_axes:
+            raise ValueError(
+                f"shape: {name} is {list(self[name].shape)} in the checkpoint; {num_axes} axes are needed."
+            )
+        return self[name].shape
 
+    def mixer_options(self, prefix: str) -> dict[str, Any]:
+        """Depth and sizes of mixers by the names of Mamba's tensors, which start with `prefix`, its {} the layer.
 
-def _infer_mixer(official: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    pattern = re.escape(prefix).replace(r"\{\}", r"(\d+)") + r"\.A_log"
-    layers = {int(match[1]) for key in official if (match := re.fullmatch(pattern, key))}
-    if layers != set(range(len(layers))):
-        raise ValueError(
-            f"the checkpoint's layers are {sorted(layers)[:20]}; they must be numbered from 0 without gaps."
-        )
-    first = prefix.format(0)
-    width, state_size = _shape(official, f"{first}.A_log", 2)
-    hidden_size = _shape(official, f"{first}.in_proj.weight", 2)[1]
-    return {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": len(layers),
-        "state_size": state_size,
-        "expand": width // max(1, hidden_size),
-        "time_step_rank": _shape(official, f"{first}.dt_proj.weight", 2)[1],
-    }
+        Raises:
+            ValueError: layers or tensors are missing.
+        """
+        pattern = re.escape(prefix).replace(r"\{\}", r"(\d+)") + r"\.A_log"
+        layers = {int(match[1]) for key in self if (match := re.fullmatch(pattern, key))}
+        if layers != set(range(len(layers))):
+            raise ValueError(
+                f"the checkpoint's layers are {sorted(layers)[:20]}; they must be numbered from 0 without gaps."
+            )
+        first = prefix.format(0)
+        width, state_size = self.shape(f"{first}.A_log", 2)
+        hidden_size = self.shape(f"{first}.in_proj.weight", 2)[1]
+        return {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": len(layers),
+            "state_size": state_size,
+            "expand": width // max(1, hidden_size),
+            "time_step_rank": self.shape(f"{first}.dt_proj.weight", 2)[1],
+        }
 
+    @staticmethod
+    def square_side(num_patches: int) -> int:
+        """The side of a square grid.
 
-def _shape(official: Mapping[str, Tensor], key: str, num_axes: int) -> torch.Size:
-    """The shape of a tensor that tells a size of the model."""
-    if key not in official:
-        raise ValueError(f"the checkpoint is no whole image classifier; missing: {key}.")
-    if official[key].ndim != num_axes:
-        raise ValueError(f"shape: {key} is {list(official[key].shape)} in the checkpoint; {num_axes} axes are needed.")
-    return official[key].shape
-
-
-def _side(num_patches: int) -> int:
-    side = math.isqrt(num_patches)
-    if side * side != num_patches:
-        raise ValueError(f"{num_patches} patches are no square grid: give `image_size`, a number or (height, width).")
-    return side
+        Raises:
+            ValueError: so many patches are none.
+        """
+        side = math.isqrt(num_patches)
+        if side * side != num_patches:
+            raise ValueError(
+                f"{num_patches} patches are no square grid: give `image_size`, a number or (height, width)."
+            )
+        return side

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers.image_processing_base import ImageProcessingMixin
 
-from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.families import ImageClassifier
 
 
 # What an exported file computes, from pixel values to the logits and each stage's kept tokens.
@@ -124,8 +124,7 @@ def trace(model: ImageClassifier) -> ExportedProgram:
 
 def random_images(model: ImageClassifier, batch: int) -> Tensor:
     """Normalised pixel values of the model's image size, on its device."""
-    height, width = model.config.image_height_width(model.config.image_size)
-    return torch.randn(batch, model.config.num_channels, height, width, device=model.device)
+    return torch.randn(model.config.pixel_values_shape(batch), device=model.device)
 
 
 @torch.no_grad()

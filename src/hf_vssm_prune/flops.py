@@ -1,9 +1,8 @@
 """How much a model computes, dense and pruned, counted from its configuration; and a schedule found from a budget.
 
 One multiply-add counts as one FLOP, as the field has it. Counted are linear layers, convolutions, for each scan over L
-tokens with E channels and N states 9 L E N, and the matrix products of a pruning method. The figures that were
-published for these models follow two conventions: PlainMamba's count all of its four scans, Vim's only one of its two
-directions.
+tokens with E channels and N states 9 L E N, and the matrix products of a pruning method. What a forward consists of,
+and what the figures count that were published for a family, its configuration's `count_flops` tells.
 """
 
 import itertools
@@ -39,6 +38,11 @@ class FlopCount:
     published: int
     breakdown: dict[str, int]
 
+    @classmethod
+    def of_parts(cls, parts: Counter[str], unpublished: int = 0) -> "FlopCount":
+        """The sum of the parts, of which published figures leave so many multiply-adds out."""
+        return cls(parts.total(), parts.total() - unpublished, dict(parts))
+
 
 @dataclass(frozen=True)
 class ModelFlops:
@@ -54,23 +58,23 @@ class ModelFlops:
 
 
 def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | None = None) -> ModelFlops:
-    """Counts the FLOPs of one image.
+    """Counts the FLOPs of one image, or of one clip.
 
     Args:
-        config: a `PlainMambaConfig` or `VimConfig`.
+        config: of a model of this package.
         image_size: pixels, or (height, width); None for `config.image_size`.
     """
-    size = config.image_height_width(config.image_size if image_size is None else image_size)
+    size = config.input_size if image_size is None else config.input_size_for(image_size)
     num_patches = math.prod(config.grid_size_for(*size))
     dense = tokens_per_layer(num_patches, config.num_hidden_layers, None)
     pruned = tokens_per_layer(num_patches, config.num_hidden_layers, config.token_pruning)
-    count = _count(config, size, pruned)
+    count = config.count_flops(size, pruned)
     if config.token_pruning is not None:
         method = config.token_pruning.method
         stages = [(pruned[layer - 1], pruned[layer]) for layer in config.token_pruning["layers"]]
         if flops := _count_pruning(config, method, stages):
             count = FlopCount(count.total + flops, count.published + flops, count.breakdown | {"pruning": flops})
-    return ModelFlops(_count(config, size, dense), count)
+    return ModelFlops(config.count_flops(size, dense), count)
 
 
 def _count_pruning(config: PreTrainedConfig, method: PruningMethod, stages: list[tuple[int, int]]) -> int:
@@ -89,61 +93,27 @@ def tokens_per_layer(num_patches: int, num_hidden_layers: int, token_pruning: di
     return tokens
 
 
-def _count(config: PreTrainedConfig, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
-    count = {"plainmamba": _count_plainmamba, "vim": _count_vim}[config.model_type]
-    return count(config, image_size, tokens)
-
-
-def _count_plainmamba(config: PreTrainedConfig, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
-    hidden, width, stem = config.hidden_size, config.intermediate_size, config.stem_channels
-    stem_pixels = math.prod(math.ceil(size / 2) for size in image_size)
-    parts = Counter(
-        stem=stem_pixels * stem * (config.num_channels * 7**2 + config.num_stem_convs * stem * 3**2),
-        patch_projection=tokens[0] * (config.patch_size // 2) ** 2 * stem * hidden,
-        head=hidden * config.num_labels,
-    )
-    for layer, length in enumerate(tokens):
-        parts.update(_projections(config, length))
-        parts["convolutions"] += length * width * config.conv_kernel**2
-        parts["input_projections"] += _input_projections(config, length)
-        parts["scans"] += 4 * _scan(config, length)
-        if layer in config.depthwise_layers:
-            parts["convolutions"] += length * hidden * 3**2
-    return FlopCount(parts.total(), parts.total(), dict(parts))
-
-
-def _count_vim(config: PreTrainedConfig, image_size: tuple[int, int], tokens: list[int]) -> FlopCount:
-    hidden, width = config.hidden_size, config.intermediate_size
-    parts = Counter(
-        patch_projection=tokens[0] * config.patch_size**2 * config.num_channels * hidden,
-        head=hidden * config.num_labels,
-    )
-    one_direction = 0
-    for patches in tokens:
-        length = patches + 1  # the class token
-        direction = Counter(
-            convolutions=length * width * config.conv_kernel,
-            input_projections=_input_projections(config, length),
-            scans=_scan(config, length),
-        )
-        parts.update(_projections(config, length))
-        parts.update(direction)
-        parts.update(direction)
-        one_direction += direction.total()
-    return FlopCount(parts.total(), parts.total() - one_direction, dict(parts))
-
-
-def _projections(config: PreTrainedConfig, length: int) -> Counter[str]:
+def count_projections(config: PreTrainedConfig, length: int) -> Counter[str]:
+    """A mixer's projections of so many tokens into its channels and out of them."""
     return Counter(in_and_out_projections=length * 3 * config.hidden_size * config.intermediate_size)
 
 
-def _input_projections(config: PreTrainedConfig, length: int) -> int:
-    """x_proj, which makes time-step features, B and C from each token, and dt_proj."""
-    return length * config.intermediate_size * (2 * config.time_step_rank + 2 * config.state_size)
+def count_scans(config: PreTrainedConfig, length: int, kernel_size: int, num_paths: int = 1) -> Counter[str]:
+    """Selective scans with one set of parameters, and what comes before them.
 
-
-def _scan(config: PreTrainedConfig, length: int) -> int:
-    return FLOPS_PER_SCAN_STATE * length * config.intermediate_size * config.state_size
+    Args:
+        config: of the model.
+        length: tokens.
+        kernel_size: weights of the depthwise convolution in a channel.
+        num_paths: along which the scans go.
+    """
+    width, states = config.intermediate_size, config.state_size
+    return Counter(
+        convolutions=length * width * kernel_size,
+        # x_proj, which makes time-step features, B and C from each token, and dt_proj.
+        input_projections=length * width * (2 * config.time_step_rank + 2 * states),
+        scans=num_paths * FLOPS_PER_SCAN_STATE * length * width * states,
+    )
 
 
 # ---- A schedule from a budget ------------------------------------------------------------------------------------
@@ -167,7 +137,7 @@ def schedule_for_budget(
     differ. Of the schedules that remove at least what was asked for, the one that removes least is taken.
 
     Args:
-        config: a `PlainMambaConfig` or `VimConfig`.
+        config: of a model of this package.
         flops_reduction: in (0, 1), for instance 0.416.
         method: whose own FLOPs count as well.
         layers: ascending, before which tokens are to go, in place of those above.
@@ -183,7 +153,7 @@ def schedule_for_budget(
     stages, savings = _stages_in_reach(config, flops_reduction, layers)
     num_patches = math.prod(config.grid_size)
     all_patches = tokens_per_layer(num_patches, config.num_hidden_layers, None)
-    dense = _count(config, config.image_height_width(config.image_size), all_patches).published
+    dense = config.count_flops(config.input_size, all_patches).published
 
     def cost(counts: Counts) -> float:
         steps = list(zip((num_patches, *counts), counts, strict=False))
@@ -246,13 +216,12 @@ def _standard_layers(depth: int) -> list[list[int]]:
 
 def _savings_per_token(config: PreTrainedConfig, layers: Sequence[int]) -> list[float]:
     """For each stage, the share of the dense FLOPs that goes with one token, from its layer to the next stage's."""
-    size = config.image_height_width(config.image_size)
     dense = tokens_per_layer(math.prod(config.grid_size), config.num_hidden_layers, None)
-    cost = _count(config, size, dense).published
+    cost = config.count_flops(config.input_size, dense).published
     savings = []
     for first, last in zip(layers, [*layers[1:], len(dense)], strict=True):
         one_less = [count - (first <= layer < last) for layer, count in enumerate(dense)]
-        savings.append(1 - _count(config, size, one_less).published / cost)
+        savings.append(1 - config.count_flops(config.input_size, one_less).published / cost)
     return savings
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from .configuration_common import VisionMambaConfig
@@ -58,8 +59,8 @@ class HoleTimeStep(nn.Module):
         return None
 
 
-class TokenPruningMixin:
-    """For `PreTrainedModel`s whose configuration has `token_pruning`.
+class TokenPruningMixin(PreTrainedModel):
+    """What all models of this package derive from: their configuration has `token_pruning`.
 
     Attributes:
         hub_module: the module that saves and pushes these models together with their code, card and notices. The
@@ -74,13 +75,13 @@ class TokenPruningMixin:
     def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> Any:
         """As `hf_vssm_prune.hub.pretrained.save_pretrained` where that is installed, else as transformers has it."""
         if self.hub_module is None:
-            return super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]
+            return super().save_pretrained(save_directory, *arguments, **options)
         return importlib.import_module(self.hub_module).save_pretrained(self, save_directory, *arguments, **options)
 
     def _push_to_hub(self, *arguments: Any, **options: Any) -> Any:
         """As `hf_vssm_prune.hub.pretrained.push_to_hub` where that is installed, else as transformers has it."""
         if self.hub_module is None:
-            return super().push_to_hub(*arguments, **options)  # type: ignore[misc]
+            return super().push_to_hub(*arguments, **options)
         return importlib.import_module(self.hub_module).push_to_hub(self, *arguments, **options)
 
     push_to_hub: Any = _push_to_hub  # transformers has an attribute there, and no method
@@ -128,7 +129,7 @@ class TokenPruningMixin:
         """
         if token_pruning is None:
             return
-        base: Any = self.base_model  # type: ignore[attr-defined]
+        base: Any = self.base_model
         like = next(base.layers.parameters())
         if (make_module := token_pruning.method.module) is not None:
             for layer in map(str, token_pruning.stages):
@@ -144,7 +145,7 @@ class TokenPruningMixin:
     def freeze_pruning_parameters(self, schedules: Sequence[TokenPruning | None]) -> None:
         """Of the parameters that `add_pruning_parameters` made, only those are trained from here on that one of these
         schedules uses, complete options each."""
-        base: Any = self.base_model  # type: ignore[attr-defined]
+        base: Any = self.base_model
         pruning = [schedule for schedule in schedules if schedule is not None]
         in_use = {str(layer) for each in pruning if each.method.module is not None for layer in each.stages}
         for layer, module in base.token_predictors.items():
@@ -158,12 +159,12 @@ class TokenPruningMixin:
     @property
     def has_pruning_parameters(self) -> bool:
         """Whether `add_pruning_parameters` has made any."""
-        base: Any = self.base_model  # type: ignore[attr-defined]
+        base: Any = self.base_model
         holes = [module for module in base.modules() if isinstance(module, HoleTimeStep)]
         return len(base.token_predictors) > 0 or any(hole.offset is not None for hole in holes)
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
+        super()._init_weights(module)
         if isinstance(module, HoleTimeStep) and module.offset is not None:
             init.zeros_(module.offset)
         if isinstance(module, StageModule):

@@ -4,7 +4,9 @@ The model is that of "PlainMamba: Improving Non-Hierarchical Mamba in Visual Rec
 in "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
 """
 
-from typing import NamedTuple, cast
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -280,6 +282,35 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     _no_split_modules = ["PlainMambaEmbeddings", "PlainMambaLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D", "direction_B"]
     _can_record_outputs = {"hidden_states": PlainMambaLayer}
+    # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
+    official_names = [
+        (r"plainmamba\.embeddings\.position_embeddings", r"backbone.pos_embed"),
+        (r"plainmamba\.embeddings\.stem\.0\.convolution\.(.+)", r"backbone.patch_embed.stem.0.\1"),
+        (r"plainmamba\.embeddings\.stem\.0\.normalization\.(.+)", r"backbone.patch_embed.stem.1.\1"),
+        # The published list holds a convolution, a norm and a ReLU for each of our blocks.
+        (
+            r"plainmamba\.embeddings\.stem\.(\d+)\.convolution\.(.+)",
+            lambda match: f"backbone.patch_embed.convs.{3 * int(match[1]) - 3}.{match[2]}",
+        ),
+        (
+            r"plainmamba\.embeddings\.stem\.(\d+)\.normalization\.(.+)",
+            lambda match: f"backbone.patch_embed.convs.{3 * int(match[1]) - 2}.{match[2]}",
+        ),
+        (r"plainmamba\.embeddings\.projection\.(.+)", r"backbone.patch_embed.projection.\1"),
+        (r"plainmamba\.layers\.(\d+)\.mixer\.direction_B", r"backbone.layers.\1.mamba.direction_Bs"),
+        (r"plainmamba\.layers\.(\d+)\.mixer\.(.+)", r"backbone.layers.\1.mamba.\2"),
+        (r"plainmamba\.layers\.(\d+)\.norm\.(.+)", r"backbone.layers.\1.norm.\2"),
+        (r"plainmamba\.layers\.(\d+)\.depthwise\.convolution\.(.+)", r"backbone.layers.\1.dw.0.\2"),
+        (r"plainmamba\.layers\.(\d+)\.depthwise\.normalization\.(.+)", r"backbone.layers.\1.dw.1.\2"),
+        (r"plainmamba\.norm\.(.+)", r"backbone.ln1.\1"),
+        (r"classifier\.(.+)", r"head.fc.\1"),
+    ]
+    official_marks = ("backbone.layers.0.mamba.A_log",)
+    official_weight_key = "state_dict"
+    official_ignored = ()
+    # Training keeps a second set of weights as buffers of these names beside the model's. It swaps the two before it
+    # saves: in a file the model's own names hold the averaged weights, and these the last ones.
+    official_last_weights = ("ema_backbone_", "ema_head_")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -299,6 +330,30 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             init_decay(module.A_log)
             init.ones_(module.D)
             init.trunc_normal_(module.direction_B, std=self.config.initializer_range)
+
+    @classmethod
+    def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        stem_channels, num_channels, _, _ = official.shape("backbone.patch_embed.stem.0.weight", 4)
+        patch_size = 2 * official.shape("backbone.patch_embed.projection.weight", 4)[-1]
+        _, num_patches, _ = official.shape("backbone.pos_embed", 3)
+        depthwise = {int(match[1]) for key in official if (match := re.match(r"backbone\.layers\.(\d+)\.dw\.", key))}
+        convolutions = [key for key in official if re.fullmatch(r"backbone\.patch_embed\.convs\.\d+\.weight", key)]
+        return official.mixer_options("backbone.layers.{}.mamba") | {
+            "image_size": overrides.get("image_size") or official.square_side(num_patches) * patch_size,
+            "patch_size": patch_size,
+            "num_channels": num_channels,
+            "stem_channels": stem_channels,
+            "num_stem_convs": sum(official[key].ndim == 4 for key in convolutions),
+            "conv_kernel": official.shape("backbone.layers.0.mamba.conv2d.weight", 4)[-1],
+            "depthwise_layers": sorted(depthwise),
+            "num_labels": official.shape("head.fc.weight", 2)[0],
+        }
+
+    @classmethod
+    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Adds the counters of batch norm that old checkpoints lack, and that no forward pass reads."""
+        counters = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}
+        return {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in counters.items()} | official
 
 
 class PlainMambaModel(PlainMambaPreTrainedModel):

@@ -5,7 +5,8 @@ The model is that of "Vision Mamba: Efficient Visual Representation Learning wit
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,10 @@ from .selective_scan import selective_scan
 from .token_pruning import gather_tokens, path_gaps
 
 
+def _cls_id(config: VimConfig, num_patches: int) -> int:
+    return cast(int, config.cls_token_id(num_patches))  # this family has one
+
+
 class VimTokenLayout(NamedTuple):
     """Where the tokens that are left lie in the full sequence, patches with the class token in their middle.
 
@@ -60,7 +65,7 @@ class VimTokenLayout(NamedTuple):
             see the tokens that are left, side by side.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     cls_id: int
     cls_row: Tensor
     backward_order: Tensor
@@ -70,10 +75,9 @@ class VimTokenLayout(NamedTuple):
     view: TokenView = TokenView()
 
     @classmethod
-    def of_grid(cls, grid: tuple[int, int], batch: int, device: torch.device) -> "VimTokenLayout":
-        num_patches = math.prod(grid)
-        cls_row = torch.full((batch, 1), num_patches // 2, device=device)
-        return cls(grid, num_patches // 2, cls_row, cls._backwards(num_patches + 1, device))
+    def of_grid(cls, grid: tuple[int, ...], cls_id: int, batch: int, device: torch.device) -> "VimTokenLayout":
+        cls_row = torch.full((batch, 1), cls_id, device=device)
+        return cls(grid, cls_id, cls_row, cls._backwards(math.prod(grid) + 1, device))
 
     def keep(self, kept: Tensor, alignment: str, view: TokenView) -> "VimTokenLayout":
         cls_row = (kept < self.cls_id).sum(dim=1, keepdim=True)
@@ -122,28 +126,24 @@ class VimEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
         check_pixel_values(pixel_values, self.config.num_channels)
-        grid = self.config.grid_size_for(*pixel_values.shape[2:])
+        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         if min(grid) < 1:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}: too small for one patch of "
                 f"{self.config.patch_size} x {self.config.patch_size} pixels."
             )
         patches = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
-        cls_token = self.class_token.expand(patches.shape[0], -1, -1)
-        tokens = self._insert_in_middle(patches, cls_token)
+        tokens = self._insert(patches, self.class_token.expand(patches.shape[0], -1, -1))
         return tokens + self._positions(grid, interpolate_pos_encoding)
 
-    def _positions(self, grid: tuple[int, int], interpolate: bool) -> Tensor:
-        middle = math.prod(self.config.grid_size) // 2
-        before, cls_token, after = self.position_embeddings.tensor_split([middle, middle + 1], dim=1)
+    def _positions(self, grid: tuple[int, ...], interpolate: bool) -> Tensor:
+        cls_id = _cls_id(self.config, math.prod(self.config.grid_size))
+        before, cls_token, after = self.position_embeddings.tensor_split([cls_id, cls_id + 1], dim=1)
         patches = torch.cat([before, after], dim=1)
-        return self._insert_in_middle(
-            resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), cls_token
-        )
+        return self._insert(resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), cls_token)
 
-    @staticmethod
-    def _insert_in_middle(patches: Tensor, cls_token: Tensor) -> Tensor:
-        before, after = patches.tensor_split([patches.shape[1] // 2], dim=1)
+    def _insert(self, patches: Tensor, cls_token: Tensor) -> Tensor:
+        before, after = patches.tensor_split([_cls_id(self.config, patches.shape[1])], dim=1)
         return torch.cat([before, cls_token, after], dim=1)
 
 
@@ -270,6 +270,23 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     _no_split_modules = ["VimEmbeddings", "VimLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D"]
     _can_record_outputs = {"hidden_states": VimLayer}
+    # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
+    official_names = [
+        (r"vim\.embeddings\.class_token", r"cls_token"),
+        (r"vim\.embeddings\.position_embeddings", r"pos_embed"),
+        (r"vim\.embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
+        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.A_log", r"layers.\1.mixer.A_b_log"),
+        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.D", r"layers.\1.mixer.D_b"),
+        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.(\w+)\.(.+)", r"layers.\1.mixer.\2_b.\3"),
+        (r"vim\.layers\.(\d+)\.mixer\.(?:forward_scan\.)?(.+)", r"layers.\1.mixer.\2"),
+        (r"vim\.layers\.(\d+)\.norm\.(.+)", r"layers.\1.norm.\2"),
+        (r"vim\.norm\.(.+)", r"norm_f.\1"),
+        (r"classifier\.(.+)", r"head.\1"),
+    ]
+    official_marks = ("layers.0.mixer.A_b_log",)
+    official_weight_key = "model"
+    official_ignored = ()
+    official_last_weights = ()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -288,6 +305,27 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             init_time_step_projection(module.dt_proj, self.config)
             init_decay(module.A_log)
             init.ones_(module.D)
+
+    @classmethod
+    def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        _, num_channels, _, patch_size = official.shape("patch_embed.proj.weight", 4)
+        _, num_tokens, _ = official.shape("pos_embed", 3)
+        stride = overrides.get("patch_stride") or patch_size
+        image_size = overrides.get("image_size")
+        if image_size is None:
+            image_size = (official.square_side(num_tokens - 1) - 1) * stride + patch_size
+        return official.mixer_options("layers.{}.mixer") | {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "patch_stride": stride,
+            "num_channels": num_channels,
+            "conv_kernel": official.shape("layers.0.mixer.conv1d.weight", 3)[-1],
+            "num_labels": official.shape("head.weight", 2)[0],
+        }
+
+    @classmethod
+    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return official
 
 
 class VimModel(VimPreTrainedModel):
@@ -318,8 +356,9 @@ class VimModel(VimPreTrainedModel):
         """
         token_pruning = self._pruning_of_call(kwargs)
         hidden_states = at_least_float32(self.embeddings(pixel_values, interpolate_pos_encoding))
-        grid = self.config.grid_size_for(*pixel_values.shape[2:])
-        layout = VimTokenLayout.of_grid(grid, hidden_states.shape[0], hidden_states.device)
+        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
+        cls_id = _cls_id(self.config, math.prod(grid))
+        layout = VimTokenLayout.of_grid(grid, cls_id, hidden_states.shape[0], hidden_states.device)
         encoding = encode(self.layers, self.token_predictors, hidden_states, layout, token_pruning)
         last_hidden_state = self.norm(encoding.hidden_states)
         return PrunedModelOutput(
@@ -373,7 +412,7 @@ class VimBackbone(BackboneMixin, VimModel):
             pixel_values: shape (batch, channels, height, width), normalised.
         """
         outputs = VimModel.forward(self, pixel_values, **kwargs)
-        grid = self.config.grid_size_for(*pixel_values.shape[2:])
+        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         states = full_states(self, outputs, self._pruning_of_call(kwargs))
         feature_maps: tuple = tuple(self._feature_map(state, grid) for state in states)
         return PrunedBackboneOutput(
@@ -381,7 +420,7 @@ class VimBackbone(BackboneMixin, VimModel):
         )
 
     def _feature_map(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
-        cls_id = math.prod(grid) // 2
+        cls_id = _cls_id(self.config, math.prod(grid))
         patches = torch.cat([hidden_states[:, :cls_id], hidden_states[:, cls_id + 1 :]], dim=1)
         return self.norm(patches).transpose(1, 2).unflatten(2, grid)
 

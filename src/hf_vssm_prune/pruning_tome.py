@@ -32,5 +32,4 @@ def merge_alternating(stage: Stage, features: Tensor) -> Reduction:
 
 def count_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:
     """Multiply-adds of the similarities."""
-    scans = {"plainmamba": 1, "vim": 2}[config.model_type]
-    return count_matching(num_tokens, count, scans * config.state_size)
+    return count_matching(num_tokens, count, config.num_scans * config.state_size)

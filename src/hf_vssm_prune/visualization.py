@@ -1,10 +1,14 @@
 """Pictures of which tokens a model keeps: each image, and beside it what is left of it after each pruning stage.
 
 visualize(model, image_processor, images).save("kept_tokens.png")
+
+An input is drawn by its frames: an image is the one frame of a grid (height, width); of a grid with more dimensions
+before these each place has a frame of its own, and a panel is a sheet of them.
 """
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,12 +17,15 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 
 from .configuration_common import VisionMambaConfig
-from .modeling_plainmamba import PlainMambaForImageClassification
-from .modeling_vim import VimForImageClassification
+from .families import ImageClassifier
 
+
+# What a model saw: an image, or one frame for each place of the grid's dimensions before height and width, in order.
+Frames: TypeAlias = Image.Image | Sequence[Image.Image]
 
 PANEL_SIZE = 224  # pixels along the longer side of a panel
 MARGIN = 12
+FRAME_GAP = 4  # pixels between the frames of a sheet
 FONT_SIZE = 15
 BACKGROUND, TEXT = (255, 255, 255), (38, 38, 38)
 # Blue of Okabe and Ito's palette: in images of any brightness, and to any kind of colour vision, unlike grey and black.
@@ -31,7 +38,7 @@ NO_IMPORTANCE = (225, 225, 225)
 
 
 def visualize(
-    model: PlainMambaForImageClassification | VimForImageClassification,
+    model: ImageClassifier,
     image_processor: BaseImageProcessor,
     images: Image.Image | Sequence[Image.Image],
     importance: bool = False,
@@ -39,7 +46,7 @@ def visualize(
     """Draws what a pruned classifier keeps of each image, stage by stage, with what it takes the image for.
 
     Args:
-        model: a pruned one, of either family.
+        model: a pruned one.
         image_processor: the model's; all of the images come out of it at one size.
         images: one or more, of any size; each gets a row.
         importance: below each row, also the importance by which each stage chose.
@@ -62,24 +69,45 @@ def image_statistics(image_processor: BaseImageProcessor) -> tuple[Sequence[floa
 
 
 def kept_patches(
-    kept_tokens: Sequence[Tensor], config: VisionMambaConfig, image_size: tuple[int, int] | None = None
+    kept_tokens: Sequence[Tensor], config: VisionMambaConfig, input_size: tuple[int, ...] | None = None
 ) -> list[Tensor]:
-    """The patches among the tokens that a model kept: Vim counts its class token, which lies in their middle, too.
+    """The patches among the tokens that a model kept, which counts a class token, where it has one, too.
 
     Args:
         kept_tokens: `kept_tokens` of a model's output, for each stage ids of shape (batch, n).
         config: the model's.
-        image_size: (height, width) of the pixel values; None for `config.image_size`.
+        input_size: (height, width) of the pixel values, before them frames where there are any; None for those of the
+            configuration.
 
     Returns:
-        For each stage ids of patches in raster order, shape (batch, n), for Vim (batch, n - 1).
+        For each stage ids of patches in raster order, shape (batch, n), without a class token (batch, n - 1).
     """
-    if config.model_type != "vim":
+    grid = config.grid_size_for(*(config.input_size if input_size is None else input_size))
+    cls_token_id = config.cls_token_id(math.prod(grid))
+    if cls_token_id is None:
         return list(kept_tokens)
-    size = config.image_height_width(config.image_size if image_size is None else (image_size[0], image_size[1]))
-    class_id = math.prod(config.grid_size_for(*size)) // 2
-    without_class = [kept[kept != class_id].view(kept.shape[0], -1) for kept in kept_tokens]
-    return [ids - (ids > class_id).long() for ids in without_class]
+    without_class = [kept[kept != cls_token_id].view(kept.shape[0], -1) for kept in kept_tokens]
+    return [ids - (ids > cls_token_id).long() for ids in without_class]
+
+
+def frames_from_pixel_values(
+    pixel_values: Tensor, mean: Sequence[float], std: Sequence[float], config: VisionMambaConfig
+) -> list[Image.Image]:
+    """What the model saw of one input, the part that its patches share evenly: a frame for each place of its grid
+    before height and width. Of frames that a place takes together, the first.
+
+    Args:
+        pixel_values: normalised, shape (channels, height, width), of a video (frames, channels, height, width).
+        mean, std: of the image processor, for each channel.
+        config: the model's.
+    """
+    leading = config.grid_size_for(*config.input_size_of((1, *pixel_values.shape)))[:-2]
+    images = pixel_values.flatten(0, -4) if leading else pixel_values.unsqueeze(0)
+    num_frames = math.prod(leading)
+    return [
+        patched_area(image_from_pixel_values(images[frame * len(images) // num_frames], mean, std), config)
+        for frame in range(num_frames)
+    ]
 
 
 def image_from_pixel_values(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
@@ -100,7 +128,7 @@ def image_from_pixel_values(pixel_values: Tensor, mean: Sequence[float], std: Se
 
 @torch.no_grad()
 def draw_classification(
-    model: PlainMambaForImageClassification | VimForImageClassification,
+    model: ImageClassifier,
     pixel_values: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
@@ -110,7 +138,8 @@ def draw_classification(
 
     Args:
         model: a pruned one. It is run in evaluation mode, and left in the mode that it was in.
-        pixel_values: as the image processor gives them, shape (batch, channels, height, width).
+        pixel_values: as the image processor gives them, shape (batch, channels, height, width), of videos (batch,
+            frames, channels, height, width).
         mean: of the image processor, for each channel.
         std: likewise.
         importance: below each row, also the importance by which each stage chose.
@@ -127,12 +156,11 @@ def draw_classification(
         output = model(pixel_values.to(model.device, model.dtype))
     finally:
         model.train(was_training)
-    height, width = pixel_values.shape[2:]
-    labels = config.label_names
+    input_size, labels = config.input_size_of(pixel_values.shape), config.label_names
     return draw_kept_tokens(
-        [patched_area(image_from_pixel_values(image, mean, std), config) for image in pixel_values],
-        kept_patches(output.kept_tokens, config, (height, width)),
-        config.grid_size_for(height, width),
+        [frames_from_pixel_values(sample, mean, std, config) for sample in pixel_values],
+        kept_patches(output.kept_tokens, config, input_size),
+        config.grid_size_for(*input_size),
         captions=[labels[index] for index in output.logits.argmax(-1).tolist()],
         layers=config.token_pruning["layers"],
         token_scores=output.token_scores if importance else None,
@@ -142,23 +170,23 @@ def draw_classification(
 def patched_area(image: Image.Image, config: VisionMambaConfig) -> Image.Image:
     """The part of an image that its patches share evenly.
 
-    PlainMamba's last patches reach beyond an image whose size is no multiple of theirs: there the area is black. Vim
-    leaves the rest of such an image out, and where its patches overlap, each stands for the middle of it.
+    Where a family's last patches reach beyond an image whose size is no multiple of theirs, the area is black; where
+    the rest of such an image is left out, it is not in the area. Where patches overlap, each stands for its middle.
 
     Args:
-        image: what the model saw.
+        image: what the model saw, or one frame of it.
         config: the model's.
     """
-    rows, columns = config.grid_size_for(image.height, image.width)
-    stride = (config.patch_stride or config.patch_size) if config.model_type == "vim" else config.patch_size
-    margin = (config.patch_size - stride) // 2
-    return image.crop((margin, margin, margin + columns * stride, margin + rows * stride))
+    rows, columns = config.grid_size_for(*config.input_size[:-2], image.height, image.width)[-2:]
+    spacing = config.patch_spacing
+    margin = (config.patch_size - spacing) // 2
+    return image.crop((margin, margin, margin + columns * spacing, margin + rows * spacing))
 
 
 def draw_kept_tokens(
-    images: Sequence[Image.Image],
+    images: Sequence[Frames],
     kept_tokens: Sequence[Tensor],
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     captions: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     token_scores: Sequence[Tensor] | None = None,
@@ -171,7 +199,8 @@ def draw_kept_tokens(
         images: what the model saw, any size; small ones are enlarged without blurring.
         kept_tokens: for each stage the ids of the patches that are left, in raster order, shape (len(images), n);
             see `kept_patches`.
-        grid: (height, width) in patches, which share the image evenly; see `patched_area`.
+        grid: (height, width) in patches, which share the image evenly, see `patched_area`; for videos and the like
+            with other dimensions before them.
         captions: below each image, for instance its label and the prediction.
         layers: of the stages, for the columns' headings (`config.token_pruning["layers"]`).
         token_scores: for each stage the importance of the patches that were there before it, in raster order, shape
@@ -188,26 +217,54 @@ def draw_kept_tokens(
     rows: list[list[Image.Image | None]] = []
     texts: list[list[str]] = []
     for index, image in enumerate(images):
-        panels = draw_stages(image, [kept[index] for kept in kept_tokens], grid)
-        rows.append([*panels])
+        rows.append([*draw_stages(image, [kept[index] for kept in kept_tokens], grid)])
         texts.append([captions[index] if captions else "", *counts])
         if maps is not None:
-            of_image = [scores[index].unflatten(0, grid) for scores in maps]
-            rows.append([None, *(draw_importance(scores, panels[0].size) for scores in of_image)])
+            of_image = [scores[index].view(grid) for scores in maps]
+            rows.append([None, *(_draw_importance_of_frames(scores, image) for scores in of_image)])
             texts.append(["", *(_range_of_importance(scores) for scores in of_image)])
     return _lay_out(rows, ["input", *_headings(len(kept_tokens), layers)], texts)
 
 
-def draw_stages(image: Image.Image, kept_tokens: Sequence[Tensor], grid: tuple[int, int]) -> list[Image.Image]:
+def draw_stages(image: Frames, kept_tokens: Sequence[Tensor], grid: tuple[int, ...]) -> list[Image.Image]:
     """Panels of one image: itself, then for each stage with dropped patches covered.
 
     Args:
         image: what the model saw.
         kept_tokens: for each stage the ids of the patches that are left, shape (n,).
-        grid: (height, width) in patches.
+        grid: (height, width) in patches, other dimensions before them.
+
+    Raises:
+        ValueError: there is not one frame for each place of the grid before height and width.
     """
-    panel = _fit(image.convert("RGB"))
-    return [panel, *(_draw_mask(panel, _kept_mask(kept, grid)) for kept in kept_tokens)]
+    frames = _fit_frames(image)
+    if len(frames) != math.prod(grid[:-2]):
+        raise ValueError(f"there are {len(frames)} frames; a grid of {_times(grid)} needs {math.prod(grid[:-2])}.")
+    masks = [_kept_mask(kept, grid).view(-1, *grid[-2:]) for kept in kept_tokens]
+    return [_sheet(frames), *(_sheet([*map(_draw_mask, frames, mask)]) for mask in masks)]
+
+
+def _fit_frames(image: Frames) -> list[Image.Image]:
+    """The frames, as large as fit into one panel."""
+    frames = [image] if isinstance(image, Image.Image) else list(image)
+    return [_fit(frame.convert("RGB"), PANEL_SIZE // _columns(len(frames))) for frame in frames]
+
+
+def _columns(num_frames: int) -> int:
+    return max(1, math.ceil(math.sqrt(num_frames)))
+
+
+def _sheet(frames: Sequence[Image.Image]) -> Image.Image:
+    """Frames of one size in rows, about as many as in a column; a single one as it is."""
+    if len(frames) == 1:
+        return frames[0]
+    columns = _columns(len(frames))
+    width, height = frames[0].width + FRAME_GAP, frames[0].height + FRAME_GAP
+    rows = math.ceil(len(frames) / columns)
+    sheet = Image.new("RGB", (columns * width - FRAME_GAP, rows * height - FRAME_GAP), BACKGROUND)
+    for index, frame in enumerate(frames):
+        sheet.paste(frame, (index % columns * width, index // columns * height))
+    return sheet
 
 
 def importance_maps(kept_tokens: Sequence[Tensor], token_scores: Sequence[Tensor], num_patches: int) -> list[Tensor]:
@@ -239,20 +296,28 @@ def importance_maps(kept_tokens: Sequence[Tensor], token_scores: Sequence[Tensor
     return maps
 
 
-def draw_importance(scores: Tensor, size: tuple[int, int]) -> Image.Image:
+def draw_importance(scores: Tensor, size: tuple[int, int], extremes: tuple[float, float] | None = None) -> Image.Image:
     """A map of importance, from the least (dark violet) to the greatest (yellow).
 
     Args:
         scores: shape (height, width) in patches, NaN where there is none.
         size: (width, height) of the picture in pixels.
+        extremes: the least and the greatest importance; None: those of these scores.
     """
-    low, high = _extremes(scores)
+    low, high = _extremes(scores) if extremes is None else extremes
     levels = ((scores - low) / max(high - low, 1e-12)).numpy()
     anchors = np.linspace(0, 1, len(VIRIDIS))
     channels = [np.interp(levels, anchors, values) for values in zip(*VIRIDIS, strict=True)]
     pixels = np.stack(channels, axis=-1)
     pixels[np.isnan(levels)] = NO_IMPORTANCE
     return Image.fromarray(pixels.round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+
+
+def _draw_importance_of_frames(scores: Tensor, image: Frames) -> Image.Image:
+    """A map of importance (…, height, width) as the image is drawn, with the same colours in all of its frames."""
+    of_frames = zip(scores.view(-1, *scores.shape[-2:]), _fit_frames(image), strict=True)
+    extremes = _extremes(scores)
+    return _sheet([draw_importance(of_frame, frame.size, extremes) for of_frame, frame in of_frames])
 
 
 def _range_of_importance(scores: Tensor) -> str:
@@ -266,9 +331,9 @@ def _extremes(scores: Tensor) -> tuple[float, float]:
 
 
 def _check(
-    images: Sequence[Image.Image],
+    images: Sequence[Frames],
     kept_tokens: Sequence[Tensor],
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     captions: Sequence[str] | None,
     layers: Sequence[int] | None,
 ) -> None:
@@ -276,8 +341,8 @@ def _check(
         raise ValueError("`images` is empty; at least one image is needed.")
     if not kept_tokens:
         raise ValueError("`kept_tokens` is empty; a dense model keeps every token, so that there is nothing to show.")
-    if len(grid) != 2 or min(grid) < 1:
-        raise ValueError(f"`grid` is {grid}; (height, width) in patches is needed.")
+    if len(grid) < 2 or min(grid) < 1:
+        raise ValueError(f"`grid` is {grid}; (height, width) in patches is needed, or with dimensions before them.")
     for stage, kept in enumerate(kept_tokens):
         if kept.ndim != 2 or kept.shape[0] != len(images):
             raise ValueError(
@@ -286,7 +351,7 @@ def _check(
             )
         if kept.numel() and (kept.min() < 0 or kept.max() >= math.prod(grid)):
             raise ValueError(
-                f"`kept_tokens[{stage}]` has ids from {kept.min()} to {kept.max()}; a grid of {grid[0]} x {grid[1]} "
+                f"`kept_tokens[{stage}]` has ids from {kept.min()} to {kept.max()}; a grid of {_times(grid)} "
                 f"patches has 0 to {math.prod(grid) - 1}."
             )
     if captions is not None and len(captions) != len(images):
@@ -295,25 +360,29 @@ def _check(
         raise ValueError(f"`layers` has {len(layers)} entries for {len(kept_tokens)} stages.")
 
 
+def _times(grid: tuple[int, ...]) -> str:
+    return " x ".join(map(str, grid))
+
+
 def _headings(num_stages: int, layers: Sequence[int] | None) -> list[str]:
     if layers is None:
         return [f"stage {stage}" for stage in range(1, num_stages + 1)]
     return [f"from layer {layer} on" for layer in layers]
 
 
-def _kept_mask(kept: Tensor, grid: tuple[int, int]) -> Tensor:
+def _kept_mask(kept: Tensor, grid: tuple[int, ...]) -> Tensor:
     """True at the patches that are left: bool of shape `grid`."""
     mask = torch.zeros(math.prod(grid), dtype=torch.bool)
-    return mask.scatter(0, kept.cpu(), True).unflatten(0, grid)
+    return mask.scatter(0, kept.cpu(), True).view(grid)
 
 
-def _fit(image: Image.Image) -> Image.Image:
+def _fit(image: Image.Image, panel_size: int) -> Image.Image:
     """The image at a panel's size: enlarged by a whole factor, so that pixels stay crisp, or made smaller."""
     longer = max(image.size)
-    if longer <= PANEL_SIZE:
-        factor = PANEL_SIZE // longer
+    if longer <= panel_size:
+        factor = panel_size // longer
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    size = [max(1, round(side * PANEL_SIZE / longer)) for side in image.size]
+    size = [max(1, round(side * panel_size / longer)) for side in image.size]
     return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.utils import cached_file
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.families import FAMILIES, Family, ImageClassifier
 from hf_vssm_prune.hub.retrying import patiently
 
 
@@ -41,7 +41,7 @@ def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Visi
     except OSError as error:
         raise OSError(f"{name_or_path} cannot be opened: {error}") from error
     if not isinstance(config, VisionMambaConfig):
-        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a plainmamba or vim model is needed.")
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a {' or '.join(FAMILIES)} model is needed.")
     return config
 
 
@@ -65,10 +65,10 @@ def load_classifier(
         OSError: there is none.
     """
     place = {name: options[name] for name in PLACE_OPTIONS if name in options}
-    load_config(str(name_or_path), revision, **place)
+    auto_class = Family.auto_classifier(load_config(str(name_or_path), revision, **place))
     try:
         model, info = patiently(
-            lambda: AutoModelForImageClassification.from_pretrained(
+            lambda: auto_class.from_pretrained(
                 name_or_path,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 revision=revision,
@@ -129,12 +129,16 @@ def load_image_processor(name_or_path: str | Path, revision: str = "main") -> Ba
 def new_image_processor(
     config: VisionMambaConfig, image_mean: Sequence[float], image_std: Sequence[float], crop_pct: float
 ) -> BaseImageProcessor:
-    """Resizes the shortest edge bicubically, crops the center to the model's image size, and normalises.
+    """Resizes bicubically, crops the center to the model's image size, and normalises.
+
+    For a model of square images the shortest edge is resized, so that the aspect ratio stays; for one of rectangular
+    images both sides are, each to the model's divided by `crop_pct`, so that the model sees `crop_pct` of the height
+    and of the width whatever the image's aspect ratio.
 
     Args:
         config: of the model.
         image_mean, image_std: of each channel, of pixels from 0 to 1.
-        crop_pct: the crop's side as a share of the resized image's, as timm has it.
+        crop_pct: each side of the crop as a fraction of that side of the resized image, as timm has it.
 
     Raises:
         ValueError: a value is not allowed, or there is not one for each channel.
@@ -152,8 +156,9 @@ def new_image_processor(
     from transformers import BitImageProcessor
 
     height, width = config.image_height_width(config.image_size)
+    resized = {"height": round(height / crop_pct), "width": round(width / crop_pct)}
     return BitImageProcessor(
-        size={"shortest_edge": round(max(height, width) / crop_pct)},
+        size={"shortest_edge": resized["height"]} if height == width else resized,
         crop_size={"height": height, "width": width},
         image_mean=list(image_mean),
         image_std=list(image_std),

@@ -10,66 +10,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.image_processing_base import ImageProcessingMixin
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.flops import count_flops, tokens_per_layer
 from hf_vssm_prune.hub.published_results import published_results
-from hf_vssm_prune.modeling_plainmamba import PlainMambaPreTrainedModel
-from hf_vssm_prune.modeling_vim import VimPreTrainedModel
+from hf_vssm_prune.publication import Paper
 
 
-VisionMamba: TypeAlias = PlainMambaPreTrainedModel | VimPreTrainedModel
-
-
-@dataclass(frozen=True)
-class Paper:
-    """A paper that the card refers to.
-
-    Attributes:
-        name: of the method.
-        title: of the paper.
-        arxiv: its number on arXiv.
-        citation: a BibTeX entry. None: the link alone.
-        flops_convention: what the paper's figures count, for a model family.
-    """
-
-    name: str
-    title: str
-    arxiv: str
-    citation: str | None = None
-    flops_convention: str | None = None
-
-
-PAPERS = {
-    "plainmamba": Paper(
-        name="PlainMamba",
-        title="PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition",
-        arxiv="2403.17695",
-        citation="""@inproceedings{yang2024plainmamba,
-  title     = {{PlainMamba}: Improving Non-Hierarchical {Mamba} in Visual Recognition},
-  author    = {Yang, Chenhongyi and Chen, Zehui and Espinosa, Miguel and Ericsson, Linus and Wang, Zhenyu and
-               Liu, Jiaming and Crowley, Elliot J.},
-  booktitle = {British Machine Vision Conference},
-  year      = {2024}
-}""",
-        flops_convention="linear layers, convolutions and all four scans",
-    ),
-    "vim": Paper(
-        name="Vim",
-        title="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
-        arxiv="2401.09417",
-        citation="""@inproceedings{zhu2024vim,
-  title     = {Vision {Mamba}: Efficient Visual Representation Learning with Bidirectional State Space Model},
-  author    = {Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2024}
-}""",
-        flops_convention="linear layers, convolutions and one of the two scan directions",
-    ),
+# Of the pruning methods that have one; our own follow the paper of `top`.
+METHOD_PAPERS = {
     "top": Paper(
         name="ToP",
         title="Exploring Token Pruning in Vision State Space Models",
@@ -252,7 +206,7 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 def create_model_card(
     model: VisionMamba, info: ModelCardInfo, image_processor: ImageProcessingMixin | None = None
 ) -> ModelCard:
-    """The model card of a PlainMamba or Vim model.
+    """The model card of a model of this package.
 
     Args:
         model: tells parameters, FLOPs, image size and pruning schedule.
@@ -265,7 +219,6 @@ def create_model_card(
         template_path=str(TEMPLATE),
         info=info,
         config=config,
-        image_height_width=config.image_height_width(config.image_size),
         num_parameters=model.num_parameters(),
         flops=flops,
         format_flops=format_flops,
@@ -275,19 +228,17 @@ def create_model_card(
         picture=None if info.picture is None else Path(info.picture).name,
         stages=_stages(config),
         measurements=[] if info.evaluation is None else [*info.evaluation.others, info.evaluation.this_model],
-        published_results=published_results(config) if _is_classifier(model) else [],
-        family=PAPERS[config.model_type],
+        published_results=published_results(config) if _is_classifier(model) else (),
         papers=_papers(config),
-        method_is_published=config.token_pruning is not None and config.token_pruning["method"] in PAPERS,
+        method_is_published=config.token_pruning is not None and config.token_pruning["method"] in METHOD_PAPERS,
     )
 
 
 def _papers(config: VisionMambaConfig) -> list[Paper]:
-    """Of the family, and of the pruning method: our own follow the paper of `top`."""
-    papers = [PAPERS[config.model_type]]
-    if config.token_pruning is not None:
-        papers.append(PAPERS.get(config.token_pruning["method"], PAPERS["top"]))
-    return papers
+    """Of the family, and of the pruning method."""
+    if config.token_pruning is None:
+        return [config.paper]
+    return [config.paper, METHOD_PAPERS.get(config.token_pruning["method"], METHOD_PAPERS["top"])]
 
 
 def format_flops(count: int) -> str:
@@ -296,7 +247,7 @@ def format_flops(count: int) -> str:
 
 
 def _is_classifier(model: VisionMamba) -> bool:
-    return type(model).__name__.endswith("ForImageClassification")
+    return type(model).__name__.endswith("Classification")
 
 
 @dataclass(frozen=True)
@@ -320,7 +271,7 @@ def _stages(config: VisionMambaConfig) -> list[_Stage]:
 def _metadata(model: VisionMamba, info: ModelCardInfo, has_image_processor: bool) -> ModelCardData:
     is_classifier = _is_classifier(model)
     pruning_tags = ["token-pruning"] if model.config.token_pruning else []
-    task = "image-classification" if is_classifier else "image-feature-extraction"
+    task = f"{model.config.modality}-" + ("classification" if is_classifier else "feature-extraction")
     return ModelCardData(
         library_name="transformers",
         # The pipelines make images RGB.
@@ -333,22 +284,22 @@ def _metadata(model: VisionMamba, info: ModelCardInfo, has_image_processor: bool
         tags=list(
             dict.fromkeys([model.config.model_type, "vision", "mamba", *pruning_tags, "custom_code", *info.tags])
         ),
-        **_model_index(info),
+        **_model_index(info, model.config.modality),
     )
 
 
 METRIC_NAMES = {"accuracy": "Top-1 accuracy", "top_5_accuracy": "Top-5 accuracy"}
 
 
-def _model_index(info: ModelCardInfo) -> dict[str, Any]:
+def _model_index(info: ModelCardInfo, modality: str) -> dict[str, Any]:
     if info.evaluation is None:
         return {}
     evaluation = info.evaluation
     measured = {"accuracy": evaluation.this_model.top1, "top_5_accuracy": evaluation.this_model.top5}
     results = [
         EvalResult(
-            task_type="image-classification",
-            task_name="Image classification",
+            task_type=f"{modality}-classification",
+            task_name=f"{modality.capitalize()} classification",
             dataset_type=evaluation.dataset_id,
             dataset_name=evaluation.dataset_name,
             dataset_split=evaluation.split,

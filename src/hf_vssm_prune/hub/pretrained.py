@@ -10,7 +10,8 @@ from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from hf_vssm_prune.hub.model_card import ModelCardInfo, VisionMamba
+from hf_vssm_prune.families import VisionMamba
+from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.hub.pushing import push_model
 from hf_vssm_prune.hub.saving import WEIGHTS, card_for, check_arguments, check_folder, complete_folder
 
@@ -31,7 +32,7 @@ def save_pretrained(
     everything or nothing.
 
     Args:
-        model: a PlainMamba or Vim model of this package.
+        model: of this package.
         save_directory: the folder.
         is_main_process: whether this process writes what is not weights.
         image_processor, model_card: as in `hub.save_for_hub`.
@@ -81,7 +82,7 @@ def push_to_hub(
     """Puts a model on the Hub in one commit: weights, configuration, code, image processor, card and notices.
 
     Args:
-        model: a PlainMamba or Vim model of this package.
+        model: of this package.
         repo_id: `user/name`.
         image_processor: None: the repository gets none, and keeps one that it has.
         model_card: None: the repository keeps the card that it has, and gets one of the model itself where it has none.

@@ -6,6 +6,7 @@ the package is not installed. Both read the same code: the flat files of the pac
 imports, copied byte for byte.
 """
 
+import inspect
 import json
 import os
 import shutil
@@ -18,13 +19,12 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.image_processing_base import ImageProcessingMixin
 
-import hf_vssm_prune
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.documentation import see
-from hf_vssm_prune.hub.model_card import ModelCardInfo, VisionMamba, create_model_card
+from hf_vssm_prune.families import FAMILIES, VisionMamba, family_names
+from hf_vssm_prune.hub.model_card import ModelCardInfo, create_model_card
 
 
-PACKAGE = Path(hf_vssm_prune.__file__).parent
 CARD, CONFIG = "README.md", "config.json"
 # The code's licence asks to come along; a file named LICENSE would be taken for that of the weights.
 CODE_LICENSE, NOTICE = Path(__file__).with_name("LICENSE-CODE"), "NOTICE"
@@ -45,7 +45,7 @@ def save_for_hub(
     half old and half new; files that are not part of the model stay as they are.
 
     Args:
-        model: a PlainMamba or Vim model of this package, with any head.
+        model: of this package, with any head.
         folder: where to save it; made, with its parents, where it is missing.
         image_processor: prepares the images of this model. None: the folder gets none, and keeps one that it has.
         model_card: what is known about the model beside what the model itself tells. None: a card of the latter alone,
@@ -81,18 +81,13 @@ def save_for_hub(
 
 def auto_map(config: VisionMambaConfig) -> dict[str, str]:
     """Where transformers finds a model family's classes in its flat code files, by the names of the Auto classes."""
-    family, name = config.model_type, type(config).__name__.removesuffix("Config")
-    return {
-        "AutoConfig": f"configuration_{family}.{name}Config",
-        "AutoModel": f"modeling_{family}.{name}Model",
-        "AutoModelForImageClassification": f"modeling_{family}.{name}ForImageClassification",
-        "AutoBackbone": f"modeling_{family}.{name}Backbone",
-    }
+    return FAMILIES[config.model_type].auto_map()
 
 
 def code_files(config: VisionMambaConfig) -> list[Path]:
     """The modules of this package that a model family needs, found the way transformers finds them on loading."""
-    modules = {PACKAGE / f"{target.split('.')[0]}.py" for target in auto_map(config).values()}
+    family = FAMILIES[config.model_type]
+    modules = {Path(inspect.getfile(found)) for found in (family.config, *family.classes.values())}
     imported = {Path(file) for module in modules for file in get_relative_import_files(module)}
     return sorted(modules | imported)
 
@@ -100,7 +95,7 @@ def code_files(config: VisionMambaConfig) -> list[Path]:
 def check_arguments(model: VisionMamba, image_processor: ImageProcessingMixin | None) -> None:
     if not isinstance(model, VisionMamba):
         raise TypeError(
-            f"A PlainMamba or Vim model of hf_vssm_prune is needed, given was a {_name(model)}. Unwrap a compiled or "
+            f"A {family_names()} model of hf_vssm_prune is needed, given was a {_name(model)}. Unwrap a compiled or "
             "distributed model first; open a model that came with remote code again after `import hf_vssm_prune`. "
             f"{see('a-model-of-this-package-is-needed')}"
         )

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
@@ -21,28 +21,24 @@ def config_at_size(config: VisionMambaConfig, image_size: int) -> VisionMambaCon
 
 
 def resize_model(model: PrunableModel, image_size: int) -> None:
-    """Lays a model out for images of `image_size` × `image_size` pixels. Position embeddings are resized bicubically, as
-    a forward pass at that size does it; a class token's stays as it is.
+    """Lays a model out for images of `image_size` × `image_size` pixels. Position embeddings are resized bicubically,
+    as a forward pass at that size does it; a class token's stays as it is.
 
     Raises:
         ValueError: it is too small for a patch.
     """
-    grid, new_grid = model.config.grid_size, config_at_size(model.config, image_size).grid_size
-    embeddings = model.base_model.embeddings
-    resized = _resize(embeddings.position_embeddings.detach(), grid, new_grid)
+    config, embeddings = model.config, model.base_model.embeddings
+    grid, new_grid = config.grid_size, config_at_size(config, image_size).grid_size
+    positions = embeddings.position_embeddings.detach()
+    place, new_place = (config.cls_token_id(math.prod(each)) for each in (grid, new_grid))
+    if place is None:
+        resized = resize_position_embeddings(positions, grid, new_grid, interpolate=True)
+    else:
+        before, cls_token, after = positions.tensor_split([place, place + 1], dim=1)
+        patches = resize_position_embeddings(torch.cat([before, after], dim=1), grid, new_grid, interpolate=True)
+        resized = torch.cat([patches[:, :new_place], cls_token, patches[:, new_place:]], dim=1)
     embeddings.position_embeddings = nn.Parameter(resized)
-    model.config.image_size = image_size
-
-
-def _resize(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position embeddings (1, tokens, hidden) of another grid, with or without a class token in the middle."""
-    num_patches, new_num_patches = math.prod(grid), math.prod(new_grid)
-    middle, new_middle = num_patches // 2, new_num_patches // 2
-    before, class_token, after = positions.split(
-        [middle, positions.shape[1] - num_patches, num_patches - middle], dim=1
-    )
-    patches = resize_position_embeddings(torch.cat([before, after], dim=1), grid, new_grid, interpolate=True)
-    return torch.cat([patches[:, :new_middle], class_token, patches[:, new_middle:]], dim=1)
+    config.image_size = image_size
 
 
 def resize_image_processor(image_processor: BaseImageProcessor, image_size: int) -> BaseImageProcessor:

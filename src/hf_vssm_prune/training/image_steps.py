@@ -1,6 +1,8 @@
 """From a stored image to pixel values: decoding, and an image processor's steps without its cost per call."""
 
+import functools
 import io
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +14,8 @@ from transformers import BaseImageProcessor
 
 from hf_vssm_prune.documentation import see
 
+
+logger = logging.getLogger(__name__)
 
 # A little more than two of 255 levels: torchvision's resizing, where it is installed, rounds otherwise than Pillow's.
 PROBE_TOLERANCE_IN_LEVELS = 2.5
@@ -29,31 +33,38 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# The first image that was clipped: a data set of such images would fill the log.
+_said_to_be_clipped: list[str] = []
 
 
 class ImageError(ValueError):
-    """An image is missing, damaged, of no known format, or of a pixel type without a known range."""
+    """An image is missing, damaged, of no known format, of a pixel type without a known range, or without a label."""
 
 
+@functools.cache
 def readable_formats() -> list[str]:
-    """The image formats that are opened."""
+    """The image formats that are opened, in the order in which Pillow tries them: the common ones first."""
+    Image.preinit()
     Image.init()
-    return sorted(set(Image.OPEN) - UNREADABLE_FORMATS)
+    return [form for form in Image.ID if form not in UNREADABLE_FORMATS]
 
 
-def decode_image(stored: Mapping[str, Any], mode: str, name: str) -> Image.Image:
+def decode_image(stored: Mapping[str, Any] | None, mode: str, name: str) -> Image.Image:
     """Decodes an image that `datasets.Image(decode=False)` stored, upright (EXIF) and in one mode.
 
-    Transparent pixels are blended onto white, as transformers' image processors do.
+    The pixels are those that transformers' pipelines show a model, which convert every image to RGB by Pillow:
+    transparency is dropped without blending, and grayscale of more than 8 bits is clipped at 255, which is logged.
+    An image processor that is called on an image with transparency blends it onto white instead.
 
     Args:
-        stored: {"bytes": the encoded file or None, "path": where the file is, used without bytes}.
+        stored: {"bytes": the encoded file or None, "path": where the file is, used without bytes}; None: no image.
         mode: "RGB" or "L".
         name: What an error calls the image.
 
     Raises:
         ImageError: see there.
     """
+    stored = stored or {"bytes": None, "path": None}
     source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
     if source is None:
         raise ImageError(f"{name} has neither bytes nor a path.")
@@ -65,11 +76,8 @@ def decode_image(stored: Mapping[str, Any], mode: str, name: str) -> Image.Image
     except Exception as error:
         raise ImageError(f"{name} cannot be read: {error}") from error
     if upright.mode.startswith("I") or upright.mode == "F":
-        upright = _to_8_bits(upright, name)
-    if "A" in upright.getbands() or "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    return upright if upright.mode == mode else upright.convert(mode)
+        _check_range(upright, name)
+    return _converted(_converted(upright, "RGB"), mode)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -81,16 +89,30 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else image.copy()
 
 
-def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Scales 16-bit grayscale to 8 bits, where Pillow's own conversion would clip at 255. Depending on its version and
-    on the file, Pillow opens it as "I;16" or as 32-bit integers."""
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == mode:
+        return image
+    # Pillow warns about palettes with transparency, which is dropped on purpose.
+    image.info.pop("transparency", None)
+    return image.convert(mode)
+
+
+def _check_range(image: Image.Image, name: str) -> None:
+    """Refuses pixels of an unknown range, and says where 16 bits are clipped. Depending on its version and on the file,
+    Pillow opens 16-bit grayscale as "I;16" or as 32-bit integers."""
     pixels = np.asarray(image)
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 0xFFFF:
+    least, most = pixels.min(), pixels.max()
+    if image.mode == "F" or least < 0 or most > 0xFFFF:
         raise ImageError(
-            f"{name} has pixels of mode '{image.mode}' from {pixels.min()} to {pixels.max()}: "
-            "convert it to 8 or 16 bits per channel."
+            f"{name} has pixels of mode '{image.mode}' from {least} to {most}: convert it to 8 bits per channel."
         )
-    return Image.fromarray((pixels.astype(np.uint16) >> 8).astype(np.uint8))
+    if most > 0xFF and not _said_to_be_clipped:
+        _said_to_be_clipped.append(name)
+        logger.warning(
+            "%s has pixels from %d to %d, which are clipped at 255, as transformers' pipelines do: convert images of "
+            "16 bits to 8 bits per channel.",
+            *(name, least, most),
+        )
 
 
 class ImageProcessorSteps:

@@ -7,7 +7,7 @@ see `training.tasks`.
 
 from hf_vssm_prune.training.arguments.data import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.arguments.evaluation import BesideArguments, EstimateArguments, EvaluationArguments
-from hf_vssm_prune.training.arguments.model import DenseModelArguments, FinetuneArguments, LossArguments, label_maps
+from hf_vssm_prune.training.arguments.model import DenseModelArguments, FinetuneArguments, LossArguments
 from hf_vssm_prune.training.arguments.optimization import OptimizationArguments, ScratchOptimizationArguments
 from hf_vssm_prune.training.arguments.parsing import parse_arguments
 from hf_vssm_prune.training.arguments.pruning import ElasticArguments, PruningArguments
@@ -29,6 +29,5 @@ __all__ = [
     "RunArguments",
     "ScaleArguments",
     "ScratchOptimizationArguments",
-    "label_maps",
     "parse_arguments",
 ]

@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.configuration_plainmamba import PlainMambaConfig
-from hf_vssm_prune.configuration_vim import VimConfig
+from hf_vssm_prune.families import FAMILIES, preset_names
 from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.label_maps import complete_label_maps
 from hf_vssm_prune.training.arguments.parsing import check_range, describe
 from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, LossWeights
 
 
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
-FAMILIES: dict[str, type[VisionMambaConfig]] = {"plainmamba": PlainMambaConfig, "vim": VimConfig}
 
 
 @dataclass
@@ -92,9 +91,7 @@ class DenseModelArguments:
         default=False, metadata=describe("give the checkpoint a new classifier where labels differ")
     )
     family: str | None = field(default=None, metadata=describe("of the new model", choices=tuple(FAMILIES)))
-    preset: str | None = field(
-        default=None, metadata=describe("size by name: L1, L2, L3 of PlainMamba; T, S, B of Vim")
-    )
+    preset: str | None = field(default=None, metadata=describe(f"size by name: {preset_names()}"))
     image_size: int | None = field(
         default=None, metadata=describe("side in pixels; 224 for a new model, else the checkpoint's", "--img_size")
     )
@@ -131,22 +128,17 @@ class DenseModelArguments:
 
     def config(self, label_names: Sequence[str], drop_path_rate: float = 0.0) -> VisionMambaConfig:
         """The configuration of the new model."""
-        family = FAMILIES[self.family or ""]
+        family = FAMILIES[self.family or ""].config
         options: dict[str, Any] = {
             "image_size": self.image_size,
             "patch_size": self.patch_size,
             "drop_path_rate": drop_path_rate,
             "num_labels": len(label_names),
-            **label_maps(label_names),
+            **complete_label_maps({"id2label": list(label_names)}),
         }
         options = {name: value for name, value in options.items() if value is not None}
         options |= _parse_overrides(self.config_overrides, family)
         return family(**options) if self.preset is None else family.from_preset(self.preset, **options)
-
-
-def label_maps(label_names: Sequence[str]) -> dict[str, dict]:
-    """`id2label` and `label2id` of a configuration."""
-    return {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
 
 
 def _parse_overrides(overrides: Sequence[str], family: type[VisionMambaConfig]) -> dict[str, Any]:

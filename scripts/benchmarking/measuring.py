@@ -1,0 +1,160 @@
+"""Cases that take turns, what they took, and where."""
+
+import argparse
+import ctypes
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_vssm_prune.kernels import available
+
+
+Case = Callable[[], object]
+
+
+@dataclass
+class Group:
+    """Cases that took turns.
+
+    Attributes:
+        title: what was computed.
+        seconds: of each case, its runs in order.
+        ratios: by name, the two cases that are compared, each with a factor: (factor, slower, faster).
+        images: that a run of a case goes through; 0: a case is not about images.
+    """
+
+    title: str
+    seconds: dict[str, list[float]]
+    ratios: dict[str, tuple[float, str, str]] = field(default_factory=dict)
+    images: int = 0
+
+    def ratio(self, name: str) -> tuple[float, float]:
+        """Of the fastest runs, and the median turn by turn."""
+        factor, slower, faster = self.ratios[name]
+        turns = zip(self.seconds[slower], self.seconds[faster], strict=True)
+        fastest = min(self.seconds[slower]) / min(self.seconds[faster])
+        return factor * fastest, factor * statistics.median(a / b for a, b in turns)
+
+    def tables(self) -> str:
+        head, rule = "| case | fastest ms | median ms |", "| --- | ---: | ---: |"
+        if self.images:
+            head, rule = f"{head} images/s |", f"{rule} ---: |"
+        lines = [f"### {self.title}", "", head, rule]
+        for name, runs in self.seconds.items():
+            row = f"| {name} | {1e3 * min(runs):.3g} | {1e3 * statistics.median(runs):.3g} |"
+            lines.append(f"{row} {self.images / min(runs):.3g} |" if self.images else row)
+        if self.ratios:
+            lines += ["", "| ratio | of the fastest | median |", "| --- | ---: | ---: |"]
+            lines += ["| {} | {:.2f} | {:.2f} |".format(name, *self.ratio(name)) for name in self.ratios]
+        return "\n".join(lines) + "\n"
+
+
+# A case that takes fewer seconds runs once unmeasured in each turn, so that the cache holds its inputs, as in a model,
+# and not those of the case before.
+COLD_BELOW = 0.02
+
+
+def take_turns(
+    title: str,
+    cases: dict[str, Case],
+    ratios: dict[str, tuple[float, str, str]],
+    options: argparse.Namespace,
+    images: int = 0,
+) -> Group:
+    """Runs all cases in turn until the time is used up, and at least three times."""
+    torch.set_default_device(None)  # what it adds to each call would be measured
+    for case in cases.values():
+        case()
+    wait(options.device)
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    first_runs = next(iter(seconds.values()))
+    start = time.perf_counter()
+    with tqdm(total=round(options.seconds), desc=title, unit="s", bar_format="{desc}: {n:.0f}/{total} s") as progress:
+        while (elapsed := time.perf_counter() - start) < options.seconds or len(first_runs) < 3:
+            for name, case in cases.items():
+                if seconds[name] and seconds[name][-1] < COLD_BELOW:
+                    case()
+                    wait(options.device)
+                before = time.perf_counter()
+                case()
+                wait(options.device)
+                seconds[name].append(time.perf_counter() - before)
+            progress.n = min(elapsed, options.seconds)
+            progress.refresh()
+    make_tensors_on(options.device)
+    group = Group(title, seconds, ratios, images)
+    print("\n" + group.tables(), flush=True)
+    return group
+
+
+def make_tensors_on(device: str) -> None:
+    torch.set_default_device(None if torch.device(device).type == "cpu" else device)
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def with_threads(threads: int, case: Case) -> Case:
+    def run() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        case()
+        torch.set_num_threads(before)
+
+    return run
+
+
+def growth(case: Case) -> str:
+    """How far memory grows in a run at its peak: a GPU's, or the process's where the system tells (Linux)."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        case()
+        return f"the GPU's memory grows by {(torch.cuda.max_memory_allocated() - allocated) / 2**20:.0f} MiB"
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return "the system does not tell how far the process grows"
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system, to be counted again
+    reset.write_text("5")  # the peak is now what is in use
+    before = memory_in_use("VmRSS")
+    case()
+    return f"the process grows by {(memory_in_use('VmHWM') - before) / 2**10:.0f} MiB"
+
+
+def memory_in_use(name: str) -> int:
+    """A figure of /proc/self/status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def describe_machine(device: str) -> dict[str, str]:
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if torch.device(device).type == "cuda":
+        processor = torch.cuda.get_device_name()
+    elif cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    a = torch.randn(1024, 1024)
+    runs = []
+    for _ in range(10):
+        before = time.perf_counter()
+        a @ a
+        wait(device)
+        runs.append(time.perf_counter() - before)
+    return {
+        "processor": processor,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "kernels": ", ".join(name for name, state in available().items() if state == "available") or "none",
+        "matrix products": f"{2 * 1024**3 / min(runs) / 1e9:.0f} GFLOP/s",
+    }

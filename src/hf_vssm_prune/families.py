@@ -1,0 +1,102 @@
+"""The families of models: one line each. Whoever wants to know something about one asks its own two files.
+
+This table stays at home: code that travels in a Hub repository knows its own family alone.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeAlias
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+)
+
+from . import configuration_plainmamba, configuration_vim, modeling_plainmamba, modeling_vim
+from .configuration_common import VisionMambaConfig
+from .modeling_common import TokenPruningMixin
+
+
+# A model of this package, and one of its classifiers: the package's own, not one from code of a Hub repository.
+VisionMamba: TypeAlias = TokenPruningMixin
+ImageClassifier: TypeAlias = TokenPruningMixin
+
+# By the end of a class's name, the Auto class that makes it from a configuration.
+AUTO_CLASSES: dict[str, Any] = {
+    "Model": AutoModel,
+    "ForImageClassification": AutoModelForImageClassification,
+    "ForVideoClassification": AutoModelForVideoClassification,
+    "Backbone": AutoBackbone,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        config: its configuration's class, which also tells what is to be known of the family.
+        classes: its models' classes, by the end of their names as in `AUTO_CLASSES`.
+        base: what they all derive from, which also is an `OfficialFormat`: see `conversion`.
+        public_names: everything that its two files offer, by name.
+    """
+
+    config: type[VisionMambaConfig]
+    classes: dict[str, Any]
+    base: Any
+    public_names: dict[str, Any]
+
+    def classifier(self, config: VisionMambaConfig) -> Any:
+        """A new classifier, of images or of videos as the configuration says."""
+        return self.classes[f"For{config.modality.capitalize()}Classification"](config)
+
+    @staticmethod
+    def auto_classifier(config: VisionMambaConfig) -> Any:
+        """The Auto class of such classifiers."""
+        return AUTO_CLASSES[f"For{config.modality.capitalize()}Classification"]
+
+    def auto_map(self) -> dict[str, str]:
+        """Where transformers finds the classes in a folder's code files, by the names of the Auto classes."""
+        classes = {AutoConfig: self.config} | {AUTO_CLASSES[end]: found for end, found in self.classes.items()}
+        return {
+            auto_class.__name__: f"{found.__module__.rpartition('.')[2]}.{found.__name__}"
+            for auto_class, found in classes.items()
+        }
+
+
+def register(configuration: ModuleType, modeling: ModuleType) -> Family:
+    """Makes a family known to this package and to transformers' Auto classes.
+
+    Args:
+        configuration: the module of its configuration's class, `NameConfig`.
+        modeling: the module of its models' classes, `NamePreTrainedModel` and some of `AUTO_CLASSES`.
+    """
+    public_names = {name: getattr(module, name) for module in (configuration, modeling) for name in module.__all__}
+    config = next(found for name, found in public_names.items() if name.endswith("Config"))
+    name = config.__name__.removesuffix("Config")
+    classes = {end: public_names[name + end] for end in AUTO_CLASSES if name + end in public_names}
+    family = Family(config, classes, public_names[f"{name}PreTrainedModel"], public_names)
+    FAMILIES[config.model_type] = family
+    AutoConfig.register(config.model_type, config)
+    for end, found in classes.items():
+        AUTO_CLASSES[end].register(config, found)
+    return family
+
+
+def family_names() -> str:
+    """For messages: "PlainMamba or Vim"."""
+    return " or ".join(family.config.paper.name for family in FAMILIES.values())
+
+
+def preset_names() -> str:
+    """For messages: "L1, L2, L3 of PlainMamba; T, S, B of Vim"."""
+    configs = [family.config for family in FAMILIES.values()]
+    return "; ".join(f"{', '.join(config.presets)} of {config.paper.name}" for config in configs)
+
+
+FAMILIES: dict[str, Family] = {}
+register(configuration_plainmamba, modeling_plainmamba)
+register(configuration_vim, modeling_vim)

@@ -1,0 +1,38 @@
+"""What papers say about a family of models, for its configuration to tell. None of it was measured by this project."""
+
+from typing import Any, NamedTuple
+
+
+class Paper(NamedTuple):
+    """A paper, for model cards; `flops_convention` says what the figures of a family's count."""
+
+    name: str  # of the family or method
+    title: str
+    arxiv: str
+    citation: str | None = None  # BibTeX
+    repository: str | None = None
+    flops_convention: str | None = None
+
+
+class PublishedResult(NamedTuple):
+    """One row of a paper's table: ImageNet-1k top-1 in percent, and FLOPs as the paper states them, if it does."""
+
+    method: str
+    source: str
+    top1: float
+    flops: str | None = None
+
+
+class PublishedModel(NamedTuple):
+    """A preset whose weights for ImageNet-1k were published: where, the pruning that comes to the FLOPs that a paper
+    states for it (else that of a sibling), and what papers report."""
+
+    weights: str
+    token_pruning: dict[str, Any]
+    results: tuple[PublishedResult, ...] = ()
+
+
+TOP = "ToP, arXiv 2409.18962"
+R_MEETO = "R-MeeTo, arXiv 2412.12496"
+DYVM = "DyVM, arXiv 2504.04787"
+STORM = "STORM"

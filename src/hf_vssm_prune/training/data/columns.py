@@ -1,0 +1,157 @@
+"""From any data set to one with the columns "image", "label" and "row"."""
+
+import os
+import stat
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
+
+from hf_vssm_prune.training.data.label_columns import read_labels, translate_labels
+
+
+@dataclass(frozen=True)
+class ImageDatasets:
+    """The two sides of a training run. Each data set has the columns "image" ({"bytes", "path"}, not decoded), "label"
+    (an index into `label_names`) and "row" (the row in the split that it came from; a stream has none)."""
+
+    train: "Dataset | ImageStream"
+    evaluation: Dataset
+    label_names: list[str]
+
+
+@dataclass(frozen=True)
+class ImageStream:
+    """Training images that are read one after the other.
+
+    Attributes:
+        rows: with the columns "image" and "label" of `ImageDatasets`, in the order in which they are stored.
+        num_images: how many there are.
+        buffer_size: images from which the next one is drawn.
+        split: its name.
+    """
+
+    rows: IterableDataset
+    num_images: int
+    buffer_size: int
+    split: str
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def shuffled(self, seed: int, epoch: int) -> IterableDataset:
+        """The rows in the order of an epoch: files change places, and a buffer mixes what they hold."""
+        rows = self.rows.shuffle(seed=seed, buffer_size=self.buffer_size)
+        rows.set_epoch(epoch)
+        return rows
+
+
+def standardize(
+    dataset: Dataset, image_column: str | None, label_column: str | None, label_names: list[str] | None = None
+) -> tuple[Dataset, list[str]]:
+    """Returns the data set with the columns "image", "label" and "row", and the names of the labels: `label_names`
+    where given, and then the data set's own must be among them.
+
+    Raises:
+        ValueError: a column is missing or holds something else; a row has no image or no label.
+    """
+    image_column = _find_column(dataset, image_column, Image, "image")
+    label_column = _find_column(dataset, label_column, ClassLabel, "label")
+    if image_column == label_column:
+        raise ValueError(f"image_column and label_column are both '{image_column}'.")
+    dataset = dataset.select_columns([image_column, label_column])
+    dataset = dataset.rename_columns(
+        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
+    )
+    try:
+        dataset = dataset.cast_column("image", Image(decode=False))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        kind = dataset.features["image"]
+        raise ValueError(f"Column '{image_column}' holds no images; its type is {kind}.") from error
+    _check_images(dataset, image_column)
+    labels, own_names = read_labels(dataset, label_column, say_numbers=label_names is None)
+    label_names = label_names or own_names
+    if own_names != label_names:
+        labels = translate_labels(labels, own_names, label_names)
+    # Joined and not cast: a cast would copy all images.
+    columns = Dataset.from_dict(
+        {"label": labels, "row": np.arange(len(labels))},
+        features=Features({"label": ClassLabel(names=label_names), "row": Value("int64")}),
+        split=dataset.split,
+    )
+    return concatenate_datasets([dataset.select_columns("image"), columns], split=dataset.split, axis=1), label_names
+
+
+def standardize_stream(
+    rows: IterableDataset, image_column: str | None, label_column: str | None
+) -> tuple[IterableDataset, list[str]]:
+    """A stream with the columns "image" (not decoded) and "label", and the labels' names.
+
+    Raises:
+        ValueError: a column is missing, or the labels have no names.
+    """
+    if rows.features is None:
+        rows = rows._resolve_features()
+    image_column = _find_column(rows, image_column, Image, "image")
+    label_column = _find_column(rows, label_column, ClassLabel, "label")
+    kind = rows.features[label_column]
+    if not isinstance(kind, ClassLabel):
+        raise ValueError(
+            f"Column '{label_column}' has the type {kind}: a stream's labels need names (datasets.ClassLabel), because "
+            "they cannot all be looked at beforehand. Leave out --streaming."
+        )
+    rows = rows.select_columns([image_column, label_column])
+    rows = rows.rename_columns(
+        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
+    )
+    return rows.cast_column("image", Image(decode=False)), list(kind.names)
+
+
+def _find_column(dataset: Dataset | IterableDataset, name: str | None, kind: type, meaning: str) -> str:
+    if name is not None:
+        if name not in dataset.column_names:
+            raise ValueError(
+                f"There is no column '{name}' in split '{dataset.split}'; there are {', '.join(dataset.column_names)}."
+            )
+        return name
+    found = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{len(found) or 'No'} columns have the type {kind.__name__} ({dataset.features}): "
+            f"name the one to use with {meaning}_column."
+        )
+    return found[0]
+
+
+def _check_images(dataset: Dataset, column: str) -> None:
+    """Refuses rows in which there is nothing to decode. Whether the rest can be decoded shows when it is."""
+    images = dataset.data.column("image")
+    lengths = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), -1).to_numpy()
+    paths = pc.struct_field(images, "path")
+    wrong = {int(row): "it holds 0 bytes" for row in np.flatnonzero(lengths == 0)}
+    without_bytes = np.flatnonzero(lengths < 0)
+    for row, path in zip(without_bytes, paths.take(pa.array(without_bytes)).to_pylist(), strict=True):
+        if problem := _problem_of_file(path):
+            wrong[int(row)] = problem
+    if wrong:
+        first = min(wrong)
+        raise ValueError(
+            f"{len(wrong)} of {len(dataset)} rows of split '{dataset.split}' have no image in column '{column}'; the "
+            f"first is row {first}: {wrong[first]}. Leave them out of the data set, or complete them."
+        )
+
+
+def _problem_of_file(path: str | None) -> str | None:
+    if not path:
+        return "it has neither bytes nor a path"
+    if "://" in path:  # what datasets opens where it is
+        return None
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        return f"its file '{path}' cannot be opened ({getattr(error, 'strerror', None) or error})"
+    if not stat.S_ISREG(status.st_mode):
+        return f"'{path}' is no file"
+    return None if status.st_size else f"its file '{path}' is empty"

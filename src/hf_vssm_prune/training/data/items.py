@@ -1,0 +1,152 @@
+"""What a data loader reads: images, decoded and augmented when they are asked for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import BaseImageProcessor
+
+from hf_vssm_prune.training.augmentation import (
+    AugmentationConfig,
+    randaugment,
+    random_crop_with_padding,
+    random_erasing,
+    random_resized_crop,
+)
+from hf_vssm_prune.training.data.columns import ImageStream
+from hf_vssm_prune.training.image_steps import ImageError, ImageProcessorSteps, decode_image
+
+
+class _Images(torch.utils.data.Dataset[dict[str, Any]]):
+    """Images of a data set that `load_image_dataset` gave, decoded when they are asked for."""
+
+    def __init__(self, dataset: Any, image_processor: BaseImageProcessor) -> None:
+        self._dataset = dataset
+        self._steps = ImageProcessorSteps(image_processor)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no image {index}: there are {len(self)}.")
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """What a data loader calls for a whole batch: one look-up in the table is faster than many."""
+        rows = self._dataset[indices]
+        return [
+            self._item(index, stored, label, f"row {row}")
+            for index, stored, label, row in zip(indices, rows["image"], rows["label"], rows["row"], strict=True)
+        ]
+
+    def _item(self, index: int, stored: Mapping[str, Any] | None, label: int, place: str) -> dict[str, Any]:
+        return {"pixel_values": self._pixel_values(self._decode(stored, place), index), "labels": label}
+
+    def _decode(self, stored: Mapping[str, Any] | None, place: str) -> Image.Image:
+        name = f"The image in {place} of split '{self._dataset.split}'"
+        if stored is not None and stored["path"] is not None:
+            name += f" ('{stored['path']}')"
+        return decode_image(stored, self._steps.mode, name)
+
+    def _pixel_values(self, image: Image.Image, index: int) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class EvaluationImages(_Images):
+    """Images as the image processor gives them.
+
+    Each item is {"pixel_values": float32 (channels, height, width), "labels": int}.
+
+    Args:
+        dataset: One that `load_image_dataset` or `load_evaluation_dataset` gave.
+        image_processor: One of plain steps: see `ImageProcessorSteps`.
+    """
+
+    def _pixel_values(self, image: Image.Image, index: int) -> torch.Tensor:
+        return self._steps(image)
+
+
+class TrainingImages(_Images):
+    """Augmented images. What is random in an image depends on the seed, the epoch and the index alone: not on the
+    number of workers or processes, nor on what was read before.
+
+    Each item is {"pixel_values": float32 (channels, height, width), "labels": int}.
+
+    Args:
+        dataset: One that `load_image_dataset` gave.
+        image_processor: One of plain steps: see `ImageProcessorSteps`.
+        augmentation: What to do to the images.
+        seed: Not negative.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | ImageStream,
+        image_processor: BaseImageProcessor,
+        augmentation: AugmentationConfig,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(dataset, image_processor)
+        if seed < 0:
+            raise ValueError(f"seed is {seed}: it must not be negative.")
+        self._augmentation = augmentation
+        self._seed = seed
+        # In shared memory, so that the persistent workers of a data loader see the new epoch as well.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Call it before the data loader's iterator is made: workers read ahead."""
+        self._epoch.fill_(epoch)
+
+    def _pixel_values(self, image: Image.Image, index: int) -> torch.Tensor:
+        generator = np.random.default_rng((self._seed, int(self._epoch), index))
+        augmentation, steps = self._augmentation, self._steps
+        if augmentation.random_resized_crop_scale is not None:
+            image = random_resized_crop(
+                image, steps.size, augmentation.random_resized_crop_scale, steps.resample, generator
+            )
+        else:
+            image = random_crop_with_padding(steps.resize_and_crop(image), augmentation.random_crop_padding, generator)
+        if generator.random() < augmentation.horizontal_flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = randaugment(image, augmentation, steps.resample, steps.fill, generator)
+        return random_erasing(steps.normalize(image), augmentation.random_erasing, generator)
+
+
+class StreamedTrainingImages(TrainingImages):
+    """Augmented images of an `ImageStream`.
+
+    An "index" is the place in the epoch's order together with the row itself, as `sampling.StreamSampler` gives them:
+    the process that trains reads the rows, and its workers decode and augment them.
+    """
+
+    def __getitem__(self, numbered_row: tuple[int, dict[str, Any]]) -> dict[str, Any]:  # type: ignore[override]
+        return self.__getitems__([numbered_row])[0]
+
+    def __getitems__(self, numbered_rows: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:  # type: ignore[override]
+        epoch = int(self._epoch)
+        return [
+            self._item(place, row["image"], self._label(row, place), f"place {place} of epoch {epoch}")
+            for place, row in numbered_rows
+        ]
+
+    def _label(self, row: Mapping[str, Any], place: int) -> int:
+        label, count = row["label"], self._dataset.rows.features["label"].num_classes
+        if label is None or not 0 <= label < count:
+            raise ImageError(
+                f"The image in place {place} of split '{self._dataset.split}' has the label {label}: allowed is 0 to "
+                f"{count - 1}."
+            )
+        return label
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stacks samples into {"pixel_values": (batch, channels, height, width), "labels": (batch,) int64}."""
+    return {
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "labels": torch.tensor([sample["labels"] for sample in samples]),
+    }

@@ -1,0 +1,199 @@
+"""Loads labelled images for training and for evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, NamedSplit
+from datasets.exceptions import DatasetGenerationError
+
+from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, standardize, standardize_stream
+from hf_vssm_prune.training.data.sources import count_parquet_rows, load_splits
+
+
+# Data sets on the Hub use any of these names. Validation comes first: the labels of a test split are often withheld.
+EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
+
+
+def load_image_dataset(
+    name_or_path: str | Path,
+    *,
+    config_name: str | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    validation_share: float = 0.1,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    seed: int = 0,
+) -> ImageDatasets:
+    """Loads a labelled image data set for training.
+
+    Args:
+        name_or_path: A folder with one subfolder of images for each class, or with such folders for each split
+            ("train", "validation" or "val", "test"); a Parquet file or a folder of them (train.parquet,
+            test-00000-of-00001.parquet, …); a folder that datasets' `save_to_disk` wrote; the name of a data set on the
+            Hub; or "fashion_mnist", the subset that this package ships, where no folder of that name is present.
+        config_name: Configuration of a data set on the Hub.
+        train_split: Split to train on.
+        eval_split: Split to evaluate on; None: validation, else test, else a part of the training split.
+        image_column: Column of the images; None: the only one of type `datasets.Image`.
+        label_column: Column of the labels; None: the only one of type `datasets.ClassLabel`. A named column may also
+            hold integers or strings.
+        validation_share: Share of the training split to evaluate on where there is no split for it: drawn at random,
+            the same share of each class.
+        max_train_samples: Number of training images to draw at random; None: all.
+        max_eval_samples: Number of evaluation images to draw at random; None: all.
+        seed: Of everything that is drawn.
+
+    Raises:
+        FileNotFoundError: `name_or_path` looks like a path, and nothing is there.
+        ValueError: The data set cannot be found or read, or is none of labelled images; a split or a column is missing;
+            labels are missing, out of range or all the same; there are fewer images than asked for.
+    """
+    if not 0 < validation_share < 1:
+        raise ValueError(f"validation_share is {validation_share}: it must be between 0 and 1, both excluded.")
+    splits = load_splits(name_or_path, config_name)
+    train, label_names = standardize(_choose_split(splits, train_split, name_or_path), image_column, label_column)
+    if len(np.unique(_labels_of(train))) < 2:
+        raise ValueError(f"All {len(train)} images of split '{train_split}' of '{name_or_path}' have the same label.")
+    eval_split = eval_split or _find_evaluation_split(splits, excluded=train_split)
+    if eval_split is None:
+        train, evaluation = _split_by_label(train, validation_share, seed)
+    else:
+        evaluation, _ = standardize(
+            _choose_split(splits, eval_split, name_or_path), image_column, label_column, label_names
+        )
+    return ImageDatasets(
+        train=_draw_samples(train, max_train_samples, "max_train_samples", seed),
+        evaluation=_draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed),
+        label_names=label_names,
+    )
+
+
+def load_image_stream(
+    name_or_path: str | Path,
+    *,
+    config_name: str | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    shuffle_buffer_size: int = 10_000,
+    seed: int = 0,
+) -> ImageDatasets:
+    """As `load_image_dataset`, but the training images stay where they are and are read when they are needed.
+
+    The evaluation split is read once, into datasets' cache. `max_train_samples` takes the first ones.
+
+    Raises:
+        ValueError: as in `load_image_dataset`; or the labels have no names, it is not known how many images there are,
+            there is no evaluation split, or the images are files in a folder.
+    """
+    splits = load_splits(name_or_path, config_name, streaming=True)
+    rows = _choose_split(splits, train_split, name_or_path)
+    num_images = _count_rows(rows, name_or_path, train_split)
+    if max_train_samples is not None:
+        if num_images is not None and max_train_samples > num_images:
+            raise ValueError(
+                f"max_train_samples is {max_train_samples}: split '{train_split}' has {num_images} images."
+            )
+        rows, num_images = rows.take(max_train_samples), max_train_samples
+    if num_images is None:
+        raise ValueError(
+            f"'{name_or_path}' does not say how many images split '{train_split}' has: say it with --max_train_samples."
+        )
+    rows, label_names = standardize_stream(rows, image_column, label_column)
+    eval_split = eval_split or _find_evaluation_split(splits, excluded=train_split)
+    if eval_split is None:
+        raise ValueError(
+            f"'{name_or_path}' has no split to evaluate on (it has {', '.join(splits)}), and none can be set apart "
+            "from a stream: name one with --eval_split, or leave out --streaming."
+        )
+    stored = _choose_split(splits, eval_split, name_or_path)
+    stored, _ = standardize_stream(stored, image_column, label_column)
+    try:
+        evaluation = Dataset.from_generator(stored.__iter__, features=stored.features, split=NamedSplit(eval_split))
+    except DatasetGenerationError as error:
+        raise ValueError(f"Split '{eval_split}' of '{name_or_path}' cannot be read: {error.__cause__}") from error
+    evaluation, _ = standardize(evaluation, "image", "label", label_names)
+    return ImageDatasets(
+        train=ImageStream(rows, num_images, shuffle_buffer_size, train_split),
+        evaluation=_draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed),
+        label_names=label_names,
+    )
+
+
+def load_evaluation_dataset(
+    name_or_path: str | Path,
+    *,
+    config_name: str | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> tuple[Dataset, list[str]]:
+    """Loads one split of a data set, and the names of its labels: `split`, or validation, else test, else the only one.
+
+    Arguments and errors are those of `load_image_dataset`.
+    """
+    splits = load_splits(name_or_path, config_name)
+    split = split or _find_evaluation_split(splits, excluded=None) or next(iter(splits))
+    dataset, label_names = standardize(_choose_split(splits, split, name_or_path), image_column, label_column)
+    return _draw_samples(dataset, max_samples, "max_samples", seed), label_names
+
+
+def _choose_split(splits: DatasetDict | IterableDatasetDict, split: str, name_or_path: str | Path) -> Any:
+    if split not in splits:
+        raise ValueError(f"'{name_or_path}' has no split '{split}'; it has {', '.join(splits)}.")
+    if isinstance(splits[split], Dataset) and not len(splits[split]):
+        raise ValueError(f"Split '{split}' of '{name_or_path}' is empty.")
+    return splits[split]
+
+
+def _find_evaluation_split(splits: DatasetDict | IterableDatasetDict, excluded: str | None) -> str | None:
+    return next((split for split in EVALUATION_SPLITS if split in splits and split != excluded), None)
+
+
+def _count_rows(rows: IterableDataset, name_or_path: str | Path, split: str) -> int | None:
+    """The number of a stream's rows, from its description or its Parquet files; None where neither says it."""
+    described = (rows.info.splits or {}).get(split)
+    if described is not None and described.num_examples:
+        return described.num_examples
+    return count_parquet_rows(name_or_path, split)
+
+
+def _labels_of(dataset: Dataset) -> np.ndarray:
+    return np.asarray(dataset.with_format("numpy")["label"][:])
+
+
+def _split_by_label(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Sets `share` of each class apart for evaluation: at least one image and not all; none of a class with one."""
+    generator = np.random.default_rng(seed)
+    labels = _labels_of(dataset)
+    for_evaluation = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        for_evaluation[generator.choice(rows, count, replace=False)] = True
+    if not for_evaluation.any():
+        raise ValueError(
+            f"None of the {len(labels)} training images can be set apart for evaluation: no label has two of them."
+        )
+    return (
+        dataset.select(np.flatnonzero(~for_evaluation), keep_in_memory=True),
+        dataset.select(np.flatnonzero(for_evaluation), keep_in_memory=True),
+    )
+
+
+def _draw_samples(dataset: Dataset, count: int | None, argument: str, seed: int) -> Dataset:
+    if count is None:
+        return dataset
+    if not 1 <= count <= len(dataset):
+        raise ValueError(f"{argument} is {count}: it must be from 1 to {len(dataset)}, the number of images there are.")
+    rows = np.random.default_rng(seed).choice(len(dataset), count, replace=False)
+    return dataset.select(np.sort(rows), keep_in_memory=True)

@@ -1,0 +1,275 @@
+"""Where images come from: folders, Parquet files, saved data sets, the Hub."""
+
+import glob
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDatasetDict,
+    NamedSplit,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError
+from PIL import Image as PILImage
+from pyarrow.parquet import ParquetFile
+
+from hf_vssm_prune.training.image_steps import readable_formats
+
+
+logger = logging.getLogger(__name__)
+
+PACKAGED_DATA = Path(__file__).resolve().parents[2] / "data"
+PACKAGED_NAMES = ("fashion_mnist",)
+# A folder's or a file's name, and the split that it stands for.
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+}
+# What datasets' `save_to_disk` writes beside the images: of a data set, and of several splits.
+SAVED_DATASET = ("dataset_info.json", "state.json")
+SAVED_SPLITS = "dataset_dict.json"
+
+
+def load_splits(
+    name_or_path: str | Path, config_name: str | None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
+    """The splits of a data set, in whatever columns it has.
+
+    Raises:
+        FileNotFoundError: `name_or_path` looks like a path, and nothing is there.
+        ValueError: there is no such data set, it cannot be read, or it cannot be streamed.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"'{path}' is a file of type '{path.suffix}': a data set is a folder or a .parquet file.")
+        return _load_parquet([path], streaming)
+    if path.is_dir():
+        return _load_folder(path, streaming)
+    name = str(name_or_path)
+    if name in PACKAGED_NAMES:
+        return _load_parquet(sorted((PACKAGED_DATA / name).glob("*.parquet")), streaming)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".parquet":
+        raise FileNotFoundError(f"There is no file or folder '{name}'.")
+    try:
+        return load_dataset(name, config_name, streaming=streaming)
+    # What the Hub and the network raise are OSErrors. An unknown configuration or a malformed name is a ValueError; a
+    # data set that needs a loading script of its own, a RuntimeError.
+    except (DatasetGenerationError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"'{name}' is no local folder or Parquet file, and cannot be loaded from the Hub as a data set: {error}"
+        ) from error
+
+
+def _load_folder(folder: Path, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    saved = _find_saved(folder)
+    files, _ = _find_files(folder)
+    parquet_files = sorted(file for file in files if file.suffix == ".parquet")
+    if parquet_files and not saved:
+        if images := [file for file in files if file.suffix.lower() in _image_suffixes()]:
+            logger.warning(
+                "%d images in '%s' are left out, because there are Parquet files; the first is '%s'.",
+                *(len(images), folder, min(images)),
+            )
+        return _load_parquet(parquet_files, streaming)
+    if streaming:
+        raise ValueError(f"The images in '{folder}' are read as they are needed anyway: leave out --streaming.")
+    return _load_saved(folder, saved) if saved else _load_image_folder(folder)
+
+
+# What datasets' `save_to_disk` wrote
+
+
+def _find_saved(folder: Path) -> dict[str, Path]:
+    """The folders of saved data sets by split; the folder itself, by no name, where it is one or holds several."""
+    if (folder / SAVED_SPLITS).is_file() or _is_saved(folder):
+        return {"": folder}
+    return {
+        SPLIT_NAMES[child.name.lower()]: child
+        for child in _subfolders(folder)
+        if child.name.lower() in SPLIT_NAMES and _is_saved(child)
+    }
+
+
+def _is_saved(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in SAVED_DATASET)
+
+
+def _load_saved(folder: Path, saved: dict[str, Path]) -> DatasetDict:
+    splits = DatasetDict()
+    for name, path in saved.items():
+        try:
+            loaded = load_from_disk(str(path))
+        # Damaged files of JSON and Arrow raise these.
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"'{path}' was written by datasets' save_to_disk, and cannot be read: {error}") from error
+        if isinstance(loaded, DatasetDict):
+            return loaded
+        # A part of a split is called "train[:50%]" or the like.
+        split = name or SPLIT_NAMES.get(str(loaded.split), "train")
+        splits[split] = Dataset(loaded.data, loaded.info, NamedSplit(split))
+    return splits
+
+
+# Parquet
+
+
+def _load_parquet(files: Sequence[Path], streaming: bool) -> DatasetDict | IterableDatasetDict:
+    """Loads Parquet files, each into the split that its name or its folder's name begins with, "train" without one."""
+    files_of_split = _parquet_files_of_splits(files)
+    patterns = {split: [glob.escape(name) for name in names] for split, names in files_of_split.items()}
+    try:
+        return load_dataset("parquet", data_files=patterns, streaming=streaming)
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        listed = ", ".join(f"'{file}'" for file in files)
+        raise ValueError(f"Parquet cannot be read from {listed}: {error.__cause__ or error}") from error
+
+
+def count_parquet_rows(name_or_path: str | Path, split: str) -> int | None:
+    """The rows of a split in local Parquet files; None where there are none."""
+    packaged = str(name_or_path) in PACKAGED_NAMES
+    path = PACKAGED_DATA / str(name_or_path) if packaged else Path(name_or_path).expanduser()
+    files = [path] if path.is_file() else sorted(_find_files(path)[0]) if path.is_dir() else []
+    found = _parquet_files_of_splits([file for file in files if file.suffix == ".parquet"]).get(split)
+    return sum(ParquetFile(file).metadata.num_rows for file in found) if found else None
+
+
+def _parquet_files_of_splits(files: Sequence[Path]) -> dict[str, list[str]]:
+    files_of_split: dict[str, list[str]] = {}
+    for file in files:
+        words = [re.split(r"[^a-z]", name.lower())[0] for name in (file.stem, file.parent.name)]
+        split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
+        files_of_split.setdefault(split, []).append(str(file))
+    return files_of_split
+
+
+# Folders of images
+
+
+def _load_image_folder(folder: Path) -> DatasetDict:
+    """Lists the images of a folder. `datasets`' own "imagefolder" is not used because it takes splits from file names
+    too: to it, cat/test_1.jpg is in another split than cat/1.jpg."""
+    split_folders = {
+        SPLIT_NAMES[child.name.lower()]: child
+        for child in _subfolders(folder)
+        if child.name.lower() in SPLIT_NAMES and _subfolders(child)
+    }
+    split_folders = split_folders or {"train": folder}
+    label_names = sorted({child.name for split in split_folders.values() for child in _subfolders(split)})
+    if not label_names:
+        raise ValueError(
+            f"The folder '{folder}' holds neither Parquet files nor class folders (such as '{folder}/cat/1.png'), nor "
+            "what datasets' save_to_disk writes."
+        )
+    if "train" in split_folders:
+        trained = {child.name for child in _subfolders(split_folders["train"])}
+        if untrained := [name for name in label_names if name not in trained]:
+            raise ValueError(
+                f"'{folder}' has class folders {untrained} without training images: only the classes in "
+                f"'{split_folders['train']}' can be evaluated."
+            )
+    images = {split: _find_images(split_folder, label_names) for split, split_folder in split_folders.items()}
+    _warn_of_others(folder, {path for paths, _ in images.values() for path in paths})
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=label_names)})
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(
+                {"image": [{"bytes": None, "path": path} for path in paths], "label": labels},
+                features=features,
+                split=NamedSplit(split),
+            )
+            for split, (paths, labels) in images.items()
+        }
+    )
+
+
+def _find_images(folder: Path, label_names: list[str]) -> tuple[list[str], list[int]]:
+    """The paths of the images in the class folders, and their labels."""
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(label_names):
+        class_folder = folder / name
+        if not class_folder.is_dir():
+            continue
+        files, links = _find_files(class_folder)
+        found = sorted(str(file) for file in files if file.suffix.lower() in _image_suffixes())
+        if not found:
+            raise ValueError(f"The class folder '{class_folder}' holds no images.")
+        if links:
+            logger.warning(
+                "%d links in '%s' are not followed, because they lead to a folder around it, or to one that is read "
+                "already; the first is '%s'.",
+                *(len(links), class_folder, links[0]),
+            )
+        paths += found
+        labels += [label] * len(found)
+    return paths, labels
+
+
+def _warn_of_others(folder: Path, images: Collection[str]) -> None:
+    """Says which files of a folder are not among its images: photos of an unknown kind, or in another place."""
+    files, _ = _find_files(folder)
+    if others := sorted(file for file in files if str(file) not in images):
+        kinds = Counter(file.suffix.lower() or "without a suffix" for file in others)
+        logger.warning(
+            "%d files in '%s' are not among its images: %s; the first is '%s'. Images are files of a kind that Pillow "
+            "reads, in class folders; where there are folders for train and test, in class folders in these.",
+            *(len(others), folder, ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()), others[0]),
+        )
+
+
+def _find_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files in a folder and all below it, and the links to folders that are not followed: to one that is around the
+    folder, or in the list already. Macs, notebooks and waste bins leave images in hidden folders: these are left out.
+
+    A link that leads nowhere is among the files.
+    """
+    around = [Path(os.path.realpath(folder)), folder.absolute()]
+    read = {Path(os.path.realpath(path)) for each in around for path in (each, *each.parents)}
+    files: list[Path] = []
+    not_followed: list[Path] = []
+    for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=_refuse_folder):
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+        visible = sorted(Path(parent, name) for name in subfolders if not name.startswith("."))
+        subfolders.clear()
+        for child in sorted(visible, key=Path.is_symlink):
+            target = Path(os.path.realpath(child))
+            if target not in read:
+                read.add(target)
+                subfolders.append(child.name)
+            elif child.is_symlink():
+                not_followed.append(child)
+    return files, not_followed
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ValueError(f"The folder '{error.filename}' cannot be read: {error.strerror}.") from error
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    except PermissionError as error:
+        raise ValueError(f"The folder '{folder}' cannot be read: {error.strerror}.") from error
+
+
+def _image_suffixes() -> set[str]:
+    formats = readable_formats()
+    return {suffix for suffix, form in PILImage.registered_extensions().items() if form in formats}

@@ -1,0 +1,150 @@
+"""Labels are compared by their names: which of a data set's are which of a model's."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.modeling_common import image_classifier
+
+
+# "3", "LABEL_3", "class 03": a name that says no more than an id.
+ID_AS_NAME = re.compile(r"(?:(?:label|class)[ _-]?)?(-?\d+)", re.IGNORECASE)
+SHOWN_NAMES = 4
+
+
+class Match(Enum):
+    """How the names of two sets of labels go together."""
+
+    SAME = "the same names in the same order"
+    REORDERED = "the same names in another order, or some of them"
+    ADOPTED = "one side's names are only ids, and are taken to be the other's ids"
+    DIFFERENT = "other names"
+
+
+@dataclass(frozen=True)
+class LabelMatch:
+    """What a data set's (or a student's) labels are among a model's.
+
+    Attributes:
+        kind: how the names go together.
+        ids: for each of the data set's labels its id in the model; empty where the names are different.
+        names: for each of the data set's labels the name to keep.
+    """
+
+    kind: Match
+    ids: list[int]
+    names: list[str]
+
+
+def match_labels(model_names: Sequence[str], data_names: Sequence[str], some: bool = False) -> LabelMatch:
+    """Finds a data set's labels among a model's.
+
+    Names are the same where they differ in nothing but case, white space, underscores for spaces and the way in which
+    Unicode composes characters. Names that say only an id (`LABEL_0`, `0`) are taken to be the other side's ids.
+
+    Args:
+        model_names: in the order of the model's ids.
+        data_names: in the order of the data set's ids.
+        some: whether the data set may lack some of the model's labels, as a split for evaluation may.
+    """
+    model_names, data_names = list(model_names), list(data_names)
+    if model_names == data_names:
+        return LabelMatch(Match.SAME, list(range(len(data_names))), data_names)
+    if not some and len(model_names) != len(data_names):
+        return LabelMatch(Match.DIFFERENT, [], data_names)
+    ids = _ids_by_name(model_names, data_names)
+    if ids is not None:
+        same = ids == list(range(len(model_names)))
+        return LabelMatch(Match.SAME if same else Match.REORDERED, ids, data_names)
+    own_ids, data_ids = ids_as_names(model_names), ids_as_names(data_names)
+    # Ids without a 0 may as well be counted from 1.
+    if own_ids is None and data_ids is not None and min(data_ids) == 0 and max(data_ids) < len(model_names):
+        return LabelMatch(Match.ADOPTED, data_ids, [model_names[i] for i in data_ids])
+    if data_ids is None and own_ids == list(range(len(data_names))):
+        return LabelMatch(Match.ADOPTED, own_ids, data_names)
+    return LabelMatch(Match.DIFFERENT, [], data_names)
+
+
+def _ids_by_name(model_names: list[str], data_names: list[str]) -> list[int] | None:
+    """The ids of the data set's names in the model, compared exactly or else leniently; None where one is missing, or
+    stands for two labels."""
+    for key in (str, _lenient, _id_or_name):
+        ids = {key(name): i for i, name in enumerate(model_names)}
+        wanted = [key(name) for name in data_names]
+        unique = len(ids) == len(model_names) and len(set(wanted)) == len(wanted)
+        if unique and set(wanted) <= ids.keys():
+            return [ids[name] for name in wanted]
+    return None
+
+
+def _lenient(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
+
+
+def _id_or_name(name: str) -> str:
+    match = ID_AS_NAME.fullmatch(name)
+    return name if match is None else str(int(match[1]))
+
+
+def ids_as_names(names: Sequence[str]) -> list[int] | None:
+    """The ids that names say, where all of them say one and no two the same; else None."""
+    found = [ID_AS_NAME.fullmatch(name) for name in names]
+    ids = [int(match[1]) for match in found if match is not None]
+    return ids if ids and len(set(ids)) == len(names) else None
+
+
+def say_labels(names: Sequence[str]) -> str:
+    """Names for a message: how many there are, and the first ones."""
+    shown = ", ".join(repr(name) for name in names[:SHOWN_NAMES])
+    return f"{len(names)} labels ({shown}{', …' if len(names) > SHOWN_NAMES else ''})"
+
+
+def say_difference(model_names: Sequence[str], data_names: Sequence[str]) -> str:
+    """For a message, what one side has and the other lacks; nothing where they differ in other ways."""
+    parts = []
+    for whose, own, others in (("the model", model_names, data_names), ("the data set", data_names, model_names)):
+        if twice := [name for name, count in Counter(own).items() if count > 1]:
+            parts.append(f"{whose} has {twice[0]!r} twice")
+        elif missing := [name for name in own if name not in set(others)]:
+            parts.append(f"only {whose} has {missing[0]!r}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    return "; ".join(parts)
+
+
+@torch.no_grad()
+def reorder_labels(model: ImageClassifier, match: LabelMatch) -> None:
+    """Gives a classifier the data set's labels in the data set's order; labels that it lacks come behind them.
+
+    Args:
+        model: changed in place, with its configuration.
+        match: what `match_labels` found, of any kind but `DIFFERENT`.
+    """
+    own = model.config.label_names
+    rest = [i for i in range(len(own)) if i not in set(match.ids)]
+    order = [*match.ids, *rest]
+    if order != list(range(len(own))):
+        for parameter in model.classifier.parameters():
+            parameter.copy_(parameter[order].clone())
+    name_labels(model.config, [*match.names, *(own[i] for i in rest)])
+
+
+def renew_classifier(model: ImageClassifier, label_names: Sequence[str]) -> None:
+    """Gives a model a freshly initialised classifier of other labels, of whatever number."""
+    name_labels(model.config, label_names)
+    old = next(model.parameters())
+    classifier = image_classifier(model.config).to(old.device, old.dtype)
+    classifier.apply(model._init_weights)
+    model.classifier = classifier.train(model.training)
+    model.num_labels = len(label_names)
+
+
+def name_labels(config: VisionMambaConfig, label_names: Sequence[str]) -> None:
+    """Sets `id2label` and `label2id` of a configuration."""
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: i for i, name in enumerate(label_names)}
