@@ -35,6 +35,7 @@ from hf_vssm_prune.training.checkpoints import (
     load_checkpoint,
     remove_unfinished,
     save_checkpoint,
+    say_last,
     write_json,
 )
 from hf_vssm_prune.training.data import ImageDatasets
@@ -142,14 +143,9 @@ class Trainer:
         self.log = RunLog(self.accelerator, recipe.run.with_tracking)
         if recipe.scale.deterministic:
             choose_deterministic_algorithms()
+        seed, num_workers = recipe.run.seed, recipe.num_workers
         self.loaders = make_loaders(
-            self.accelerator,
-            self.task,
-            datasets,
-            image_processor,
-            recipe.optimization,
-            recipe.run.seed,
-            recipe.num_workers,
+            self.accelerator, self.task, datasets, image_processor, recipe.optimization, seed, num_workers
         )
         self.saved_models = SavedModels(self.task, image_processor, self.loaders.eval_items, write_card)
         self.length, self.schedule = plan_steps(recipe.optimization, len(self.loaders.train))
@@ -353,7 +349,7 @@ class Trainer:
                     self.state.steps + 1,
                     self.length.num_steps,
                     self.recipe.optimization,
-                    self._last_checkpoint(),
+                    say_last(self.output_dir),
                 )
             )
         self.forward_watch.clear()
@@ -377,10 +373,6 @@ class Trainer:
         self._stop_agreed = self.accelerator.reduce(stop, reduction="sum").item() > 0
         return self._stop_agreed
 
-    def _last_checkpoint(self) -> str:
-        checkpoints = find_checkpoints(self.output_dir)
-        return f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
-
     # Checkpoints
 
     def _checkpoint_if_due(self) -> None:
@@ -396,7 +388,7 @@ class Trainer:
         if name := weight_not_finite(self.plain_model, self.accelerator):
             raise TrainingDivergedError(
                 f"After step {self.state.steps} of {self.length.num_steps} the weight {name} is not finite; no "
-                f"checkpoint was saved. Try a smaller --learning_rate. {self._last_checkpoint()}"
+                f"checkpoint was saved. Try a smaller --learning_rate. {say_last(self.output_dir)}"
             )
         run = self.recipe.run
         return save_checkpoint(

@@ -28,6 +28,7 @@ from hf_vssm_prune.training.data import (
     load_image_stream,
 )
 from hf_vssm_prune.training.losses import cross_entropy, distillation_loss
+from hf_vssm_prune.training.models import load_model, load_teacher
 from hf_vssm_prune.training.tasks.task import Batch, NoArguments, PrunableModel, Scores
 from hf_vssm_prune.visualization import draw_classification, image_statistics
 
@@ -145,6 +146,11 @@ class ImageClassification:
             "pixel_values": torch.randn(batch_size, config.num_channels, height, width, device=device),
             "labels": torch.randint(len(config.label_names), (batch_size,), device=device),
         }
+
+    # Models: labelled by name
+
+    load_model = staticmethod(load_model)
+    load_teacher = staticmethod(load_teacher)
 
     # Training
 

@@ -18,6 +18,7 @@ from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.hub.model_card import Evaluation
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.data import ImageDatasets
+from hf_vssm_prune.training.losses import LossWeights
 
 
 # A `PreTrainedModel` with a backbone of this package, which is a `TokenPruningMixin`: Python has no type for both.
@@ -92,6 +93,28 @@ class Task(Protocol):
 
     def example_batch(self, config: VisionMambaConfig, batch_size: int, device: torch.device) -> Batch:
         """A random batch for a model of this configuration: memory and speed are measured with it."""
+
+    # Models
+
+    def load_model(
+        self,
+        name_or_path: str,
+        label_names: Sequence[str],
+        drop_path_rate: float = 0.0,
+        ignore_mismatched_sizes: bool = False,
+        some_labels: bool = False,
+    ) -> PrunableModel:
+        """A checkpoint as a model of the data set's labels, in float32; see `models.load_model`."""
+
+    def load_teacher(
+        self,
+        name_or_path: str,
+        student: VisionMambaConfig,
+        losses: LossWeights,
+        dtype: str = "float32",
+        image_size: int | None = None,
+    ) -> PrunableModel:
+        """The dense model from which a student learns; see `models.load_teacher`."""
 
     # Training
 
