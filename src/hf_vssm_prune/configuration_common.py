@@ -70,8 +70,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     cls_token: ClassVar[str] = "none"
     num_scans: ClassVar[int] = 1
 
-    id2label: dict | list | tuple | None = None
-    label2id: dict | list | tuple | None = None
+    id2label: dict | list | tuple | None = None  # type: ignore[assignment]
+    label2id: dict | list | tuple | None = None  # type: ignore[assignment]
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3
@@ -86,7 +86,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     time_step_floor: float = 1e-4
     initializer_range: float = 0.02
     drop_path_rate: float | int = 0.0
-    token_pruning: dict | None = None
+    token_pruning: dict | None = None  # what is read is `TokenPruning`, see `_TokenPruningOption`
     scan_backend: str = "auto"
     feature_fill: str = "last"
     _out_features: list[str] | None = None
@@ -145,7 +145,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`{name}` is {value!r}; a whole number of at least {least} is needed.")
 
     @property
-    def keys_to_ignore_at_inference(self) -> list[str]:  # type: ignore[override]
+    def keys_to_ignore_at_inference(self) -> list[str]:
         """What transformers' `Trainer` leaves out of the predictions."""
         stages = range(len(self.token_pruning["layers"]) if self.token_pruning else 0)
         return [f"{field}_{stage}" for field in STAGE_FIELDS for stage in stages]
@@ -295,4 +295,5 @@ class _TokenPruningOption:
         config._token_pruning_depth = None
 
 
+# Not in the class's body, where a dataclass would take it for the default.
 VisionMambaConfig.token_pruning = _TokenPruningOption()  # type: ignore[assignment]

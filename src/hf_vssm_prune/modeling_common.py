@@ -113,12 +113,10 @@ class TokenPruningMixin(PreTrainedModel):
                 f"{type(self).__name__} does not know the options {unknown}; beside its arguments it takes "
                 f"{list(FORWARD_OPTIONS)}."
             )
-        if "token_pruning" not in options:
-            return self.config.token_pruning
-        given = options["token_pruning"]
+        given = options.get("token_pruning", self.config.token_pruning)
         return given if isinstance(given, TokenPruning) else self.config.complete_token_pruning(given)
 
-    def add_pruning_parameters(self, token_pruning: TokenPruning | None) -> None:
+    def add_pruning_parameters(self, token_pruning: dict[str, Any] | None) -> None:
         """Makes the parameters that pruning options need and the model lacks; those that it has stay as they are.
 
         They are the modules of a method that has some, one for each stage, and, for the `learned` alignment, the
@@ -127,7 +125,7 @@ class TokenPruningMixin(PreTrainedModel):
         Args:
             token_pruning: complete options; None: nothing is needed.
         """
-        if token_pruning is None:
+        if not isinstance(token_pruning, TokenPruning):
             return
         base: Any = self.base_model
         like = next(base.layers.parameters())

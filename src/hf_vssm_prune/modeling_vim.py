@@ -83,7 +83,7 @@ class VimTokenLayout(NamedTuple):
         cls_row = (kept < self.cls_id).sum(dim=1, keepdim=True)
         gaps = None
         if alignment != "none":
-            gaps = tuple(path_gaps(places).int().unsqueeze(1) for places in (kept, -kept.flip(1)))
+            gaps = path_gaps(kept).int().unsqueeze(1), path_gaps(-kept.flip(1)).int().unsqueeze(1)
         if view.stand_ins is not None:
             view = view._replace(stand_ins=self._in_sequence(view.stand_ins, self.cls_id, cls_row))
         return self._replace(

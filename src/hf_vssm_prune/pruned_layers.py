@@ -12,7 +12,7 @@ from .mixer_output import MixerOutput
 from .pruned_outputs import PrunedModelOutput
 from .pruning_importances import IMPORTANCES
 from .pruning_options import TokenPruning
-from .pruning_stage import Reduction, Stage, StageModule, TokenView
+from .pruning_stage import Reduction, Stage, TokenView
 from .token_pruning import count_kept, fill_dropped_tokens, gather_tokens
 
 
@@ -100,7 +100,7 @@ def _reduce(
     mixer: MixerOutput,
     keep_ratio: float,
     token_pruning: TokenPruning,
-    module: StageModule | None,
+    module: nn.Module | None,
 ) -> Encoding[Layout]:
     """One stage: the method leaves fewer tokens, and they are put where they belong."""
     stage, tokens = _make_stage(encoding, mixer, keep_ratio)

@@ -65,7 +65,7 @@ class Stage(NamedTuple):
     sizes: Tensor | None = None
     view: TokenView = TokenView()
     importance: "Callable[[Stage], Tensor] | None" = None
-    module: StageModule | None = None
+    module: nn.Module | None = None
 
     def of_patches(self, values: Tensor) -> Tensor:
         """The patch tokens' rows of the mixer's values (batch, tokens) or (batch, tokens, channels)."""
