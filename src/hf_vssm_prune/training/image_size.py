@@ -56,8 +56,7 @@ def resize_image_processor(image_processor: BaseImageProcessor, image_size: int)
     target = crop if cropped else size
     if not ({"height", "width"} <= target.keys() or "shortest_edge" in target):
         raise ValueError(f"The image processor's size {target} is not (height, width) or a shortest edge.")
-    before = {side: target.get(side, target.get("shortest_edge")) for side in ("height", "width")}
-    factors = {side: image_size / pixels for side, pixels in before.items()}
+    factors = {side: image_size / (target.get(side) or target["shortest_edge"]) for side in ("height", "width")}
     factors["shortest_edge"] = max(factors.values())
     new_size = {name: round(pixels * factors[name]) for name, pixels in size.items() if name in factors}
     changed = {"size": new_size} | ({"crop_size": {"height": image_size, "width": image_size}} if cropped else {})

@@ -107,7 +107,7 @@ class DenseModelArguments:
         default_factory=lambda: [0.229, 0.224, 0.225], metadata=describe("of each channel, for a new model", "--std")
     )
     crop_pct: float = field(
-        default=0.875, metadata=describe("share of the resized image's side that evaluation crops, for a new model")
+        default=0.875, metadata=describe("fraction of the resized image's side that evaluation crops, for a new model")
     )
 
     def __post_init__(self) -> None:

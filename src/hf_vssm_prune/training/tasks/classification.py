@@ -39,7 +39,7 @@ class AugmentationArguments:
 
     scale: list[float] = field(
         default_factory=lambda: [0.08, 1.0],
-        metadata=describe("smallest and largest share of the area of a random resized crop"),
+        metadata=describe("smallest and largest fraction of the area of a random resized crop"),
     )
     random_crop_padding: int | None = field(
         default=None,
@@ -62,7 +62,7 @@ class AugmentationArguments:
         if self.no_random_crop and self.random_crop_padding:
             raise ValueError("--no_random_crop and --random_crop_padding exclude each other: give one of them.")
         if len(self.scale) != 2:
-            raise ValueError(f"--scale is {self.scale}: the smallest and the largest share are needed.")
+            raise ValueError(f"--scale is {self.scale}: the smallest and the largest fraction are needed.")
         self.image_augmentation()
         self.mix()
 
