@@ -113,21 +113,22 @@ class PlainMambaConvNorm(nn.Module):
         return (weight.to(dtype) * scale[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
 
 
-class PlainMambaPatchProjection(nn.Conv2d):
-    """Convolution whose stride is its kernel size: one matrix product with the patches, which do not overlap.
+def project_patches(convolution: nn.Conv2d, pixels: Tensor) -> Tensor:
+    """A convolution whose stride is its kernel size, as one matrix product with the patches, which do not overlap.
 
-    It takes and gives what `nn.Conv2d` does. The result lies in memory with its channels last.
+    Args:
+        convolution: called where calling it does more than that.
+        pixels: shape (batch, channels, height, width), multiples of the patch.
+
+    Returns:
+        (batch, patches, channels).
     """
-
-    def __init__(self, in_channels: int, out_channels: int, patch_size: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, input: Tensor) -> Tensor:
-        size = self.weight.shape[-1]
-        height, width = input.shape[2] // size, input.shape[3] // size
-        whole = input[:, :, : height * size, : width * size]
-        patches = whole.unflatten(3, (width, size)).unflatten(2, (height, size)).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+    if not is_plain(convolution, nn.Conv2d):
+        return convolution(pixels).flatten(2).transpose(1, 2)
+    size = convolution.weight.shape[-1]
+    height, width = pixels.shape[2] // size, pixels.shape[3] // size
+    patches = pixels.unflatten(3, (width, size)).unflatten(2, (height, size)).permute(0, 2, 4, 1, 3, 5)
+    return F.linear(patches.flatten(3).flatten(1, 2), convolution.weight.flatten(1), convolution.bias)
 
 
 class PlainMambaEmbeddings(nn.Module):
@@ -141,7 +142,7 @@ class PlainMambaEmbeddings(nn.Module):
         stem += [PlainMambaConvNorm(channels, channels, kernel_size=3, stride=1) for _ in range(config.num_stem_convs)]
         self.stem = nn.Sequential(*stem)
         self.half_patch = config.patch_size // 2
-        self.projection = PlainMambaPatchProjection(channels, config.hidden_size, self.half_patch)
+        self.projection = nn.Conv2d(channels, config.hidden_size, self.half_patch, stride=self.half_patch)
         num_patches = config.grid_size[0] * config.grid_size[1]
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches, config.hidden_size))
 
@@ -157,7 +158,7 @@ class PlainMambaEmbeddings(nn.Module):
         positions = resize_position_embeddings(
             self.position_embeddings, self.config.grid_size, grid, interpolate_pos_encoding
         )
-        return self.projection(pixels).flatten(2).transpose(1, 2) + positions, grid
+        return project_patches(self.projection, pixels) + positions, grid
 
 
 class PlainMambaGridConvolution(nn.Module):

@@ -1,5 +1,6 @@
 """`save_pretrained` and `push_to_hub` of the models: transformers' own, and all that a model's page needs beside."""
 
+import inspect
 import os
 import tempfile
 from dataclasses import replace
@@ -13,32 +14,29 @@ from transformers.image_processing_base import ImageProcessingMixin
 from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.hub.pushing import push_model
-from hf_vssm_prune.hub.saving import WEIGHTS, card_for, check_arguments, check_folder, complete_folder
+from hf_vssm_prune.hub.saving import WEIGHTS, card_for, check_arguments, check_folder, complete_folder, has_adapters
 
 
 def save_pretrained(
     model: VisionMamba,
     save_directory: str | os.PathLike[str],
-    is_main_process: bool = True,
-    *,
+    *arguments: Any,
     image_processor: ImageProcessingMixin | None = None,
     model_card: ModelCardInfo | None = None,
-    push_to_hub: bool = False,
     **options: Any,
 ) -> None:
     """Saves a model with transformers' `save_pretrained`, and adds its code, image processor, card and notices.
 
-    It writes into the folder at once, as transformers does, and takes all its options; `hub.save_for_hub` writes
-    everything or nothing.
+    It writes into the folder at once, as transformers does, and takes all its options, by position, too;
+    `hub.save_for_hub` writes everything or nothing. Of a model with adapters (PEFT) it saves these alone, as
+    transformers does: the folder opens where the model's own folder or repository is there.
 
     Args:
         model: of this package.
         save_directory: the folder.
-        is_main_process: whether this process writes what is not weights.
+        arguments, options: of transformers' `save_pretrained`. With `push_to_hub` a push follows, with `repo_id`
+            (default: the folder's name), `commit_message`, `create_pr`, `private`, `revision` and `token`.
         image_processor, model_card: as in `hub.save_for_hub`.
-        push_to_hub: push afterwards, with `repo_id` (default: the folder's name), `commit_message`, `create_pr`,
-            `private`, `revision` and `token` from the options.
-        options: of transformers' `save_pretrained`.
 
     Raises:
         TypeError, NotADirectoryError: as `hub.save_for_hub`.
@@ -47,11 +45,18 @@ def save_pretrained(
     check_arguments(model, image_processor)
     folder = Path(os.path.abspath(save_directory))
     check_folder(folder)
+    options |= dict(zip(SAVE_ARGUMENTS[: len(arguments)], arguments, strict=True))
+    if has_adapters(model):
+        PreTrainedModel.save_pretrained(model, folder, **options)
+        if image_processor is not None:
+            image_processor.save_pretrained(folder)
+        return
+    push_to_hub = options.pop("push_to_hub", False)
     token = options.get("token")
     push_options = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
     earlier = _weights_in(folder)
-    PreTrainedModel.save_pretrained(model, folder, is_main_process, **options)
-    if is_main_process:
+    PreTrainedModel.save_pretrained(model, folder, **options)
+    if options.get("is_main_process", True):
         if "variant" not in options:
             # One file and several, from saving in other sizes, do not go together: the first would be loaded.
             for outdated, _ in earlier.items() & _weights_in(folder).items():
@@ -66,6 +71,8 @@ def _weights_in(folder: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for pattern in WEIGHTS for file in folder.glob(pattern)}
 
 
+# Those of transformers' `save_pretrained` behind the folder, in their order.
+SAVE_ARGUMENTS = [*inspect.signature(PreTrainedModel.save_pretrained).parameters][2:-1]
 PUSH_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "revision")
 
 
@@ -80,6 +87,8 @@ def push_to_hub(
     **options: Any,
 ) -> CommitInfo:
     """Puts a model on the Hub in one commit: weights, configuration, code, image processor, card and notices.
+
+    Of a model with adapters (PEFT) it pushes these alone, as transformers does.
 
     Args:
         model: of this package.
@@ -97,6 +106,8 @@ def push_to_hub(
         TypeError: the model or the image processor is not one.
         ValueError, PushError: as `hub.push_model`.
     """
+    if has_adapters(model):
+        return PreTrainedModel.push_to_hub(model, repo_id, max_shard_size=max_shard_size, tags=tags, **options)
     card = model_card or ModelCardInfo(name=repo_id.split("/")[-1])
     card = replace(card, model_id=card.model_id or repo_id, tags=[*card.tags, *(tags or [])])
     with tempfile.TemporaryDirectory(prefix="hf_vssm_prune-push-") as folder:

@@ -60,6 +60,11 @@ def save_for_hub(
         OSError: the files cannot be written, and what was there before is unchanged; or cannot be moved into place.
     """
     check_arguments(model, image_processor)
+    if has_adapters(model):
+        raise TypeError(
+            "The model has adapters, and `save_for_hub` saves whole models: save the adapters alone with the model's "
+            "`save_pretrained`, or merge them first (PEFT's `merge_and_unload`)."
+        )
     folder = Path(os.path.abspath(folder))
     check_folder(folder)
     model_card = card_for(folder, model_card)
@@ -103,6 +108,11 @@ def check_arguments(model: VisionMamba, image_processor: ImageProcessingMixin | 
         raise TypeError(
             f"`image_processor` is a {_name(image_processor)}; an image processor of transformers is needed."
         )
+
+
+def has_adapters(model: VisionMamba) -> bool:
+    """Whether transformers' `add_adapter` gave it some: weights beside its own, which are saved alone."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def _name(given: object) -> str:
