@@ -29,7 +29,7 @@ class PruningArguments:
         default=None,
         metadata=describe(
             "how tokens go; `top` is the paper's; by default that of the checkpoint, of a dense one "
-            f"{RECOMMENDED_METHOD}",
+            f"{RECOMMENDED_METHOD}, or top where an importance is named",
             choices=tuple(METHODS),
         ),
     )
