@@ -23,7 +23,7 @@ from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
 from hf_vssm_prune.hub.model_card import format_flops
-from hf_vssm_prune.label_maps import complete_label_maps
+from hf_vssm_prune.training.arguments import label_maps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +99,7 @@ def set_labels(config: VisionMambaConfig, file: Path) -> None:
     names = read_labels(file)
     if len(names) != config.num_labels:
         raise ValueError(f"{file} names {len(names)} labels; the checkpoint has {config.num_labels}.")
-    for name, labels in complete_label_maps({"id2label": names}).items():
+    for name, labels in label_maps(names).items():
         setattr(config, name, labels)
 
 
