@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.documentation import see
@@ -56,10 +55,7 @@ def load_model(
             f"{say_difference(own_names, label_names)}. For a new classifier give --ignore_mismatched_sizes, and train "
             f"it dense with scripts/train.py before pruning. {see('other-labels-than-the-data-set')}"
         )
-    sizes: dict[str, Any] = {"num_labels": len(label_names)} if renew else {}
-    model = load_classifier(
-        name_or_path, ignore_mismatched_sizes, dtype="float32", drop_path_rate=drop_path_rate, **sizes
-    )
+    model = load_classifier(name_or_path, ignore_mismatched_sizes, dtype="float32", drop_path_rate=drop_path_rate)
     if renew:
         logger.info("%s gets a new classifier of the data set's %s.", name_or_path, say_labels(label_names))
         renew_classifier(model, label_names)
