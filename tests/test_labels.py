@@ -3,7 +3,6 @@
 import json
 import logging
 import unicodedata
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,9 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_vssm_prune import VimConfig
 from hf_vssm_prune.label_maps import complete_label_maps
-from hf_vssm_prune.training.jobs import load_model, load_teacher
 from hf_vssm_prune.training.labels import Match, match_labels, say_difference, say_labels
+from hf_vssm_prune.training.losses import LossWeights
+from hf_vssm_prune.training.models import load_model, load_teacher
 
 
 SAME, REORDERED, ADOPTED, DIFFERENT = Match.SAME, Match.REORDERED, Match.ADOPTED, Match.DIFFERENT
@@ -174,16 +174,13 @@ def test_numbers_are_the_other_sides_ids(checkpoint, tmp_path, caplog) -> None:
     assert renewed.classifier.bias.tolist() == [0.0] * 4
 
 
-def recipe_of(kd_weight: float, alignment_weight: float = 0.0):
-    from test_training import make_recipe
-
-    recipe = make_recipe(Path("unused"))
-    return replace(recipe, losses=replace(recipe.losses, kd_weight=kd_weight, alignment_weight=alignment_weight))
+def losses_of(kd_weight: float, alignment_weight: float = 0.0) -> LossWeights:
+    return LossWeights(kd_weight=kd_weight, alignment_weight=alignment_weight)
 
 
 def test_a_teachers_labels_are_the_students(checkpoint) -> None:
     student = config_of(NAMES[::-1])
-    teacher = load_teacher(str(checkpoint), student, recipe_of(1.0))
+    teacher = load_teacher(str(checkpoint), student, losses_of(1.0))
     assert teacher.config.label_names == NAMES[::-1]
     assert logits_by_name(teacher) == pytest.approx(logits_by_name(load_model(str(checkpoint), NAMES)))
 
@@ -192,8 +189,8 @@ def test_a_teachers_labels_are_the_students(checkpoint) -> None:
 def test_a_teacher_of_other_labels_does_not_teach_them(checkpoint, names) -> None:
     student = config_of(names)
     with pytest.raises(ValueError, match=r"The teacher .* has 4 labels \('ant'.*, the model \d labels .*--kd_weight 0"):
-        load_teacher(str(checkpoint), student, recipe_of(1.0))
-    assert load_teacher(str(checkpoint), student, recipe_of(0.0, 1.0)).config.label_names == NAMES
+        load_teacher(str(checkpoint), student, losses_of(1.0))
+    assert load_teacher(str(checkpoint), student, losses_of(0.0, 1.0)).config.label_names == NAMES
 
 
 # What people write
