@@ -23,7 +23,8 @@ from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
 from hf_vssm_prune.hub.model_card import format_flops
-from hf_vssm_prune.label_maps import complete_label_maps
+from hf_vssm_prune.label_maps import names_by_id
+from hf_vssm_prune.training.labels import name_labels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,21 +100,20 @@ def set_labels(config: VisionMambaConfig, file: Path) -> None:
     names = read_labels(file)
     if len(names) != config.num_labels:
         raise ValueError(f"{file} names {len(names)} labels; the checkpoint has {config.num_labels}.")
-    for name, labels in complete_label_maps({"id2label": names}).items():
-        setattr(config, name, labels)
+    name_labels(config, names)
 
 
 def read_labels(file: Path) -> list[str]:
-    """Label names in the order of their ids: a JSON list, a JSON dict with the ids as keys, or one name a line."""
+    """Label names in the order of their ids: JSON in any form that `label_maps` knows, or one name a line."""
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix != ".json":
         return text.splitlines()
-    labels = json.loads(text)
-    if isinstance(labels, dict) and sorted(labels) == sorted(map(str, range(len(labels)))):
-        labels = [labels[str(i)] for i in range(len(labels))]
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{file}: a JSON list of names is needed, or a dict from the ids 0, 1, ... to names.")
-    return labels
+    try:
+        return names_by_id(json.loads(text))
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: a JSON list of names is needed, or a dict between the ids 0, 1, ... and names: {error}"
+        ) from error
 
 
 def summary(model: ImageClassifier) -> str:

@@ -25,6 +25,7 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.checkpoints import write_json
 from hf_vssm_prune.training.estimate import estimate_run, estimate_text
+from hf_vssm_prune.training.image_size import config_at_size
 from hf_vssm_prune.training.tasks import TaskArguments, choose_task
 
 
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = model.config([f"class {i}" for i in range(options.num_classes)], optimization.drop_path)
         else:
             config = load_config(model.model_name_or_path)
+            if model.image_size is not None:
+                config = config_at_size(config, model.image_size)
         config.token_pruning = pruning.schedule(config)
         estimate = estimate_run(task(of_task), config, optimization, losses, elastic, scale, options)
     except (ValueError, OSError) as error:

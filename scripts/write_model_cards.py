@@ -59,9 +59,9 @@ def own_card_text() -> str:
 
 
 def own_pruned_card_text() -> str:
-    """Of what `scripts/demo.py` makes from it; its YAML file has the figures of one run."""
+    """Of what `scripts/demo.py` makes from it; its YAML file has the figures of one run, of `top`."""
     model = load_classifier(EXAMPLE_MODEL)
-    model.set_token_pruning({"flops_reduction": 0.416})
+    model.set_token_pruning({"flops_reduction": 0.416, "method": "top"})
     info = read_model_card_info(SOURCES / f"{OWN_MODEL}-pruned.yaml")
     return str(create_model_card(model, info, load_image_processor(EXAMPLE_MODEL)))
 

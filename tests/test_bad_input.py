@@ -229,7 +229,7 @@ def test_bad_images_are_named(name, saved_model, tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(
     ("output", "message"),
-    [("nowhere/drawn.png", "nowhere"), ("drawn.xyz", "xyz"), (".", "unknown file extension")],
+    [("nowhere/drawn.png", "nowhere"), ("drawn.xyz", "xyz"), (".", "is a folder")],
 )
 def test_pictures_that_cannot_be_written(output, message, saved_model, tmp_path, monkeypatch, capsys) -> None:
     picture().save(tmp_path / "image.png")
@@ -239,3 +239,62 @@ def test_pictures_that_cannot_be_written(output, message, saved_model, tmp_path,
     assert last_line.startswith("error: ")
     assert message in last_line
     assert {path.name for path in tmp_path.iterdir()} == {"image.png"}
+
+
+# Devices, and where results go
+
+
+@pytest.mark.parametrize("script", ["evaluate", "compare_methods"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", ""])
+def test_a_device_that_is_not_there(script, device, saved_model, image_folder, capsys) -> None:
+    arguments = ["--model_name_or_path", str(saved_model), "--dataset_name", str(image_folder), "--device", device]
+    assert load_script(script).main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --device {device} is not there; this machine has cpu")
+
+
+ALONE = ["--model_name_or_path", "m", "--dataset_name", "d"]
+WRITERS = {
+    "evaluate": [*ALONE, "--json"],
+    "compare_methods": [*ALONE, "--json"],
+    "estimate": ["--family", "vim", "--json"],
+    "benchmark": ["--json"],
+    "visualize": ["image.png", "--output"],
+    "study": ["--study", str(Path(__file__).parents[1] / "recipes" / "study_small.yaml"), "--results", "r", "--report"],
+}
+
+
+@pytest.mark.parametrize("script", WRITERS)
+@pytest.mark.parametrize(("file", "reason"), [(".", "is a folder"), ("nowhere/file", "its folder does not exist")])
+def test_files_that_cannot_be_written_are_refused_before_the_work(
+    script, file, reason, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = load_script(script).main([*WRITERS[script], file])
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status in (1, 2)
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{WRITERS[script][-1]} {file}" in last_line
+    assert reason in last_line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train", "finetune"])
+def test_a_precision_that_the_device_cannot_train_in(script, saved_model, tmp_path, capsys) -> None:
+    arguments = ["--model_name_or_path", str(saved_model), "--dataset_name", "no such data set", "--use_cpu"]
+    output = tmp_path / "run"
+    assert load_script(script).main([*arguments, "--output_dir", str(output), "--mixed_precision", "fp16"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --mixed_precision fp16 trains on a GPU only")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("output", ["file", "file/run"])
+def test_output_folders_that_cannot_be_made(output, saved_model, tmp_path, capsys) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["--model_name_or_path", str(saved_model), "--dataset_name", "no such data set", "--use_cpu"]
+    assert load_script("train").main([*arguments, "--output_dir", str(tmp_path / output)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{tmp_path / 'file'} is a file.")

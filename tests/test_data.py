@@ -21,6 +21,7 @@ from hf_vssm_prune.training.data import (
     collate,
     load_evaluation_dataset,
     load_image_dataset,
+    load_image_stream,
     sources,
 )
 
@@ -115,6 +116,185 @@ def test_files_that_are_left_out_are_named(tmp_path: Path, caplog):
     load_image_dataset(tmp_path)
     message = caplog.records[-1].getMessage()
     assert f"5 files in '{tmp_path}' are not among its images: 3 .heic, 2 .png; the first is" in message
+
+
+def count(folder: Path) -> dict[str, int]:
+    """The images of each class."""
+    dataset, names = load_evaluation_dataset(folder)
+    return dict(zip(names, np.bincount(dataset["label"][:], minlength=len(names)).tolist(), strict=True))
+
+
+def test_links_are_followed(tmp_path: Path, caplog):
+    """To folders inside a class, to the folder of a class and of a split, to a file; through one another."""
+    elsewhere = write_class_folders(tmp_path / "elsewhere", {"a": 4, "b": 5, "c": 2})
+    folder = write_class_folders(tmp_path / "pets", {"train/cat": 1, "train/dog": 1})
+    (folder / "train" / "cat" / "more").symlink_to(elsewhere / "a", target_is_directory=True)
+    (elsewhere / "a" / "deeper").symlink_to(elsewhere / "c", target_is_directory=True)
+    (folder / "train" / "ox").symlink_to(elsewhere / "b", target_is_directory=True)
+    (folder / "train" / "dog" / "link.png").symlink_to(elsewhere / "b" / "0.png")
+    assert count(folder) == {"cat": 7, "dog": 2, "ox": 5}
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "test").symlink_to(folder / "train", target_is_directory=True)
+    assert count(tmp_path / "linked") == {"cat": 7, "dog": 2, "ox": 5}
+    assert not caplog.records
+
+
+def test_links_that_lead_back_end(tmp_path: Path, caplog):
+    folder = write_class_folders(tmp_path / "pets", {"cat": 3, "dog": 2, "cat/sub": 1})
+    for name, target in (("up", folder), ("self", folder / "cat"), ("sub/self", folder / "cat"), ("far", tmp_path)):
+        (folder / "cat" / name).symlink_to(target, target_is_directory=True)
+    (folder / "dog" / "again").symlink_to(folder / "dog", target_is_directory=True)
+    assert count(folder) == {"cat": 4, "dog": 2}
+    assert [record.args[0] for record in caplog.records] == [4, 1]
+    assert "4 links in '" in caplog.records[0].getMessage()
+
+
+def test_a_folder_that_is_linked_twice_is_read_once(tmp_path: Path, caplog):
+    elsewhere = write_class_folders(tmp_path / "elsewhere", {"a": 4})
+    folder = write_class_folders(tmp_path / "pets", {"cat": 3, "dog": 2})
+    for name in ("cat/first", "cat/second", "dog/third"):
+        (folder / name).symlink_to(elsewhere, target_is_directory=True)
+    assert count(folder) == {"cat": 7, "dog": 6}
+    assert "the first is" in caplog.records[0].getMessage()
+    assert "cat/second" in caplog.records[0].getMessage()
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path: Path, caplog):
+    folder = write_class_folders(tmp_path / "pets", {"cat": 3, "dog": 2})
+    (folder / "cat" / "more").symlink_to(tmp_path / "gone", target_is_directory=True)
+    (folder / "ox").symlink_to(tmp_path / "gone", target_is_directory=True)
+    assert count(folder) == {"cat": 3, "dog": 2}
+    assert "2 files in" in caplog.text
+    assert "cat/more" in caplog.text
+    (folder / "dog" / "9.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match=r"1 of 6 rows of split 'train' have no image .*row 5: its file '.*dog/9.png'"):
+        load_evaluation_dataset(folder)
+
+
+def test_images_beside_parquet_files_are_named(tmp_path: Path, table: Dataset, caplog):
+    write_class_folders(tmp_path, {"cat": 3, "dog": 2})
+    table.to_parquet(tmp_path / "cat" / "index.parquet")
+    assert len(load_evaluation_dataset(tmp_path)[0]) == 30
+    assert f"5 images in '{tmp_path}' are left out, because there are Parquet files" in caplog.text
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = write_class_folders(tmp_path / "pets", {"cat": 3, "dog": 2, "dog/closed": 2})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"The folder '.*dog/closed' cannot be read: Permission denied"):
+        load_image_dataset(folder)
+
+
+# What datasets' save_to_disk wrote
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("train", "validation", "unlabelled")])
+def test_saved_splits(tmp_path: Path, table: Dataset, names: tuple):
+    splits = DatasetDict({name: table.select(range(i, 20)) for i, name in enumerate(names)})
+    splits.save_to_disk(tmp_path / "saved", num_shards=dict.fromkeys(names, 2))
+    datasets = load_image_dataset(tmp_path / "saved")
+    assert (len(datasets.train), len(datasets.evaluation)) == (20, 19)
+    assert datasets.label_names == ["cat", "dog", "ox"]
+    expected = IMAGE_PROCESSOR(picture(7), return_tensors="pt")["pixel_values"][0]
+    seen = EvaluationImages(datasets.evaluation, IMAGE_PROCESSOR)[6]["pixel_values"]
+    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("split", "expected"), [(None, "train"), ("test", "test"), ("train[:50%]", "train")])
+def test_one_saved_data_set(tmp_path: Path, table: Dataset, split: str | None, expected: str):
+    Dataset(table.data, split=split).shuffle(seed=0).save_to_disk(tmp_path / "saved")
+    dataset, names = load_evaluation_dataset(tmp_path / "saved")
+    assert (str(dataset.split), len(dataset), names) == (expected, 30, ["cat", "dog", "ox"])
+    assert sorted(dataset["label"][:]) == sorted(table["label"][:])
+
+
+def test_saved_data_sets_in_folders_of_splits(tmp_path: Path, table: Dataset):
+    table.save_to_disk(tmp_path / "Train")
+    table.select(range(5)).save_to_disk(tmp_path / "val")
+    datasets = load_image_dataset(tmp_path)
+    assert (len(datasets.train), len(datasets.evaluation)) == (30, 5)
+
+
+def test_a_damaged_saved_data_set_is_named(tmp_path: Path, table: Dataset):
+    table.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="leave out --streaming"):
+        load_image_stream(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    content = file.read_bytes()
+    for damage in (lambda: file.write_bytes(content[:500]), lambda: file.unlink()):
+        damage()
+        with pytest.raises(ValueError, match=r"saved' was written by datasets' save_to_disk, and cannot be read"):
+            load_image_dataset(tmp_path / "saved")
+
+
+# Labels that are numbers or truth values
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([0, 1, 2], ["0", "1", "2"]),
+        ([1, 2, 3], ["1", "2", "3"]),
+        ([9, 10, 100], ["9", "10", "100"]),
+        ([5, 70_000, 123_456], ["5", "70000", "123456"]),
+        ([-1, 1, -20], ["-20", "-1", "1"]),
+        ([2**62, 7, 0], ["0", "7", str(2**62)]),
+        ([True, False, True], ["False", "True"]),
+        (["10", "9", "b"], ["10", "9", "b"]),
+    ],
+)
+def test_no_class_is_without_images(monkeypatch: pytest.MonkeyPatch, caplog, labels: list, names: list):
+    images = [ImageFeature().encode_example(picture(i)) for i in range(12)]
+    as_hub(monkeypatch, {"train": Dataset.from_dict({"image": images, "label": labels * 4})})
+    datasets = load_image_dataset("org/name", image_column="image", label_column="label", validation_share=0.25)
+    assert datasets.label_names == names
+    for dataset, repeats in ((datasets.train, 3), (datasets.evaluation, 1)):
+        assert sorted(names[i] for i in dataset["label"][:]) == sorted(str(label) for label in labels * repeats)
+    said = [record.getMessage() for record in caplog.records]
+    is_odd = type(labels[0]) is int and labels != [0, 1, 2]
+    assert len(said) == is_odd
+    if is_odd:
+        assert f"has the numbers {', '.join(names)} for labels: they become 3 classes" in said[0]
+
+
+def test_numbers_of_a_split_for_evaluation(monkeypatch: pytest.MonkeyPatch, caplog):
+    images = [ImageFeature().encode_example(picture(i)) for i in range(6)]
+    columns = {"image_column": "image", "label_column": "label"}
+
+    def load(train: list, test: list):
+        splits = {"train": train, "test": test}
+        tables = {name: {"image": images[: len(labels)], "label": labels} for name, labels in splits.items()}
+        as_hub(monkeypatch, {name: Dataset.from_dict(table) for name, table in tables.items()})
+        return load_image_dataset("org/name", **columns)
+
+    datasets = load([1, 2, 5] * 2, [5, 1])
+    assert datasets.label_names == ["1", "2", "5"]
+    assert datasets.evaluation["label"][:] == [2, 0]
+    assert len(caplog.records) == 1
+    for test in ([0, 1], [5, 6], [-1, 1]):
+        with pytest.raises(
+            ValueError, match=f"labels that the training split does not have: {min(set(test) - {1, 5})}"
+        ):
+            load([1, 2, 5] * 2, test)
+    assert load([0, 1, 2] * 2, [0, 1]).evaluation["label"][:] == [0, 1]
+    with pytest.raises(ValueError, match="does not have: 3"):
+        load([0, 1, 2] * 2, [0, 3])
+
+
+def test_class_labels_keep_their_names(monkeypatch: pytest.MonkeyPatch, caplog):
+    table = make_table(6, labels=[0, 2] * 3)
+    as_hub(monkeypatch, {"train": table, "test": make_table(3).remove_columns("label").add_column("label", [0, 2, 1])})
+    datasets = load_image_dataset("org/name", label_column="label")
+    assert datasets.label_names == ["cat", "dog", "ox"]
+    assert datasets.evaluation["label"][:] == [0, 2, 1]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "Valid", "test"])
@@ -397,6 +577,26 @@ def test_bad_options(parquet_file: Path, options: dict, message: str):
     [
         (make_table(3, labels=[0, -1, 2]), {}, "Row 1 of split 'train' has the label -1 in column 'label'.*0 to 2"),
         (make_table(3, labels=[0, None, 2]), {}, "Row 1 of split 'train' has no label in column 'label'"),
+        (
+            make_table(5, labels=[0, None, 2, None, 1]),
+            {},
+            "Row 1 of split 'train' has no label in column 'label', as 2 of 5 rows",
+        ),
+        (
+            make_table(5, labels=[0, 1, -1, -1, 1]),
+            {},
+            "Row 2 .* has the label -1 in column 'label', as 2 of 5 rows have one that is not allowed: allowed is 0",
+        ),
+        (
+            make_table(4).add_column("word", ["a", " ", "", "b"]),
+            {"label_column": "word"},
+            "Row 1 of split 'train' has no label in column 'word', as 2 of 4 rows",
+        ),
+        (
+            make_table(3).add_column("nothing", [None] * 3),
+            {"label_column": "nothing"},
+            "Row 0 of split 'train' has no label in column 'nothing', as 3 of 3 rows",
+        ),
         (make_table(0), {}, "Split 'train' of 'org/name' is empty"),
         (make_table(3).remove_columns("label"), {}, "No columns have the type ClassLabel .* with label_column"),
         (make_table(3).remove_columns("image"), {}, "No columns have the type Image .* with image_column"),
@@ -426,6 +626,54 @@ def test_bad_tables(monkeypatch: pytest.MonkeyPatch, table: Dataset, options: di
     as_hub(monkeypatch, {"train": table, "test": make_table(3)})
     with pytest.raises(ValueError, match=message):
         load_image_dataset("org/name", **options)
+
+
+NO_IMAGE = {
+    "null": (None, "it has neither bytes nor a path"),
+    "neither": ({"bytes": None, "path": None}, "it has neither bytes nor a path"),
+    "no bytes": ({"bytes": b"", "path": "x.png"}, "it holds 0 bytes"),
+    "no file": ({"bytes": None, "path": "gone.png"}, "its file 'gone.png' cannot be opened"),
+    "a folder": ({"bytes": None, "path": "/"}, "'/' is no file"),
+    "an empty text": ({"bytes": None, "path": ""}, "it has neither bytes nor a path"),
+    "no path at all": ({"bytes": None, "path": "a\0b"}, "null byte"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_IMAGE)
+@pytest.mark.parametrize("source", ["Hub", "Parquet", "saved", "evaluation of a stream"])
+def test_rows_without_an_image_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, source: str):
+    images = [ImageFeature().encode_example(picture(i)) for i in range(9)]
+    images[4] = images[7] = NO_IMAGE[kind][0]
+    # Without the type Image: with it, datasets reads the files as it writes the table.
+    stored = {"bytes": Value("binary"), "path": Value("string")}
+    features = Features({"image": stored, "label": ClassLabel(names=["a", "b", "c"])})
+    table = Dataset.from_dict({"image": images, "label": [0, 1, 2] * 3}, features=features)
+    if source == "Hub":
+        as_hub(monkeypatch, {"train": table})
+    elif source == "saved":
+        table.save_to_disk(tmp_path / "data")
+    else:
+        table.to_parquet(tmp_path / "test.parquet")
+        table.select([0, 1, 2]).to_parquet(tmp_path / "train.parquet")
+    name = {"Hub": "org/name", "saved": tmp_path / "data"}.get(source, tmp_path)
+    load = load_image_stream if source == "evaluation of a stream" else load_image_dataset
+    split = "train" if source in ("Hub", "saved") else "test"
+    message = (
+        rf"2 of 9 rows of split '{split}' have no image in column 'image'; the first is row 4: .*{NO_IMAGE[kind][1]}"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(name, image_column="image")
+
+
+def test_empty_files_in_a_folder_are_named(tmp_path: Path):
+    write_class_folders(tmp_path, {"cat": 3, "dog": 3})
+    os.mkfifo(tmp_path / "dog" / "pipe.png")
+    with pytest.raises(ValueError, match=r"1 of 7 rows of split 'train' .* row 6: '.*dog/pipe.png' is no file"):
+        load_image_dataset(tmp_path)
+    (tmp_path / "dog" / "pipe.png").unlink()
+    (tmp_path / "dog" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1 of 6 rows of split 'train' .* row 4: its file '.*dog/1.png' is empty"):
+        load_image_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

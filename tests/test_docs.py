@@ -8,6 +8,7 @@ import pkgutil
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -25,6 +26,7 @@ import hf_vssm_prune
 from hf_vssm_prune import PlainMambaConfig
 from hf_vssm_prune.conversion import infer_config
 from hf_vssm_prune.documentation import DOCUMENTATION, see
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.training.tasks import TASKS
 
@@ -66,13 +68,13 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     for name in ("scripts", "recipes", "src", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    kernels = dict(hf_vssm_prune.kernels.KERNELS)
-    tasks = dict(TASKS)
+    tables = [(table, dict(table)) for table in (hf_vssm_prune.kernels.KERNELS, TASKS, FAMILIES)]
+    paths = list(sys.path)
     yield tmp_path
-    TASKS.clear()
-    TASKS.update(tasks)
-    hf_vssm_prune.kernels.KERNELS.clear()
-    hf_vssm_prune.kernels.KERNELS.update(kernels)
+    sys.path[:] = paths
+    for table, before in tables:
+        table.clear()
+        table.update(before)
 
 
 @pytest.mark.parametrize("page", pages_with("python", "bash"))

@@ -125,6 +125,8 @@ WEIGHTS = LossWeights(kd_weight=0.5, kd_temperature=2.0, alignment_weight=0.25)
 
 def test_the_terms_add_up_and_reach_the_student_only(student_and_teacher, pixel_values):
     student, teacher = student_and_teacher
+    for model in student_and_teacher:
+        model.classifier.weight.data *= 30  # or the logits differ by no more than what float32 rounds
     labels = torch.tensor([0, 2])
     outputs = student(pixel_values, output_hidden_states=True)
     targets = teacher(pixel_values, output_hidden_states=True)

@@ -363,7 +363,7 @@ OTHERS = {"method": "top", "alignment": "repeat", "importance": "l1"}
         ({"flops_reduction": 0.2, "prune_method": "mtr"}, {"method": "mtr"}, {"method": "mtr", "alignment": "none"}),
         ({"prune_method": "mtr"}, "--prune_method is 'mtr'", STAGES | {"method": "mtr", "alignment": "none"}),
         ({"importance": "l2"}, "--importance is 'l2'", STAGES | OTHERS | {"importance": "l2"}),
-        ({"importance": "l2", "flops_reduction": 0.2}, "'l2', but the method 'local_merge'", {"importance": "l2"}),
+        ({"importance": "l2", "flops_reduction": 0.2}, {"method": "top", "importance": "l2"}, {"importance": "l2"}),
     ],
     ids=str,
 )

@@ -104,3 +104,42 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, parquet_folder):
         load_image_stream(tmp_path / "train.parquet", label_column="kind")
     with pytest.raises(ValueError, match="no split to evaluate on"):
         load_image_stream(parquet_folder / "train-0.parquet")
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "message"),
+    [
+        (None, 1, "The image in place 1 of epoch 0 of split 'train' has neither bytes nor a path"),
+        ({"bytes": None, "path": None}, 1, "The image in place 1 of epoch 0 of split 'train' has neither bytes nor a"),
+        ({"bytes": b"", "path": None}, 1, "The image in place 1 of epoch 0 of split 'train' cannot be read"),
+        ("a picture", None, "The image in place 1 of split 'train' has the label None: allowed is 0 to 2"),
+        ("a picture", -1, "The image in place 1 of split 'train' has the label -1: allowed is 0 to 2"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(image, label, message, tmp_path):
+    picture = Image().encode_example(PILImage.new("RGB", (8, 8)))
+    images = [picture, picture if image == "a picture" else image, picture]
+    stored = {"bytes": Value("binary"), "path": Value("string")}
+    features = Features({"image": stored, "label": ClassLabel(names=["a", "b", "c"])})
+    table = Dataset.from_dict({"image": images, "label": [0, label, 2]}, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    table.select([0, 2]).to_parquet(tmp_path / "test.parquet")
+    stream = load_image_stream(tmp_path, image_column="image").train
+    processor = new_image_processor(_Config(), [0.0] * 3, [1.0] * 3, crop_pct=1.0)
+    images = StreamedTrainingImages(stream, processor, AugmentationArguments().image_augmentation())
+    with pytest.raises(ValueError, match=message):
+        images.__getitems__(list(enumerate(stream.rows)))
+
+
+def test_rows_that_datasets_cannot_read_are_named(tmp_path):
+    write(tmp_path / "train.parquet", range(4))
+    stream = load_image_stream(tmp_path, eval_split="train").train
+
+    def fail(row):
+        if row["label"] == 2:
+            raise ValueError("An image sample should have bytes")
+        return row
+
+    broken = ImageStream(stream.rows.map(fail), 4, buffer_size=1, split="train")
+    with pytest.raises(ValueError, match=r"After [0-2] rows of split 'train' one cannot be read: An image"):
+        list(StreamSampler(broken, seed=0))

@@ -22,6 +22,7 @@ from hf_vssm_prune.training.data import (
     load_image_dataset,
     load_image_stream,
 )
+from hf_vssm_prune.training.models import load_model, load_teacher
 from hf_vssm_prune.training.tasks.task import NoArguments
 
 
@@ -74,6 +75,9 @@ class MeanColour:
         height, width = config.image_height_width(config.image_size)
         pixel_values = torch.rand(batch_size, 3, height, width, device=device)
         return {"pixel_values": pixel_values, "colours": pixel_values.mean(dim=(2, 3))}
+
+    load_model = staticmethod(load_model)
+    load_teacher = staticmethod(load_teacher)
 
     def mix(self, batch, config, generator: np.random.Generator):
         noise = generator.standard_normal(batch["pixel_values"].shape, dtype=np.float32)

@@ -42,15 +42,15 @@ class PlainMambaConfig(VisionMambaConfig):
         "L3": {"hidden_size": 448, "num_hidden_layers": 36, "num_stem_convs": 2},
     }
     published: ClassVar[dict[str, PublishedModel]] = {
-        "L1": PublishedModel("ChenhongyiYang/PlainMamba", {"flops_reduction": 0.416}),
+        "L1": PublishedModel("ChenhongyiYang/PlainMamba", {"flops_reduction": 0.416, "method": "top"}),
         "L2": PublishedModel(
             "ChenhongyiYang/PlainMamba",
-            {"flops_reduction": 0.416},
+            {"flops_reduction": 0.416, "method": "top"},
             (PublishedResult("token reduction without training", STORM, 80.6),),
         ),
         "L3": PublishedModel(
             "ChenhongyiYang/PlainMamba",
-            {"layers": [6, 12, 18], "keep_ratios": [0.7, 0.7, 0.7]},
+            {"layers": [6, 12, 18], "keep_ratios": [0.7, 0.7, 0.7], "method": "top"},
             (
                 PublishedResult("dense", TOP, 82.3),
                 PublishedResult("token pruning with alignment", TOP, 81.7, "−41.6%"),

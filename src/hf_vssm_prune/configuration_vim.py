@@ -35,7 +35,7 @@ class VimConfig(BidirectionalConfig):
     published: ClassVar[dict[str, PublishedModel]] = {
         "T": PublishedModel(
             "hustvl/Vim-tiny-midclstok",
-            {"flops_reduction": 0.107},
+            {"flops_reduction": 0.107, "method": "top"},
             (
                 PublishedResult("dense", TOP, 76.1),
                 PublishedResult("token pruning with alignment", TOP, 75.1, "1.29 G"),
@@ -45,7 +45,7 @@ class VimConfig(BidirectionalConfig):
         ),
         "S": PublishedModel(
             "hustvl/Vim-small-midclstok",
-            {"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8]},
+            {"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8], "method": "top"},
             (
                 PublishedResult("dense", TOP, 80.5),
                 PublishedResult("token pruning with alignment", TOP, 78.8, "3.60 G"),
@@ -57,7 +57,7 @@ class VimConfig(BidirectionalConfig):
         ),
         "B": PublishedModel(
             "hustvl/Vim-base-midclstok",
-            {"flops_reduction": 0.3},
+            {"flops_reduction": 0.3, "method": "top"},
             (
                 PublishedResult("dense", R_MEETO, 81.9),
                 PublishedResult("token merging, retrained", R_MEETO, 81.3, "13.21 G"),

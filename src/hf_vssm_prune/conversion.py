@@ -30,7 +30,8 @@ class OfficialFormat(Protocol):
             match; the first pattern that matches the whole name counts.
         official_marks: names of tensors that every file of the family's has, and by which it is known.
         official_signs: likewise, of tensors that some of the files have.
-        official_prefixes: what names begin with in some of the files, and nothing that tells one from another.
+        official_weight_keys: under which files have weights.
+        official_prefixes: beginnings of all names that some files have and the model has not.
         official_ignored: beginnings of names, behind such prefixes, that are no part of the model.
         official_last_weights: likewise of a second set of weights, the last ones, beside those of the model's names,
             which then hold averaged ones.
@@ -39,6 +40,7 @@ class OfficialFormat(Protocol):
     official_names: ClassVar[Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]]
     official_marks: ClassVar[tuple[str, ...]]
     official_signs: ClassVar[tuple[str, ...]]
+    official_weight_keys: ClassVar[tuple[str, ...]]
     official_prefixes: ClassVar[tuple[str, ...]]
     official_ignored: ClassVar[tuple[str, ...]]
     official_last_weights: ClassVar[tuple[str, ...]]
@@ -64,8 +66,7 @@ class OfficialFormat(Protocol):
         """
 
 
-# Where published files keep their weights, and those averaged over training.
-WEIGHT_KEYS = ("state_dict", "model", "module")
+# Where published files keep weights averaged over training.
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict")
 
 
@@ -115,7 +116,7 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
                 # `save_file` would make a file that nobody else may read.
                 temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in official.items()}))
             else:
-                key = model.official_weight_key(model.config)
+                key = FAMILIES[model.config.model_type].base.official_weight_key(model.config)
                 torch.save(official if key is None else {key: official}, temporary)
             os.replace(temporary, path)
         finally:
@@ -163,7 +164,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
-    """The weights in a published file's layout: under `state_dict`, `model` or `module`, or the file itself.
+    """The weights in a published file's layout: under a key that some family has them under, or the file itself.
 
     Args:
         checkpoint: the file's content.
@@ -172,41 +173,35 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
     Raises:
         ValueError: there are none.
     """
-    keys = EMA_KEYS if ema else WEIGHT_KEYS
+    weight_keys = [*dict.fromkeys(key for family in FAMILIES.values() for key in family.base.official_weight_keys)]
+    keys = list(EMA_KEYS) if ema else weight_keys
     found = next((checkpoint[key] for key in keys if key in checkpoint), None)
     if found is None and (not ema or _has_swapped_ema(checkpoint)):
-        found = next((checkpoint[key] for key in WEIGHT_KEYS if key in checkpoint), checkpoint)
+        found = next((checkpoint[key] for key in weight_keys if key in checkpoint), checkpoint)
     if not isinstance(found, Mapping) or not found:
         kind = "EMA weights" if ema else "weights"
         raise ValueError(
-            f"the checkpoint holds no {kind} under any of {list(keys)}; it has {sorted(map(str, checkpoint))[:20]}. "
+            f"the checkpoint holds no {kind} under any of {keys}; it has {sorted(map(str, checkpoint))[:20]}. "
             f"{see('checkpoint-of-another-layout')}"
         )
     tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"the checkpoint holds no tensors; it has {sorted(map(str, found))[:20]}.")
-    names = {key: key.removeprefix("module.") for key in tensors}
-    last_weights = _last_weights()
-    return {name: tensors[key] for key, name in names.items() if not name.startswith(last_weights)}
-
-
-def _last_weights() -> tuple[str, ...]:
-    return tuple(prefix for family in FAMILIES.values() for prefix in family.base.official_last_weights)
+    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
 
 
 def _has_swapped_ema(checkpoint: Mapping[str, Any]) -> bool:
+    last_weights = tuple(prefix for family in FAMILIES.values() for prefix in family.base.official_last_weights)
     weights = checkpoint.get("state_dict")
-    return isinstance(weights, Mapping) and any(str(key).startswith(_last_weights()) for key in weights)
+    return isinstance(weights, Mapping) and any(str(key).startswith(last_weights) for key in weights)
 
 
-def _tensors_of_family(family: Family, tensors: Mapping[str, Tensor]) -> "OfficialTensors":
-    """A file's tensors by the names that the family's table has."""
-    names = {}
-    for key in tensors:
-        prefix = next((prefix for prefix in family.base.official_prefixes if key.startswith(prefix)), "")
-        names[key] = key.removeprefix(prefix)
-    ignored = family.base.official_ignored
-    return OfficialTensors({name: tensors[key] for key, name in names.items() if not name.startswith(ignored)})
+def _as_of(family: Family, tensors: Mapping[str, Tensor]) -> "OfficialTensors":
+    """Tensors by a family's published names, without what is no part of its models."""
+    prefix = "|".join(map(re.escape, family.base.official_prefixes))
+    names = {re.sub(f"^({prefix})", "", name): name for name in tensors}
+    ignored = (*family.base.official_ignored, *family.base.official_last_weights)
+    return OfficialTensors({name: tensors[key] for name, key in names.items() if not name.startswith(ignored)})
 
 
 def convert_official_state_dict(
@@ -226,8 +221,7 @@ def convert_official_state_dict(
     names = {official_name(config.model_type, name): name for name in tensors}
     expected = {key: tensors[name] for key, name in names.items()}
     family = FAMILIES[config.model_type]
-    tensors_of_file = _tensors_of_family(family, extract_state_dict(state_dict, ema))
-    official = family.base.complete_official(config, tensors_of_file, expected)
+    official = family.base.complete_official(config, _as_of(family, extract_state_dict(state_dict, ema)), expected)
     problems = [f"missing: {key} {list(tensor.shape)}" for key, tensor in expected.items() if key not in official]
     problems += [f"unexpected: {key} {list(tensor.shape)}" for key, tensor in official.items() if key not in expected]
     problems += [
@@ -290,8 +284,7 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
         if owners and found.config not in owners:
             names = " and ".join(owner.paper.name for owner in owners)
             raise ValueError(f"`{option}` is an option of {names}, not of {found.config.paper.name}.")
-    official = _tensors_of_family(found, tensors)
-    return found.config(**{**found.base.options_of_official(official, overrides), **overrides})
+    return found.config(**{**found.base.options_of_official(_as_of(found, tensors), overrides), **overrides})
 
 
 def _family_of(tensors: Mapping[str, Tensor], options: Iterable[str]) -> Family:
@@ -316,13 +309,12 @@ def _family_of(tensors: Mapping[str, Tensor], options: Iterable[str]) -> Family:
 
 
 def _fits(family: Family, tensors: Mapping[str, Tensor]) -> bool:
-    official = _tensors_of_family(family, tensors)
-    return all(mark in official for mark in family.base.official_marks)
+    return _as_of(family, tensors).keys() >= set(family.base.official_marks)
 
 
 def _rank(family: Family, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """How many marks and signs of a family are there, and, as a negative number, how many are not."""
-    official = _tensors_of_family(family, tensors)
+    official = _as_of(family, tensors)
     there = [mark in official for mark in (*family.base.official_marks, *family.base.official_signs)]
     return sum(there), sum(there) - len(there)
 

@@ -164,7 +164,6 @@ def write_onnx(program: ExportedProgram, folder: Path, file: Path) -> None:
         program,
         output_names=["logits", *(f"kept_tokens_{stage}" for stage in range(num_stages))],
         dynamo=True,
-        custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
         verbose=False,
     )
     for node in onnx_program.model.graph.all_nodes():
@@ -172,14 +171,6 @@ def write_onnx(program: ExportedProgram, folder: Path, file: Path) -> None:
     for sidecar in sorted(folder.glob("*.json")):
         onnx_program.model.metadata_props[sidecar.name] = sidecar.read_text(encoding="utf-8")
     onnx_program.save(file)
-
-
-def _stable_sort(tokens: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """torch.sort in ONNX, where TopK puts the lower index first among equal values."""
-    from onnxscript import opset18 as onnx
-
-    count: Any = onnx.Gather(onnx.Shape(tokens), onnx.Constant(value_ints=[dim]))  # type: ignore[type-var]
-    return onnx.TopK(tokens, count, axis=dim, largest=int(descending), sorted=1)
 
 
 def load_onnx(file: Path, threads: int | None) -> Program:

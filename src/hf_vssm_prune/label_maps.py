@@ -26,14 +26,14 @@ def complete_label_maps(options: Mapping[str, Any]) -> dict[str, dict]:
 def names_by_id(maps: Mapping[Any, Any] | Sequence[Any], option: str = "id2label") -> list[str]:
     """The names in the order of their ids; see `complete_label_maps`."""
     if isinstance(maps, Sequence) and not isinstance(maps, str):
-        return [str(name) for name in maps]
+        return [_as_name(name, option) for name in maps]
     if not isinstance(maps, Mapping):
         raise ValueError(f"`{option}` is {maps!r}; a list of names or a dict from ids to names is needed.")
     forwards, backwards = list(maps.items()), [(value, key) for key, value in maps.items()]
     for pairs in (backwards, forwards) if option == "label2id" else (forwards, backwards):
         ids = [_as_id(key) for key, _ in pairs]
+        names = {i: _as_name(name, option) for i, (_, name) in zip(ids, pairs, strict=True) if i is not None}
         if None not in ids:
-            names = {i: str(name) for i, (_, name) in zip(ids, pairs, strict=True)}
             if sorted(names) != list(range(len(pairs))):
                 raise ValueError(
                     f"`{option}` has the ids {sorted(names)[:10]} for {len(pairs)} labels; each of 0 to "
@@ -50,3 +50,9 @@ def _as_id(value: Any) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
+
+
+def _as_name(value: Any, option: str) -> str:
+    if (isinstance(value, (Mapping, Sequence)) and not isinstance(value, str)) or value is None:
+        raise ValueError(f"`{option}` has {value!r} for a name.")
+    return str(value)

@@ -299,6 +299,7 @@ class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     ]
     official_marks = ("layers.0.mixer.A_b_log",)
     official_signs: ClassVar[tuple[str, ...]] = ()
+    official_weight_keys: ClassVar[tuple[str, ...]] = ("model",)
     official_prefixes: ClassVar[tuple[str, ...]] = ()
     official_ignored: ClassVar[tuple[str, ...]] = ()
     official_last_weights = ()

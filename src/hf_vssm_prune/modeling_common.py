@@ -16,7 +16,7 @@ from transformers.utils import TransformersKwargs
 from .configuration_common import VisionMambaConfig
 from .function_transforms import is_transformed
 from .precision import at_least_float32
-from .pruning_options import TokenPruning
+from .pruning_options import TokenPruning, pruning_method
 from .pruning_stage import StageModule
 
 
@@ -125,12 +125,12 @@ class TokenPruningMixin(PreTrainedModel):
         Args:
             token_pruning: complete options; None: nothing is needed.
         """
-        if not isinstance(token_pruning, TokenPruning):
+        if token_pruning is None:  # no `isinstance`: a configuration's class may come from another copy of the code
             return
         base: Any = self.base_model
         like = next(base.layers.parameters())
-        if (make_module := token_pruning.method.module) is not None:
-            for layer in map(str, token_pruning.stages):
+        if (make_module := pruning_method(token_pruning).module) is not None:
+            for layer in map(str, token_pruning["layers"]):
                 if layer not in base.token_predictors:
                     module = make_module(self.config.hidden_size).to(like.device, like.dtype)
                     module.apply(self._init_weights)

@@ -308,6 +308,7 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     ]
     official_marks = ("backbone.layers.0.mamba.A_log",)
     official_signs = ()
+    official_weight_keys = ("state_dict",)
     official_prefixes = ()
     official_ignored = ()
     # Training keeps a second set of weights as buffers of these names beside the model's. It swaps the two before it

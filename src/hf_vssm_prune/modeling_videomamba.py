@@ -68,6 +68,7 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
         *BidirectionalPreTrainedModel.official_names,
     ]
     official_signs = ("temporal_pos_embedding",)
+    official_weight_keys = ("model", "module")
     official_prefixes = ("backbone.", "encoder.")
     # Of self-distillation, and of masked pretraining.
     official_ignored = ("distill_head.", "clip_decoder.")

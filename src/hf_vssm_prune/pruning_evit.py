@@ -2,7 +2,7 @@
 
 from .pruning_stage import Reduction, Stage
 from .token_merging import merge_tokens
-from .token_pruning import select_tokens
+from .token_pruning import rank_tokens, select_tokens
 
 
 # So small that it decides where no token of the fused ones has any importance, and nowhere else.
@@ -19,7 +19,7 @@ def fuse_unimportant(stage: Stage) -> Reduction:
     lay, because a Mamba's tokens have an order.
     """
     scores = stage.scores()
-    ranking = scores.argsort(dim=-1, descending=True, stable=True)
+    ranking = rank_tokens(scores)
     fused = ranking[:, stage.num_kept - 1 : stage.num_kept]
     rows = select_tokens(scores, stage.num_kept)
     into = fused.expand_as(scores).scatter(1, rows, rows)

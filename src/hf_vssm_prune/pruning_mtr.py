@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from .mixer_output import own_inputs
 from .pruning_stage import Reduction, Stage
 from .token_merging import merge_tokens, most_similar, unit_weights
-from .token_pruning import select_tokens
+from .token_pruning import rank_tokens, select_tokens
 
 
 def merge_small_steps(stage: Stage) -> Reduction:
@@ -21,7 +21,7 @@ def merge_small_steps(stage: Stage) -> Reduction:
     """
     scores = stage.of_patches(own_inputs(stage.mixer.scans)[0].sum(dim=1))
     num_sources, num_targets = _group_sizes(scores.shape[1], stage.num_kept)
-    ranking = scores.argsort(dim=-1, descending=True, stable=True)
+    ranking = rank_tokens(scores)
     rows = select_tokens(scores, stage.num_kept)
     if num_sources == 0:
         return Reduction(rows, stage.hidden_states, scores)

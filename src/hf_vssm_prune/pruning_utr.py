@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 
 from .pruning_stage import Reduction, Stage
 from .token_merging import count_matching, match_tokens, merge_tokens, unit_weights
+from .token_pruning import rank_tokens
 
 
 def merge_unimportant(stage: Stage) -> Reduction:
@@ -21,7 +22,7 @@ def merge_unimportant(stage: Stage) -> Reduction:
     def by_importance(left: Tensor) -> tuple[Tensor, Tensor]:
         num_important = left.shape[1] - left.shape[1] // 2
         of_left = scores.gather(1, left)
-        ranking = of_left.argsort(dim=-1, descending=True, stable=True)
+        ranking = rank_tokens(of_left)
         important, unimportant = ranking.tensor_split([num_important], dim=1)
         return left.gather(1, unimportant.sort(dim=1).values), left.gather(1, important.sort(dim=1).values)
 

@@ -15,7 +15,7 @@ class Paper(NamedTuple):
 
 
 class PublishedResult(NamedTuple):
-    """One row of a paper's table: ImageNet-1k top-1 in percent, and FLOPs as the paper states them, if it does."""
+    """One row of a paper's table: top-1 in percent, and FLOPs as the paper states them, if it does."""
 
     method: str
     source: str
@@ -24,12 +24,13 @@ class PublishedResult(NamedTuple):
 
 
 class PublishedModel(NamedTuple):
-    """A preset whose weights for ImageNet-1k were published: where, the pruning that comes to the FLOPs that a paper
-    states for it (else that of a sibling), and what papers report."""
+    """A preset whose weights were published: where, the pruning that comes to the FLOPs that a paper states for it (or
+    for a sibling), what papers report, and for which data set."""
 
     weights: str
     token_pruning: dict[str, Any]
     results: tuple[PublishedResult, ...] = ()
+    dataset: str = "ImageNet-1k"
 
 
 TOP = "ToP, arXiv 2409.18962"

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .selective_scan_torch import is_exporting
+
 
 ALIGNMENTS = ("repeat", "zero_input", "none", "learned")
 
@@ -41,8 +43,15 @@ def select_tokens(scores: Tensor, count: int) -> Tensor:
     Returns:
         int64 of shape (batch, count).
     """
-    ranking = scores.argsort(dim=-1, descending=True, stable=True)
-    return ranking[:, :count].sort(dim=-1).values
+    return rank_tokens(scores)[:, :count].sort(dim=-1).values
+
+
+def rank_tokens(scores: Tensor) -> Tensor:
+    """Rows (batch, tokens) in the order of their scores, best first; of equal scores the earlier token is better."""
+    if is_exporting():
+        # ONNX knows no stable sort. Its own, and that of the programs that torch exports, put the earlier one first.
+        return scores.sort(dim=-1, descending=True).indices
+    return scores.argsort(dim=-1, descending=True, stable=True)
 
 
 def gather_tokens(tokens: Tensor, rows: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ NO_IMPORTANCE = (225, 225, 225)
 def visualize(
     model: ImageClassifier,
     image_processor: BaseImageProcessor,
-    images: Image.Image | Sequence[Image.Image],
+    images: Frames | Sequence[Frames],
     importance: bool = False,
 ) -> Image.Image:
     """Draws what a pruned classifier keeps of each image, stage by stage, with what it takes the image for.
@@ -48,16 +48,23 @@ def visualize(
     Args:
         model: a pruned one.
         image_processor: the model's; all of the images come out of it at one size.
-        images: one or more, of any size; each gets a row.
+        images: one or more, of any size; each gets a row. For a model of videos one or more lists of frames.
         importance: below each row, also the importance by which each stage chose.
 
     Raises:
         ValueError: the model is dense, or there is no image.
     """
-    images = [images] if isinstance(images, Image.Image) else list(images)
-    if not images:
+    samples: list = [images] if isinstance(images, Image.Image) else list(images)
+    if not samples:
         raise ValueError("`images` is empty; at least one image is needed.")
-    pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
+    if model.config.modality == "video":
+        videos = [samples] if isinstance(samples[0], Image.Image) else samples
+        # Frame by frame, so that an image processor will do.
+        pixel_values = torch.stack(
+            [image_processor(list(video), return_tensors="pt")["pixel_values"] for video in videos]
+        )
+    else:
+        pixel_values = image_processor(samples, return_tensors="pt")["pixel_values"]
     mean, std = image_statistics(image_processor)
     return draw_classification(model, pixel_values, mean, std, importance)
 

@@ -18,7 +18,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.flops import count_flops, tokens_per_layer
-from hf_vssm_prune.hub.published_results import published_results
+from hf_vssm_prune.hub.published_results import published_model
 from hf_vssm_prune.publication import Paper
 
 
@@ -228,7 +228,7 @@ def create_model_card(
         picture=None if info.picture is None else Path(info.picture).name,
         stages=_stages(config),
         measurements=[] if info.evaluation is None else [*info.evaluation.others, info.evaluation.this_model],
-        published_results=published_results(config) if _is_classifier(model) else (),
+        published=published_model(config) if _is_classifier(model) else None,
         papers=_papers(config),
         method_is_published=config.token_pruning is not None and config.token_pruning["method"] in METHOD_PAPERS,
     )

@@ -20,8 +20,8 @@ class AugmentationConfig:
     (timm's `--aa rand-m9-mstd0.5-inc1 --reprob 0.25`).
 
     Attributes:
-        random_resized_crop_scale: Smallest and largest share of the image's area that a random crop takes before it is
-            resized; None: the image processor's own resizing and center crop.
+        random_resized_crop_scale: Smallest and largest fraction of the image's area that a random crop takes before it
+            is resized; None: the image processor's own resizing and center crop.
         random_crop_padding: Width in pixels of the black border from which an image of the final size is cropped
             at random: the usual choice for small images. Only without `random_resized_crop_scale`.
         horizontal_flip: Probability of mirroring the image.
@@ -53,8 +53,8 @@ class AugmentationConfig:
                 f"random_crop_padding ({self.random_crop_padding}) and random_resized_crop_scale ({scale}) exclude "
                 "each other: set random_crop_padding to 0 or random_resized_crop_scale to None."
             )
-        _check_share("horizontal_flip", self.horizontal_flip)
-        _check_share("random_erasing", self.random_erasing)
+        _check_fraction("horizontal_flip", self.horizontal_flip)
+        _check_fraction("random_erasing", self.random_erasing)
         if self.randaugment_num_ops < 0:
             raise ValueError(f"randaugment_num_ops is {self.randaugment_num_ops}: it must not be negative.")
         if not 0 <= self.randaugment_magnitude <= MAX_MAGNITUDE:
@@ -63,7 +63,7 @@ class AugmentationConfig:
             raise ValueError(f"randaugment_magnitude_std is {self.randaugment_magnitude_std}: it must not be negative.")
 
 
-def _check_share(name: str, value: float) -> None:
+def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}: it must be from 0 to 1.")
 
@@ -130,12 +130,12 @@ def _shear_y(image: Image.Image, factor: float, geometry: dict[str, Any]) -> Ima
     return image.transform(image.size, Image.Transform.AFFINE, (1, 0, 0, factor, 1, 0), **geometry)
 
 
-def _translate_x(image: Image.Image, share: float, geometry: dict[str, Any]) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, share * image.width, 0, 1, 0), **geometry)
+def _translate_x(image: Image.Image, fraction: float, geometry: dict[str, Any]) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, fraction * image.width, 0, 1, 0), **geometry)
 
 
-def _translate_y(image: Image.Image, share: float, geometry: dict[str, Any]) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, 0, 0, 1, share * image.height), **geometry)
+def _translate_y(image: Image.Image, fraction: float, geometry: dict[str, Any]) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, 0, 0, 1, fraction * image.height), **geometry)
 
 
 def _rotate(image: Image.Image, degrees: float, geometry: dict[str, Any]) -> Image.Image:
@@ -266,7 +266,7 @@ class MixConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative.")
         for name in ("probability", "switch_probability", "label_smoothing"):
-            _check_share(name, getattr(self, name))
+            _check_fraction(name, getattr(self, name))
 
 
 def mix_batch(
@@ -303,7 +303,7 @@ def mix_batch(
 def _mix_pixel_values(
     pixel_values: torch.Tensor, config: MixConfig, generator: np.random.Generator
 ) -> tuple[torch.Tensor, float]:
-    """Returns the mixed batch and the share in it of each image's own pixels."""
+    """Returns the mixed batch and the fraction in it of each image's own pixels."""
     if not (config.mixup_alpha or config.cutmix_alpha) or generator.random() >= config.probability:
         return pixel_values, 1.0
     if config.mixup_alpha and config.cutmix_alpha:
@@ -317,8 +317,8 @@ def _mix_pixel_values(
 
 
 def _cutmix(pixel_values: torch.Tensor, weight: float, generator: np.random.Generator) -> tuple[torch.Tensor, float]:
-    """Pastes a rectangle of share 1 - `weight` with a uniform center. What of it lies outside the image is lost, so
-    the share that counts for the labels is measured afterwards."""
+    """Pastes a rectangle of fraction 1 - `weight` with a uniform center. What of it lies outside the image is lost, so
+    the fraction that counts for the labels is measured afterwards."""
     height, width = pixel_values.shape[-2:]
     side = math.sqrt(1 - weight)
     top, bottom = _span_around(int(generator.integers(height)), int(height * side), height)

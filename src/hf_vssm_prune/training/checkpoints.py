@@ -81,6 +81,12 @@ def find_checkpoints(output_dir: Path, after: int = -1) -> list[Path]:
     return sorted((folder for folder in steps if steps[folder] > after), key=lambda folder: steps[folder])
 
 
+def say_last(output_dir: Path) -> str:
+    """In a sentence, which checkpoint is the last."""
+    checkpoints = find_checkpoints(output_dir)
+    return f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
+
+
 def find_resumed(output_dir: Path, resume: str) -> Path | None:
     """The checkpoint to go on from: the newest for "latest" (None where there is none yet), else the folder named.
 

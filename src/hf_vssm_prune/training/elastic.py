@@ -10,7 +10,7 @@ from hf_vssm_prune.pruning_options import TokenPruning
 def draw_schedule(schedules: Sequence[TokenPruning | None], seed: int, epoch: int, step: int) -> TokenPruning | None:
     """The schedule of a step: the same in every process and for all batches of the step, whatever was drawn before."""
     place = np.random.SeedSequence([seed, epoch, step], spawn_key=(1,))
-    return schedules[np.random.default_rng(place).integers(len(schedules))]
+    return schedules[int(np.random.default_rng(place).integers(len(schedules)))]
 
 
 def pruned_layers(schedule: TokenPruning | None) -> list[int]:

@@ -6,7 +6,7 @@ hours on other devices follow from an assumed speed.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,11 +129,11 @@ def estimate_run(
     )
 
 
-def _schedules(config: VisionMambaConfig, elastic: ElasticArguments) -> list[dict[str, Any] | None]:
+def _schedules(config: VisionMambaConfig, elastic: ElasticArguments) -> Sequence[Mapping[str, Any] | None]:
     return elastic.schedules(config) or [config.token_pruning]
 
 
-def _multiply_adds(config: VisionMambaConfig, schedule: dict[str, Any] | None) -> int:
+def _multiply_adds(config: VisionMambaConfig, schedule: Mapping[str, Any] | None) -> int:
     options = {**config.to_dict(), "token_pruning": schedule}
     return count_flops(type(config).from_dict(options)).pruned.total
 

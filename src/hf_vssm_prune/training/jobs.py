@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import set_seed
+from transformers import BaseImageProcessor, set_seed
 from transformers.utils import logging as transformers_logging
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.documentation import see
 from hf_vssm_prune.families import ImageClassifier
-from hf_vssm_prune.hub.loading import load_classifier, load_config, load_image_processor, new_image_processor
+from hf_vssm_prune.hub.loading import load_config, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.pushing import push_model
 from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS
@@ -38,20 +36,13 @@ from hf_vssm_prune.training.devices import check_training_precision, find_device
 from hf_vssm_prune.training.distribution import ProcessLostError
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models, comparison_table
+from hf_vssm_prune.training.image_size import config_at_size, resize_image_processor, resize_model
 from hf_vssm_prune.training.image_steps import ImageError
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
-from hf_vssm_prune.training.labels import (
-    LabelMatch,
-    Match,
-    match_labels,
-    renew_classifier,
-    reorder_labels,
-    say_difference,
-    say_labels,
-)
 from hf_vssm_prune.training.loop import Recipe, Trainer
+from hf_vssm_prune.training.models import load_model  # noqa: F401 - for those who look for it here
 from hf_vssm_prune.training.tasks import default_task
-from hf_vssm_prune.training.tasks.task import Task
+from hf_vssm_prune.training.tasks.task import PrunableModel, Task
 
 
 logger = logging.getLogger(__name__)
@@ -67,6 +58,8 @@ def prepare_finetuning(
     """
     _check_run(recipe)
     config = load_config(model.model_name_or_path)
+    if model.image_size is not None:
+        config = config_at_size(config, model.image_size)
     # The checkpoint's configuration checks the schedule, before weights and images are loaded.
     schedule = pruning.schedule(config)
     if schedule is None:
@@ -77,13 +70,15 @@ def prepare_finetuning(
     set_seed(recipe.run.seed)
     datasets = recipe.task.load_datasets(data, recipe.run.seed)
     drop_path = recipe.optimization.drop_path
-    student = load_model(model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes)
+    student = recipe.task.load_model(
+        model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes
+    )
+    processor = _at_size(student, load_image_processor(model.model_name_or_path), model.image_size)
     student.set_token_pruning(schedule)
     teacher = None
     if recipe.losses.needs_teacher:
         name = model.teacher_name_or_path or model.model_name_or_path
-        teacher = load_teacher(name, student.config, recipe, model.teacher_dtype)
-    processor = load_image_processor(model.model_name_or_path)
+        teacher = recipe.task.load_teacher(name, student.config, recipe.losses, model.teacher_dtype, model.image_size)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=True)
     return Trainer(student, datasets, processor, recipe, teacher, card)
 
@@ -109,11 +104,21 @@ def prepare_dense_training(data: DataArguments, model: DenseModelArguments, reci
         network = recipe.task.auto_class.from_config(config)
         processor = new_image_processor(config, model.image_mean, model.image_std, model.crop_pct)
     else:
-        network = load_model(model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes)
+        network = recipe.task.load_model(
+            model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes
+        )
         network.set_token_pruning(None)
-        processor = load_image_processor(model.model_name_or_path)
+        processor = _at_size(network, load_image_processor(model.model_name_or_path), model.image_size)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=False)
     return Trainer(network, datasets, processor, recipe, write_card=card)
+
+
+def _at_size(model: PrunableModel, processor: BaseImageProcessor, image_size: int | None) -> BaseImageProcessor:
+    """Lays a checkpoint out for another image size, if there is one, and returns the image processor for it."""
+    if image_size is None:
+        return processor
+    resize_model(model, image_size)
+    return resize_image_processor(processor, image_size)
 
 
 def evaluate(
@@ -142,11 +147,11 @@ def evaluate(
     schedule = pruning.schedule(config)
     loader, label_names = _load_evaluation(task, data, options)
     models = {
-        "dense": load_model(beside.dense_name_or_path or options.model_name_or_path, label_names, some_labels=True)
+        "dense": task.load_model(beside.dense_name_or_path or options.model_name_or_path, label_names, some_labels=True)
     }
     models["dense"].set_token_pruning(None)
     if schedule is not None:
-        models["pruned"] = load_model(options.model_name_or_path, label_names, some_labels=True)
+        models["pruned"] = task.load_model(options.model_name_or_path, label_names, some_labels=True)
         models["pruned"].set_token_pruning(schedule)
     if beside.int8:
         models |= {f"{name}, int8": quantize_linears(copy.deepcopy(model)) for name, model in models.items()}
@@ -174,7 +179,7 @@ def compare_schedules(
     config = load_config(options.model_name_or_path)
     completed = {"dense": None, **{name: config.complete_token_pruning(each) for name, each in schedules.items()}}
     loader, label_names = _load_evaluation(task, data, options)
-    model = load_model(options.model_name_or_path, label_names, some_labels=True)
+    model = task.load_model(options.model_name_or_path, label_names, some_labels=True)
     models = {name: _sharing_weights(task, model, each) for name, each in completed.items()}
     return _compare(task, models, loader, options)
 
@@ -214,7 +219,7 @@ def _load_evaluation(
     """Batches of the images that the options name, and the names of their labels."""
     set_seed(options.seed)
     rows, label_names = task.load_evaluation_dataset(data, options.seed)
-    loader = DataLoader(
+    loader: DataLoader = DataLoader(
         task.evaluation_items(rows, load_image_processor(options.model_name_or_path)),  # type: ignore[arg-type]
         batch_size=options.per_device_eval_batch_size,
         collate_fn=task.collate,
@@ -228,94 +233,6 @@ def _compare(
 ) -> dict[str, ModelEvaluation]:
     dtypes = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
     return compare_models(task, models, loader, find_device(options.device), dtypes[options.mixed_precision])
-
-
-def load_model(
-    name_or_path: str,
-    label_names: Sequence[str],
-    drop_path_rate: float = 0.0,
-    ignore_mismatched_sizes: bool = False,
-    some_labels: bool = False,
-) -> ImageClassifier:
-    """A checkpoint as a classifier of the data set's labels in the data set's order, in float32.
-
-    Labels are compared by name: see `labels.match_labels`. Where the checkpoint has them in another order, the rows of
-    its classifier are reordered.
-
-    Args:
-        name_or_path: the checkpoint.
-        label_names: of the data set, in the order of its ids.
-        drop_path_rate: of the model.
-        ignore_mismatched_sizes: a checkpoint of other labels gets a new classifier, even of as many.
-        some_labels: the data set may have some of the checkpoint's labels only; the others come behind them.
-
-    Raises:
-        ValueError: it classifies other labels, and must not get a new classifier.
-    """
-    own_names = load_config(name_or_path).label_names
-    match = match_labels(own_names, label_names, some_labels)
-    # Names that are only ids say nothing against a new classifier for which somebody asks.
-    renew = match.kind is Match.DIFFERENT or (ignore_mismatched_sizes and match.kind is Match.ADOPTED)
-    if renew and not ignore_mismatched_sizes:
-        raise ValueError(
-            f"{name_or_path} classifies {say_labels(own_names)}, the data set has {say_labels(label_names)}: "
-            f"{say_difference(own_names, label_names)}. For a new classifier give --ignore_mismatched_sizes, and train "
-            f"it dense with scripts/train.py before pruning. {see('other-labels-than-the-data-set')}"
-        )
-    sizes = {"num_labels": len(label_names)} if renew else {}
-    model = load_classifier(
-        name_or_path, ignore_mismatched_sizes, dtype="float32", drop_path_rate=drop_path_rate, **sizes
-    )
-    if renew:
-        logger.info("%s gets a new classifier of the data set's %s.", name_or_path, say_labels(label_names))
-        renew_classifier(model, label_names)
-    else:
-        _take_labels(model, match, name_or_path)
-    return model
-
-
-def _take_labels(model: ImageClassifier, match: LabelMatch, name_or_path: str) -> None:
-    own_names = model.config.label_names
-    reorder_labels(model, match)
-    if match.kind is Match.REORDERED:
-        logger.info("The classifier of %s has its labels in the data set's order now, by their names.", name_or_path)
-    elif match.kind is Match.ADOPTED:
-        logger.warning(
-            "The labels of %s or of the data set are numbers without names: label 0 is taken to be %r in the one and "
-            "%r in the other, and so on by their ids.",
-            *(name_or_path, own_names[0], match.names[0]),
-        )
-
-
-def load_teacher(
-    name_or_path: str, student: VisionMambaConfig, recipe: Recipe, dtype: str = "float32"
-) -> ImageClassifier:
-    """The dense, frozen model from which a student learns, with weights of the precision `dtype` and, where its logits
-    teach, its labels in the student's order.
-
-    Raises:
-        ValueError: its labels, tokens or hidden states are not those of the student, and the losses compare them.
-    """
-    config = load_config(name_or_path)
-    match = match_labels(config.label_names, student.label_names) if recipe.losses.kd_weight > 0 else None
-    if match is not None and match.kind is Match.DIFFERENT:
-        raise ValueError(
-            f"The teacher {name_or_path} has {say_labels(config.label_names)}, the model "
-            f"{say_labels(student.label_names)}: {say_difference(config.label_names, student.label_names)}. "
-            "Set --kd_weight 0, or name a --teacher_name_or_path with these labels."
-        )
-    compared = ["model_type", "hidden_size", "num_hidden_layers", "grid_size"]
-    for name in compared if recipe.losses.alignment_weight > 0 else []:
-        if getattr(config, name) != getattr(student, name):
-            raise ValueError(
-                f"The teacher {name_or_path} has {name} {getattr(config, name)}, the model {getattr(student, name)}: "
-                "they cannot be compared."
-            )
-    teacher = load_classifier(name_or_path, dtype=dtype)
-    teacher.set_token_pruning(None)
-    if match is not None:
-        _take_labels(teacher, match, name_or_path)
-    return teacher
 
 
 def report(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 
@@ -129,7 +130,8 @@ def reorder_labels(model: ImageClassifier, match: LabelMatch) -> None:
     rest = [i for i in range(len(own)) if i not in set(match.ids)]
     order = [*match.ids, *rest]
     if order != list(range(len(own))):
-        for parameter in model.classifier.parameters():
+        classifier: Any = model.classifier
+        for parameter in classifier.parameters():
             parameter.copy_(parameter[order].clone())
     name_labels(model.config, [*match.names, *(own[i] for i in rest)])
 
@@ -141,7 +143,7 @@ def renew_classifier(model: ImageClassifier, label_names: Sequence[str]) -> None
     classifier = image_classifier(model.config).to(old.device, old.dtype)
     classifier.apply(model._init_weights)
     model.classifier = classifier.train(model.training)
-    model.num_labels = len(label_names)
+    model.num_labels = len(label_names)  # type: ignore[assignment]
 
 
 def name_labels(config: VisionMambaConfig, label_names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor
 
 from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.training.arguments import ElasticArguments, OptimizationArguments, RunArguments, ScaleArguments
@@ -35,6 +35,7 @@ from hf_vssm_prune.training.checkpoints import (
     load_checkpoint,
     remove_unfinished,
     save_checkpoint,
+    say_last,
     write_json,
 )
 from hf_vssm_prune.training.data import ImageDatasets
@@ -65,7 +66,7 @@ from hf_vssm_prune.training.memory import enable_activation_checkpointing
 from hf_vssm_prune.training.optimization import make_optimizer
 from hf_vssm_prune.training.run_log import LossWindow, RunLog
 from hf_vssm_prune.training.saved_models import SavedModels, WriteCard
-from hf_vssm_prune.training.tasks.task import Batch, Task
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task
 
 
 # Of the metrics of the weights, and of their average.
@@ -109,11 +110,11 @@ class Trainer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PrunableModel,
         datasets: ImageDatasets,
         image_processor: BaseImageProcessor,
         recipe: Recipe,
-        teacher: PreTrainedModel | None = None,
+        teacher: PrunableModel | None = None,
         write_card: WriteCard | None = None,
     ) -> None:
         if recipe.losses.needs_teacher and teacher is None:
@@ -142,14 +143,9 @@ class Trainer:
         self.log = RunLog(self.accelerator, recipe.run.with_tracking)
         if recipe.scale.deterministic:
             choose_deterministic_algorithms()
+        seed, num_workers = recipe.run.seed, recipe.num_workers
         self.loaders = make_loaders(
-            self.accelerator,
-            self.task,
-            datasets,
-            image_processor,
-            recipe.optimization,
-            recipe.run.seed,
-            recipe.num_workers,
+            self.accelerator, self.task, datasets, image_processor, recipe.optimization, seed, num_workers
         )
         self.saved_models = SavedModels(self.task, image_processor, self.loaders.eval_items, write_card)
         self.length, self.schedule = plan_steps(recipe.optimization, len(self.loaders.train))
@@ -161,7 +157,7 @@ class Trainer:
 
     # Preparation
 
-    def _prepare(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    def _prepare(self, model: PrunableModel, teacher: PrunableModel | None) -> None:
         """Puts the models on the device and spreads them over the processes."""
         options, scale = self.recipe.optimization, self.recipe.scale
         if scale.batch_norm == "sync":
@@ -319,12 +315,13 @@ class Trainer:
         # Drop path and random importance draw from torch's own generator.
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         inputs = self.task.inputs(batch) | {"output_hidden_states": self.recipe.losses.alignment_weight > 0}
-        schedule = self.plain_model.config.token_pruning
+        schedule, drawn = self.plain_model.config.token_pruning, {}
         if self.elastic_schedules:
             step = index // self.length.gradient_accumulation_steps
             schedule = draw_schedule(self.elastic_schedules, self.recipe.run.seed, epoch, step)
+            drawn = {"token_pruning": schedule}
         with self.accelerator.autocast():
-            student = self.model(**inputs, token_pruning=schedule)
+            student = self.model(**inputs, **drawn)
         teacher = None
         if self.teacher is not None and self.recipe.losses.needs_teacher:
             with torch.no_grad(), self.accelerator.autocast():
@@ -352,7 +349,7 @@ class Trainer:
                     self.state.steps + 1,
                     self.length.num_steps,
                     self.recipe.optimization,
-                    self._last_checkpoint(),
+                    say_last(self.output_dir),
                 )
             )
         self.forward_watch.clear()
@@ -376,10 +373,6 @@ class Trainer:
         self._stop_agreed = self.accelerator.reduce(stop, reduction="sum").item() > 0
         return self._stop_agreed
 
-    def _last_checkpoint(self) -> str:
-        checkpoints = find_checkpoints(self.output_dir)
-        return f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
-
     # Checkpoints
 
     def _checkpoint_if_due(self) -> None:
@@ -395,7 +388,7 @@ class Trainer:
         if name := weight_not_finite(self.plain_model, self.accelerator):
             raise TrainingDivergedError(
                 f"After step {self.state.steps} of {self.length.num_steps} the weight {name} is not finite; no "
-                f"checkpoint was saved. Try a smaller --learning_rate. {self._last_checkpoint()}"
+                f"checkpoint was saved. Try a smaller --learning_rate. {say_last(self.output_dir)}"
             )
         run = self.recipe.run
         return save_checkpoint(
@@ -412,7 +405,7 @@ class Trainer:
     def _evaluate(self, epoch: int) -> None:
         """Evaluates the weights and their average, and saves the better one if it is the best so far."""
         torch.manual_seed(self.recipe.run.seed)
-        candidates: dict[str, PreTrainedModel] = {"model": self.accelerator.unwrap_model(self.model)}
+        candidates: dict[str, PrunableModel] = {"model": self.accelerator.unwrap_model(self.model)}
         if self.ema is not None:
             candidates["ema"] = self.ema.model
         evaluated: dict[str, float] = {}
@@ -440,13 +433,13 @@ class Trainer:
         best = self.state.best[name]
         return metrics[name] > best if self.task.greater_is_better else metrics[name] < best
 
-    def _save_model(self, model: PreTrainedModel, name: str, metrics: dict[str, float]) -> None:
+    def _save_model(self, model: PrunableModel, name: str, metrics: dict[str, float]) -> None:
         model = self._whole(model)
         if self.accelerator.is_main_process:
             self.saved_models.save(model, self.output_dir / name, metrics)
         self.accelerator.wait_for_everyone()
 
-    def _whole(self, model: PreTrainedModel) -> PreTrainedModel:
+    def _whole(self, model: PrunableModel) -> PrunableModel:
         """The model, which one process can run by itself; all call this. What is sharded comes together in a copy."""
         if self._saved_model is None:
             return model
@@ -495,7 +488,7 @@ class Trainer:
         self.log.write_metrics(f"epoch {epoch + 1}/{length.num_epochs} step {step}/{length.num_steps}", values)
         self.log.track({f"train_{name}": value for name, value in values.items()}, step)
 
-    def _track_picture(self, model: PreTrainedModel) -> None:
+    def _track_picture(self, model: PrunableModel) -> None:
         """Shows the picture of a pruned model to the trackers."""
         if not self.recipe.run.with_tracking or model.config.token_pruning is None:
             return

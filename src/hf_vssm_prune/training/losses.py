@@ -25,7 +25,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     Args:
         logits: (batch, labels).
         labels: class ids (batch,), or probabilities (batch, labels) as mixup and CutMix make them.
-        label_smoothing: share of each label that is spread evenly over all classes.
+        label_smoothing: fraction of each label that is spread evenly over all classes.
     """
     return F.cross_entropy(at_least_float32(logits), labels, label_smoothing=label_smoothing)
 

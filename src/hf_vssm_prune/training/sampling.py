@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from hf_vssm_prune.training.data import ImageStream
+from hf_vssm_prune.training.data.columns import ImageStream, read_rows
 
 
 class EpochSampler(Sampler[int]):
@@ -66,7 +66,7 @@ class StreamSampler(Sampler[tuple[int, dict[str, Any]]]):
         self.start = image
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        rows = enumerate(self.stream.shuffled(self.seed, self.epoch))
+        rows = enumerate(read_rows(self.stream.shuffled(self.seed, self.epoch), self.stream.split))
         place = self.start - 1
         for place, row in islice(rows, self.start, len(self.stream)):
             yield place, row

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor
 
 from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.hub.saving import save_for_hub
-from hf_vssm_prune.training.tasks.task import EvaluationItems, Task
+from hf_vssm_prune.training.tasks.task import EvaluationItems, PrunableModel, Task
 
 
 PICTURE = "kept_tokens.png"
@@ -43,7 +43,7 @@ class SavedModels:
         self.items = items
         self.write_card = write_card
 
-    def save(self, model: PreTrainedModel, folder: Path, metrics: dict[str, float]) -> None:
+    def save(self, model: PrunableModel, folder: Path, metrics: dict[str, float]) -> None:
         """Writes a model, which one process can run by itself."""
         card = self.write_card and self.write_card(metrics, len(self.items))
         with tempfile.TemporaryDirectory() as scratch:
@@ -52,7 +52,7 @@ class SavedModels:
                 card = replace(card, picture=Path(scratch) / PICTURE)
             save_for_hub(model, folder, self.image_processor, card)
 
-    def draw(self, model: PreTrainedModel) -> Image.Image | None:
+    def draw(self, model: PrunableModel) -> Image.Image | None:
         """The task's picture of a pruned model; None of a dense one."""
         if model.config.token_pruning is None:
             return None

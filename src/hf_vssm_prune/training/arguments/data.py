@@ -37,7 +37,7 @@ class DataArguments(EvaluationDataArguments):
 
     train_split: str = field(default="train", metadata=describe("split to train on"))
     train_val_split: float = field(
-        default=0.1, metadata=describe("share held out for evaluation where there is no such split")
+        default=0.1, metadata=describe("fraction held out for evaluation where there is no such split")
     )
     max_train_samples: int | None = field(default=None, metadata=describe("use only so many training images"))
     streaming: bool = field(

@@ -62,12 +62,17 @@ class FinetuneArguments(LossArguments):
     teacher_name_or_path: str | None = field(
         default=None, metadata=describe("the teacher; by default the same checkpoint, dense")
     )
+    image_size: int | None = field(
+        default=None,
+        metadata=describe("side in pixels to go on at; by default the checkpoint's", "--img_size"),
+    )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata=describe("give the model a new classifier where the labels differ")
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range("image_size", self.image_size, 1, math.inf)
         if self.ignore_mismatched_sizes and self.kd_weight > 0 and self.teacher_name_or_path is None:
             raise ValueError(
                 "--ignore_mismatched_sizes gives the model a new classifier, which its own dense checkpoint cannot "
@@ -87,7 +92,9 @@ class DenseModelArguments:
     )
     family: str | None = field(default=None, metadata=describe("of the new model", choices=tuple(FAMILIES)))
     preset: str | None = field(default=None, metadata=describe(f"size by name: {preset_names()}"))
-    image_size: int | None = field(default=None, metadata=describe("side in pixels; 224 for a new model", "--img_size"))
+    image_size: int | None = field(
+        default=None, metadata=describe("side in pixels; 224 for a new model, else the checkpoint's", "--img_size")
+    )
     patch_size: int | None = field(default=None, metadata=describe("side of a patch in pixels; 16 for a new model"))
     config_overrides: list[str] = field(
         default_factory=list,
@@ -100,16 +107,17 @@ class DenseModelArguments:
         default_factory=lambda: [0.229, 0.224, 0.225], metadata=describe("of each channel, for a new model", "--std")
     )
     crop_pct: float = field(
-        default=0.875, metadata=describe("share of the resized image's side that evaluation crops, for a new model")
+        default=0.875, metadata=describe("fraction of the resized image's side that evaluation crops, for a new model")
     )
 
     def __post_init__(self) -> None:
+        check_range("image_size", self.image_size, 1, math.inf)
         if (self.model_name_or_path is None) == (self.family is None):
             raise ValueError(
                 "Give either --family, for a new model, or --model_name_or_path, to go on from a checkpoint."
             )
         if self.model_name_or_path is not None:
-            if given := [name for name in ("preset", "image_size", "patch_size") if getattr(self, name) is not None]:
+            if given := [name for name in ("preset", "patch_size") if getattr(self, name) is not None]:
                 raise ValueError(f"--{given[0]} is for a new model; with --model_name_or_path the checkpoint says it.")
             if self.config_overrides:
                 raise ValueError(

@@ -19,17 +19,17 @@ class PruningArguments:
         default=None, metadata=describe("layers before which tokens are dropped, e.g. 6 12 18")
     )
     keep_ratios: list[float] | None = field(
-        default=None, metadata=describe("for each of them the share of the tokens that stays")
+        default=None, metadata=describe("for each of them the fraction of the tokens that stays")
     )
     flops_reduction: float | None = field(
         default=None,
-        metadata=describe("in place of ratios: the share of FLOPs to remove, by stages at --prune_layers if given"),
+        metadata=describe("in place of ratios: the fraction of FLOPs to remove, by stages at --prune_layers if given"),
     )
     prune_method: str | None = field(
         default=None,
         metadata=describe(
             "how tokens go; `top` is the paper's; by default that of the checkpoint, of a dense one "
-            f"{RECOMMENDED_METHOD}",
+            f"{RECOMMENDED_METHOD}, or top where an importance is named",
             choices=tuple(METHODS),
         ),
     )
@@ -102,7 +102,7 @@ class ElasticArguments:
     elastic_budgets: list[float] = field(
         default_factory=list,
         metadata=describe(
-            "shares of FLOPs to remove, 0 for none: each step draws one of them, with the stages that it has by "
+            "fractions of FLOPs to remove, 0 for none: each step draws one of them, with the stages that it has by "
             "default; evaluation and the saved model are not affected"
         ),
     )

@@ -2,7 +2,9 @@
 
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -106,7 +108,25 @@ def standardize_stream(
     rows = rows.rename_columns(
         {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
     )
-    return rows.cast_column("image", Image(decode=False)), list(kind.names)
+    # Bytes and paths without the type Image stay as they are: datasets would refuse rows without either, unnamed.
+    if not isinstance(rows.features["image"], dict):
+        rows = rows.cast_column("image", Image(decode=False))
+    return rows, list(kind.names)
+
+
+def read_rows(rows: IterableDataset, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a stream.
+
+    Raises:
+        ValueError: datasets cannot read one; the message says how many it gave before.
+    """
+    count = 0
+    try:
+        for row in rows:
+            yield row
+            count += 1
+    except ValueError as error:
+        raise ValueError(f"After {count} rows of split '{split}' one cannot be read: {error}") from error
 
 
 def _find_column(dataset: Dataset | IterableDataset, name: str | None, kind: type, meaning: str) -> str:

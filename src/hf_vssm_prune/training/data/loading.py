@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, NamedSplit
 from datasets.exceptions import DatasetGenerationError
 
-from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, standardize, standardize_stream
+from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, read_rows, standardize, standardize_stream
 from hf_vssm_prune.training.data.sources import count_parquet_rows, load_splits
 
 
@@ -116,9 +116,14 @@ def load_image_stream(
     stored = _choose_split(splits, eval_split, name_or_path)
     stored, _ = standardize_stream(stored, image_column, label_column)
     try:
-        evaluation = Dataset.from_generator(stored.__iter__, features=stored.features, split=NamedSplit(eval_split))
+        evaluation = Dataset.from_generator(
+            read_rows,
+            features=stored.features,
+            gen_kwargs={"rows": stored, "split": eval_split},
+            split=NamedSplit(eval_split),
+        )
     except DatasetGenerationError as error:
-        raise ValueError(f"Split '{eval_split}' of '{name_or_path}' cannot be read: {error.__cause__}") from error
+        raise ValueError(f"'{name_or_path}' cannot be read: {error.__cause__}") from error
     evaluation, _ = standardize(evaluation, "image", "label", label_names)
     return ImageDatasets(
         train=ImageStream(rows, num_images, shuffle_buffer_size, train_split),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import AutoModelForImageClassification, BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement
@@ -28,7 +28,8 @@ from hf_vssm_prune.training.data import (
     load_image_stream,
 )
 from hf_vssm_prune.training.losses import cross_entropy, distillation_loss
-from hf_vssm_prune.training.tasks.task import Batch, NoArguments, Scores
+from hf_vssm_prune.training.models import load_model, load_teacher
+from hf_vssm_prune.training.tasks.task import Batch, NoArguments, PrunableModel, Scores
 from hf_vssm_prune.visualization import draw_classification, image_statistics
 
 
@@ -38,7 +39,7 @@ class AugmentationArguments:
 
     scale: list[float] = field(
         default_factory=lambda: [0.08, 1.0],
-        metadata=describe("smallest and largest share of the area of a random resized crop"),
+        metadata=describe("smallest and largest fraction of the area of a random resized crop"),
     )
     random_crop_padding: int | None = field(
         default=None,
@@ -61,7 +62,7 @@ class AugmentationArguments:
         if self.no_random_crop and self.random_crop_padding:
             raise ValueError("--no_random_crop and --random_crop_padding exclude each other: give one of them.")
         if len(self.scale) != 2:
-            raise ValueError(f"--scale is {self.scale}: the smallest and the largest share are needed.")
+            raise ValueError(f"--scale is {self.scale}: the smallest and the largest fraction are needed.")
         self.image_augmentation()
         self.mix()
 
@@ -143,14 +144,19 @@ class ImageClassification:
         height, width = config.image_height_width(config.image_size)
         return {
             "pixel_values": torch.randn(batch_size, config.num_channels, height, width, device=device),
-            "labels": torch.randint(config.num_labels, (batch_size,), device=device),
+            "labels": torch.randint(len(config.label_names), (batch_size,), device=device),
         }
+
+    # Models: labelled by name
+
+    load_model = staticmethod(load_model)
+    load_teacher = staticmethod(load_teacher)
 
     # Training
 
     def mix(self, batch: Batch, config: VisionMambaConfig, generator: np.random.Generator) -> Batch:
         pixel_values, labels = mix_batch(
-            batch["pixel_values"], batch["labels"], config.num_labels, self.arguments.mix(), generator
+            batch["pixel_values"], batch["labels"], len(config.label_names), self.arguments.mix(), generator
         )
         return {**batch, "pixel_values": pixel_values, "labels": labels}
 
@@ -175,7 +181,7 @@ class ImageClassification:
 
     # To look at
 
-    def draw(self, model: PreTrainedModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
+    def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
         return draw_classification(model, batch["pixel_values"], *image_statistics(image_processor))
 
     def evaluation_on_card(

@@ -6,23 +6,26 @@ other state: what is random in it comes from generators and seeds that it is giv
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.hub.model_card import Evaluation
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.data import ImageDatasets
+from hf_vssm_prune.training.losses import LossWeights
 
 
-Batch = dict[str, Any]
+# A `PreTrainedModel` with a backbone of this package, which is a `TokenPruningMixin`: Python has no type for both.
+PrunableModel: TypeAlias = Any
+Batch: TypeAlias = dict[str, Any]
 # Of the images of one batch, one entry for each: a tensor (batch, ...), or a list where they differ in size.
-Scores = Tensor | list[Any]
+Scores: TypeAlias = Tensor | list[Any]
 
 
 @dataclass
@@ -91,6 +94,28 @@ class Task(Protocol):
     def example_batch(self, config: VisionMambaConfig, batch_size: int, device: torch.device) -> Batch:
         """A random batch for a model of this configuration: memory and speed are measured with it."""
 
+    # Models
+
+    def load_model(
+        self,
+        name_or_path: str,
+        label_names: Sequence[str],
+        drop_path_rate: float = 0.0,
+        ignore_mismatched_sizes: bool = False,
+        some_labels: bool = False,
+    ) -> PrunableModel:
+        """A checkpoint as a model of the data set's labels, in float32; see `models.load_model`."""
+
+    def load_teacher(
+        self,
+        name_or_path: str,
+        student: VisionMambaConfig,
+        losses: LossWeights,
+        dtype: str = "float32",
+        image_size: int | None = None,
+    ) -> PrunableModel:
+        """The dense model from which a student learns; see `models.load_teacher`."""
+
     # Training
 
     def mix(self, batch: Batch, config: VisionMambaConfig, generator: np.random.Generator) -> Batch:
@@ -116,7 +141,7 @@ class Task(Protocol):
 
     # To look at
 
-    def draw(self, model: PreTrainedModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image | None:
+    def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image | None:
         """A picture of what a pruned model makes of a batch, for cards and trackers; None if there is none."""
 
     def evaluation_on_card(

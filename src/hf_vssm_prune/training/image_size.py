@@ -1,0 +1,63 @@
+"""A checkpoint that was trained at one image size goes on at another: model, configuration and image processor."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BaseImageProcessor
+
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.families import VisionMamba
+from hf_vssm_prune.modeling_common import resize_position_embeddings
+
+
+def config_at_size(config: VisionMambaConfig, image_size: int) -> VisionMambaConfig:
+    """A configuration for images of `image_size` × `image_size` pixels: budgets are counted, and grids compared, there.
+
+    Raises:
+        ValueError: it is too small for a patch.
+    """
+    return type(config).from_dict({**config.to_dict(), "image_size": image_size})
+
+
+def resize_model(model: VisionMamba, image_size: int) -> None:
+    """Lays a model out for images of `image_size` × `image_size` pixels. Position embeddings are resized bicubically,
+    as a forward pass at that size does it; a class token's stays as it is.
+
+    Raises:
+        ValueError: it is too small for a patch.
+    """
+    network: Any = model
+    config, embeddings = network.config, network.base_model.embeddings
+    grid, new_grid = config.grid_size, config_at_size(config, image_size).grid_size
+    positions = embeddings.position_embeddings.detach()
+    place, new_place = (config.cls_token_id(math.prod(each)) for each in (grid, new_grid))
+    if place is None:
+        resized = resize_position_embeddings(positions, grid, new_grid, interpolate=True)
+    else:
+        before, cls_token, after = positions.tensor_split([place, place + 1], dim=1)
+        patches = resize_position_embeddings(torch.cat([before, after], dim=1), grid, new_grid, interpolate=True)
+        resized = torch.cat([patches[:, :new_place], cls_token, patches[:, new_place:]], dim=1)
+    embeddings.position_embeddings = nn.Parameter(resized)
+    config.image_size = image_size
+
+
+def resize_image_processor(image_processor: BaseImageProcessor, image_size: int) -> BaseImageProcessor:
+    """An image processor that crops to `image_size` × `image_size` pixels, or resizes to them where it crops nothing,
+    and otherwise does what the given one does: the crop is as large a part of the image as before.
+
+    Raises:
+        ValueError: it does not say to what size it crops or resizes.
+    """
+    options = image_processor.to_dict()
+    size, crop = options.get("size") or {}, options.get("crop_size") or {}
+    cropped = options.get("do_center_crop") and crop
+    target = crop if cropped else size
+    if not ({"height", "width"} <= target.keys() or "shortest_edge" in target):
+        raise ValueError(f"The image processor's size {target} is not (height, width) or a shortest edge.")
+    factors = {side: image_size / (target.get(side) or target["shortest_edge"]) for side in ("height", "width")}
+    factors["shortest_edge"] = max(factors.values())
+    new_size = {name: round(pixels * factors[name]) for name, pixels in size.items() if name in factors}
+    changed = {"size": new_size} | ({"crop_size": {"height": image_size, "width": image_size}} if cropped else {})
+    return type(image_processor).from_dict({**options, **changed})

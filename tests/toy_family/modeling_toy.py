@@ -1,0 +1,82 @@
+"""Toy's models, made of Vim's parts, and what the files of its authors look like."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_vssm_prune.modeling_vim import VimEmbeddings, VimForImageClassification, VimModel, VimPreTrainedModel
+
+from .configuration_toy import ToyConfig
+
+
+class ToyEmbeddings(VimEmbeddings):
+    """As Vim's, of videos of the configuration's size: the patches of all frames, one frame after the other."""
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+        """From (batch, frames, channels, height, width)."""
+        size = self.config.input_size_of(pixel_values.shape)
+        if pixel_values.ndim != 5 or size != self.config.input_size:
+            raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}: not {self.config.input_size}.")
+        frames = self.projection(pixel_values.flatten(0, 1).to(self.projection.weight.dtype))
+        patches = frames.flatten(2).transpose(1, 2).unflatten(0, pixel_values.shape[:2]).flatten(1, 2)
+        return torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1) + self.position_embeddings
+
+
+class ToyPreTrainedModel(VimPreTrainedModel):
+    config: ToyConfig
+    config_class = ToyConfig
+    input_modalities = ["video"]
+    # Of the files in which the authors published weights. They call everything by our names, but for the beginnings.
+    official_names = [(r"vim\.(.+)", r"body.\1"), (r"classifier\.(.+)", r"top.\1")]
+    official_marks = ("body.embeddings.class_token", "top.weight")
+    official_weight_keys = ("toy",)
+    official_prefixes = ("encoder.",)
+    official_ignored = ("distill_head.",)
+    official_last_weights = ()
+
+    @classmethod
+    def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        hidden_size, num_channels, patch_size, _ = official.shape("body.embeddings.projection.weight", 4)
+        _, num_tokens, _ = official.shape("body.embeddings.position_embeddings", 3)
+        scan = "body.layers.0.mixer.forward_scan"
+        width, state_size = official.shape(f"{scan}.A_log", 2)
+        num_frames = overrides.get("num_frames", 3)
+        layers = {name.split(".")[2] for name in official if name.startswith("body.layers.")}
+        return {
+            "image_size": official.square_side((num_tokens - 1) // num_frames) * patch_size,
+            "num_frames": num_frames,
+            "patch_size": patch_size,
+            "num_channels": num_channels,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": len(layers),
+            "state_size": state_size,
+            "expand": width // hidden_size,
+            "num_labels": official.shape("top.weight", 2)[0],
+        }
+
+    @classmethod
+    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Old files have the class token without its axes of batch and tokens."""
+        return {
+            name: tensor.view(1, 1, -1) if name == "body.embeddings.class_token" else tensor
+            for name, tensor in official.items()
+        }
+
+
+class ToyModel(ToyPreTrainedModel, VimModel):
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.embeddings = ToyEmbeddings(config)
+        self.post_init()
+
+
+class ToyForVideoClassification(ToyPreTrainedModel, VimForImageClassification):
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.vim = ToyModel(config)
+        self.post_init()
+
+
+__all__ = ["ToyForVideoClassification", "ToyModel", "ToyPreTrainedModel"]
