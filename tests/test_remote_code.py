@@ -50,7 +50,7 @@ def image() -> Image.Image:
     [
         # With tokens that others were merged into, and with parameters of pruning.
         ("plainmamba", {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "alignment": "learned", "method": "tome"}),
-        ("videomamba", TOKEN_PRUNING | {"method": "local_merge"}),
+        ("videomamba", {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "local_merge"}),
         ("vim", TOKEN_PRUNING),
     ],
     ids=["plainmamba", "videomamba", "vim"],
