@@ -64,7 +64,9 @@ def test_save_pretrained_writes_all_that_a_page_needs(model, image_processor, pi
     assert names >= {"LICENSE-CODE", f"modeling_{family}.py", f"configuration_{family}.py"}
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["auto_map"] == auto_map(model.config)
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
+    of_images = {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
+    of_videos = {"AutoModelForVideoClassification"} if family == "videomamba" else set()
+    assert set(config["auto_map"]) == of_images | of_videos
     assert "# Mine" in (tmp_path / "model" / "README.md").read_text()
     opened = load_classifier(tmp_path / "model").eval()
     with torch.no_grad():
