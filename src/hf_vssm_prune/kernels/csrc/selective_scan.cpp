@@ -33,6 +33,9 @@ constexpr int kLargestPower = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A parameter that `with_floats` has made float32.
+const float* floats(Source parameter) { return static_cast<const float*>(parameter.data); }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // What all channels of a sample share: the paths, B and C
 // ---------------------------------------------------------------------------------------------------------------------
@@ -76,16 +79,16 @@ void load_sample(const ScanArguments& arguments, int64_t index, int64_t padded_s
     sample.B.assign(length * paths * padded_states, 0.0f);
     sample.C.assign(length * padded_states, 0.0f);
     for (int64_t t = 0; t < length; ++t) {
-        std::copy_n(arguments.C.row(index, t), states, &sample.C[t * padded_states]);
+        copy_floats(arguments.C.row(index, t), states, &sample.C[t * padded_states]);
         for (int64_t path = 0; path < paths; ++path) {
             Visit& visit = sample.visits[t * paths + path];
             visit.token = entry(arguments.order, arguments, index, path, t, t);
             visit.gap = entry(arguments.gaps, arguments, index, path, t, 1);
             visit.move = entry(arguments.moves, arguments, index, path, t, 0);
             float* B = &sample.B[(t * paths + path) * padded_states];
-            std::copy_n(arguments.B.row(index, t), states, B);
-            if (!arguments.direction_B) continue;
-            const float* direction = arguments.direction_B + visit.move * states;
+            copy_floats(arguments.B.row(index, t), states, B);
+            if (!arguments.direction_B.data) continue;
+            const float* direction = floats(arguments.direction_B) + visit.move * states;
             for (int64_t n = 0; n < states; ++n) B[n] += direction[n];
         }
     }
@@ -99,11 +102,11 @@ struct Block {
     int64_t sample, first_channel;
     int width;  // channels in the block: kLanes, fewer in the last one
 
-    Vec D, hole_step, longest_step;  // of delta
+    Vec D, bias, hole_step, longest_step;  // bias and longest of delta
     std::vector<Vec> u, delta, y;    // by token
 
     // Only for the backward.
-    Vec grad_D, grad_hole_step;
+    Vec grad_D, grad_bias, grad_hole_step;
     std::vector<Vec> grad_y, grad_u, grad_delta;  // by token
 };
 
@@ -118,16 +121,41 @@ struct Workspace {
 
 thread_local Workspace thread_workspace;
 
-Vec load_channels(const float* channels, const Block& block) {
-    return channels ? load(channels + block.first_channel, block.width) : Vec{};
+Vec load_channels(Source channels, const Block& block) {
+    Vec result{};
+    if (!channels.data) return result;
+    with_type(channels.type, [&](auto type) {
+        result = load_as<type.value>((channels + block.first_channel).data, block.width);
+    });
+    return result;
 }
 
-Vec load_token(const Rows& rows, const Block& block, int64_t token) {
-    return load(rows.row(block.sample, token) + block.first_channel, block.width);
+// Calls use(block, token, row) for the rows of all tokens, each in the task's blocks, which lie side by side.
+template <typename Use>
+void for_rows(const Rows& rows, Workspace& work, int64_t length, const Use& use) {
+    with_type(rows.data.type, [&](auto type) {
+        for (int64_t token = 0; token < length; ++token) {
+            const Source row = rows.row(work.blocks[0].sample, token);
+            for (int b = 0; b < work.block_count; ++b) {
+                Block& block = work.blocks[b];
+                use(block, token, load_as<type.value>((row + block.first_channel).data, block.width));
+            }
+        }
+    });
 }
 
-Vec time_step_before_softplus(const ScanArguments& arguments, const Block& block, int64_t token) {
-    return load_token(arguments.time_step, block, token) + load_channels(arguments.time_step_bias, block);
+// The reverse: stores what row(block, token) returns in a contiguous tensor.
+template <typename Row>
+void store_rows(Target target, const Workspace& work, int64_t length, int64_t channels, const Row& row) {
+    with_type(target.type, [&](auto type) {
+        for (int64_t token = 0; token < length; ++token) {
+            for (int b = 0; b < work.block_count; ++b) {
+                const Block& block = work.blocks[b];
+                const int64_t place = (block.sample * length + token) * channels + block.first_channel;
+                store_as<type.value>((target + place).data, row(block, token), block.width);
+            }
+        }
+    });
 }
 
 void load_blocks(const ScanArguments& arguments, int64_t sample, int64_t first_channel, Workspace& work) {
@@ -139,21 +167,20 @@ void load_blocks(const ScanArguments& arguments, int64_t sample, int64_t first_c
         block.first_channel = first_channel + b * kLanes;
         block.width = static_cast<int>(std::min<int64_t>(kLanes, left - b * kLanes));
         block.D = load_channels(arguments.D, block);
+        block.bias = load_channels(arguments.time_step_bias, block);
         block.hole_step = load_channels(arguments.hole_time_step, block);
         block.longest_step = Vec{};
         block.u.resize(arguments.length);
         block.delta.resize(arguments.length);
         block.y.assign(arguments.length, Vec{});
     }
-    for (int64_t token = 0; token < arguments.length; ++token) {
-        for (int b = 0; b < work.block_count; ++b) {
-            Block& block = work.blocks[b];
-            const Vec delta = softplus(time_step_before_softplus(arguments, block, token));
-            block.longest_step = delta > block.longest_step ? delta : block.longest_step;  // passes over NaN
-            block.delta[token] = delta;
-            block.u[token] = load_token(arguments.hidden_states, block, token);
-        }
-    }
+    for_rows(arguments.time_step, work, arguments.length, [&](Block& block, int64_t token, Vec time_step) {
+        const Vec delta = softplus(time_step + block.bias);
+        block.longest_step = delta > block.longest_step ? delta : block.longest_step;  // passes over NaN
+        block.delta[token] = delta;
+    });
+    for_rows(arguments.hidden_states, work, arguments.length,
+             [](Block& block, int64_t token, Vec row) { block.u[token] = row; });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -184,7 +211,7 @@ Slice<S> load_slice(const ScanArguments& arguments, const Block& block, int64_t 
     slice.within_range = true;
     for (int n = 0; n < slice.count; ++n) {
         for (int lane = 0; lane < block.width; ++lane) {
-            slice.A[n][lane] = kLog2E * arguments.A[(block.first_channel + lane) * arguments.states + first_state + n];
+            slice.A[n][lane] = kLog2E * floats(arguments.A)[(block.first_channel + lane) * arguments.states + first_state + n];
         }
         slice.longest[n] = 127.0f / (slice.A[n] < 0.0f ? -slice.A[n] : slice.A[n]);
         for (int lane = 0; lane < block.width; ++lane) {
@@ -234,7 +261,7 @@ template <int K>
 template <int S>
 void cross_hole(const ScanArguments& arguments, const Block& block, const Slice<S>& slice, Vec delta, const Vec* decay,
                 int gap, Vec* state) {
-    const bool repeats = !arguments.hole_time_step;
+    const bool repeats = !arguments.hole_time_step.data;
     if (gap > kLargestPower) {
         const Vec time = static_cast<float>(gap - 1) * (repeats ? delta : block.hole_step);
         for (int n = 0; n < S; ++n) state[n] *= slice.decay(time, n);
@@ -343,16 +370,13 @@ void forward_block(const ScanArguments& arguments, const Sample& sample, Block& 
     }
 }
 
-void store_output(const ScanArguments& arguments, const Workspace& work, float* output) {
-    for (int64_t token = 0; token < arguments.length; ++token) {
-        for (int b = 0; b < work.block_count; ++b) {
-            const Block& block = work.blocks[b];
-            Vec y = block.y[token];
-            if (arguments.gate.data) y *= silu(load_token(arguments.gate, block, token));
-            float* row = output + (block.sample * arguments.length + token) * arguments.channels;
-            store(row + block.first_channel, y, block.width);
-        }
+void store_output(const ScanArguments& arguments, Workspace& work, Target output) {
+    if (arguments.gate.data.data) {
+        for_rows(arguments.gate, work, arguments.length,
+                 [](Block& block, int64_t token, Vec gate) { block.y[token] *= silu(gate); });
     }
+    store_rows(output, work, arguments.length, arguments.channels,
+               [](const Block& block, int64_t token) { return block.y[token]; });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -386,10 +410,10 @@ struct PathDecays {
             if (step.visits[k].gap == 1) continue;
             of_path[k] = across_hole[k];
             if (step.visits[k].gap > kLargestPower) {
-                const Vec hole_step = arguments.hole_time_step ? block.hole_step : step.delta;
+                const Vec hole_step = arguments.hole_time_step.data ? block.hole_step : step.delta;
                 const Vec decay_step = step.delta + static_cast<float>(step.visits[k].gap - 1) * hole_step;
                 for (int n = 0; n < S; ++n) across_hole[k][n] = slice.decay(decay_step, n);
-            } else if (arguments.hole_time_step) {
+            } else if (arguments.hole_time_step.data) {
                 power<S>(slice.hole_decay, step.visits[k].gap - 1, across_hole[k]);
                 for (int n = 0; n < S; ++n) across_hole[k][n] *= decay[n];
             } else {
@@ -439,8 +463,8 @@ struct DecaySteps {
     DecaySteps(const ScanArguments& arguments, const Step<K>& step) {
         for (int k = 0; k < K; ++k) {
             const auto gap = static_cast<float>(step.visits[k].gap);
-            weight[k] = arguments.hole_time_step ? 1.0f : gap;
-            holes[k] = arguments.hole_time_step ? gap - 1.0f : 0.0f;
+            weight[k] = arguments.hole_time_step.data ? 1.0f : gap;
+            holes[k] = arguments.hole_time_step.data ? gap - 1.0f : 0.0f;
         }
     }
 };
@@ -551,13 +575,11 @@ void load_gradients(const ScanArguments& arguments, const Rows& grad_output, Wor
         block.grad_u.assign(arguments.length, Vec{});
         block.grad_delta.assign(arguments.length, Vec{});
     }
-    for (int64_t token = 0; token < arguments.length; ++token) {
-        for (int b = 0; b < work.block_count; ++b) {
-            Block& block = work.blocks[b];
-            Vec grad = load_token(grad_output, block, token);
-            if (arguments.gate.data) grad *= silu(load_token(arguments.gate, block, token));
-            block.grad_y[token] = grad;
-        }
+    for_rows(grad_output, work, arguments.length,
+             [](Block& block, int64_t token, Vec grad) { block.grad_y[token] = grad; });
+    if (arguments.gate.data.data) {
+        for_rows(arguments.gate, work, arguments.length,
+                 [](Block& block, int64_t token, Vec gate) { block.grad_y[token] *= silu(gate); });
     }
 }
 
@@ -581,29 +603,29 @@ void backward_block(const ScanArguments& arguments, Workspace& work, Block& bloc
     }
 }
 
-void store_gradients(const ScanArguments& arguments, const Rows& grad_output, const Workspace& work,
+void store_gradients(const ScanArguments& arguments, const Rows& grad_output, Workspace& work,
                      const ScanGradients& gradients, Partials& partials) {
-    Vec grad_bias[kBlocksPerTask] = {};
-    for (int64_t token = 0; token < arguments.length; ++token) {
-        for (int b = 0; b < work.block_count; ++b) {
-            const Block& block = work.blocks[b];
-            const int64_t place = (block.sample * arguments.length + token) * arguments.channels + block.first_channel;
-            const Vec grad_time_step =
-                block.grad_delta[token] * sigmoid(time_step_before_softplus(arguments, block, token));
-            grad_bias[b] += grad_time_step;
-            store(gradients.hidden_states + place, block.grad_u[token], block.width);
-            store(gradients.time_step + place, grad_time_step, block.width);
-            if (arguments.gate.data) {
-                const Vec slope = silu_derivative(load_token(arguments.gate, block, token));
-                const Vec grad_gate = load_token(grad_output, block, token) * block.y[token] * slope;
-                store(gradients.gate + place, grad_gate, block.width);
-            }
-        }
+    const int64_t length = arguments.length, channels = arguments.channels;
+    for (int b = 0; b < work.block_count; ++b) work.blocks[b].grad_bias = Vec{};
+    for_rows(arguments.time_step, work, length, [](Block& block, int64_t token, Vec time_step) {
+        block.grad_delta[token] *= sigmoid(time_step + block.bias);  // from here on that of the time step
+        block.grad_bias += block.grad_delta[token];
+    });
+    store_rows(gradients.time_step, work, length, channels,
+               [](const Block& block, int64_t token) { return block.grad_delta[token]; });
+    store_rows(gradients.hidden_states, work, length, channels,
+               [](const Block& block, int64_t token) { return block.grad_u[token]; });
+    if (arguments.gate.data.data) {
+        for_rows(arguments.gate, work, length,
+                 [](Block& block, int64_t token, Vec gate) { block.y[token] *= silu_derivative(gate); });
+        for_rows(grad_output, work, length, [](Block& block, int64_t token, Vec grad) { block.y[token] *= grad; });
+        store_rows(gradients.gate, work, length, channels,
+                   [](const Block& block, int64_t token) { return block.y[token]; });
     }
     for (int b = 0; b < work.block_count; ++b) {
         const Block& block = work.blocks[b];
         store(partials.D.row(block.sample, 0) + block.first_channel, block.grad_D, block.width);
-        store(partials.time_step_bias.row(block.sample, 0) + block.first_channel, grad_bias[b], block.width);
+        store(partials.time_step_bias.row(block.sample, 0) + block.first_channel, block.grad_bias, block.width);
         store(partials.hole_time_step.row(block.sample, 0) + block.first_channel, block.grad_hole_step, block.width);
     }
 }
@@ -636,7 +658,7 @@ void for_tasks(const ScanArguments& arguments, int threads, const Work& work) {
 }
 
 template <int S>
-void forward(const ScanArguments& arguments, float* output, int threads) {
+void forward(const ScanArguments& arguments, Target output, int threads) {
     for_tasks<S>(arguments, threads, [&](Workspace& work, int64_t) {
         for (int b = 0; b < work.block_count; ++b) forward_block<S>(arguments, work.sample, work.blocks[b]);
         store_output(arguments, work, output);
@@ -694,19 +716,33 @@ const char* find_error(const ScanArguments& arguments) {
     return nullptr;
 }
 
+// With the parameters in float32 that are read number by number.
+ScanArguments with_floats(const ScanArguments& given, Floats& floats) {
+    ScanArguments arguments = given;
+    arguments.A = floats.of(given.A, given.channels * given.states);
+    arguments.direction_B = floats.of(given.direction_B, given.move_kinds * given.states);
+    return arguments;
+}
+
 }  // namespace
 
 // Both return null, or what is wrong with the arguments.
 
-extern "C" const char* selective_scan_forward(const ScanArguments* arguments, float* output, int threads) {
-    if (const char* error = find_error(*arguments)) return error;
-    return with_memory([&] { (arguments->states <= 8 ? forward<8> : forward<16>)(*arguments, output, threads); });
+extern "C" const char* selective_scan_forward(const ScanArguments* given, const Target* output, int threads) {
+    if (const char* error = find_error(*given)) return error;
+    return with_memory([&] {
+        Floats floats;
+        const ScanArguments arguments = with_floats(*given, floats);
+        (arguments.states <= 8 ? forward<8> : forward<16>)(arguments, *output, threads);
+    });
 }
 
-extern "C" const char* selective_scan_backward(const ScanArguments* arguments, const Rows* grad_output,
+extern "C" const char* selective_scan_backward(const ScanArguments* given, const Rows* grad_output,
                                                const ScanGradients* gradients, int threads) {
-    if (const char* error = find_error(*arguments)) return error;
+    if (const char* error = find_error(*given)) return error;
     return with_memory([&] {
-        (arguments->states <= 8 ? backward<8> : backward<16>)(*arguments, *grad_output, *gradients, threads);
+        Floats floats;
+        const ScanArguments arguments = with_floats(*given, floats);
+        (arguments.states <= 8 ? backward<8> : backward<16>)(arguments, *grad_output, *gradients, threads);
     });
 }
