@@ -8,7 +8,7 @@ of a split projection need no copy.
 import ctypes
 import functools
 import warnings
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def depthwise_conv2d(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The library. The structures mirror csrc/arguments.h.
+# The library
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -64,50 +64,13 @@ def depthwise_conv2d(
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class _Place(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("type", c_int32))
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = (("data", _Place), ("batch_stride", c_int64), ("row_stride", c_int64))
-
-
-class _Paths(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("batch_stride", c_int64))
-
-
-class _ScanArguments(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "length", "channels", "states", "paths", "move_kinds")),
-        *((name, _Rows) for name in ("hidden_states", "time_step", "B", "C", "gate")),
-        *((name, _Place) for name in ("A", "D", "time_step_bias", "hole_time_step", "direction_B")),
-        *((name, _Paths) for name in ("order", "gaps", "moves")),
-    )
-
-
-SCAN_ROW_GRADIENTS = ("hidden_states", "time_step", "gate")
-SCAN_GRADIENTS = ("A", "B", "C", "D", "time_step_bias", "hole_time_step", "direction_B")
-
-
-class _ScanGradients(ctypes.Structure):
-    _fields_ = (
-        *((name, _Place) for name in SCAN_ROW_GRADIENTS),
-        *((name, c_void_p) for name in SCAN_GRADIENTS),
-    )
-
-
-class _ConvolutionArguments(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "tokens", "channels", "kernel", "height", "width")),
-        ("hidden_states", _Rows),
-        *((name, _Place) for name in ("weight", "bias")),
-        *((name, c_void_p) for name in ("kept", "stand_ins")),
-        ("silu", c_int32),
-    )
-
-
-class _ConvolutionGradients(ctypes.Structure):
-    _fields_ = (("hidden_states", _Place), ("weight", c_void_p), ("bias", c_void_p))
+# How many structures each function takes, before the number of threads.
+FUNCTIONS = {
+    "selective_scan_forward": 2,
+    "selective_scan_backward": 3,
+    "depthwise_conv2d_forward": 2,
+    "depthwise_conv2d_backward": 3,
+}
 
 
 @functools.cache
@@ -117,15 +80,9 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(library_path()))
     except (BuildError, OSError) as error:
         return str(error)
-    arguments: dict[str, tuple[Any, ...]] = {
-        "selective_scan_forward": (POINTER(_ScanArguments), POINTER(_Place)),
-        "selective_scan_backward": (POINTER(_ScanArguments), POINTER(_Rows), POINTER(_ScanGradients)),
-        "depthwise_conv2d_forward": (POINTER(_ConvolutionArguments), POINTER(_Place)),
-        "depthwise_conv2d_backward": (POINTER(_ConvolutionArguments), POINTER(_Rows), POINTER(_ConvolutionGradients)),
-    }
-    for name, types in arguments.items():
+    for name, pointers in FUNCTIONS.items():
         function = getattr(library, name)
-        function.argtypes = (*types, c_int)
+        function.argtypes = (*(c_void_p,) * pointers, c_int)
         function.restype = c_char_p
     if not library.has_threads():
         warnings.warn("PyTorch brings no OpenMP runtime here: the CPU kernels use one thread", stacklevel=2)
@@ -172,22 +129,28 @@ def _contiguous_int32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.int32).contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+# The structures of csrc/arguments.h, which hold nothing but numbers and addresses of 64 bits.
 
 
-def _place(tensor: Tensor | None) -> _Place:
-    return _Place() if tensor is None else _Place(tensor.data_ptr(), ELEMENT_TYPES[tensor.dtype])
+def _structure(*fields: tuple[int, ...]) -> ctypes.Array[c_int64]:
+    numbers = [number for field in fields for number in field]
+    return (c_int64 * len(numbers))(*numbers)
 
 
-def _rows(tensor: Tensor | None) -> _Rows:
-    return _Rows() if tensor is None else _Rows(_place(tensor), tensor.stride(0), tensor.stride(1))
+def _pointer(tensor: Tensor | None) -> tuple[int]:
+    return (0,) if tensor is None else (tensor.data_ptr(),)
 
 
-def _paths(tensor: Tensor | None) -> _Paths:
-    if tensor is None:
-        return _Paths()
-    return _Paths(tensor.data_ptr(), tensor.stride(0) if tensor.shape[0] > 1 else 0)
+def _place(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), ELEMENT_TYPES[tensor.dtype])
+
+
+def _rows(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if tensor is None else (*_place(tensor), *tensor.stride()[:2])
+
+
+def _paths(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0) if tensor.shape[0] > 1 else 0)
 
 
 def _expect_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
@@ -204,39 +167,57 @@ def _expect_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) ->
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# The order of `ScanGradients`.
+SCAN_ROW_GRADIENTS = ("hidden_states", "time_step", "gate")
+SCAN_GRADIENTS = ("A", "B", "C", "D", "time_step_bias", "hole_time_step", "direction_B")
+
+
 def _scan_forward(arguments: ScanArguments) -> Tensor:
+    dtype = arguments.hidden_states.dtype
+    arguments = _with_rows_of_one_type(arguments)
     output = _new(arguments.hidden_states, arguments.hidden_states.dtype)
     structure, _keep = _scan_structure(arguments)
-    _call("selective_scan_forward", structure, _place(output))
-    return output
+    _call("selective_scan_forward", structure, _structure(_place(output)))
+    return output.to(dtype)
 
 
 def _scan_backward(arguments: ScanArguments, grad_output: Tensor) -> list[Tensor]:
+    arguments = _with_rows_of_one_type(arguments)
+    row_type = arguments.hidden_states.dtype
     gradients = {
-        name: _new(tensor, _element_type(tensor) if name in SCAN_ROW_GRADIENTS else torch.float32)
+        name: _new(tensor, row_type if name in SCAN_ROW_GRADIENTS else torch.float32)
         for name, tensor in arguments._asdict().items()
         if tensor is not None and tensor.is_floating_point()
     }
     structure, _keep = _scan_structure(arguments)
-    grad_output = grad_output.contiguous()
+    grad_output = grad_output.to(row_type).contiguous()
     rows = [_place(gradients.get(name)) for name in SCAN_ROW_GRADIENTS]
     parameters = [_pointer(gradients.get(name)) for name in SCAN_GRADIENTS]
-    _call("selective_scan_backward", structure, _rows(grad_output), _ScanGradients(*rows, *parameters))
+    _call("selective_scan_backward", structure, _structure(_rows(grad_output)), _structure(*rows, *parameters))
     return list(gradients.values())
+
+
+def _with_rows_of_one_type(arguments: ScanArguments) -> ScanArguments:
+    """With the tensors that have a row of channels for each token all in float32, if they differ."""
+    rows = {name: tensor for name in SCAN_ROW_GRADIENTS if (tensor := getattr(arguments, name)) is not None}
+    types = {tensor.dtype for tensor in rows.values()}
+    if len(types) == 1 and types <= ELEMENT_TYPES.keys():
+        return arguments
+    return arguments._replace(**{name: tensor.float() for name, tensor in rows.items()})
 
 
 _selective_scan = scan_operator("selective_scan", _scan_forward, _scan_backward, device_types="cpu")
 
 
-def _scan_structure(arguments: ScanArguments) -> tuple[_ScanArguments, list[Tensor | None]]:
+def _scan_structure(arguments: ScanArguments) -> tuple[ctypes.Array[c_int64], list[Tensor | None]]:
     """The arguments as C++ takes them, and the tensors that they point into."""
     a = arguments
     rows = [_contiguous_rows(tensor) for tensor in (a.hidden_states, a.time_step, a.B, a.C, a.gate)]
     parameters = [_contiguous(tensor) for tensor in (a.A, a.D, a.time_step_bias, a.hole_time_step, a.direction_B)]
     indices = [_contiguous_int32(tensor) for tensor in (a.order, a.gaps, a.moves)]
     move_kinds = 0 if a.direction_B is None else a.direction_B.shape[0]
-    structure = _ScanArguments(
-        *(*a.hidden_states.shape, a.A.shape[-1], a.num_paths(), move_kinds),
+    structure = _structure(
+        (*a.hidden_states.shape, a.A.shape[-1], a.num_paths(), move_kinds),
         *map(_rows, rows),
         *map(_place, parameters),
         *map(_paths, indices),
@@ -263,7 +244,7 @@ def _depthwise_conv2d(
     output = _new(hidden_states, hidden_states.dtype)
     if output.numel():
         arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, stand_ins, height, width, silu)
-        _call("depthwise_conv2d_forward", arguments, _place(output))
+        _call("depthwise_conv2d_forward", arguments, _structure(_place(output)))
     return output
 
 
@@ -281,7 +262,7 @@ def _convolution_arguments(
     height: int,
     width: int,
     silu: bool,
-) -> tuple[_ConvolutionArguments, list[Tensor | None]]:
+) -> tuple[ctypes.Array[c_int64], list[Tensor | None]]:
     """The arguments as C++ takes them, and the tensors that they point into."""
     batch, tokens, channels = hidden_states.shape
     kernel = weight.shape[-1]
@@ -297,7 +278,7 @@ def _convolution_arguments(
     parameters = [_contiguous(weight), _contiguous(bias)]
     indices = [_contiguous_int32(kept), _contiguous_int32(stand_ins)]
     sizes = (batch, tokens, channels, kernel, height, width)
-    arguments = _ConvolutionArguments(*sizes, _rows(rows), *map(_place, parameters), *map(_pointer, indices), silu)
+    arguments = _structure(sizes, _rows(rows), *map(_place, parameters), *map(_pointer, indices), (int(silu),))
     return arguments, [rows, *parameters, *indices]
 
 
@@ -320,8 +301,9 @@ def _depthwise_conv2d_backward(
     gradients = [_new(hidden_states, hidden_states.dtype), *map(_new, wanted[1:])]
     arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, stand_ins, height, width, silu)
     grad_output = grad_output.contiguous()
-    places = _ConvolutionGradients(_place(gradients[0]), *map(_pointer, gradients[1:]))
-    _call("depthwise_conv2d_backward", arguments, _rows(grad_output), places)
+    weights = [*map(_pointer, gradients[1:]), (0,)][:2]
+    places = _structure(_place(gradients[0]), *weights)
+    _call("depthwise_conv2d_backward", arguments, _structure(_rows(grad_output)), places)
     return [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, wanted, strict=True)]
 
 

@@ -1,5 +1,5 @@
-// What Python passes to the kernels. The structures mirror those in cpu.py, field by field; strides count elements, a
-// null pointer stands for an argument that was not given.
+// What Python passes to the kernels, as arrays of 64-bit numbers and addresses: cpu.py lays them out field by field.
+// Strides count elements, a null pointer stands for an argument that was not given.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,7 @@ struct Paths {
     int64_t batch_stride;
 };
 
+// hidden_states, time_step, gate, the output and its gradient have one type.
 struct ScanArguments {
     int64_t batch, length, channels, states, paths, move_kinds;
     Rows hidden_states, time_step, B, C, gate;
@@ -38,7 +39,7 @@ struct ConvolutionArguments {
     Rows hidden_states;
     Source weight, bias;              // weight: (channels, kernel * kernel)
     const int32_t *kept, *stand_ins;  // (batch, tokens), (batch, height * width)
-    int32_t silu;
+    int64_t silu;
 };
 
 // All contiguous.

@@ -30,7 +30,7 @@ struct ChannelBlock {
     void load_row(Source channels, Vec* target) const {
         with_type(channels.type, [&](auto type) {
             for (int v = 0; v < kVectors; ++v) {
-                target[v] = load_as<type.value>((channels + (first_channel + v * kLanes)).data, width[v]);
+                target[v] = load_as<type.value>(channels.template at<type.value>(first_channel + v * kLanes), width[v]);
             }
         });
     }
@@ -38,7 +38,7 @@ struct ChannelBlock {
     void store_row(const Vec* source, Target channels) const {
         with_type(channels.type, [&](auto type) {
             for (int v = 0; v < kVectors; ++v) {
-                store_as<type.value>((channels + (first_channel + v * kLanes)).data, source[v], width[v]);
+                store_as<type.value>(channels.template at<type.value>(first_channel + v * kLanes), source[v], width[v]);
             }
         });
     }

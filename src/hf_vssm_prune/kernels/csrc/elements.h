@@ -9,25 +9,25 @@
 
 #include "vectors.h"
 
-enum ElementType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum ElementType : int64_t { kFloat32, kBFloat16, kFloat16 };
 
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 typedef uint32_t BitsVec __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
-inline BitsVec bits_of(Vec x) { return reinterpret_cast<BitsVec>(x); }
-inline Vec with_bits(BitsVec bits) { return reinterpret_cast<Vec>(bits); }
+[[gnu::always_inline]] inline BitsVec bits_of(Vec x) { return reinterpret_cast<BitsVec>(x); }
+[[gnu::always_inline]] inline Vec with_bits(BitsVec bits) { return reinterpret_cast<Vec>(bits); }
 
-inline Vec from_bfloat16(HalfVec half) { return with_bits(__builtin_convertvector(half, BitsVec) << 16); }
+[[gnu::always_inline]] inline Vec from_bfloat16(HalfVec half) { return with_bits(__builtin_convertvector(half, BitsVec) << 16); }
 
 // Rounds to the nearest, of two to the even one, as do all of these; NaN stays NaN.
-inline HalfVec to_bfloat16(Vec x) {
+[[gnu::always_inline]] inline HalfVec to_bfloat16(Vec x) {
     const BitsVec bits = bits_of(x), nan = BitsVec{} + 0x7fc0u;
     const BitsVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return __builtin_convertvector(x == x ? rounded : nan, HalfVec);
 }
 
 // A float16 has 5 bits of exponent and 10 of fraction. Shifted to where a float32 has them, it is too small by 2^112.
-inline Vec from_float16(HalfVec half) {
+[[gnu::always_inline]] inline Vec from_float16(HalfVec half) {
     const BitsVec bits = __builtin_convertvector(half, BitsVec), sign = (bits & 0x8000u) << 16;
     const BitsVec magnitude = (bits & 0x7fffu) << 13, infinite = BitsVec{} + 0x7f800000u;
     const Vec scaled = with_bits(magnitude) * 0x1p112f;
@@ -35,7 +35,7 @@ inline Vec from_float16(HalfVec half) {
     return with_bits(sign | ((bits & 0x7c00u) == 0x7c00u ? special : finite));
 }
 
-inline HalfVec to_float16(Vec x) {
+[[gnu::always_inline]] inline HalfVec to_float16(Vec x) {
     const BitsVec bits = bits_of(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     // What is smaller than 2^-14 has fewer digits: adding 1/2 leaves them in the low bits.
     const BitsVec small = bits_of(with_bits(magnitude) + 0.5f) - 0x3f000000u;
@@ -57,8 +57,12 @@ struct Place {
     template <typename Float>
     Place(Float* floats) : data(floats), type(kFloat32) {}
 
-    Place operator+(int64_t count) const {
-        return {static_cast<Byte*>(data) + count * (type == kFloat32 ? 4 : 2), type};
+    Place operator+(int64_t count) const { return {type == kFloat32 ? at<kFloat32>(count) : at<kFloat16>(count), type}; }
+
+    // Where number `index` lies, the type being known.
+    template <ElementType known>
+    Byte* at(int64_t index) const {
+        return static_cast<Byte*>(data) + index * (known == kFloat32 ? sizeof(float) : sizeof(uint16_t));
     }
 };
 
@@ -77,7 +81,7 @@ void with_type(ElementType type, const Visitor& visit) {
 
 // The first `count` lanes; the others are 0.
 template <ElementType type>
-inline Vec load_as(const void* source, int count) {
+[[gnu::always_inline]] inline Vec load_as(const void* source, int count) {
     if constexpr (type == kFloat32) {
         return load(static_cast<const float*>(source), count);
     } else {
@@ -92,7 +96,7 @@ inline Vec load_as(const void* source, int count) {
 }
 
 template <ElementType type>
-inline void store_as(void* target, Vec value, int count) {
+[[gnu::always_inline]] inline void store_as(void* target, Vec value, int count) {
     if constexpr (type == kFloat32) {
         store(static_cast<float*>(target), value, count);
     } else {

@@ -106,7 +106,7 @@ struct Block {
     std::vector<Vec> u, delta, y;    // by token
 
     // Only for the backward.
-    Vec grad_D, grad_bias, grad_hole_step;
+    Vec grad_D, grad_hole_step;
     std::vector<Vec> grad_y, grad_u, grad_delta;  // by token
 };
 
@@ -130,34 +130,18 @@ Vec load_channels(Source channels, const Block& block) {
     return result;
 }
 
-// Calls use(block, token, row) for the rows of all tokens, each in the task's blocks, which lie side by side.
-template <typename Use>
-void for_rows(const Rows& rows, Workspace& work, int64_t length, const Use& use) {
-    with_type(rows.data.type, [&](auto type) {
-        for (int64_t token = 0; token < length; ++token) {
-            const Source row = rows.row(work.blocks[0].sample, token);
-            for (int b = 0; b < work.block_count; ++b) {
-                Block& block = work.blocks[b];
-                use(block, token, load_as<type.value>((row + block.first_channel).data, block.width));
-            }
-        }
-    });
+template <ElementType type>
+Vec load_token(const Rows& rows, const Block& block, int64_t token) {
+    const int64_t place = block.sample * rows.batch_stride + token * rows.row_stride + block.first_channel;
+    return load_as<type>(rows.data.template at<type>(place), block.width);
 }
 
-// The reverse: stores what row(block, token) returns in a contiguous tensor.
-template <typename Row>
-void store_rows(Target target, const Workspace& work, int64_t length, int64_t channels, const Row& row) {
-    with_type(target.type, [&](auto type) {
-        for (int64_t token = 0; token < length; ++token) {
-            for (int b = 0; b < work.block_count; ++b) {
-                const Block& block = work.blocks[b];
-                const int64_t place = (block.sample * length + token) * channels + block.first_channel;
-                store_as<type.value>((target + place).data, row(block, token), block.width);
-            }
-        }
-    });
+template <ElementType type>
+void store_token(Target target, int64_t place, const Block& block, Vec value) {
+    store_as<type>(target.template at<type>(place), value, block.width);
 }
 
+template <ElementType type>
 void load_blocks(const ScanArguments& arguments, int64_t sample, int64_t first_channel, Workspace& work) {
     const int64_t left = arguments.channels - first_channel;
     work.block_count = static_cast<int>(std::min<int64_t>(kBlocksPerTask, divide_up(left, kLanes)));
@@ -174,13 +158,15 @@ void load_blocks(const ScanArguments& arguments, int64_t sample, int64_t first_c
         block.delta.resize(arguments.length);
         block.y.assign(arguments.length, Vec{});
     }
-    for_rows(arguments.time_step, work, arguments.length, [&](Block& block, int64_t token, Vec time_step) {
-        const Vec delta = softplus(time_step + block.bias);
-        block.longest_step = delta > block.longest_step ? delta : block.longest_step;  // passes over NaN
-        block.delta[token] = delta;
-    });
-    for_rows(arguments.hidden_states, work, arguments.length,
-             [](Block& block, int64_t token, Vec row) { block.u[token] = row; });
+    for (int64_t token = 0; token < arguments.length; ++token) {
+        for (int b = 0; b < work.block_count; ++b) {
+            Block& block = work.blocks[b];
+            const Vec delta = softplus(load_token<type>(arguments.time_step, block, token) + block.bias);
+            block.longest_step = delta > block.longest_step ? delta : block.longest_step;  // passes over NaN
+            block.delta[token] = delta;
+            block.u[token] = load_token<type>(arguments.hidden_states, block, token);
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -370,13 +356,17 @@ void forward_block(const ScanArguments& arguments, const Sample& sample, Block& 
     }
 }
 
-void store_output(const ScanArguments& arguments, Workspace& work, Target output) {
-    if (arguments.gate.data.data) {
-        for_rows(arguments.gate, work, arguments.length,
-                 [](Block& block, int64_t token, Vec gate) { block.y[token] *= silu(gate); });
+template <ElementType type>
+void store_output(const ScanArguments& arguments, const Workspace& work, Target output) {
+    for (int64_t token = 0; token < arguments.length; ++token) {
+        for (int b = 0; b < work.block_count; ++b) {
+            const Block& block = work.blocks[b];
+            Vec y = block.y[token];
+            if (arguments.gate.data.data) y *= silu(load_token<type>(arguments.gate, block, token));
+            const int64_t row = (block.sample * arguments.length + token) * arguments.channels;
+            store_token<type>(output, row + block.first_channel, block, y);
+        }
     }
-    store_rows(output, work, arguments.length, arguments.channels,
-               [](const Block& block, int64_t token) { return block.y[token]; });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -567,6 +557,7 @@ void reverse_paths(const ScanArguments& arguments, Workspace& work, Block& block
 }
 
 // The gradient of y, the scan's output before the gate; nothing yet in the others.
+template <ElementType type>
 void load_gradients(const ScanArguments& arguments, const Rows& grad_output, Workspace& work) {
     for (int b = 0; b < work.block_count; ++b) {
         Block& block = work.blocks[b];
@@ -575,11 +566,13 @@ void load_gradients(const ScanArguments& arguments, const Rows& grad_output, Wor
         block.grad_u.assign(arguments.length, Vec{});
         block.grad_delta.assign(arguments.length, Vec{});
     }
-    for_rows(grad_output, work, arguments.length,
-             [](Block& block, int64_t token, Vec grad) { block.grad_y[token] = grad; });
-    if (arguments.gate.data.data) {
-        for_rows(arguments.gate, work, arguments.length,
-                 [](Block& block, int64_t token, Vec gate) { block.grad_y[token] *= silu(gate); });
+    for (int64_t token = 0; token < arguments.length; ++token) {
+        for (int b = 0; b < work.block_count; ++b) {
+            Block& block = work.blocks[b];
+            Vec grad = load_token<type>(grad_output, block, token);
+            if (arguments.gate.data.data) grad *= silu(load_token<type>(arguments.gate, block, token));
+            block.grad_y[token] = grad;
+        }
     }
 }
 
@@ -603,29 +596,30 @@ void backward_block(const ScanArguments& arguments, Workspace& work, Block& bloc
     }
 }
 
-void store_gradients(const ScanArguments& arguments, const Rows& grad_output, Workspace& work,
+template <ElementType type>
+void store_gradients(const ScanArguments& arguments, const Rows& grad_output, const Workspace& work,
                      const ScanGradients& gradients, Partials& partials) {
-    const int64_t length = arguments.length, channels = arguments.channels;
-    for (int b = 0; b < work.block_count; ++b) work.blocks[b].grad_bias = Vec{};
-    for_rows(arguments.time_step, work, length, [](Block& block, int64_t token, Vec time_step) {
-        block.grad_delta[token] *= sigmoid(time_step + block.bias);  // from here on that of the time step
-        block.grad_bias += block.grad_delta[token];
-    });
-    store_rows(gradients.time_step, work, length, channels,
-               [](const Block& block, int64_t token) { return block.grad_delta[token]; });
-    store_rows(gradients.hidden_states, work, length, channels,
-               [](const Block& block, int64_t token) { return block.grad_u[token]; });
-    if (arguments.gate.data.data) {
-        for_rows(arguments.gate, work, length,
-                 [](Block& block, int64_t token, Vec gate) { block.y[token] *= silu_derivative(gate); });
-        for_rows(grad_output, work, length, [](Block& block, int64_t token, Vec grad) { block.y[token] *= grad; });
-        store_rows(gradients.gate, work, length, channels,
-                   [](const Block& block, int64_t token) { return block.y[token]; });
+    Vec grad_bias[kBlocksPerTask] = {};
+    for (int64_t token = 0; token < arguments.length; ++token) {
+        for (int b = 0; b < work.block_count; ++b) {
+            const Block& block = work.blocks[b];
+            const int64_t place = (block.sample * arguments.length + token) * arguments.channels + block.first_channel;
+            const Vec time_step = load_token<type>(arguments.time_step, block, token) + block.bias;
+            const Vec grad_time_step = block.grad_delta[token] * sigmoid(time_step);
+            grad_bias[b] += grad_time_step;
+            store_token<type>(gradients.hidden_states, place, block, block.grad_u[token]);
+            store_token<type>(gradients.time_step, place, block, grad_time_step);
+            if (arguments.gate.data.data) {
+                const Vec slope = silu_derivative(load_token<type>(arguments.gate, block, token));
+                const Vec grad_gate = load_token<type>(grad_output, block, token) * block.y[token] * slope;
+                store_token<type>(gradients.gate, place, block, grad_gate);
+            }
+        }
     }
     for (int b = 0; b < work.block_count; ++b) {
         const Block& block = work.blocks[b];
         store(partials.D.row(block.sample, 0) + block.first_channel, block.grad_D, block.width);
-        store(partials.time_step_bias.row(block.sample, 0) + block.first_channel, block.grad_bias, block.width);
+        store(partials.time_step_bias.row(block.sample, 0) + block.first_channel, grad_bias[b], block.width);
         store(partials.hole_time_step.row(block.sample, 0) + block.first_channel, block.grad_hole_step, block.width);
     }
 }
@@ -642,7 +636,7 @@ int64_t tasks_per_sample(const ScanArguments& arguments) {
 std::atomic<int64_t> calls{0};
 
 // Calls work(workspace, task) for all tasks, their blocks loaded.
-template <int S, typename Work>
+template <int S, ElementType type, typename Work>
 void for_tasks(const ScanArguments& arguments, int threads, const Work& work) {
     const int64_t call = ++calls, tasks = tasks_per_sample(arguments);
     parallel_for(arguments.batch * tasks, threads, [&](int64_t task) {
@@ -652,20 +646,20 @@ void for_tasks(const ScanArguments& arguments, int threads, const Work& work) {
             load_sample(arguments, task / tasks, padded_states<S>(arguments), sample);
             sample.call = call;
         }
-        load_blocks(arguments, sample.index, task % tasks * kLanes * kBlocksPerTask, workspace);
+        load_blocks<type>(arguments, sample.index, task % tasks * kLanes * kBlocksPerTask, workspace);
         work(workspace, task);
     });
 }
 
-template <int S>
+template <int S, ElementType type>
 void forward(const ScanArguments& arguments, Target output, int threads) {
-    for_tasks<S>(arguments, threads, [&](Workspace& work, int64_t) {
+    for_tasks<S, type>(arguments, threads, [&](Workspace& work, int64_t) {
         for (int b = 0; b < work.block_count; ++b) forward_block<S>(arguments, work.sample, work.blocks[b]);
-        store_output(arguments, work, output);
+        store_output<type>(arguments, work, output);
     });
 }
 
-template <int S>
+template <int S, ElementType type>
 void backward(const ScanArguments& arguments, const Rows& grad_output, const ScanGradients& gradients, int threads) {
     const int64_t batch = arguments.batch, channels = arguments.channels, states = arguments.states;
     const int64_t groups = tasks_per_sample(arguments), tasks = batch * groups;
@@ -678,13 +672,13 @@ void backward(const ScanArguments& arguments, const Rows& grad_output, const Sca
                       {tasks, arguments.length, states, width},
                       {tasks, arguments.move_kinds, states, width}};
 
-    for_tasks<S>(arguments, threads, [&](Workspace& work, int64_t task) {
+    for_tasks<S, type>(arguments, threads, [&](Workspace& work, int64_t task) {
         partials.B.clear(task);
         partials.C.clear(task);
         partials.direction_B.clear(task);
-        load_gradients(arguments, grad_output, work);
+        load_gradients<type>(arguments, grad_output, work);
         for (int b = 0; b < work.block_count; ++b) backward_block<S>(arguments, work, work.blocks[b], task, partials);
-        store_gradients(arguments, grad_output, work, gradients, partials);
+        store_gradients<type>(arguments, grad_output, work, gradients, partials);
     });
 
     parallel_for(batch, threads, [&](int64_t sample) {
@@ -733,7 +727,9 @@ extern "C" const char* selective_scan_forward(const ScanArguments* given, const 
     return with_memory([&] {
         Floats floats;
         const ScanArguments arguments = with_floats(*given, floats);
-        (arguments.states <= 8 ? forward<8> : forward<16>)(arguments, *output, threads);
+        with_type(output->type, [&](auto type) {
+            (arguments.states <= 8 ? forward<8, type.value> : forward<16, type.value>)(arguments, *output, threads);
+        });
     });
 }
 
@@ -743,6 +739,9 @@ extern "C" const char* selective_scan_backward(const ScanArguments* given, const
     return with_memory([&] {
         Floats floats;
         const ScanArguments arguments = with_floats(*given, floats);
-        (arguments.states <= 8 ? backward<8> : backward<16>)(arguments, *grad_output, *gradients, threads);
+        with_type(grad_output->data.type, [&](auto type) {
+            (arguments.states <= 8 ? backward<8, type.value> : backward<16, type.value>)(arguments, *grad_output,
+                                                                                        *gradients, threads);
+        });
     });
 }
