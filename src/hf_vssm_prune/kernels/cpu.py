@@ -108,21 +108,21 @@ def _new(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 # What a pointer points to must outlive the call: these return tensors to be kept in a local name.
 
 
-def _element_type(tensor: Tensor) -> torch.dtype:
-    return tensor.dtype if tensor.dtype in ELEMENT_TYPES else torch.float32
+def _readable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in ELEMENT_TYPES else tensor.float()
 
 
 def _contiguous_rows(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
-    tensor = tensor.to(_element_type(tensor))
+    tensor = _readable(tensor)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
-    return tensor.to(_element_type(tensor)).contiguous()
+    return _readable(tensor).contiguous()
 
 
 def _contiguous_int32(tensor: Tensor | None) -> Tensor | None:
@@ -178,7 +178,7 @@ def _scan_forward(arguments: ScanArguments) -> Tensor:
     output = _new(arguments.hidden_states, arguments.hidden_states.dtype)
     structure, _keep = _scan_structure(arguments)
     _call("selective_scan_forward", structure, _structure(_place(output)))
-    return output.to(dtype)
+    return output if output.dtype == dtype else output.to(dtype)
 
 
 def _scan_backward(arguments: ScanArguments, grad_output: Tensor) -> list[Tensor]:
@@ -199,11 +199,12 @@ def _scan_backward(arguments: ScanArguments, grad_output: Tensor) -> list[Tensor
 
 def _with_rows_of_one_type(arguments: ScanArguments) -> ScanArguments:
     """With the tensors that have a row of channels for each token all in float32, if they differ."""
-    rows = {name: tensor for name in SCAN_ROW_GRADIENTS if (tensor := getattr(arguments, name)) is not None}
-    types = {tensor.dtype for tensor in rows.values()}
-    if len(types) == 1 and types <= ELEMENT_TYPES.keys():
+    u, time_step, gate = arguments.hidden_states, arguments.time_step, arguments.gate
+    is_one_type = u.dtype == time_step.dtype and (gate is None or gate.dtype == u.dtype)
+    if is_one_type and u.dtype in ELEMENT_TYPES:
         return arguments
-    return arguments._replace(**{name: tensor.float() for name, tensor in rows.items()})
+    gate = None if gate is None else gate.float()
+    return arguments._replace(hidden_states=u.float(), time_step=time_step.float(), gate=gate)
 
 
 _selective_scan = scan_operator("selective_scan", _scan_forward, _scan_backward, device_types="cpu")
