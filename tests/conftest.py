@@ -33,7 +33,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from hf_vssm_prune import PlainMambaConfig, VimConfig  # noqa: E402
+from hf_vssm_prune import PlainMambaConfig, VideoMambaConfig, VimConfig  # noqa: E402
+from hf_vssm_prune.configuration_common import VisionMambaConfig  # noqa: E402
 
 
 if IS_XDIST_WORKER:
@@ -112,7 +113,31 @@ def make_vim_config(**changes) -> VimConfig:
     return VimConfig(**{**defaults, **changes})
 
 
-MAKE_CONFIG = {"plainmamba": make_plainmamba_config, "vim": make_vim_config}
+def make_videomamba_config(**changes) -> VideoMambaConfig:
+    """4 layers, 16 patch tokens and the class token: a model of images, as the others; see `make_video_config`."""
+    defaults = {
+        "image_size": 32,
+        "patch_size": 8,
+        "patch_stride": 8,
+        "num_frames": None,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "state_size": 4,
+        "num_labels": 3,
+    }
+    return VideoMambaConfig(**{**defaults, **changes})
+
+
+def make_video_config(**changes) -> VideoMambaConfig:
+    """4 layers, 3 frames of 4 x 4 patches and the class token."""
+    return make_videomamba_config(**{"num_frames": 3, **changes})
+
+
+MAKE_CONFIG = {"plainmamba": make_plainmamba_config, "videomamba": make_videomamba_config, "vim": make_vim_config}
+
+# The class token's place among the 16 patches of such a configuration and itself. None: the family has none.
+CLS_TOKEN_IDS = {"plainmamba": None, "videomamba": 0, "vim": 8}
+NUM_CLS_TOKENS = {family: 0 if place is None else 1 for family, place in CLS_TOKEN_IDS.items()}
 
 
 @pytest.fixture
@@ -126,13 +151,13 @@ def vim_config() -> VimConfig:
 
 
 @pytest.fixture(params=sorted(MAKE_CONFIG))
-def tiny_config(request: pytest.FixtureRequest) -> PlainMambaConfig | VimConfig:
+def tiny_config(request: pytest.FixtureRequest) -> VisionMambaConfig:
     """Each family in turn, dense."""
     return MAKE_CONFIG[request.param]()
 
 
 @pytest.fixture(params=sorted(MAKE_CONFIG))
-def tiny_pruned_config(request: pytest.FixtureRequest) -> PlainMambaConfig | VimConfig:
+def tiny_pruned_config(request: pytest.FixtureRequest) -> VisionMambaConfig:
     """Each family in turn, with two stages of token pruning."""
     return MAKE_CONFIG[request.param](token_pruning=dict(TOKEN_PRUNING))
 

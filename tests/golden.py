@@ -22,10 +22,12 @@ class GoldenCase:
             return cls(json.loads((folder / f"{name}.json").read_text()), dict(arrays))
 
     def pixel_values(self) -> Tensor:
-        shape = (self.recipe["batch"], 3, *self.recipe["image"])
-        return torch.from_numpy(
-            np.random.RandomState(self.recipe["seed"] + 1).standard_normal(shape).astype(np.float32)
-        )
+        """As our models take them: the frames of a video before its channels."""
+        frames = self.recipe.get("frames")
+        shape = (self.recipe["batch"], 3, *([frames] if frames else []), *self.recipe["image"])
+        values = np.random.RandomState(self.recipe["seed"] + 1).standard_normal(shape).astype(np.float32)
+        pixel_values = torch.from_numpy(values)
+        return pixel_values.transpose(1, 2) if frames else pixel_values
 
     def overrides(self) -> dict[str, Any]:
         """What the weights do not say of the configuration."""

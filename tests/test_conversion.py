@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_vssm_prune import PlainMambaConfig, VimConfig
+from hf_vssm_prune import PlainMambaConfig, VideoMambaConfig, VimConfig
 from hf_vssm_prune.conversion import (
     convert_official_state_dict,
     convert_to_official_state_dict,
@@ -29,9 +29,14 @@ from hf_vssm_prune.families import FAMILIES
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert.py"
-PRESETS = [(config, name) for config in (PlainMambaConfig, VimConfig) for name in config.presets]
-FIRST_A_LOG = {"plainmamba": "backbone.layers.0.mamba.A_log", "vim": "layers.0.mixer.A_log"}
-POSITIONS = {"plainmamba": "backbone.pos_embed", "vim": "pos_embed"}
+PRESETS = [(config, name) for config in (PlainMambaConfig, VimConfig, VideoMambaConfig) for name in config.presets]
+FIRST_A_LOG = {
+    "plainmamba": "backbone.layers.0.mamba.A_log",
+    "videomamba": "layers.0.mixer.A_log",
+    "vim": "layers.0.mixer.A_log",
+}
+POSITIONS = {"plainmamba": "backbone.pos_embed", "videomamba": "pos_embed", "vim": "pos_embed"}
+WEIGHT_KEYS = {"plainmamba": "state_dict", "videomamba": "model", "vim": "model"}
 
 
 def make_model(config) -> torch.nn.Module:
@@ -75,7 +80,7 @@ def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
 
 def test_round_trip(model, official, pixel_values) -> None:
     assert not set(official) & set(model.state_dict())
-    config = infer_config(official)
+    config = infer_config(official, model.config.model_type)
     assert_same_tensors(convert_official_state_dict(config, official), model.state_dict())
 
     other = FAMILIES[config.model_type].classifier(config).eval()
@@ -96,7 +101,7 @@ def test_round_trip(model, official, pixel_values) -> None:
 )
 def test_layouts(lay_out, model, official) -> None:
     checkpoint = lay_out(official)
-    config = infer_config(checkpoint)
+    config = infer_config(checkpoint, model.config.model_type)
     assert_same_tensors(convert_official_state_dict(config, checkpoint), model.state_dict())
 
 
@@ -162,7 +167,7 @@ def sizes(config) -> dict:
 def infer_again(config, **overrides):
     with torch.device("meta"):
         state_dict = FAMILIES[config.model_type].classifier(config).state_dict()
-    return infer_config(convert_to_official_state_dict(config, state_dict), **overrides)
+    return infer_config(convert_to_official_state_dict(config, state_dict), config.model_type, **overrides)
 
 
 @pytest.mark.parametrize(("config_class", "preset"), PRESETS)
@@ -226,12 +231,13 @@ def test_wrong_tensors_of_ours_are_named(model) -> None:
 
 
 def test_tensor_that_tells_a_size_is_missing(model, official) -> None:
-    name = POSITIONS[model.config.model_type]
+    family = model.config.model_type
+    name = POSITIONS[family]
     without = {key: tensor for key, tensor in official.items() if key != name}
     with pytest.raises(ValueError, match=f"missing: {name}"):
-        infer_config(without)
+        infer_config(without, family)
     with pytest.raises(ValueError, match=rf"shape: {name} is \[4\] in the checkpoint; 3 axes are needed"):
-        infer_config(official | {name: torch.zeros(4)})
+        infer_config(official | {name: torch.zeros(4)}, family)
 
 
 @pytest.mark.parametrize("checkpoint", [{"fc.weight": torch.zeros(2)}, {"model": {"fc.weight": torch.zeros(2)}}])
@@ -251,13 +257,13 @@ def test_no_tensors(checkpoint) -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_file_round_trip(suffix, model, official, pixel_values, tmp_path) -> None:
-    file = tmp_path / "new folder" / f"model{suffix}"
+    file = tmp_path / "new folder" / f"{model.config.model_type}{suffix}"
     save_official_model(model, file)
     assert list(file.parent.iterdir()) == [file]
     checkpoint = load_checkpoint(file)
     if suffix == ".pth":
         (key,) = checkpoint
-        assert key == {"plainmamba": "state_dict", "vim": "model"}[model.config.model_type]
+        assert key == WEIGHT_KEYS[model.config.model_type]
         checkpoint = checkpoint[key]
     assert_same_tensors(checkpoint, official)
 
@@ -293,8 +299,9 @@ def test_pickled_code_does_not_run(convert, tmp_path, capsys) -> None:
 
 
 def test_options_of_vims_training_script_are_plain_values(model, official, tmp_path) -> None:
-    torch.save({"model": official, "args": argparse.Namespace(lr=5e-4, model="vim_small")}, tmp_path / "model.pth")
-    assert_same_tensors(load_official_model(tmp_path / "model.pth").state_dict(), model.state_dict())
+    file = tmp_path / f"{model.config.model_type}.pth"
+    torch.save({"model": official, "args": argparse.Namespace(lr=5e-4, model="vim_small")}, file)
+    assert_same_tensors(load_official_model(file).state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -346,7 +353,8 @@ def test_script_there_and_back(tmp_path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_script_changes_no_bit(suffix, convert, model, official, pixel_values, tmp_path, capsys) -> None:
-    source, folder, target = (tmp_path / name for name in (f"source{suffix}", "model", f"target{suffix}"))
+    family = model.config.model_type
+    source, folder, target = (tmp_path / name for name in (f"{family}{suffix}", "model", f"new-{family}{suffix}"))
     save_official_model(model, source)
     assert convert(source, folder) == 0
     opened = AutoModelForImageClassification.from_pretrained(folder)

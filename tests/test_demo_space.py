@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING
 from packaging.requirements import Requirement
 from PIL import Image, PngImagePlugin
 from transformers import AutoModelForImageClassification
@@ -124,7 +124,7 @@ def test_a_classification_is_the_models(model) -> None:
             dict(zip(("<b>", "a & b", "c"), expected.tolist(), strict=True)), abs=1e-5
         )
         assert guesses == sorted(guesses, key=lambda guess: -guess[1])
-    class_tokens = int(model.model.config.model_type == "vim")
+    class_tokens = NUM_CLS_TOKENS[model.model.config.model_type]
     assert classification.num_kept == [ids.shape[1] - class_tokens for ids in output.kept_tokens]
     assert len(classification.panels) == 1 + len(classification.layers)
 

@@ -48,13 +48,19 @@ def test_published_pruned_models(config_class, preset, schedule, flops, reductio
     assert count.dense == count_flops(config_class.from_preset(preset)).dense
 
 
+# Of VideoMamba's tiny model: 5 for each channel of each token, dense and pruned to 12 and 8 patches.
+NORMS = 5 * 16 * 17 * 5, 5 * 16 * (17 + 13 + 13 + 9 + 9)
+
+
 def test_conventions(tiny_pruned_config) -> None:
-    """PlainMamba's published figures count everything, Vim's one direction of two."""
-    for count in (count_flops(tiny_pruned_config).dense, count_flops(tiny_pruned_config).pruned):
+    """PlainMamba's published figures count everything, Vim's one direction of two, VideoMamba's none, but norms."""
+    dense, pruned = count_flops(tiny_pruned_config).dense, count_flops(tiny_pruned_config).pruned
+    for count in (dense, pruned):
         assert sum(count.breakdown.values()) == count.total
         in_directions = sum(count.breakdown[part] for part in ("convolutions", "input_projections", "scans"))
-        left_out = {"plainmamba": 0, "vim": in_directions / 2}[tiny_pruned_config.model_type]
-        assert count.total - count.published == left_out
+        left_out = {"plainmamba": 0, "videomamba": in_directions, "vim": in_directions / 2}
+        added = NORMS[count is pruned] if tiny_pruned_config.model_type == "videomamba" else 0
+        assert count.total - count.published + added == left_out[tiny_pruned_config.model_type]
 
 
 @pytest.mark.parametrize("alignment", ["repeat", "zero_input", "none"])
@@ -68,7 +74,8 @@ def test_alignment_costs_nothing(alignment, tiny_pruned_config) -> None:
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 def test_scans_are_counted_by_the_fields_formula(family) -> None:
     config = MAKE_CONFIG[family](token_pruning={"layers": [2], "keep_ratios": [0.5]})
-    tokens, scans = {"plainmamba": (2 * 16 + 2 * 8, 4), "vim": (2 * 17 + 2 * 9, 2)}[family]
+    with_cls_token = 2 * 17 + 2 * 9, 2
+    tokens, scans = {"plainmamba": (2 * 16 + 2 * 8, 4), "videomamba": with_cls_token, "vim": with_cls_token}[family]
     assert count_flops(config).pruned.breakdown["scans"] == scans * 9 * tokens * 32 * 4
 
 
@@ -97,7 +104,7 @@ def extra_convolutions(model: torch.nn.Module, height: int, width: int) -> int:
     It evaluates PlainMamba's convolutions at the dropped cells of the grid, too.
     """
     config = model.config
-    if config.model_type == "vim":
+    if config.model_type != "plainmamba":
         return 0
     tokens = tokens_of_each_layer(model, height, width)
     dropped = [tokens[0] - count for count in tokens]

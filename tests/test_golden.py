@@ -4,11 +4,10 @@ import pytest
 import torch
 from golden import GoldenCase
 
-from hf_vssm_prune import PlainMambaForImageClassification, VimForImageClassification
 from hf_vssm_prune.conversion import convert_official_state_dict, convert_to_official_state_dict, infer_config
+from hf_vssm_prune.families import FAMILIES
 
 
-MODELS = {"plainmamba": PlainMambaForImageClassification, "vim": VimForImageClassification}
 CASES = [
     "plainmamba_small_even",
     "plainmamba_small_odd",
@@ -19,6 +18,11 @@ CASES = [
     "vim_small_odd",
     "vim_small_stride",
     "vim_s_full",
+    "videomamba_small_image",
+    "videomamba_small_tubelet",
+    "videomamba_small_video",
+    "videomamba_ti_image_full",
+    "videomamba_ti_video_full",
 ]
 
 
@@ -30,8 +34,9 @@ def case(request, shared):
 @pytest.fixture
 def model(case):
     state_dict = case.state_dict()
-    config = infer_config(state_dict, **case.overrides())
-    model = MODELS[case.recipe["family"]](config).eval()
+    family = case.recipe["family"]
+    config = infer_config(state_dict, family, **case.overrides())
+    model = FAMILIES[family].classifier(config).eval()
     model.load_state_dict(convert_official_state_dict(config, state_dict))
     return model
 

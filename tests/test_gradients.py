@@ -6,7 +6,7 @@ that stay are held fixed, or the scores checked to lie further apart than the di
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG
+from conftest import MAKE_CONFIG, NUM_CLS_TOKENS
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
@@ -31,7 +31,7 @@ def make_model(family: str, alignment: str) -> torch.nn.Module:
 
 def smallest_distance_at_the_cut(model: torch.nn.Module, output) -> float:
     """Between the worst score that stays and the best that goes, over stages and samples."""
-    class_tokens = int(model.config.model_type == "vim")  # not scored
+    class_tokens = NUM_CLS_TOKENS[model.config.model_type]  # not scored
     distances = []
     for kept, scores in zip(output.kept_tokens, output.token_scores, strict=True):
         count = kept.shape[1] - class_tokens

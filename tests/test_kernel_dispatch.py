@@ -34,9 +34,11 @@ class OperatorCount(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-# Of four layers. PlainMamba has one more convolution, after its first layer; Vim one of both for each direction.
+# Of four layers. PlainMamba has one more convolution, after its first layer; the others one of both for each
+# direction.
 OPERATORS = {
     "plainmamba": {"selective_scan": 4, "depthwise_conv2d": 5},
+    "videomamba": {"selective_scan": 8, "depthwise_conv2d": 8},
     "vim": {"selective_scan": 8, "depthwise_conv2d": 8},
 }
 

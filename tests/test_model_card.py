@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from conftest import MAKE_CONFIG, TOKEN_PRUNING, load_script
+from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, load_script
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification, BitImageProcessorPil
@@ -140,7 +140,7 @@ def test_code_in_the_card_runs(family, token_pruning, head, image_processor, tmp
     printed = capsys.readouterr().out
     assert ("LABEL_" in printed) == head
     if token_pruning:
-        assert str([12 + (family == "vim"), 8 + (family == "vim")]) in printed
+        assert str([12 + NUM_CLS_TOKENS[family], 8 + NUM_CLS_TOKENS[family]]) in printed
 
 
 def test_card_without_image_processor_shows_no_code_that_needs_one(tiny_pruned_config) -> None:

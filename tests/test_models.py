@@ -1,24 +1,26 @@
-"""What users rely on in both families, dense and pruned: precision, training, batching, sizes, loading, exporting."""
+"""What users rely on in all families, dense and pruned: precision, training, batching, sizes, loading, exporting."""
 
 import pytest
 import torch
 from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from torch import Tensor, nn
 
-import hf_vssm_prune
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.kernels import cpu
 from hf_vssm_prune.token_pruning import ALIGNMENTS, fill_dropped_tokens
 
 
-BACKBONES = {"plainmamba": hf_vssm_prune.PlainMambaBackbone, "vim": hf_vssm_prune.VimBackbone}
-CLASS_TOKENS = {"plainmamba": 0, "vim": 1}
-FLOAT32_ALWAYS = {"plainmamba": {"A_log", "D", "direction_B"}, "vim": {"A_log", "D"}}
+CLASS_TOKENS = {"plainmamba": 0, "videomamba": 1, "vim": 1}
+FLOAT32_ALWAYS = {
+    "plainmamba": {"A_log", "D", "direction_B"},
+    "videomamba": {"A_log", "D"},
+    "vim": {"A_log", "D"},
+}
 
 
 @pytest.fixture(params=[None, TOKEN_PRUNING], ids=["dense", "pruned"])
 def config(request, tiny_config):
-    """Both families, dense and pruned."""
+    """All families, dense and pruned."""
     tiny_config.token_pruning = tiny_config.complete_token_pruning(request.param)
     return tiny_config
 
@@ -256,8 +258,9 @@ def test_wrong_pixel_values(images, message, model) -> None:
 
 def test_image_smaller_than_a_patch() -> None:
     tiny = torch.randn(1, 3, 1, 1)
-    with pytest.raises(ValueError, match="too small for one patch of 8 x 8 pixels"):
-        make_model(MAKE_CONFIG["vim"]())(tiny)
+    for family in ("videomamba", "vim"):
+        with pytest.raises(ValueError, match="too small for one patch of 8 x 8 pixels"):
+            make_model(MAKE_CONFIG[family]())(tiny)
     # PlainMamba pads.
     assert make_model(MAKE_CONFIG["plainmamba"]())(tiny).logits.isfinite().all()
 
@@ -275,7 +278,11 @@ def test_saving_and_loading(model, pixel_values, tmp_path) -> None:
 
 def test_pruning_on_loading(tiny_config, pixel_values, tmp_path) -> None:
     make_model(tiny_config).save_pretrained(tmp_path)
-    loaded = FAMILIES[tiny_config.model_type].classifier.from_pretrained(tmp_path, token_pruning=dict(TOKEN_PRUNING))
+    loaded = (
+        FAMILIES[tiny_config.model_type]
+        .auto_classifier(tiny_config)
+        .from_pretrained(tmp_path, token_pruning=dict(TOKEN_PRUNING))
+    )
     assert len(loaded(pixel_values).kept_tokens) == 2
 
 
@@ -306,7 +313,7 @@ def test_device_map_with_offloading(model, pixel_values, tmp_path) -> None:
 @pytest.mark.parametrize("size", [(32, 32), (48, 24)])
 def test_backbone_maps_cover_the_full_grid(size, config, model) -> None:
     config.out_features = ["stem", "stage1", "stage2", "stage4"]
-    backbone = BACKBONES[config.model_type](config).eval()
+    backbone = FAMILIES[config.model_type].classes["Backbone"](config).eval()
     backbone.load_state_dict(model.base_model.state_dict())
     images, grid = torch.randn(2, 3, *size), config.grid_size_for(*size)
     with torch.no_grad():
@@ -320,9 +327,8 @@ def test_backbone_maps_cover_the_full_grid(size, config, model) -> None:
         before = outputs.hidden_states[1], outputs.hidden_states[3]  # as they were dropped, before layers 1 and 3
         states = [*before, *states]
     full = model.base_model.norm(fill_dropped_tokens(states, outputs.kept_tokens or ()))
-    if config.model_type == "vim":
-        middle = grid[0] * grid[1] // 2
-        full = torch.cat([full[:, :middle], full[:, middle + 1 :]], dim=1)
+    if (cls_id := config.cls_token_id(grid[0] * grid[1])) is not None:
+        full = torch.cat([full[:, :cls_id], full[:, cls_id + 1 :]], dim=1)
     torch.testing.assert_close(maps[-1], full.transpose(1, 2).unflatten(2, grid))
 
 

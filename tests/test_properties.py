@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import MAKE_CONFIG
+from conftest import MAKE_CONFIG, NUM_CLS_TOKENS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from hf_vssm_prune import VimConfig
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.conversion import (
     convert_official_state_dict,
@@ -58,9 +57,10 @@ def configs(draw: st.DrawFn, square: bool = False) -> VisionMambaConfig:
         "num_labels": draw(st.integers(2, 5)),
         "token_pruning": draw(schedules(num_layers)),
     }
-    if draw(st.booleans()):
+    family = draw(st.sampled_from(sorted(MAKE_CONFIG)))
+    if family != "plainmamba":
         stride = patch_size if square else draw(st.integers(1, patch_size))
-        return MAKE_CONFIG["vim"](**options, conv_kernel=draw(st.integers(1, 5)), patch_stride=stride)
+        return MAKE_CONFIG[family](**options, conv_kernel=draw(st.integers(1, 5)), patch_stride=stride)
     return MAKE_CONFIG["plainmamba"](
         **options,
         conv_kernel=draw(st.sampled_from([1, 3, 7])),
@@ -130,7 +130,7 @@ def test_converted_there_and_back_no_bit_changes(config) -> None:
 def test_tokens_that_are_kept(data, config) -> None:
     """As many as the schedule says, in raster order, each from those before; the class token is always among them."""
     height, width = data.draw(sizes_for(config))
-    has_class_token = isinstance(config, VimConfig)
+    has_class_token = NUM_CLS_TOKENS[config.model_type]
     num_patches = math.prod(config.grid_size_for(height, width))
     with torch.no_grad():
         output = make_model(config)(images_for(config, (height, width)), interpolate_pos_encoding=True)

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from conftest import CLS_TOKEN_IDS, MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_vssm_prune import count_flops, modeling_plainmamba, modeling_vim
+from hf_vssm_prune import count_flops, modeling_bidirectional, modeling_plainmamba
 from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.mixer_output import MixerOutput, ScanInputs
@@ -37,7 +37,7 @@ def make_scans(family: str, batch: int, num_tokens: int) -> tuple[ScanInputs, ..
         time_step, B, C = (torch.randn(batch, num_tokens, size) for size in (CHANNELS, STATES, STATES))
         return ScanInputs(time_step, torch.randn(CHANNELS), B, C, **options)
 
-    if family == "vim":
+    if family != "plainmamba":
         return inputs(), inputs(reversed=True)
     order = torch.stack([torch.stack([torch.randperm(num_tokens) for _ in range(4)]) for _ in range(batch)])
     moves = torch.randint(5, (batch, 4, num_tokens))
@@ -47,10 +47,10 @@ def make_scans(family: str, batch: int, num_tokens: int) -> tuple[ScanInputs, ..
 def make_stage(
     family: str, grid: tuple[int, ...], num_tokens: int, num_kept: int, batch: int = 2, merged: bool = False
 ) -> Stage:
-    """Random tokens in some of a grid's cells; with a class token in another row of each sample for Vim."""
+    """Random tokens in some of a grid's cells; with a class token in another row of each sample where there is one."""
     cells = torch.stack([torch.randperm(math.prod(grid))[:num_tokens].sort().values for _ in range(batch)])
     patch_rows, cls_row, cls_token, total = None, None, None, num_tokens
-    if family == "vim":
+    if NUM_CLS_TOKENS[family]:
         total += 1
         cls_row, cls_token = torch.randint(total, (batch, 1)), torch.randn(batch, HIDDEN)
         patch_rows = torch.arange(num_tokens) + (torch.arange(num_tokens) >= cls_row)
@@ -607,13 +607,13 @@ def test_keeping_every_token_changes_nothing(method, tiny_config, pixel_values) 
 def test_counts_gradients_and_loading(method, tiny_config, pixel_values, tmp_path) -> None:
     model = make_model(tiny_config)
     model.set_token_pruning(pruning(method, alignment="learned"))
-    class_tokens = int(tiny_config.model_type == "vim")
+    class_tokens, cls_token_id = (table[tiny_config.model_type] for table in (NUM_CLS_TOKENS, CLS_TOKEN_IDS))
     outputs = model.train()(pixel_values, labels=torch.tensor([0, 2]))
     assert [kept.shape for kept in outputs.kept_tokens] == [(2, 12 + class_tokens), (2, 4 + class_tokens)]
     assert [scores.shape for scores in outputs.token_scores] == [(2, 16), (2, 12)]
     for kept in outputs.kept_tokens:
         assert (kept.diff(dim=1) > 0).all()
-        assert class_tokens == 0 or (kept == 8).any(dim=1).all()
+        assert class_tokens == 0 or (kept == cls_token_id).any(dim=1).all()
     outputs.loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -665,8 +665,8 @@ def test_convolutions_see_stand_ins(tiny_config, pixel_values, monkeypatch) -> N
     assert not torch.allclose(logits, without, atol=1e-5)
 
     places: list[tuple[int, int] | None] = list(itertools.product(*map(range, tiny_config.grid_size)))
-    if tiny_config.model_type == "vim":
-        places.insert(len(places) // 2, None)
+    if (cls_token_id := CLS_TOKEN_IDS[tiny_config.model_type]) is not None:
+        places.insert(cls_token_id, None)
 
     def fill(hidden_states, kept):
         rows = [nearest_rows(ids, places) for ids in kept.tolist()]
@@ -683,7 +683,7 @@ def test_convolutions_see_stand_ins(tiny_config, pixel_values, monkeypatch) -> N
         return gather_tokens(causal_conv1d_torch(fill(hidden_states, kept), weight, bias, reverse), kept)
 
     monkeypatch.setattr(modeling_plainmamba, "depthwise_conv2d", over_the_grid)
-    monkeypatch.setattr(modeling_vim, "causal_conv1d", along_the_sequence)
+    monkeypatch.setattr(modeling_bidirectional, "causal_conv1d", along_the_sequence)
     with torch.no_grad():
         assert torch.allclose(model(pixel_values).logits, logits, atol=1e-5)
 
@@ -879,7 +879,8 @@ def test_a_new_method_is_one_entry(monkeypatch, tiny_config, pixel_values) -> No
     monkeypatch.setitem(METHODS, "first", PruningMethod(keep_first, "none"))
     model = make_model(tiny_config)
     model.set_token_pruning(pruning("first"))
-    class_token = [8] if tiny_config.model_type == "vim" else []
     kept = model(pixel_values).kept_tokens[0]
-    patches = [i if i < 8 or not class_token else i + 1 for i in range(12)]
-    assert kept.tolist() == [sorted(patches + class_token)] * 2
+    tokens = [*range(16)]  # as patches, counted without the class token
+    if (cls_token_id := CLS_TOKEN_IDS[tiny_config.model_type]) is not None:
+        tokens.insert(cls_token_id, -1)
+    assert kept.tolist() == [[place for place, patch in enumerate(tokens) if patch < 12]] * 2

@@ -14,16 +14,11 @@ from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from PIL import Image
 from transformers import BitImageProcessorPil, pipeline
 
-import hf_vssm_prune
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.saving import save_for_hub
 
 
 CLIENT = Path(__file__).with_name("open_without_package.py")
-CLASSIFIERS = {
-    "plainmamba": hf_vssm_prune.PlainMambaForImageClassification,
-    "vim": hf_vssm_prune.VimForImageClassification,
-}
-BACKBONES = {"plainmamba": hf_vssm_prune.PlainMambaBackbone, "vim": hf_vssm_prune.VimBackbone}
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +50,16 @@ def image() -> Image.Image:
     [
         # With tokens that others were merged into, and with parameters of pruning.
         ("plainmamba", {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "alignment": "learned", "method": "tome"}),
+        ("videomamba", TOKEN_PRUNING | {"method": "local_merge"}),
         ("vim", TOKEN_PRUNING),
     ],
-    ids=["plainmamba", "vim"],
+    ids=["plainmamba", "videomamba", "vim"],
 )
 def test_pruned_model_without_package(
     family: str, token_pruning: dict, image: Image.Image, tmp_path: Path, python_without_package: Path
 ) -> None:
     config = MAKE_CONFIG[family](token_pruning=dict(token_pruning), id2label={0: "bag", 1: "boot", 2: "coat"})
-    model = CLASSIFIERS[family](config).eval()
+    model = FAMILIES[family].classifier(config).eval()
     image_processor = BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     folder = tmp_path / "model"
     save_for_hub(model, folder, image_processor)
@@ -74,7 +70,7 @@ def test_pruned_model_without_package(
     with torch.no_grad():
         output = model(pixel_values)
         base_output = model.base_model(pixel_values)
-        feature_maps = BACKBONES[family].from_pretrained(folder).eval()(pixel_values).feature_maps
+        feature_maps = FAMILIES[family].classes["Backbone"].from_pretrained(folder).eval()(pixel_values).feature_maps
     assert opened["config"] == {"model_type": family, "token_pruning": config.token_pruning}
     assert opened["kept_tokens"] == [kept.tolist() for kept in output.kept_tokens]
     assert len(opened["feature_maps"]) == len(feature_maps)

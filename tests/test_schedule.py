@@ -11,25 +11,26 @@ from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
-from hf_vssm_prune import PlainMambaConfig, VimConfig, count_flops
+from hf_vssm_prune import PlainMambaConfig, VideoMambaConfig, VimConfig, count_flops
+from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD
 
 
 # A narrow stem, which pruning cannot make cheaper.
-NARROW = {"plainmamba": {"stem_channels": 4}, "vim": {}}
+NARROW = {"plainmamba": {"stem_channels": 4}}
 
 
-def make_config(family: str, **changes) -> PlainMambaConfig | VimConfig:
-    return MAKE_CONFIG[family](**NARROW[family], **changes)
+def make_config(family: str, **changes) -> VisionMambaConfig:
+    return MAKE_CONFIG[family](**NARROW.get(family, {}), **changes)
 
 
 @pytest.fixture(params=sorted(MAKE_CONFIG))
-def config(request) -> PlainMambaConfig | VimConfig:
+def config(request) -> VisionMambaConfig:
     return make_config(request.param)
 
 
-PRESETS = [(config, name) for config in (PlainMambaConfig, VimConfig) for name in config.presets]
+PRESETS = [(config, name) for config in (PlainMambaConfig, VimConfig, VideoMambaConfig) for name in config.presets]
 
 
 def schedule(**changes) -> dict:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from conftest import CLS_TOKEN_IDS, MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,7 +121,7 @@ def test_selected_tokens_are_the_best(scores, data) -> None:
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_selection_in_a_model(family, importance) -> None:
     config = MAKE_CONFIG[family](token_pruning=TOKEN_PRUNING | {"importance": importance})
-    class_tokens, middle = (1, 8) if family == "vim" else (0, None)
+    class_tokens, cls_token_id = NUM_CLS_TOKENS[family], CLS_TOKEN_IDS[family]
     outputs = FAMILIES[family].classifier(config).eval()(torch.randn(3, 3, 32, 32))
     assert [kept.shape for kept in outputs.kept_tokens] == [(3, 12 + class_tokens), (3, 8 + class_tokens)]
     assert [scores.shape for scores in outputs.token_scores] == [(3, 16), (3, 12)]
@@ -130,7 +130,7 @@ def test_selection_in_a_model(family, importance) -> None:
         assert second == sorted(set(second))
         assert first == sorted(set(first))
         assert set(second) <= set(first) <= set(range(16 + class_tokens))
-        assert middle is None or {middle} <= set(second)
+        assert cls_token_id is None or {cls_token_id} <= set(second)
         if importance != "random":
             assert first != second
 

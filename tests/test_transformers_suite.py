@@ -1,4 +1,4 @@
-"""Both families under transformers' own tests for models, backbones and configurations, dense and with token pruning.
+"""All families under transformers' own tests for models, backbones and configurations, dense and with token pruning.
 
 transformers' `PipelineTesterMixin` is left out: it takes its tiny models from the Hub, and works for classes that are
 part of transformers only. `test_remote_code.py` runs the pipeline.
@@ -12,6 +12,7 @@ import transformers_suite
 from transformers.models.auto import modeling_auto
 
 import hf_vssm_prune
+from hf_vssm_prune.families import FAMILIES
 
 
 try:
@@ -22,17 +23,20 @@ except transformers_suite.SuiteUnavailable as error:
     pytest.skip(str(error), allow_module_level=True)
 
 
+TABLES = {
+    "Model": "MODEL_MAPPING_NAMES",
+    "ForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "ForVideoClassification": "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
+    "Backbone": "MODEL_FOR_BACKBONE_MAPPING_NAMES",
+}
+
+
 @pytest.fixture(autouse=True)
 def known_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite looks names up in the tables of transformers' own models, to which `AutoModel.register` adds none."""
-    for model_type, name in (("plainmamba", "PlainMamba"), ("vim", "Vim")):
-        tables = {
-            "MODEL_MAPPING_NAMES": f"{name}Model",
-            "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": f"{name}ForImageClassification",
-            "MODEL_FOR_BACKBONE_MAPPING_NAMES": f"{name}Backbone",
-        }
-        for table, class_name in tables.items():
-            monkeypatch.setitem(getattr(modeling_auto, table), model_type, class_name)
+    for model_type, family in FAMILIES.items():
+        for end, found in family.classes.items():
+            monkeypatch.setitem(getattr(modeling_auto, TABLES[end]), model_type, found.__name__)
 
 
 class PlainMambaTester:
@@ -74,8 +78,25 @@ class VimTester(PlainMambaTester):
     seq_length = 17
 
 
+class VideoMambaImageTester(PlainMambaTester):
+    config_class = hf_vssm_prune.VideoMambaConfig
+    options = {"patch_stride": 4, "num_frames": None}
+    seq_length = 17
+
+
+class VideoMambaTester(PlainMambaTester):
+    """Of clips; the others' inputs are images."""
+
+    config_class = hf_vssm_prune.VideoMambaConfig
+    options = {"num_frames": 4, "tubelet_size": 2}
+    seq_length = 33
+
+    def prepare_config_and_inputs_for_common(self):
+        return self.get_config(), {"pixel_values": torch.randn(self.batch_size, 4, 3, self.image_size, self.image_size)}
+
+
 class ModelTest(modeling.ModelTesterMixin):
-    """What both families differ in from the language models that the suite is made for."""
+    """What all families differ in from the language models that the suite is made for."""
 
     model_tester_class: type[PlainMambaTester]
     token_pruning: dict | None = None
@@ -130,6 +151,20 @@ class PrunedVimModelTest(VimModelTest):
     token_pruning = TOKEN_PRUNING
 
 
+class VideoMambaModelTest(ModelTest, unittest.TestCase):
+    model_tester_class = VideoMambaTester
+    all_model_classes = (hf_vssm_prune.VideoMambaModel, hf_vssm_prune.VideoMambaForVideoClassification)
+
+
+class PrunedVideoMambaModelTest(VideoMambaModelTest):
+    token_pruning = TOKEN_PRUNING
+
+
+class VideoMambaImageModelTest(ModelTest, unittest.TestCase):
+    model_tester_class = VideoMambaImageTester
+    all_model_classes = (hf_vssm_prune.VideoMambaModel, hf_vssm_prune.VideoMambaForImageClassification)
+
+
 class PlainMambaBackboneTest(backbone.BackboneTesterMixin, unittest.TestCase):
     config_class = hf_vssm_prune.PlainMambaConfig
     all_model_classes = (hf_vssm_prune.PlainMambaBackbone,)
@@ -152,4 +187,14 @@ class VimBackboneTest(PlainMambaBackboneTest):
 
 
 class PrunedVimBackboneTest(VimBackboneTest):
+    token_pruning = TOKEN_PRUNING
+
+
+class VideoMambaBackboneTest(PlainMambaBackboneTest):
+    config_class = hf_vssm_prune.VideoMambaConfig
+    all_model_classes = (hf_vssm_prune.VideoMambaBackbone,)
+    model_tester_class = VideoMambaImageTester
+
+
+class PrunedVideoMambaBackboneTest(VideoMambaBackboneTest):
     token_pruning = TOKEN_PRUNING

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -99,7 +99,7 @@ def test_from_a_model(family, size) -> None:
     grid = config.grid_size_for(*size)
     num_patches = grid[0] * grid[1]
     for ids, tokens in zip(patches, kept_tokens, strict=True):
-        assert ids.shape[1] == tokens.shape[1] - (family == "vim")
+        assert ids.shape[1] == tokens.shape[1] - NUM_CLS_TOKENS[family]
         assert (ids.diff(dim=1) > 0).all()
         assert ids.min() >= 0
         assert ids.max() < num_patches

@@ -1,4 +1,4 @@
-"""Token pruning for vision Mambas (PlainMamba, Vim) in Hugging Face transformers.
+"""Token pruning for vision Mambas (PlainMamba, Vim, VideoMamba) in Hugging Face transformers.
 
 Importing the package registers its models, so that `AutoModelForImageClassification.from_pretrained` and its siblings
 open them.
@@ -7,6 +7,7 @@ open them.
 from pathlib import Path
 
 from .configuration_plainmamba import PlainMambaConfig
+from .configuration_videomamba import VideoMambaConfig
 from .configuration_vim import VimConfig
 from .families import FAMILIES
 from .flops import count_flops
@@ -16,6 +17,13 @@ from .modeling_plainmamba import (
     PlainMambaForImageClassification,
     PlainMambaModel,
     PlainMambaPreTrainedModel,
+)
+from .modeling_videomamba import (
+    VideoMambaBackbone,
+    VideoMambaForImageClassification,
+    VideoMambaForVideoClassification,
+    VideoMambaModel,
+    VideoMambaPreTrainedModel,
 )
 from .modeling_vim import VimBackbone, VimForImageClassification, VimModel, VimPreTrainedModel
 from .visualization import visualize
@@ -35,6 +43,12 @@ __all__ = [
     "PlainMambaForImageClassification",
     "PlainMambaModel",
     "PlainMambaPreTrainedModel",
+    "VideoMambaBackbone",
+    "VideoMambaConfig",
+    "VideoMambaForImageClassification",
+    "VideoMambaForVideoClassification",
+    "VideoMambaModel",
+    "VideoMambaPreTrainedModel",
     "VimBackbone",
     "VimConfig",
     "VimForImageClassification",

@@ -1,25 +1,20 @@
 """Vim's configuration."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_common import VisionMambaConfig
-from .flops import FlopCount, count_projections, count_scans
+from .configuration_bidirectional import BidirectionalConfig
+from .flops import FlopCount
 from .publication import DYVM, R_MEETO, TOP, Paper, PublishedModel, PublishedResult
 
 
 @strict
-class VimConfig(VisionMambaConfig):
+class VimConfig(BidirectionalConfig):
     """Configuration of Vim (Vision Mamba, arXiv 2401.09417), with token pruning (ToP, arXiv 2409.18962).
 
-    The options of every vision Mamba stand in `VisionMambaConfig`.
-
-    Args:
-        patch_stride: pixels from one patch to the next; None for `patch_size`, less where patches overlap.
-        rms_norm_eps: of all norms.
+    The options of every vision Mamba stand in `VisionMambaConfig`, two more in `BidirectionalConfig`.
 
     Example:
 
@@ -83,42 +78,11 @@ class VimConfig(VisionMambaConfig):
         flops_convention="linear layers, convolutions and one of the two scan directions",
     )
     cls_token: ClassVar[str] = "middle"
-    num_scans: ClassVar[int] = 2
-
-    patch_stride: int | None = None
-    rms_norm_eps: float = 1e-5
-
-    def _check_sizes(self) -> None:
-        if self.patch_stride is None:
-            self.patch_stride = self.patch_size
-        if self.patch_stride < 1:
-            raise ValueError(f"`patch_stride` is {self.patch_stride}; a whole number of at least 1 is needed.")
-        super()._check_sizes()
-
-    @property
-    def patch_spacing(self) -> int:
-        """Pixels from one patch to the next."""
-        return self.patch_stride or self.patch_size
-
-    def grid_size_for(self, *input_size: int) -> tuple[int, int]:
-        """(height, width) in patches: pixels that fill no whole patch are left out."""
-        height, width = (max(0, (size - self.patch_size) // self.patch_spacing + 1) for size in input_size)
-        return height, width
+    averages_directions: ClassVar[bool] = True
 
     def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
         """See `VisionMambaConfig.count_flops`. The published figures count one of the two directions."""
-        parts = Counter(
-            patch_projection=tokens[0] * self.patch_size**2 * self.num_channels * self.hidden_size,
-            head=self.hidden_size * (self.num_labels or 0),
-        )
-        one_direction = 0
-        for patches in tokens:
-            length = patches + 1  # the class token
-            direction = count_scans(self, length, self.conv_kernel)
-            parts.update(count_projections(self, length))
-            for _ in range(self.num_scans):
-                parts.update(direction)
-            one_direction += direction.total()
+        parts, one_direction = self._count_parts(tokens, self.patch_size**2)
         return FlopCount.of_parts(parts, unpublished=one_direction)
 
 

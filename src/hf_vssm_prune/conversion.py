@@ -8,7 +8,7 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -28,30 +28,39 @@ class OfficialFormat(Protocol):
     Attributes:
         official_names: our names of an image classifier's tensors -> published names, a text or a function of the
             match; the first pattern that matches the whole name counts.
-        official_marks: names of tensors by which a file is known as the family's.
-        official_weight_keys: under which files have weights, the first as the family's own training code saves them.
+        official_marks: names of tensors that every file of the family's has, and by which it is known.
+        official_signs: likewise, of tensors that some of the files have.
+        official_weight_keys: under which files have weights.
         official_prefixes: beginnings of all names that some files have and the model has not.
-        official_ignored: beginnings of names that are no part of the model.
+        official_ignored: beginnings of names, behind such prefixes, that are no part of the model.
         official_last_weights: likewise of a second set of weights, the last ones, beside those of the model's names,
             which then hold averaged ones.
     """
 
     official_names: ClassVar[Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]]
     official_marks: ClassVar[tuple[str, ...]]
+    official_signs: ClassVar[tuple[str, ...]]
     official_weight_keys: ClassVar[tuple[str, ...]]
     official_prefixes: ClassVar[tuple[str, ...]]
     official_ignored: ClassVar[tuple[str, ...]]
     official_last_weights: ClassVar[tuple[str, ...]]
 
     @classmethod
+    def official_weight_key(cls, config: VisionMambaConfig) -> str | None:
+        """Under which the family's own training code saves the weights of such a model. None: a file is the weights."""
+
+    @classmethod
     def options_of_official(cls, official: "OfficialTensors", overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Options of the configuration that published tensors imply, where overrides leave them open."""
 
     @classmethod
-    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def complete_official(
+        cls, config: VisionMambaConfig, official: "OfficialTensors", expected: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Published tensors, with what a file may lack, or have in another layout than the model expects, made right.
 
         Args:
+            config: of the model.
             official: of a file, by their published names.
             expected: all that the model has, without memory, by the same names.
         """
@@ -69,7 +78,8 @@ def load_official_model(
     Args:
         path: of the file.
         ema: the weights averaged over training, in place of the last ones.
-        family: whose checkpoint it is, see `infer_config`.
+        family: whose checkpoint it is. None: the one whose model type the file's name has in it, if its tensors may be
+            that family's; else see `infer_config`.
         **overrides: options of the configuration that the tensors do not imply, see `infer_config`; for instance
             `token_pruning`.
 
@@ -78,7 +88,7 @@ def load_official_model(
         ValueError: it is no checkpoint of a known family, or not a whole one; the message names what is wrong.
     """
     state_dict = extract_state_dict(load_checkpoint(path), ema)
-    config = infer_config(state_dict, family, **overrides)
+    config = infer_config(state_dict, family or _family_named(path, state_dict), **overrides)
     with torch.device("meta"):
         model = FAMILIES[config.model_type].classifier(config)
     model.load_state_dict(convert_official_state_dict(config, state_dict), assign=True)
@@ -106,8 +116,8 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
                 # `save_file` would make a file that nobody else may read.
                 temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in official.items()}))
             else:
-                key = FAMILIES[model.config.model_type].base.official_weight_keys[0]
-                torch.save({key: official}, temporary)
+                key = FAMILIES[model.config.model_type].base.official_weight_key(model.config)
+                torch.save(official if key is None else {key: official}, temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -163,7 +173,7 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
     Raises:
         ValueError: there are none.
     """
-    weight_keys = [key for family in FAMILIES.values() for key in family.base.official_weight_keys]
+    weight_keys = [*dict.fromkeys(key for family in FAMILIES.values() for key in family.base.official_weight_keys)]
     keys = list(EMA_KEYS) if ema else weight_keys
     found = next((checkpoint[key] for key in keys if key in checkpoint), None)
     if found is None and (not ema or _has_swapped_ema(checkpoint)):
@@ -211,7 +221,7 @@ def convert_official_state_dict(
     names = {official_name(config.model_type, name): name for name in tensors}
     expected = {key: tensors[name] for key, name in names.items()}
     family = FAMILIES[config.model_type]
-    official = family.base.complete_official(_as_of(family, extract_state_dict(state_dict, ema)), expected)
+    official = family.base.complete_official(config, _as_of(family, extract_state_dict(state_dict, ema)), expected)
     problems = [f"missing: {key} {list(tensor.shape)}" for key, tensor in expected.items() if key not in official]
     problems += [f"unexpected: {key} {list(tensor.shape)}" for key, tensor in official.items() if key not in expected]
     problems += [
@@ -256,7 +266,9 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
 
     Args:
         state_dict: as for `convert_official_state_dict`.
-        family: its model type. None: the one whose marks it bears; of two that both fit, the one with more marks.
+        family: its model type. None: the one whose marks it bears, and that has the options in `overrides`; of two
+            that both fit, the one of whose marks and signs most are there, then the one of which fewer are missing.
+            VideoMamba's files of image models are taken for Vim's, which have the same tensors: name the family.
         **overrides: options of the configuration, put over the inferred ones.
 
     Raises:
@@ -264,7 +276,7 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
             family's, or the grid is not square and `image_size` is not given.
     """
     tensors = extract_state_dict(state_dict)
-    found = _family_of(tensors) if family is None else FAMILIES.get(family)
+    found = _family_of(tensors, overrides) if family is None else FAMILIES.get(family)
     if found is None:
         raise ValueError(f"`family` is {family!r}; allowed are {list(FAMILIES)}.")
     for option in overrides:
@@ -275,11 +287,14 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
     return found.config(**{**found.base.options_of_official(_as_of(found, tensors), overrides), **overrides})
 
 
-def _family_of(tensors: Mapping[str, Tensor]) -> Family:
-    """The family whose marks all are there, that with most of them where several fit."""
-    fitting = [each for each in FAMILIES.values() if _as_of(each, tensors).keys() >= set(each.base.official_marks)]
-    most = max((len(each.base.official_marks) for each in fitting), default=0)
-    best = [each for each in fitting if len(each.base.official_marks) == most]
+def _family_of(tensors: Mapping[str, Tensor], options: Iterable[str]) -> Family:
+    """The family that a file is of, see `infer_config`."""
+    fitting = [each for each in FAMILIES.values() if _fits(each, tensors)]
+    known_options = [each for each in options if any(hasattr(family.config, each) for family in FAMILIES.values())]
+    having = [family for family in fitting if all(hasattr(family.config, option) for option in known_options)]
+    ranks = [(_rank(each, tensors), each) for each in having or fitting]
+    highest = max((rank for rank, _ in ranks), default=None)
+    best = [each for rank, each in ranks if rank == highest]
     if len(best) == 1:
         return best[0]
     if best:
@@ -291,6 +306,24 @@ def _family_of(tensors: Mapping[str, Tensor]) -> Family:
         f"this is neither a {' nor a '.join(known)} checkpoint; its tensors start with {sorted(tensors)[:5]}. "
         f"{see('checkpoint-of-another-layout')}"
     )
+
+
+def _fits(family: Family, tensors: Mapping[str, Tensor]) -> bool:
+    return _as_of(family, tensors).keys() >= set(family.base.official_marks)
+
+
+def _rank(family: Family, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """How many marks and signs of a family are there, and, as a negative number, how many are not."""
+    official = _as_of(family, tensors)
+    there = [mark in official for mark in (*family.base.official_marks, *family.base.official_signs)]
+    return sum(there), sum(there) - len(there)
+
+
+def _family_named(path: str | Path, tensors: Mapping[str, Tensor]) -> str | None:
+    """The model type in a file's name, where the tensors may be that family's; the longest of several."""
+    name = Path(path).name.lower()
+    named = [model_type for model_type in FAMILIES if model_type in name and _fits(FAMILIES[model_type], tensors)]
+    return max(named, key=len, default=None)
 
 
 class OfficialTensors(dict[str, Tensor]):

@@ -15,7 +15,14 @@ from transformers import (
     AutoModelForVideoClassification,
 )
 
-from . import configuration_plainmamba, configuration_vim, modeling_plainmamba, modeling_vim
+from . import (
+    configuration_plainmamba,
+    configuration_videomamba,
+    configuration_vim,
+    modeling_plainmamba,
+    modeling_videomamba,
+    modeling_vim,
+)
 from .configuration_common import VisionMambaConfig
 from .modeling_common import TokenPruningMixin
 
@@ -100,3 +107,4 @@ def preset_names() -> str:
 FAMILIES: dict[str, Family] = {}
 register(configuration_plainmamba, modeling_plainmamba)
 register(configuration_vim, modeling_vim)
+register(configuration_videomamba, modeling_videomamba)

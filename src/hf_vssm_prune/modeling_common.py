@@ -182,22 +182,23 @@ def image_classifier(config: VisionMambaConfig) -> nn.Module:
     return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
 
 
-def check_pixel_values(pixel_values: Tensor, num_channels: int) -> None:
-    """Refuses what is not a batch of images, before a layer deep inside does.
+def check_pixel_values(pixel_values: Tensor, config: VisionMambaConfig) -> None:
+    """Refuses what is not a batch of images, or of videos for a model of them, before a layer deep inside does.
 
     Values are looked at in eager mode on the CPU only: elsewhere the look would wait for the device, or be traced, and
     a function transform forbids it.
     """
+    frames, one = ("frames, ", "a video") if config.modality == "video" else ("", "an image")
     if pixel_values is None:
-        raise ValueError("You have to specify `pixel_values`, of shape (batch, channels, height, width).")
+        raise ValueError(f"You have to specify `pixel_values`, of shape (batch, {frames}channels, height, width).")
     shape = tuple(pixel_values.shape)
-    if pixel_values.ndim != 4 or shape[1] != num_channels:
+    if pixel_values.ndim != len(config.input_size) + 2 or shape[-3] != config.num_channels:
         raise ValueError(
-            f"`pixel_values` has shape {shape}; expected is (batch, {num_channels}, height, width), "
+            f"`pixel_values` has shape {shape}; expected is (batch, {frames}{config.num_channels}, height, width), "
             "with as many channels as the configuration's `num_channels` says."
         )
-    if shape[2] < 1 or shape[3] < 1:
-        raise ValueError(f"`pixel_values` has shape {shape}: an image without pixels.")
+    if min(shape[1:]) < 1:
+        raise ValueError(f"`pixel_values` has shape {shape}: {one} without pixels.")
     if not pixel_values.is_floating_point():
         raise ValueError(
             f"`pixel_values` has dtype {pixel_values.dtype}; normalised floating-point values are expected."

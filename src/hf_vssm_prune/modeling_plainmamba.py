@@ -147,7 +147,7 @@ class PlainMambaEmbeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches, config.hidden_size))
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, tuple[int, int]]:
-        check_pixel_values(pixel_values, self.config.num_channels)
+        check_pixel_values(pixel_values, self.config)
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         if pixel_values.device.type == "cpu" and not is_transformed():  # where convolutions are fastest in this layout
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -307,6 +307,7 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
         (r"classifier\.(.+)", r"head.fc.\1"),
     ]
     official_marks = ("backbone.layers.0.mamba.A_log",)
+    official_signs = ()
     official_weight_keys = ("state_dict",)
     official_prefixes = ()
     official_ignored = ()
@@ -334,6 +335,10 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             init.trunc_normal_(module.direction_B, std=self.config.initializer_range)
 
     @classmethod
+    def official_weight_key(cls, config: PlainMambaConfig) -> str:
+        return "state_dict"
+
+    @classmethod
     def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
         stem_channels, num_channels, _, _ = official.shape("backbone.patch_embed.stem.0.weight", 4)
         patch_size = 2 * official.shape("backbone.patch_embed.projection.weight", 4)[-1]
@@ -352,7 +357,9 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
         }
 
     @classmethod
-    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def complete_official(
+        cls, config: PlainMambaConfig, official: Any, expected: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Adds the counters of batch norm that old checkpoints lack, and that no forward pass reads."""
         counters = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}
         return {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in counters.items()} | official

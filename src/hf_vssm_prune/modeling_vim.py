@@ -4,308 +4,23 @@ The model is that of "Vision Mamba: Efficient Visual Representation Learning wit
 (arXiv 2401.09417), pruned as in "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
 """
 
-import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import PreTrainedModel
-from transformers.processing_utils import Unpack
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
-
-from .causal_convolution import causal_conv1d
 from .configuration_vim import VimConfig
-from .mixer_output import MixerOutput, ScanInputs
-from .modeling_common import (
-    DropPath,
-    HoleTimeStep,
-    TimeStepProjection,
-    TokenPruningMixin,
-    VisionMambaKwargs,
-    check_pixel_values,
-    drop_path_rates,
-    image_classifier,
-    init_decay,
-    init_time_step_projection,
-    resize_position_embeddings,
+from .modeling_bidirectional import (
+    BidirectionalModel,
+    BidirectionalPreTrainedModel,
+    ClassTokenClassifier,
+    ImageBackbone,
 )
-from .precision import at_least_float32
-from .pruned_layers import encode, full_states, scale_tokens
-from .pruned_outputs import PrunedBackboneOutput, PrunedImageClassifierOutput, PrunedModelOutput, stage_fields
-from .pruning_stage import TokenView
-from .selective_scan import selective_scan
-from .token_pruning import gather_tokens, path_gaps
+from .modeling_common import image_classifier
 
 
-def _cls_id(config: VimConfig, num_patches: int) -> int:
-    return cast(int, config.cls_token_id(num_patches))  # this family has one
-
-
-class VimTokenLayout(NamedTuple):
-    """Where the tokens that are left lie in the full sequence, patches with the class token in their middle.
-
-    Indices of the layers' are int32, as the kernels take them, so that no layer converts them.
-
-    Attributes:
-        grid: (height, width) of the full grid, in patches.
-        cls_id: the class token's place in the full sequence.
-        cls_row: its row among the tokens that are left, int64 (batch, 1).
-        backward_order: the tokens that are left as the backward direction visits them, shape (1, 1, n).
-        kept: the place of each token in the full sequence, shape (batch, n). None: all are there.
-        gaps: for the forward and the backward direction the distances between tokens, each (batch, 1, n), in the order
-            of the direction. None: no alignment, or nothing was dropped.
-        alignment: how the scans cross the gaps.
-        view: see `TokenLayout`; its stand-ins are of shape (batch, places of the full sequence). Without, convolutions
-            see the tokens that are left, side by side.
-    """
-
-    grid: tuple[int, ...]
-    cls_id: int
-    cls_row: Tensor
-    backward_order: Tensor
-    kept: Tensor | None = None
-    gaps: tuple[Tensor, Tensor] | None = None
-    alignment: str = "none"
-    view: TokenView = TokenView()
-
-    @classmethod
-    def of_grid(cls, grid: tuple[int, ...], cls_id: int, batch: int, device: torch.device) -> "VimTokenLayout":
-        cls_row = torch.full((batch, 1), cls_id, device=device)
-        return cls(grid, cls_id, cls_row, cls._backwards(math.prod(grid) + 1, device))
-
-    def keep(self, kept: Tensor, alignment: str, view: TokenView) -> "VimTokenLayout":
-        cls_row = (kept < self.cls_id).sum(dim=1, keepdim=True)
-        gaps = None
-        if alignment != "none":
-            gaps = path_gaps(kept).int().unsqueeze(1), path_gaps(-kept.flip(1)).int().unsqueeze(1)
-        if view.stand_ins is not None:
-            view = view._replace(stand_ins=self._in_sequence(view.stand_ins, self.cls_id, cls_row))
-        return self._replace(
-            cls_row=cls_row,
-            backward_order=self._backwards(kept.shape[1], kept.device),
-            kept=kept.int(),
-            gaps=gaps,
-            alignment=alignment,
-            view=view,
-        )
-
-    @staticmethod
-    def _in_sequence(stand_ins: Tensor, cls_id: int, cls_row: Tensor) -> Tensor:
-        """Stand-ins in the grid's cells, counted among patches, to those at all places, counted among all tokens: the
-        class token is seen at its own place."""
-        rows = stand_ins + (stand_ins >= cls_row).long()
-        before, after = rows.tensor_split([cls_id], dim=1)
-        return torch.cat([before, cls_row, after], dim=1).int()
-
-    @staticmethod
-    def _backwards(num_tokens: int, device: torch.device) -> Tensor:
-        return torch.arange(num_tokens - 1, -1, -1, dtype=torch.int32, device=device).view(1, 1, -1)
-
-
-class VimEmbeddings(nn.Module):
-    """Pixel values to tokens: the patch projection, the class token in the middle, position embeddings."""
-
-    def __init__(self, config: VimConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.projection = nn.Conv2d(
-            config.num_channels,
-            config.hidden_size,
-            kernel_size=config.patch_size,
-            stride=config.patch_stride or config.patch_size,
-        )
-        # Saved models call it so; elsewhere it is `cls_token`.
-        self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.grid_size) + 1, config.hidden_size))
-
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
-        check_pixel_values(pixel_values, self.config.num_channels)
-        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
-        if min(grid) < 1:
-            raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}: too small for one patch of "
-                f"{self.config.patch_size} x {self.config.patch_size} pixels."
-            )
-        patches = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
-        tokens = self._insert(patches, self.class_token.expand(patches.shape[0], -1, -1))
-        return tokens + self._positions(grid, interpolate_pos_encoding)
-
-    def _positions(self, grid: tuple[int, ...], interpolate: bool) -> Tensor:
-        cls_id = _cls_id(self.config, math.prod(self.config.grid_size))
-        before, cls_token, after = self.position_embeddings.tensor_split([cls_id, cls_id + 1], dim=1)
-        patches = torch.cat([before, after], dim=1)
-        return self._insert(resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), cls_token)
-
-    def _insert(self, patches: Tensor, cls_token: Tensor) -> Tensor:
-        before, after = patches.tensor_split([_cls_id(self.config, patches.shape[1])], dim=1)
-        return torch.cat([before, cls_token, after], dim=1)
-
-
-class VimCausalConvolution(nn.Module):
-    """Depthwise convolution of each token with those that its direction visits before it, and SiLU.
-
-    It is no `nn.Conv1d`, because what wraps those (PEFT, quantisation) takes them to map sequences to sequences.
-    """
-
-    def __init__(self, config: VimConfig, reverse: bool) -> None:
-        super().__init__()
-        self.config, self.reverse = config, reverse
-        self.weight = nn.Parameter(torch.empty(config.intermediate_size, 1, config.conv_kernel))
-        self.bias = nn.Parameter(torch.empty(config.intermediate_size))
-
-    def forward(self, hidden_states: Tensor, layout: VimTokenLayout) -> Tensor:
-        """`hidden_states` and result (batch, n, channels)."""
-        stand_ins = layout.view.stand_ins
-        kept = None if stand_ins is None else layout.kept
-        return causal_conv1d(
-            hidden_states, self.weight, self.bias, self.reverse, kept, stand_ins, self.config.scan_backend
-        )
-
-
-class VimScan(nn.Module):
-    """One direction of the mixer: causal depthwise convolution, then the selective scan.
-
-    All tokens stay in raster order. What the reversed direction makes for its steps, from the last token to the first,
-    is turned around while it is narrow.
-    """
-
-    def __init__(self, config: VimConfig, reverse: bool) -> None:
-        super().__init__()
-        self.config, self.reverse = config, reverse
-        width = config.intermediate_size
-        self.conv1d = VimCausalConvolution(config, reverse)
-        # The parts of the projection: time-step features, B and C.
-        self.sizes = [int(config.time_step_rank), config.state_size, config.state_size]
-        self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)
-        self.dt_proj = TimeStepProjection(self.sizes[0], width)
-        self.hole_time_step = HoleTimeStep(width)
-        self.A_log = nn.Parameter(torch.empty(width, config.state_size))
-        self.D = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Tensor, gate: Tensor, layout: VimTokenLayout) -> tuple[Tensor, ScanInputs]:
-        """Gated output of the scan, and its inputs; `x`, `gate` and output (batch, n, channels)."""
-        x = self.conv1d(x, layout)
-        projected = self.x_proj(x)
-        features, B, C = (projected.flip(1) if self.reverse else projected).split(self.sizes, dim=-1)
-        time_step, bias = self.dt_proj(features)
-        gated = selective_scan(
-            x,
-            time_step,
-            -torch.exp(at_least_float32(self.A_log)),
-            B,
-            C,
-            self.D,
-            time_step_bias=bias,
-            gate=gate,
-            order=layout.backward_order if self.reverse else None,
-            gaps=None if layout.gaps is None else layout.gaps[self.reverse],
-            hole_time_step=self.hole_time_step(bias, layout.alignment),
-            backend=self.config.scan_backend,
-        )
-        return gated, ScanInputs(time_step, bias, B, C, reversed=self.reverse)
-
-
-class VimMixer(nn.Module):
-    """A scan in each direction between projections that the two share."""
-
-    def __init__(self, config: VimConfig) -> None:
-        super().__init__()
-        self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.forward_scan = VimScan(config, reverse=False)
-        self.backward_scan = VimScan(config, reverse=True)
-        self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(
-        self, hidden_states: Tensor, layout: VimTokenLayout, with_output: bool
-    ) -> tuple[Tensor, MixerOutput | None]:
-        """Returns the mixed tokens (batch, n, hidden) and, where it is wanted, what pruning may choose by."""
-        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        forward_gated, forward = self.forward_scan(x, gate, layout)
-        backward_gated, backward = self.backward_scan(x, gate, layout)
-        gated = (forward_gated + backward_gated) / 2
-        mixed = self.out_proj(gated)
-        return mixed, MixerOutput(gated, mixed, (forward, backward)).detach() if with_output else None
-
-
-class VimRMSNorm(nn.RMSNorm):
-    """Normalises the float32 residual stream as it is; the result has the precision of the weights."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        normalized = F.rms_norm(hidden_states, self.normalized_shape, eps=self.eps)
-        return self.weight * normalized.to(self.weight.dtype)
-
-
-class VimLayer(GradientCheckpointingLayer):
-    def __init__(self, config: VimConfig, drop_path_rate: float) -> None:
-        super().__init__()
-        self.norm = VimRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = VimMixer(config)
-        self.drop_path = DropPath(drop_path_rate)
-
-    def forward(
-        self, hidden_states: Tensor, layout: VimTokenLayout, with_output: bool
-    ) -> tuple[Tensor, MixerOutput | None]:
-        """Returns the layer's output and, where it is wanted, what its mixer tells of the tokens, by which pruning may
-        choose.
-
-        `hidden_states` is the residual stream, float32 in every precision (float64 where the weights are).
-        """
-        mixed, mixer_output = self.mixer(scale_tokens(self.norm(hidden_states), layout), layout, with_output)
-        return hidden_states + self.drop_path(mixed).to(hidden_states.dtype), mixer_output
-
-
-class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
+class VimPreTrainedModel(BidirectionalPreTrainedModel):
     config: VimConfig
     config_class = VimConfig
     base_model_prefix = "vim"
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["VimEmbeddings", "VimLayer"]
-    _keep_in_fp32_modules_strict = ["A_log", "D"]
-    _can_record_outputs = {"hidden_states": VimLayer}
-    # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
-    official_names = [
-        (r"vim\.embeddings\.class_token", r"cls_token"),
-        (r"vim\.embeddings\.position_embeddings", r"pos_embed"),
-        (r"vim\.embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
-        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.A_log", r"layers.\1.mixer.A_b_log"),
-        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.D", r"layers.\1.mixer.D_b"),
-        (r"vim\.layers\.(\d+)\.mixer\.backward_scan\.(\w+)\.(.+)", r"layers.\1.mixer.\2_b.\3"),
-        (r"vim\.layers\.(\d+)\.mixer\.(?:forward_scan\.)?(.+)", r"layers.\1.mixer.\2"),
-        (r"vim\.layers\.(\d+)\.norm\.(.+)", r"layers.\1.norm.\2"),
-        (r"vim\.norm\.(.+)", r"norm_f.\1"),
-        (r"classifier\.(.+)", r"head.\1"),
-    ]
-    official_marks = ("layers.0.mixer.A_b_log",)
-    official_weight_keys = ("model",)
-    official_prefixes = ()
-    official_ignored = ()
-    official_last_weights = ()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            init.trunc_normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, VimCausalConvolution):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            init.zeros_(module.bias)
-        elif isinstance(module, VimEmbeddings):
-            init.trunc_normal_(module.class_token, std=self.config.initializer_range)
-            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
-        elif isinstance(module, VimScan):
-            init_time_step_projection(module.dt_proj, self.config)
-            init_decay(module.A_log)
-            init.ones_(module.D)
 
     @classmethod
     def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,52 +39,12 @@ class VimPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             "num_labels": official.shape("head.weight", 2)[0],
         }
 
-    @classmethod
-    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return official
 
-
-class VimModel(VimPreTrainedModel):
+class VimModel(VimPreTrainedModel, BidirectionalModel):
     """Vim without a head: `last_hidden_state` after the final norm, `pooler_output` the class token's row of it."""
 
-    def __init__(self, config: VimConfig) -> None:
-        super().__init__(config)
-        self.embeddings = VimEmbeddings(config)
-        self.layers = nn.ModuleList([VimLayer(config, rate) for rate in drop_path_rates(config)])
-        self.norm = VimRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.token_predictors = nn.ModuleDict()
-        self.add_pruning_parameters(config.token_pruning)
-        self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.projection
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[VisionMambaKwargs]
-    ) -> PrunedModelOutput:
-        """
-        Args:
-            pixel_values: shape (batch, channels, height, width), normalised.
-            interpolate_pos_encoding: resize the position embeddings where the grid of patches is not that of the
-                configuration; False: refuse such images.
-        """
-        token_pruning = self._pruning_of_call(kwargs)
-        hidden_states = at_least_float32(self.embeddings(pixel_values, interpolate_pos_encoding))
-        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
-        cls_id = _cls_id(self.config, math.prod(grid))
-        layout = VimTokenLayout.of_grid(grid, cls_id, hidden_states.shape[0], hidden_states.device)
-        encoding = encode(self.layers, self.token_predictors, hidden_states, layout, token_pruning)
-        last_hidden_state = self.norm(encoding.hidden_states)
-        return PrunedModelOutput(
-            last_hidden_state=last_hidden_state,
-            pooler_output=gather_tokens(last_hidden_state, encoding.layout.cls_row).squeeze(1),
-            **encoding.stages,
-        )
-
-
-class VimForImageClassification(VimPreTrainedModel):
+class VimForImageClassification(VimPreTrainedModel, ClassTokenClassifier):
     """Vim with a linear classifier on the class token."""
 
     def __init__(self, config: VimConfig) -> None:
@@ -379,51 +54,9 @@ class VimForImageClassification(VimPreTrainedModel):
         self.classifier = image_classifier(config)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[VisionMambaKwargs]
-    ) -> PrunedImageClassifierOutput:
-        """
-        Args:
-            pixel_values: shape (batch, channels, height, width), normalised.
-            labels: class ids (batch,), or what `config.problem_type` says; then `loss` is returned.
-        """
-        outputs = self.vim(pixel_values, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
-        return PrunedImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **stage_fields(outputs)
-        )
 
-
-class VimBackbone(BackboneMixin, VimModel):
+class VimBackbone(ImageBackbone, VimModel):
     """Vim as a feature extractor: maps of the full grid; `config.feature_fill` says what a dropped cell shows."""
-
-    has_attentions = False
-
-    def __init__(self, config: VimConfig) -> None:
-        super().__init__(config)
-        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
-
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(self, pixel_values: Tensor, **kwargs: Unpack[VisionMambaKwargs]) -> PrunedBackboneOutput:
-        """
-        Args:
-            pixel_values: shape (batch, channels, height, width), normalised.
-        """
-        outputs = VimModel.forward(self, pixel_values, **kwargs)
-        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
-        states = full_states(self, outputs, self._pruning_of_call(kwargs))
-        feature_maps: tuple = tuple(self._feature_map(state, grid) for state in states)
-        return PrunedBackboneOutput(
-            feature_maps=feature_maps, hidden_states=outputs.hidden_states, **stage_fields(outputs)
-        )
-
-    def _feature_map(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
-        cls_id = _cls_id(self.config, math.prod(grid))
-        patches = torch.cat([hidden_states[:, :cls_id], hidden_states[:, cls_id + 1 :]], dim=1)
-        return self.norm(patches).transpose(1, 2).unflatten(2, grid)
 
 
 __all__ = ["VimBackbone", "VimForImageClassification", "VimModel", "VimPreTrainedModel"]

@@ -7,9 +7,9 @@ from .token_pruning import select_tokens
 
 
 def merge_into_nearest(stage: Stage) -> Reduction:
-    """Of every 2 x 2 window of the grid the token that is furthest from the others stays, then the second, as far as
-    the count allows, as in `local_top`. Each one that does not stay goes into the nearest that does, which becomes the
-    mean of them and stands in for them (see `stand_in`).
+    """Of every window of the grid, 2 x 2 of an image and 2 x 2 x 2 of a clip, the token furthest from the others
+    stays, then the second, as far as the count allows, as in `local_top`. Each one that does not stay goes into the
+    nearest that does, which becomes the mean of them and stands in for them (see `stand_in`).
 
     Each token counts once, whatever was merged into it at stages before. It lies where it lay.
     """

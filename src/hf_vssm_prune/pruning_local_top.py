@@ -6,7 +6,8 @@ from .token_pruning import gather_tokens, select_tokens
 
 
 def keep_locally_important(stage: Stage) -> Reduction:
-    """Of every 2 x 2 window of the grid the most important token stays, then the second, as far as the count allows.
+    """Of every window of the grid, 2 x 2 of an image and 2 x 2 x 2 of a clip, the most important token stays, then the
+    second, as far as the count allows.
 
     Where not all windows get their next token, those with the more important one do. No large part of the image is lost
     while elsewhere all is kept, the holes that a scan has to cross stay short, and what stands in for a dropped token

@@ -1,0 +1,71 @@
+"""What the configurations of bidirectional vision Mambas share (Vim, VideoMamba): two scans and a class token."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration_common import VisionMambaConfig
+from .flops import count_projections, count_scans
+
+
+@strict
+class BidirectionalConfig(VisionMambaConfig):
+    """Options of a vision Mamba with one scan from the first token to the last and one back, and a class token.
+
+    Attributes:
+        averages_directions: whether a mixer takes the mean of its two directions. False: their sum.
+
+    Args:
+        patch_stride: pixels from one patch to the next, less than `patch_size` where patches overlap; None for
+            `patch_size`.
+        rms_norm_eps: of all norms.
+    """
+
+    num_scans: ClassVar[int] = 2
+    averages_directions: ClassVar[bool]
+
+    patch_stride: int | None = None
+    rms_norm_eps: float = 1e-5
+
+    def _check_sizes(self) -> None:
+        if self.patch_stride is None:
+            self.patch_stride = self.patch_size
+        if self.patch_stride < 1:
+            raise ValueError(f"`patch_stride` is {self.patch_stride}; a whole number of at least 1 is needed.")
+        super()._check_sizes()
+
+    @property
+    def patch_spacing(self) -> int:
+        """Pixels from one patch to the next."""
+        return self.patch_stride or self.patch_size
+
+    def cls_place(self, num_patches: int) -> int:
+        """The class token's place among so many patches and itself."""
+        return cast(int, self.cls_token_id(num_patches))  # these families have one
+
+    def grid_size_for(self, *input_size: int) -> tuple[int, ...]:
+        """(height, width) in patches: pixels that fill no whole patch are left out."""
+        return tuple(max(0, (size - self.patch_size) // self.patch_spacing + 1) for size in input_size)
+
+    def _count_parts(self, tokens: Sequence[int], pixels_of_patch: int) -> tuple[Counter[str], int]:
+        """Multiply-adds of a forward by part, and those of one direction of all mixers.
+
+        Args:
+            tokens: patch tokens that each layer sees.
+            pixels_of_patch: in each channel.
+        """
+        parts = Counter(
+            patch_projection=tokens[0] * pixels_of_patch * self.num_channels * self.hidden_size,
+            head=self.hidden_size * (self.num_labels or 0),
+        )
+        one_direction = 0
+        for patches in tokens:
+            length = patches + 1  # the class token
+            direction = count_scans(self, length, self.conv_kernel)
+            parts.update(count_projections(self, length))
+            for _ in range(self.num_scans):
+                parts.update(direction)
+            one_direction += direction.total()
+        return parts, one_direction
