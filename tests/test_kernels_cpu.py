@@ -19,6 +19,7 @@ from hf_vssm_prune.causal_convolution import causal_conv1d
 from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
 from hf_vssm_prune.grid_convolution import depthwise_conv2d
 from hf_vssm_prune.kernels import build, choose_kernel, cpu
+from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 from hf_vssm_prune.token_pruning import nearest_tokens
 
 
@@ -504,3 +505,97 @@ def test_looking_at_the_library_takes_no_time_to_speak_of():
         assert build.is_whole(library, variant)
         times.append(time.perf_counter() - start)
     assert min(times) < 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Half precision
+# ----------------------------------------------------------------------------------------------------------------------
+
+HALVES = (torch.bfloat16, torch.float16)
+OF_WEIGHTS = ("A", "D", "time_step_bias", "hole_time_step", "direction_B", "weight", "bias")
+OPERATIONS = {
+    "scan": (
+        cpu.selective_scan,
+        selective_scan_torch,
+        scan_arguments(2, 13, 77, 16, paths=4, largest_gap=4, hole_time_step=True, direction_B=True),
+        {},
+    ),
+    "grid": (
+        cpu.depthwise_conv2d,
+        depthwise_conv2d_torch,
+        convolution_arguments(2, (7, 9), 77, 3, None),
+        {"grid": (7, 9)},
+    ),
+    "kept cells": (
+        cpu.depthwise_conv2d,
+        depthwise_conv2d_torch,
+        convolution_arguments(2, (7, 9), 77, 7, 0.6),
+        {"grid": (7, 9), "silu": True},
+    ),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("weights_too", [True, False], ids=["weights too", "float32 weights"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_half_precision_is_rounded_once(operation: str, dtype: torch.dtype, weights_too: bool):
+    """Values and gradients are those of the rounded inputs in float64, rounded to the tensor's own type."""
+    kernel, plain, arguments, options = OPERATIONS[operation]
+    rounded = {
+        name: tensor.to(dtype) if tensor.is_floating_point() and (weights_too or name not in OF_WEIGHTS) else tensor
+        for name, tensor in arguments.items()
+    }
+    inputs = {n: t.clone().requires_grad_() if t.is_floating_point() else t for n, t in rounded.items()}
+    doubles = {n: t.double().requires_grad_() if t.is_floating_point() else t for n, t in rounded.items()}
+    output, expected = kernel(**inputs, **options), plain(**doubles, **options)
+    weighting = torch.randn(output.shape).to(dtype)
+    output.backward(weighting)
+    expected.backward(weighting.double())
+    pairs = [(output, expected)]
+    pairs += [(inputs[name].grad, doubles[name].grad) for name in inputs if inputs[name].requires_grad]
+    for ours, reference in pairs:
+        unit = torch.finfo(ours.dtype).eps / 2
+        limit = unit * reference.abs() * 1.01 + 2e-6 * reference.abs().max()
+        assert ((ours.double() - reference).abs() <= limit).all()
+    assert output.dtype == dtype
+    assert all(tensor.grad.dtype == tensor.dtype for tensor in inputs.values() if tensor.requires_grad)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_number_of_half_precision_is_read_and_written(dtype: torch.dtype):
+    """Infinity, NaN and the smallest ones too; what lies between two numbers is rounded as PyTorch rounds it."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(1, 256, 256)
+    for factor in (1.0, 1 / 3, 1e-3, 1e-6, 1e3):
+        weight = torch.full((256, 1, 1, 1), factor)
+        result = cpu.depthwise_conv2d(numbers, weight, None, grid=(16, 16))
+        expected = (numbers.float() * factor).to(dtype)
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert torch.equal(result.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+
+
+@needs_kernel
+def test_rows_of_different_precision_go_together():
+    arguments = scan_arguments(2, 5, 24, 8, paths=2, largest_gap=3)
+    mixed = {**arguments, "hidden_states": arguments["hidden_states"].bfloat16(), "gate": arguments["gate"].half()}
+    inputs = {n: t.clone().requires_grad_() if t.is_floating_point() else t for n, t in mixed.items()}
+    output = cpu.selective_scan(**inputs)
+    torch.testing.assert_close(output, selective_scan_torch(**mixed))
+    output.sum().backward()
+    assert all(t.grad.dtype == t.dtype for t in inputs.values() if t.is_floating_point())
+
+
+@needs_kernel
+def test_half_precision_is_not_converted():
+    """No copy for a layer with weights in bfloat16."""
+    scan = scan_arguments(2, 8, 24, 16, paths=2, largest_gap=3, direction_B=True)
+    convolution = convolution_arguments(2, (4, 5), 24, 3, 0.6)
+    for function, arguments, options in (
+        (cpu.selective_scan, scan, {}),
+        (cpu.depthwise_conv2d, convolution, {"grid": (4, 5)}),
+    ):
+        halved = {n: t.bfloat16() if t.is_floating_point() else t.int() for n, t in arguments.items()}
+        with torch.profiler.profile() as profile:
+            function(**halved, **options)
+        assert not {"aten::_to_copy", "aten::copy_"} & {event.key for event in profile.key_averages()}

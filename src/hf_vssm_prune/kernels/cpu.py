@@ -1,13 +1,14 @@
 """The CPU kernels: the C++ of `csrc/`, reached through ctypes and wrapped as PyTorch operators with their gradients.
 
-They compute in float32: half precision is converted, and what `plain_fallback.py` names is left to the plain PyTorch
-functions. Rows of channels are read where they lie, so the parts of a split projection need no copy.
+They compute in float32, and read and write float32, bfloat16 and float16, each tensor in its own; what
+`plain_fallback.py` names is left to the plain PyTorch functions. Rows of channels are read where they lie, so the parts
+of a split projection need no copy.
 """
 
 import ctypes
 import functools
 import warnings
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hf_vssm_prune.convolution_torch import depthwise_conv2d_torch
 from hf_vssm_prune.environment import is_switched_on
 from hf_vssm_prune.kernels.build import BuildError, library_path
 from hf_vssm_prune.kernels.plain_fallback import left_to, plain_gradients, wants_plain_gradients
-from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator, to_float32
+from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator
 from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 
@@ -37,8 +38,7 @@ def unavailable(device_type: str) -> str | None:
 @left_to(selective_scan_torch)
 def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`."""
-    arguments = ScanArguments(*args, **kwargs)
-    return _selective_scan(*map(to_float32, arguments)).to(arguments.hidden_states.dtype)
+    return _selective_scan(*ScanArguments(*args, **kwargs))
 
 
 @left_to(depthwise_conv2d_torch)
@@ -52,53 +52,25 @@ def depthwise_conv2d(
     stand_ins: Tensor | None = None,
 ) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.grid_convolution.depthwise_conv2d`."""
-    tensors = map(to_float32, (hidden_states, weight, bias))
-    return _depthwise_conv2d(*tensors, kept, stand_ins, *grid, silu).to(hidden_states.dtype)
+    return _depthwise_conv2d(hidden_states, weight, bias, kept, stand_ins, *grid, silu)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The library. The structures mirror csrc/arguments.h.
+# The library
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class _Rows(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("batch_stride", c_int64), ("row_stride", c_int64))
+# The numbers of `ElementType`; what has another type is converted to float32.
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class _Paths(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("batch_stride", c_int64))
-
-
-class _ScanArguments(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "length", "channels", "states", "paths", "move_kinds")),
-        *((name, _Rows) for name in ("hidden_states", "time_step", "B", "C", "gate")),
-        *((name, c_void_p) for name in ("A", "D", "time_step_bias", "hole_time_step", "direction_B")),
-        *((name, _Paths) for name in ("order", "gaps", "moves")),
-    )
-
-
-SCAN_GRADIENTS = (
-    *("hidden_states", "time_step", "A", "B", "C", "D", "time_step_bias"),
-    *("gate", "hole_time_step", "direction_B"),
-)
-
-
-class _ScanGradients(ctypes.Structure):
-    _fields_ = tuple((name, c_void_p) for name in SCAN_GRADIENTS)
-
-
-class _ConvolutionArguments(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "tokens", "channels", "kernel", "height", "width")),
-        ("hidden_states", _Rows),
-        *((name, c_void_p) for name in ("weight", "bias", "kept", "stand_ins")),
-        ("silu", c_int32),
-    )
-
-
-class _ConvolutionGradients(ctypes.Structure):
-    _fields_ = tuple((name, c_void_p) for name in ("hidden_states", "weight", "bias"))
+# How many structures each function takes, before the number of threads.
+FUNCTIONS = {
+    "selective_scan_forward": 2,
+    "selective_scan_backward": 3,
+    "depthwise_conv2d_forward": 2,
+    "depthwise_conv2d_backward": 3,
+}
 
 
 @functools.cache
@@ -108,15 +80,9 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(library_path()))
     except (BuildError, OSError) as error:
         return str(error)
-    arguments: dict[str, tuple[Any, ...]] = {
-        "selective_scan_forward": (POINTER(_ScanArguments), c_void_p),
-        "selective_scan_backward": (POINTER(_ScanArguments), POINTER(_Rows), POINTER(_ScanGradients)),
-        "depthwise_conv2d_forward": (POINTER(_ConvolutionArguments), c_void_p),
-        "depthwise_conv2d_backward": (POINTER(_ConvolutionArguments), POINTER(_Rows), POINTER(_ConvolutionGradients)),
-    }
-    for name, types in arguments.items():
+    for name, pointers in FUNCTIONS.items():
         function = getattr(library, name)
-        function.argtypes = (*types, c_int)
+        function.argtypes = (*(c_void_p,) * pointers, c_int)
         function.restype = c_char_p
     if not library.has_threads():
         warnings.warn("PyTorch brings no OpenMP runtime here: the CPU kernels use one thread", stacklevel=2)
@@ -134,38 +100,57 @@ def _call(function: str, *arguments: Any) -> None:
         raise IndexError(error.decode())
 
 
-def _new(like: Tensor) -> Tensor:
-    """What C++ fills: float32 and contiguous, whatever torch's defaults are."""
-    return torch.empty(like.shape, dtype=torch.float32, device="cpu")
+def _new(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What C++ fills: contiguous, whatever torch's defaults are."""
+    return torch.empty(like.shape, dtype=dtype, device="cpu")
 
 
 # What a pointer points to must outlive the call: these return tensors to be kept in a local name.
 
 
+def _readable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in ELEMENT_TYPES else tensor.float()
+
+
 def _contiguous_rows(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+    if tensor is None:
+        return None
+    tensor = _readable(tensor)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    if tensor is None:
+        return None
+    return _readable(tensor).contiguous()
 
 
 def _contiguous_int32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.int32).contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+# The structures of csrc/arguments.h, which hold nothing but numbers and addresses of 64 bits.
 
 
-def _rows(tensor: Tensor | None) -> _Rows:
-    return _Rows() if tensor is None else _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+def _structure(*fields: tuple[int, ...]) -> ctypes.Array[c_int64]:
+    numbers = [number for field in fields for number in field]
+    return (c_int64 * len(numbers))(*numbers)
 
 
-def _paths(tensor: Tensor | None) -> _Paths:
-    if tensor is None:
-        return _Paths()
-    return _Paths(tensor.data_ptr(), tensor.stride(0) if tensor.shape[0] > 1 else 0)
+def _pointer(tensor: Tensor | None) -> tuple[int]:
+    return (0,) if tensor is None else (tensor.data_ptr(),)
+
+
+def _place(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), ELEMENT_TYPES[tensor.dtype])
+
+
+def _rows(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if tensor is None else (*_place(tensor), *tensor.stride()[:2])
+
+
+def _paths(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0) if tensor.shape[0] > 1 else 0)
 
 
 def _expect_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
@@ -182,36 +167,60 @@ def _expect_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) ->
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# The order of `ScanGradients`.
+SCAN_ROW_GRADIENTS = ("hidden_states", "time_step", "gate")
+SCAN_GRADIENTS = ("A", "B", "C", "D", "time_step_bias", "hole_time_step", "direction_B")
+
+
 def _scan_forward(arguments: ScanArguments) -> Tensor:
-    output = _new(arguments.hidden_states)
+    dtype = arguments.hidden_states.dtype
+    arguments = _with_rows_of_one_type(arguments)
+    output = _new(arguments.hidden_states, arguments.hidden_states.dtype)
     structure, _keep = _scan_structure(arguments)
-    _call("selective_scan_forward", structure, output.data_ptr())
-    return output
+    _call("selective_scan_forward", structure, _structure(_place(output)))
+    return output if output.dtype == dtype else output.to(dtype)
 
 
 def _scan_backward(arguments: ScanArguments, grad_output: Tensor) -> list[Tensor]:
-    wanted = [getattr(arguments, name) for name in SCAN_GRADIENTS]
-    gradients = [None if tensor is None else _new(tensor) for tensor in wanted]
+    arguments = _with_rows_of_one_type(arguments)
+    row_type = arguments.hidden_states.dtype
+    gradients = {
+        name: _new(tensor, row_type if name in SCAN_ROW_GRADIENTS else torch.float32)
+        for name, tensor in arguments._asdict().items()
+        if tensor is not None and tensor.is_floating_point()
+    }
     structure, _keep = _scan_structure(arguments)
-    grad_output = grad_output.contiguous()
-    _call("selective_scan_backward", structure, _rows(grad_output), _ScanGradients(*map(_pointer, gradients)))
-    return [gradient for gradient in gradients if gradient is not None]
+    grad_output = grad_output.to(row_type).contiguous()
+    rows = [_place(gradients.get(name)) for name in SCAN_ROW_GRADIENTS]
+    parameters = [_pointer(gradients.get(name)) for name in SCAN_GRADIENTS]
+    _call("selective_scan_backward", structure, _structure(_rows(grad_output)), _structure(*rows, *parameters))
+    return list(gradients.values())
+
+
+def _with_rows_of_one_type(arguments: ScanArguments) -> ScanArguments:
+    """With the tensors that have a row of channels for each token all in float32, if they differ."""
+    u, time_step, gate = arguments.hidden_states, arguments.time_step, arguments.gate
+    is_one_type = u.dtype == time_step.dtype and (gate is None or gate.dtype == u.dtype)
+    if is_one_type and u.dtype in ELEMENT_TYPES:
+        return arguments
+    gate = None if gate is None else gate.float()
+    return arguments._replace(hidden_states=u.float(), time_step=time_step.float(), gate=gate)
 
 
 _selective_scan = scan_operator("selective_scan", _scan_forward, _scan_backward, device_types="cpu")
 
 
-def _scan_structure(arguments: ScanArguments) -> tuple[_ScanArguments, list[Tensor | None]]:
+def _scan_structure(arguments: ScanArguments) -> tuple[ctypes.Array[c_int64], list[Tensor | None]]:
     """The arguments as C++ takes them, and the tensors that they point into."""
     a = arguments
     rows = [_contiguous_rows(tensor) for tensor in (a.hidden_states, a.time_step, a.B, a.C, a.gate)]
     parameters = [_contiguous(tensor) for tensor in (a.A, a.D, a.time_step_bias, a.hole_time_step, a.direction_B)]
     indices = [_contiguous_int32(tensor) for tensor in (a.order, a.gaps, a.moves)]
     move_kinds = 0 if a.direction_B is None else a.direction_B.shape[0]
-    structure = _ScanArguments(
-        *(*a.hidden_states.shape, a.A.shape[-1], a.num_paths(), move_kinds),
+    structure = _structure(
+        (*a.hidden_states.shape, a.A.shape[-1], a.num_paths(), move_kinds),
         *map(_rows, rows),
-        *map(_pointer, parameters),
+        *map(_place, parameters),
         *map(_paths, indices),
     )
     return structure, rows + parameters + indices
@@ -233,10 +242,10 @@ def _depthwise_conv2d(
     width: int,
     silu: bool,
 ) -> Tensor:
-    output = _new(hidden_states)
+    output = _new(hidden_states, hidden_states.dtype)
     if output.numel():
         arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, stand_ins, height, width, silu)
-        _call("depthwise_conv2d_forward", arguments, output.data_ptr())
+        _call("depthwise_conv2d_forward", arguments, _structure(_place(output)))
     return output
 
 
@@ -254,7 +263,7 @@ def _convolution_arguments(
     height: int,
     width: int,
     silu: bool,
-) -> tuple[_ConvolutionArguments, list[Tensor | None]]:
+) -> tuple[ctypes.Array[c_int64], list[Tensor | None]]:
     """The arguments as C++ takes them, and the tensors that they point into."""
     batch, tokens, channels = hidden_states.shape
     kernel = weight.shape[-1]
@@ -267,11 +276,11 @@ def _convolution_arguments(
     _expect_shape("kept", kept, (batch, tokens))
     _expect_shape("stand_ins", stand_ins, (batch, height * width))
     rows = _contiguous_rows(hidden_states)
-    rest = [_contiguous(weight), _contiguous(bias), _contiguous_int32(kept), _contiguous_int32(stand_ins)]
-    arguments = _ConvolutionArguments(
-        batch, tokens, channels, kernel, height, width, _rows(rows), *map(_pointer, rest), silu
-    )
-    return arguments, [rows, *rest]
+    parameters = [_contiguous(weight), _contiguous(bias)]
+    indices = [_contiguous_int32(kept), _contiguous_int32(stand_ins)]
+    sizes = (batch, tokens, channels, kernel, height, width)
+    arguments = _structure(sizes, _rows(rows), *map(_place, parameters), *map(_pointer, indices), (int(silu),))
+    return arguments, [rows, *parameters, *indices]
 
 
 @torch.library.custom_op("hf_vssm_prune::depthwise_conv2d_backward", mutates_args=(), device_types="cpu")
@@ -289,13 +298,14 @@ def _depthwise_conv2d_backward(
     """The gradients of `hidden_states`, `weight` and, if there is one, `bias`."""
     wanted = (hidden_states, weight) if bias is None else (hidden_states, weight, bias)
     if hidden_states.numel() == 0:
-        return [_new(tensor).zero_() for tensor in wanted]
-    gradients = [_new(tensor) for tensor in wanted]
+        return [torch.zeros_like(tensor) for tensor in wanted]
+    gradients = [_new(hidden_states, hidden_states.dtype), *map(_new, wanted[1:])]
     arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, stand_ins, height, width, silu)
     grad_output = grad_output.contiguous()
-    pointers = _ConvolutionGradients(*map(_pointer, gradients))
-    _call("depthwise_conv2d_backward", arguments, _rows(grad_output), pointers)
-    return gradients
+    weights = [*map(_pointer, gradients[1:]), (0,)][:2]
+    places = _structure(_place(gradients[0]), *weights)
+    _call("depthwise_conv2d_backward", arguments, _structure(_rows(grad_output)), places)
+    return [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, wanted, strict=True)]
 
 
 @_depthwise_conv2d_backward.register_fake

@@ -63,7 +63,7 @@ def scan_with(mamba_scan: Callable[..., Tensor], arguments: ScanArguments) -> Te
     # Where nothing decays and nothing enters, 0 / 0 is to be 0.
     entering = u * (time_step / steps.clamp(min=torch.finfo(steps.dtype).tiny))
     B = a.B.unsqueeze(1)
-    if a.direction_B is not None:
+    if a.direction_B is not None and a.moves is not None:
         B = B + a.direction_B[a.moves.long()]
 
     def as_images(tokens: Tensor) -> Tensor:

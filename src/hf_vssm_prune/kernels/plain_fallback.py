@@ -60,12 +60,12 @@ class DifferentiatedOnce(torch.autograd.Function):
     """The same tensor; says so where its gradient is to be differentiated again, which the kernel named cannot do."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, kernel: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, tensor: Tensor, kernel: str) -> Tensor:
         ctx.kernel = kernel
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         if wants_plain_gradients(grad_output):
             raise RuntimeError(
                 f"the gradient of backend {ctx.kernel!r} can be computed once and for one gradient at a time, without "

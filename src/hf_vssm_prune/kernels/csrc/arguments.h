@@ -1,15 +1,17 @@
-// What Python passes to the kernels. The structures mirror those in cpu.py, field by field; strides count elements, a
-// null pointer stands for an argument that was not given.
+// What Python passes to the kernels, as arrays of 64-bit numbers and addresses: cpu.py lays them out field by field.
+// Strides count elements, a null pointer stands for an argument that was not given.
 #pragma once
 
 #include <cstdint>
 
+#include "elements.h"
+
 // A tensor of shape (batch, length, width) whose rows are contiguous.
 struct Rows {
-    const float* data;
+    Source data;
     int64_t batch_stride, row_stride;
 
-    const float* row(int64_t sample, int64_t index) const { return data + sample * batch_stride + index * row_stride; }
+    Source row(int64_t sample, int64_t index) const { return data + (sample * batch_stride + index * row_stride); }
 };
 
 // Contiguous integers of shape (batch or 1, paths, length); the batch stride is 0 where the batch shares them.
@@ -18,27 +20,30 @@ struct Paths {
     int64_t batch_stride;
 };
 
+// hidden_states, time_step, gate, the output and its gradient have one type.
 struct ScanArguments {
     int64_t batch, length, channels, states, paths, move_kinds;
     Rows hidden_states, time_step, B, C, gate;
-    const float *A, *D, *time_step_bias, *hole_time_step, *direction_B;
+    Source A, D, time_step_bias, hole_time_step, direction_B;  // contiguous
     Paths order, gaps, moves;
 };
 
 // All contiguous.
 struct ScanGradients {
-    float *hidden_states, *time_step, *A, *B, *C, *D, *time_step_bias, *gate, *hole_time_step, *direction_B;
+    Target hidden_states, time_step, gate;
+    float *A, *B, *C, *D, *time_step_bias, *hole_time_step, *direction_B;
 };
 
 struct ConvolutionArguments {
     int64_t batch, tokens, channels, kernel, height, width;
     Rows hidden_states;
-    const float *weight, *bias;       // weight: (channels, kernel * kernel)
+    Source weight, bias;              // weight: (channels, kernel * kernel)
     const int32_t *kept, *stand_ins;  // (batch, tokens), (batch, height * width)
-    int32_t silu;
+    int64_t silu;
 };
 
 // All contiguous.
 struct ConvolutionGradients {
-    float *hidden_states, *weight, *bias;
+    Target hidden_states;
+    float *weight, *bias;
 };

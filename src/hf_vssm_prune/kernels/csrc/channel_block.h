@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "elements.h"
 #include "vectors.h"
 
 constexpr int kVectors = 4;
@@ -26,12 +27,20 @@ struct ChannelBlock {
     }
 
     // `channels` points to a row of all channels.
-    void load_row(const float* channels, Vec* target) const {
-        for (int v = 0; v < kVectors; ++v) target[v] = load(channels + first_channel + v * kLanes, width[v]);
+    void load_row(Source channels, Vec* target) const {
+        with_type(channels.type, [&](auto type) {
+            for (int v = 0; v < kVectors; ++v) {
+                target[v] = load_as<type.value>(channels.template at<type.value>(first_channel + v * kLanes), width[v]);
+            }
+        });
     }
 
-    void store_row(const Vec* source, float* channels) const {
-        for (int v = 0; v < kVectors; ++v) store(channels + first_channel + v * kLanes, source[v], width[v]);
+    void store_row(const Vec* source, Target channels) const {
+        with_type(channels.type, [&](auto type) {
+            for (int v = 0; v < kVectors; ++v) {
+                store_as<type.value>(channels.template at<type.value>(first_channel + v * kLanes), source[v], width[v]);
+            }
+        });
     }
 
     // Of a matrix (channels, columns), its transpose as rows.

@@ -36,10 +36,10 @@ void load_tokens(const ConvolutionArguments& arguments, const ChannelBlock& bloc
 // Loads a block and puts into work.sums what SiLU is applied to.
 template <typename Cells>
 void convolve(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells, Workspace& work) {
-    block.load_columns(arguments.weight, arguments.kernel * arguments.kernel, work.weight);
+    block.load_columns(static_cast<const float*>(arguments.weight.data), arguments.kernel * arguments.kernel, work.weight);
     load_tokens(arguments, block, cells, arguments.hidden_states, work.inputs);
     Vec bias[kVectors] = {};
-    if (arguments.bias) block.load_row(arguments.bias, bias);
+    if (arguments.bias.data) block.load_row(arguments.bias, bias);
     work.sums.resize(cells.places * kVectors);
     for (int64_t i = 0; i < cells.places; ++i) std::copy_n(bias, kVectors, &work.sums[i * kVectors]);
     cells.convolve(work.weight, work.inputs, work.sums);
@@ -47,7 +47,7 @@ void convolve(const ConvolutionArguments& arguments, const ChannelBlock& block, 
 
 template <typename Cells>
 void forward_block(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells,
-                   Workspace& work, float* output) {
+                   Workspace& work, Target output) {
     convolve(arguments, block, cells, work);
     for (int64_t token = 0; token < arguments.tokens; ++token) {
         Vec* result = &work.sums[cells.place(token) * kVectors];
@@ -61,7 +61,7 @@ void forward_block(const ConvolutionArguments& arguments, const ChannelBlock& bl
 // `partial_weight` (channels, taps) and `partial_bias` (channels) are this sample's share.
 template <typename Cells>
 void backward_block(const ConvolutionArguments& arguments, const Rows& grad_output, const ChannelBlock& block,
-                    const Cells& cells, Workspace& work, float* grad_hidden_states, float* partial_weight,
+                    const Cells& cells, Workspace& work, Target grad_hidden_states, float* partial_weight,
                     float* partial_bias) {
     const int64_t taps = arguments.kernel * arguments.kernel;
     convolve(arguments, block, cells, work);
@@ -84,7 +84,7 @@ void backward_block(const ConvolutionArguments& arguments, const Rows& grad_outp
     work.sums.assign(cells.places * kVectors, Vec{});
     cells.spread(work.weight, work.grads, work.sums);
     for (int64_t token = 0; token < arguments.tokens; ++token) {
-        float* row = grad_hidden_states + (block.sample * arguments.tokens + token) * arguments.channels;
+        const Target row = grad_hidden_states + (block.sample * arguments.tokens + token) * arguments.channels;
         block.store_row(&work.sums[cells.place(token) * kVectors], row);
     }
 }
@@ -131,6 +131,13 @@ void add_up(const float* partials, int64_t batch, int64_t size, float* sum) {
     }
 }
 
+// With the weight in float32, which the loops over the kernel read number by number.
+ConvolutionArguments with_floats(const ConvolutionArguments& given, Floats& floats) {
+    ConvolutionArguments arguments = given;
+    arguments.weight = floats.of(given.weight, given.channels * given.kernel * given.kernel);
+    return arguments;
+}
+
 bool within(const int32_t* indices, int64_t count, int64_t limit) {
     bool all = true;
     for (int64_t i = 0; i < count; ++i) all &= indices[i] >= 0 && indices[i] < limit;
@@ -152,24 +159,28 @@ const char* find_error(const ConvolutionArguments& arguments) {
 
 // Both return null, or what is wrong with the arguments.
 
-extern "C" const char* depthwise_conv2d_forward(const ConvolutionArguments* arguments, float* output, int threads) {
-    if (const char* error = find_error(*arguments)) return error;
+extern "C" const char* depthwise_conv2d_forward(const ConvolutionArguments* given, const Target* output, int threads) {
+    if (const char* error = find_error(*given)) return error;
     return with_memory([&] {
-        for_blocks(*arguments, threads, [&](const ChannelBlock& block, const auto& cells, Workspace& work) {
-            forward_block(*arguments, block, cells, work, output);
+        Floats floats;
+        const ConvolutionArguments arguments = with_floats(*given, floats);
+        for_blocks(arguments, threads, [&](const ChannelBlock& block, const auto& cells, Workspace& work) {
+            forward_block(arguments, block, cells, work, *output);
         });
     });
 }
 
-extern "C" const char* depthwise_conv2d_backward(const ConvolutionArguments* arguments, const Rows* grad_output,
+extern "C" const char* depthwise_conv2d_backward(const ConvolutionArguments* given, const Rows* grad_output,
                                                  const ConvolutionGradients* gradients, int threads) {
-    if (const char* error = find_error(*arguments)) return error;
-    const int64_t batch = arguments->batch, channels = arguments->channels;
-    const int64_t weight_size = arguments->kernel * arguments->kernel * channels;
+    if (const char* error = find_error(*given)) return error;
+    const int64_t batch = given->batch, channels = given->channels;
+    const int64_t weight_size = given->kernel * given->kernel * channels;
     return with_memory([&] {
+        Floats floats;
+        const ConvolutionArguments arguments = with_floats(*given, floats);
         const std::unique_ptr<float[]> weights(new float[batch * weight_size]), biases(new float[batch * channels]);
-        for_blocks(*arguments, threads, [&](const ChannelBlock& block, const auto& cells, Workspace& work) {
-            backward_block(*arguments, *grad_output, block, cells, work, gradients->hidden_states,
+        for_blocks(arguments, threads, [&](const ChannelBlock& block, const auto& cells, Workspace& work) {
+            backward_block(arguments, *grad_output, block, cells, work, gradients->hidden_states,
                            weights.get() + block.sample * weight_size, biases.get() + block.sample * channels);
         });
         add_up(weights.get(), batch, weight_size, gradients->weight);

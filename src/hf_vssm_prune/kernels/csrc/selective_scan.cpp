@@ -33,6 +33,9 @@ constexpr int kLargestPower = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A parameter that `with_floats` has made float32.
+const float* floats(Source parameter) { return static_cast<const float*>(parameter.data); }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // What all channels of a sample share: the paths, B and C
 // ---------------------------------------------------------------------------------------------------------------------
@@ -76,16 +79,16 @@ void load_sample(const ScanArguments& arguments, int64_t index, int64_t padded_s
     sample.B.assign(length * paths * padded_states, 0.0f);
     sample.C.assign(length * padded_states, 0.0f);
     for (int64_t t = 0; t < length; ++t) {
-        std::copy_n(arguments.C.row(index, t), states, &sample.C[t * padded_states]);
+        copy_floats(arguments.C.row(index, t), states, &sample.C[t * padded_states]);
         for (int64_t path = 0; path < paths; ++path) {
             Visit& visit = sample.visits[t * paths + path];
             visit.token = entry(arguments.order, arguments, index, path, t, t);
             visit.gap = entry(arguments.gaps, arguments, index, path, t, 1);
             visit.move = entry(arguments.moves, arguments, index, path, t, 0);
             float* B = &sample.B[(t * paths + path) * padded_states];
-            std::copy_n(arguments.B.row(index, t), states, B);
-            if (!arguments.direction_B) continue;
-            const float* direction = arguments.direction_B + visit.move * states;
+            copy_floats(arguments.B.row(index, t), states, B);
+            if (!arguments.direction_B.data) continue;
+            const float* direction = floats(arguments.direction_B) + visit.move * states;
             for (int64_t n = 0; n < states; ++n) B[n] += direction[n];
         }
     }
@@ -99,7 +102,7 @@ struct Block {
     int64_t sample, first_channel;
     int width;  // channels in the block: kLanes, fewer in the last one
 
-    Vec D, hole_step, longest_step;  // of delta
+    Vec D, bias, hole_step, longest_step;  // bias and longest of delta
     std::vector<Vec> u, delta, y;    // by token
 
     // Only for the backward.
@@ -118,18 +121,27 @@ struct Workspace {
 
 thread_local Workspace thread_workspace;
 
-Vec load_channels(const float* channels, const Block& block) {
-    return channels ? load(channels + block.first_channel, block.width) : Vec{};
+Vec load_channels(Source channels, const Block& block) {
+    Vec result{};
+    if (!channels.data) return result;
+    with_type(channels.type, [&](auto type) {
+        result = load_as<type.value>((channels + block.first_channel).data, block.width);
+    });
+    return result;
 }
 
+template <ElementType type>
 Vec load_token(const Rows& rows, const Block& block, int64_t token) {
-    return load(rows.row(block.sample, token) + block.first_channel, block.width);
+    const int64_t place = block.sample * rows.batch_stride + token * rows.row_stride + block.first_channel;
+    return load_as<type>(rows.data.template at<type>(place), block.width);
 }
 
-Vec time_step_before_softplus(const ScanArguments& arguments, const Block& block, int64_t token) {
-    return load_token(arguments.time_step, block, token) + load_channels(arguments.time_step_bias, block);
+template <ElementType type>
+void store_token(Target target, int64_t place, const Block& block, Vec value) {
+    store_as<type>(target.template at<type>(place), value, block.width);
 }
 
+template <ElementType type>
 void load_blocks(const ScanArguments& arguments, int64_t sample, int64_t first_channel, Workspace& work) {
     const int64_t left = arguments.channels - first_channel;
     work.block_count = static_cast<int>(std::min<int64_t>(kBlocksPerTask, divide_up(left, kLanes)));
@@ -139,6 +151,7 @@ void load_blocks(const ScanArguments& arguments, int64_t sample, int64_t first_c
         block.first_channel = first_channel + b * kLanes;
         block.width = static_cast<int>(std::min<int64_t>(kLanes, left - b * kLanes));
         block.D = load_channels(arguments.D, block);
+        block.bias = load_channels(arguments.time_step_bias, block);
         block.hole_step = load_channels(arguments.hole_time_step, block);
         block.longest_step = Vec{};
         block.u.resize(arguments.length);
@@ -148,10 +161,10 @@ void load_blocks(const ScanArguments& arguments, int64_t sample, int64_t first_c
     for (int64_t token = 0; token < arguments.length; ++token) {
         for (int b = 0; b < work.block_count; ++b) {
             Block& block = work.blocks[b];
-            const Vec delta = softplus(time_step_before_softplus(arguments, block, token));
+            const Vec delta = softplus(load_token<type>(arguments.time_step, block, token) + block.bias);
             block.longest_step = delta > block.longest_step ? delta : block.longest_step;  // passes over NaN
             block.delta[token] = delta;
-            block.u[token] = load_token(arguments.hidden_states, block, token);
+            block.u[token] = load_token<type>(arguments.hidden_states, block, token);
         }
     }
 }
@@ -184,7 +197,7 @@ Slice<S> load_slice(const ScanArguments& arguments, const Block& block, int64_t 
     slice.within_range = true;
     for (int n = 0; n < slice.count; ++n) {
         for (int lane = 0; lane < block.width; ++lane) {
-            slice.A[n][lane] = kLog2E * arguments.A[(block.first_channel + lane) * arguments.states + first_state + n];
+            slice.A[n][lane] = kLog2E * floats(arguments.A)[(block.first_channel + lane) * arguments.states + first_state + n];
         }
         slice.longest[n] = 127.0f / (slice.A[n] < 0.0f ? -slice.A[n] : slice.A[n]);
         for (int lane = 0; lane < block.width; ++lane) {
@@ -234,7 +247,7 @@ template <int K>
 template <int S>
 void cross_hole(const ScanArguments& arguments, const Block& block, const Slice<S>& slice, Vec delta, const Vec* decay,
                 int gap, Vec* state) {
-    const bool repeats = !arguments.hole_time_step;
+    const bool repeats = !arguments.hole_time_step.data;
     if (gap > kLargestPower) {
         const Vec time = static_cast<float>(gap - 1) * (repeats ? delta : block.hole_step);
         for (int n = 0; n < S; ++n) state[n] *= slice.decay(time, n);
@@ -343,14 +356,15 @@ void forward_block(const ScanArguments& arguments, const Sample& sample, Block& 
     }
 }
 
-void store_output(const ScanArguments& arguments, const Workspace& work, float* output) {
+template <ElementType type>
+void store_output(const ScanArguments& arguments, const Workspace& work, Target output) {
     for (int64_t token = 0; token < arguments.length; ++token) {
         for (int b = 0; b < work.block_count; ++b) {
             const Block& block = work.blocks[b];
             Vec y = block.y[token];
-            if (arguments.gate.data) y *= silu(load_token(arguments.gate, block, token));
-            float* row = output + (block.sample * arguments.length + token) * arguments.channels;
-            store(row + block.first_channel, y, block.width);
+            if (arguments.gate.data.data) y *= silu(load_token<type>(arguments.gate, block, token));
+            const int64_t row = (block.sample * arguments.length + token) * arguments.channels;
+            store_token<type>(output, row + block.first_channel, block, y);
         }
     }
 }
@@ -386,10 +400,10 @@ struct PathDecays {
             if (step.visits[k].gap == 1) continue;
             of_path[k] = across_hole[k];
             if (step.visits[k].gap > kLargestPower) {
-                const Vec hole_step = arguments.hole_time_step ? block.hole_step : step.delta;
+                const Vec hole_step = arguments.hole_time_step.data ? block.hole_step : step.delta;
                 const Vec decay_step = step.delta + static_cast<float>(step.visits[k].gap - 1) * hole_step;
                 for (int n = 0; n < S; ++n) across_hole[k][n] = slice.decay(decay_step, n);
-            } else if (arguments.hole_time_step) {
+            } else if (arguments.hole_time_step.data) {
                 power<S>(slice.hole_decay, step.visits[k].gap - 1, across_hole[k]);
                 for (int n = 0; n < S; ++n) across_hole[k][n] *= decay[n];
             } else {
@@ -439,8 +453,8 @@ struct DecaySteps {
     DecaySteps(const ScanArguments& arguments, const Step<K>& step) {
         for (int k = 0; k < K; ++k) {
             const auto gap = static_cast<float>(step.visits[k].gap);
-            weight[k] = arguments.hole_time_step ? 1.0f : gap;
-            holes[k] = arguments.hole_time_step ? gap - 1.0f : 0.0f;
+            weight[k] = arguments.hole_time_step.data ? 1.0f : gap;
+            holes[k] = arguments.hole_time_step.data ? gap - 1.0f : 0.0f;
         }
     }
 };
@@ -543,6 +557,7 @@ void reverse_paths(const ScanArguments& arguments, Workspace& work, Block& block
 }
 
 // The gradient of y, the scan's output before the gate; nothing yet in the others.
+template <ElementType type>
 void load_gradients(const ScanArguments& arguments, const Rows& grad_output, Workspace& work) {
     for (int b = 0; b < work.block_count; ++b) {
         Block& block = work.blocks[b];
@@ -554,8 +569,8 @@ void load_gradients(const ScanArguments& arguments, const Rows& grad_output, Wor
     for (int64_t token = 0; token < arguments.length; ++token) {
         for (int b = 0; b < work.block_count; ++b) {
             Block& block = work.blocks[b];
-            Vec grad = load_token(grad_output, block, token);
-            if (arguments.gate.data) grad *= silu(load_token(arguments.gate, block, token));
+            Vec grad = load_token<type>(grad_output, block, token);
+            if (arguments.gate.data.data) grad *= silu(load_token<type>(arguments.gate, block, token));
             block.grad_y[token] = grad;
         }
     }
@@ -581,6 +596,7 @@ void backward_block(const ScanArguments& arguments, Workspace& work, Block& bloc
     }
 }
 
+template <ElementType type>
 void store_gradients(const ScanArguments& arguments, const Rows& grad_output, const Workspace& work,
                      const ScanGradients& gradients, Partials& partials) {
     Vec grad_bias[kBlocksPerTask] = {};
@@ -588,15 +604,15 @@ void store_gradients(const ScanArguments& arguments, const Rows& grad_output, co
         for (int b = 0; b < work.block_count; ++b) {
             const Block& block = work.blocks[b];
             const int64_t place = (block.sample * arguments.length + token) * arguments.channels + block.first_channel;
-            const Vec grad_time_step =
-                block.grad_delta[token] * sigmoid(time_step_before_softplus(arguments, block, token));
+            const Vec time_step = load_token<type>(arguments.time_step, block, token) + block.bias;
+            const Vec grad_time_step = block.grad_delta[token] * sigmoid(time_step);
             grad_bias[b] += grad_time_step;
-            store(gradients.hidden_states + place, block.grad_u[token], block.width);
-            store(gradients.time_step + place, grad_time_step, block.width);
-            if (arguments.gate.data) {
-                const Vec slope = silu_derivative(load_token(arguments.gate, block, token));
-                const Vec grad_gate = load_token(grad_output, block, token) * block.y[token] * slope;
-                store(gradients.gate + place, grad_gate, block.width);
+            store_token<type>(gradients.hidden_states, place, block, block.grad_u[token]);
+            store_token<type>(gradients.time_step, place, block, grad_time_step);
+            if (arguments.gate.data.data) {
+                const Vec slope = silu_derivative(load_token<type>(arguments.gate, block, token));
+                const Vec grad_gate = load_token<type>(grad_output, block, token) * block.y[token] * slope;
+                store_token<type>(gradients.gate, place, block, grad_gate);
             }
         }
     }
@@ -620,7 +636,7 @@ int64_t tasks_per_sample(const ScanArguments& arguments) {
 std::atomic<int64_t> calls{0};
 
 // Calls work(workspace, task) for all tasks, their blocks loaded.
-template <int S, typename Work>
+template <int S, ElementType type, typename Work>
 void for_tasks(const ScanArguments& arguments, int threads, const Work& work) {
     const int64_t call = ++calls, tasks = tasks_per_sample(arguments);
     parallel_for(arguments.batch * tasks, threads, [&](int64_t task) {
@@ -630,20 +646,20 @@ void for_tasks(const ScanArguments& arguments, int threads, const Work& work) {
             load_sample(arguments, task / tasks, padded_states<S>(arguments), sample);
             sample.call = call;
         }
-        load_blocks(arguments, sample.index, task % tasks * kLanes * kBlocksPerTask, workspace);
+        load_blocks<type>(arguments, sample.index, task % tasks * kLanes * kBlocksPerTask, workspace);
         work(workspace, task);
     });
 }
 
-template <int S>
-void forward(const ScanArguments& arguments, float* output, int threads) {
-    for_tasks<S>(arguments, threads, [&](Workspace& work, int64_t) {
+template <int S, ElementType type>
+void forward(const ScanArguments& arguments, Target output, int threads) {
+    for_tasks<S, type>(arguments, threads, [&](Workspace& work, int64_t) {
         for (int b = 0; b < work.block_count; ++b) forward_block<S>(arguments, work.sample, work.blocks[b]);
-        store_output(arguments, work, output);
+        store_output<type>(arguments, work, output);
     });
 }
 
-template <int S>
+template <int S, ElementType type>
 void backward(const ScanArguments& arguments, const Rows& grad_output, const ScanGradients& gradients, int threads) {
     const int64_t batch = arguments.batch, channels = arguments.channels, states = arguments.states;
     const int64_t groups = tasks_per_sample(arguments), tasks = batch * groups;
@@ -656,13 +672,13 @@ void backward(const ScanArguments& arguments, const Rows& grad_output, const Sca
                       {tasks, arguments.length, states, width},
                       {tasks, arguments.move_kinds, states, width}};
 
-    for_tasks<S>(arguments, threads, [&](Workspace& work, int64_t task) {
+    for_tasks<S, type>(arguments, threads, [&](Workspace& work, int64_t task) {
         partials.B.clear(task);
         partials.C.clear(task);
         partials.direction_B.clear(task);
-        load_gradients(arguments, grad_output, work);
+        load_gradients<type>(arguments, grad_output, work);
         for (int b = 0; b < work.block_count; ++b) backward_block<S>(arguments, work, work.blocks[b], task, partials);
-        store_gradients(arguments, grad_output, work, gradients, partials);
+        store_gradients<type>(arguments, grad_output, work, gradients, partials);
     });
 
     parallel_for(batch, threads, [&](int64_t sample) {
@@ -694,19 +710,38 @@ const char* find_error(const ScanArguments& arguments) {
     return nullptr;
 }
 
+// With the parameters in float32 that are read number by number.
+ScanArguments with_floats(const ScanArguments& given, Floats& floats) {
+    ScanArguments arguments = given;
+    arguments.A = floats.of(given.A, given.channels * given.states);
+    arguments.direction_B = floats.of(given.direction_B, given.move_kinds * given.states);
+    return arguments;
+}
+
 }  // namespace
 
 // Both return null, or what is wrong with the arguments.
 
-extern "C" const char* selective_scan_forward(const ScanArguments* arguments, float* output, int threads) {
-    if (const char* error = find_error(*arguments)) return error;
-    return with_memory([&] { (arguments->states <= 8 ? forward<8> : forward<16>)(*arguments, output, threads); });
+extern "C" const char* selective_scan_forward(const ScanArguments* given, const Target* output, int threads) {
+    if (const char* error = find_error(*given)) return error;
+    return with_memory([&] {
+        Floats floats;
+        const ScanArguments arguments = with_floats(*given, floats);
+        with_type(output->type, [&](auto type) {
+            (arguments.states <= 8 ? forward<8, type.value> : forward<16, type.value>)(arguments, *output, threads);
+        });
+    });
 }
 
-extern "C" const char* selective_scan_backward(const ScanArguments* arguments, const Rows* grad_output,
+extern "C" const char* selective_scan_backward(const ScanArguments* given, const Rows* grad_output,
                                                const ScanGradients* gradients, int threads) {
-    if (const char* error = find_error(*arguments)) return error;
+    if (const char* error = find_error(*given)) return error;
     return with_memory([&] {
-        (arguments->states <= 8 ? backward<8> : backward<16>)(*arguments, *grad_output, *gradients, threads);
+        Floats floats;
+        const ScanArguments arguments = with_floats(*given, floats);
+        with_type(grad_output->data.type, [&](auto type) {
+            (arguments.states <= 8 ? backward<8, type.value> : backward<16, type.value>)(arguments, *grad_output,
+                                                                                        *gradients, threads);
+        });
     });
 }

@@ -23,32 +23,32 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
-inline Vec broadcast(float value) { return value - Vec{}; }
+[[gnu::always_inline]] inline Vec broadcast(float value) { return value - Vec{}; }
 
-inline Vec load(const float* source) {
+[[gnu::always_inline]] inline Vec load(const float* source) {
     Vec result;
     std::memcpy(&result, source, sizeof(Vec));
     return result;
 }
 
-inline void store(float* target, Vec value) { std::memcpy(target, &value, sizeof(Vec)); }
+[[gnu::always_inline]] inline void store(float* target, Vec value) { std::memcpy(target, &value, sizeof(Vec)); }
 
 // The first `count` lanes; the others are 0.
-inline Vec load(const float* source, int count) {
+[[gnu::always_inline]] inline Vec load(const float* source, int count) {
     if (count == kLanes) return load(source);
     Vec result{};
     std::memcpy(&result, source, count * sizeof(float));
     return result;
 }
 
-inline void store(float* target, Vec value, int count) {
+[[gnu::always_inline]] inline void store(float* target, Vec value, int count) {
     if (count == kLanes) return store(target, value);
     std::memcpy(target, &value, count * sizeof(float));
 }
 
 // In both, a lane where `x` is NaN stays NaN.
-inline Vec minimum(Vec limit, Vec x) { return limit < x ? limit : x; }
-inline Vec maximum(Vec limit, Vec x) { return limit > x ? limit : x; }
+[[gnu::always_inline]] inline Vec minimum(Vec limit, Vec x) { return limit < x ? limit : x; }
+[[gnu::always_inline]] inline Vec maximum(Vec limit, Vec x) { return limit > x ? limit : x; }
 
 // 2^x for x in [-127, 127], within 2e-7 of it; 0 at -127, next to 0 below -126, NaN where x is NaN.
 //
@@ -57,12 +57,12 @@ inline Vec maximum(Vec limit, Vec x) { return limit > x ? limit : x; }
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
 // Of 16 lanes an index has 4 bits: the table stands there twice.
-inline IntVec look_up_eighth(const int32_t (&table)[8], IntVec index) {
+[[gnu::always_inline]] inline IntVec look_up_eighth(const int32_t (&table)[8], IntVec index) {
     const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
     return reinterpret_cast<IntVec>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(index), twice));
 }
 #else
-inline IntVec look_up_eighth(const int32_t (&table)[8], IntVec index) {
+[[gnu::always_inline]] inline IntVec look_up_eighth(const int32_t (&table)[8], IntVec index) {
     const __m256i once = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table));
     return reinterpret_cast<IntVec>(_mm256_permutevar8x32_epi32(once, reinterpret_cast<__m256i>(index)));
 }
@@ -72,7 +72,7 @@ inline IntVec look_up_eighth(const int32_t (&table)[8], IntVec index) {
 constexpr int32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                                  0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 
-inline Vec exp2_in_range(Vec x) {
+[[gnu::always_inline]] inline Vec exp2_in_range(Vec x) {
     constexpr float kRound = 1.5f * (1 << 20);
     const Vec rounded = x + kRound;
     const Vec f = x - (rounded - kRound);
@@ -86,7 +86,7 @@ inline Vec exp2_in_range(Vec x) {
     return power * reinterpret_cast<Vec>(scale_bits);
 }
 #else
-inline Vec exp2_in_range(Vec x) {
+[[gnu::always_inline]] inline Vec exp2_in_range(Vec x) {
     // With the exponent's bias added too, the low bits only have to be shifted to become 2^n, and n = -127 becomes 0.
     constexpr float kRound = 1.5f * (1 << 23) + 127.0f;
     const Vec rounded = x + kRound;
@@ -104,10 +104,10 @@ inline Vec exp2_in_range(Vec x) {
 constexpr float kLog2E = 1.4426950408889634f;
 
 // 0 below 2^-126, and never more than 2^127.
-inline Vec exp(Vec x) { return exp2_in_range(minimum(broadcast(127.0f), maximum(broadcast(-127.0f), x * kLog2E))); }
+[[gnu::always_inline]] inline Vec exp(Vec x) { return exp2_in_range(minimum(broadcast(127.0f), maximum(broadcast(-127.0f), x * kLog2E))); }
 
 // log(1 + y) for y in [0, 1]: 2 artanh(s) with s = y / (2 + y) <= 1/3, which keeps all digits of a small y.
-inline Vec log1p(Vec y) {
+[[gnu::always_inline]] inline Vec log1p(Vec y) {
     const Vec s = y / (y + 2.0f);
     const Vec square = s * s;
     Vec series = square * (1.0f / 15) + 1.0f / 13;
@@ -121,22 +121,22 @@ inline Vec log1p(Vec y) {
 }
 
 // log(1 + exp(x)) without overflow.
-inline Vec softplus(Vec x) {
+[[gnu::always_inline]] inline Vec softplus(Vec x) {
     const Vec magnitude = x < 0.0f ? -x : x;
     return maximum(Vec{}, x) + log1p(exp(-magnitude));
 }
 
-inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+[[gnu::always_inline]] inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
-inline Vec silu(Vec x) { return x * sigmoid(x); }
+[[gnu::always_inline]] inline Vec silu(Vec x) { return x * sigmoid(x); }
 
-inline Vec silu_derivative(Vec x) {
+[[gnu::always_inline]] inline Vec silu_derivative(Vec x) {
     const Vec s = sigmoid(x);
     return s * (1.0f + x * (1.0f - s));
 }
 
 template <int... lanes>
-inline Vec shuffle(Vec a, Vec b) {
+[[gnu::always_inline]] inline Vec shuffle(Vec a, Vec b) {
 #if defined(__clang__) || __GNUC__ >= 12
     return __builtin_shufflevector(a, b, lanes...);
 #else
@@ -153,13 +153,13 @@ constexpr int half_lane(int lane, int group, int half) {
 // Cuts both vectors into groups of `group` lanes and adds each group's upper half to its lower half; in the result,
 // the sums of a group of `a` are followed by those of the same group of `b`.
 template <int group, int... lanes>
-inline Vec add_halves(Vec a, Vec b, std::integer_sequence<int, lanes...>) {
+[[gnu::always_inline]] inline Vec add_halves(Vec a, Vec b, std::integer_sequence<int, lanes...>) {
     return shuffle<half_lane(lanes, group, 0)...>(a, b) + shuffle<half_lane(lanes, group, 1)...>(a, b);
 }
 
 // Lane i of the result is the sum of the lanes of vectors[i], for i < kLanes.
 template <int group = 2>
-inline Vec sum_lanes(const Vec* vectors, int stride = 1) {
+[[gnu::always_inline]] inline Vec sum_lanes(const Vec* vectors, int stride = 1) {
     if constexpr (group > kLanes) {
         return *vectors;
     } else {
