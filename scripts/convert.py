@@ -47,7 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-OF_FILES = ("family", "ema", "image_size", "patch_stride", "id2label", "image_mean", "image_std", "crop_pct")
+OF_FILES = (
+    "family",
+    "ema",
+    "image_size",
+    "patch_stride",
+    "num_frames",
+    "id2label",
+    "image_mean",
+    "image_std",
+    "crop_pct",
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,7 +72,14 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--image_size", type=int, nargs="+", metavar="PIXELS", help="one number, or height and width; default: square"
     )
-    group.add_argument("--patch_stride", type=int, help="Vim's, where patches overlap (published: 8); default: none do")
+    group.add_argument(
+        "--patch_stride",
+        type=int,
+        help="of Vim, where patches overlap (published: 8), and VideoMamba's images; default: none overlap",
+    )
+    group.add_argument(
+        "--num_frames", type=int, help="of VideoMamba: for another number, or to make a video model of an image model"
+    )
     group.add_argument("--id2label", type=Path, help="names of the labels: JSON (list or dict), or text, one a line")
     # All families were evaluated with ImageNet's statistics and a bicubic resize of the shortest edge to 256.
     group.add_argument("--image_mean", type=float, nargs="+", default=IMAGENET_DEFAULT_MEAN, help="of each channel")
@@ -81,6 +98,8 @@ def to_folder(options: argparse.Namespace) -> ImageClassifier:
         overrides["image_size"] = options.image_size[0] if len(options.image_size) == 1 else options.image_size
     if options.patch_stride is not None:
         overrides["patch_stride"] = options.patch_stride
+    if options.num_frames is not None:
+        overrides["num_frames"] = options.num_frames
     model = load_official_model(options.source, options.ema, options.family, **overrides)
     if options.id2label is not None:
         set_labels(model.config, options.id2label)

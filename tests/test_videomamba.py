@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TOKEN_PRUNING, make_video_config, make_videomamba_config
+from conftest import TOKEN_PRUNING, load_script, make_video_config, make_videomamba_config
 from torch import Tensor, nn
 from transformers import AutoModelForVideoClassification
 
@@ -377,6 +377,28 @@ def test_files_open_at_other_lengths_and_sizes(model, official) -> None:
     assert config.grid_size == (6, 6, 3)
     # What a model does at run time with an input that it was not laid out for.
     torch.testing.assert_close(larger(clips).logits, model(clips).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_script_converts_videos_there_and_back(model, official, clips, tmp_path, capsys) -> None:
+    convert = load_script("convert").main
+    save_official_model(model, tmp_path / "k400.pth")
+    assert convert([str(tmp_path / "k400.pth"), str(tmp_path / "model")]) == 0
+    assert "videomamba: 4 layers, hidden size 16, videos of 3 frames of 32 x 32 pixels" in capsys.readouterr().out
+    opened = AutoModelForVideoClassification.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        assert torch.equal(opened(clips).logits, model(clips).logits)
+    assert convert([str(tmp_path / "model"), str(tmp_path / "back.pth")]) == 0
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == official.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in official.items())
+
+
+def test_script_makes_a_video_model_of_an_image_model(tmp_path) -> None:
+    save_official_model(make_model(make_videomamba_config()), tmp_path / "videomamba_t16_in1k_res224.pth")
+    arguments = [str(tmp_path / "videomamba_t16_in1k_res224.pth"), str(tmp_path / "model"), "--num_frames", "6"]
+    assert load_script("convert").main(arguments) == 0
+    opened = AutoModelForVideoClassification.from_pretrained(tmp_path / "model")
+    assert opened.config.grid_size == (6, 4, 4)
 
 
 # ---- Sizes and FLOPs ---------------------------------------------------------------------------------------------
