@@ -61,6 +61,8 @@ def shared() -> Path:
     return folder
 
 
+# For what takes seconds by itself: after so many it hangs, however busy the machine.
+PATIENCE = 600
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
