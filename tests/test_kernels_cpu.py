@@ -373,11 +373,14 @@ def test_says_that_a_compiler_is_missing(without_prebuilt: Path, monkeypatch: py
         build.library_path()
 
 
-def test_says_what_the_compiler_said(without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch):
-    compiler = without_prebuilt / "compiler"
+@pytest.mark.parametrize("write", [str, shlex.quote, lambda path: f"{shlex.quote(path)} -O1"])
+def test_says_what_the_compiler_said(write: Callable, without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch):
+    """Wherever the compiler is, however CXX writes that, with options or without."""
+    compiler = without_prebuilt / "a ß" / "compiler"
+    compiler.parent.mkdir()
     compiler.write_text("#!/bin/sh\necho broken compiler >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", shlex.quote(str(compiler)))
+    monkeypatch.setenv("CXX", write(str(compiler)))
     with pytest.raises(build.BuildError, match="broken compiler"):
         build.library_path()
     assert not list(without_prebuilt.rglob("*.so*"))
