@@ -4,6 +4,10 @@ SPACE ?= build/space
 
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off
 
+# Python before 3.13 reads the path of an editable installation in the locale's encoding, and does not start where
+# that is ASCII and the path is not.
+export LC_ALL = C.UTF-8
+
 .DEFAULT_GOAL := help
 .PHONY: help test lint format docs audit demo space browser clean
 
@@ -34,9 +38,7 @@ demo: .venv-demo/installed  ## Make .venv-demo, prune and fine-tune the shipped 
 space:  ## Make build/space, the demo's page with the package, ready for the Hub
 	rm -rf '$(SPACE)'
 	mkdir -p '$(SPACE)'
-	cp -R demo/. '$(SPACE)'
-	cp -R src/hf_vssm_prune '$(SPACE)'
-	find '$(SPACE)' -name __pycache__ -type d -prune -exec rm -r {} +
+	tar -c -f - --exclude __pycache__ -C demo . -C ../src hf_vssm_prune | tar -x -o -f - -C '$(SPACE)'
 
 browser:  ## Install Chromium, in which the demo's page is tested, where it is missing (Debian and Ubuntu, as root)
 	command -v chromium && command -v chromedriver || \

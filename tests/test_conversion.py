@@ -4,13 +4,14 @@ import argparse
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import MAKE_CONFIG, PATIENCE, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
 from golden import GoldenCase
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -284,7 +285,7 @@ def test_loading_with_a_pruning_schedule(model, official, pixel_values, tmp_path
 def test_pickled_code_does_not_run(convert, tmp_path, capsys) -> None:
     class Payload:
         def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/executed",)
+            return os.system, (f"touch {shlex.quote(str(tmp_path / 'executed'))}",)
 
     torch.save({"model": {"weight": torch.zeros(1)}, "extra": Payload()}, tmp_path / "zip.pth")
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(Payload(), protocol=2))
@@ -327,7 +328,7 @@ def test_file_with_something_else(tmp_path) -> None:
 
 def run_script(*arguments: Path | str) -> str:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import PATIENCE
 from PIL import Image
 
 
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_demo(tmp_path: Path):
     command = [sys.executable, "scripts/demo.py", "--output_dir", str(tmp_path), "--max_train_samples", "128"]
     result = subprocess.run(
-        [*command, "--epochs", "1"], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+        [*command, "--epochs", "1"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert result.returncode == 0, result.stderr[-2000:]
     for row in ("dense", "pruned naively", "pruned with alignment", "pruned, aligned, fine-tuned"):

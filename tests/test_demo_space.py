@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING
+from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, PATIENCE, TOKEN_PRUNING
 from packaging.requirements import Requirement
 from PIL import Image, PngImagePlugin
 from transformers import AutoModelForImageClassification
@@ -229,5 +229,5 @@ def test_the_space_has_its_own_package(tmp_path) -> None:
     subprocess.run(["make", "--silent", "space", f"SPACE={tmp_path}"], cwd=ROOT, check=True)
     (tmp_path / "which.py").write_text("import pruned_model, hf_vssm_prune; print(hf_vssm_prune.EXAMPLE_MODEL)")
     command = [sys.executable, str(tmp_path / "which.py")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd="/")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True, cwd="/")
     assert result.stdout.strip() == str(tmp_path / "hf_vssm_prune" / "data" / EXAMPLE_MODEL.name)

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import MAKE_CONFIG, load_script
+from conftest import MAKE_CONFIG, PATIENCE, load_script
 from test_models import make_model
 from test_selective_scan import OPTIONS, make_arguments
 from torch import nn
@@ -107,7 +107,9 @@ def test_torch_export_file_opens_where_the_package_is_not_installed(export_small
         "torch.save([logits, kept], 'outputs.pt')\n"
         "assert not [name for name in sys.modules if name.startswith(('hf_vssm_prune', 'transformers'))]\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert result.returncode == 0, result.stderr
     logits, kept = torch.load(tmp_path / "outputs.pt")
     with torch.no_grad():
@@ -253,7 +255,7 @@ def test_code_of_the_page_in_node(export_small_model):
         console.log(JSON.stringify(result));
     """
     node = ["node", "--input-type=module", "--eval", code]
-    result = subprocess.run(node, cwd=ROOT / "demo" / "web", capture_output=True, text=True, timeout=100)
+    result = subprocess.run(node, cwd=ROOT / "demo" / "web", capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     inputs = (torch.from_numpy(pixels[..., :3].copy()).permute(2, 0, 1) / 255 - 0.5) / 0.25

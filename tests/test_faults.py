@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import make_plainmamba_config, make_vim_config
+from conftest import PATIENCE, make_plainmamba_config, make_vim_config
 from hub_server import HubServer
 from safetensors.torch import load_file
 from test_training import datasets, fresh_accelerator, image_folder, make_recipe, make_trainer  # noqa: F401
@@ -53,7 +53,7 @@ def save_and_wait(model: torch.nn.Module, folder: Path, written: FORK.Event) -> 
 
     def wait(*_: object) -> None:
         written.set()
-        time.sleep(60)
+        time.sleep(PATIENCE)
 
     saving._publish = wait
     save_for_hub(model, folder)
@@ -63,9 +63,9 @@ def kill_while_saving(model: torch.nn.Module, folder: Path) -> None:
     written = FORK.Event()
     process = FORK.Process(target=save_and_wait, args=(model, folder, written))
     process.start()
-    assert written.wait(60)
+    assert written.wait(PATIENCE)
     process.kill()
-    process.join(30)
+    process.join(PATIENCE)
     assert process.exitcode == -9
 
 
@@ -157,7 +157,7 @@ def test_download_goes_on_where_it_was_cut_or_stood_still(fault, hub, tmp_path) 
     hub.fail("GET", WEIGHTS, **{fault: 11_000_000})
     start = time.monotonic()
     assert loads_right(name, model)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < PATIENCE
     assert [asked for _, _, asked in hub.requests("GET", WEIGHTS)] == [None, "bytes=10485760-"]
 
 
@@ -167,9 +167,9 @@ def test_killed_while_downloading(hub, tmp_path) -> None:
     hub.fail("GET", WEIGHTS, stall_after=11_000_000)
     process = FORK.Process(target=load_classifier, args=(name,))
     process.start()
-    assert hub.state.stalled.wait(60)
+    assert hub.state.stalled.wait(PATIENCE)
     process.kill()
-    process.join(30)
+    process.join(PATIENCE)
     assert process.exitcode == -9
     assert loads_right(name, model)
 
@@ -187,7 +187,7 @@ def test_hub_that_refuses_to_the_end_is_named(status, hub, repo) -> None:
     start = time.monotonic()
     with pytest.raises(OSError, match=repo):
         load_classifier(repo)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < PATIENCE
 
 
 def test_hub_that_fails_does_not_keep_from_what_is_in_the_cache(hub, repo) -> None:

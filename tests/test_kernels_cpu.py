@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PATIENCE
 from kernel_arguments import Arguments, assert_close_to_reference, convolution_arguments, run, scan_arguments
 from torch import Tensor
 
@@ -240,7 +242,7 @@ def test_forked_process_computes():
     queue = context.SimpleQueue()
     child = context.Process(target=_scan_sum, args=(arguments, queue))
     child.start()
-    child.join(20)
+    child.join(PATIENCE)
     alive = child.is_alive()
     child.kill()
     assert not alive, "the forked process hangs"
@@ -272,7 +274,7 @@ except (MemoryError, RuntimeError) as error:  # RuntimeError: PyTorch's own allo
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_that_runs_out_is_an_error_of_python():
     command = [sys.executable, "-c", OUT_OF_MEMORY]
-    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "error: " in result.stdout
 
@@ -372,11 +374,14 @@ def test_says_that_a_compiler_is_missing(without_prebuilt: Path, monkeypatch: py
         build.library_path()
 
 
-def test_says_what_the_compiler_said(without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch):
-    compiler = without_prebuilt / "compiler"
+@pytest.mark.parametrize("write", [str, shlex.quote, lambda path: f"{shlex.quote(path)} -O1"])
+def test_says_what_the_compiler_said(write: Callable, without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch):
+    """Wherever the compiler is, however CXX writes that, with options or without."""
+    compiler = without_prebuilt / "a ß" / "compiler"
+    compiler.parent.mkdir()
     compiler.write_text("#!/bin/sh\necho broken compiler >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", write(str(compiler)))
     with pytest.raises(build.BuildError, match="broken compiler"):
         build.library_path()
     assert not list(without_prebuilt.rglob("*.so*"))
@@ -413,7 +418,7 @@ def test_says_what_is_wrong_with_the_place(without_prebuilt: Path, monkeypatch: 
 def test_processes_that_build_at_once_share_one_library(without_prebuilt: Path):
     program = "from hf_vssm_prune.kernels import build; print(build.library_path())"
     processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    paths = {process.communicate(timeout=120)[0].strip() for process in processes}
+    paths = {process.communicate(timeout=PATIENCE)[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0]
     (path,) = map(Path, paths)
     assert path.is_relative_to(without_prebuilt)
@@ -453,10 +458,11 @@ def quick_compiler(without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch) -> P
     compiled = shutil.copy(build.library_path(), without_prebuilt / "compiled.so")
     log, compiler = without_prebuilt / "log", without_prebuilt / "compiler"
     compiler.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && exit\nfor output; do :; done\ncp "{compiled}" "$output"\necho >> "{log}"\n'
+        '#!/bin/sh\n[ "$1" = --version ] && exit\nfor output; do :; done\n'
+        f'cp {shlex.quote(str(compiled))} "$output"\necho >> {shlex.quote(str(log))}\n'
     )
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", shlex.quote(str(compiler)))
     return log
 
 
@@ -492,7 +498,7 @@ def test_a_damaged_prebuilt_library_is_not_taken(quick_compiler: Path, monkeypat
 def test_a_process_survives_a_library_that_was_cut_short(quick_compiler: Path):
     DAMAGES["cut in the middle"](build.library_path())
     program = "from hf_vssm_prune import kernels; print(kernels.available()['cpu (cpu)'])"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert (result.returncode, result.stdout.strip()) == (0, "available")
 
 

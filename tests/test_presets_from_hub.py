@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAKE_CONFIG
+from conftest import MAKE_CONFIG, PATIENCE
 from hub_server import HubServer
 from PIL import Image
 from test_remote_code import python_without_package  # noqa: F401
@@ -68,7 +68,7 @@ def answers(python: Path | str, how: str, hub: HubServer, home: Path, photo: Pat
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

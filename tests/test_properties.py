@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import MAKE_CONFIG, NUM_CLS_TOKENS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -24,7 +24,7 @@ from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.token_pruning import ALIGNMENTS, count_kept
 
 
-quick = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=12)
 
 
 @st.composite

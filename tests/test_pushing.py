@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, make_plainmamba_config
+from conftest import PATIENCE, SCRIPTS, make_plainmamba_config
 from hub_server import HubServer
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -52,7 +52,7 @@ class Client:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment |= {**self.hub.environment(self.home, token), "OMP_NUM_THREADS": "1", **variables}
         arguments = [sys.executable, *map(str, command)]
-        return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
     def push(self, *arguments: str | Path, **options: str | None) -> subprocess.CompletedProcess:
         return self.run(SCRIPTS / "push.py", *arguments, **options)

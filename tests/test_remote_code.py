@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from conftest import MAKE_CONFIG, PATIENCE, TOKEN_PRUNING
 from PIL import Image
 from transformers import BitImageProcessorPil, pipeline
 
@@ -103,7 +103,7 @@ def open_without_package(python: Path, folder: Path, image: Image.Image, scratch
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -4,6 +4,7 @@ Without a GPU Triton interprets its kernels, and the adapter to mamba-ssm scans 
 its CUDA function.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOKEN_PRUNING, make_plainmamba_config
+from conftest import PATIENCE, TOKEN_PRUNING, make_plainmamba_config
 from kernel_arguments import Arguments, assert_close_to_reference, run, scan_arguments
 from torch import Tensor
 
@@ -236,12 +237,13 @@ def test_triton_is_not_used_where_it_computes_something_else(monkeypatch: pytest
     assert "ZeroDivisionError" in triton_scan.self_check("cpu")
 
 
-def test_triton_compiles_for_gpus_that_are_not_here():
+def test_triton_compiles_for_gpus_that_are_not_here(tmp_path: Path):
     """To machine code for NVIDIA's and AMD's, with and without each option."""
     pytest.importorskip("triton")
-    environment = {"TRITON_INTERPRET": "0", "PYTHONPATH": ":".join(sys.path)}
+    paths = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **paths}
     script = Path(__file__).with_name("compile_triton_kernels.py")
-    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split().count("cubin") == 4
     assert result.stdout.split().count("hsaco") == 4

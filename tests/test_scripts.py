@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import SCRIPTS, hear_signals, load_script, make_plainmamba_config, make_vim_config
+from conftest import PATIENCE, SCRIPTS, hear_signals, load_script, make_plainmamba_config, make_vim_config
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -87,7 +87,7 @@ def command(script: str, *arguments: str | Path, num_processes: int = 1) -> list
 
 def run(script: str, *arguments: str | Path, num_processes: int = 1) -> subprocess.CompletedProcess:
     full = command(script, *arguments, num_processes=num_processes)
-    result = subprocess.run(full, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(full, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -97,7 +97,7 @@ def stop(full: list[str], awaited: Path, number: signal.Signals) -> subprocess.P
     process = subprocess.Popen(
         full, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not awaited.exists():
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline, f"{awaited} did not appear"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SCRIPTS, hear_signals
+from conftest import PATIENCE, SCRIPTS, hear_signals
 
 from study.plan import list_pieces, read_study, tuned_name
 from study.report import Group, difference, mean_and_spread, verdict, write_report
@@ -117,16 +117,16 @@ def test_run_stopped_and_gone_on_with(tmp_path) -> None:
     process = subprocess.Popen(
         command(tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals
     )
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while not results.exists() and time.monotonic() < end:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGINT, errors
     done = read_results(results)
     assert 1 <= len(done) < len(NAMES)
 
-    finished = subprocess.run(command(tmp_path), stderr=subprocess.PIPE, text=True, timeout=300)
+    finished = subprocess.run(command(tmp_path), stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
     assert finished.returncode == 0, finished.stderr
     assert "7/7" in finished.stderr
     everything = read_results(results)
@@ -158,7 +158,7 @@ def test_piece_that_fails_is_named_and_the_others_run(tmp_path, caplog) -> None:
 def test_pieces_without_a_model_to_start_from_are_named(tmp_path) -> None:
     write_study(tmp_path / "study.yaml")
     finished = subprocess.run(
-        [*command(tmp_path), "--only", "*/dense tuned"], stderr=subprocess.PIPE, text=True, timeout=300
+        [*command(tmp_path), "--only", "*/dense tuned"], stderr=subprocess.PIPE, text=True, timeout=PATIENCE
     )
     assert finished.returncode == 1
     assert (

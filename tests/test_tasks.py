@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import TOKEN_PRUNING, load_script, make_vim_config
+from conftest import PATIENCE, TOKEN_PRUNING, load_script, make_vim_config
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
@@ -127,7 +127,7 @@ def test_killed_and_stopped_runs_end_with_the_same_weights_to_the_bit(
     broken = tmp_path / "broken"
     process = FORK.Process(target=train_until_killed, args=(RANDOM_TASKS[task](), data, broken, streaming))
     process.start()
-    process.join(120)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     assert find_checkpoints(broken)[-1].name == "checkpoint-4"
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import (
+    MAKE_CONFIG,
+    NUM_CLS_TOKENS,
+    PATIENCE,
+    TOKEN_PRUNING,
+    make_plainmamba_config,
+    make_vim_config,
+)
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -176,7 +183,7 @@ def test_script(tmp_path: Path, options: list[str]) -> None:
     Image.new("RGB", (40, 30), GREY).save(image)
     script = Path(__file__).resolve().parents[1] / "scripts" / "visualize.py"
     command = [sys.executable, script, image, "--output", output, *options]
-    subprocess.run(command, timeout=120, check=True)
+    subprocess.run(command, timeout=PATIENCE, check=True)
     model = AutoModelForImageClassification.from_pretrained(EXAMPLE_MODEL)
     model.set_token_pruning({"flops_reduction": 0.3 if options else 0.416})
     processor = AutoImageProcessor.from_pretrained(EXAMPLE_MODEL)

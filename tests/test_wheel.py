@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 from hf_vssm_prune.kernels import build
 
@@ -31,7 +32,7 @@ if platform.system() != "Linux":
 def build_wheel(directory: Path, prebuilt: str) -> Path:
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(directory)]
     environment = {**os.environ, "HF_VSSM_PRUNE_PREBUILT": prebuilt}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=PATIENCE)
     (wheel,) = directory.glob("*.whl")
     return wheel
 
@@ -43,7 +44,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert wheel.stem.endswith("-py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_"))
     folder = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
-    subprocess.run([*command, str(wheel)], check=True, timeout=600)
+    subprocess.run([*command, str(wheel)], check=True, timeout=PATIENCE)
     return folder
 
 
@@ -61,7 +62,7 @@ arguments = (rows[0], rows[1], -torch.rand(16, 4), *states, *channels, rows[2])
 torch.testing.assert_close(
     selective_scan(*arguments, backend="cpu"), selective_scan(*arguments, backend="torch"), rtol=1e-5, atol=1e-5
 )
-print(*{line.split()[-1] for line in open("/proc/self/maps") if "prebuilt" in line})
+print(*{line.rstrip().split(maxsplit=5)[-1] for line in open("/proc/self/maps") if "prebuilt" in line})
 """
 
 
@@ -72,7 +73,7 @@ def test_prebuilt_kernels_run_without_a_compiler(capability: str | None, install
     if capability is not None:
         environment["ATEN_CPU_CAPABILITY"] = capability
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", PROGRAM], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.returncode == 0, result.stderr[-3000:]
     package, library = map(Path, result.stdout.splitlines())

@@ -47,8 +47,7 @@ def import_suite(module: str) -> ModuleType:
 
 def fetch_suite() -> Path:
     """The folder that holds the package. Several processes may ask at once; one downloads."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_vssm_prune"
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = cache_folder()
     folder = cache / f"transformers-{transformers.__version__}-tests"
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
@@ -57,6 +56,17 @@ def fetch_suite() -> Path:
                 unpack(download(Path(scratch)), unpacked / PACKAGE)
                 os.replace(unpacked, folder)
     return folder
+
+
+def cache_folder() -> Path:
+    """The user's; users without a home, or with one that they may not write to, have none."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_vssm_prune"
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except (OSError, RuntimeError) as error:
+        raise SuiteUnavailable(f"no cache for transformers' own tests ({error}); set XDG_CACHE_HOME") from error
 
 
 def download(folder: Path) -> Path:

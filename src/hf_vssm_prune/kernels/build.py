@@ -84,8 +84,9 @@ def best_variant() -> str:
 
 def find_compiler() -> list[str]:
     """The command of the C++ compiler: `$CXX`, g++ or clang++, the first that is there."""
+    variable = os.environ.get("CXX", "")
     try:
-        named = shlex.split(os.environ.get("CXX", ""))
+        named = [variable] if shutil.which(variable) else shlex.split(variable)  # a path may have spaces, and be quoted
     except ValueError as error:
         raise BuildError(f"CXX is no command: {error}") from error
     candidates = [named, ["g++"], ["clang++"]]
