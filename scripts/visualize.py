@@ -28,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--flops_reduction",
         type=float,
-        help=f"prune by this share (default: the model's own schedule; for a dense model {DENSE_MODELS_REDUCTION}, by "
-        "the paper's method)",
+        help=f"prune by this share (default: the model's own schedule; for a dense model {DENSE_MODELS_REDUCTION})",
     )
     parser.add_argument("--importance", action="store_true", help="draw the importance of the tokens as well")
     parser.add_argument("--output", default="kept_tokens.png", help="where to write (default: %(default)s)")

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD, PruningMethod
 from hf_vssm_prune.pruning_stage import Reduction, Stage
 from hf_vssm_prune.token_pruning import gather_tokens
+from hf_vssm_prune.visualization import merged_patches
 
 
 HIDDEN, CHANNELS, STATES = 6, 5, 3
@@ -788,6 +789,58 @@ def test_new_parameters_take_the_models_precision_and_mode(tiny_config) -> None:
     assert {parameter.dtype for parameter in new} == {torch.bfloat16}
     assert all(module.training for module in model.modules())
     assert model(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).logits.isfinite().all()
+
+
+# ---- What went where ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_tokens_are_composed_over_stages(method, family) -> None:
+    config = MAKE_CONFIG[family](token_pruning=pruning(method))
+    output = run(make_model(config), config)
+    if output.merged_tokens is None:
+        return
+    num_tokens = math.prod(config.grid_size) + NUM_CLS_TOKENS[family]
+    before = torch.arange(num_tokens).expand(2, -1)
+    for kept, merged in zip(output.kept_tokens, output.merged_tokens, strict=True):
+        assert merged.shape == (2, num_tokens)
+        assert torch.equal(merged.gather(1, kept), kept), "what is left went into itself"
+        moved = merged != torch.arange(num_tokens)
+        assert moved.any()
+        for row, move, left in zip(merged, moved, kept, strict=True):
+            assert set(row[move].tolist()) <= set(left.tolist())
+        assert torch.equal(merged.gather(1, before), merged), "what met at an earlier stage stays together"
+        before = merged
+
+
+def run(model: nn.Module, config) -> Any:
+    with torch.no_grad():
+        return model(torch.randn(config.pixel_values_shape(2)))
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_filled_by_merged_tokens(method, family) -> None:
+    """They differ from those filled by last states where something was merged, and nowhere else."""
+    config = MAKE_CONFIG[family](out_indices=[0, 2, 4], token_pruning=pruning(method))
+    model = FAMILIES[family].classes["Backbone"](config).eval()
+    images = torch.randn(config.pixel_values_shape(2))
+    maps = {}
+    for fill in ("last", "merged"):
+        config.feature_fill = fill
+        with torch.no_grad():
+            output = model(images)
+        maps[fill] = [feature_map.flatten(2) for feature_map in output.feature_maps]
+    merged = None if output.merged_tokens is None else merged_patches(output.merged_tokens, config)
+    for level, stages in enumerate([0, 1, 2]):
+        last, filled = maps["last"][level], maps["merged"][level]
+        if stages == 0 or merged is None:
+            assert torch.equal(last, filled)
+            continue
+        into = merged[stages - 1].unsqueeze(1).expand_as(last)
+        assert torch.equal(filled, last.gather(2, into))
+        assert not torch.equal(filled, last)
 
 
 # ---- How much is computed ----------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_vssm_prune import EXAMPLE_MODEL, visualize
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.visualization import (
     DROPPED,
     DROPPED_OPACITY,
@@ -29,6 +31,7 @@ from hf_vssm_prune.visualization import (
     draw_classification,
     draw_importance,
     draw_kept_tokens,
+    draw_merges,
     image_from_pixel_values,
     importance_maps,
     kept_patches,
@@ -119,6 +122,39 @@ def test_class_token_is_left_out_of_the_middle(vim_config) -> None:
     kept = torch.tensor([[0, 7, 8, 9, 16], [1, 2, 8, 10, 11]])
     (patches,) = kept_patches([kept], vim_config)
     assert patches.tolist() == [[0, 7, 8, 15], [1, 2, 9, 10]]
+
+
+def test_merged_patches_have_one_colour() -> None:
+    """The mean of theirs; what was dropped is covered."""
+    colours = [(200, 0, 0), (100, 0, 0), (0, 200, 0), (0, 0, 250)]
+    image = Image.new("RGB", (2, 2))
+    image.putdata(colours)
+    panel = draw_merges(image, torch.tensor([0, 0, 2, 3]), torch.tensor([0, 2]), (2, 2))
+    width, height = panel.size
+    middles = [panel.getpixel((x * width // 4, y * height // 4)) for y in (1, 3) for x in (1, 3)]
+    assert middles[:3] == [(150, 0, 0), (150, 0, 0), (0, 200, 0)]
+    assert middles[3] == tuple(round(0.72 * a + 0.28 * b) for a, b in zip((0, 114, 178), (0, 0, 250), strict=True))
+    assert panel.getpixel((width // 2, height // 4)) == (150, 0, 0), "no border inside a token"
+    assert panel.getpixel((width // 4, height // 2)) == (240, 228, 66)
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_drawn(method, family) -> None:
+    """Those that merge with a second row, of what became one token."""
+    config = MAKE_CONFIG[family](token_pruning={"layers": [1, 3], "keep_ratios": [0.6, 0.6], "method": method})
+    model = FAMILIES[family].classifier(config).eval()
+    images = torch.randn(config.pixel_values_shape(1))
+    with torch.no_grad():
+        merges = model(images).merged_tokens is not None
+    picture = draw_classification(model, images, [0.5] * 3, [0.5] * 3)
+    model.set_token_pruning({"layers": [1, 3], "keep_ratios": [0.6, 0.6], "method": "top"})
+    plain = draw_classification(model, images, [0.5] * 3, [0.5] * 3)
+    assert (picture.height > plain.height) == merges == (method not in PRUNES)
+
+
+# These drop tokens and merge none.
+PRUNES = ("top", "stand_in", "local_top", "uniform", "dyvm")
 
 
 def test_image_from_pixel_values_undoes_normalisation() -> None:

@@ -97,6 +97,21 @@ def kept_patches(
     return [ids - (ids > cls_token_id).long() for ids in without_class]
 
 
+def merged_patches(
+    merged_tokens: Sequence[Tensor], config: VisionMambaConfig, input_size: tuple[int, ...] | None = None
+) -> list[Tensor]:
+    """For each patch the one that it was merged into, from a model's output.
+
+    Args:
+        merged_tokens: of the output, for each stage ids of shape (batch, tokens).
+        config, input_size: as in `kept_patches`.
+
+    Returns:
+        For each stage ids of patches, shape (batch, patches), their own where they are left or were dropped.
+    """
+    return kept_patches(merged_tokens, config, input_size)  # the class token goes into itself, and no other into it
+
+
 def frames_from_pixel_values(
     pixel_values: Tensor, mean: Sequence[float], std: Sequence[float], config: VisionMambaConfig
 ) -> list[Image.Image]:
@@ -171,6 +186,7 @@ def draw_classification(
         captions=[labels[index] for index in output.logits.argmax(-1).tolist()],
         layers=config.token_pruning["layers"],
         token_scores=output.token_scores if importance else None,
+        merged=None if output.merged_tokens is None else merged_patches(output.merged_tokens, config, input_size),
     )
 
 
@@ -197,10 +213,12 @@ def draw_kept_tokens(
     captions: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     token_scores: Sequence[Tensor] | None = None,
+    merged: Sequence[Tensor] | None = None,
 ) -> Image.Image:
     """Draws one row for each image: the image, then for each stage the patches that are left.
 
-    Dropped patches are covered with blue, the border between them and those that are left is yellow.
+    Dropped patches are covered with blue, the border between them and those that are left is yellow. Where tokens were
+    merged, a second row has in one colour, the mean of what they show, what has become one token.
 
     Args:
         images: what the model saw, any size; small ones are enlarged without blurring.
@@ -213,6 +231,8 @@ def draw_kept_tokens(
         token_scores: for each stage the importance of the patches that were there before it, in raster order, shape
             (len(images), patches), as a model's output has it. It is drawn below the stage: the brighter the more
             important, each panel from its own least to its own greatest; what was dropped before is grey.
+        merged: for each stage the patch that each patch was merged into, shape (len(images), patches); see
+            `merged_patches`.
 
     Raises:
         ValueError: images, tokens, captions, layers and scores do not match, or an id is not on the grid.
@@ -226,6 +246,10 @@ def draw_kept_tokens(
     for index, image in enumerate(images):
         rows.append([*draw_stages(image, [kept[index] for kept in kept_tokens], grid)])
         texts.append([captions[index] if captions else "", *counts])
+        if merged is not None:
+            stages = zip(merged, kept_tokens, strict=True)
+            rows.append([None, *(draw_merges(image, into[index], kept[index], grid) for into, kept in stages)])
+            texts.append(["", *("merged" for _ in kept_tokens)])
         if maps is not None:
             of_image = [scores[index].view(grid) for scores in maps]
             rows.append([None, *(_draw_importance_of_frames(scores, image) for scores in of_image)])
@@ -249,6 +273,30 @@ def draw_stages(image: Frames, kept_tokens: Sequence[Tensor], grid: tuple[int, .
         raise ValueError(f"there are {len(frames)} frames; a grid of {_times(grid)} needs {math.prod(grid[:-2])}.")
     masks = [_kept_mask(kept, grid).view(-1, *grid[-2:]) for kept in kept_tokens]
     return [_sheet(frames), *(_sheet([*map(_draw_mask, frames, mask)]) for mask in masks)]
+
+
+def draw_merges(image: Frames, into: Tensor, kept: Tensor, grid: tuple[int, ...]) -> Image.Image:
+    """A panel of one image in which the patches of one token have one colour, the mean of what they show, and yellow
+    borders; patches that were dropped are covered with blue.
+
+    Args:
+        image: what the model saw.
+        into: for each patch the one that it was merged into, shape (patches,).
+        kept: the patches that are left, shape (n,).
+        grid: as in `draw_stages`.
+    """
+    frames, into = _fit_frames(image), into.cpu()
+    patches = [np.asarray(frame.resize(grid[:-3:-1], Image.Resampling.BOX), np.float64) for frame in frames]
+    colours = torch.from_numpy(np.stack(patches)).view(-1, 3)
+    sums = torch.zeros_like(colours).index_add(0, into, colours)
+    counts = torch.zeros(len(colours), dtype=colours.dtype).index_add(0, into, torch.ones(len(colours)).double())
+    means = (sums / counts.clamp(min=1).unsqueeze(1))[into].round().byte().view(-1, *grid[-2:], 3)
+    groups, is_left = into.view(-1, *grid[-2:]), _kept_mask(kept, grid).flatten()[into].view(-1, *grid[-2:])
+    painted = [
+        Image.fromarray(colour.numpy()).resize(frame.size, Image.Resampling.NEAREST)
+        for colour, frame in zip(means, frames, strict=True)
+    ]
+    return _sheet([_draw_mask(*panel) for panel in zip(painted, is_left, groups, strict=True)])
 
 
 def _fit_frames(image: Frames) -> list[Image.Image]:
@@ -393,21 +441,22 @@ def _fit(image: Image.Image, panel_size: int) -> Image.Image:
     return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 
-def _draw_mask(panel: Image.Image, mask: Tensor) -> Image.Image:
+def _draw_mask(panel: Image.Image, mask: Tensor, groups: Tensor | None = None) -> Image.Image:
+    """Covers the patches outside the mask; borders are drawn around it, or between groups."""
     dropped = Image.fromarray((~mask).byte().numpy() * 255)
     opacity = dropped.resize(panel.size, Image.Resampling.NEAREST).point(lambda value: round(value * DROPPED_OPACITY))
     covered = Image.composite(Image.new("RGB", panel.size, DROPPED), panel, opacity)
     draw = ImageDraw.Draw(covered)
-    for line in _borders(mask, panel.size):
+    for line in _borders(mask if groups is None else groups, panel.size):
         draw.line(line, fill=OUTLINE, width=2)
     return covered
 
 
-def _borders(mask: Tensor, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
-    """The sides between a patch that is left and one that is not, as lines (x0, y0, x1, y1) in pixels."""
-    height, width = size[1] / mask.shape[0], size[0] / mask.shape[1]
-    beside = (mask[:, 1:] != mask[:, :-1]).nonzero().tolist()
-    below = (mask[1:] != mask[:-1]).nonzero().tolist()
+def _borders(values: Tensor, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
+    """The sides between patches of different values, as lines (x0, y0, x1, y1) in pixels."""
+    height, width = size[1] / values.shape[0], size[0] / values.shape[1]
+    beside = (values[:, 1:] != values[:, :-1]).nonzero().tolist()
+    below = (values[1:] != values[:-1]).nonzero().tolist()
     lines = [((x + 1) * width, y * height, (x + 1) * width, (y + 1) * height) for y, x in beside]
     return lines + [(x * width, (y + 1) * height, (x + 1) * width, (y + 1) * height) for y, x in below]
 
