@@ -164,7 +164,7 @@ def test_published_figures() -> None:
 
 
 def test_a_picture_is_a_sheet_of_frames(videos) -> None:
-    model = make_model(token_pruning={"layers": [2, 4], "keep_ratios": [0.7, 0.5]})
+    model = make_model(token_pruning={"layers": [2, 4], "keep_ratios": [0.7, 0.5], "method": "top"})
     statistics = ([0.5] * 3, [0.5] * 3)
     picture = draw_classification(model, videos, *statistics)
     taller = draw_classification(model, videos, *statistics, importance=True)

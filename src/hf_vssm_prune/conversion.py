@@ -322,7 +322,7 @@ def _rank(family: Family, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 def _family_named(path: str | Path, tensors: Mapping[str, Tensor]) -> str | None:
     """The model type in a file's name, where the tensors may be that family's; the longest of several."""
     name = Path(path).name.lower()
-    named = [model_type for model_type in FAMILIES if model_type in name and _fits(FAMILIES[model_type], tensors)]
+    named = [known for known, family in FAMILIES.items() if known in name and _fits(family, tensors)]
     return max(named, key=len, default=None)
 
 

@@ -108,6 +108,8 @@ class BidirectionalTokenLayout(NamedTuple):
 class BidirectionalEmbeddings(nn.Module):
     """Pixel values to tokens: the patch projection, the class token at its place, position embeddings."""
 
+    projection: nn.Conv2d | nn.Conv3d
+
     def __init__(self, config: BidirectionalConfig) -> None:
         super().__init__()
         self.config = config
@@ -118,7 +120,7 @@ class BidirectionalEmbeddings(nn.Module):
         num_patches = math.prod(config.grid_size[-2:])
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches + 1, config.hidden_size))
 
-    def _make_projection(self, config: BidirectionalConfig) -> nn.Module:
+    def _make_projection(self, config: BidirectionalConfig) -> nn.Conv2d | nn.Conv3d:
         return nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_spacing)
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
@@ -376,6 +378,8 @@ class BidirectionalModel(BidirectionalPreTrainedModel):
 
 class ClassTokenClassifier(BidirectionalPreTrainedModel):
     """A linear classifier on the class token. What derives from it makes the base model and `classifier`."""
+
+    classifier: nn.Module
 
     @can_return_tuple
     def forward(

@@ -34,7 +34,7 @@ class VideoMambaEmbeddings(BidirectionalEmbeddings):
         if config.num_frames is not None:
             self.temporal_embeddings = nn.Parameter(torch.zeros(1, config.grid_size[0], config.hidden_size))
 
-    def _make_projection(self, config: VideoMambaConfig) -> nn.Module:
+    def _make_projection(self, config: VideoMambaConfig) -> nn.Conv2d | nn.Conv3d:  # type: ignore[override]
         if config.num_frames is None:
             return super()._make_projection(config)
         tubelet = config.tubelet_size, config.patch_size, config.patch_size
@@ -81,7 +81,7 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
             init.zeros_(module.temporal_embeddings)
 
     @classmethod
-    def official_weight_key(cls, config: VideoMambaConfig) -> str | None:
+    def official_weight_key(cls, config: VideoMambaConfig) -> str | None:  # type: ignore[override]
         return "model" if config.num_frames is None else None
 
     @classmethod
@@ -110,7 +110,7 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
         }
 
     @classmethod
-    def complete_official(
+    def complete_official(  # type: ignore[override]
         cls, config: VideoMambaConfig, official: Any, expected: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Published tensors as the configuration wants them.
@@ -164,9 +164,9 @@ def _in_middle_frame(weight: Tensor, tubelet_size: int) -> Tensor:
 
 
 def _new_head(config: VideoMambaConfig) -> dict[str, Tensor]:
-    weight = torch.empty(config.num_labels, config.hidden_size)
-    nn.init.trunc_normal_(weight, std=config.initializer_range)
-    return {"head.weight": weight, "head.bias": torch.zeros(config.num_labels)}
+    head = nn.Linear(config.hidden_size, config.num_labels or 0)
+    nn.init.trunc_normal_(head.weight, std=config.initializer_range)
+    return {"head.weight": head.weight.detach(), "head.bias": torch.zeros_like(head.bias)}
 
 
 class VideoMambaModel(VideoMambaPreTrainedModel, BidirectionalModel):

@@ -286,7 +286,7 @@ def draw_merges(image: Frames, into: Tensor, kept: Tensor, grid: tuple[int, ...]
         grid: as in `draw_stages`.
     """
     frames, into = _fit_frames(image), into.cpu()
-    patches = [np.asarray(frame.resize(grid[:-3:-1], Image.Resampling.BOX), np.float64) for frame in frames]
+    patches = [np.asarray(frame.resize((grid[-1], grid[-2]), Image.Resampling.BOX), np.float64) for frame in frames]
     colours = torch.from_numpy(np.stack(patches)).view(-1, 3)
     sums = torch.zeros_like(colours).index_add(0, into, colours)
     counts = torch.zeros(len(colours), dtype=colours.dtype).index_add(0, into, torch.ones(len(colours)).double())

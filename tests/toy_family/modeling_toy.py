@@ -1,18 +1,29 @@
-"""Toy's models, made of Vim's parts, and what the files of its authors look like."""
+"""Toy's models, made of other families' parts, and what the files of its authors look like."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_vssm_prune.modeling_vim import VimEmbeddings, VimForImageClassification, VimModel, VimPreTrainedModel
+from hf_vssm_prune.modeling_bidirectional import (
+    BidirectionalEmbeddings,
+    BidirectionalModel,
+    BidirectionalPreTrainedModel,
+    ClassTokenClassifier,
+)
+from hf_vssm_prune.modeling_common import image_classifier
 
 from .configuration_toy import ToyConfig
 
 
-class ToyEmbeddings(VimEmbeddings):
+class ToyEmbeddings(BidirectionalEmbeddings):
     """As Vim's, of videos of the configuration's size: the patches of all frames, one frame after the other."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.grid_size) + 1, config.hidden_size))
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
         """From (batch, frames, channels, height, width)."""
@@ -24,17 +35,22 @@ class ToyEmbeddings(VimEmbeddings):
         return torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1) + self.position_embeddings
 
 
-class ToyPreTrainedModel(VimPreTrainedModel):
+class ToyPreTrainedModel(BidirectionalPreTrainedModel):
     config: ToyConfig
     config_class = ToyConfig
+    base_model_prefix = "toy"
     input_modalities = ["video"]
+    embeddings_class = ToyEmbeddings
     # Of the files in which the authors published weights. They call everything by our names, but for the beginnings.
-    official_names = [(r"vim\.(.+)", r"body.\1"), (r"classifier\.(.+)", r"top.\1")]
+    official_names = [(r"toy\.(.+)", r"body.\1"), (r"classifier\.(.+)", r"top.\1")]
     official_marks = ("body.embeddings.class_token", "top.weight")
     official_weight_keys = ("toy",)
     official_prefixes = ("encoder.",)
     official_ignored = ("distill_head.",)
-    official_last_weights = ()
+
+    @classmethod
+    def official_weight_key(cls, config: ToyConfig) -> str:
+        return "toy"
 
     @classmethod
     def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,7 +73,9 @@ class ToyPreTrainedModel(VimPreTrainedModel):
         }
 
     @classmethod
-    def complete_official(cls, official: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def complete_official(
+        cls, config: ToyConfig, official: dict[str, Tensor], expected: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Old files have the class token without its axes of batch and tokens."""
         return {
             name: tensor.view(1, 1, -1) if name == "body.embeddings.class_token" else tensor
@@ -65,17 +83,17 @@ class ToyPreTrainedModel(VimPreTrainedModel):
         }
 
 
-class ToyModel(ToyPreTrainedModel, VimModel):
-    def __init__(self, config: ToyConfig) -> None:
-        super().__init__(config)
-        self.embeddings = ToyEmbeddings(config)
-        self.post_init()
+class ToyModel(ToyPreTrainedModel, BidirectionalModel):
+    """Without a head."""
 
 
-class ToyForVideoClassification(ToyPreTrainedModel, VimForImageClassification):
+class ToyForVideoClassification(ToyPreTrainedModel, ClassTokenClassifier):
+    """With a linear classifier on the class token."""
+
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)
-        self.vim = ToyModel(config)
+        self.toy = ToyModel(config)
+        self.classifier = image_classifier(config)
         self.post_init()
 
 
