@@ -223,6 +223,7 @@ def write_aotinductor(program: ExportedProgram, folder: Path, file: Path) -> Non
 def compilers_paths() -> dict[str, str]:
     """Places that PyTorch's inductor writes into its commands unquoted."""
     return {
+        "PyTorch's folder": str(Path(torch.__file__).parent),
         "the temporary folder (TMPDIR)": tempfile.gettempdir(),
         "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""),
     }
