@@ -35,6 +35,7 @@ import torch  # noqa: E402
 
 from hf_vssm_prune import PlainMambaConfig, VideoMambaConfig, VimConfig  # noqa: E402
 from hf_vssm_prune.configuration_common import VisionMambaConfig  # noqa: E402
+from hf_vssm_prune.export import compilers_paths  # noqa: E402
 
 
 if IS_XDIST_WORKER:
@@ -64,6 +65,10 @@ def shared() -> Path:
         pytest.skip(f"{folder} is missing or closed to this user; HF_VSSM_PRUNE_SHARED may name another folder")
     return folder
 
+
+needs_inductor = pytest.mark.skipif(
+    any(" " in path for path in compilers_paths().values()), reason="PyTorch's inductor takes no path with spaces"
+)
 
 # For what takes seconds by itself: after so many it hangs, however busy the machine.
 PATIENCE = 600

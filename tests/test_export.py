@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import MAKE_CONFIG, PATIENCE, load_script
+from conftest import MAKE_CONFIG, PATIENCE, load_script, needs_inductor
 from test_models import make_model
 from test_selective_scan import OPTIONS, make_arguments
 from torch import nn
@@ -219,6 +219,7 @@ def test_loaders_in_the_documentation(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-2:] == ["Sneaker [143, 105, 77]"] * 2
 
 
+@needs_inductor
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="AOTInductor needs a C++ compiler")
 def test_aotinductor(tmp_path, monkeypatch):
     """Its batch is free, its answers are the model's, and the documentation's code opens it."""
@@ -291,4 +292,11 @@ def test_without_a_compiler(tmp_path):
 
     no_compiler = config.patch({"cpp.cxx": ("no-such-compiler",)})  # monkeypatch would hide the option for good
     with no_compiler, pytest.raises(ImportError, match=r"AOTInductor compiles C\+\+: install g\+\+ or clang\+\+"):
+        FORMATS["aotinductor"].write(None, tmp_path, tmp_path / "model.pt2")
+
+
+@needs_inductor
+def test_paths_with_spaces_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a cache"))
+    with pytest.raises(ValueError, match=r"takes no path with spaces, and TORCHINDUCTOR_CACHE_DIR is '.*a cache'"):
         FORMATS["aotinductor"].write(None, tmp_path, tmp_path / "model.pt2")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from conftest import MAKE_CONFIG, TOKEN_PRUNING, needs_inductor
 from torch import Tensor, nn
 
 from hf_vssm_prune.families import FAMILIES
@@ -371,6 +371,7 @@ def test_compile_in_one_graph(scan_backend, alignment, small_pruned_model) -> No
     assert torch.equal(outputs.kept_tokens[0], expected.kept_tokens[0])
 
 
+@needs_inductor
 @pytest.mark.skipif(cpu.unavailable("cpu") is not None, reason="without kernels the scan is unrolled")
 @pytest.mark.parametrize("small_pruned_model", ["vim"], indirect=True)
 def test_compile_by_inductor(small_pruned_model, tmp_path, monkeypatch) -> None:

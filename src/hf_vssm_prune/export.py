@@ -6,6 +6,7 @@ its outputs are `logits`, and for each stage of pruning the ids of the tokens le
 `kept_tokens`.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -213,7 +214,19 @@ def write_aotinductor(program: ExportedProgram, folder: Path, file: Path) -> Non
         raise ImportError(
             f"AOTInductor compiles C++: install g++ or clang++, and set CXX if it is not g++ ({error})."
         ) from error
+    for name, path in compilers_paths().items():
+        if " " in path:
+            raise ValueError(f"AOTInductor's compiler takes no path with spaces, and {name} is '{path}'.")
     torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+
+
+def compilers_paths() -> dict[str, str]:
+    """Places that PyTorch's inductor writes into its commands unquoted."""
+    return {
+        "PyTorch's folder": str(Path(torch.__file__).parent),
+        "the temporary folder (TMPDIR)": tempfile.gettempdir(),
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""),
+    }
 
 
 def load_aotinductor(file: Path, threads: int | None) -> Program:
