@@ -99,7 +99,7 @@ DAMAGES = {
     "half a configuration": (containing("config.json", b'{"model_type": "plainm'), "not a valid JSON file"),
     "a configuration that is a list": (containing("config.json", b"[]"), "MODEL"),
     "a configuration from the future": (configured(model_type="plainmamba3"), "MODEL contains custom code"),
-    "another model": (configured(model_type="vit"), "a plainmamba or vim model is needed"),
+    "another model": (configured(model_type="vit"), "a PlainMamba, Vim or VideoMamba model is needed"),
     "a pruning option from the future": (
         configured(token_pruning=SCHEDULE | {"merging": "soft"}),
         "unknown options ['merging']",

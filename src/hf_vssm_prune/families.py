@@ -94,8 +94,9 @@ def register(configuration: ModuleType, modeling: ModuleType) -> Family:
 
 
 def family_names() -> str:
-    """For messages: "PlainMamba or Vim"."""
-    return " or ".join(family.config.paper.name for family in FAMILIES.values())
+    """For messages: "PlainMamba, Vim or VideoMamba"."""
+    *others, last = (family.config.paper.name for family in FAMILIES.values())
+    return f"{', '.join(others)} or {last}"
 
 
 def preset_names() -> str:

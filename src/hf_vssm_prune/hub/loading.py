@@ -41,7 +41,7 @@ def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Visi
     except OSError as error:
         raise OSError(f"{name_or_path} cannot be opened: {error}") from error
     if not isinstance(config, VisionMambaConfig):
-        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a {' or '.join(FAMILIES)} model is needed.")
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a {family_names()} model is needed.")
     return config
 
 
