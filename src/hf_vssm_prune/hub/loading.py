@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.utils import cached_file
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.families import FAMILIES, Family, ImageClassifier
+from hf_vssm_prune.families import Family, ImageClassifier, family_names
 from hf_vssm_prune.hub.retrying import patiently
 
 
