@@ -14,7 +14,7 @@ _STAGE_ENTRY = re.compile(rf"({'|'.join(STAGE_FIELDS)})_\d+")
 
 
 class StageFields:
-    """What a pruned model tells of each stage, for `ModelOutput`s.
+    """What a pruned model tells of each stage, for a `ModelOutput`.
 
     Each stage's tensor is an entry of its own, `kept_tokens_0`, `kept_tokens_1`, ...: whatever cuts a batch's output
     into samples, or gathers it from several devices, takes each entry for a tensor with one row for each sample
