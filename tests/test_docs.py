@@ -27,6 +27,8 @@ from hf_vssm_prune import PlainMambaConfig
 from hf_vssm_prune.conversion import infer_config
 from hf_vssm_prune.documentation import DOCUMENTATION, see
 from hf_vssm_prune.families import FAMILIES
+from hf_vssm_prune.pruning_importances import IMPORTANCES
+from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.training.tasks import TASKS
 
@@ -68,7 +70,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     for name in ("scripts", "recipes", "src", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    tables = [(table, dict(table)) for table in (hf_vssm_prune.kernels.KERNELS, TASKS, FAMILIES)]
+    tables = (hf_vssm_prune.kernels.KERNELS, TASKS, FAMILIES, METHODS, IMPORTANCES)
+    tables = [(table, dict(table)) for table in tables]
     paths = list(sys.path)
     yield tmp_path
     sys.path[:] = paths

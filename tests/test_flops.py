@@ -1,5 +1,7 @@
 """The counts against the published figures, and against a count of what the models really execute."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import MAKE_CONFIG, TOKEN_PRUNING
@@ -7,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vssm_prune import PlainMambaConfig, VimConfig, count_flops
 from hf_vssm_prune.families import FAMILIES
+from hf_vssm_prune.kernels import KERNELS
 
 
 # Parameters, and published FLOPs in G to their last printed digit.
@@ -83,8 +86,13 @@ def test_scans_are_counted_by_the_fields_formula(family) -> None:
 @pytest.mark.parametrize("token_pruning", [None, dict(TOKEN_PRUNING)], ids=["dense", "pruned"])
 @pytest.mark.parametrize("image_size", [32, (40, 24)])
 @pytest.mark.parametrize("changes", [{}, {"num_channels": 1, "expand": 3, "num_hidden_layers": 5, "num_labels": 7}])
-def test_linear_layers_and_convolutions_are_those_that_run(family, token_pruning, image_size, changes) -> None:
-    config = MAKE_CONFIG[family](token_pruning=token_pruning, scan_backend="torch", **changes)
+def test_linear_layers_and_convolutions_are_those_that_run(
+    family, token_pruning, image_size, changes, monkeypatch
+) -> None:
+    # In plain PyTorch, and without the scans' own products.
+    no_scan = SimpleNamespace(unavailable=lambda device_type: None, selective_scan=lambda u, *others: u)
+    monkeypatch.setitem(KERNELS, "no scan", no_scan)
+    config = MAKE_CONFIG[family](token_pruning=token_pruning, scan_backend="no scan", **changes)
     height, width = config.image_height_width(image_size)
     model = FAMILIES[family].classifier(config).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
