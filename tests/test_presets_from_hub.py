@@ -28,8 +28,8 @@ PRESETS = {
     for preset in type(MAKE_CONFIG[family]()).presets
 }
 EXAMPLE = "org/plainmamba-fashion-mnist"
-# 175 of the 216 million parameters: for them set HF_VSSM_PRUNE_ALL_PRESETS=1.
-LARGE = {"org/plainmamba-l3", "org/vim-s", "org/vim-b"}
+# Most of the parameters: for them set HF_VSSM_PRUNE_ALL_PRESETS=1.
+LARGE = {"org/plainmamba-l3", "org/vim-s", "org/vim-b", "org/videomamba-s", "org/videomamba-m", "org/videomamba-b"}
 NAMES = [name for name in PRESETS if name not in LARGE or os.environ.get("HF_VSSM_PRUNE_ALL_PRESETS") == "1"]
 
 
@@ -40,7 +40,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     with HubServer() as server:
         for name in NAMES:
             config_class, preset = PRESETS[name]
-            config = config_class.from_preset(preset, image_size=64, token_pruning={"flops_reduction": 0.3})
+            of_images = {"num_frames": None} if "num_frames" in config_class.__dataclass_fields__ else {}
+            options = {"image_size": 64, "token_pruning": {"flops_reduction": 0.3}, **of_images}
+            config = config_class.from_preset(preset, **options)
             model = AutoModelForImageClassification.from_config(config, dtype=torch.bfloat16)
             processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_pct=0.875)
             server.host(name, save_for_hub(model, folder / name, processor))
