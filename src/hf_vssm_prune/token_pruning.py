@@ -25,9 +25,15 @@ ALIGNMENTS = ("repeat", "zero_input", "none", "learned")
 def count_kept(num_tokens: int, keep_ratio: float) -> int:
     """How many of `num_tokens` stay: max(1, ceil(keep_ratio * num_tokens)).
 
-    The product is rounded to nine decimals first: 0.55 * 100 is 55.00000000000001 in floating point, and means 55.
+    What the product is above a whole number by less than 1e-8 is floating point's: 0.55 * 100 means 55, and is
+    55.00000000000001. It is counted in whole numbers, which `torch.compile` with dynamic shapes follows fastest.
     """
-    return max(1, math.ceil(round(keep_ratio * num_tokens, 9)))
+    return max(1, -((_TOLERANCE - round(keep_ratio * _SCALE) * num_tokens) // _SCALE))
+
+
+# Parts of a token. Those of 900,000 tokens still fit into 64 bits.
+_SCALE = 10**13
+_TOLERANCE = 10**5
 
 
 # ---- Selection ---------------------------------------------------------------------------------------------------
