@@ -168,7 +168,7 @@ def _with_cls_token(stage: Stage, reduction: Reduction) -> tuple[Tensor, Tensor,
 def _merge_tokens(encoding: Encoding, stage: Stage, tokens: Tensor, merged_into: Tensor) -> Tensor:
     """For each token of the full sequence the one that it was merged into by now, (batch, all tokens)."""
     patches = stage.of_patches(tokens)
-    num_tokens = math.prod(stage.grid) + (stage.cls_row is not None)
+    num_tokens = math.prod(stage.grid) + int(stage.cls_row is not None)
     everything = torch.arange(num_tokens, device=tokens.device).expand(tokens.shape[0], -1)
     merges = everything.scatter(1, patches, patches.gather(1, merged_into))
     return merges.gather(1, encoding.merged_tokens[-1]) if encoding.merged_tokens else merges

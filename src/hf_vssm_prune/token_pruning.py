@@ -102,7 +102,7 @@ def nearest_tokens(kept: Tensor, grid: tuple[int, ...]) -> Tensor:
     num_cells = math.prod(grid)
     dtype = torch.int32 if 2 * sum(grid) * num_cells < 2**31 else torch.int64
     cells = torch.arange(num_cells, dtype=dtype, device=kept.device)
-    is_kept = torch.zeros(kept.shape[0], num_cells, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
+    is_kept = torch.zeros(kept.shape[0], num_cells, dtype=torch.bool, device=kept.device).scatter(1, kept, 1)
     # A distance and the cell at that distance are one number, distance * num_cells + cell: the smallest is the nearest.
     nearest = torch.where(is_kept, cells, sum(grid) * num_cells).unflatten(1, grid)
     for axis in range(len(grid), 0, -1):
