@@ -189,7 +189,9 @@ def test_wrong_answers_are_not_kept(tmp_path, monkeypatch):
         return lambda images: (FORMATS["torch"].load(file, threads)(images)[0] + 0.01,)
 
     monkeypatch.setitem(FORMATS, "damaged", FORMATS["torch"]._replace(load=load_damaged))
-    with pytest.raises(RuntimeError, match=r"the damaged file does not give .* logits are up to 1.0e-02 away, and 0 of"):
+    with pytest.raises(
+        RuntimeError, match=r"the damaged file does not give .* logits are up to 1.0e-02 away, and 0 of"
+    ):
         export_classifier(model, tmp_path / "exported", ["damaged"])
     assert not list(tmp_path.iterdir())
 
