@@ -15,7 +15,7 @@ from .pruning_options import (
     TokenPruning,
     check_layers,
     check_token_pruning,
-    method_options,
+    inherit_method,
     plain_value,
     pruning_method,
 )
@@ -165,14 +165,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         Raises:
             ValueError: as `pruning_options.check_token_pruning` and `flops.schedule_for_budget`.
         """
-        return self._complete(self._inherit_method(token_pruning))
-
-    def _inherit_method(self, token_pruning: Any) -> Any:
-        """Options that name no method, with those of the schedule that is in force."""
-        own = self.__dict__.get("_token_pruning")
-        if not isinstance(token_pruning, dict) or "method" in token_pruning or own is None:
-            return token_pruning
-        return method_options(own) | token_pruning
+        return self._complete(inherit_method(token_pruning, self.__dict__.get("_token_pruning")))
 
     def _complete(self, token_pruning: Any) -> TokenPruning | None:
         if token_pruning is None:
@@ -205,8 +198,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         if config_dict.get("out_features") == [f"stage{config_dict.get('num_hidden_layers')}"]:
             # A backbone's default, the last layer's output: that of another depth, where one is given.
             config_dict = {name: value for name, value in config_dict.items() if name not in _BACKBONE_STAGES}
-        if isinstance(token_pruning := given.get("token_pruning"), dict) and "method" not in token_pruning:
-            given["token_pruning"] = method_options(config_dict.get("token_pruning")) | token_pruning
+        if "token_pruning" in given:
+            given["token_pruning"] = inherit_method(given["token_pruning"], config_dict.get("token_pruning"))
         return super().from_dict(config_dict | given, **(kwargs | complete_label_maps(kwargs)))
 
     @property
@@ -291,7 +284,7 @@ class _TokenPruningOption:
         return config._token_pruning
 
     def __set__(self, config: VisionMambaConfig, token_pruning: dict[str, Any] | None) -> None:
-        config._token_pruning = config._inherit_method(token_pruning)
+        config._token_pruning = inherit_method(token_pruning, config.__dict__.get("_token_pruning"))
         config._token_pruning_depth = None
 
 

@@ -328,6 +328,24 @@ class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     def official_weight_key(cls, config: BidirectionalConfig) -> str | None:
         return "model"
 
+    @staticmethod
+    def _layout_of_official(
+        official: Any, overrides: Mapping[str, Any], num_channels: int, patch_size: int
+    ) -> dict[str, Any]:
+        """Options that published tensors imply in all of these families, beside their projection and head."""
+        stride = overrides.get("patch_stride") or patch_size
+        image_size = overrides.get("image_size")
+        if image_size is None:
+            _, num_tokens, _ = official.shape("pos_embed", 3)
+            image_size = (official.square_side(num_tokens - 1) - 1) * stride + patch_size
+        return official.mixer_options("layers.{}.mixer") | {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "patch_stride": stride,
+            "num_channels": num_channels,
+            "conv_kernel": official.shape("layers.0.mixer.conv1d.weight", 3)[-1],
+        }
+
     @classmethod
     def complete_official(
         cls, config: BidirectionalConfig, official: Any, expected: Mapping[str, Tensor]

@@ -93,21 +93,9 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
         options = {"tubelet_size": tubelet[0] if is_video else 1, "num_frames": None}
         if is_video:
             options["num_frames"] = official.shape("temporal_pos_embedding", 3)[1] * options["tubelet_size"]
-        stride = overrides.get("patch_stride") or patch_size
-        image_size = overrides.get("image_size")
-        if image_size is None:
-            _, num_tokens, _ = official.shape("pos_embed", 3)
-            image_size = (official.square_side(num_tokens - 1) - 1) * stride + patch_size
         if "head.weight" in official:
             options["num_labels"] = official.shape("head.weight", 2)[0]
-        return official.mixer_options("layers.{}.mixer") | {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "patch_stride": stride,
-            "num_channels": num_channels,
-            "conv_kernel": official.shape("layers.0.mixer.conv1d.weight", 3)[-1],
-            **options,
-        }
+        return cls._layout_of_official(official, overrides, num_channels, patch_size) | options
 
     @classmethod
     def complete_official(  # type: ignore[override]

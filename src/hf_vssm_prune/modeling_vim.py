@@ -25,19 +25,9 @@ class VimPreTrainedModel(BidirectionalPreTrainedModel):
     @classmethod
     def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
         _, num_channels, _, patch_size = official.shape("patch_embed.proj.weight", 4)
-        _, num_tokens, _ = official.shape("pos_embed", 3)
-        stride = overrides.get("patch_stride") or patch_size
-        image_size = overrides.get("image_size")
-        if image_size is None:
-            image_size = (official.square_side(num_tokens - 1) - 1) * stride + patch_size
-        return official.mixer_options("layers.{}.mixer") | {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "patch_stride": stride,
-            "num_channels": num_channels,
-            "conv_kernel": official.shape("layers.0.mixer.conv1d.weight", 3)[-1],
-            "num_labels": official.shape("head.weight", 2)[0],
-        }
+        official.shape("pos_embed", 3)  # needed whatever the image size
+        layout = cls._layout_of_official(official, overrides, num_channels, patch_size)
+        return layout | {"num_labels": official.shape("head.weight", 2)[0]}
 
 
 class VimModel(VimPreTrainedModel, BidirectionalModel):

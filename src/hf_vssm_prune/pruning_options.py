@@ -53,6 +53,13 @@ def method_options(token_pruning: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (token_pruning or {}).items() if name in METHOD_OPTIONS}
 
 
+def inherit_method(token_pruning: Any, own: Mapping[str, Any] | None) -> Any:
+    """Options that name no method, with those of the schedule that was in force; anything else as it is."""
+    if not isinstance(token_pruning, dict) or "method" in token_pruning:
+        return token_pruning
+    return method_options(own) | token_pruning
+
+
 def check_token_pruning(token_pruning: Mapping[str, Any], num_hidden_layers: int) -> TokenPruning:
     """Checks pruning options and returns them complete.
 

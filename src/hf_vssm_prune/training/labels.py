@@ -12,6 +12,7 @@ import torch
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.label_maps import complete_label_maps
 from hf_vssm_prune.modeling_common import image_classifier
 
 
@@ -148,5 +149,5 @@ def renew_classifier(model: ImageClassifier, label_names: Sequence[str]) -> None
 
 def name_labels(config: VisionMambaConfig, label_names: Sequence[str]) -> None:
     """Sets `id2label` and `label2id` of a configuration."""
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {name: i for i, name in enumerate(label_names)}
+    for name, labels in complete_label_maps({"id2label": list(label_names)}).items():
+        setattr(config, name, labels)
