@@ -1,0 +1,31 @@
+"""Metrics as modules of Hugging Face's `evaluate`, which come with the package: loading one needs no network.
+
+import evaluate
+from hf_vssm_prune.metrics import METRICS
+
+metric = evaluate.load(METRICS["top_k_accuracy"])
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+_FOLDER = Path(__file__).parent
+
+# Where each metric is, as `evaluate.load` takes it.
+METRICS = {name: str(_FOLDER / name) for name in ("mean_iou", "top_k_accuracy")}
+
+
+@lru_cache
+def load_metric(name: str) -> Any:
+    """One of `METRICS`, an `evaluate.EvaluationModule` that keeps what it is given in memory.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    if name not in METRICS:
+        raise ValueError(f"There is no metric {name!r}; there are {', '.join(METRICS)}.")
+    import evaluate  # takes a second, and only the training extra has it
+
+    return evaluate.load(METRICS[name], keep_in_memory=True)
