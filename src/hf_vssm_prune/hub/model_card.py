@@ -99,7 +99,7 @@ class Evaluation:
 
     @classmethod
     def from_results(cls, file: str | os.PathLike[str], **about: Any) -> "Evaluation":
-        """What `scripts/evaluate.py --json` wrote: the pruned model is this one, or the dense one where that is alone.
+        """What `hf-vssm-prune evaluate --json` wrote. This is the pruned model, or the dense one where that is alone.
 
         Args:
             file: the JSON.
@@ -127,7 +127,7 @@ class Evaluation:
             this_model = measured.pop("pruned" if "pruned" in measured else "dense")
             num_images = results[this_model.name]["num_images"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is not what scripts/evaluate.py --json writes: {error!r}") from error
+            raise ValueError(f"{file} is not what `hf-vssm-prune evaluate --json` writes: {error!r}") from error
         return cls(num_images=num_images, this_model=this_model, others=list(measured.values()), **about)
 
 

@@ -65,7 +65,7 @@ def prepare_finetuning(
     if schedule is None:
         raise ValueError(
             f"{model.model_name_or_path} has no pruning schedule, and none was given: give --prune_layers and "
-            "--keep_ratios, or --flops_reduction. To fine-tune a dense model use scripts/train.py."
+            "--keep_ratios, or --flops_reduction. To fine-tune a dense model use `hf-vssm-prune train`."
         )
     set_seed(recipe.run.seed)
     datasets = recipe.task.load_datasets(data, recipe.run.seed)
@@ -281,7 +281,7 @@ def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
         try:
             commit = push_model(Path(arguments.output_dir) / "best", str(arguments.hub_model_id))
         except (ValueError, OSError) as error:
-            print(f"error: {error}\nThe model is in {arguments.output_dir}; see scripts/push.py.", file=sys.stderr)
+            print(f"error: {error}\nThe model is in {arguments.output_dir}; see `hf-vssm-prune push`.", file=sys.stderr)
             return 1
         logger.info("Pushed to %s", commit.commit_url)
     return 0

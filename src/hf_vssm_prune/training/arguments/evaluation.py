@@ -10,6 +10,8 @@ from hf_vssm_prune.training.arguments.parsing import check_output_file, check_ra
 class EvaluationArguments:
     """What is evaluated, and how."""
 
+    _argument_group_name = "evaluation"
+
     model_name_or_path: str = field(metadata=describe("the checkpoint, on the Hub or in a folder"))
     per_device_eval_batch_size: int = field(default=64, metadata=describe("images at a time", "--batch_size"))
     device: str | None = field(
@@ -28,6 +30,8 @@ class EvaluationArguments:
 class BesideArguments:
     """What is evaluated beside a model."""
 
+    _argument_group_name = "comparison"
+
     dense_name_or_path: str | None = field(
         default=None, metadata=describe("the dense model; by default the same weights without pruning")
     )
@@ -39,6 +43,8 @@ class BesideArguments:
 @dataclass
 class EstimateArguments:
     """What a training run is estimated for: images, devices, and how fast one is taken to be."""
+
+    _argument_group_name = "estimate"
 
     num_images: int = field(default=1_281_167, metadata=describe("training images; ImageNet-1k's by default"))
     num_eval_images: int = field(default=50_000, metadata=describe("images evaluated after each epoch"))

@@ -42,6 +42,8 @@ NUM_GUESSES = 5
 class AugmentationArguments:
     """Augmentation of the training images."""
 
+    _argument_group_name = "augmentation"
+
     scale: list[float] = field(
         default_factory=lambda: [0.08, 1.0],
         metadata=describe("smallest and largest fraction of the area of a random resized crop"),
