@@ -165,7 +165,9 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-DATA = ["--dataset_name", "fashion_mnist", "--workers", "0"]
+# What the package ships beside its model.
+(DATASET,) = (folder.name for folder in EXAMPLE_MODEL.parent.iterdir() if folder != EXAMPLE_MODEL)
+DATA = ["--dataset_name", DATASET, "--workers", "0"]
 MODEL = ["--model_name_or_path", str(EXAMPLE_MODEL)]
 SHORT = ["--max_train_samples", "32", "--max_eval_samples", "20", "--batch_size", "16", "--max_train_steps", "1"]
 BUDGET = ["--flops_reduction", "0.4"]

@@ -136,12 +136,12 @@ class TrainingRecipe:
     """How the checkpoint was trained.
 
     Args:
-        command: the command line that trained it.
+        command: the command line that trained it; None: it was trained in a program.
         description: what was done, in a sentence or two.
         hyperparameters: by name.
     """
 
-    command: str
+    command: str | None = None
     description: str | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
