@@ -1,16 +1,25 @@
 """The metrics of the package, as modules of `evaluate`, against slow and plain counts."""
 
+import json
 import os
 import subprocess
 import sys
+from io import BytesIO
 
 import evaluate
 import numpy as np
 import pytest
 from conftest import PATIENCE
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
 
+from hf_vssm_prune import EXAMPLE_MODEL
+from hf_vssm_prune.__main__ import main
+from hf_vssm_prune.hub.model_card import Evaluation, ModelCardInfo, create_model_card
 from hf_vssm_prune.metrics import METRICS, load_metric
 from hf_vssm_prune.metrics.mean_iou.mean_iou import iou_from_areas, label_areas
+from hf_vssm_prune.training.data import load_evaluation_dataset
 
 
 @pytest.mark.parametrize("guesses", [1, 3, 5, 7])
@@ -151,3 +160,49 @@ def test_every_module_says_what_it_takes(name):
     metric = evaluate.load(METRICS[name])
     assert "predictions" in metric.inputs_description
     assert metric.description
+
+
+# On models
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    """The first of the images that the package ships, as `datasets` has them, and the names of their labels."""
+    (name,) = (folder.name for folder in EXAMPLE_MODEL.parent.iterdir() if folder != EXAMPLE_MODEL)
+    rows, names = load_evaluation_dataset(name, max_samples=24)
+    images = [Image.open(BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
+    return Dataset.from_dict({"image": images, "label": rows["label"]}), names, name
+
+
+def test_evaluator_on_a_pruned_models_pipeline(labelled):
+    rows, names, _ = labelled
+    classify = pipeline("image-classification", model=str(EXAMPLE_MODEL))
+    classify.model.set_token_pruning({"flops_reduction": 0.4})
+    results = evaluate.evaluator("image-classification").compute(
+        classify,
+        data=rows,
+        metric=evaluate.load(METRICS["top_k_accuracy"]),
+        label_mapping={name: i for i, name in enumerate(names)},
+    )
+    guesses = [answers[0]["label"] for answers in classify(list(rows["image"]))]
+    hits = [names.index(guess) == label for guess, label in zip(guesses, rows["label"], strict=True)]
+    assert results["top1"] == pytest.approx(sum(hits) / len(hits))
+    assert results["top1"] > 1 / len(names)
+    assert results["samples_per_second"] > 0
+
+
+def test_saved_results_go_into_a_card(labelled, tmp_path):
+    name = labelled[2]
+    file = tmp_path / "saved" / "results.json"
+    words = ["--model_name_or_path", str(EXAMPLE_MODEL), "--dataset_name", name, "--max_eval_samples", "24"]
+    words += ["--workers", "0", "--device", "cpu", "--flops_reduction", "0.4", "--save_results", str(file)]
+    assert main(["evaluate", *words]) == 0
+    content = json.loads(file.read_text())
+    assert {"dense", "pruned", "_timestamp", "_evaluate_version"} <= content.keys()
+    about = {"dataset_name": "waste", "dataset_id": "user/waste", "split": "test"}
+    evaluation = Evaluation.from_results(file, **about)
+    model = AutoModelForImageClassification.from_pretrained(EXAMPLE_MODEL)
+    model.set_token_pruning({"flops_reduction": 0.4})
+    (result,) = create_model_card(model, ModelCardInfo("waste", evaluation=evaluation)).data.eval_results[:1]
+    assert (result.dataset_type, result.metric_type) == ("user/waste", "accuracy")
+    assert result.metric_value in (content["pruned"]["metrics"]["top1"], 100 * content["pruned"]["metrics"]["top1"])

@@ -99,7 +99,8 @@ class Evaluation:
 
     @classmethod
     def from_results(cls, file: str | os.PathLike[str], **about: Any) -> "Evaluation":
-        """What `hf-vssm-prune evaluate --json` wrote. This is the pruned model, or the dense one where that is alone.
+        """What `hf-vssm-prune evaluate` wrote, by `--json` or `--save_results`. The pruned model is this one, or the
+        dense one where that is alone.
 
         Args:
             file: the JSON.
@@ -110,7 +111,9 @@ class Evaluation:
             OSError: it cannot be read.
         """
         try:
-            results = json.loads(Path(file).read_text(encoding="utf-8"))
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+            # `evaluate.save` adds names such as _timestamp.
+            results = {name: result for name, result in content.items() if not name.startswith("_")}
             for result in results.values():
                 if (older := result.get("accuracy")) is not None:  # of version 0.1
                     result |= {"metrics": older, "num_images": older["num_images"]}

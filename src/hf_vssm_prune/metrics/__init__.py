@@ -6,6 +6,7 @@ from hf_vssm_prune.metrics import METRICS
 metric = evaluate.load(METRICS["top_k_accuracy"])
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,3 +30,11 @@ def load_metric(name: str) -> Any:
     import evaluate  # takes a second, and only the training extra has it
 
     return evaluate.load(METRICS[name], keep_in_memory=True)
+
+
+def save_results(path: str, results: Mapping[str, Any]) -> Path:
+    """Writes results by name as `evaluate.save` does, with the date, the commit and the versions, and returns the file:
+    a path without a suffix is a folder, in which each file is named by its date."""
+    import evaluate
+
+    return Path(evaluate.save(path, **results))

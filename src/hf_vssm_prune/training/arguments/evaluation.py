@@ -20,6 +20,10 @@ class EvaluationArguments:
     mixed_precision: str = field(default="no", metadata=describe("of the computation", choices=("no", "fp16", "bf16")))
     seed: int = field(default=0, metadata=describe("of the choice of --max_eval_samples"))
     json: str | None = field(default=None, metadata=describe("file to write the results to"))
+    save_results: str | None = field(
+        default=None,
+        metadata=describe("file or folder to write the results to by `evaluate.save`, with date, commit and versions"),
+    )
 
     def __post_init__(self) -> None:
         check_range("per_device_eval_batch_size", self.per_device_eval_batch_size, 1, math.inf)
