@@ -16,8 +16,9 @@ from transformers import AutoModelForImageClassification, pipeline
 
 from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.__main__ import main
+from hf_vssm_prune.hub.loading import load_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, ModelCardInfo, create_model_card
-from hf_vssm_prune.metrics import METRICS, load_metric
+from hf_vssm_prune.metrics import METRICS, evaluator, load_metric
 from hf_vssm_prune.metrics.mean_iou.mean_iou import iou_from_areas, label_areas
 from hf_vssm_prune.training.data import load_evaluation_dataset
 
@@ -174,16 +175,17 @@ def labelled():
     return Dataset.from_dict({"image": images, "label": rows["label"]}), names, name
 
 
-def test_evaluator_on_a_pruned_models_pipeline(labelled):
+def test_evaluator_on_a_pruned_models_pipeline(labelled, tmp_path):
     rows, names, _ = labelled
-    classify = pipeline("image-classification", model=str(EXAMPLE_MODEL))
-    classify.model.set_token_pruning({"flops_reduction": 0.4})
-    results = evaluate.evaluator("image-classification").compute(
-        classify,
-        data=rows,
-        metric=evaluate.load(METRICS["top_k_accuracy"]),
-        label_mapping={name: i for i, name in enumerate(names)},
-    )
+    model = AutoModelForImageClassification.from_pretrained(EXAMPLE_MODEL)
+    model.set_token_pruning({"flops_reduction": 0.4})
+    model.save_pretrained(tmp_path, image_processor=load_image_processor(EXAMPLE_MODEL))
+    classify = pipeline("image-classification", model=str(tmp_path))
+    assert classify.model.config.token_pruning is not None
+    options = {"data": rows, "metric": evaluate.load(METRICS["top_k_accuracy"])}
+    options["label_mapping"] = {name: i for i, name in enumerate(names)}
+    results = evaluate.evaluator("image-classification").compute(str(tmp_path), **options)
+    assert evaluator("image-classification").compute(classify, **options)["top1"] == results["top1"]
     guesses = [answers[0]["label"] for answers in classify(list(rows["image"]))]
     hits = [names.index(guess) == label for guess, label in zip(guesses, rows["label"], strict=True)]
     assert results["top1"] == pytest.approx(sum(hits) / len(hits))

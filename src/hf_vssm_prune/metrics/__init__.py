@@ -38,3 +38,25 @@ def save_results(path: str, results: Mapping[str, Any]) -> Path:
     import evaluate
 
     return Path(evaluate.save(path, **results))
+
+
+def evaluator(task: str) -> Any:
+    """`evaluate.evaluator` for a task, which takes a pipeline too: that of evaluate 0.4.6 takes only names and folders
+    with transformers 5, in which it looks for TensorFlow's models.
+
+    Args:
+        task: "image-classification", for instance.
+    """
+    import evaluate
+    from transformers import Pipeline
+
+    made = evaluate.evaluator(task)
+    prepare = made.prepare_pipeline
+
+    def prepare_pipeline(model_or_pipeline: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(model_or_pipeline, Pipeline):
+            return model_or_pipeline
+        return prepare(model_or_pipeline, *arguments, **options)
+
+    made.prepare_pipeline = prepare_pipeline
+    return made
