@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import load_script
 from golden import GoldenCase
 from safetensors.torch import load_file
-from transformers import AutoModelForSemanticSegmentation, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
 from hf_vssm_prune import PlainMambaConfig
 from hf_vssm_prune.conversion import (

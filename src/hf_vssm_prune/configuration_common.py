@@ -274,6 +274,11 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         raise NotImplementedError
 
 
+def pruned_config(config: Any) -> Any:
+    """The configuration that says what is pruned: a model's own, or that of the backbone of a model with a head."""
+    return config if hasattr(config, "token_pruning") else getattr(config, "backbone_config", None)
+
+
 class _TokenPruningOption:
     """`token_pruning` of a configuration: what is set is completed and checked when it is first read.
 

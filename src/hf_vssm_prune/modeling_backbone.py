@@ -50,11 +50,13 @@ class FeatureMaps(BackboneMixin):
         grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         states = full_states(self, outputs, self._pruning_of_call(kwargs))
         maps = [self._feature_map(name, each, grid) for name, each in zip(self.out_features, states, strict=True)]
-        if self.config.feature_pyramid is not None:
-            maps = self.feature_pyramid(maps)
         return PrunedBackboneOutput(
-            feature_maps=tuple(maps), hidden_states=outputs.hidden_states, **stage_fields(outputs)
+            feature_maps=tuple(self.with_pyramid(maps)), hidden_states=outputs.hidden_states, **stage_fields(outputs)
         )
+
+    def with_pyramid(self: Any, maps: list[Tensor]) -> list[Tensor]:
+        """The maps of the levels, from those that have the resolution of the patches."""
+        return maps if self.config.feature_pyramid is None else self.feature_pyramid(maps)
 
     def _feature_map(self: Any, level: str, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
         """The map (batch, hidden, height, width) of hidden states (batch, all tokens, hidden)."""

@@ -254,7 +254,7 @@ def draw_kept_tokens(
             of_image = [scores[index].view(grid) for scores in maps]
             rows.append([None, *(_draw_importance_of_frames(scores, image) for scores in of_image)])
             texts.append(["", *(_range_of_importance(scores) for scores in of_image)])
-    return _lay_out(rows, ["input", *_headings(len(kept_tokens), layers)], texts)
+    return lay_out(rows, ["input", *headings(len(kept_tokens), layers)], texts)
 
 
 def draw_stages(image: Frames, kept_tokens: Sequence[Tensor], grid: tuple[int, ...]) -> list[Image.Image]:
@@ -302,7 +302,7 @@ def draw_merges(image: Frames, into: Tensor, kept: Tensor, grid: tuple[int, ...]
 def _fit_frames(image: Frames) -> list[Image.Image]:
     """The frames, as large as fit into one panel."""
     frames = [image] if isinstance(image, Image.Image) else list(image)
-    return [_fit(frame.convert("RGB"), PANEL_SIZE // _columns(len(frames))) for frame in frames]
+    return [fit(frame.convert("RGB"), PANEL_SIZE // _columns(len(frames))) for frame in frames]
 
 
 def _columns(num_frames: int) -> int:
@@ -419,7 +419,7 @@ def _times(grid: tuple[int, ...]) -> str:
     return " x ".join(map(str, grid))
 
 
-def _headings(num_stages: int, layers: Sequence[int] | None) -> list[str]:
+def headings(num_stages: int, layers: Sequence[int] | None) -> list[str]:
     if layers is None:
         return [f"stage {stage}" for stage in range(1, num_stages + 1)]
     return [f"from layer {layer} on" for layer in layers]
@@ -431,7 +431,7 @@ def _kept_mask(kept: Tensor, grid: tuple[int, ...]) -> Tensor:
     return mask.scatter(0, kept.cpu(), True).view(grid)
 
 
-def _fit(image: Image.Image, panel_size: int) -> Image.Image:
+def fit(image: Image.Image, panel_size: int) -> Image.Image:
     """The image at a panel's size: enlarged by a whole factor, so that pixels stay crisp, or made smaller."""
     longer = max(image.size)
     if longer <= panel_size:
@@ -461,7 +461,7 @@ def _borders(values: Tensor, size: tuple[int, int]) -> list[tuple[float, float, 
     return lines + [(x * width, (y + 1) * height, (x + 1) * width, (y + 1) * height) for y, x in below]
 
 
-def _lay_out(rows: list[list[Image.Image | None]], headings: list[str], captions: list[list[str]]) -> Image.Image:
+def lay_out(rows: list[list[Image.Image | None]], headings: list[str], captions: list[list[str]]) -> Image.Image:
     """Panels in rows and columns, some places empty, a heading above each column and a caption below each panel."""
     font = ImageFont.load_default(FONT_SIZE)
     texts = [*headings, *(text for row in captions for text in row)]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, set_seed
 from transformers.utils import logging as transformers_logging
 
+from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.hub.loading import load_config, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.pushing import push_model
@@ -42,7 +43,7 @@ from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.models import load_model  # noqa: F401 - for those who look for it here
 from hf_vssm_prune.training.tasks import default_task
-from hf_vssm_prune.training.tasks.task import PrunableModel, Task
+from hf_vssm_prune.training.tasks.task import PrunableModel, Task, image_processor_of
 
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def prepare_finetuning(
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
     _check_run(recipe)
-    config = load_config(model.model_name_or_path)
+    config = pruned_config(load_config(model.model_name_or_path))
     if model.image_size is not None:
         config = config_at_size(config, model.image_size)
     # The checkpoint's configuration checks the schedule, before weights and images are loaded.
@@ -80,7 +81,7 @@ def prepare_finetuning(
         name = model.teacher_name_or_path or model.model_name_or_path
         teacher = recipe.task.load_teacher(name, student.config, recipe.losses, model.teacher_dtype, model.image_size)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=True)
-    return Trainer(student, datasets, processor, recipe, teacher, card)
+    return Trainer(student, datasets, image_processor_of(recipe.task, processor), recipe, teacher, card)
 
 
 def _check_run(recipe: Recipe) -> None:
@@ -110,7 +111,7 @@ def prepare_dense_training(data: DataArguments, model: DenseModelArguments, reci
         network.set_token_pruning(None)
         processor = _at_size(network, load_image_processor(model.model_name_or_path), model.image_size)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=False)
-    return Trainer(network, datasets, processor, recipe, write_card=card)
+    return Trainer(network, datasets, image_processor_of(recipe.task, processor), recipe, write_card=card)
 
 
 def _at_size(model: PrunableModel, processor: BaseImageProcessor, image_size: int | None) -> BaseImageProcessor:
@@ -143,7 +144,7 @@ def evaluate(
         raise ValueError(f"--int8 computes on the CPU only, and the device is {device}: give --device cpu.")
     if beside.int8 and options.mixed_precision != "no":
         raise ValueError(f"--int8 needs float32 around it; --mixed_precision is {options.mixed_precision}.")
-    config = load_config(options.model_name_or_path)
+    config = pruned_config(load_config(options.model_name_or_path))
     schedule = pruning.schedule(config)
     loader, label_names = _load_evaluation(task, data, options)
     models = {
@@ -176,7 +177,7 @@ def compare_schedules(
     """
     task = task or default_task()
     find_device(options.device)  # before anything is loaded
-    config = load_config(options.model_name_or_path)
+    config = pruned_config(load_config(options.model_name_or_path))
     completed = {"dense": None, **{name: config.complete_token_pruning(each) for name, each in schedules.items()}}
     loader, label_names = _load_evaluation(task, data, options)
     model = task.load_model(options.model_name_or_path, label_names, some_labels=True)
