@@ -10,9 +10,10 @@ from pathlib import Path
 from hf_vssm_prune.training.recipes import read_recipe
 from hf_vssm_prune.training.tasks.classification import ImageClassification
 from hf_vssm_prune.training.tasks.task import Task
+from hf_vssm_prune.training.tasks.video_classification import VideoClassification
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ImageClassification,)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (ImageClassification, VideoClassification)}
 DEFAULT_TASK = ImageClassification.name
 
 
