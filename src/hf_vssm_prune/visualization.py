@@ -59,10 +59,9 @@ def visualize(
         raise ValueError("`images` is empty; at least one image is needed.")
     if model.config.modality == "video":
         videos = [samples] if isinstance(samples[0], Image.Image) else samples
-        # Frame by frame, so that an image processor will do.
-        pixel_values = torch.stack(
-            [image_processor(list(video), return_tensors="pt")["pixel_values"] for video in videos]
-        )
+        # Video by video, so that an image processor that knows images alone will do.
+        processed = [image_processor(list(video), return_tensors="pt")["pixel_values"] for video in videos]
+        pixel_values = torch.stack([frames.flatten(0, -4) for frames in processed])
     else:
         pixel_values = image_processor(samples, return_tensors="pt")["pixel_values"]
     mean, std = image_statistics(image_processor)

@@ -153,9 +153,9 @@ def load_image_processor(name_or_path: str | Path, revision: str = "main") -> Ba
 
 
 def new_image_processor(
-    config: VisionMambaConfig, image_mean: Sequence[float], image_std: Sequence[float], crop_pct: float
+    config: VisionMambaConfig, image_mean: Sequence[float], image_std: Sequence[float], crop_pct: float | None = None
 ) -> BaseImageProcessor:
-    """Resizes bicubically, crops the center to the model's image size, and normalises.
+    """Resizes bicubically, of videos bilinearly, crops the center to the model's image size, and normalises.
 
     For a model of square images the shortest edge is resized, so that the aspect ratio stays; for one of rectangular
     images both sides are, each to the model's divided by `crop_pct`, so that the model sees `crop_pct` of the height
@@ -164,7 +164,8 @@ def new_image_processor(
     Args:
         config: of the model.
         image_mean, image_std: of each channel, of pixels from 0 to 1.
-        crop_pct: each side of the crop as a fraction of that side of the resized image, as timm has it.
+        crop_pct: each side of the crop as a fraction of that side of the resized image, as timm has it. None: 0.875 of
+            images, all of a video's frames, as the published models were evaluated.
 
     Raises:
         ValueError: a value is not allowed, or there is not one for each channel.
@@ -176,17 +177,22 @@ def new_image_processor(
         )
     if not all(std > 0 for std in image_std):
         raise ValueError(f"image_std is {list(image_std)}: each must be greater than 0.")
+    if crop_pct is None:
+        crop_pct = 1.0 if config.modality == "video" else 0.875
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct is {crop_pct}: it must be greater than 0 and at most 1.")
-    # Without torchvision transformers warns as soon as this is imported, so that it is not before it is needed.
-    from transformers import BitImageProcessor
+    # Without torchvision transformers warns as soon as one of them is looked up, so that it is not before it is needed.
+    import transformers
 
     height, width = config.image_height_width(config.image_size)
     resized = {"height": round(height / crop_pct), "width": round(width / crop_pct)}
-    return BitImageProcessor(
-        size={"shortest_edge": resized["height"]} if height == width else resized,
-        crop_size={"height": height, "width": width},
-        image_mean=list(image_mean),
-        image_std=list(image_std),
-        do_convert_rgb=config.num_channels == 3,
-    )
+    options = {
+        "size": {"shortest_edge": resized["height"]} if height == width else resized,
+        "crop_size": {"height": height, "width": width},
+        "image_mean": list(image_mean),
+        "image_std": list(image_std),
+    }
+    if config.modality == "video":
+        # Which frames there are to be is beyond an image processor: `num_frames` tells those who choose them.
+        return transformers.VideoMAEImageProcessor(**options, num_frames=config.input_size[0])
+    return transformers.BitImageProcessor(**options, do_convert_rgb=config.num_channels == 3)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from datasets import Dataset, DatasetDict, Features, Image, NamedSplit
 
-from hf_vssm_prune.training.data.sources import SPLIT_NAMES, _find_files, _find_saved, _image_suffixes
+from hf_vssm_prune.training.data.media import IMAGES
+from hf_vssm_prune.training.data.sources import SPLIT_NAMES, _find_files, _find_saved
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def holds_pairs(path: Path) -> bool:
 
 
 def _find_images(folder: Path) -> list[Path]:
-    return sorted(file for file in _find_files(folder)[0] if file.suffix.lower() in _image_suffixes())
+    return sorted(file for file in _find_files(folder)[0] if file.suffix.lower() in IMAGES.suffixes())
 
 
 def load_pair_folder(folder: Path) -> DatasetDict:

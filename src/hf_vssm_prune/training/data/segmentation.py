@@ -15,6 +15,7 @@ from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArgume
 from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, read_rows
 from hf_vssm_prune.training.data.loading import _choose_split, _count_rows, _draw_samples, _find_evaluation_split
 from hf_vssm_prune.training.data.masks import decode_mask, reduced
+from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.pairs import holds_pairs, load_pair_folder
 from hf_vssm_prune.training.data.sources import load_splits
 
@@ -94,9 +95,9 @@ def load_segmentation_datasets(
         taken = train_rows if data.max_train_samples is None else train_rows.take(count)
         pairs = PairStream(taken, count, data.shuffle_buffer_size, data.train_split, len(label_names))
     else:
-        train_rows = _draw_samples(train_rows, data.max_train_samples, "max_train_samples", seed)
+        train_rows = _draw_samples(train_rows, data.max_train_samples, "max_train_samples", seed, IMAGES)
         pairs = Pairs(train_rows, len(label_names))
-    evaluation_rows = _draw_samples(evaluation_rows, data.max_eval_samples, "max_eval_samples", seed)
+    evaluation_rows = _draw_samples(evaluation_rows, data.max_eval_samples, "max_eval_samples", seed, IMAGES)
     return ImageDatasets(pairs, Pairs(evaluation_rows, len(label_names)), label_names)
 
 
@@ -109,7 +110,7 @@ def load_segmentation_evaluation(
     rows = _choose_split(splits, split, data.dataset_name)
     rows = standardize_pairs(rows, data.image_column_name, data.label_column_name)
     names = read_label_names(data.dataset_name, label_file) or _names_of_ids(rows, ignore_index, reduce_labels)
-    rows = _draw_samples(rows, data.max_eval_samples, "max_eval_samples", seed)
+    rows = _draw_samples(rows, data.max_eval_samples, "max_eval_samples", seed, IMAGES)
     return Pairs(rows, len(names)), names
 
 
