@@ -43,7 +43,7 @@ from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.models import load_model  # noqa: F401 - for those who look for it here
 from hf_vssm_prune.training.tasks import default_task
-from hf_vssm_prune.training.tasks.task import PrunableModel, Task, image_processor_of
+from hf_vssm_prune.training.tasks.task import PrunableModel, Task
 
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def prepare_finetuning(
         name = model.teacher_name_or_path or model.model_name_or_path
         teacher = recipe.task.load_teacher(name, student.config, recipe.losses, model.teacher_dtype, model.image_size)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=True)
-    return Trainer(student, datasets, image_processor_of(recipe.task, processor), recipe, teacher, card)
+    return Trainer(student, datasets, processor, recipe, teacher, card)
 
 
 def _check_run(recipe: Recipe) -> None:
@@ -111,7 +111,7 @@ def prepare_dense_training(data: DataArguments, model: DenseModelArguments, reci
         network.set_token_pruning(None)
         processor = _at_size(network, load_image_processor(model.model_name_or_path), model.image_size)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=False)
-    return Trainer(network, datasets, image_processor_of(recipe.task, processor), recipe, write_card=card)
+    return Trainer(network, datasets, processor, recipe, write_card=card)
 
 
 def _at_size(model: PrunableModel, processor: BaseImageProcessor, image_size: int | None) -> BaseImageProcessor:

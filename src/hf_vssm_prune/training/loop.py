@@ -67,7 +67,7 @@ from hf_vssm_prune.training.memory import enable_activation_checkpointing
 from hf_vssm_prune.training.optimization import make_optimizer
 from hf_vssm_prune.training.run_log import LossWindow, RunLog
 from hf_vssm_prune.training.saved_models import SavedModels, WriteCard
-from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task, image_processor_of
 
 
 # Of the metrics of the weights, and of their average.
@@ -97,7 +97,7 @@ class Trainer:
     Args:
         model: of the task, with its pruning schedule.
         datasets: images to train and to evaluate on.
-        image_processor: prepares the model's images, and is saved with it.
+        image_processor: prepares the model's images, and is saved with it, as the task has it.
         recipe: how to train.
         teacher: the dense model, where the recipe's losses need one. It is frozen.
         write_card: what the model card says, from the metrics and the number of images; None: no more than the model
@@ -124,6 +124,7 @@ class Trainer:
         check_output_dir(recipe.run)
         self.recipe = recipe
         self.task = recipe.task
+        image_processor = image_processor_of(self.task, image_processor)
         self.output_dir = Path(recipe.run.output_dir)
         self.elastic_schedules = recipe.elastic.schedules(pruned_config(model.config))
         for schedule in self.elastic_schedules:
