@@ -205,15 +205,9 @@ def test_videos_are_turned_as_they_say(degrees, flipped):
     class SideData(bytes):
         type = av.sidedata.sidedata.Type.DISPLAYMATRIX
 
-    class Frame:
-        color_trc = 1
-        side_data = [SideData(np.array([a, b, 0, c, d, 0, 0, 0, 2**30], np.int32).tobytes())]
-
-        def to_ndarray(self, format):
-            return pixels
-
+    matrix = SideData(np.array([a, b, 0, c, d, 0, 0, 0, 2**30], np.int32).tobytes())
     # A pixel (x, y) goes to (ax + cy, bx + dy).
-    turned = np.asarray(video_decoding._upright_image(Frame(), "It"))[..., 0]
+    turned = np.asarray(video_decoding._upright(Image.fromarray(pixels), [matrix]))[..., 0]
     expected = np.rot90(pixels[..., 0], -degrees // 90)
     np.testing.assert_array_equal(turned, expected[:, ::-1] if flipped else expected)
 

@@ -226,9 +226,13 @@ def _decode(
             frames = _one_by_one(container, stream, wanted)
         else:
             frames = _by_jumps(container, stream, wanted, announced)
+        # One for all frames: each of its own would start threads.
+        converter = pyav().video.reformatter.VideoReformatter()
         for number, frame in frames:
             _check_size(frame, name)
-            yield number, _upright_image(frame, name)
+            _say_hdr(frame, name)
+            pixels = converter.reformat(frame, format="rgb24").to_ndarray()
+            yield number, _upright(Image.fromarray(pixels), frame.side_data)
 
 
 def _one_by_one(container: Any, stream: Any, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
@@ -269,17 +273,19 @@ def _by_jumps(container: Any, stream: Any, wanted: Sequence[int], announced: _An
         yield number, frame
 
 
-def _upright_image(frame: Any, name: str) -> Image.Image:
+def _say_hdr(frame: Any, name: str) -> None:
     if frame.color_trc in HDR_TRANSFERS and not _said_to_be_hdr:
         _said_to_be_hdr.append(name)
         logger.warning(
             "%s is HDR (%s): its light is not mapped to that of a usual screen, so that it looks flat to a model.",
             *(name, HDR_TRANSFERS[frame.color_trc]),
         )
-    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    for side_data in frame.side_data:
-        if side_data.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d, *_ = (round(value / 2**16) for value in struct.unpack("=9i", bytes(side_data)))
+
+
+def _upright(image: Image.Image, side_data: Any) -> Image.Image:
+    for each in side_data:
+        if each.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d, *_ = (round(value / 2**16) for value in struct.unpack("=9i", bytes(each)))
             if (a, b, c, d) in TRANSPOSITIONS:
                 return image.transpose(TRANSPOSITIONS[a, b, c, d])
     return image
