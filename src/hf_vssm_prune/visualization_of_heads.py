@@ -10,19 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .configuration_common import pruned_config
-from .visualization import (
-    FONT_SIZE,
-    MARGIN,
-    PANEL_SIZE,
-    TEXT,
-    draw_stages,
-    fit,
-    headings,
-    image_from_pixel_values,
-    kept_patches,
-    lay_out,
-    patched_area,
-)
+from .panels import FONT_SIZE, MARGIN, PANEL_SIZE, TEXT, fit, headings, lay_out
+from .visualization import draw_stages, image_from_pixel_values, kept_patches, patched_area, run_pruned
 
 
 LABEL_OPACITY = 0.6
@@ -68,7 +57,6 @@ def draw_legend(labels: Tensor, names: Sequence[str]) -> Image.Image:
     return panel
 
 
-@torch.no_grad()
 def draw_segmentation(model: Any, pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
     """Draws how a pruned model segments each image, and which tokens its backbone keeps for it, stage by stage.
 
@@ -81,15 +69,7 @@ def draw_segmentation(model: Any, pixel_values: Tensor, mean: Sequence[float], s
     Raises:
         ValueError: the model is dense.
     """
-    config = pruned_config(model.config)
-    if config.token_pruning is None:
-        raise ValueError("The model is dense, so that there is nothing to show: give it a schedule, set_token_pruning.")
-    was_training = model.training
-    model.eval()
-    try:
-        output = model(pixel_values.to(model.device, model.dtype))
-    finally:
-        model.train(was_training)
+    config, output = pruned_config(model.config), run_pruned(model, pixel_values)
     input_size = config.input_size_of(pixel_values.shape)
     grid = config.grid_size_for(*input_size)
     kept = kept_patches(output.kept_tokens, config, input_size)

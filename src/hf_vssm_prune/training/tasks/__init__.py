@@ -24,6 +24,8 @@ DEFAULT_TASK = ImageClassification.name
 class TaskArguments:
     """Which task it is; each has options of its own."""
 
+    _argument_group_name = "task"
+
     # The table itself, so that a task that is entered from outside is known, too.
     task: str = field(default=DEFAULT_TASK, metadata={"help": "what is trained for", "choices": TASKS})
 

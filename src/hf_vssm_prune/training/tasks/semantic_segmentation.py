@@ -33,7 +33,6 @@ from hf_vssm_prune.training.data.segmentation import (
 )
 from hf_vssm_prune.training.losses import LossWeights, distillation_loss
 from hf_vssm_prune.training.mask_augmentation import MaskAugmentation
-from hf_vssm_prune.training.segmentation_metrics import areas_of_classes, segmentation_metrics
 from hf_vssm_prune.training.segmentation_models import HeadOptions, SegmentationModels
 from hf_vssm_prune.training.sliding_window import slide
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Scores
@@ -158,8 +157,8 @@ class SemanticSegmentation:
     """The head's own cross-entropy over labelled pixels, measured by mean intersection over union; see `task.Task`.
 
     A batch has "pixel_values" (batch, channels, height, width) and "labels", class ids (batch, height, width); to
-    evaluate, lists of both where images differ in size. The scores of a batch are (batch, 3, classes), see
-    `segmentation_metrics.areas_of_classes`.
+    evaluate, lists of both where images differ in size. The scores of a batch are (batch, 3, classes), pixels as
+    `metrics.mean_iou.mean_iou.label_areas` counts them.
 
     Args:
         arguments: of training, or those of an evaluation.
@@ -277,13 +276,23 @@ class SemanticSegmentation:
     def scores(self, outputs: Any, batch: Batch) -> Scores:
         return torch.stack(
             [
-                areas_of_classes(segment(logits, labels.shape), labels, logits.shape[0], self.arguments.ignore_index)
+                self._areas(segment(logits, labels.shape), labels, num_labels=logits.shape[0])
                 for logits, labels in zip(outputs.logits, batch["labels"], strict=True)
             ]
         )
 
     def metrics(self, scores: Sequence[Scores]) -> dict[str, float]:
-        return segmentation_metrics(torch.cat(list(scores)).sum(dim=0))  # type: ignore[arg-type]
+        from hf_vssm_prune.metrics.mean_iou.mean_iou import iou_from_areas
+
+        metrics = iou_from_areas(torch.cat(list(scores)).sum(dim=0).numpy())  # type: ignore[arg-type]
+        return {name: metrics[name] for name in self.shown_metrics}
+
+    def _areas(self, predicted: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+        # `evaluate`, which the metrics' file imports, takes a second, and only the training extra has it.
+        from hf_vssm_prune.metrics.mean_iou.mean_iou import label_areas
+
+        areas = label_areas(predicted.cpu().numpy(), labels.cpu().numpy(), num_labels, self.arguments.ignore_index)
+        return torch.from_numpy(areas).to(predicted.device)
 
     # To look at
 
