@@ -528,9 +528,9 @@ def test_folders_without_images(tmp_path: Path):
 
 
 def test_other_files(tmp_path: Path):
-    (tmp_path / "data.csv").write_text("image,label\n")
-    with pytest.raises(ValueError, match=r"data.csv' is a file of type '.csv': a data set is a folder or a .parquet"):
-        load_image_dataset(tmp_path / "data.csv")
+    (tmp_path / "data.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"data.json' is a file of type '.json': a data set is a folder, a .parquet"):
+        load_image_dataset(tmp_path / "data.json")
 
 
 def test_truncated_parquet(tmp_path: Path, parquet_file: Path):
