@@ -74,6 +74,7 @@ def test_batches_are_the_same_whatever_the_number_of_workers(parquet_folder, num
 class _Config:
     image_size = 8
     num_channels = 3
+    modality = "image"
 
     @staticmethod
     def image_height_width(size: int) -> tuple[int, int]:

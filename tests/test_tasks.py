@@ -4,25 +4,23 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import get_type_hints
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import PATIENCE, TOKEN_PRUNING, load_script, make_vim_config
-from datasets import ClassLabel, Dataset, Features, Image
-from PIL import Image as PILImage
+from conftest import PATIENCE, TOKEN_PRUNING, load_script
 from safetensors.torch import load_file
 from test_training import fresh_accelerator, image_folder, make_recipe, make_trainer  # noqa: F401
-from tested_tasks import EVERY_TASK, PLAIN_TASKS, RANDOM_TASKS, MeanColour
-from transformers import AutoModelForImageClassification
+from tested_tasks import EVERY_TASK, TESTED, MeanColour
 
-from hf_vssm_prune.training.arguments import DataArguments, ElasticArguments
+from hf_vssm_prune.configuration_common import pruned_config
+from hf_vssm_prune.pruned_heads import backbone_of
+from hf_vssm_prune.training.arguments import DataArguments, ElasticArguments, ScaleArguments
 from hf_vssm_prune.training.checkpoints import find_checkpoints
 from hf_vssm_prune.training.data import ImageDatasets
 from hf_vssm_prune.training.divergence import TrainingDivergedError
@@ -42,27 +40,24 @@ def task(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def parquet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """26 training and 5 test images of three colours, in files that can be streamed."""
-    folder = tmp_path_factory.mktemp("parquet")
-    generator = np.random.default_rng(0)
-    features = Features({"image": Image(), "label": ClassLabel(names=["red", "green", "blue"])})
-    for split, count in (("train-0", 13), ("train-1", 13), ("test-0", 5)):
-        pixels = generator.integers(0, 156, (count, 32, 32, 3), dtype=np.uint8)
-        for i in range(count):
-            pixels[i, ..., i % 3] += 100
-        images = [PILImage.fromarray(each) for each in pixels]
-        rows = {"image": images, "label": [i % 3 for i in range(count)]}
-        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
-    return folder
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path]:
+    """By a task's name: 12 training and 5 test examples of each of three colours; 26 and 5 to be streamed."""
+
+    @cache
+    def of_writer(write: Callable[[Path], None]) -> Path:
+        folder = tmp_path_factory.mktemp("data")
+        write(folder)
+        return folder
+
+    return lambda task, streaming: of_writer(getattr(TESTED[task], "write_stream" if streaming else "write_folder"))
 
 
 @cache
 def load_datasets(task: str, data: Path, streaming: bool) -> ImageDatasets:
     """Of a stream the evaluation images are read and stored, which takes longer than the run."""
     arguments = DataArguments(str(data), streaming=streaming, shuffle_buffer_size=5, dataloader_num_workers=0)
-    return RANDOM_TASKS[task]().load_datasets(arguments, seed=0)
+    return TESTED[task].random().load_datasets(arguments, seed=0)
 
 
 def prepare(
@@ -77,8 +72,9 @@ def prepare(
     recipe.run.resume, recipe.run.checkpointing_steps, recipe.run.save_total_limit = resume, "1", 20
     datasets = load_datasets(task.name, data, streaming)
     torch.manual_seed(1)
-    teacher = AutoModelForImageClassification.from_config(make_vim_config())
-    config = make_vim_config(token_pruning=dict(TOKEN_PRUNING), drop_path_rate=0.3)
+    make_config = TESTED[task.name].make_config
+    teacher = task.auto_class.from_config(make_config())
+    config = make_config(token_pruning=dict(TOKEN_PRUNING), drop_path_rate=0.3)
     return make_trainer(config, datasets, recipe, teacher)
 
 
@@ -113,25 +109,19 @@ def reset() -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
-def test_killed_and_stopped_runs_end_with_the_same_weights_to_the_bit(
-    task,
-    streaming,
-    image_folder,  # noqa: F811
-    parquet_folder,
-    tmp_path,
-):
-    data = parquet_folder if streaming else image_folder
-    whole = prepare(RANDOM_TASKS[task](), data, tmp_path / "whole", streaming=streaming).train()
+def test_killed_and_stopped_runs_end_with_the_same_weights_to_the_bit(task, streaming, folders, tmp_path):
+    data = folders(task, streaming)
+    whole = prepare(TESTED[task].random(), data, tmp_path / "whole", streaming=streaming).train()
     reset()
 
     broken = tmp_path / "broken"
-    process = FORK.Process(target=train_until_killed, args=(RANDOM_TASKS[task](), data, broken, streaming))
+    process = FORK.Process(target=train_until_killed, args=(TESTED[task].random(), data, broken, streaming))
     process.start()
     process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     assert find_checkpoints(broken)[-1].name == "checkpoint-4"
 
-    stopped = prepare(RANDOM_TASKS[task](), data, broken, resume="latest", streaming=streaming)
+    stopped = prepare(TESTED[task].random(), data, broken, resume="latest", streaming=streaming)
     assert stopped.state.steps == 4
     stop_after(stopped, 5, signal.SIGTERM)
     with pytest.raises(TrainingInterruptedError, match="Stopped by SIGTERM"):
@@ -139,7 +129,7 @@ def test_killed_and_stopped_runs_end_with_the_same_weights_to_the_bit(
     assert find_checkpoints(broken)[-1].name == "checkpoint-6"
     reset()
 
-    resumed = prepare(RANDOM_TASKS[task](), data, broken, resume="latest", streaming=streaming).train()
+    resumed = prepare(TESTED[task].random(), data, broken, resume="latest", streaming=streaming).train()
     assert resumed["history"] == whole["history"]
     for name in ("last", "last_ema"):
         weights, others = (load_file(tmp_path / run / name / "model.safetensors") for run in ("whole", "broken"))
@@ -147,7 +137,7 @@ def test_killed_and_stopped_runs_end_with_the_same_weights_to_the_bit(
         assert all(torch.equal(weights[key], others[key]) for key in weights), name
 
 
-def test_accumulated_small_batches_train_like_large_ones(task, image_folder, tmp_path):  # noqa: F811
+def test_accumulated_small_batches_train_like_large_ones(task, folders, tmp_path):
     weights = {}
     for batch_size, accumulation in ((12, 1), (4, 3)):
         recipe = make_recipe(
@@ -158,32 +148,33 @@ def test_accumulated_small_batches_train_like_large_ones(task, image_folder, tmp
             adam_epsilon=1e-3,
             clip_grad=0.5,
         )
-        recipe = replace(recipe, task=PLAIN_TASKS[task]())
-        datasets = recipe.task.load_datasets(DataArguments(str(image_folder)), seed=0)
-        trainer = make_trainer(make_vim_config(), datasets, recipe)
+        # Batch norm in a head would see other statistics in smaller batches.
+        recipe = replace(recipe, task=TESTED[task].plain(), scale=ScaleArguments(batch_norm="frozen"))
+        datasets = recipe.task.load_datasets(DataArguments(str(folders(task, False))), seed=0)
+        trainer = make_trainer(TESTED[task].make_config(), datasets, recipe)
         trainer.train()
         weights[batch_size] = trainer.plain_model.state_dict()
     for name, value in weights[12].items():
         torch.testing.assert_close(weights[4][name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_is_named_before_the_weights_change(task, image_folder, tmp_path):  # noqa: F811
-    trainer = prepare(RANDOM_TASKS[task](), image_folder, tmp_path, gradient_accumulation_steps=1)
+def test_a_loss_that_is_not_finite_is_named_before_the_weights_change(task, folders, tmp_path):
+    trainer = prepare(TESTED[task].random(), folders(task, False), tmp_path, gradient_accumulation_steps=1)
 
     def overflow(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
         return output * float("nan") if module.training and trainer.state.steps == 2 else output
 
-    trainer.plain_model.get_submodule("vim.layers.2.mixer").register_forward_hook(
+    backbone_of(trainer.plain_model).base_model.get_submodule("layers.2.mixer").register_forward_hook(
         lambda module, inputs, output: (overflow(module, inputs, output[0]), *output[1:]), prepend=True
     )
-    with pytest.raises(TrainingDivergedError, match=r"step 3 of 18: loss nan.*not finite is that of vim\.layers\.2\.m"):
+    with pytest.raises(TrainingDivergedError, match=r"step 3 of 18: loss nan.*not finite is that of \w+\.layers\.2\.m"):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in trainer.plain_model.parameters())
     assert find_checkpoints(tmp_path)[-1].name == "checkpoint-2"
 
 
-def test_terms_metrics_and_the_best_by_them(task, image_folder, tmp_path):  # noqa: F811
-    results = prepare(RANDOM_TASKS[task](), image_folder, tmp_path).train()
+def test_terms_metrics_and_the_best_by_them(task, folders, tmp_path):
+    results = prepare(TESTED[task].random(), folders(task, False), tmp_path).train()
     kind = EVERY_TASK[task]
     key = kind.metric_for_best_model
     measured = [entry[f"{prefix}{key}"] for entry in results["history"] for prefix in ("eval_", "eval_ema_")]
@@ -191,7 +182,7 @@ def test_terms_metrics_and_the_best_by_them(task, image_folder, tmp_path):  # no
     assert json.loads((tmp_path / "all_results.json").read_text()) == results
     for folder in ("best", "last", "last_ema"):
         model = kind.auto_class.from_pretrained(tmp_path / folder)
-        assert model.config.token_pruning == TOKEN_PRUNING
+        assert pruned_config(model.config).token_pruning == TOKEN_PRUNING
 
 
 def test_a_task_has_all_that_the_loop_asks_for(task):
@@ -200,8 +191,9 @@ def test_a_task_has_all_that_the_loop_asks_for(task):
     members = {name for name in vars(Task) if not name.startswith("_")} | set(get_type_hints(Task))
     assert all(hasattr(kind(None), name) for name in members)
     assert kind.metric_for_best_model in kind.shown_metrics
-    batch = kind(None).example_batch(make_vim_config(), 3, torch.device("cpu"))
-    outputs = AutoModelForImageClassification.from_config(make_vim_config())(**kind(None).inputs(batch))
+    config = TESTED[task].make_config()
+    batch = kind(None).example_batch(config, 3, torch.device("cpu"))
+    outputs = kind.auto_class.from_config(config)(**kind(None).inputs(batch))
     assert all(term.shape == () for term in kind(None).losses(outputs, batch).values())
     scores = kind(None).scores(outputs, batch)
     assert len(scores) == 3

@@ -109,7 +109,7 @@ def make_recipe(output_dir: Path, losses: LossWeights | None = None, augmentatio
 
 def make_trainer(config, datasets, recipe: Recipe, teacher=None) -> Trainer:
     torch.manual_seed(0)
-    model = AutoModelForImageClassification.from_config(config)
+    model = recipe.task.auto_class.from_config(config)
     processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
     return Trainer(model, datasets, processor, recipe, teacher)
 

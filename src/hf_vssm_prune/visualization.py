@@ -8,30 +8,34 @@ before these each place has a frame of its own, and a panel is a sheet of them.
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from .configuration_common import VisionMambaConfig
+from .configuration_common import VisionMambaConfig, pruned_config
 from .families import ImageClassifier
+from .panels import (
+    DROPPED,  # noqa: F401 - for those who look for it here
+    DROPPED_OPACITY,  # noqa: F401
+    PANEL_SIZE,
+    SHEET_SIZE,
+    draw_mask,
+    fit,
+    headings,
+    kept_mask,
+    lay_out,
+    num_columns,
+    sheet,
+)
 
 
 # What a model saw: an image, or one frame for each place of the grid's dimensions before height and width, in order.
 Frames: TypeAlias = Image.Image | Sequence[Image.Image]
 
-PANEL_SIZE = 224  # pixels along the longer side of a panel
-MARGIN = 12
-FRAME_GAP = 4  # pixels between the frames of a sheet
-FONT_SIZE = 15
-BACKGROUND, TEXT = (255, 255, 255), (38, 38, 38)
-# Blue of Okabe and Ito's palette: in images of any brightness, and to any kind of colour vision, unlike grey and black.
-DROPPED = (0, 114, 178)
-DROPPED_OPACITY = 0.72
-OUTLINE = (240, 228, 66)  # the palette's yellow
 # Of importance, from low to high: Matplotlib's viridis. Tokens that an earlier stage dropped have none.
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 NO_IMPORTANCE = (225, 225, 225)
@@ -59,14 +63,17 @@ def visualize(
         raise ValueError("`images` is empty; at least one image is needed.")
     if model.config.modality == "video":
         videos = [samples] if isinstance(samples[0], Image.Image) else samples
-        # Frame by frame, so that an image processor will do.
-        pixel_values = torch.stack(
-            [image_processor(list(video), return_tensors="pt")["pixel_values"] for video in videos]
-        )
+        pixel_values = torch.stack([clip_pixel_values(image_processor, video) for video in videos])
     else:
         pixel_values = image_processor(samples, return_tensors="pt")["pixel_values"]
     mean, std = image_statistics(image_processor)
     return draw_classification(model, pixel_values, mean, std, importance)
+
+
+def clip_pixel_values(image_processor: BaseImageProcessor, frames: Sequence[Image.Image]) -> Tensor:
+    """Frames as an image processor prepares them, be it one of videos or of images: (frames, channels, height,
+    width)."""
+    return image_processor(list(frames), return_tensors="pt")["pixel_values"].flatten(0, -4)
 
 
 def image_statistics(image_processor: BaseImageProcessor) -> tuple[Sequence[float], Sequence[float]]:
@@ -148,7 +155,6 @@ def image_from_pixel_values(pixel_values: Tensor, mean: Sequence[float], std: Se
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-@torch.no_grad()
 def draw_classification(
     model: ImageClassifier,
     pixel_values: Tensor,
@@ -169,15 +175,7 @@ def draw_classification(
     Raises:
         ValueError: the model is dense.
     """
-    config = model.config
-    if config.token_pruning is None:
-        raise ValueError("The model is dense, so that there is nothing to show: give it a schedule, set_token_pruning.")
-    was_training = model.training
-    model.eval()
-    try:
-        output = model(pixel_values.to(model.device, model.dtype))
-    finally:
-        model.train(was_training)
+    config, output = model.config, run_pruned(model, pixel_values)
     input_size, labels = config.input_size_of(pixel_values.shape), config.label_names
     return draw_kept_tokens(
         [frames_from_pixel_values(sample, mean, std, config) for sample in pixel_values],
@@ -188,6 +186,23 @@ def draw_classification(
         token_scores=output.token_scores if importance else None,
         merged=None if output.merged_tokens is None else merged_patches(output.merged_tokens, config, input_size),
     )
+
+
+@torch.no_grad()
+def run_pruned(model: ImageClassifier, pixel_values: Tensor) -> Any:
+    """The output of a pruned model in evaluation mode; it is left in the mode that it was in.
+
+    Raises:
+        ValueError: the model is dense.
+    """
+    if pruned_config(model.config).token_pruning is None:
+        raise ValueError("The model is dense, so that there is nothing to show: give it a schedule, set_token_pruning.")
+    was_training = model.training
+    model.eval()
+    try:
+        return model(pixel_values.to(model.device, model.dtype))
+    finally:
+        model.train(was_training)
 
 
 def patched_area(image: Image.Image, config: VisionMambaConfig) -> Image.Image:
@@ -254,7 +269,7 @@ def draw_kept_tokens(
             of_image = [scores[index].view(grid) for scores in maps]
             rows.append([None, *(_draw_importance_of_frames(scores, image) for scores in of_image)])
             texts.append(["", *(_range_of_importance(scores) for scores in of_image)])
-    return _lay_out(rows, ["input", *_headings(len(kept_tokens), layers)], texts)
+    return lay_out(rows, ["input", *headings(len(kept_tokens), layers)], texts)
 
 
 def draw_stages(image: Frames, kept_tokens: Sequence[Tensor], grid: tuple[int, ...]) -> list[Image.Image]:
@@ -271,8 +286,8 @@ def draw_stages(image: Frames, kept_tokens: Sequence[Tensor], grid: tuple[int, .
     frames = _fit_frames(image)
     if len(frames) != math.prod(grid[:-2]):
         raise ValueError(f"there are {len(frames)} frames; a grid of {_times(grid)} needs {math.prod(grid[:-2])}.")
-    masks = [_kept_mask(kept, grid).view(-1, *grid[-2:]) for kept in kept_tokens]
-    return [_sheet(frames), *(_sheet([*map(_draw_mask, frames, mask)]) for mask in masks)]
+    masks = [kept_mask(kept, grid).view(-1, *grid[-2:]) for kept in kept_tokens]
+    return [sheet(frames), *(sheet([*map(draw_mask, frames, mask)]) for mask in masks)]
 
 
 def draw_merges(image: Frames, into: Tensor, kept: Tensor, grid: tuple[int, ...]) -> Image.Image:
@@ -291,35 +306,19 @@ def draw_merges(image: Frames, into: Tensor, kept: Tensor, grid: tuple[int, ...]
     sums = torch.zeros_like(colours).index_add(0, into, colours)
     counts = torch.zeros(len(colours), dtype=colours.dtype).index_add(0, into, torch.ones(len(colours)).double())
     means = (sums / counts.clamp(min=1).unsqueeze(1))[into].round().byte().view(-1, *grid[-2:], 3)
-    groups, is_left = into.view(-1, *grid[-2:]), _kept_mask(kept, grid).flatten()[into].view(-1, *grid[-2:])
+    groups, is_left = into.view(-1, *grid[-2:]), kept_mask(kept, grid).flatten()[into].view(-1, *grid[-2:])
     painted = [
         Image.fromarray(colour.numpy()).resize(frame.size, Image.Resampling.NEAREST)
         for colour, frame in zip(means, frames, strict=True)
     ]
-    return _sheet([_draw_mask(*panel) for panel in zip(painted, is_left, groups, strict=True)])
+    return sheet([draw_mask(*panel) for panel in zip(painted, is_left, groups, strict=True)])
 
 
 def _fit_frames(image: Frames) -> list[Image.Image]:
     """The frames, as large as fit into one panel."""
     frames = [image] if isinstance(image, Image.Image) else list(image)
-    return [_fit(frame.convert("RGB"), PANEL_SIZE // _columns(len(frames))) for frame in frames]
-
-
-def _columns(num_frames: int) -> int:
-    return max(1, math.ceil(math.sqrt(num_frames)))
-
-
-def _sheet(frames: Sequence[Image.Image]) -> Image.Image:
-    """Frames of one size in rows, about as many as in a column; a single one as it is."""
-    if len(frames) == 1:
-        return frames[0]
-    columns = _columns(len(frames))
-    width, height = frames[0].width + FRAME_GAP, frames[0].height + FRAME_GAP
-    rows = math.ceil(len(frames) / columns)
-    sheet = Image.new("RGB", (columns * width - FRAME_GAP, rows * height - FRAME_GAP), BACKGROUND)
-    for index, frame in enumerate(frames):
-        sheet.paste(frame, (index % columns * width, index // columns * height))
-    return sheet
+    size = PANEL_SIZE if len(frames) == 1 else SHEET_SIZE // num_columns(len(frames))
+    return [fit(frame.convert("RGB"), size) for frame in frames]
 
 
 def importance_maps(kept_tokens: Sequence[Tensor], token_scores: Sequence[Tensor], num_patches: int) -> list[Tensor]:
@@ -372,7 +371,7 @@ def _draw_importance_of_frames(scores: Tensor, image: Frames) -> Image.Image:
     """A map of importance (…, height, width) as the image is drawn, with the same colours in all of its frames."""
     of_frames = zip(scores.view(-1, *scores.shape[-2:]), _fit_frames(image), strict=True)
     extremes = _extremes(scores)
-    return _sheet([draw_importance(of_frame, frame.size, extremes) for of_frame, frame in of_frames])
+    return sheet([draw_importance(of_frame, frame.size, extremes) for of_frame, frame in of_frames])
 
 
 def _range_of_importance(scores: Tensor) -> str:
@@ -417,75 +416,3 @@ def _check(
 
 def _times(grid: tuple[int, ...]) -> str:
     return " x ".join(map(str, grid))
-
-
-def _headings(num_stages: int, layers: Sequence[int] | None) -> list[str]:
-    if layers is None:
-        return [f"stage {stage}" for stage in range(1, num_stages + 1)]
-    return [f"from layer {layer} on" for layer in layers]
-
-
-def _kept_mask(kept: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """True at the patches that are left: bool of shape `grid`."""
-    mask = torch.zeros(math.prod(grid), dtype=torch.bool)
-    return mask.scatter(0, kept.cpu(), True).view(grid)
-
-
-def _fit(image: Image.Image, panel_size: int) -> Image.Image:
-    """The image at a panel's size: enlarged by a whole factor, so that pixels stay crisp, or made smaller."""
-    longer = max(image.size)
-    if longer <= panel_size:
-        factor = panel_size // longer
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    size = [max(1, round(side * panel_size / longer)) for side in image.size]
-    return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
-
-
-def _draw_mask(panel: Image.Image, mask: Tensor, groups: Tensor | None = None) -> Image.Image:
-    """Covers the patches outside the mask; borders are drawn around it, or between groups."""
-    dropped = Image.fromarray((~mask).byte().numpy() * 255)
-    opacity = dropped.resize(panel.size, Image.Resampling.NEAREST).point(lambda value: round(value * DROPPED_OPACITY))
-    covered = Image.composite(Image.new("RGB", panel.size, DROPPED), panel, opacity)
-    draw = ImageDraw.Draw(covered)
-    for line in _borders(mask if groups is None else groups, panel.size):
-        draw.line(line, fill=OUTLINE, width=2)
-    return covered
-
-
-def _borders(values: Tensor, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
-    """The sides between patches of different values, as lines (x0, y0, x1, y1) in pixels."""
-    height, width = size[1] / values.shape[0], size[0] / values.shape[1]
-    beside = (values[:, 1:] != values[:, :-1]).nonzero().tolist()
-    below = (values[1:] != values[:-1]).nonzero().tolist()
-    lines = [((x + 1) * width, y * height, (x + 1) * width, (y + 1) * height) for y, x in beside]
-    return lines + [(x * width, (y + 1) * height, (x + 1) * width, (y + 1) * height) for y, x in below]
-
-
-def _lay_out(rows: list[list[Image.Image | None]], headings: list[str], captions: list[list[str]]) -> Image.Image:
-    """Panels in rows and columns, some places empty, a heading above each column and a caption below each panel."""
-    font = ImageFont.load_default(FONT_SIZE)
-    texts = [*headings, *(text for row in captions for text in row)]
-    line_height = round(1.6 * FONT_SIZE)
-    text_heights = [line_height * max(text.count("\n") + 1 for text in row) for row in captions]
-    text_width = math.ceil(max(font.getlength(line) for text in texts for line in text.split("\n")))
-    column_width = max(text_width, *(panel.width for row in rows for panel in row if panel))
-    panel_heights = [max(panel.height for panel in row if panel) for row in rows]
-    row_heights = [sum(heights) for heights in zip(panel_heights, text_heights, strict=True)]
-
-    width = MARGIN + (column_width + MARGIN) * len(headings)
-    height = MARGIN + line_height + sum(row_heights) + MARGIN * len(rows)
-    canvas = Image.new("RGB", (width, height), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
-    centres = [MARGIN + column_width // 2 + column * (column_width + MARGIN) for column in range(len(headings))]
-    for centre, heading in zip(centres, headings, strict=True):
-        draw.text((centre, MARGIN), heading, TEXT, font, anchor="ma")
-
-    top = MARGIN + line_height
-    for panels, row_captions, row_height in zip(rows, captions, row_heights, strict=True):
-        for centre, panel, caption in zip(centres, panels, row_captions, strict=True):
-            if panel is None:
-                continue
-            canvas.paste(panel, (centre - panel.width // 2, top))
-            draw.multiline_text((centre, top + panel.height + 4), caption, TEXT, font, anchor="ma", align="center")
-        top += row_height + MARGIN
-    return canvas

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, set_seed
 from transformers.utils import logging as transformers_logging
 
+from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.hub.loading import load_config, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.pushing import push_model
@@ -58,7 +59,7 @@ def prepare_finetuning(
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
     _check_run(recipe)
-    config = load_config(model.model_name_or_path)
+    config = pruned_config(load_config(model.model_name_or_path))
     if model.image_size is not None:
         config = config_at_size(config, model.image_size)
     # The checkpoint's configuration checks the schedule, before weights and images are loaded.
@@ -144,7 +145,7 @@ def evaluate(
         raise ValueError(f"--int8 computes on the CPU only, and the device is {device}: give --device cpu.")
     if beside.int8 and options.mixed_precision != "no":
         raise ValueError(f"--int8 needs float32 around it; --mixed_precision is {options.mixed_precision}.")
-    config = load_config(options.model_name_or_path)
+    config = pruned_config(load_config(options.model_name_or_path))
     schedule = pruning.schedule(config)
     loader, label_names = _load_evaluation(task, data, options)
     models = {
@@ -177,7 +178,7 @@ def compare_schedules(
     """
     task = task or default_task()
     find_device(options.device)  # before anything is loaded
-    config = load_config(options.model_name_or_path)
+    config = pruned_config(load_config(options.model_name_or_path))
     completed = {"dense": None, **{name: config.complete_token_pruning(each) for name, each in schedules.items()}}
     loader, label_names = _load_evaluation(task, data, options)
     model = task.load_model(options.model_name_or_path, label_names, some_labels=True)

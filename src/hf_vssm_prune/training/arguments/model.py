@@ -112,8 +112,11 @@ class DenseModelArguments:
     image_std: list[float] = field(
         default_factory=lambda: [0.229, 0.224, 0.225], metadata=describe("of each channel, for a new model", "--std")
     )
-    crop_pct: float = field(
-        default=0.875, metadata=describe("fraction of the resized image's side that evaluation crops, for a new model")
+    crop_pct: float | None = field(
+        default=None,
+        metadata=describe(
+            "fraction of the resized image's side that evaluation crops, for a new model; 0.875 by default, of videos 1"
+        ),
     )
 
     def __post_init__(self) -> None:

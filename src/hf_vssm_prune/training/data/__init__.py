@@ -1,4 +1,5 @@
-"""Labelled images for training and evaluation, from the Hub, a folder of images, Parquet files, or a saved data set."""
+"""Labelled images and videos for training and evaluation, from the Hub, a folder, a table, Parquet files, or a saved
+data set."""
 
 from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream
 from hf_vssm_prune.training.data.items import EvaluationImages, StreamedTrainingImages, TrainingImages, collate

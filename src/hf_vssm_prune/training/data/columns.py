@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets
 
 from hf_vssm_prune.training.data.label_columns import read_labels, translate_labels
+from hf_vssm_prune.training.data.media import IMAGES, Medium
 
 
 @dataclass(frozen=True)
 class ImageDatasets:
-    """The two sides of a training run. Each data set has the columns "image" ({"bytes", "path"}, not decoded), "label"
-    (an index into `label_names`) and "row" (the row in the split that it came from; a stream has none)."""
+    """The two sides of a training run. Each data set has the columns "image" ({"bytes", "path"}, not decoded; videos,
+    where it is one of videos), "label" (an index into `label_names`) and "row" (the row in the split that it came from;
+    a stream has none)."""
 
     train: "Dataset | ImageStream"
     evaluation: Dataset
@@ -51,7 +53,11 @@ class ImageStream:
 
 
 def standardize(
-    dataset: Dataset, image_column: str | None, label_column: str | None, label_names: list[str] | None = None
+    dataset: Dataset,
+    image_column: str | None,
+    label_column: str | None,
+    label_names: list[str] | None = None,
+    medium: Medium = IMAGES,
 ) -> tuple[Dataset, list[str]]:
     """Returns the data set with the columns "image", "label" and "row", and the names of the labels: `label_names`
     where given, and then the data set's own must be among them.
@@ -59,7 +65,7 @@ def standardize(
     Raises:
         ValueError: a column is missing or holds something else; a row has no image or no label.
     """
-    image_column = _find_column(dataset, image_column, Image, "image")
+    image_column = _find_column(dataset, image_column, medium.feature, "image")
     label_column = _find_column(dataset, label_column, ClassLabel, "label")
     if image_column == label_column:
         raise ValueError(f"image_column and label_column are both '{image_column}'.")
@@ -68,11 +74,11 @@ def standardize(
         {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
     )
     try:
-        dataset = dataset.cast_column("image", Image(decode=False))
+        dataset = dataset.cast_column("image", medium.feature(decode=False))
     except (NotImplementedError, TypeError, ValueError) as error:
         kind = dataset.features["image"]
-        raise ValueError(f"Column '{image_column}' holds no images; its type is {kind}.") from error
-    _check_images(dataset, image_column)
+        raise ValueError(f"Column '{image_column}' holds no {medium.name}s; its type is {kind}.") from error
+    _check_stored(dataset, image_column, medium)
     labels, own_names = read_labels(dataset, label_column, say_numbers=label_names is None)
     label_names = label_names or own_names
     if own_names != label_names:
@@ -87,7 +93,7 @@ def standardize(
 
 
 def standardize_stream(
-    rows: IterableDataset, image_column: str | None, label_column: str | None
+    rows: IterableDataset, image_column: str | None, label_column: str | None, medium: Medium = IMAGES
 ) -> tuple[IterableDataset, list[str]]:
     """A stream with the columns "image" (not decoded) and "label", and the labels' names.
 
@@ -96,7 +102,7 @@ def standardize_stream(
     """
     if rows.features is None:
         rows = rows._resolve_features()
-    image_column = _find_column(rows, image_column, Image, "image")
+    image_column = _find_column(rows, image_column, medium.feature, "image")
     label_column = _find_column(rows, label_column, ClassLabel, "label")
     kind = rows.features[label_column]
     if not isinstance(kind, ClassLabel):
@@ -105,12 +111,12 @@ def standardize_stream(
             "they cannot all be looked at beforehand. Leave out --streaming."
         )
     rows = rows.select_columns([image_column, label_column])
+    # Bytes and paths without a type of their own stay as they are: datasets would refuse rows without either, unnamed.
+    if not isinstance(rows.features[image_column], dict):
+        rows = rows.cast_column(image_column, medium.feature(decode=False))  # before renaming, which decodes
     rows = rows.rename_columns(
         {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
     )
-    # Bytes and paths without the type Image stay as they are: datasets would refuse rows without either, unnamed.
-    if not isinstance(rows.features["image"], dict):
-        rows = rows.cast_column("image", Image(decode=False))
     return rows, list(kind.names)
 
 
@@ -145,11 +151,11 @@ def _find_column(dataset: Dataset | IterableDataset, name: str | None, kind: typ
     return found[0]
 
 
-def _check_images(dataset: Dataset, column: str) -> None:
+def _check_stored(dataset: Dataset, column: str, medium: Medium) -> None:
     """Refuses rows in which there is nothing to decode. Whether the rest can be decoded shows when it is."""
-    images = dataset.data.column("image")
-    lengths = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), -1).to_numpy()
-    paths = pc.struct_field(images, "path")
+    stored = dataset.data.column("image")
+    lengths = pc.fill_null(pc.binary_length(pc.struct_field(stored, "bytes")), -1).to_numpy()
+    paths = pc.struct_field(stored, "path")
     wrong = {int(row): "it holds 0 bytes" for row in np.flatnonzero(lengths == 0)}
     without_bytes = np.flatnonzero(lengths < 0)
     for row, path in zip(without_bytes, paths.take(pa.array(without_bytes)).to_pylist(), strict=True):
@@ -158,8 +164,8 @@ def _check_images(dataset: Dataset, column: str) -> None:
     if wrong:
         first = min(wrong)
         raise ValueError(
-            f"{len(wrong)} of {len(dataset)} rows of split '{dataset.split}' have no image in column '{column}'; the "
-            f"first is row {first}: {wrong[first]}. Leave them out of the data set, or complete them."
+            f"{len(wrong)} of {len(dataset)} rows of split '{dataset.split}' have no {medium.name} in column "
+            f"'{column}'; the first is row {first}: {wrong[first]}. Leave them out of the data set, or complete them."
         )
 
 

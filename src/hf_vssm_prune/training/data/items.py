@@ -1,4 +1,4 @@
-"""What a data loader reads: images, decoded and augmented when they are asked for."""
+"""What a data loader reads: images, decoded and augmented when they are asked for. Videos are in `clips`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,8 +20,10 @@ from hf_vssm_prune.training.data.columns import ImageStream
 from hf_vssm_prune.training.image_steps import ImageError, ImageProcessorSteps, decode_image
 
 
-class _Images(torch.utils.data.Dataset[dict[str, Any]]):
-    """Images of a data set that `load_image_dataset` gave, decoded when they are asked for."""
+class Items(torch.utils.data.Dataset[dict[str, Any]]):
+    """Images, or what else it is that `load_image_dataset` gave, decoded when they are asked for."""
+
+    kind = "image"
 
     def __init__(self, dataset: Any, image_processor: BaseImageProcessor) -> None:
         self._dataset = dataset
@@ -32,7 +34,7 @@ class _Images(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
-            raise IndexError(f"There is no image {index}: there are {len(self)}.")
+            raise IndexError(f"There is no {self.kind} {index}: there are {len(self)}.")
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
@@ -44,19 +46,16 @@ class _Images(torch.utils.data.Dataset[dict[str, Any]]):
         ]
 
     def _item(self, index: int, stored: Mapping[str, Any] | None, label: int, place: str) -> dict[str, Any]:
-        return {"pixel_values": self._pixel_values(self._decode(stored, place), index), "labels": label}
-
-    def _decode(self, stored: Mapping[str, Any] | None, place: str) -> Image.Image:
-        name = f"The image in {place} of split '{self._dataset.split}'"
+        name = f"The {self.kind} in {place} of split '{self._dataset.split}'"
         if stored is not None and stored["path"] is not None:
             name += f" ('{stored['path']}')"
-        return decode_image(stored, self._steps.mode, name)
+        return {"pixel_values": self._pixel_values(stored, index, name), "labels": label}
 
-    def _pixel_values(self, image: Image.Image, index: int) -> torch.Tensor:
+    def _pixel_values(self, stored: Mapping[str, Any] | None, index: int, name: str) -> torch.Tensor:
         raise NotImplementedError
 
 
-class EvaluationImages(_Images):
+class EvaluationImages(Items):
     """Images as the image processor gives them.
 
     Each item is {"pixel_values": float32 (channels, height, width), "labels": int}.
@@ -66,15 +65,13 @@ class EvaluationImages(_Images):
         image_processor: One of plain steps: see `ImageProcessorSteps`.
     """
 
-    def _pixel_values(self, image: Image.Image, index: int) -> torch.Tensor:
-        return self._steps(image)
+    def _pixel_values(self, stored: Mapping[str, Any] | None, index: int, name: str) -> torch.Tensor:
+        return self._steps(decode_image(stored, self._steps.mode, name))
 
 
-class TrainingImages(_Images):
-    """Augmented images. What is random in an image depends on the seed, the epoch and the index alone: not on the
-    number of workers or processes, nor on what was read before.
-
-    Each item is {"pixel_values": float32 (channels, height, width), "labels": int}.
+class AugmentedItems(Items):
+    """Items for training. What is random in one depends on the seed, the epoch and the index alone: not on the number
+    of workers or processes, nor on what was read before.
 
     Args:
         dataset: One that `load_image_dataset` gave.
@@ -102,8 +99,10 @@ class TrainingImages(_Images):
         """Call it before the data loader's iterator is made: workers read ahead."""
         self._epoch.fill_(epoch)
 
-    def _pixel_values(self, image: Image.Image, index: int) -> torch.Tensor:
-        generator = np.random.default_rng((self._seed, int(self._epoch), index))
+    def _generator(self, index: int, *purpose: int) -> np.random.Generator:
+        return np.random.default_rng((self._seed, int(self._epoch), index, *purpose))
+
+    def _augment(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
         augmentation, steps = self._augmentation, self._steps
         if augmentation.random_resized_crop_scale is not None:
             image = random_resized_crop(
@@ -113,12 +112,23 @@ class TrainingImages(_Images):
             image = random_crop_with_padding(steps.resize_and_crop(image), augmentation.random_crop_padding, generator)
         if generator.random() < augmentation.horizontal_flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image = randaugment(image, augmentation, steps.resample, steps.fill, generator)
-        return random_erasing(steps.normalize(image), augmentation.random_erasing, generator)
+        return randaugment(image, augmentation, steps.resample, steps.fill, generator)
 
 
-class StreamedTrainingImages(TrainingImages):
-    """Augmented images of an `ImageStream`.
+class TrainingImages(AugmentedItems):
+    """Augmented images.
+
+    Each item is {"pixel_values": float32 (channels, height, width), "labels": int}.
+    """
+
+    def _pixel_values(self, stored: Mapping[str, Any] | None, index: int, name: str) -> torch.Tensor:
+        generator = self._generator(index)
+        image = self._augment(decode_image(stored, self._steps.mode, name), generator)
+        return random_erasing(self._steps.normalize(image), self._augmentation.random_erasing, generator)
+
+
+class StreamedItems(AugmentedItems):
+    """Those of an `ImageStream`.
 
     An "index" is the place in the epoch's order together with the row itself, as `sampling.StreamSampler` gives them:
     the process that trains reads the rows, and its workers decode and augment them.
@@ -138,14 +148,18 @@ class StreamedTrainingImages(TrainingImages):
         label, count = row["label"], self._dataset.rows.features["label"].num_classes
         if label is None or not 0 <= label < count:
             raise ImageError(
-                f"The image in place {place} of split '{self._dataset.split}' has the label {label}: allowed is 0 to "
-                f"{count - 1}."
+                f"The {self.kind} in place {place} of split '{self._dataset.split}' has the label {label}: allowed is "
+                f"0 to {count - 1}."
             )
         return label
 
 
+class StreamedTrainingImages(StreamedItems, TrainingImages):
+    """Augmented images of a stream."""
+
+
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stacks samples into {"pixel_values": (batch, channels, height, width), "labels": (batch,) int64}."""
+    """Stacks samples into {"pixel_values": (batch, *theirs), "labels": (batch,) int64}."""
     return {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "labels": torch.tensor([sample["labels"] for sample in samples]),

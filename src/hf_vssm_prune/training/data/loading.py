@@ -1,4 +1,4 @@
-"""Loads labelled images for training and for evaluation."""
+"""Loads labelled images, or videos, for training and for evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from datasets.exceptions import DatasetGenerationError
 
 from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, read_rows, standardize, standardize_stream
+from hf_vssm_prune.training.data.media import IMAGES, Medium
 from hf_vssm_prune.training.data.sources import count_parquet_rows, load_splits
 
 
@@ -27,14 +28,16 @@ def load_image_dataset(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     seed: int = 0,
+    medium: Medium = IMAGES,
 ) -> ImageDatasets:
     """Loads a labelled image data set for training.
 
     Args:
         name_or_path: A folder with one subfolder of images for each class, or with such folders for each split
             ("train", "validation" or "val", "test"); a Parquet file or a folder of them (train.parquet,
-            test-00000-of-00001.parquet, …); a folder that datasets' `save_to_disk` wrote; the name of a data set on the
-            Hub; or "fashion_mnist", the subset that this package ships, where no folder of that name is present.
+            test-00000-of-00001.parquet, …); a table of paths and labels or a folder of them (train.csv, test.csv); a
+            folder that datasets' `save_to_disk` wrote; the name of a data set on the Hub; or "trashnet", the
+            photographs that this package ships, where no folder of that name is present.
         config_name: Configuration of a data set on the Hub.
         train_split: Split to train on.
         eval_split: Split to evaluate on; None: validation, else test, else a part of the training split.
@@ -46,6 +49,7 @@ def load_image_dataset(
         max_train_samples: Number of training images to draw at random; None: all.
         max_eval_samples: Number of evaluation images to draw at random; None: all.
         seed: Of everything that is drawn.
+        medium: What the data set is one of, if not of images.
 
     Raises:
         FileNotFoundError: `name_or_path` looks like a path, and nothing is there.
@@ -54,20 +58,22 @@ def load_image_dataset(
     """
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}: it must be between 0 and 1, both excluded.")
-    splits = load_splits(name_or_path, config_name)
-    train, label_names = standardize(_choose_split(splits, train_split, name_or_path), image_column, label_column)
+    splits = load_splits(name_or_path, config_name, medium=medium)
+    rows = _choose_split(splits, train_split, name_or_path)
+    train, label_names = standardize(rows, image_column, label_column, medium=medium)
     if len(np.unique(_labels_of(train))) < 2:
-        raise ValueError(f"All {len(train)} images of split '{train_split}' of '{name_or_path}' have the same label.")
+        raise ValueError(
+            f"All {len(train)} {medium.name}s of split '{train_split}' of '{name_or_path}' have the same label."
+        )
     eval_split = eval_split or _find_evaluation_split(splits, excluded=train_split)
     if eval_split is None:
-        train, evaluation = _split_by_label(train, validation_share, seed)
+        train, evaluation = _split_by_label(train, validation_share, seed, medium)
     else:
-        evaluation, _ = standardize(
-            _choose_split(splits, eval_split, name_or_path), image_column, label_column, label_names
-        )
+        rows = _choose_split(splits, eval_split, name_or_path)
+        evaluation, _ = standardize(rows, image_column, label_column, label_names, medium)
     return ImageDatasets(
-        train=_draw_samples(train, max_train_samples, "max_train_samples", seed),
-        evaluation=_draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed),
+        train=_draw_samples(train, max_train_samples, "max_train_samples", seed, medium),
+        evaluation=_draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed, medium),
         label_names=label_names,
     )
 
@@ -84,6 +90,7 @@ def load_image_stream(
     max_eval_samples: int | None = None,
     shuffle_buffer_size: int = 10_000,
     seed: int = 0,
+    medium: Medium = IMAGES,
 ) -> ImageDatasets:
     """As `load_image_dataset`, but the training images stay where they are and are read when they are needed.
 
@@ -93,20 +100,21 @@ def load_image_stream(
         ValueError: as in `load_image_dataset`; or the labels have no names, it is not known how many images there are,
             there is no evaluation split, or the images are files in a folder.
     """
-    splits = load_splits(name_or_path, config_name, streaming=True)
+    splits = load_splits(name_or_path, config_name, streaming=True, medium=medium)
     rows = _choose_split(splits, train_split, name_or_path)
     num_images = _count_rows(rows, name_or_path, train_split)
     if max_train_samples is not None:
         if num_images is not None and max_train_samples > num_images:
             raise ValueError(
-                f"max_train_samples is {max_train_samples}: split '{train_split}' has {num_images} images."
+                f"max_train_samples is {max_train_samples}: split '{train_split}' has {num_images} {medium.name}s."
             )
         rows, num_images = rows.take(max_train_samples), max_train_samples
     if num_images is None:
         raise ValueError(
-            f"'{name_or_path}' does not say how many images split '{train_split}' has: say it with --max_train_samples."
+            f"'{name_or_path}' does not say how many {medium.name}s split '{train_split}' has: say it with "
+            "--max_train_samples."
         )
-    rows, label_names = standardize_stream(rows, image_column, label_column)
+    rows, label_names = standardize_stream(rows, image_column, label_column, medium)
     eval_split = eval_split or _find_evaluation_split(splits, excluded=train_split)
     if eval_split is None:
         raise ValueError(
@@ -114,7 +122,7 @@ def load_image_stream(
             "from a stream: name one with --eval_split, or leave out --streaming."
         )
     stored = _choose_split(splits, eval_split, name_or_path)
-    stored, _ = standardize_stream(stored, image_column, label_column)
+    stored, _ = standardize_stream(stored, image_column, label_column, medium)
     try:
         evaluation = Dataset.from_generator(
             read_rows,
@@ -124,10 +132,10 @@ def load_image_stream(
         )
     except DatasetGenerationError as error:
         raise ValueError(f"'{name_or_path}' cannot be read: {error.__cause__}") from error
-    evaluation, _ = standardize(evaluation, "image", "label", label_names)
+    evaluation, _ = standardize(evaluation, "image", "label", label_names, medium)
     return ImageDatasets(
         train=ImageStream(rows, num_images, shuffle_buffer_size, train_split),
-        evaluation=_draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed),
+        evaluation=_draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed, medium),
         label_names=label_names,
     )
 
@@ -141,15 +149,17 @@ def load_evaluation_dataset(
     label_column: str | None = None,
     max_samples: int | None = None,
     seed: int = 0,
+    medium: Medium = IMAGES,
 ) -> tuple[Dataset, list[str]]:
     """Loads one split of a data set, and the names of its labels: `split`, or validation, else test, else the only one.
 
     Arguments and errors are those of `load_image_dataset`.
     """
-    splits = load_splits(name_or_path, config_name)
+    splits = load_splits(name_or_path, config_name, medium=medium)
     split = split or _find_evaluation_split(splits, excluded=None) or next(iter(splits))
-    dataset, label_names = standardize(_choose_split(splits, split, name_or_path), image_column, label_column)
-    return _draw_samples(dataset, max_samples, "max_samples", seed), label_names
+    rows = _choose_split(splits, split, name_or_path)
+    dataset, label_names = standardize(rows, image_column, label_column, medium=medium)
+    return _draw_samples(dataset, max_samples, "max_samples", seed, medium), label_names
 
 
 def _choose_split(splits: DatasetDict | IterableDatasetDict, split: str, name_or_path: str | Path) -> Any:
@@ -176,8 +186,8 @@ def _labels_of(dataset: Dataset) -> np.ndarray:
     return np.asarray(dataset.with_format("numpy")["label"][:])
 
 
-def _split_by_label(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Sets `share` of each class apart for evaluation: at least one image and not all; none of a class with one."""
+def _split_by_label(dataset: Dataset, share: float, seed: int, medium: Medium) -> tuple[Dataset, Dataset]:
+    """Sets `share` of each class apart for evaluation: at least one and not all; none of a class with one."""
     generator = np.random.default_rng(seed)
     labels = _labels_of(dataset)
     for_evaluation = np.zeros(len(labels), bool)
@@ -187,7 +197,8 @@ def _split_by_label(dataset: Dataset, share: float, seed: int) -> tuple[Dataset,
         for_evaluation[generator.choice(rows, count, replace=False)] = True
     if not for_evaluation.any():
         raise ValueError(
-            f"None of the {len(labels)} training images can be set apart for evaluation: no label has two of them."
+            f"None of the {len(labels)} training {medium.name}s can be set apart for evaluation: no label has two of "
+            "them."
         )
     return (
         dataset.select(np.flatnonzero(~for_evaluation), keep_in_memory=True),
@@ -195,10 +206,12 @@ def _split_by_label(dataset: Dataset, share: float, seed: int) -> tuple[Dataset,
     )
 
 
-def _draw_samples(dataset: Dataset, count: int | None, argument: str, seed: int) -> Dataset:
+def _draw_samples(dataset: Dataset, count: int | None, argument: str, seed: int, medium: Medium) -> Dataset:
     if count is None:
         return dataset
     if not 1 <= count <= len(dataset):
-        raise ValueError(f"{argument} is {count}: it must be from 1 to {len(dataset)}, the number of images there are.")
+        raise ValueError(
+            f"{argument} is {count}: it must be from 1 to {len(dataset)}, the number of {medium.name}s there are."
+        )
     rows = np.random.default_rng(seed).choice(len(dataset), count, replace=False)
     return dataset.select(np.sort(rows), keep_in_memory=True)

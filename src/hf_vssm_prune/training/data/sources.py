@@ -1,4 +1,4 @@
-"""Where images come from: folders, Parquet files, saved data sets, the Hub."""
+"""Where images and videos come from: folders, tables of paths, Parquet files, saved data sets, the Hub."""
 
 import glob
 import logging
@@ -13,23 +13,22 @@ from datasets import (
     Dataset,
     DatasetDict,
     Features,
-    Image,
     IterableDatasetDict,
     NamedSplit,
     load_dataset,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
-from PIL import Image as PILImage
 from pyarrow.parquet import ParquetFile
 
-from hf_vssm_prune.training.image_steps import readable_formats
+from hf_vssm_prune.training.data.media import IMAGES, Medium
+from hf_vssm_prune.training.data.tables import TABLE_SUFFIXES, read_tables
 
 
 logger = logging.getLogger(__name__)
 
 PACKAGED_DATA = Path(__file__).resolve().parents[2] / "data"
-PACKAGED_NAMES = ("fashion_mnist",)
+PACKAGED_NAMES = ("trashnet",)
 # A folder's or a file's name, and the split that it stands for.
 SPLIT_NAMES = {
     "train": "train",
@@ -48,9 +47,9 @@ SAVED_SPLITS = "dataset_dict.json"
 
 
 def load_splits(
-    name_or_path: str | Path, config_name: str | None, streaming: bool = False
+    name_or_path: str | Path, config_name: str | None, streaming: bool = False, medium: Medium = IMAGES
 ) -> DatasetDict | IterableDatasetDict:
-    """The splits of a data set, in whatever columns it has.
+    """The splits of a data set of images, or of another medium, in whatever columns it has.
 
     Raises:
         FileNotFoundError: `name_or_path` looks like a path, and nothing is there.
@@ -58,11 +57,16 @@ def load_splits(
     """
     path = Path(name_or_path).expanduser()
     if path.is_file():
+        if path.suffix in TABLE_SUFFIXES:
+            return _load_tables([path], streaming, medium)
         if path.suffix != ".parquet":
-            raise ValueError(f"'{path}' is a file of type '{path.suffix}': a data set is a folder or a .parquet file.")
+            raise ValueError(
+                f"'{path}' is a file of type '{path.suffix}': a data set is a folder, a .parquet file or a .csv table "
+                "of paths and labels."
+            )
         return _load_parquet([path], streaming)
     if path.is_dir():
-        return _load_folder(path, streaming)
+        return _load_folder(path, streaming, medium)
     name = str(name_or_path)
     if name in PACKAGED_NAMES:
         return _load_parquet(sorted((PACKAGED_DATA / name).glob("*.parquet")), streaming)
@@ -78,20 +82,23 @@ def load_splits(
         ) from error
 
 
-def _load_folder(folder: Path, streaming: bool) -> DatasetDict | IterableDatasetDict:
+def _load_folder(folder: Path, streaming: bool, medium: Medium) -> DatasetDict | IterableDatasetDict:
     saved = _find_saved(folder)
     files, _ = _find_files(folder)
     parquet_files = sorted(file for file in files if file.suffix == ".parquet")
     if parquet_files and not saved:
-        if images := [file for file in files if file.suffix.lower() in _image_suffixes()]:
+        if others := [file for file in files if file.suffix.lower() in medium.suffixes()]:
             logger.warning(
-                "%d images in '%s' are left out, because there are Parquet files; the first is '%s'.",
-                *(len(images), folder, min(images)),
+                "%d %ss in '%s' are left out, because there are Parquet files; the first is '%s'.",
+                *(len(others), medium.name, folder, min(others)),
             )
         return _load_parquet(parquet_files, streaming)
+    tables = sorted(file for file in folder.iterdir() if file.suffix in TABLE_SUFFIXES and file.is_file())
+    if tables and not saved:
+        return _load_tables(tables, streaming, medium)
     if streaming:
-        raise ValueError(f"The images in '{folder}' are read as they are needed anyway: leave out --streaming.")
-    return _load_saved(folder, saved) if saved else _load_image_folder(folder)
+        raise ValueError(f"The {medium.name}s in '{folder}' are read as they are needed anyway: leave out --streaming.")
+    return _load_saved(folder, saved) if saved else _load_class_folders(folder, medium)
 
 
 # What datasets' `save_to_disk` wrote
@@ -133,7 +140,7 @@ def _load_saved(folder: Path, saved: dict[str, Path]) -> DatasetDict:
 
 def _load_parquet(files: Sequence[Path], streaming: bool) -> DatasetDict | IterableDatasetDict:
     """Loads Parquet files, each into the split that its name or its folder's name begins with, "train" without one."""
-    files_of_split = _parquet_files_of_splits(files)
+    files_of_split = _files_of_splits(files)
     patterns = {split: [glob.escape(name) for name in names] for split, names in files_of_split.items()}
     try:
         return load_dataset("parquet", data_files=patterns, streaming=streaming)
@@ -147,11 +154,11 @@ def count_parquet_rows(name_or_path: str | Path, split: str) -> int | None:
     packaged = str(name_or_path) in PACKAGED_NAMES
     path = PACKAGED_DATA / str(name_or_path) if packaged else Path(name_or_path).expanduser()
     files = [path] if path.is_file() else sorted(_find_files(path)[0]) if path.is_dir() else []
-    found = _parquet_files_of_splits([file for file in files if file.suffix == ".parquet"]).get(split)
+    found = _files_of_splits([file for file in files if file.suffix == ".parquet"]).get(split)
     return sum(ParquetFile(file).metadata.num_rows for file in found) if found else None
 
 
-def _parquet_files_of_splits(files: Sequence[Path]) -> dict[str, list[str]]:
+def _files_of_splits(files: Sequence[Path]) -> dict[str, list[str]]:
     files_of_split: dict[str, list[str]] = {}
     for file in files:
         words = [re.split(r"[^a-z]", name.lower())[0] for name in (file.stem, file.parent.name)]
@@ -160,12 +167,21 @@ def _parquet_files_of_splits(files: Sequence[Path]) -> dict[str, list[str]]:
     return files_of_split
 
 
-# Folders of images
+# Tables of paths and labels
 
 
-def _load_image_folder(folder: Path) -> DatasetDict:
-    """Lists the images of a folder. `datasets`' own "imagefolder" is not used because it takes splits from file names
-    too: to it, cat/test_1.jpg is in another split than cat/1.jpg."""
+def _load_tables(files: Sequence[Path], streaming: bool, medium: Medium) -> DatasetDict:
+    if streaming:
+        raise ValueError(f"The {medium.name}s in '{files[0]}' are read as needed anyway: leave out --streaming.")
+    return read_tables(_files_of_splits(files), medium)
+
+
+# Folders by class
+
+
+def _load_class_folders(folder: Path, medium: Medium) -> DatasetDict:
+    """Lists what is in a folder. `datasets`' own "imagefolder" is not used because it takes splits from file names too:
+    to it, cat/test_1.jpg is in another split than cat/1.jpg."""
     split_folders = {
         SPLIT_NAMES[child.name.lower()]: child
         for child in _subfolders(folder)
@@ -175,19 +191,19 @@ def _load_image_folder(folder: Path) -> DatasetDict:
     label_names = sorted({child.name for split in split_folders.values() for child in _subfolders(split)})
     if not label_names:
         raise ValueError(
-            f"The folder '{folder}' holds neither Parquet files nor class folders (such as '{folder}/cat/1.png'), nor "
-            "what datasets' save_to_disk writes."
+            f"The folder '{folder}' holds neither Parquet files nor class folders (such as "
+            f"'{folder}/cat/1{medium.example}'), nor what datasets' save_to_disk writes."
         )
     if "train" in split_folders:
         trained = {child.name for child in _subfolders(split_folders["train"])}
         if untrained := [name for name in label_names if name not in trained]:
             raise ValueError(
-                f"'{folder}' has class folders {untrained} without training images: only the classes in "
+                f"'{folder}' has class folders {untrained} without training {medium.name}s: only the classes in "
                 f"'{split_folders['train']}' can be evaluated."
             )
-    images = {split: _find_images(split_folder, label_names) for split, split_folder in split_folders.items()}
-    _warn_of_others(folder, {path for paths, _ in images.values() for path in paths})
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=label_names)})
+    found = {split: _find_labelled(child, label_names, medium) for split, child in split_folders.items()}
+    _warn_of_others(folder, {path for paths, _ in found.values() for path in paths}, medium)
+    features = Features({"image": medium.feature(decode=False), "label": ClassLabel(names=label_names)})
     return DatasetDict(
         {
             split: Dataset.from_dict(
@@ -195,13 +211,13 @@ def _load_image_folder(folder: Path) -> DatasetDict:
                 features=features,
                 split=NamedSplit(split),
             )
-            for split, (paths, labels) in images.items()
+            for split, (paths, labels) in found.items()
         }
     )
 
 
-def _find_images(folder: Path, label_names: list[str]) -> tuple[list[str], list[int]]:
-    """The paths of the images in the class folders, and their labels."""
+def _find_labelled(folder: Path, label_names: list[str], medium: Medium) -> tuple[list[str], list[int]]:
+    """The paths of what is in the class folders, and the labels."""
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(label_names):
@@ -209,9 +225,9 @@ def _find_images(folder: Path, label_names: list[str]) -> tuple[list[str], list[
         if not class_folder.is_dir():
             continue
         files, links = _find_files(class_folder)
-        found = sorted(str(file) for file in files if file.suffix.lower() in _image_suffixes())
+        found = sorted(str(file) for file in files if file.suffix.lower() in medium.suffixes())
         if not found:
-            raise ValueError(f"The class folder '{class_folder}' holds no images.")
+            raise ValueError(f"The class folder '{class_folder}' holds no {medium.name}s.")
         if links:
             logger.warning(
                 "%d links in '%s' are not followed, because they lead to a folder around it, or to one that is read "
@@ -223,15 +239,16 @@ def _find_images(folder: Path, label_names: list[str]) -> tuple[list[str], list[
     return paths, labels
 
 
-def _warn_of_others(folder: Path, images: Collection[str]) -> None:
-    """Says which files of a folder are not among its images: photos of an unknown kind, or in another place."""
+def _warn_of_others(folder: Path, found: Collection[str], medium: Medium) -> None:
+    """Says which files of a folder were not taken: of an unknown kind, or in another place."""
     files, _ = _find_files(folder)
-    if others := sorted(file for file in files if str(file) not in images):
+    if others := sorted(file for file in files if str(file) not in found):
         kinds = Counter(file.suffix.lower() or "without a suffix" for file in others)
         logger.warning(
-            "%d files in '%s' are not among its images: %s; the first is '%s'. Images are files of a kind that Pillow "
-            "reads, in class folders; where there are folders for train and test, in class folders in these.",
-            *(len(others), folder, ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()), others[0]),
+            "%d files in '%s' are not among its %ss: %s; the first is '%s'. %ss are files of a kind that %s reads, in "
+            "class folders; where there are folders for train and test, in class folders in these.",
+            *(len(others), folder, medium.name, ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())),
+            *(others[0], medium.name.capitalize(), medium.reader),
         )
 
 
@@ -268,8 +285,3 @@ def _subfolders(folder: Path) -> list[Path]:
         return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     except PermissionError as error:
         raise ValueError(f"The folder '{folder}' cannot be read: {error.strerror}.") from error
-
-
-def _image_suffixes() -> set[str]:
-    formats = readable_formats()
-    return {suffix for suffix, form in PILImage.registered_extensions().items() if form in formats}

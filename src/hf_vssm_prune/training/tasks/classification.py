@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.hub.loading import load_config
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement
 from hf_vssm_prune.metrics import load_metric
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
@@ -28,6 +29,7 @@ from hf_vssm_prune.training.data import (
     load_image_dataset,
     load_image_stream,
 )
+from hf_vssm_prune.training.data.media import IMAGES, Medium
 from hf_vssm_prune.training.losses import cross_entropy, distillation_loss
 from hf_vssm_prune.training.models import load_model, load_teacher
 from hf_vssm_prune.training.tasks.task import Batch, NoArguments, PrunableModel, Scores
@@ -99,6 +101,7 @@ class ImageClassification:
     """
 
     name: ClassVar[str] = "image-classification"
+    medium: ClassVar[Medium] = IMAGES
     auto_class: ClassVar[Any] = AutoModelForImageClassification
     training_arguments: ClassVar[type] = AugmentationArguments
     evaluation_arguments: ClassVar[type] = NoArguments
@@ -121,6 +124,7 @@ class ImageClassification:
             "max_train_samples": data.max_train_samples,
             "max_eval_samples": data.max_eval_samples,
             "seed": seed,
+            "medium": self.medium,
         }
         if data.streaming:
             return load_image_stream(data.dataset_name, shuffle_buffer_size=data.shuffle_buffer_size, **options)
@@ -135,6 +139,7 @@ class ImageClassification:
             label_column=data.label_column_name,
             max_samples=data.max_eval_samples,
             seed=seed,
+            medium=self.medium,
         )
 
     def training_items(self, rows: Any, image_processor: BaseImageProcessor, seed: int) -> TrainingImages:
@@ -148,16 +153,27 @@ class ImageClassification:
         return collate(items)
 
     def example_batch(self, config: VisionMambaConfig, batch_size: int, device: torch.device) -> Batch:
-        height, width = config.image_height_width(config.image_size)
         return {
-            "pixel_values": torch.randn(batch_size, config.num_channels, height, width, device=device),
+            "pixel_values": torch.randn(config.pixel_values_shape(batch_size), device=device),
             "labels": torch.randint(len(config.label_names), (batch_size,), device=device),
         }
 
     # Models: labelled by name
 
-    load_model = staticmethod(load_model)
-    load_teacher = staticmethod(load_teacher)
+    def load_model(self, name_or_path: str, label_names: Sequence[str], *args: Any, **options: Any) -> PrunableModel:
+        self._check_model(name_or_path)
+        return load_model(name_or_path, label_names, *args, **options)
+
+    def load_teacher(self, name_or_path: str, *args: Any, **options: Any) -> PrunableModel:
+        self._check_model(name_or_path)
+        return load_teacher(name_or_path, *args, **options)
+
+    def _check_model(self, name_or_path: str) -> None:
+        modality = load_config(name_or_path).modality
+        if modality != self.medium.name:
+            raise ValueError(
+                f"{name_or_path} is a model of {modality}s; --task {self.name} needs one of {self.medium.name}s."
+            )
 
     # Training
 

@@ -1,0 +1,110 @@
+"""How pictures of kept tokens are put together: panels of images whose dropped patches are covered, in rows and columns
+with headings and captions."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+PANEL_SIZE = 224  # pixels along the longer side of a panel
+SHEET_SIZE = 448  # of one that is a sheet of frames
+MARGIN = 12
+FRAME_GAP = 4  # pixels between the frames of a sheet
+FONT_SIZE = 15
+BACKGROUND, TEXT = (255, 255, 255), (38, 38, 38)
+# Blue of Okabe and Ito's palette: in images of any brightness, and to any kind of colour vision, unlike grey and black.
+DROPPED = (0, 114, 178)
+DROPPED_OPACITY = 0.72
+OUTLINE = (240, 228, 66)  # the palette's yellow
+
+
+def num_columns(num_frames: int) -> int:
+    return max(1, math.ceil(math.sqrt(num_frames)))
+
+
+def sheet(frames: Sequence[Image.Image]) -> Image.Image:
+    """Frames of one size in rows, about as many as in a column; a single one as it is."""
+    if len(frames) == 1:
+        return frames[0]
+    columns = num_columns(len(frames))
+    width, height = frames[0].width + FRAME_GAP, frames[0].height + FRAME_GAP
+    rows = math.ceil(len(frames) / columns)
+    whole = Image.new("RGB", (columns * width - FRAME_GAP, rows * height - FRAME_GAP), BACKGROUND)
+    for index, frame in enumerate(frames):
+        whole.paste(frame, (index % columns * width, index // columns * height))
+    return whole
+
+
+def headings(num_stages: int, layers: Sequence[int] | None) -> list[str]:
+    if layers is None:
+        return [f"stage {stage}" for stage in range(1, num_stages + 1)]
+    return [f"from layer {layer} on" for layer in layers]
+
+
+def kept_mask(kept: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """True at the patches that are left: bool of shape `grid`."""
+    mask = torch.zeros(math.prod(grid), dtype=torch.bool)
+    return mask.scatter(0, kept.cpu(), True).view(grid)
+
+
+def fit(image: Image.Image, panel_size: int) -> Image.Image:
+    """The image at a panel's size: enlarged by a whole factor, so that pixels stay crisp, or made smaller."""
+    longer = max(image.size)
+    if longer <= panel_size:
+        factor = panel_size // longer
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    size = [max(1, round(side * panel_size / longer)) for side in image.size]
+    return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+
+
+def draw_mask(panel: Image.Image, mask: Tensor, groups: Tensor | None = None) -> Image.Image:
+    """Covers the patches outside the mask; borders are drawn around it, or between groups."""
+    dropped = Image.fromarray((~mask).byte().numpy() * 255)
+    opacity = dropped.resize(panel.size, Image.Resampling.NEAREST).point(lambda value: round(value * DROPPED_OPACITY))
+    covered = Image.composite(Image.new("RGB", panel.size, DROPPED), panel, opacity)
+    draw = ImageDraw.Draw(covered)
+    for line in _borders(mask if groups is None else groups, panel.size):
+        draw.line(line, fill=OUTLINE, width=2)
+    return covered
+
+
+def _borders(values: Tensor, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
+    """The sides between patches of different values, as lines (x0, y0, x1, y1) in pixels."""
+    height, width = size[1] / values.shape[0], size[0] / values.shape[1]
+    beside = (values[:, 1:] != values[:, :-1]).nonzero().tolist()
+    below = (values[1:] != values[:-1]).nonzero().tolist()
+    lines = [((x + 1) * width, y * height, (x + 1) * width, (y + 1) * height) for y, x in beside]
+    return lines + [(x * width, (y + 1) * height, (x + 1) * width, (y + 1) * height) for y, x in below]
+
+
+def lay_out(rows: list[list[Image.Image | None]], headings: list[str], captions: list[list[str]]) -> Image.Image:
+    """Panels in rows and columns, some places empty, a heading above each column and a caption below each panel."""
+    font = ImageFont.load_default(FONT_SIZE)
+    texts = [*headings, *(text for row in captions for text in row)]
+    line_height = round(1.6 * FONT_SIZE)
+    text_heights = [line_height * max(text.count("\n") + 1 for text in row) for row in captions]
+    text_width = math.ceil(max(font.getlength(line) for text in texts for line in text.split("\n")))
+    column_width = max(text_width, *(panel.width for row in rows for panel in row if panel))
+    panel_heights = [max(panel.height for panel in row if panel) for row in rows]
+    row_heights = [sum(heights) for heights in zip(panel_heights, text_heights, strict=True)]
+
+    width = MARGIN + (column_width + MARGIN) * len(headings)
+    height = MARGIN + line_height + sum(row_heights) + MARGIN * len(rows)
+    canvas = Image.new("RGB", (width, height), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    centres = [MARGIN + column_width // 2 + column * (column_width + MARGIN) for column in range(len(headings))]
+    for centre, heading in zip(centres, headings, strict=True):
+        draw.text((centre, MARGIN), heading, TEXT, font, anchor="ma")
+
+    top = MARGIN + line_height
+    for panels, row_captions, row_height in zip(rows, captions, row_heights, strict=True):
+        for centre, panel, caption in zip(centres, panels, row_captions, strict=True):
+            if panel is None:
+                continue
+            canvas.paste(panel, (centre - panel.width // 2, top))
+            draw.multiline_text((centre, top + panel.height + 4), caption, TEXT, font, anchor="ma", align="center")
+        top += row_height + MARGIN
+    return canvas

@@ -1,0 +1,99 @@
+"""Video classification: a video has one of the labels."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForVideoClassification, BaseImageProcessor
+
+from hf_vssm_prune.training.arguments.parsing import check_range, describe
+from hf_vssm_prune.training.data.clips import EvaluationClips, StreamedTrainingClips, TrainingClips, Views
+from hf_vssm_prune.training.data.columns import ImageStream
+from hf_vssm_prune.training.data.media import VIDEOS, Medium
+from hf_vssm_prune.training.frame_sampling import SAMPLINGS
+from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification, score_predictions
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel
+
+
+@dataclass
+class ViewArguments:
+    """What of a video is evaluated."""
+
+    frame_sampling: str = field(
+        default="uniform",
+        metadata=describe(
+            "frames of an evaluated clip: `uniform` over the video (Kinetics), or one of each of as many segments "
+            "(Something-Something)",
+            choices=tuple(SAMPLINGS),
+        ),
+    )
+    num_clips: int = field(default=1, metadata=describe("clips of a video, of which the predictions are averaged"))
+    num_crops: int = field(default=1, metadata=describe("crops of a clip, likewise; the published models took 3"))
+
+    def __post_init__(self) -> None:
+        check_range("num_clips", self.num_clips, 1, 100)
+        check_range("num_crops", self.num_crops, 1, 100)
+
+    def views(self) -> Views:
+        return Views(self.frame_sampling, self.num_clips, self.num_crops)
+
+
+@dataclass
+class VideoTrainingArguments(ViewArguments, AugmentationArguments):
+    """Augmentation of the training clips, the same in all frames of one; and what of a video is evaluated."""
+
+    def __post_init__(self) -> None:
+        ViewArguments.__post_init__(self)
+        AugmentationArguments.__post_init__(self)
+
+
+class VideoClassification(ImageClassification):
+    """As classification of images, with clips of frames in their place; see `task.Task`.
+
+    A training batch has "pixel_values" (batch, frames, channels, height, width), one of an evaluation (batch, views,
+    frames, channels, height, width): of a video's views the probabilities are averaged.
+
+    Args:
+        arguments: augmentation and mixing, and the views; an evaluation needs these alone.
+    """
+
+    name: ClassVar[str] = "video-classification"
+    auto_class: ClassVar[Any] = AutoModelForVideoClassification
+    training_arguments: ClassVar[type] = VideoTrainingArguments
+    evaluation_arguments: ClassVar[type] = ViewArguments
+    medium: ClassVar[Medium] = VIDEOS
+
+    def __init__(self, arguments: VideoTrainingArguments | ViewArguments | None = None) -> None:
+        self.arguments: Any = arguments or VideoTrainingArguments()
+
+    # Data
+
+    def training_items(self, rows: Any, image_processor: BaseImageProcessor, seed: int) -> TrainingClips:
+        kind = StreamedTrainingClips if isinstance(rows, ImageStream) else TrainingClips
+        return kind(rows, image_processor, self.arguments.image_augmentation(), seed)
+
+    def evaluation_items(self, rows: Any, image_processor: BaseImageProcessor) -> EvaluationClips:  # type: ignore[override]
+        return EvaluationClips(rows, image_processor, self.arguments.views())
+
+    # Training
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        return {"pixel_values": batch["pixel_values"].flatten(0, -5)}
+
+    # Evaluation
+
+    def scores(self, outputs: Any, batch: Batch) -> Tensor:
+        labels = batch["labels"]
+        of_views = outputs.logits.float().log_softmax(-1).unflatten(0, (len(labels), -1))
+        means = of_views.logsumexp(1) - torch.tensor(of_views.shape[1]).log()
+        return score_predictions(means, labels)
+
+    # To look at
+
+    def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
+        """Of each video the middle one of its views."""
+        views = batch["pixel_values"]
+        views = views if views.ndim == 5 else views[:, views.shape[1] // 2]
+        return super().draw(model, image_processor, {**batch, "pixel_values": views})
