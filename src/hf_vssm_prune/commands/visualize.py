@@ -1,8 +1,8 @@
 """Draws which tokens a pruned model keeps of some images or videos, stage by stage.
 
-    hf-vssm-prune visualize image.jpg ...          # with the small model that comes with the package
-    hf-vssm-prune visualize image.jpg ... --model_name_or_path <folder or Hub model> --importance
-    hf-vssm-prune visualize video.mp4 --model_name_or_path <a model of videos> --output kept_tokens.webp
+hf-vssm-prune visualize image.jpg ...          # with the small model that comes with the package
+hf-vssm-prune visualize image.jpg ... --model_name_or_path <folder or Hub model> --importance
+hf-vssm-prune visualize video.mp4 --model_name_or_path <a model of videos> --output kept_tokens.webp
 """
 
 import sys
