@@ -1,5 +1,6 @@
 """The study: its list of pieces, a small one run, stopped and gone on with, and the page that is made of results."""
 
+import json
 import os
 import signal
 import subprocess
