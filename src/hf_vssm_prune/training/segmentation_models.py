@@ -39,7 +39,7 @@ class HeadOptions:
         levels: the layers, counted from 1, whose outputs it takes; None: at each quarter of the depth.
         feature_norm, feature_pyramid: of the backbone.
         ignore_index: the id of pixels that count in no class.
-        image_size: (height, width) for which the position embeddings of a classifier are laid out anew; None: they stay.
+        image_size: (height, width) for which a classifier's position embeddings are laid out anew; None: they stay.
     """
 
     channels: int = 512
