@@ -23,6 +23,7 @@ from benchmarking.models import model_section, parts_section, resolution_section
 from benchmarking.roofline import roofline_section
 from benchmarking.scan import convolution_section, scan_section
 from benchmarking.training import training_section
+from benchmarking.videos import video_section
 
 from hf_vssm_prune import PlainMambaConfig
 from hf_vssm_prune.export import FORMATS
@@ -43,7 +44,10 @@ SECTIONS = {
     "transformer": transformer_section,
     "resolution": resolution_section,
     "export": export_section,
+    "video": video_section,
 }
+# Only where they are asked for.
+LONG_SECTIONS = ("export", "video")
 
 CPU_SECTIONS = ("roofline", "parts", "export")
 PLAINMAMBA_SECTIONS = ("blocks",)
@@ -75,7 +79,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, help="default: all of the device and family but export"
+        "--sections", nargs="+", choices=SECTIONS, help="default: all of the device and family but export and video"
     )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "torch"], help="of exported models")
     parser.add_argument("--family", choices=FAMILIES, default="plainmamba", help="default: %(default)s")
@@ -104,7 +108,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         for name in SECTIONS
         if (name not in CPU_SECTIONS or on_cpu) and (name not in PLAINMAMBA_SECTIONS or of_plainmamba)
     ]
-    options.sections = options.sections or [name for name in possible if name != "export"]
+    options.sections = options.sections or [name for name in possible if name not in LONG_SECTIONS]
     if others := [name for name in options.sections if name not in possible]:
         parser.error(f"--sections {' '.join(others)}: not for {options.family} on {options.device}.")
     return options

@@ -1,6 +1,7 @@
 """The estimate of a run: what it counts against sums by hand, what it measures, and the script."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import TOKEN_PRUNING, load_script, make_vim_config
@@ -15,6 +16,9 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.estimate import RunEstimate, estimate_run
 from hf_vssm_prune.training.tasks.classification import ImageClassification
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def estimate(elastic: ElasticArguments | None = None, scale: ScaleArguments | None = None, **losses) -> RunEstimate:
@@ -79,3 +83,14 @@ def test_the_script(tmp_path, capfd):
     assert json.loads(file.read_text())["num_steps"] == 75_060
     assert load_script("estimate").main([*model, "--num_images", "9"]) == 1
     assert "9 images do not fill one batch of 64 on each of 8 devices" in capfd.readouterr().err
+
+
+def test_the_script_on_videos_and_their_recipe(tmp_path, capfd):
+    sizes = ["hidden_size=16", "num_hidden_layers=4", "state_size=4", "num_frames=3"]
+    model = ["--family", "videomamba", "--image_size", "32", "--patch_size", "8", "--config_overrides", *sizes]
+    recipe = ["--recipe", str(RECIPES / "videomamba_ti_k400.yaml"), "--measured_batch_sizes", "1", "2"]
+    kinetics = ["--num_images", "240000", "--num_eval_images", "20000", "--num_classes", "400"]
+    file = tmp_path / "estimate.json"
+    assert load_script("estimate").main([*model, *recipe, *kinetics, "--json", str(file)]) == 0
+    assert "32,760 of 1024 images; 140 epochs of 234" in capfd.readouterr().out
+    assert json.loads(file.read_text())["num_steps"] == 32_760

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import MAKE_CONFIG, load_script
+from conftest import MAKE_CONFIG, load_script, make_video_config
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, AutoModelForVideoClassification
+from videos import numbered_frames, write_video
 
 from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.hub import save_for_hub
@@ -25,6 +26,7 @@ OWN_CARDS = [FOLDER / f"{OWN_MODEL}.md", FOLDER / f"{OWN_MODEL}-pruned.md"]
 
 def test_there_is_a_page_for_each_model_and_its_pruned_form() -> None:
     names = {f"plainmamba-l{size}" for size in "123"} | {f"vim-{size}" for size in "tsb"}
+    names |= {f"videomamba-{size}{of}" for size in ("ti", "s", "m") for of in ("", "-image")}
     names.add(OWN_MODEL)
     assert {card.stem for card in CARDS} == names | {f"{name}-pruned" for name in names}
 
@@ -40,7 +42,7 @@ def test_pages_are_what_the_script_writes(tmp_path: Path) -> None:
 def test_metadata_is_valid(card: Path) -> None:
     metadata = ModelCard.load(card, ignore_metadata_errors=False).data.to_dict()
     assert metadata["library_name"] == "transformers"
-    assert metadata["pipeline_tag"] == "image-classification"
+    assert metadata["pipeline_tag"] == f"{'video' if is_of_videos(card) else 'image'}-classification"
     assert ("token-pruning" in metadata["tags"]) == card.stem.endswith("-pruned")
     assert metadata["datasets"]
     assert "## Limits and biases" in card.read_text()
@@ -48,6 +50,10 @@ def test_metadata_is_valid(card: Path) -> None:
     assert ("model-index" in yaml.safe_load(card.read_text().split("---")[1])) == (card in OWN_CARDS)
     assert ("has not evaluated it" in card.read_text()) == (card not in OWN_CARDS)
     assert ("What papers report" in card.read_text()) <= ("none of them was measured" in card.read_text())
+
+
+def is_of_videos(card: Path) -> bool:
+    return card.stem.startswith("videomamba") and "-image" not in card.stem
 
 
 def test_figures_are_those_of_the_evaluation() -> None:
@@ -68,6 +74,8 @@ def stand_in(card: Path) -> torch.nn.Module:
         model.set_token_pruning({"flops_reduction": 0.416} if card.stem.endswith("-pruned") else None)
         return model
     schedule = {"layers": [1, 3], "keep_ratios": [0.7, 0.6]} if card.stem.endswith("-pruned") else None
+    if is_of_videos(card):
+        return AutoModelForVideoClassification.from_config(make_video_config(token_pruning=schedule))
     return AutoModelForImageClassification.from_config(MAKE_CONFIG[card.stem.split("-")[0]](token_pruning=schedule))
 
 
@@ -78,6 +86,7 @@ def test_code_runs(card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     save_for_hub(model, card.stem, processor)
     Image.new("RGB", (40, 30), "teal").save("image.png")
+    write_video(tmp_path / "video.mp4", numbered_frames(30))
     names: dict = {}
     blocks = re.findall(r"^```python\n(.*?)^```$", card.read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == (1 if card.stem == OWN_MODEL else 4)

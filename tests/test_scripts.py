@@ -34,7 +34,7 @@ from hf_vssm_prune.training.arguments import (
     parse_arguments,
 )
 from hf_vssm_prune.training.recipes import read_recipe
-from hf_vssm_prune.training.tasks.classification import AugmentationArguments
+from hf_vssm_prune.training.tasks import TaskArguments, choose_task
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -296,7 +296,8 @@ def test_recipes_say_what_they_set(recipe):
     is_pruned = "prune_layers" in values
     types = [FinetuneArguments, PruningArguments, OptimizationArguments] if is_pruned else [DenseModelArguments]
     types += [ScratchOptimizationArguments] * (not is_pruned)
-    types += [DataArguments, AugmentationArguments, ElasticArguments, RunArguments]
+    task = choose_task(["--recipe", str(recipe)])
+    types += [TaskArguments, DataArguments, task.training_arguments, ElasticArguments, RunArguments]
     needed = ["--dataset_name", "d", "--output_dir", "o"]
     if "family" not in values:
         needed += ["--model_name_or_path", "m"]

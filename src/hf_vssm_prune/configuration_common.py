@@ -37,6 +37,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     Attributes:
         presets: options of published models by name.
         published: of these models, by the same names, where the weights are and what papers report.
+        published_images: the same of models of images, in a family whose presets are of videos.
         paper: the family's.
         cls_token: where the class token stands among the patches: "none", "middle" or "first".
         num_scans: with parameters of their own, so that each token has so many Δ, B and C.
@@ -72,6 +73,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     published: ClassVar[dict[str, PublishedModel]] = {}
+    published_images: ClassVar[dict[str, PublishedModel]] = {}
     paper: ClassVar[Paper]
     cls_token: ClassVar[str] = "none"
     num_scans: ClassVar[int] = 1

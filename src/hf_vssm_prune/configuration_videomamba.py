@@ -8,12 +8,45 @@ from huggingface_hub.dataclasses import strict
 from .configuration_bidirectional import BidirectionalConfig
 from .configuration_common import VisionMambaConfig
 from .flops import FlopCount
-from .publication import Paper
+from .publication import R_MEETO, VIDEOMAMBA, Paper, PublishedModel, PublishedResult
 
 
 # Of the official code, whatever the patch size. Patches of a video never overlap.
 IMAGE_PATCH_STRIDE = 16
 FLOPS_PER_NORMALIZED_VALUE = 5  # in the published figures
+
+
+def _of_videos(
+    top1: Sequence[float], flops: Sequence[str], merged: tuple[float, str], masked: Sequence[float] = ()
+) -> PublishedModel:
+    """What papers report on Kinetics-400: top-1 for 8, 16, 32 and 64 frames and for 64 of 384 pixels, FLOPs of a view
+    for those for which they are stated."""
+    inputs = ("8 frames", "16 frames", "32 frames", "64 frames", "64 frames, 384 × 384")
+    stated = dict(zip(("16 frames", "32 frames", "64 frames, 384 × 384"), flops, strict=True))
+    rows = [("dense", top1), ("dense, pretrained by masking", masked)]
+    return PublishedModel(
+        "OpenGVLab/VideoMamba",
+        {"flops_reduction": 0.3, "method": "top"},
+        (
+            *(
+                PublishedResult(f"{method}, {size}", VIDEOMAMBA, value, stated.get(size))
+                for method, values in rows
+                for size, value in zip(inputs, values, strict=False)
+            ),
+            PublishedResult("token merging, retrained, 8 frames", R_MEETO, *merged),
+        ),
+        "Kinetics-400, 3 crops of 4 clips; multiply-adds of one view",
+        "Kinetics-400",
+    )
+
+
+def _of_images(results: Sequence[tuple[float, str]], merged: tuple[float, str] | None) -> PublishedModel:
+    """What papers report on ImageNet-1k: top-1 and FLOPs at 224, 448 and 576 pixels."""
+    at_sizes = zip((224, 448, 576), results, strict=False)
+    rows = [PublishedResult(f"dense, {size} × {size}", VIDEOMAMBA, *result) for size, result in at_sizes]
+    rows += [] if merged is None else [PublishedResult("token merging, retrained", R_MEETO, *merged)]
+    schedule = {"flops_reduction": 0.3, "method": "top"}
+    return PublishedModel("OpenGVLab/VideoMamba", schedule, tuple(rows), options={"num_frames": None})
 
 
 @strict
@@ -45,6 +78,21 @@ class VideoMambaConfig(BidirectionalConfig):
         "S": {"hidden_size": 384},
         "M": {"hidden_size": 576, "num_hidden_layers": 32},
         "B": {"hidden_size": 768, "num_frames": None},  # published for images only
+    }
+    published: ClassVar[dict[str, PublishedModel]] = {
+        "Ti": _of_videos((76.9, 78.1, 78.8, 79.6, 80.3), ("17 G", "34 G", "202 G"), (76.5, "9.44 G")),
+        "S": _of_videos((79.3, 80.8, 81.5, 81.8, 82.7), ("68 G", "135 G", "395 G"), (78.5, "30.99 G")),
+        "M": _of_videos(
+            (80.6, 81.9, 82.4, 82.8, 83.3),
+            ("202 G", "403 G", "2368 G"),
+            (78.9, "67.11 G"),
+            masked=(82.0, 83.4, 83.9, 84.3, 85.0),
+        ),
+    }
+    published_images: ClassVar[dict[str, PublishedModel]] = {
+        "Ti": _of_images([(76.9, "1.1 G"), (79.3, "4.3 G"), (79.6, "7.1 G")], (75.9, "1.28 G")),
+        "S": _of_images([(81.2, "4.3 G"), (83.2, "16.9 G"), (83.5, "28.0 G")], (80.1, "3.58 G")),
+        "M": _of_images([(82.8, "12.7 G"), (83.8, "50.4 G"), (84.0, "83.1 G")], None),
     }
     paper: ClassVar[Paper] = Paper(
         name="VideoMamba",

@@ -1,5 +1,7 @@
 """What papers say about a family of models, for its configuration to tell. None of it was measured by this project."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -24,16 +26,27 @@ class PublishedResult(NamedTuple):
 
 
 class PublishedModel(NamedTuple):
-    """A preset whose weights were published: where, the pruning that comes to the FLOPs that a paper states for it (or
-    for a sibling), what papers report, and for which data set."""
+    """A preset whose weights were published.
+
+    Attributes:
+        weights: where.
+        token_pruning: the pruning that comes to the FLOPs that a paper states for it, or for a sibling.
+        results: what papers report.
+        dataset: of these results, by name.
+        dataset_id: the same on the Hub.
+        options: of the configuration, over the preset's.
+    """
 
     weights: str
     token_pruning: dict[str, Any]
     results: tuple[PublishedResult, ...] = ()
     dataset: str = "ImageNet-1k"
+    dataset_id: str = "ILSVRC/imagenet-1k"
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 TOP = "ToP, arXiv 2409.18962"
 R_MEETO = "R-MeeTo, arXiv 2412.12496"
 DYVM = "DyVM, arXiv 2504.04787"
 STORM = "STORM"
+VIDEOMAMBA = "VideoMamba, arXiv 2403.06977"

@@ -87,10 +87,12 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
         "--num_frames", type=int, help="of VideoMamba: for another number, or to make a video model of an image model"
     )
     group.add_argument("--id2label", type=Path, help="names of the labels: JSON (list or dict), or text, one a line")
-    # All families were evaluated with ImageNet's statistics and a bicubic resize of the shortest edge to 256.
+    # All families were evaluated with ImageNet's statistics, images after a bicubic resize of the shortest edge to 256.
     group.add_argument("--image_mean", type=float, nargs="+", default=IMAGENET_DEFAULT_MEAN, help="of each channel")
     group.add_argument("--image_std", type=float, nargs="+", default=IMAGENET_DEFAULT_STD, help="of each channel")
-    group.add_argument("--crop_pct", type=float, default=0.875, help="share of the resized image that is cropped")
+    group.add_argument(
+        "--crop_pct", type=float, help="share of the resized image that is cropped; default: 0.875, of videos 1"
+    )
     return parser
 
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.saving import save_for_hub
+from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import (
     DataArguments,
@@ -44,9 +46,18 @@ from hf_vssm_prune.training.tasks.classification import AugmentationArguments, I
 from hf_vssm_prune.visualization import draw_classification, image_from_pixel_values
 
 
-DATASET = "fashion_mnist"
-PRUNING = {"flops_reduction": 0.416, "method": "top"}  # as the paper prunes PlainMamba-L3
-DENSE, NAIVE, ALIGNED, FINETUNED = "dense", "pruned naively", "pruned with alignment", "pruned, aligned, fine-tuned"
+DATASET = "trashnet"
+BUDGET = {"flops_reduction": 0.416}  # as the paper prunes PlainMamba-L3
+PAPERS = BUDGET | {"method": PAPERS_METHOD}
+DEFAULT = BUDGET | {"method": RECOMMENDED_METHOD}
+DENSE, FINETUNED = "dense", f"{RECOMMENDED_METHOD}, fine-tuned"
+UNTRAINED = {
+    DENSE: None,
+    "top, naive": PAPERS | {"alignment": "none"},
+    "top, aligned (the paper's)": PAPERS,
+    f"{RECOMMENDED_METHOD} (our default)": DEFAULT,
+}
+FINETUNINGS = {"top, aligned, fine-tuned": PAPERS, FINETUNED: DEFAULT}
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -57,16 +68,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     image_processor = load_image_processor(EXAMPLE_MODEL)
     images = EvaluationImages(dataset, image_processor)
 
-    say("Fine-tuning the pruned model, with the dense one as its teacher")
     shutil.rmtree(output / "finetuning", ignore_errors=True)
-    trainer = jobs.prepare_finetuning(*recipe(options, output / "finetuning"))
-    trainer.train()
-    models = {
-        DENSE: load_example(None),
-        NAIVE: load_example(PRUNING | {"alignment": "none"}),
-        ALIGNED: load_example(PRUNING),
-        FINETUNED: load_classifier(output / "finetuning" / "last"),
-    }
+    models = {name: load_example(pruning) for name, pruning in UNTRAINED.items()}
+    for name, pruning in FINETUNINGS.items():
+        say(f"Fine-tuning the model pruned by {pruning['method']}, with the dense one as its teacher")
+        folder = output / "finetuning" / pruning["method"]
+        jobs.prepare_finetuning(*recipe(options, folder, pruning)).train()
+        models[name] = load_classifier(folder / "last")
 
     say(f"Evaluating on {len(images)} test images, every batch with all models in turn")
     loader = DataLoader(images, batch_size=50, collate_fn=collate)
@@ -107,9 +115,9 @@ def say(message: str) -> None:
 
 
 def recipe(
-    options: argparse.Namespace, folder: Path
+    options: argparse.Namespace, folder: Path, token_pruning: dict[str, Any]
 ) -> tuple[DataArguments, FinetuneArguments, PruningArguments, Recipe]:
-    """The paper's fine-tuning, made short: few epochs at a higher rate, and no augmentation but mirroring."""
+    """The paper's fine-tuning, made short: few epochs at a higher rate, and less augmentation."""
     data = DataArguments(DATASET, max_train_samples=options.max_train_samples, dataloader_num_workers=0)
     model = FinetuneArguments(model_name_or_path=str(EXAMPLE_MODEL))
     optimization = OptimizationArguments(
@@ -117,7 +125,7 @@ def recipe(
     )
     augmentation = AugmentationArguments(no_random_crop=True, randaugment_num_ops=0, reprob=0, mixup=0, cutmix=0)
     run = RunArguments(str(folder), seed=options.seed)
-    pruning = PruningArguments(flops_reduction=PRUNING["flops_reduction"], prune_method=PRUNING["method"])
+    pruning = PruningArguments(flops_reduction=token_pruning["flops_reduction"], prune_method=token_pruning["method"])
     return data, model, pruning, Recipe(optimization, ImageClassification(augmentation), run, model.loss_weights())
 
 
@@ -140,15 +148,15 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
         for name, evaluation in evaluations.items()
     ]
     return ModelCardInfo(
-        name="plainmamba-fashion-mnist-pruned",
-        summary="A small PlainMamba that tells ten kinds of clothes apart, and drops the patches that matter least.",
+        name="plainmamba-trashnet-pruned",
+        summary="A small PlainMamba that sorts waste into six kinds, and merges the patches that matter least.",
         license="apache-2.0",
-        license_notice="Fashion-MNIST is by Zalando SE, under the MIT licence.",
-        datasets=["zalando-datasets/fashion_mnist"],
+        license_notice="TrashNet is by Gary Thung and Mindy Yang, under the MIT licence.",
+        datasets=["garythung/trashnet"],
         training=TrainingRecipe(command, "Fine-tuned with the dense model as its teacher."),
         evaluation=Evaluation(
-            dataset_name="Fashion-MNIST, a subset",
-            dataset_id="zalando-datasets/fashion_mnist",
+            dataset_name="TrashNet",
+            dataset_id="garythung/trashnet",
             split="test",
             num_images=evaluations[FINETUNED].num_images,
             this_model=measurements[-1],
@@ -156,7 +164,7 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
             hardware=f"a CPU with {torch.get_num_threads()} threads",
         ),
         picture=picture,
-        limits=["It shows the method. It knows 28 × 28 pictures of clothes on black, and nothing else."],
+        limits=["It knows single pieces of waste on a white board, and nothing else."],
     )
 
 

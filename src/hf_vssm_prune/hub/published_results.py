@@ -10,13 +10,17 @@ ARCHITECTURE = ("patch_size", "grid_size", "num_channels", "hidden_size", "num_h
 
 def published_model(config: VisionMambaConfig) -> PublishedModel | None:
     """The published model with this architecture, for what papers report about it; None where there is none."""
-    return config.published.get(preset_of(config) or "")
+    family = type(config)
+    models = [*family.published.items(), *family.published_images.items()]
+    found = (model for name, model in models if _same(config, family.from_preset(name, **model.options)))
+    return next(found, None)
 
 
 def preset_of(config: VisionMambaConfig) -> str | None:
     """The name of the preset that has this architecture and number of labels, None where there is none."""
-    for name in type(config).presets:
-        preset = type(config).from_preset(name)
-        if all(getattr(config, key) == getattr(preset, key) for key in (*ARCHITECTURE, "num_labels")):
-            return name
-    return None
+    family = type(config)
+    return next((name for name in family.presets if _same(config, family.from_preset(name))), None)
+
+
+def _same(config: VisionMambaConfig, other: VisionMambaConfig) -> bool:
+    return all(getattr(config, key) == getattr(other, key) for key in (*ARCHITECTURE, "num_labels"))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe, create_model_card
 from hf_vssm_prune.training.arguments import ElasticArguments
+from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.elastic import draw_schedule, pruned_layers
 from hf_vssm_prune.training.losses import LossWeights, training_loss
 from hf_vssm_prune.training.optimization import decays, parameter_groups
@@ -29,7 +30,7 @@ class TokenPruningTrainer(transformers.Trainer):
 
     Beside its arguments everything is as in transformers' `Trainer`, which computes the metrics, saves and resumes. An
     image processor is its `processing_class`. Rows of a `datasets.Dataset` with a transform need
-    `remove_unused_columns=False`.
+    `remove_unused_columns=False`. With adapters (PEFT) batch norm keeps its statistics, which no adapter saves.
 
     Args:
         model, args, options: as `Trainer` takes them, `compute_loss_func` excepted.
@@ -104,6 +105,9 @@ class TokenPruningTrainer(transformers.Trainer):
             outputs = model(**self.task.inputs(inputs))
             loss = torch.stack(list(self.task.losses(outputs, inputs).values())).sum()
             return (loss, outputs) if return_outputs else loss
+        if getattr(self.model, "peft_config", None):
+            # Adapters are saved alone, and these statistics belong to the model: they must stay as they are.
+            freeze_batch_norm(self.model)
         config, seed = self.model.config, self.args.seed
         batch = self.task.mix(dict(inputs), config, self._generator_of_batch())
         keywords = self.task.inputs(batch) | {"output_hidden_states": self.losses.alignment_weight > 0}
