@@ -1,8 +1,8 @@
 """Draws which tokens a pruned model keeps of some images or videos, stage by stage.
 
-    hf-vssm-prune visualize image.jpg ...          # with the small model that comes with the package
-    hf-vssm-prune visualize image.jpg ... --model_name_or_path <folder or Hub model> --importance
-    hf-vssm-prune visualize video.mp4 --model_name_or_path <a model of videos> --output kept_tokens.webp
+hf-vssm-prune visualize image.jpg ...          # with the small model that comes with the package
+hf-vssm-prune visualize image.jpg ... --model_name_or_path <folder or Hub model> --importance
+hf-vssm-prune visualize video.mp4 --model_name_or_path <a model of videos> --output kept_tokens.webp
 """
 
 import sys
@@ -11,26 +11,16 @@ from pathlib import Path
 
 from PIL import Image
 
-<<<<<<< HEAD
 from hf_vssm_prune import EXAMPLE_MODEL, prunable, visualize
-from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import pruned_config
-from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model, load_image_processor
-=======
-from hf_vssm_prune import EXAMPLE_MODEL, visualize
 from hf_vssm_prune.animation import FORMATS, animate
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
->>>>>>> main
+from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model, load_image_processor
 from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.frame_sampling import SAMPLINGS
 from hf_vssm_prune.training.image_steps import decode_image
-<<<<<<< HEAD
-from hf_vssm_prune.visualization_of_heads import visualize_segmentation
-=======
 from hf_vssm_prune.training.video_decoding import read_clip
->>>>>>> main
+from hf_vssm_prune.visualization_of_heads import visualize_segmentation
 
 
 DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
@@ -73,20 +63,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         elif config.token_pruning is None:
             model.set_token_pruning({"flops_reduction": DENSE_MODELS_REDUCTION})
         image_processor = load_image_processor(options.model_name_or_path)
-<<<<<<< HEAD
-        mode = "L" if config.num_channels == 1 else "RGB"
-        images = [decode_image({"bytes": None, "path": file}, mode, file) for file in options.images]
-        draw = visualize_segmentation if of_pixels else visualize
-        draw(model, image_processor, images, options.importance).save(options.output)
-=======
-        inputs = [read_input(file, model.config, options.frame_sampling) for file in options.files]
-        if model.config.modality == "video" and Path(options.output).suffix.lower() in FORMATS:
+        inputs = [read_input(file, config, options.frame_sampling) for file in options.files]
+        if config.modality == "video" and Path(options.output).suffix.lower() in FORMATS:
             if len(inputs) > 1 or options.importance:
                 raise ValueError(f"--output {options.output}: moving pictures are of one video, without importance.")
             animate(model, image_processor, inputs[0], options.output)
         else:
-            visualize(model, image_processor, inputs, options.importance).save(options.output)
->>>>>>> main
+            draw = visualize_segmentation if of_pixels else visualize
+            draw(model, image_processor, inputs, options.importance).save(options.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
