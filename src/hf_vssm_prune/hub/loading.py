@@ -160,7 +160,7 @@ def new_image_processor(
 
     height, width = config.image_height_width(config.image_size)
     resized = {"height": round(height / crop_pct), "width": round(width / crop_pct)}
-    options = {
+    options: dict[str, Any] = {
         "size": {"shortest_edge": resized["height"]} if height == width else resized,
         "crop_size": {"height": height, "width": width},
         "image_mean": list(image_mean),
