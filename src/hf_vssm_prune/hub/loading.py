@@ -168,5 +168,6 @@ def new_image_processor(
     }
     if config.modality == "video":
         # Which frames there are to be is beyond an image processor: `num_frames` tells those who choose them.
-        return transformers.VideoMAEImageProcessor(**options, num_frames=config.input_size[0])
+        options["num_frames"] = config.input_size[0]
+        return transformers.VideoMAEImageProcessor(**options)
     return transformers.BitImageProcessor(**options, do_convert_rgb=config.num_channels == 3)
