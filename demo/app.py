@@ -12,7 +12,6 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from hf_vssm_prune.hub.model_card import format_flops
 
 
 HERE = Path(__file__).resolve().parent
-GARMENTS = sorted((HERE / "examples" / "garments").iterdir())
+WASTE = sorted((HERE / "examples" / "waste").iterdir())
 PHOTOS = sorted((HERE / "examples" / "photos").iterdir())
 THUMBNAIL_SIZE = 128  # pixels
 MOST_PERCENT, FIRST_PERCENT = 60, 42
@@ -37,30 +36,25 @@ TITLE = "Token pruning for vision Mambas"
 INTRODUCTION = """# Token pruning for vision Mambas
 
 A vision Mamba reads an image patch by patch, and many patches do not matter. Choose an image and how much of the
-computation is to go: the model drops the patches that it finds least important, stage by stage, and classifies what
-is left.
+computation is to go: the model drops patches, or merges them into others, stage by stage, and classifies what is left.
 """
-ABOUT_EXAMPLE_MODEL = """The model is a small one that tells **ten kinds of garments** apart (Fashion-MNIST, 28 × 28
-pixels). The garments are test images. Photos are here to show *what is dropped*: a label for one means nothing.
+ABOUT_EXAMPLE_MODEL = """The model is a small one that sorts **waste**: cardboard, glass, metal, paper, plastic, and
+trash. It knows single pieces on a plain, bright ground; the examples are test images. Photograph a bottle, and see.
 """
 UPLOAD_LIMITS = (
     f"{', '.join(FORMATS)}; at most {MAX_BYTES // 1024**2} MB and {MAX_PIXELS // 10**6} million pixels. "
     "Uploads are deleted within two hours."
 )
 BUDGET = "Computation to leave out (% of FLOPs)"
-ABOUT_PHOTO = "This model knows garments only. For a photo look at what is dropped, not at the label."
+METHOD = "Pruning method"
+CAMERA = "Take a picture"
+REAR_CAMERA = gr.WebcamOptions(
+    mirror=False, constraints={"video": {"facingMode": "environment"}}
+)  # where there are two
 SELECT_EXAMPLE = """element.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (button) trigger("select", {name: button.dataset.name});
 });"""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The image on the page: pixel values (1, channels, height, width), and whether the model's labels fit it."""
-
-    pixel_values: Tensor
-    is_photo: bool
 
 
 class Page:
@@ -68,46 +62,46 @@ class Page:
 
     Args:
         model: classifies and measures.
-        is_example_model: it knows garments and nothing else.
+        is_example_model: it sorts waste.
     """
 
     def __init__(self, model: PrunedModel, is_example_model: bool) -> None:
         self.model = model
         self.is_example_model = is_example_model
-        self.examples = [*GARMENTS, *PHOTOS] if is_example_model else PHOTOS
+        self.examples = WASTE if is_example_model else PHOTOS
 
-    def choose_first(self, percent: int) -> Iterator[tuple[Chosen, str]]:
-        yield from self._choose(self.examples[0], percent)
+    def choose_first(self, percent: int, method: str) -> Iterator[tuple[Tensor, str]]:
+        yield from self._choose(self.examples[0], percent, method)
 
-    def choose_example(self, percent: int, selected: gr.EventData) -> Iterator[tuple[Chosen, str]]:
+    def choose_example(self, percent: int, method: str, selected: gr.EventData) -> Iterator[tuple[Tensor, str]]:
         # The name comes from the browser.
         by_name = {file.stem: file for file in self.examples}
         if selected.name not in by_name:
             raise gr.Error(f"There is no example {selected.name!r}.", print_exception=False)
-        yield from self._choose(by_name[selected.name], percent)
+        yield from self._choose(by_name[selected.name], percent, method)
 
-    def upload(self, file: str, percent: int) -> Iterator[tuple[Chosen, str]]:
-        yield from self._choose(Path(file), percent)
+    def upload(self, file: str | None, percent: int, method: str) -> Iterator[tuple[Tensor, str]]:
+        if file is not None:  # a camera's picture that was discarded
+            yield from self._choose(Path(file), percent, method)
 
-    def show(self, chosen: Chosen | None, percent: int) -> Iterator[str]:
+    def show(self, chosen: Tensor | None, percent: int, method: str) -> Iterator[str]:
         """The result, first without and then with times: what is kept is there before it has been measured."""
         if chosen is None:
             raise gr.Error("Choose an image first.", print_exception=False)
         try:
-            classification = self.model.classify(chosen.pixel_values, int(percent))
+            classification = self.model.classify(chosen, int(percent), method)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        note = ABOUT_PHOTO if self.is_example_model and chosen.is_photo else ""
-        yield result(classification, None, note)
-        yield result(classification, self.model.measure(chosen.pixel_values, int(percent)), note)
+        yield result(classification, None)
+        yield result(classification, self.model.measure(chosen, int(percent), method))
 
-    def _choose(self, file: Path, percent: int) -> Iterator[tuple[Chosen, str]]:
+    def _choose(self, file: Path, percent: int, method: str) -> Iterator[tuple[Tensor, str]]:
         try:
             image = open_upload(str(file))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        chosen = Chosen(self.model.prepare(image), is_photo=file not in GARMENTS)
-        for html in self.show(chosen, percent):
+        chosen = self.model.prepare(image)
+        for html in self.show(chosen, percent, method):
             yield chosen, html
 
 
@@ -137,12 +131,9 @@ def _thumbnail(file: Path) -> Image.Image:
     return square
 
 
-def result(classification: Classification, measurement: Measurement | None, note: str) -> str:
+def result(classification: Classification, measurement: Measurement | None) -> str:
     """The pictures of the stages above a table of dense against pruned."""
-    return (
-        f'<div class="stages">{"".join(_figures(classification))}</div>'
-        f"{f'<p class=note>{escape(note)}</p>' if note else ''}{_table(classification, measurement)}"
-    )
+    return f'<div class="stages">{"".join(_figures(classification))}</div>{_table(classification, measurement)}'
 
 
 def _figures(classification: Classification) -> list[str]:
@@ -215,16 +206,25 @@ def build(page: Page) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 examples = gr.HTML(example_buttons(page.examples), js_on_load=SELECT_EXAMPLE, elem_id="examples")
-                upload = gr.UploadButton("Upload an image", file_types=list(SUFFIXES), elem_id="upload")
+                # "image" lets a phone offer its camera.
+                upload = gr.UploadButton("Upload an image", file_types=["image", *SUFFIXES], elem_id="upload")
+                with gr.Accordion(CAMERA, open=False, elem_id="camera"):
+                    camera = gr.Image(
+                        sources="webcam", type="filepath", show_label=False, buttons=[], webcam_options=REAR_CAMERA
+                    )
                 gr.Markdown(UPLOAD_LIMITS, elem_classes="remark")
+                methods = list(page.model.methods)
+                method = gr.Radio(methods, value=methods[0], label=METHOD, elem_id="method")
             with gr.Column(scale=3, min_width=300):
                 budget = gr.Slider(0, MOST_PERCENT, FIRST_PERCENT, step=1, label=BUDGET, buttons=[], elem_id="budget")
                 output = gr.HTML(elem_id="result")
         options = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-        blocks.load(page.choose_first, budget, [chosen, output], **options)
-        examples.select(page.choose_example, budget, [chosen, output], **options)
-        upload.upload(page.upload, [upload, budget], [chosen, output], **options)
-        budget.change(page.show, [chosen, budget], output, **options)
+        how = [budget, method]
+        blocks.load(page.choose_first, how, [chosen, output], **options)
+        examples.select(page.choose_example, how, [chosen, output], **options)
+        upload.upload(page.upload, [upload, *how], [chosen, output], **options)
+        camera.input(page.upload, [camera, *how], [chosen, output], **options)
+        gr.on([budget.change, method.change], page.show, [chosen, *how], output, **options)
     return blocks
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_vssm_prune.flops import ModelFlops, count_flops
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
+from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
 from hf_vssm_prune.pruning_options import method_options
 from hf_vssm_prune.visualization import (
     draw_stages,
@@ -24,6 +25,11 @@ from hf_vssm_prune.visualization import (
 
 # Measured in turns until the time is up, few enough for a slider to feel live.
 MEASURING_SECONDS, MIN_TURNS, MAX_TURNS = 0.15, 5, 15
+METHODS = {
+    f"Merge alike neighbours ({RECOMMENDED_METHOD}, our default)": {"method": RECOMMENDED_METHOD},
+    f"Drop the least important ({PAPERS_METHOD}, the paper's)": {"method": PAPERS_METHOD},
+    "Drop at random": {"method": PAPERS_METHOD, "importance": "random"},
+}
 # One image of a small model is mostly the fixed cost of calling its layers, which pruning leaves as it is.
 SMALL_MODEL_FLOPS, SMALL_MODEL_BATCH = 1e9, 8
 
@@ -70,6 +76,9 @@ class PrunedModel:
     Args:
         name_or_path: a folder, or a model on the Hub.
 
+    Attributes:
+        methods: ways to prune by what the page calls them, the model's own first where it is saved with one.
+
     Raises:
         ValueError, OSError: see `hf_vssm_prune.hub.loading.load_classifier`.
     """
@@ -78,9 +87,10 @@ class PrunedModel:
         self.model = load_classifier(name_or_path)
         self.image_processor = load_image_processor(name_or_path)
         # While the model is dense, its configuration does not say how it prunes.
-        self._options = method_options(self.model.config.token_pruning)
+        own = method_options(self.model.config.token_pruning)
+        self.methods = ({f"As this model was saved ({own['method']})": own} if own else {}) | METHODS
         self._lock = threading.Lock()
-        self._schedule = lru_cache(maxsize=101)(self._find_schedule)
+        self._schedule = lru_cache(maxsize=101 * len(self.methods))(self._find_schedule)
         self.labels = self.model.config.label_names
         dense = count_flops(self.model.config).dense.published
         self.measured_batch = SMALL_MODEL_BATCH if dense < SMALL_MODEL_FLOPS else 1
@@ -90,19 +100,20 @@ class PrunedModel:
         return self.image_processor(image, return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
-    def classify(self, pixel_values: Tensor, percent: int) -> Classification:
+    def classify(self, pixel_values: Tensor, percent: int, method: str) -> Classification:
         """Classifies one image with all of its tokens, and with a budget.
 
         Args:
             pixel_values: as `prepare` gives them.
             percent: of the dense model's FLOPs that are to go, from 0.
+            method: one of `methods`.
 
         Raises:
-            ValueError: this model cannot be pruned by so much.
+            ValueError: there is no such method, or this model cannot be pruned by so much.
         """
         config = self.model.config
         size = config.input_size_of(pixel_values.shape)
-        schedule = self._schedule(percent)
+        schedule = self._schedule(percent, method)
         with self._lock:
             self.model.set_token_pruning(None)
             dense = self.model(pixel_values)
@@ -123,15 +134,15 @@ class PrunedModel:
         )
 
     @torch.no_grad()
-    def measure(self, pixel_values: Tensor, percent: int) -> Measurement:
+    def measure(self, pixel_values: Tensor, percent: int, method: str) -> Measurement:
         """Times the dense and the pruned model in turns, so that a machine that slows down slows both.
 
         Args:
             pixel_values: of one image; copies of it fill the batch.
-            percent: as for `classify`.
+            percent, method: as for `classify`.
         """
         batch = pixel_values.repeat_interleave(self.measured_batch, 0)
-        schedules = (None, self._schedule(percent))
+        schedules = (None, self._schedule(percent, method))
         turns: list[list[float]] = []
         with self._lock:
             end = time.perf_counter() + MEASURING_SECONDS
@@ -140,10 +151,12 @@ class PrunedModel:
         dense, pruned = (1000 * min(times) / len(batch) for times in zip(*turns, strict=True))
         return Measurement(dense, pruned, len(turns), len(batch))
 
-    def _find_schedule(self, percent: int) -> dict[str, Any] | None:
+    def _find_schedule(self, percent: int, method: str) -> dict[str, Any] | None:
+        if method not in self.methods:
+            raise ValueError(f"There is no method {method!r}; there are {', '.join(self.methods)}.")
         if percent == 0:
             return None
-        return self.model.config.complete_token_pruning({"flops_reduction": percent / 100, **self._options})
+        return self.model.config.complete_token_pruning({"flops_reduction": percent / 100, **self.methods[method]})
 
     def _seconds(self, batch: Tensor, schedule: dict[str, Any] | None) -> float:
         self.model.set_token_pruning(schedule)

@@ -1,32 +1,11 @@
-"""Evaluates a model dense beside pruned: its metrics (top-1, top-5), FLOPs and images per second.
-
-    python scripts/evaluate.py --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder> --json out.json
-
-Every batch goes through both, one after the other, so that their speeds compare on a machine that is not quiet.
-"""
+"""`hf-vssm-prune evaluate`, as a file."""
 
 import sys
-from collections.abc import Sequence
 
-from hf_vssm_prune.training import jobs
-from hf_vssm_prune.training.arguments import (
-    BesideArguments,
-    EvaluationArguments,
-    EvaluationDataArguments,
-    PruningArguments,
-    parse_arguments,
-)
-from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+from hf_vssm_prune.commands import script_main
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    chosen = choose_task(arguments)
-    types = [TaskArguments, EvaluationDataArguments, EvaluationArguments, BesideArguments, PruningArguments]
-    types.append(chosen.evaluation_arguments)
-    _, data, options, beside, pruning, of_task = parse_arguments(types, arguments, __doc__)
-    task = chosen(of_task)
-    return jobs.report(lambda: jobs.evaluate(data, options, beside, pruning, task), options, task)
-
+main = script_main(__file__)
 
 if __name__ == "__main__":
     sys.exit(main())

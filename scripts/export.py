@@ -1,45 +1,11 @@
-"""Exports a classifier, dense or pruned, to files that run without this package.
+"""`hf-vssm-prune export`, as a file."""
 
-    python scripts/export.py runs/pruned/best exported
-    python scripts/export.py user/plainmamba-l1 exported --flops_reduction 0.416 --formats onnx torch aotinductor
-
-Every file is run and compared with the model before it is kept. docs/export.md has code that opens each.
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-
-from hf_vssm_prune.export import FORMATS, export_classifier
-from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
+from hf_vssm_prune.commands import script_main
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a classifier of this package, in a folder or on the Hub")
-    parser.add_argument("folder", type=Path, help="the folder to make")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
-    parser.add_argument(
-        "--flops_reduction", type=float, help="prune by this share, by the model's method (a dense one: by top)"
-    )
-    parser.add_argument("--revision", default="main", help="of a model on the Hub (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        model = load_classifier(options.model, revision=options.revision, dtype=torch.float32)
-        if options.flops_reduction is not None:
-            model.set_token_pruning({"flops_reduction": options.flops_reduction})
-        image_processor = load_image_processor(options.model, revision=options.revision)
-        folder = export_classifier(model, options.folder, options.formats, image_processor)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        print(f"{file.stat().st_size:>12,}  {file}")
-    return 0
-
+main = script_main(__file__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,48 +1,11 @@
-"""Prunes tokens of a dense Vim or PlainMamba and fine-tunes it, with the dense model as its teacher.
-
-    python scripts/finetune.py --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder> \\
-        --flops_reduction 0.416 --output_dir runs/pruned
-
-On several devices: `accelerate launch scripts/finetune.py ...`. The defaults are the paper's recipe (arXiv 2409.18962)
-with this project's distillation and alignment losses beside its cross-entropy, and with its method `local_merge` for a
-dense checkpoint; the paper's is `--prune_method top`. `--help` lists all options.
-"""
+"""`hf-vssm-prune finetune`, as a file."""
 
 import sys
-from collections.abc import Sequence
 
-from hf_vssm_prune.training import jobs
-from hf_vssm_prune.training.arguments import (
-    DataArguments,
-    ElasticArguments,
-    FinetuneArguments,
-    OptimizationArguments,
-    PruningArguments,
-    RunArguments,
-    ScaleArguments,
-    parse_arguments,
-)
-from hf_vssm_prune.training.loop import Recipe
-from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+from hf_vssm_prune.commands import script_main
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    task = choose_task(arguments)
-    types = [
-        TaskArguments,
-        DataArguments,
-        FinetuneArguments,
-        PruningArguments,
-        OptimizationArguments,
-        task.training_arguments,
-        ElasticArguments,
-        ScaleArguments,
-        RunArguments,
-    ]
-    _, data, model, pruning, optimization, options, elastic, scale, run = parse_arguments(types, arguments, __doc__)
-    recipe = Recipe(optimization, task(options), run, model.loss_weights(), elastic, scale, data.dataloader_num_workers)
-    return jobs.run(lambda: jobs.prepare_finetuning(data, model, pruning, recipe), run)
-
+main = script_main(__file__)
 
 if __name__ == "__main__":
     sys.exit(main())

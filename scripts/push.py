@@ -1,47 +1,11 @@
-"""Puts a saved model on the Hub: one commit, only what changed, whole or not at all.
+"""`hf-vssm-prune push`, as a file."""
 
-python scripts/push.py runs/pruned/best user/plainmamba-l3-pruned --private
-python scripts/push.py runs/pruned/best user/plainmamba-l3-pruned --dry_run
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
 
-from hf_vssm_prune.hub.pushing import list_pushed_files, push_model
+from hf_vssm_prune.commands import script_main
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="a model that a training script or `save_for_hub` wrote")
-    parser.add_argument("repo_id", help="user/name")
-    parser.add_argument("--revision", help="branch, made where it is missing (default: main)")
-    parser.add_argument("--private", action="store_true", default=None, help="a repository that only you see")
-    parser.add_argument("--commit_message", default="Upload model", help="default: %(default)s")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request in place of changing the branch")
-    parser.add_argument("--dry_run", action="store_true", help="list what would be pushed, and do nothing")
-    options = parser.parse_args(arguments)
-    try:
-        files = list_pushed_files(options.folder)
-        for file in files:
-            print(f"{file.size:>12,}  {file.path.name}")
-        print(f"{sum(file.size for file in files):>12,}  bytes in {len(files)} files")
-        if options.dry_run:
-            return 0
-        commit = push_model(
-            options.folder,
-            options.repo_id,
-            revision=options.revision,
-            private=options.private,
-            commit_message=options.commit_message,
-            create_pr=options.create_pr,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(commit.pr_url or commit.commit_url)
-    return 0
-
+main = script_main(__file__)
 
 if __name__ == "__main__":
     sys.exit(main())

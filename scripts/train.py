@@ -1,45 +1,11 @@
-"""Trains a dense Vim or PlainMamba from scratch, or goes on from a checkpoint.
-
-    python scripts/train.py --dataset_name <Hub data set or folder> --family plainmamba --preset L1 --output_dir runs/l1
-
-On several devices: `accelerate launch scripts/train.py ...`. `--help` lists all options.
-"""
+"""`hf-vssm-prune train`, as a file."""
 
 import sys
-from collections.abc import Sequence
 
-from hf_vssm_prune.training import jobs
-from hf_vssm_prune.training.arguments import (
-    DataArguments,
-    DenseModelArguments,
-    ElasticArguments,
-    RunArguments,
-    ScaleArguments,
-    ScratchOptimizationArguments,
-    parse_arguments,
-)
-from hf_vssm_prune.training.loop import Recipe
-from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+from hf_vssm_prune.commands import script_main
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    task = choose_task(arguments)
-    types = [
-        TaskArguments,
-        DataArguments,
-        DenseModelArguments,
-        ScratchOptimizationArguments,
-        task.training_arguments,
-        ElasticArguments,
-        ScaleArguments,
-        RunArguments,
-    ]
-    _, data, model, optimization, options, elastic, scale, run = parse_arguments(types, arguments, __doc__)
-    recipe = Recipe(
-        optimization, task(options), run, elastic=elastic, scale=scale, num_workers=data.dataloader_num_workers
-    )
-    return jobs.run(lambda: jobs.prepare_dense_training(data, model, recipe), run)
-
+main = script_main(__file__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,39 +1,11 @@
-"""Writes the page of a saved model, with what an evaluation measured.
+"""`hf-vssm-prune write_card`, as a file."""
 
-    python scripts/evaluate.py --model_name_or_path runs/pruned/best --dataset_name ... --json results.json
-    python scripts/visualize.py image.png --model_name_or_path runs/pruned/best --output kept_tokens.png
-    python scripts/write_card.py runs/pruned/best card.yaml
-
-`hf_vssm_prune.hub.model_card_file` says what stands in the YAML file; `model_cards/` has examples.
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from hf_vssm_prune.hub import save_for_hub
-from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
-from hf_vssm_prune.hub.model_card_file import read_model_card_info
+from hf_vssm_prune.commands import script_main
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a model that a training script or `save_for_hub` wrote")
-    parser.add_argument("card", type=Path, help="the YAML file")
-    options = parser.parse_args(arguments)
-    try:
-        if not options.folder.is_dir():
-            raise NotADirectoryError(f"{options.folder} is not a folder.")
-        info = read_model_card_info(options.card)
-        processor = load_image_processor(options.folder)
-        save_for_hub(load_classifier(options.folder), options.folder, processor, info)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(options.folder / "README.md")
-    return 0
-
+main = script_main(__file__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -106,7 +106,7 @@ def finetuning(config: VisionMambaConfig, base: str, dataset: str) -> TrainingRe
     layers, ratios = (" ".join(f"{value:g}" for value in pruning[name]) for name in ("layers", "keep_ratios"))
     return TrainingRecipe(
         command=(
-            f"accelerate launch scripts/finetune.py --model_name_or_path {base} --dataset_name <{dataset}> \\\n"
+            f"accelerate launch -m hf_vssm_prune finetune --model_name_or_path {base} --dataset_name <{dataset}> \\\n"
             f"{task}"
             f"    --prune_method {pruning['method']} --prune_layers {layers} --keep_ratios {ratios} \\\n"
             f"    --output_dir {base}-pruned"

@@ -40,7 +40,8 @@ class Study:
         main_budget: the one of them at which all variants are compared.
         max_eval_samples: images that every evaluation draws, by the seed.
         datasets: by name `dataset_name`, and options of scripts/train.py in `dense`.
-        families: by name options of scripts/train.py.
+        families: by name options of scripts/train.py; with `model_name_or_path` their dense models go on from weights
+            that are there.
         training, dense, finetuning: options of all pieces that train, of scripts/train.py, of scripts/finetune.py.
         elastic: the `variant` that is trained for all budgets at once, and options over its own.
         variants: by name; the first is the baseline.
@@ -162,7 +163,8 @@ def _templates(study: Study, dataset: str, family: str) -> dict[str, Template]:
     """Of every piece of a data set and a family, by its name."""
     evaluated = {"max_eval_samples": study.max_eval_samples}
     of_dataset, of_family = study.datasets[dataset]["dense"], study.families[family]
-    dense = {**study.trained, **study.dense, "family": family, **of_dataset, **of_family}
+    begins = {} if "model_name_or_path" in of_family else {"family": family}
+    dense = {**study.trained, **study.dense, **begins, **of_dataset, **of_family}
     at_other_budgets = [
         (name, budget) for name in study.every_budget for budget in study.budgets if budget != study.main_budget
     ]

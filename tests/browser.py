@@ -79,6 +79,9 @@ def chromium() -> Iterator[webdriver.Chrome]:
             "--disable-background-networking",
             "--disable-component-update",
             "--disable-sync",
+            # A camera that shows a moving test picture, and no question whether it may be used.
+            "--use-fake-device-for-media-stream",
+            "--use-fake-ui-for-media-stream",
             "--window-size=1200,900",
             f"--user-data-dir={profile}",
         ):

@@ -79,15 +79,15 @@ def as_hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Dataset]) -> None:
 # Where the data comes from
 
 
-def test_the_packaged_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_packaged_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    datasets = load_image_dataset("fashion_mnist")
-    assert (len(datasets.train), len(datasets.evaluation)) == (10_000, 2_000)
-    assert datasets.label_names[:2] == ["T-shirt/top", "Trouser"]
+    datasets = load_image_dataset("trashnet")
+    assert (len(datasets.train), len(datasets.evaluation)) == (1_771, 488)
+    assert datasets.label_names[:2] == ["cardboard", "glass"]
     batch = collate([EvaluationImages(datasets.evaluation, IMAGE_PROCESSOR)[i] for i in (0, 1)])
     assert batch["pixel_values"].shape == (2, 3, 16, 16)
-    write_class_folders(tmp_path / "fashion_mnist", {"mine": 20, "yours": 20})
-    assert load_image_dataset("fashion_mnist").label_names == ["mine", "yours"]
+    write_class_folders(tmp_path / "trashnet", {"mine": 20, "yours": 20})
+    assert load_image_dataset("trashnet").label_names == ["mine", "yours"]
 
 
 def test_class_folders(tmp_path: Path):

@@ -88,6 +88,8 @@ def test_a_bad_upload_is_refused_by_name(name, tmp_path) -> None:
 
 # ---- The model
 
+OWN = "As this model was saved (top)"
+
 
 @pytest.fixture(scope="module", params=sorted(MAKE_CONFIG))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PrunedModel:
@@ -107,7 +109,7 @@ def test_a_classification_is_the_models(model) -> None:
     pixel_values = model.prepare(
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     )
-    classification = model.classify(pixel_values, 30)
+    classification = model.classify(pixel_values, 30, OWN)
     flops = count_flops(model.model.config)
     assert classification.flops == flops
     assert flops.reduction == pytest.approx(0.30, abs=0.005)
@@ -129,8 +131,23 @@ def test_a_classification_is_the_models(model) -> None:
     assert len(classification.panels) == 1 + len(classification.layers)
 
 
+def test_methods_are_those_that_they_say(model) -> None:
+    pixel_values = model.prepare(Image.new("RGB", (40, 50)))
+    chosen = {}
+    for method in model.methods:
+        model.classify(pixel_values, 30, method)
+        pruning = model.model.config.token_pruning
+        chosen[method] = (pruning["method"], pruning.get("importance"), pruning["alignment"])
+    assert list(chosen.values()) == [
+        ("top", "l2", "none"),
+        ("local_merge", None, "none"),
+        ("top", "clip", "repeat"),
+        ("top", "random", "repeat"),
+    ]
+
+
 def test_without_a_budget_nothing_is_dropped(model) -> None:
-    classification = model.classify(model.prepare(Image.new("RGB", (40, 50))), 0)
+    classification = model.classify(model.prepare(Image.new("RGB", (40, 50))), 0, OWN)
     assert classification.pruned == classification.dense
     assert classification.flops.reduction == 0
     assert (len(classification.panels), classification.num_kept) == (1, [])
@@ -143,7 +160,7 @@ def test_dense_and_pruned_are_timed_in_turns(model, monkeypatch) -> None:
     monkeypatch.setattr(
         type(model), "_seconds", lambda self, batch, schedule: schedules.append(schedule) or run(self, batch, schedule)
     )
-    measurement = model.measure(pixel_values, 30)
+    measurement = model.measure(pixel_values, 30, OWN)
     assert measurement.batch_size == 8
     assert measurement.turns >= 5
     assert [schedule is None for schedule in schedules] == [True, False] * measurement.turns
@@ -163,7 +180,7 @@ def app():
 
 
 def test_labels_are_text_not_html(app, model) -> None:
-    html = app.result(model.classify(model.prepare(Image.new("RGB", (40, 50))), 30), None, "")
+    html = app.result(model.classify(model.prepare(Image.new("RGB", (40, 50))), 30, OWN), None)
     assert "&lt;b&gt;" in html
     assert "a &amp; b" in html
     assert "<b>" not in html
@@ -173,10 +190,12 @@ def test_what_the_browser_sends_is_checked(app, model) -> None:
     page = app.Page(model, is_example_model=False)
     for name in ("../../app", "bag", None, 3):
         with pytest.raises(app.gr.Error, match="There is no example"):
-            next(page.choose_example(30, SimpleNamespace(name=name)))
-    chosen, _ = next(page.choose_example(30, SimpleNamespace(name="cat")))
+            next(page.choose_example(30, OWN, SimpleNamespace(name=name)))
+    chosen, _ = next(page.choose_example(30, OWN, SimpleNamespace(name="cat")))
+    with pytest.raises(app.gr.Error, match="There is no method 'all'; there are As this model was saved"):
+        next(page.show(chosen, 30, "all"))
     with pytest.raises(app.gr.Error, match=r"`flops_reduction` is 0\.99"):
-        next(page.show(chosen, 99))
+        next(page.show(chosen, 99, OWN))
 
 
 def test_a_model_that_is_not_there_is_named(app, tmp_path, capsys) -> None:
@@ -187,11 +206,11 @@ def test_a_model_that_is_not_there_is_named(app, tmp_path, capsys) -> None:
 # ---- The Space
 
 
-def test_garments_are_the_test_images_that_their_list_names() -> None:
-    dataset, label_names = load_evaluation_dataset("fashion_mnist")
+def test_waste_is_the_test_images_that_their_list_names() -> None:
+    dataset, label_names = load_evaluation_dataset("trashnet")
     rows = [line.split("|")[1:4] for line in (DEMO / "examples" / "SOURCES.md").read_text().splitlines()]
-    listed = [[cell.strip(" `") for cell in row] for row in rows if row and "garments/" in row[0]]
-    assert len(listed) == 10
+    listed = [[cell.strip(" `") for cell in row] for row in rows if row and "waste/" in row[0]]
+    assert len(listed) == 12
     for file, label, row in listed:
         stored = dataset[int(row)]
         assert (DEMO / "examples" / file).read_bytes() == stored["image"]["bytes"]
@@ -200,8 +219,8 @@ def test_garments_are_the_test_images_that_their_list_names() -> None:
 
 def test_every_example_has_a_source() -> None:
     sources = (DEMO / "examples" / "SOURCES.md").read_text()
-    files = [file for folder in ("photos", "garments") for file in (DEMO / "examples" / folder).iterdir()]
-    assert len(files) == 14
+    files = [file for folder in ("photos", "waste") for file in (DEMO / "examples" / folder).iterdir()]
+    assert len(files) == 16
     for file in files:
         assert f"`{file.parent.name}/{file.name}`" in sources
         with Image.open(file) as image:

@@ -24,6 +24,7 @@ from conftest import load_script
 
 import hf_vssm_prune
 from hf_vssm_prune import PlainMambaConfig
+from hf_vssm_prune.__main__ import main
 from hf_vssm_prune.conversion import infer_config
 from hf_vssm_prune.documentation import DOCUMENTATION, see
 from hf_vssm_prune.families import FAMILIES
@@ -110,6 +111,10 @@ def run_command(command: list[str]) -> None:
         case ["python", script, *arguments] | ["accelerate", "launch", script, *arguments] if script.endswith(".py"):
             assert script == f"scripts/{Path(script).name}"
             assert load_script(Path(script).stem).main(arguments) == 0, command
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+        case ["hf-vssm-prune", verb, *arguments] | ["accelerate", "launch", "-m", "hf_vssm_prune", verb, *arguments]:
+            assert main([verb, *arguments]) == 0, command
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
         case ["pip", "install", "-e", target]:

@@ -225,7 +225,7 @@ def test_wrong_descriptions_are_refused(content, message, tmp_path) -> None:
 
 @pytest.mark.parametrize("results", [[], {}, {"dense": {}}, {"dense": {"accuracy": {"top1": "high"}}}])
 def test_wrong_results_are_refused(results, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"results\.json is not what scripts/evaluate\.py --json writes"):
+    with pytest.raises(ValueError, match=r"results\.json is not what `hf-vssm-prune evaluate --json` writes"):
         read_model_card_info(write_sources(tmp_path, results))
 
 

@@ -31,7 +31,7 @@ SMALL = {
     "budgets": [0.4],
     "main_budget": 0.4,
     "max_eval_samples": 20,
-    "datasets": {"images": {"dataset_name": "fashion_mnist", "dense": {"image_size": 28}}},
+    "datasets": {"images": {"dataset_name": "trashnet", "dense": {"image_size": 28}}},
     "families": {
         "plainmamba": {
             "config_overrides": [

@@ -219,7 +219,7 @@ def test_order_depends_on_seed_and_epoch_and_can_start_in_the_middle():
 def test_top1_top5_and_loss():
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9.0, 8, 7, 6, 5, 4], [9.0, 8, 7, 6, 5, 4]])
     scores = score_predictions(logits, torch.tensor([0, 4, 5]))
-    assert scores[:, :2].tolist() == [[1, 1], [0, 1], [0, 0]]
+    assert scores[:, 1:].tolist() == [[label, 0, 1, 2, 3, 4] for label in (0, 4, 5)]
     metrics = ImageClassification().metrics([scores[:1], scores[1:]])
     assert (metrics["top1"], metrics["top5"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     log_sum = math.log(sum(math.exp(-i) for i in range(6)))
@@ -228,7 +228,9 @@ def test_top1_top5_and_loss():
 
 def test_fewer_labels_than_five():
     scores = score_predictions(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([0]))
-    assert scores[0, :2].tolist() == [0, 1]
+    assert scores[0, 1:].tolist() == [0, 2, 1, 0, -1, -1]
+    metrics = ImageClassification().metrics([scores])
+    assert (metrics["top1"], metrics["top5"]) == (0, 1)
 
 
 def test_comparison_of_dense_and_pruned(datasets):

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE
 
+from hf_vssm_prune.commands import VERBS
 from hf_vssm_prune.kernels import build
+from hf_vssm_prune.metrics import METRICS
 
 
 # All tests of this file on one worker: what `installed` compiles takes a minute.
@@ -106,3 +108,7 @@ def test_plain_wheel_is_for_any_platform(tmp_path: Path):
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.endswith(".so")]
     assert "hf_vssm_prune/kernels/csrc/selective_scan.cpp" in names, "to be compiled at the first use"
+    assert {f"hf_vssm_prune/commands/{verb}.py" for verb in VERBS} <= set(names)
+    assert {f"hf_vssm_prune/metrics/{name}/{name}.py" for name in METRICS} <= set(names)
+    (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert b"hf-vssm-prune = hf_vssm_prune.__main__:main" in zipfile.ZipFile(wheel).read(entry_points)

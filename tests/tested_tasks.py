@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from videos import coloured_frames, write_class_folders, write_video
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.training.tasks import TASKS
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
+from hf_vssm_prune.training.tasks.semantic_segmentation import SegmentationArguments, SemanticSegmentation
 from hf_vssm_prune.training.tasks.task import Task
 from hf_vssm_prune.training.tasks.video_classification import VideoClassification, VideoTrainingArguments
 
@@ -91,13 +93,67 @@ def write_parquet(folder: Path, kind: type, encode: Callable[[int, np.random.Gen
         Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
 
 
+def masked_image(channel: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of a colour, of which a rectangle has another; the mask has the colours' ids."""
+    pixels, other = coloured_frames(channel, generator)[0], coloured_frames((channel + 1) % 3, generator)[0]
+    mask = np.full(pixels.shape[:2], channel, np.uint8)
+    top, left = generator.integers(0, pixels.shape[0] // 2, 2)
+    pixels[top : top + 12, left : left + 16] = other[top : top + 12, left : left + 16]
+    mask[top : top + 12, left : left + 16] = (channel + 1) % 3
+    return pixels, mask
+
+
+COLOURS = {"0": "red", "1": "green", "2": "blue"}
+
+
+def write_mask_folder(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 36), ("test", 15)):
+        for kind in ("images", "masks"):
+            (folder / kind / split).mkdir(parents=True)
+        for i in range(count):
+            for kind, pixels in zip(("images", "masks"), masked_image(i % 3, generator), strict=True):
+                PILImage.fromarray(pixels).save(folder / kind / split / f"{i}.png")
+    (folder / "id2label.json").write_text(json.dumps(COLOURS))
+
+
+def encode_pixels(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    PILImage.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def write_mask_parquet(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    features = Features({"image": Image(), "annotation": Image()})
+    for split, count in (("train-0", 13), ("train-1", 13), ("test-0", 5)):
+        pairs = [masked_image(i % 3, generator) for i in range(count)]
+        columns = {
+            name: [{"bytes": encode_pixels(pixels), "path": None} for pixels in column]
+            for name, column in zip(features, zip(*pairs, strict=True), strict=True)
+        }
+        Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+    (folder / "id2label.json").write_text(json.dumps(COLOURS))
+
+
 IMAGE_DATA = (make_vim_config, write_image_folder, lambda folder: write_parquet(folder, Image, encode_image))
 VIDEO_DATA = (make_video_config, write_video_folder, lambda folder: write_parquet(folder, Video, encode_video))
+MASK_DATA = (make_vim_config, write_mask_folder, write_mask_parquet)
+SMALL_HEAD = {"head_channels": 8, "auxiliary_channels": 8, "crop_size": [32]}
 TESTED: dict[str, Tested] = {
     "image-classification": Tested(
         lambda: ImageClassification(AugmentationArguments(**PLAIN, **UNMIXED)), ImageClassification, *IMAGE_DATA
     ),
     "mean-colour": Tested(MeanColour, lambda: MeanColour(MeanColour.training_arguments(noise=0.1)), *IMAGE_DATA),
+    "semantic-segmentation": Tested(
+        lambda: SemanticSegmentation(
+            SegmentationArguments(
+                **SMALL_HEAD, scale=[1.0, 1.0], hflip=0.0, no_photometric_distortion=True, most_of_a_class=1.0
+            )
+        ),
+        lambda: SemanticSegmentation(SegmentationArguments(**SMALL_HEAD, feature_pyramid="vim")),
+        *MASK_DATA,
+    ),
     "video-classification": Tested(
         lambda: VideoClassification(VideoTrainingArguments(**PLAIN, **UNMIXED)),
         lambda: VideoClassification(VideoTrainingArguments(num_clips=2, num_crops=3)),

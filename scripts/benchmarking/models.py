@@ -11,19 +11,20 @@ from transformers import ViTConfig, ViTForImageClassification
 from benchmarking.measuring import Case, Group, growth, take_turns
 from hf_vssm_prune import VimConfig, VimForImageClassification, count_flops
 from hf_vssm_prune.families import FAMILIES
-from hf_vssm_prune.pruning_methods import RECOMMENDED_METHOD
+from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
 from hf_vssm_prune.quantization import quantize_linears
 
 
 def make_models(options: argparse.Namespace) -> dict[str, nn.Module]:
     """One set of random weights under four schedules."""
     family = FAMILIES[options.family]
+    budget = {"flops_reduction": options.flops_reduction}
     models = {}
     for name, pruning in (
         ("dense", None),
-        ("pruned, aligned", {"flops_reduction": options.flops_reduction}),
-        ("pruned, naive", {"flops_reduction": options.flops_reduction, "alignment": "none"}),
-        (f"pruned, {RECOMMENDED_METHOD}", {"flops_reduction": options.flops_reduction, "method": RECOMMENDED_METHOD}),
+        ("pruned, aligned", {**budget, "method": PAPERS_METHOD}),
+        ("pruned, naive", {**budget, "method": PAPERS_METHOD, "alignment": "none"}),
+        (f"pruned, {RECOMMENDED_METHOD}", {**budget, "method": RECOMMENDED_METHOD}),
     ):
         models[name] = family.classifier(family.config.from_preset(options.preset, token_pruning=pruning)).eval()
         models[name].load_state_dict(models["dense"].state_dict())

@@ -31,8 +31,8 @@ from .visualization import visualize
 
 __version__ = "0.1.0"
 
-# A small dense PlainMamba for Fashion-MNIST that comes with the package: to try things with, at no download.
-EXAMPLE_MODEL = Path(__file__).parent / "data" / "plainmamba_fashion_mnist"
+# A small dense PlainMamba that sorts photographs of waste. It comes with the package, to try things with.
+EXAMPLE_MODEL = Path(__file__).parent / "data" / "plainmamba_trashnet"
 
 TokenPruningMixin.hub_module = "hf_vssm_prune.hub.pretrained"
 

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .feature_pyramid import check_pyramid
 from .flops import FlopCount, schedule_for_budget
 from .label_maps import complete_label_maps, names_by_id
 from .pruning_options import (
@@ -25,6 +26,7 @@ from .publication import Paper, PublishedModel
 # Of a model's output; see `pruned_outputs.StageFields`.
 STAGE_FIELDS = ("kept_tokens", "token_scores", "merged_tokens")
 FEATURE_FILLS = ("last", "merged")
+FEATURE_NORMS = ("final", "per_level", "none")
 _BACKBONE_STAGES = ("stage_names", "out_features", "out_indices")
 
 
@@ -60,6 +62,10 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         scan_backend: which kernel scans, see `selective_scan.selective_scan`.
         feature_fill: what a backbone's maps show in the cell of a token that is gone: `last`, the state with which it
             left; `merged`, for methods that merge, the state of the token that it went into.
+        feature_norm: how a backbone's maps are normed: `final`, each by the model's last norm; `per_level`, each by a
+            norm of its own, the last layer's by the model's; `none`.
+        feature_pyramid: None: a backbone's maps have the resolution of the patches; `vim` or `simple`: strides of 4, 8,
+            16 and 32 pixels, of fewer maps the last ones, see `feature_pyramid`.
 
     Raises:
         ValueError: a value is not allowed; the message says what was given and what is allowed.
@@ -91,6 +97,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     token_pruning: dict | None = None  # what is read is `TokenPruning`, see `_TokenPruningOption`
     scan_backend: str = "auto"
     feature_fill: str = "last"
+    feature_norm: str = "final"
+    feature_pyramid: str | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -110,6 +118,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        check_pyramid(self.feature_pyramid, self.patch_spacing, len(self.out_features))
         for name, labels in complete_label_maps({"id2label": self.id2label, "label2id": self.label2id}).items():
             setattr(self, name, labels)
         super().__post_init__(**kwargs)
@@ -136,8 +145,9 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}; it must be in [0, 1).")
-        if self.feature_fill not in FEATURE_FILLS:
-            raise ValueError(f"`feature_fill` is {self.feature_fill!r}; allowed are {list(FEATURE_FILLS)}.")
+        for name, allowed in (("feature_fill", FEATURE_FILLS), ("feature_norm", FEATURE_NORMS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {list(allowed)}.")
         if min(self.grid_size) < 1:
             raise ValueError(f"`image_size` is {self.image_size}: too small for a patch of {self.patch_size} pixels.")
 
@@ -264,6 +274,11 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         What a pruning method itself computes is not among them: see `flops.count_flops`.
         """
         raise NotImplementedError
+
+
+def pruned_config(config: Any) -> Any:
+    """The configuration that says what is pruned: a model's own, or that of the backbone of a model with a head."""
+    return config if hasattr(config, "token_pruning") else getattr(config, "backbone_config", None)
 
 
 class _TokenPruningOption:

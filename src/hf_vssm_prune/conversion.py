@@ -9,14 +9,17 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
+from . import conversion_upernet as upernet
 from .configuration_common import VisionMambaConfig
 from .documentation import see
 from .families import FAMILIES, Family, ImageClassifier
@@ -54,6 +57,10 @@ class OfficialFormat(Protocol):
         """Options of the configuration that published tensors imply, where overrides leave them open."""
 
     @classmethod
+    def backbone_options_of_official(cls, official: "OfficialTensors", overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The same of a file whose head is another than a classifier's; a family of whose there are none lacks it."""
+
+    @classmethod
     def complete_official(
         cls, config: VisionMambaConfig, official: "OfficialTensors", expected: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -66,6 +73,8 @@ class OfficialFormat(Protocol):
         """
 
 
+# Of a classifier, or of UPerNet on a backbone of this package.
+ModelConfig: TypeAlias = Any
 # Where published files keep weights averaged over training.
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict")
 
@@ -74,6 +83,8 @@ def load_official_model(
     path: str | Path, ema: bool = False, family: str | None = None, **overrides: Any
 ) -> ImageClassifier:
     """A published `.pth` or `.safetensors` file as an image classifier, in evaluation mode, its tensors as they are.
+
+    A file of mmsegmentation's with a decode head becomes transformers' `UperNetForSemanticSegmentation`.
 
     Args:
         path: of the file.
@@ -90,7 +101,7 @@ def load_official_model(
     state_dict = extract_state_dict(load_checkpoint(path), ema)
     config = infer_config(state_dict, family or _family_named(path, state_dict), **overrides)
     with torch.device("meta"):
-        model = FAMILIES[config.model_type].classifier(config)
+        model = _make_model(config)
     model.load_state_dict(convert_official_state_dict(config, state_dict), assign=True)
     return model.eval()
 
@@ -116,7 +127,8 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
                 # `save_file` would make a file that nobody else may read.
                 temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in official.items()}))
             else:
-                key = FAMILIES[model.config.model_type].base.official_weight_key(model.config)
+                backbone = _backbone_config(model.config)
+                key = FAMILIES[backbone.model_type].base.official_weight_key(backbone)
                 torch.save(official if key is None else {key: official}, temporary)
             os.replace(temporary, path)
         finally:
@@ -205,12 +217,13 @@ def _as_of(family: Family, tensors: Mapping[str, Tensor]) -> "OfficialTensors":
 
 
 def convert_official_state_dict(
-    config: VisionMambaConfig, state_dict: Mapping[str, Any], ema: bool = False
+    config: ModelConfig, state_dict: Mapping[str, Any], ema: bool = False
 ) -> dict[str, Tensor]:
     """A published checkpoint under our names, complete, for `load_state_dict(strict=True)` of the image classifier.
 
     Args:
-        config: of the model to load it into; see `infer_config`.
+        config: of the model to load it into, see `infer_config`; with a `UperNetConfig` whose backbone is of this
+            package, mmsegmentation's tensors become those of transformers' `UperNetForSemanticSegmentation`.
         state_dict: what `torch.load` gave: `{"state_dict": ...}`, `{"model": ...}`, or the tensors themselves.
         ema: take the weights averaged over training.
 
@@ -218,10 +231,11 @@ def convert_official_state_dict(
         ValueError: tensors are missing, unexpected, or of another shape than the configuration says; each is named.
     """
     tensors = _tensors_of(config)
-    names = {official_name(config.model_type, name): name for name in tensors}
+    names = {_official_name(config, name): name for name in tensors}
     expected = {key: tensors[name] for key, name in names.items()}
-    family = FAMILIES[config.model_type]
-    official = family.base.complete_official(config, _as_of(family, extract_state_dict(state_dict, ema)), expected)
+    backbone = _backbone_config(config)
+    family = FAMILIES[backbone.model_type]
+    official = family.base.complete_official(backbone, _as_of(family, extract_state_dict(state_dict, ema)), expected)
     problems = [f"missing: {key} {list(tensor.shape)}" for key, tensor in expected.items() if key not in official]
     problems += [f"unexpected: {key} {list(tensor.shape)}" for key, tensor in official.items() if key not in expected]
     problems += [
@@ -237,8 +251,8 @@ def convert_official_state_dict(
     return {name: official[key] for key, name in names.items()}
 
 
-def convert_to_official_state_dict(config: VisionMambaConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of our image classifier under the published names.
+def convert_to_official_state_dict(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of our image classifier, or of UPerNet on our backbone, under the published names.
 
     Raises:
         ValueError: tensors are missing or unexpected; each is named.
@@ -247,20 +261,34 @@ def convert_to_official_state_dict(config: VisionMambaConfig, state_dict: Mappin
     problems = [f"missing: {name}" for name in expected if name not in state_dict]
     problems += [f"unexpected: {name}" for name in state_dict if name not in expected]
     if problems:
-        raise ValueError(
-            f"these are not the weights of this {config.model_type} classifier:\n  " + "\n  ".join(problems)
-        )
-    return {official_name(config.model_type, name): state_dict[name] for name in expected}
+        raise ValueError(f"these are not the weights of this {config.model_type} model:\n  " + "\n  ".join(problems))
+    return {_official_name(config, name): state_dict[name] for name in expected}
 
 
-def _tensors_of(config: VisionMambaConfig) -> dict[str, Tensor]:
+def _official_name(config: ModelConfig, name: str) -> str:
+    of_backbone = partial(official_name, _backbone_config(config).model_type)
+    return upernet.official_name(config, name, of_backbone) if upernet.is_upernet(config) else of_backbone(name)
+
+
+def _backbone_config(config: ModelConfig) -> VisionMambaConfig:
+    return config.backbone_config if upernet.is_upernet(config) else config
+
+
+def _make_model(config: ModelConfig) -> Any:
+    if upernet.is_upernet(config):
+        return upernet.set_auxiliary_level(UperNetForSemanticSegmentation(config))
+    return FAMILIES[config.model_type].classifier(config)
+
+
+def _tensors_of(config: ModelConfig) -> dict[str, Tensor]:
     """Our state dict, as tensors without memory."""
     with torch.device("meta"):
-        return FAMILIES[config.model_type].classifier(config).state_dict()
+        return _make_model(config).state_dict()
 
 
-def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **overrides: Any) -> VisionMambaConfig:
-    """The configuration that a published checkpoint's tensors imply.
+def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **overrides: Any) -> ModelConfig:
+    """The configuration that a published checkpoint's tensors imply: of a classifier or, where there is a decode head,
+    a `UperNetConfig` with the backbone's options, and mmsegmentation's, in `backbone_config`.
 
     A grid is taken to be square, and patches not to overlap: give `image_size` or `patch_stride` where it is otherwise.
 
@@ -284,7 +312,19 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
         if owners and found.config not in owners:
             names = " and ".join(owner.paper.name for owner in owners)
             raise ValueError(f"`{option}` is an option of {names}, not of {found.config.paper.name}.")
-    return found.config(**{**found.base.options_of_official(_as_of(found, tensors), overrides), **overrides})
+    official = _as_of(found, tensors)
+    if upernet.has_upernet(official):
+        return _infer_upernet_config(found, official, overrides)
+    return found.config(**{**found.base.options_of_official(official, overrides), **overrides})
+
+
+def _infer_upernet_config(family: Family, official: "OfficialTensors", overrides: dict[str, Any]) -> UperNetConfig:
+    if not hasattr(family.base, "backbone_options_of_official"):
+        raise ValueError(f"{family.config.paper.name}'s checkpoints with a decode head are not known.")
+    options = family.base.backbone_options_of_official(official, overrides)
+    options |= upernet.options_of_levels(official, options["num_hidden_layers"])
+    backbone = family.config(**{**options, **overrides})
+    return UperNetConfig(backbone_config=backbone, **upernet.options_of_heads(official))
 
 
 def _family_of(tensors: Mapping[str, Tensor], options: Iterable[str]) -> Family:

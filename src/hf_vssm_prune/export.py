@@ -128,35 +128,45 @@ def random_images(model: ImageClassifier, batch: int) -> Tensor:
     return torch.randn(model.config.pixel_values_shape(batch), device=model.device)
 
 
+# An image on which rounding decides what is kept, or what a token is merged into, has other answers in every runtime.
+# Such images are rare, and a file that is wrong is wrong on all of them.
+TRIES = 5
+
+
 @torch.no_grad()
 def check_answers(model: ImageClassifier, program: Program, name: str) -> None:
     """Compares logits and kept tokens on random images, in batches of one and three.
 
-    Where two tokens score nearly the same, rounding decides which is kept: one of the images may keep others.
+    Where two tokens score nearly the same, rounding decides which is kept, or merged: a batch has a few tries, each of
+    new images, and one of them must agree throughout.
 
     Raises:
         RuntimeError: they are not the model's.
     """
-    others, difference, allowed = 0, 0.0, 0.0
     for batch in (1, 3):
-        images = random_images(model, batch)
-        outputs = model(images)
-        logits, *kept_tokens = program(images)
-        expected_tokens = outputs.kept_tokens or ()
-        if [kept.shape for kept in kept_tokens] != [kept.shape for kept in expected_tokens]:
-            raise RuntimeError(f"the {name} file keeps another number of tokens than the model.")
-        same = torch.ones(batch, dtype=torch.bool, device=logits.device)
-        for kept, expected in zip(kept_tokens, expected_tokens, strict=True):
-            same &= (kept == expected).all(1)
-        others += int((~same).sum())
-        away = (logits - outputs.logits)[same].abs()
-        difference = max(difference, float(away.max()) if away.numel() else 0.0)
-        allowed = max(allowed, 1e-4 * max(1.0, outputs.logits.abs().max().item()))
-        if logits.isnan().any() or difference > allowed or others > 1:
+        for _ in range(TRIES):
+            difference = _difference(model, program, random_images(model, batch))
+            if difference is None:
+                break
+        else:
             raise RuntimeError(
-                f"the {name} file does not give the model's answers on random images: logits are up to "
-                f"{difference:.1e} away, and {others} of the images keep other tokens."
+                f"the {name} file does not give the model's answers on random images, {batch} at a time: {difference}."
             )
+
+
+def _difference(model: ImageClassifier, program: Program, images: Tensor) -> str | None:
+    """What a program says otherwise than the model, in words; None: nothing."""
+    outputs = model(images)
+    logits, *kept_tokens = program(images)
+    expected_tokens = outputs.kept_tokens or ()
+    shapes, expected_shapes = [kept.shape for kept in kept_tokens], [kept.shape for kept in expected_tokens]
+    if shapes != expected_shapes:
+        return f"its kept tokens have shapes {shapes}, the model's {expected_shapes}"
+    if not all(bool((kept == expected).all()) for kept, expected in zip(kept_tokens, expected_tokens, strict=True)):
+        return "it keeps other tokens"
+    away = (logits - outputs.logits).abs().max().item()
+    allowed = 1e-4 * max(1.0, outputs.logits.abs().max().item())
+    return None if away <= allowed else f"its logits are up to {away:.1e} away, {allowed:.1e} are allowed"
 
 
 # ---- ONNX --------------------------------------------------------------------------------------------------------

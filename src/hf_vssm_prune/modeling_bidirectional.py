@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -35,8 +34,8 @@ from .modeling_common import (
     resize_position_embeddings,
 )
 from .precision import at_least_float32
-from .pruned_layers import encode, full_states, scale_tokens
-from .pruned_outputs import PrunedBackboneOutput, PrunedImageClassifierOutput, PrunedModelOutput, stage_fields
+from .pruned_layers import encode, scale_tokens
+from .pruned_outputs import PrunedImageClassifierOutput, PrunedModelOutput, stage_fields
 from .pruning_stage import TokenView
 from .selective_scan import selective_scan
 from .token_pruning import gather_tokens, path_gaps
@@ -415,34 +414,3 @@ class ClassTokenClassifier(BidirectionalPreTrainedModel):
         return PrunedImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **stage_fields(outputs)
         )
-
-
-class ImageBackbone(BackboneMixin):
-    """A `BidirectionalModel` as a feature extractor of images: maps of the full grid; `config.feature_fill` says what a
-    dropped cell shows."""
-
-    has_attentions = False
-
-    def __init__(self, config: BidirectionalConfig) -> None:
-        super().__init__(config)
-        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
-
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(self: Any, pixel_values: Tensor, **kwargs: Unpack[VisionMambaKwargs]) -> PrunedBackboneOutput:
-        """
-        Args:
-            pixel_values: shape (batch, channels, height, width), normalised.
-        """
-        outputs = BidirectionalModel.forward(self, pixel_values, **kwargs)
-        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
-        states = full_states(self, outputs, self._pruning_of_call(kwargs))
-        feature_maps: tuple = tuple(self._feature_map(state, grid) for state in states)
-        return PrunedBackboneOutput(
-            feature_maps=feature_maps, hidden_states=outputs.hidden_states, **stage_fields(outputs)
-        )
-
-    def _feature_map(self: Any, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
-        cls_id = self.config.cls_place(math.prod(grid))
-        patches = torch.cat([hidden_states[:, :cls_id], hidden_states[:, cls_id + 1 :]], dim=1)
-        return self.norm(patches).transpose(1, 2).unflatten(2, grid)

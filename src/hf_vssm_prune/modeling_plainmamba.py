@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -23,6 +22,7 @@ from .configuration_plainmamba import PlainMambaConfig
 from .function_transforms import is_transformed
 from .grid_convolution import depthwise_conv2d
 from .mixer_output import MixerOutput, ScanInputs
+from .modeling_backbone import FeatureMaps
 from .modeling_common import (
     DropPath,
     HoleTimeStep,
@@ -39,8 +39,8 @@ from .modeling_common import (
     resize_position_embeddings,
 )
 from .precision import at_least_float32
-from .pruned_layers import encode, full_states, scale_tokens
-from .pruned_outputs import PrunedBackboneOutput, PrunedImageClassifierOutput, PrunedModelOutput, stage_fields
+from .pruned_layers import encode, scale_tokens
+from .pruned_outputs import PrunedImageClassifierOutput, PrunedModelOutput, stage_fields
 from .pruning_stage import TokenView
 from .selective_scan import selective_scan
 from .token_pruning import ScanPaths, prune_paths, snake_paths
@@ -340,6 +340,11 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
 
     @classmethod
     def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        num_labels = official.shape("head.fc.weight", 2)[0]
+        return cls.backbone_options_of_official(official, overrides) | {"num_labels": num_labels}
+
+    @classmethod
+    def backbone_options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
         stem_channels, num_channels, _, _ = official.shape("backbone.patch_embed.stem.0.weight", 4)
         patch_size = 2 * official.shape("backbone.patch_embed.projection.weight", 4)[-1]
         _, num_patches, _ = official.shape("backbone.pos_embed", 3)
@@ -353,7 +358,6 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             "num_stem_convs": sum(official[key].ndim == 4 for key in convolutions),
             "conv_kernel": official.shape("backbone.layers.0.mamba.conv2d.weight", 4)[-1],
             "depthwise_layers": sorted(depthwise),
-            "num_labels": official.shape("head.fc.weight", 2)[0],
         }
 
     @classmethod
@@ -431,30 +435,8 @@ class PlainMambaForImageClassification(PlainMambaPreTrainedModel):
         )
 
 
-class PlainMambaBackbone(BackboneMixin, PlainMambaModel):
-    """PlainMamba as a feature extractor: maps of the full grid, in which `config.feature_fill` says what a dropped cell
-    shows."""
-
-    has_attentions = False
-
-    def __init__(self, config: PlainMambaConfig) -> None:
-        super().__init__(config)
-        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
-
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(self, pixel_values: Tensor, **kwargs: Unpack[VisionMambaKwargs]) -> PrunedBackboneOutput:
-        """
-        Args:
-            pixel_values: shape (batch, channels, height, width), normalised.
-        """
-        outputs = PlainMambaModel.forward(self, pixel_values, **kwargs)
-        grid = self.config.grid_size_for(*pixel_values.shape[2:])
-        states = full_states(self, outputs, self._pruning_of_call(kwargs))
-        feature_maps = tuple(self.norm(state).transpose(1, 2).unflatten(2, grid) for state in states)
-        return PrunedBackboneOutput(
-            feature_maps=feature_maps, hidden_states=outputs.hidden_states, **stage_fields(outputs)
-        )
+class PlainMambaBackbone(FeatureMaps, PlainMambaModel):
+    """PlainMamba as a feature extractor: see `FeatureMaps`."""
 
 
 __all__ = ["PlainMambaBackbone", "PlainMambaForImageClassification", "PlainMambaModel", "PlainMambaPreTrainedModel"]

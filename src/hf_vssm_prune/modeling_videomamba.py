@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_videomamba import VideoMambaConfig
+from .modeling_backbone import FeatureMaps
 from .modeling_bidirectional import (
     BidirectionalEmbeddings,
     BidirectionalModel,
     BidirectionalPreTrainedModel,
     ClassTokenClassifier,
-    ImageBackbone,
 )
 from .modeling_common import image_classifier, resize_position_embeddings
 
@@ -186,9 +186,8 @@ class VideoMambaForImageClassification(VideoMambaPreTrainedModel, ClassTokenClas
         self.post_init()
 
 
-class VideoMambaBackbone(ImageBackbone, VideoMambaModel):
-    """VideoMamba as a feature extractor of images: maps of the full grid; `config.feature_fill` says what a dropped
-    cell shows."""
+class VideoMambaBackbone(FeatureMaps, VideoMambaModel):
+    """VideoMamba as a feature extractor of images: see `FeatureMaps`."""
 
     def __init__(self, config: VideoMambaConfig) -> None:
         super().__init__(config)

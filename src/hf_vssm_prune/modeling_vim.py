@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from .configuration_vim import VimConfig
+from .modeling_backbone import FeatureMaps
 from .modeling_bidirectional import (
     BidirectionalModel,
     BidirectionalPreTrainedModel,
     ClassTokenClassifier,
-    ImageBackbone,
 )
 from .modeling_common import image_classifier
 
@@ -45,8 +45,8 @@ class VimForImageClassification(VimPreTrainedModel, ClassTokenClassifier):
         self.post_init()
 
 
-class VimBackbone(ImageBackbone, VimModel):
-    """Vim as a feature extractor: maps of the full grid; `config.feature_fill` says what a dropped cell shows."""
+class VimBackbone(FeatureMaps, VimModel):
+    """Vim as a feature extractor: see `FeatureMaps`."""
 
 
 __all__ = ["VimBackbone", "VimForImageClassification", "VimModel", "VimPreTrainedModel"]

@@ -12,7 +12,7 @@ def merge_similar_outputs(stage: Stage) -> Reduction:
     2412.12496).
 
     ToMe's matching and means over patches (`pruning_tome`), by the similarity of what the mixer before put out, and
-    with the tokens put back into the order of the scan. Its other half is re-training: `scripts/finetune.py`. The
+    with the tokens put back into the order of the scan. Its other half is re-training: `hf-vssm-prune finetune`. The
     authors' code merges before every second layer and moves the class token in proportion to the tokens that are gone;
     here the schedule says where, and the class token stays between the tokens that were its neighbours.
     """

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from .configuration_common import VisionMambaConfig
+from .configuration_common import VisionMambaConfig, pruned_config
 from .families import ImageClassifier
 from .panels import (
     DROPPED,  # noqa: F401 - for those who look for it here
@@ -195,7 +195,7 @@ def run_pruned(model: ImageClassifier, pixel_values: Tensor) -> Any:
     Raises:
         ValueError: the model is dense.
     """
-    if model.config.token_pruning is None:
+    if pruned_config(model.config).token_pruning is None:
         raise ValueError("The model is dense, so that there is nothing to show: give it a schedule, set_token_pruning.")
     was_training = model.training
     model.eval()

@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.utils import cached_file
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
 from hf_vssm_prune.families import Family, ImageClassifier, family_names
+from hf_vssm_prune.heads import auto_class_of
 from hf_vssm_prune.hub.retrying import patiently
 
 
@@ -20,8 +21,9 @@ from hf_vssm_prune.hub.retrying import patiently
 PLACE_OPTIONS = ("token", "cache_dir", "subfolder", "local_files_only")
 
 
-def load_config(name_or_path: str, revision: str = "main", **place: Any) -> VisionMambaConfig:
-    """A checkpoint's configuration. Code that lies beside it is not run.
+def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Any:
+    """A checkpoint's configuration: of a model of this package, or of one of transformers' models on a backbone of it.
+    Code that lies beside it is not run.
 
     Args:
         name_or_path: a folder, or a model on the Hub.
@@ -40,7 +42,7 @@ def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Visi
         raise ValueError(f"The configuration of {name_or_path} is not valid: {error}") from error
     except OSError as error:
         raise OSError(f"{name_or_path} cannot be opened: {error}") from error
-    if not isinstance(config, VisionMambaConfig):
+    if not isinstance(pruned_config(config), VisionMambaConfig):
         raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a {family_names()} model is needed.")
     return config
 
@@ -65,7 +67,31 @@ def load_classifier(
         OSError: there is none.
     """
     place = {name: options[name] for name in PLACE_OPTIONS if name in options}
-    auto_class = Family.auto_classifier(load_config(str(name_or_path), revision, **place))
+    config = load_config(str(name_or_path), revision, **place)
+    if pruned_config(config) is not config:
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; an image classifier is needed.")
+    return _load_whole(
+        Family.auto_classifier(config), "image classifier", name_or_path, ignore_mismatched_sizes, revision, **options
+    )
+
+
+def load_dense_model(
+    name_or_path: str | Path, ignore_mismatched_sizes: bool = False, revision: str = "main", **options: Any
+) -> Any:
+    """One of transformers' models for segmentation or detection on a backbone of this package, with all its weights, in
+    evaluation mode; arguments and errors are those of `load_classifier`."""
+    place = {name: options[name] for name in PLACE_OPTIONS if name in options}
+    config = load_config(str(name_or_path), revision, **place)
+    if pruned_config(config) is config:
+        raise ValueError(f"{name_or_path} is an image classifier; a model with a head on a backbone is needed.")
+    kind = f"{config.model_type} model"
+    return _load_whole(auto_class_of(config), kind, name_or_path, ignore_mismatched_sizes, revision, **options)
+
+
+def _load_whole(
+    auto_class: Any, kind: str, name_or_path: str | Path, ignore_mismatched_sizes: bool, revision: str, **options: Any
+) -> Any:
+    place = {name: options[name] for name in PLACE_OPTIONS if name in options}
     try:
         model, info = patiently(
             lambda: auto_class.from_pretrained(
@@ -84,7 +110,7 @@ def load_classifier(
     if ignore_mismatched_sizes:
         wrong = {kind: [name for name in names if "classifier." not in str(name)] for kind, names in wrong.items()}
     if any(wrong.values()):
-        raise ValueError(f"{name_or_path} is not a whole image classifier: {wrong}.")
+        raise ValueError(f"{name_or_path} is not a whole {kind}: {wrong}.")
     if wrong_file := _wrongly_downloaded(name_or_path, revision, **place):
         raise ValueError(f"{wrong_file} is not what the Hub has: its SHA-256 is another. Delete it, and load again.")
     tensors = model.state_dict().items()

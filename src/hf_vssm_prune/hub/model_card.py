@@ -99,7 +99,8 @@ class Evaluation:
 
     @classmethod
     def from_results(cls, file: str | os.PathLike[str], **about: Any) -> "Evaluation":
-        """What `scripts/evaluate.py --json` wrote: the pruned model is this one, or the dense one where that is alone.
+        """What `hf-vssm-prune evaluate` wrote, by `--json` or `--save_results`. The pruned model is this one, or the
+        dense one where that is alone.
 
         Args:
             file: the JSON.
@@ -110,7 +111,9 @@ class Evaluation:
             OSError: it cannot be read.
         """
         try:
-            results = json.loads(Path(file).read_text(encoding="utf-8"))
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+            # `evaluate.save` adds names such as _timestamp.
+            results = {name: result for name, result in content.items() if not name.startswith("_")}
             for result in results.values():
                 if (older := result.get("accuracy")) is not None:  # of version 0.1
                     result |= {"metrics": older, "num_images": older["num_images"]}
@@ -127,7 +130,7 @@ class Evaluation:
             this_model = measured.pop("pruned" if "pruned" in measured else "dense")
             num_images = results[this_model.name]["num_images"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is not what scripts/evaluate.py --json writes: {error!r}") from error
+            raise ValueError(f"{file} is not what `hf-vssm-prune evaluate --json` writes: {error!r}") from error
         return cls(num_images=num_images, this_model=this_model, others=list(measured.values()), **about)
 
 
@@ -136,12 +139,12 @@ class TrainingRecipe:
     """How the checkpoint was trained.
 
     Args:
-        command: the command line that trained it.
+        command: the command line that trained it; None: it was trained in a program.
         description: what was done, in a sentence or two.
         hyperparameters: by name.
     """
 
-    command: str
+    command: str | None = None
     description: str | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 

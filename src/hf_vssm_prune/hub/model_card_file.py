@@ -3,12 +3,12 @@
 ```yaml
 name: plainmamba-clothes
 license: apache-2.0
-training: {command: python scripts/finetune.py ..., description: Two epochs.}
+training: {command: hf-vssm-prune finetune ..., description: Two epochs.}
 evaluation: {results: results.json, dataset_name: Clothes, dataset_id: someone/clothes, split: test}
 limits: [It knows ten kinds of clothes.]
 ```
 
-The names are those of `ModelCardInfo`, `TrainingRecipe` and `Evaluation`; `results` is what `scripts/evaluate.py
+The names are those of `ModelCardInfo`, `TrainingRecipe` and `Evaluation`; `results` is what `hf-vssm-prune evaluate
 --json` wrote, and stands for the measurements. Files are named as they are seen from the YAML file.
 """
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.image_processing_base import ImageProcessingMixin
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
 from hf_vssm_prune.documentation import see
 from hf_vssm_prune.families import FAMILIES, VisionMamba, family_names
+from hf_vssm_prune.hub import heads_code
 from hf_vssm_prune.hub.model_card import ModelCardInfo, create_model_card
+from hf_vssm_prune.pruned_heads import PrunedHead
 
 
 CARD, CONFIG = "README.md", "config.json"
@@ -85,20 +88,23 @@ def save_for_hub(
 
 
 def auto_map(config: VisionMambaConfig) -> dict[str, str]:
-    """Where transformers finds a model family's classes in its flat code files, by the names of the Auto classes."""
-    return FAMILIES[config.model_type].auto_map()
+    """Where transformers finds a model's classes in its flat code files, by the names of the Auto classes."""
+    own = pruned_config(config) is config
+    return FAMILIES[config.model_type].auto_map() if own else heads_code.auto_map(config)
 
 
 def code_files(config: VisionMambaConfig) -> list[Path]:
-    """The modules of this package that a model family needs, found the way transformers finds them on loading."""
-    family = FAMILIES[config.model_type]
+    """The modules of this package that a model needs, found the way transformers finds them on loading."""
+    family = FAMILIES[pruned_config(config).model_type]
     modules = {Path(inspect.getfile(found)) for found in (family.config, *family.classes.values())}
+    if pruned_config(config) is not config:
+        modules.add(Path(inspect.getfile(PrunedHead)))
     imported = {Path(file) for module in modules for file in get_relative_import_files(module)}
     return sorted(modules | imported)
 
 
 def check_arguments(model: VisionMamba, image_processor: ImageProcessingMixin | None) -> None:
-    if not isinstance(model, VisionMamba):
+    if not any(isinstance(module, VisionMamba) for module in _modules(model)):
         raise TypeError(
             f"A {family_names()} model of hf_vssm_prune is needed, given was a {_name(model)}. Unwrap a compiled or "
             "distributed model first; open a model that came with remote code again after `import hf_vssm_prune`. "
@@ -108,6 +114,10 @@ def check_arguments(model: VisionMamba, image_processor: ImageProcessingMixin | 
         raise TypeError(
             f"`image_processor` is a {_name(image_processor)}; an image processor of transformers is needed."
         )
+
+
+def _modules(model: object) -> Iterator[object]:
+    return model.modules() if isinstance(model, PreTrainedModel) else iter([model])
 
 
 def has_adapters(model: VisionMamba) -> bool:
@@ -141,9 +151,12 @@ def complete_folder(
     _complete_config(folder / CONFIG, auto_map(model.config))
     for file in (*code_files(model.config), CODE_LICENSE):
         shutil.copyfile(file, folder / file.name)
+    if pruned_config(model.config) is not model.config:
+        code = heads_code.head_code(model.config)
+        (folder / f"{heads_code.module_name(model.config)}.py").write_text(code, encoding="utf-8")
     if image_processor is not None:
         image_processor.save_pretrained(folder)
-    if model_card is not None:
+    if model_card is not None and pruned_config(model.config) is model.config:
         create_model_card(model, model_card, image_processor).save(folder / CARD)
         (folder / NOTICE).write_text(_notice(model_card), encoding="utf-8")
         if model_card.picture is not None:
@@ -168,7 +181,8 @@ def _complete_config(file: Path, classes: dict[str, str]) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
     config["auto_map"] = classes  # the ids of labels stay in their order, which is not that of text
     # Which kernel scans is a choice of the machine: the next one may not have it.
-    config.pop("scan_backend", None)
+    pruned = config.get("backbone_config", config)
+    pruned.pop("scan_backend", None)
     file.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,10 @@
 """What the cards of a run's models say beside what a model itself tells."""
 
 import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from hf_vssm_prune.commands import command_line
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.training.arguments import DataArguments
 from hf_vssm_prune.training.loop import Recipe
@@ -19,7 +19,7 @@ def card_writer(data: DataArguments, recipe: Recipe, base_model: str | None, pru
     if recipe.losses.needs_teacher:
         options |= asdict(recipe.losses)
     training = TrainingRecipe(
-        command=shlex.join(["python", *map(_without_folders, sys.argv)]),
+        command=shlex.join(map(_without_folders, command_line())),
         hyperparameters={name: value for name, value in options.items() if value is not None},
     )
     # The card's metadata links to the Hub; what is a folder here is not there.

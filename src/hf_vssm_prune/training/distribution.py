@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_vssm_prune.environment import is_switched_on
+from hf_vssm_prune.pruned_heads import backbone_of
 
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -128,7 +129,7 @@ def shard_by_layers(accelerator: Accelerator, model: PreTrainedModel) -> None:
     own account afterwards, and torch refuses to shard a parameter twice.
     """
     if accelerator.is_fsdp2:
-        layers = model.base_model.get_submodule("layers")
+        layers = backbone_of(model).base_model.get_submodule("layers")
         names = {type(layer).__name__ for layer in layers.children()}
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
 

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_vssm_prune.flops import count_flops
-from hf_vssm_prune.training.tasks.task import Scores, Task
+from hf_vssm_prune.flops_of_heads import count_flops
+from hf_vssm_prune.training.tasks.task import Scores, Task, predict
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def evaluate_model(
     scores = []
     for batch in tqdm(loader, desc="evaluating", leave=False, disable=not accelerator.is_local_main_process):
         with accelerator.autocast():
-            outputs = model(**task.inputs(batch))
+            outputs = predict(task, model, batch)
         scores.append(_on_cpu(accelerator.gather_for_metrics(task.scores(outputs, batch))))
         if should_stop():
             break
@@ -106,12 +106,12 @@ def compare_models(
         batch = send_to_device(batch, device)
         batch_size = len(batch["pixel_values"])
         num_images += batch_size
-        image_size = image_size or tuple(batch["pixel_values"].shape[-2:])
+        image_size = image_size or tuple(batch["pixel_values"][0].shape[-2:])
         for name, model in models.items():
             with _autocast(device, autocast_dtype):
                 if index == 0:
-                    model(**task.inputs(batch))
-                seconds, outputs = _timed(model, task.inputs(batch), device)
+                    predict(task, model, batch)
+                seconds, outputs = _timed(lambda model=model, batch=batch: predict(task, model, batch), device)
             scores[name].append(_on_cpu(task.scores(outputs, batch)))
             speeds[name].append(batch_size / seconds)
     evaluations = {}
@@ -131,11 +131,11 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContex
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def _timed(model: nn.Module, inputs: dict[str, Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds of one forward pass, and its outputs."""
+def _timed(compute: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds that something takes, and what it gives."""
     _wait_for(device)
     start = time.perf_counter()
-    outputs = model(**inputs)
+    outputs = compute()
     _wait_for(device)
     return time.perf_counter() - start, outputs
 

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.modeling_common import resize_position_embeddings
+from hf_vssm_prune.pruned_heads import backbone_of
 
 
 def config_at_size(config: VisionMambaConfig, image_size: int) -> VisionMambaConfig:
@@ -21,14 +21,14 @@ def config_at_size(config: VisionMambaConfig, image_size: int) -> VisionMambaCon
     return type(config).from_dict({**config.to_dict(), "image_size": image_size})
 
 
-def resize_model(model: VisionMamba, image_size: int) -> None:
+def resize_model(model: nn.Module, image_size: int) -> None:
     """Lays a model out for images of `image_size` × `image_size` pixels. Position embeddings are resized bicubically,
     as a forward pass at that size does it; a class token's stays as it is.
 
     Raises:
         ValueError: it is too small for a patch.
     """
-    network: Any = model
+    network: Any = backbone_of(model)
     config, embeddings = network.config, network.base_model.embeddings
     grid, new_grid = config.grid_size, config_at_size(config, image_size).grid_size
     positions = embeddings.position_embeddings.detach()

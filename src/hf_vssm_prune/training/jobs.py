@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, set_seed
 from transformers.utils import logging as transformers_logging
 
+from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.hub.loading import load_config, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.pushing import push_model
+from hf_vssm_prune.metrics import save_results
 from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.quantization import quantize_linears
@@ -57,7 +59,7 @@ def prepare_finetuning(
         ValueError, OSError: something does not fit or is not there; the message names it.
     """
     _check_run(recipe)
-    config = load_config(model.model_name_or_path)
+    config = pruned_config(load_config(model.model_name_or_path))
     if model.image_size is not None:
         config = config_at_size(config, model.image_size)
     # The checkpoint's configuration checks the schedule, before weights and images are loaded.
@@ -65,7 +67,7 @@ def prepare_finetuning(
     if schedule is None:
         raise ValueError(
             f"{model.model_name_or_path} has no pruning schedule, and none was given: give --prune_layers and "
-            "--keep_ratios, or --flops_reduction. To fine-tune a dense model use scripts/train.py."
+            "--keep_ratios, or --flops_reduction. To fine-tune a dense model use `hf-vssm-prune train`."
         )
     set_seed(recipe.run.seed)
     datasets = recipe.task.load_datasets(data, recipe.run.seed)
@@ -143,7 +145,7 @@ def evaluate(
         raise ValueError(f"--int8 computes on the CPU only, and the device is {device}: give --device cpu.")
     if beside.int8 and options.mixed_precision != "no":
         raise ValueError(f"--int8 needs float32 around it; --mixed_precision is {options.mixed_precision}.")
-    config = load_config(options.model_name_or_path)
+    config = pruned_config(load_config(options.model_name_or_path))
     schedule = pruning.schedule(config)
     loader, label_names = _load_evaluation(task, data, options)
     models = {
@@ -176,7 +178,7 @@ def compare_schedules(
     """
     task = task or default_task()
     find_device(options.device)  # before anything is loaded
-    config = load_config(options.model_name_or_path)
+    config = pruned_config(load_config(options.model_name_or_path))
     completed = {"dense": None, **{name: config.complete_token_pruning(each) for name, each in schedules.items()}}
     loader, label_names = _load_evaluation(task, data, options)
     model = task.load_model(options.model_name_or_path, label_names, some_labels=True)
@@ -238,16 +240,19 @@ def _compare(
 def report(
     compute: Callable[[], dict[str, ModelEvaluation]], options: EvaluationArguments, task: Task | None = None
 ) -> int:
-    """Prints a comparison as a table, writes it to the file of `--json`, and returns the exit status: 0, or 1 after an
-    error, which is printed in one line."""
+    """Prints a comparison as a table, writes it to the files of `--json` and `--save_results`, and returns the exit
+    status: 0, or 1 after an error, which is printed in one line."""
     try:
         evaluations = compute()
+        print(comparison_table(task or default_task(), evaluations))
+        results = {name: asdict(evaluation) for name, evaluation in evaluations.items()}
+        if options.json is not None:
+            write_json(results, Path(options.json))
+        if options.save_results is not None:
+            save_results(options.save_results, results)
     except (ValueError, OSError) as error:
         print(f"error: {_in_a_line(error)}", file=sys.stderr)
         return 1
-    print(comparison_table(task or default_task(), evaluations))
-    if options.json is not None:
-        write_json({name: asdict(evaluation) for name, evaluation in evaluations.items()}, Path(options.json))
     return 0
 
 
@@ -281,7 +286,7 @@ def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
         try:
             commit = push_model(Path(arguments.output_dir) / "best", str(arguments.hub_model_id))
         except (ValueError, OSError) as error:
-            print(f"error: {error}\nThe model is in {arguments.output_dir}; see scripts/push.py.", file=sys.stderr)
+            print(f"error: {error}\nThe model is in {arguments.output_dir}; see `hf-vssm-prune push`.", file=sys.stderr)
             return 1
         logger.info("Pushed to %s", commit.commit_url)
     return 0

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import BaseImageProcessor
 
-from hf_vssm_prune.flops import count_flops
+from hf_vssm_prune.configuration_common import pruned_config
+from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.training.arguments import ElasticArguments, OptimizationArguments, RunArguments, ScaleArguments
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
 from hf_vssm_prune.training.checkpoints import (
@@ -66,7 +67,7 @@ from hf_vssm_prune.training.memory import enable_activation_checkpointing
 from hf_vssm_prune.training.optimization import make_optimizer
 from hf_vssm_prune.training.run_log import LossWindow, RunLog
 from hf_vssm_prune.training.saved_models import SavedModels, WriteCard
-from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task, image_processor_of
 
 
 # Of the metrics of the weights, and of their average.
@@ -96,7 +97,7 @@ class Trainer:
     Args:
         model: of the task, with its pruning schedule.
         datasets: images to train and to evaluate on.
-        image_processor: prepares the model's images, and is saved with it.
+        image_processor: prepares the model's images, and is saved with it, as the task has it.
         recipe: how to train.
         teacher: the dense model, where the recipe's losses need one. It is frozen.
         write_card: what the model card says, from the metrics and the number of images; None: no more than the model
@@ -119,16 +120,17 @@ class Trainer:
     ) -> None:
         if recipe.losses.needs_teacher and teacher is None:
             raise ValueError("Distillation and alignment need a teacher: give one, or set their weights to 0.")
-        recipe.losses.check_layers(model.config.num_hidden_layers)
+        recipe.losses.check_layers(pruned_config(model.config).num_hidden_layers)
         check_output_dir(recipe.run)
         self.recipe = recipe
         self.task = recipe.task
+        image_processor = image_processor_of(self.task, image_processor)
         self.output_dir = Path(recipe.run.output_dir)
-        self.elastic_schedules = recipe.elastic.schedules(model.config)
+        self.elastic_schedules = recipe.elastic.schedules(pruned_config(model.config))
         for schedule in self.elastic_schedules:
             model.add_pruning_parameters(schedule)
         # What has no gradient ever is neither DDP's to wait for nor the optimizer's to have moments of.
-        model.freeze_pruning_parameters([model.config.token_pruning, *self.elastic_schedules])
+        model.freeze_pruning_parameters([pruned_config(model.config).token_pruning, *self.elastic_schedules])
         self.accelerator = make_accelerator(
             mixed_precision=recipe.optimization.mixed_precision,
             gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
@@ -199,7 +201,7 @@ class Trainer:
             "steps_per_epoch": self.length.steps_per_epoch,
             "num_training_images": len(self.loaders.train_items),
             "shuffle_buffer_size": self.loaders.shuffle_buffer_size,
-            "token_pruning": self.plain_model.config.token_pruning,
+            "token_pruning": pruned_config(self.plain_model.config).token_pruning,
             "seed": self.recipe.run.seed,
             **options,
             **asdict(self.task.arguments),
@@ -315,7 +317,7 @@ class Trainer:
         # Drop path and random importance draw from torch's own generator.
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         inputs = self.task.inputs(batch) | {"output_hidden_states": self.recipe.losses.alignment_weight > 0}
-        schedule, drawn = self.plain_model.config.token_pruning, {}
+        schedule, drawn = pruned_config(self.plain_model.config).token_pruning, {}
         if self.elastic_schedules:
             step = index // self.length.gradient_accumulation_steps
             schedule = draw_schedule(self.elastic_schedules, self.recipe.run.seed, epoch, step)
@@ -490,7 +492,7 @@ class Trainer:
 
     def _track_picture(self, model: PrunableModel) -> None:
         """Shows the picture of a pruned model to the trackers."""
-        if not self.recipe.run.with_tracking or model.config.token_pruning is None:
+        if not self.recipe.run.with_tracking or pruned_config(model.config).token_pruning is None:
             return
         model = self._whole(model)
         if self.accelerator.is_main_process and (picture := self.saved_models.draw(model)) is not None:

@@ -158,10 +158,11 @@ def training_loss(
         terms["distillation"] = task.distillation(student, teacher, weights.kd_temperature)
         loss = loss + weights.kd_weight * terms["distillation"]
     if teacher is not None and weights.alignment_weight > 0:
-        layers = weights.alignment_layers or segment_ends(pruning_layers, len(student.hidden_states) - 1)
+        states = _hidden_states(student)
+        layers = weights.alignment_layers or segment_ends(pruning_layers, len(states) - 1)
         terms["alignment"] = alignment_loss(
-            student.hidden_states,
-            teacher.hidden_states,
+            states,
+            _hidden_states(teacher),
             student.kept_tokens or (),
             pruning_layers,
             layers,
@@ -169,3 +170,9 @@ def training_loss(
         )
         loss = loss + weights.alignment_weight * terms["alignment"]
     return {"loss": loss, **terms}
+
+
+def _hidden_states(outputs: Any) -> Sequence[Tensor]:
+    """A model's own, or those of its backbone, where a head may have others."""
+    states = getattr(outputs, "backbone_hidden_states", None)
+    return outputs.hidden_states if states is None else states

@@ -53,7 +53,7 @@ def load_model(
         raise ValueError(
             f"{name_or_path} classifies {say_labels(own_names)}, the data set has {say_labels(label_names)}: "
             f"{say_difference(own_names, label_names)}. For a new classifier give --ignore_mismatched_sizes, and train "
-            f"it dense with scripts/train.py before pruning. {see('other-labels-than-the-data-set')}"
+            f"it dense with `hf-vssm-prune train` before pruning. {see('other-labels-than-the-data-set')}"
         )
     model = load_classifier(name_or_path, ignore_mismatched_sizes, dtype="float32", drop_path_rate=drop_path_rate)
     if renew:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_vssm_prune.configuration_common import pruned_config
+
 
 # Biases, norms and D have one dimension and need no name here.
 NO_DECAY_NAMES = ("A_log", "D", "position_embeddings", "class_token")
@@ -29,7 +31,7 @@ def parameter_groups(
         layer_decay: factor of the learning rate from each layer to the one before (timm's `--layer-decay`); None: the
             same rate everywhere.
     """
-    depth = model.config.num_hidden_layers
+    depth = pruned_config(model.config).num_hidden_layers
     groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

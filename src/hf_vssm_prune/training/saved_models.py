@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
+from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.hub.saving import save_for_hub
 from hf_vssm_prune.training.tasks.task import EvaluationItems, PrunableModel, Task
@@ -54,7 +55,7 @@ class SavedModels:
 
     def draw(self, model: PrunableModel) -> Image.Image | None:
         """The task's picture of a pruned model; None of a dense one."""
-        if model.config.token_pruning is None:
+        if pruned_config(model.config).token_pruning is None:
             return None
         # Spread over the images, which may be in the order of their labels.
         step = max(1, len(self.items) // PICTURED_IMAGES)

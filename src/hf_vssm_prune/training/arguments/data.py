@@ -10,6 +10,8 @@ from hf_vssm_prune.training.arguments.parsing import check_range, describe
 class EvaluationDataArguments:
     """Which images are evaluated, and how they are read."""
 
+    _argument_group_name = "data"
+
     dataset_name: str = field(
         metadata=describe("a Hub data set, a folder of images by class, or Parquet files", "--data_dir")
     )

@@ -10,6 +10,8 @@ from hf_vssm_prune.training.arguments.parsing import check_output_file, check_ra
 class EvaluationArguments:
     """What is evaluated, and how."""
 
+    _argument_group_name = "evaluation"
+
     model_name_or_path: str = field(metadata=describe("the checkpoint, on the Hub or in a folder"))
     per_device_eval_batch_size: int = field(default=64, metadata=describe("images at a time", "--batch_size"))
     device: str | None = field(
@@ -18,6 +20,10 @@ class EvaluationArguments:
     mixed_precision: str = field(default="no", metadata=describe("of the computation", choices=("no", "fp16", "bf16")))
     seed: int = field(default=0, metadata=describe("of the choice of --max_eval_samples"))
     json: str | None = field(default=None, metadata=describe("file to write the results to"))
+    save_results: str | None = field(
+        default=None,
+        metadata=describe("file or folder to write the results to by `evaluate.save`, with date, commit and versions"),
+    )
 
     def __post_init__(self) -> None:
         check_range("per_device_eval_batch_size", self.per_device_eval_batch_size, 1, math.inf)
@@ -27,6 +33,8 @@ class EvaluationArguments:
 @dataclass
 class BesideArguments:
     """What is evaluated beside a model."""
+
+    _argument_group_name = "comparison"
 
     dense_name_or_path: str | None = field(
         default=None, metadata=describe("the dense model; by default the same weights without pruning")
@@ -39,6 +47,8 @@ class BesideArguments:
 @dataclass
 class EstimateArguments:
     """What a training run is estimated for: images, devices, and how fast one is taken to be."""
+
+    _argument_group_name = "estimate"
 
     num_images: int = field(default=1_281_167, metadata=describe("training images; ImageNet-1k's by default"))
     num_eval_images: int = field(default=50_000, metadata=describe("images evaluated after each epoch"))

@@ -21,6 +21,8 @@ TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 class LossArguments:
     """The teacher's precision, and the weights of the losses."""
 
+    _argument_group_name = "losses"
+
     teacher_dtype: str = field(
         default="float32",
         metadata=describe("of the teacher's weights; half as much memory in half precision", choices=TEACHER_DTYPES),
@@ -58,6 +60,8 @@ class LossArguments:
 class FinetuneArguments(LossArguments):
     """The checkpoint to prune, its teacher, and the weights of the losses."""
 
+    _argument_group_name = "model"
+
     model_name_or_path: str = field(metadata=describe("the dense checkpoint, on the Hub or in a folder"))
     teacher_name_or_path: str | None = field(
         default=None, metadata=describe("the teacher; by default the same checkpoint, dense")
@@ -83,6 +87,8 @@ class FinetuneArguments(LossArguments):
 @dataclass
 class DenseModelArguments:
     """A new model of a family, or a checkpoint to go on from."""
+
+    _argument_group_name = "model"
 
     model_name_or_path: str | None = field(
         default=None, metadata=describe("go on from this checkpoint, in place of a new model")

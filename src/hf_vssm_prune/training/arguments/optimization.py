@@ -12,6 +12,8 @@ class OptimizationArguments:
     """Optimizer, learning rate, length and precision. The defaults are those of the paper's fine-tuning; where the
     paper is silent (warm-up, lowest rate, batch size) they are ours."""
 
+    _argument_group_name = "optimization"
+
     num_train_epochs: int = field(default=30, metadata=describe("passes over the training images", "--epochs"))
     max_train_steps: int | None = field(
         default=None, metadata=describe("stop after so many optimizer steps; sets the schedule's length too")

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
+from hf_vssm_prune.training.arguments.help import OptionParser
 from hf_vssm_prune.training.recipes import insert_recipe
 
 
-def parse_arguments(dataclass_types: list[Any], arguments: Sequence[str] | None, description: str) -> tuple:
+def parse_arguments(
+    dataclass_types: list[Any], arguments: Sequence[str] | None, description: str | None, prog: str | None = None
+) -> tuple:
     """Parses a command line, and the recipe it names, into dataclasses; on a mistake prints what is wrong and exits
-    with status 2."""
-    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
-    parser.add_argument("--recipe", help="YAML file of these options; what is given here overrides it")
+    with status 2. See `OptionParser` for the arguments."""
+    parser = OptionParser(dataclass_types, description, prog)
     options = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     try:
         words = insert_recipe(sys.argv[1:] if arguments is None else arguments, options - {"recipe"})

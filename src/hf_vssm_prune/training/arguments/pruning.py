@@ -15,6 +15,8 @@ from hf_vssm_prune.training.arguments.parsing import describe, exclude
 class PruningArguments:
     """The schedule of token pruning, explicit or from a budget."""
 
+    _argument_group_name = "pruning"
+
     prune_layers: list[int] | None = field(
         default=None, metadata=describe("layers before which tokens are dropped, e.g. 6 12 18")
     )
@@ -98,6 +100,8 @@ def _stages_of(token_pruning: dict[str, Any] | None) -> dict[str, Any] | None:
 @dataclass
 class ElasticArguments:
     """Training that prunes each step by another budget, so that one set of weights serves them all."""
+
+    _argument_group_name = "elastic"
 
     elastic_budgets: list[float] = field(
         default_factory=list,

@@ -13,6 +13,8 @@ BATCH_NORM_MODES = ("local", "frozen", "sync")
 class RunArguments:
     """Where results go, checkpoints, logging, the Hub."""
 
+    _argument_group_name = "run"
+
     output_dir: str = field(
         metadata=describe("folder of everything that the run writes: best/, last/, checkpoint-*/, all_results.json")
     )
@@ -57,6 +59,8 @@ class RunArguments:
 @dataclass
 class ScaleArguments:
     """How a run is spread over devices and fitted into their memory."""
+
+    _argument_group_name = "scale"
 
     fsdp: bool = field(
         default=False,

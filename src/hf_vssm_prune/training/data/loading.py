@@ -36,8 +36,8 @@ def load_image_dataset(
         name_or_path: A folder with one subfolder of images for each class, or with such folders for each split
             ("train", "validation" or "val", "test"); a Parquet file or a folder of them (train.parquet,
             test-00000-of-00001.parquet, …); a table of paths and labels or a folder of them (train.csv, test.csv); a
-            folder that datasets' `save_to_disk` wrote; the name of a data set on the Hub; or "fashion_mnist", the
-            subset that this package ships, where no folder of that name is present.
+            folder that datasets' `save_to_disk` wrote; the name of a data set on the Hub; or "trashnet", the
+            photographs that this package ships, where no folder of that name is present.
         config_name: Configuration of a data set on the Hub.
         train_split: Split to train on.
         eval_split: Split to evaluate on; None: validation, else test, else a part of the training split.

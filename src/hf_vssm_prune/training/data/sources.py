@@ -28,7 +28,7 @@ from hf_vssm_prune.training.data.tables import TABLE_SUFFIXES, read_tables
 logger = logging.getLogger(__name__)
 
 PACKAGED_DATA = Path(__file__).resolve().parents[2] / "data"
-PACKAGED_NAMES = ("fashion_mnist",)
+PACKAGED_NAMES = ("trashnet",)
 # A folder's or a file's name, and the split that it stands for.
 SPLIT_NAMES = {
     "train": "train",

@@ -9,17 +9,22 @@ from pathlib import Path
 
 from hf_vssm_prune.training.recipes import read_recipe
 from hf_vssm_prune.training.tasks.classification import ImageClassification
+from hf_vssm_prune.training.tasks.semantic_segmentation import SemanticSegmentation
 from hf_vssm_prune.training.tasks.task import Task
 from hf_vssm_prune.training.tasks.video_classification import VideoClassification
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ImageClassification, VideoClassification)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (ImageClassification, SemanticSegmentation, VideoClassification)
+}
 DEFAULT_TASK = ImageClassification.name
 
 
 @dataclass
 class TaskArguments:
     """Which task it is; each has options of its own."""
+
+    _argument_group_name = "task"
 
     # The table itself, so that a task that is entered from outside is known, too.
     task: str = field(default=DEFAULT_TASK, metadata={"help": "what is trained for", "choices": TASKS})

@@ -51,6 +51,10 @@ class TrainingItems(EvaluationItems, Protocol):
 class Task(Protocol):
     """What is trained for, and how it is measured.
 
+    A task may also have `predict(model, batch)`, where a measurement takes more than a forward of the batch's inputs,
+    and `image_processor(image_processor)`, where its models need another than their checkpoint's: see `predict` and
+    `image_processor_of`.
+
     Attributes:
         name: on the command line (`--task`) and in checkpoints; that of transformers' pipeline where there is one.
         auto_class: transformers' Auto class of its models.
@@ -148,3 +152,15 @@ class Task(Protocol):
         self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
     ) -> Evaluation | None:
         """What a model card says of the metrics; None if it says nothing."""
+
+
+def predict(task: Task, model: Any, batch: Batch) -> Any:
+    """What `Task.scores` takes of a batch: the task's own prediction, or the model's outputs."""
+    own = getattr(task, "predict", None)
+    return model(**task.inputs(batch)) if own is None else own(model, batch)
+
+
+def image_processor_of(task: Task, image_processor: BaseImageProcessor) -> BaseImageProcessor:
+    """That of a model in training for the task, from its checkpoint's."""
+    own = getattr(task, "image_processor", None)
+    return image_processor if own is None else own(image_processor)

@@ -1,0 +1,139 @@
+"""What has to be known of this package on a GPU, by one command in about ten minutes, without a network.
+
+    python scripts/gpu_check.py --output_dir gpu_check
+    python scripts/gpu_check.py --output_dir rehearsal --device cpu --small      # interpreted kernels, tiny models
+
+Each part is a process with a time limit of its own, so that one that fails or hangs costs only itself, and what is done
+is on the disk. `results.json` has all figures, `gpu_check.md` the same as a page, `log.txt` what the parts printed.
+
+A bare machine may lack what the package needs (pyproject.toml): bring wheels along, and install them with `--no-index`.
+`--mamba_ssm` names an unpacked source of mamba-ssm; its scan is built for this one GPU while the first parts run.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpu_checking.distribution import check_distribution
+from gpu_checking.golden import check_golden_cases
+from gpu_checking.kernels import check_kernels, time_kernels
+from gpu_checking.machine import describe, start_building
+from gpu_checking.models import time_compiled_models, time_models
+from gpu_checking.report import Report
+from gpu_checking.training import time_training
+
+from hf_vssm_prune.training.checkpoints import write_json, write_text
+
+
+class Part(NamedTuple):
+    """One question; its answer is a report."""
+
+    run: Callable[[argparse.Namespace], Report]
+    seconds: int  # after which it is ended
+
+
+PARTS = {
+    "machine": Part(describe, 40),
+    "kernels": Part(check_kernels, 120),
+    "golden cases": Part(check_golden_cases, 60),
+    "distribution": Part(check_distribution, 90),
+    "models": Part(time_models, 150),
+    "training": Part(time_training, 60),
+    "scan": Part(time_kernels, 60),
+    "compiled models": Part(time_compiled_models, 120),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    if options.part is not None:
+        report = PARTS[options.part].run(options)
+        write_json(report.as_dict(), options.output_dir / f".{options.part}.json")
+        return 0
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    start, results = time.perf_counter(), {}
+    building = start_building(options)
+    for name in options.parts:
+        left = options.seconds - (time.perf_counter() - start)
+        results[name] = run_part(name, min(PARTS[name].seconds * options.patience, left), options)
+        print(f"{name}: {results[name]['status']}, {results[name]['seconds']:.0f} s", flush=True)
+        write_json(results, options.output_dir / "results.json")
+        write_text(page(results), options.output_dir / "gpu_check.md")
+    if building is not None:
+        building.kill()
+    return 0 if all(result["status"] == "ok" for result in results.values()) else 1
+
+
+def run_part(name: str, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Runs a part in a process of its own; what it reports, its status ("ok", "wrong", "failed", "too slow", "no time
+    left") and its seconds."""
+    if seconds <= 1:
+        return {"status": "no time left", "seconds": 0.0}
+    file = options.output_dir / f".{name}.json"
+    command = [sys.executable, __file__, "--part", name, "--output_dir", str(options.output_dir)]
+    command += ["--device", options.device, *(["--small"] if options.small else [])]
+    for option in ("golden", "mamba_ssm"):
+        if (folder := getattr(options, option)) is not None:
+            command += [f"--{option}", str(folder)]
+    environment = dict(os.environ)
+    if options.device == "cpu":
+        environment["TRITON_INTERPRET"] = "1"
+    start = time.perf_counter()
+    with (options.output_dir / "log.txt").open("a", encoding="utf-8") as log:
+        log.write(f"\n==== {name}\n")
+        log.flush()
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            status = "ok" if process.wait(timeout=seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "too slow"
+            os.killpg(process.pid, 9)
+            process.wait()
+    result: dict[str, Any] = {"status": status, "seconds": round(time.perf_counter() - start, 1)}
+    if file.exists():
+        report = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+        result |= report | ({"status": "wrong"} if report["wrong"] else {})
+    return result
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown of everything."""
+    lines = ["# GPU check", "", "| part | status | seconds |", "| --- | --- | ---: |"]
+    lines += [f"| {name} | {result['status']} | {result['seconds']:.0f} |" for name, result in results.items()]
+    for name, result in results.items():
+        lines += ["", f"## {name.capitalize()}", "", *result.get("lines", [])]
+        lines += [f"- **wrong**: {wrong}" for wrong in result.get("wrong", [])]
+        for table in result.get("tables", []):
+            lines += ["", f"### {table['title']}", "", f"| {' | '.join(table['columns'])} |"]
+            lines += [f"|{' --- |' * len(table['columns'])}"]
+            lines += [f"| {' | '.join(map(str, row))} |" for row in table["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="default: %(default)s")
+    parser.add_argument("--small", action="store_true", help="tiny models and few cases: a rehearsal")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all, in this order")
+    parser.add_argument("--seconds", type=float, default=570, help="for everything (default: %(default)s)")
+    parser.add_argument("--patience", type=float, default=1, help="multiplies each part's limit (default: %(default)s)")
+    parser.add_argument("--golden", type=Path, help="folder of the golden cases; without it that part says so")
+    parser.add_argument(
+        "--mamba_ssm", type=Path, help="folder of mamba-ssm's unpacked source, to build and compare with"
+    )
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # of the process that a part is
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

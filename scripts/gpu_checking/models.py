@@ -1,0 +1,134 @@
+"""Whole models, dense and pruned, beside transformers' ViT: images a second and memory."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from benchmarking.measuring import take_turns
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from gpu_checking.report import Report
+from hf_vssm_prune.families import FAMILIES
+from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
+
+
+MODELS = (("plainmamba", "L3"), ("vim", "S"), ("plainmamba", "L1"), ("vim", "B"))
+TRANSFORMERS = {
+    "ViT-S/16": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+    "ViT-B/16": {},
+}
+BATCHES = (1, 8, 64, 128)
+REDUCTION = 0.416
+SMALL = {"image_size": 64, "hidden_size": 32, "num_hidden_layers": 8, "state_size": 4, "stem_channels": 4}
+COLUMNS = ["model", "dtype", "batch", "way", "images/s", "dense / this", "MiB"]
+
+
+def make_models(family: str, preset: str, options: argparse.Namespace) -> dict[str, nn.Module]:
+    """Dense and pruned with the same random weights, and for the first family the transformers of like accuracy."""
+    entry = FAMILIES[family]
+    known = entry.config.__dataclass_fields__
+    sizes = {option: value for option, value in SMALL.items() if options.small and option in known}
+    name = f"{entry.config.paper.name}-{preset}"
+    models = {}
+    for label, method in (("dense", None), (PAPERS_METHOD, PAPERS_METHOD), (RECOMMENDED_METHOD, RECOMMENDED_METHOD)):
+        pruning = None if method is None else {"flops_reduction": REDUCTION, "method": method}
+        config = entry.config.from_preset(preset, token_pruning=pruning, **sizes)
+        models[f"{name}, {label}"] = entry.classifier(config).eval()
+    return models
+
+
+def make_transformers(options: argparse.Namespace) -> dict[str, nn.Module]:
+    sizes = {"image_size": 64, "num_hidden_layers": 2} if options.small else {}
+    return {
+        name: ViTForImageClassification(ViTConfig(**kind, **sizes, num_labels=1000)).eval()
+        for name, kind in TRANSFORMERS.items()
+    }
+
+
+def time_models(options: argparse.Namespace) -> Report:
+    """Eager, and replayed as a CUDA graph, in float32 and bfloat16; the cases of a batch take turns."""
+    report = Report()
+    rows = report.table("Forward", COLUMNS)
+    ways: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]] = {"eager": partial(partial)}
+    if options.device == "cuda":
+        ways["CUDA graph"] = captured
+    groups = [make_transformers(options), *(make_models(*which, options) for which in MODELS)]
+    for models in groups[:2] if options.small else groups:
+        for dtype in (torch.bfloat16, torch.float32):
+            for batch in BATCHES[:1] if options.small else BATCHES:
+                measure(models, dtype, batch, ways, rows, report, options)
+    return report
+
+
+def time_compiled_models(options: argparse.Namespace) -> Report:
+    """By torch.compile, which takes long to make: the paper's model, and Vim-S, in bfloat16."""
+    report = Report()
+    rows = report.table("Forward, compiled", COLUMNS)
+    for which in MODELS[: 1 if options.small else 2]:
+        models = make_models(*which, options)
+        backend = {"backend": "aot_eager"} if options.small else {}
+        compiled = {"compiled": lambda model, images, backend=backend: partial(torch.compile(model, **backend), images)}
+        for batch in (1,) if options.small else (1, 64):
+            measure(models, torch.bfloat16, batch, compiled, rows, report, options)
+    return report
+
+
+@torch.no_grad()
+def measure(
+    models: dict[str, nn.Module],
+    dtype: torch.dtype,
+    batch: int,
+    ways: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]],
+    rows: list[list[Any]],
+    report: Report,
+    options: argparse.Namespace,
+) -> None:
+    """Adds a row for each model and way; one that fails is named, and the others go on."""
+    side = next(iter(models.values())).config.image_size
+    images = torch.randn(batch, 3, side, side, device=options.device, dtype=dtype)
+    for way, make in ways.items():
+        cases, memory = {}, {}
+        for name, model in models.items():
+            model.to(options.device, dtype)
+            try:
+                case = make(model, images)
+                memory[name] = peak_memory(case, options.device)
+                cases[name] = case
+            except Exception as error:  # whatever a compiler or a capture raises costs only this case
+                report.complain(f"{name}, {way}, batch {batch}, {dtype}: {type(error).__name__}: {str(error)[:200]}")
+        if not cases:
+            continue
+        options.seconds = 0.2 if options.small else 0.15 * len(cases)
+        seconds = {name: min(runs) for name, runs in take_turns("", cases, {}, options).seconds.items()}
+        dense = next(iter(seconds.values()))
+        for name, fastest in seconds.items():
+            kind = str(dtype).removeprefix("torch.")
+            rows.append([name, kind, batch, way, f"{batch / fastest:.0f}", f"{dense / fastest:.2f}", memory[name]])
+
+
+def captured(model: nn.Module, images: Tensor) -> Callable[[], Any]:
+    """A forward as a graph, and its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(images)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(images)
+    return graph.replay
+
+
+def peak_memory(case: Callable[[], Any], device: str) -> int | str:
+    """MiB that a GPU has allocated at most."""
+    case()
+    if device != "cuda":
+        return "–"
+    torch.cuda.reset_peak_memory_stats()
+    case()
+    torch.cuda.synchronize()
+    return round(torch.cuda.max_memory_allocated() / 2**20)

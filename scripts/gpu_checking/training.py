@@ -1,0 +1,47 @@
+"""Training steps: images a second and memory, dense, and pruned with the dense model as teacher."""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from benchmarking.measuring import take_turns
+from torch import nn
+
+from gpu_checking.models import make_models, peak_memory
+from gpu_checking.report import Report
+
+
+def time_training(options: argparse.Namespace) -> Report:
+    """Forward and backward under autocast to bfloat16, no optimizer."""
+    report = Report()
+    rows = report.table("Training step, bfloat16 by autocast", ["model", "batch", "images/s", "dense / this", "MiB"])
+    batch = 2 if options.small else 64
+    side = 64 if options.small else 224
+    for which in (("plainmamba", "L1"), ("plainmamba", "L3"), ("vim", "S"))[: 1 if options.small else None]:
+        images = torch.randn(batch, 3, side, side, device=options.device)
+        labels = torch.randint(1000, (batch,), device=options.device)
+        models = {name: model.to(options.device).train() for name, model in make_models(*which, options).items()}
+        cases, memory = {}, {}
+        for name, model in models.items():
+            case = step(model, images, labels, options.device)
+            try:
+                memory[name] = peak_memory(case, options.device)
+                cases[name] = case
+            except torch.OutOfMemoryError as error:
+                report.complain(f"{name}, batch {batch}: {str(error)[:200]}")
+        options.seconds = 0.2 if options.small else 4
+        seconds = {name: min(runs) for name, runs in take_turns("", cases, {}, options).seconds.items()}
+        dense = next(iter(seconds.values()))
+        for name, fastest in seconds.items():
+            rows.append([name, batch, f"{batch / fastest:.0f}", f"{dense / fastest:.2f}", memory[name]])
+    return report
+
+
+def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, device: str) -> Callable[[], None]:
+    def run() -> None:
+        model.zero_grad()
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(images, labels=labels).loss
+        loss.backward()
+
+    return run

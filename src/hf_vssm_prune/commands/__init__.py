@@ -1,0 +1,83 @@
+"""What can be done on a command line: one file for each verb, with a `main` that takes the words after it, and one line
+here. `hf-vssm-prune VERB` and `python -m hf_vssm_prune VERB` run them, and so does `scripts/VERB.py` in the repository,
+for `accelerate launch`.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+PROGRAM = "hf-vssm-prune"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A line of `hf-vssm-prune --help`.
+
+    Attributes:
+        group: under which heading.
+        summary: what it does.
+        extra: of the package, without which it cannot run.
+    """
+
+    group: str
+    summary: str
+    extra: str | None = None
+
+
+VERBS = {
+    "train": Verb("training", "train a dense model", "train"),
+    "finetune": Verb("training", "prune a checkpoint and fine-tune it", "train"),
+    "estimate": Verb("training", "estimate time and memory of a run before it starts", "train"),
+    "evaluate": Verb("evaluation", "compare a model dense and pruned: accuracy, FLOPs, images per second", "train"),
+    "compare_methods": Verb("evaluation", "compare all pruning methods on one model, without training", "train"),
+    "visualize": Verb("evaluation", "draw which tokens a model keeps", "train"),
+    "convert": Verb("files and the Hub", "turn a published checkpoint into a folder, and back", "train"),
+    "export": Verb("files and the Hub", "write ONNX, torch.export or AOTInductor files", "export"),
+    "write_card": Verb("files and the Hub", "write the model card of a folder", "train"),
+    "push": Verb("files and the Hub", "upload a folder to the Hub in one commit"),
+    "reopen": Verb("files and the Hub", "open a folder as its users will, and classify images"),
+    "demo": Verb("other", "prune and fine-tune the small model that comes with the package", "train"),
+    "env": Verb("other", "report versions, kernels and the machine, for bug reports"),
+}
+
+
+def main_of(verb: str) -> Callable[..., int]:
+    """The function that runs a verb: it takes the words after the verb (None: those of the command line) and the
+    program's name, and returns the exit status."""
+    return importlib.import_module(f"{__name__}.{verb}").main
+
+
+def run(verb: str, words: list[str]) -> int:
+    """Runs a verb; where a library is missing that the verb's extra brings, one line says so."""
+    try:
+        main = main_of(verb)
+    except ModuleNotFoundError as error:
+        extra = VERBS[verb].extra
+        if extra is None:
+            raise
+        print(f"error: {verb} needs {error.name}: pip install 'hf_vssm_prune[{extra}]'", file=sys.stderr)
+        return 1
+    return main(words, f"{PROGRAM} {verb}")
+
+
+def script_main(file: str) -> Callable[..., int]:
+    """The function that runs the verb of a script's name.
+
+    Python puts the folder of a script before all others that it imports from; it is taken out, because an `evaluate.py`
+    in it would stand for Hugging Face's package of that name.
+    """
+    folder, verb = Path(file).resolve().parent, Path(file).stem
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != folder]
+    return main_of(verb)
+
+
+def command_line() -> list[str]:
+    """The words that started this process, as somebody else would type them."""
+    started, *words = sys.argv
+    if Path(started).name == PROGRAM or Path(started).parts[-2:] == ("hf_vssm_prune", "__main__.py"):
+        return [PROGRAM, *words]
+    return ["python", started, *words]

@@ -1,0 +1,49 @@
+"""Prunes a model to one budget by every method there is, without training it, and evaluates each beside the dense one.
+
+    hf-vssm-prune compare_methods --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder>
+
+With --schedules a JSON file says what to compare instead: names, each with `token_pruning` options. `dyvm` has a part
+of its own that nothing has trained yet, so that it chooses at random here.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_vssm_prune.training import jobs
+from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments, parse_arguments
+from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+
+
+@dataclass
+class ComparisonArguments:
+    """What is compared with the dense model."""
+
+    _argument_group_name = "comparison"
+
+    flops_reduction: float = field(default=0.416, metadata={"help": "the share of FLOPs that every method removes"})
+    schedules: str | None = field(
+        default=None, metadata={"help": "JSON file of `token_pruning` options by name, in place of all methods"}
+    )
+
+    def read_schedules(self) -> dict[str, dict[str, Any]]:
+        if self.schedules is None:
+            return jobs.method_schedules(self.flops_reduction)
+        try:
+            content = json.loads(Path(self.schedules).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"--schedules {self.schedules} cannot be read: {error}") from error
+        if not isinstance(content, dict) or not all(isinstance(each, dict) for each in content.values()):
+            raise ValueError(f"--schedules {self.schedules} is no mapping of names to `token_pruning` options.")
+        return content
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    chosen = choose_task(arguments)
+    types = [TaskArguments, EvaluationDataArguments, EvaluationArguments, ComparisonArguments]
+    types.append(chosen.evaluation_arguments)
+    _, data, options, comparison, of_task = parse_arguments(types, arguments, __doc__, prog)
+    task = chosen(of_task)
+    return jobs.report(lambda: jobs.compare_schedules(data, options, comparison.read_schedules(), task), options, task)

@@ -1,0 +1,151 @@
+"""Turns a published checkpoint into a Hugging Face folder, and such a folder back into a checkpoint.
+
+    hf-vssm-prune convert vim_s.pth models/vim-s --id2label imagenet_labels.json
+    hf-vssm-prune convert models/vim-s vim_s.safetensors
+
+A file as the source becomes a folder, and a folder a file; tensors are renamed, never changed. Sizes are read off the
+tensors. Nothing that is there already is overwritten, an empty folder excepted.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from hf_vssm_prune import count_flops
+from hf_vssm_prune.commands.parsing import command_parser
+from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.conversion import load_official_model, save_official_model
+from hf_vssm_prune.families import FAMILIES, ImageClassifier
+from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
+from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
+from hf_vssm_prune.hub.model_card import format_flops
+from hf_vssm_prune.label_maps import names_by_id
+from hf_vssm_prune.training.labels import name_labels
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = make_parser(prog)
+    options = parser.parse_args(arguments)
+    try:
+        if options.target.exists() and not is_empty_folder(options.target):
+            raise FileExistsError(f"{options.target} exists and is not overwritten: remove it, or name another target.")
+        if options.source.is_dir():
+            if given := [f"--{name}" for name in OF_FILES if getattr(options, name) != parser.get_default(name)]:
+                raise ValueError(f"{options.source} is a folder, and {', '.join(given)} is for checkpoint files.")
+            model = to_checkpoint(options)
+        else:
+            model = to_folder(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(summary(model))
+    print(f"saved to {options.target}")
+    return 0
+
+
+OF_FILES = (
+    "family",
+    "ema",
+    "image_size",
+    "patch_stride",
+    "num_frames",
+    "id2label",
+    "image_mean",
+    "image_std",
+    "crop_pct",
+)
+
+
+def make_parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("source", type=Path, help="a .pth or .safetensors checkpoint, or a Hugging Face folder")
+    parser.add_argument("target", type=Path, help="the folder, or the .pth or .safetensors file, to write")
+    group = parser.add_argument_group("from a checkpoint to a folder")
+    group.add_argument(
+        "--family", choices=FAMILIES, help="where tensors of several have the same names; default: what they tell"
+    )
+    group.add_argument("--ema", action="store_true", help="the weights averaged over training")
+    group.add_argument(
+        "--image_size", type=int, nargs="+", metavar="PIXELS", help="one number, or height and width; default: square"
+    )
+    group.add_argument(
+        "--patch_stride",
+        type=int,
+        help="of Vim, where patches overlap (published: 8), and VideoMamba's images; default: none overlap",
+    )
+    group.add_argument(
+        "--num_frames", type=int, help="of VideoMamba: for another number, or to make a video model of an image model"
+    )
+    group.add_argument("--id2label", type=Path, help="names of the labels: JSON (list or dict), or text, one a line")
+    # All families were evaluated with ImageNet's statistics, images after a bicubic resize of the shortest edge to 256.
+    group.add_argument("--image_mean", type=float, nargs="+", default=IMAGENET_DEFAULT_MEAN, help="of each channel")
+    group.add_argument("--image_std", type=float, nargs="+", default=IMAGENET_DEFAULT_STD, help="of each channel")
+    group.add_argument(
+        "--crop_pct", type=float, help="share of the resized image that is cropped; default: 0.875, of videos 1"
+    )
+    return parser
+
+
+def is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def to_folder(options: argparse.Namespace) -> ImageClassifier:
+    overrides: dict[str, Any] = {}
+    if options.image_size is not None:
+        overrides["image_size"] = options.image_size[0] if len(options.image_size) == 1 else options.image_size
+    if options.patch_stride is not None:
+        overrides["patch_stride"] = options.patch_stride
+    if options.num_frames is not None:
+        overrides["num_frames"] = options.num_frames
+    model = load_official_model(options.source, options.ema, options.family, **overrides)
+    if options.id2label is not None:
+        set_labels(model.config, options.id2label)
+    processor = new_image_processor(model.config, options.image_mean, options.image_std, options.crop_pct)
+    card = ModelCardInfo(name=options.target.resolve().name, original_weights=options.source.name)
+    save_for_hub(model, options.target, processor, card)
+    return model
+
+
+def to_checkpoint(options: argparse.Namespace) -> ImageClassifier:
+    model = load_classifier(options.source)
+    save_official_model(model, options.target)
+    return model
+
+
+def set_labels(config: VisionMambaConfig, file: Path) -> None:
+    names = read_labels(file)
+    if len(names) != config.num_labels:
+        raise ValueError(f"{file} names {len(names)} labels; the checkpoint has {config.num_labels}.")
+    name_labels(config, names)
+
+
+def read_labels(file: Path) -> list[str]:
+    """Label names in the order of their ids: JSON in any form that `label_maps` knows, or one name a line."""
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix != ".json":
+        return text.splitlines()
+    try:
+        return names_by_id(json.loads(text))
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: a JSON list of names is needed, or a dict between the ids 0, 1, ... and names: {error}"
+        ) from error
+
+
+def summary(model: ImageClassifier) -> str:
+    config, flops = model.config, count_flops(model.config).dense
+    *frames, height, width = config.input_size
+    inputs = f"videos of {frames[0]} frames of" if frames else "images of"
+    patches = " x ".join(map(str, config.grid_size))
+    return (
+        f"{config.model_type}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {inputs} "
+        f"{height} x {width} pixels as {patches} patches, {config.num_labels} labels\n"
+        f"{model.num_parameters():,} parameters, {format_flops(flops.published)} FLOPs "
+        f"({format_flops(flops.total)} with all scans counted)"
+    )

@@ -1,0 +1,197 @@
+"""Prunes and fine-tunes the small model that comes with the package, from start to end, in some minutes on two cores.
+
+    hf-vssm-prune demo          # `make demo` makes an environment for it first
+
+In `demo_output/` are afterwards `model/`, a folder ready for the Hub with its model card and a picture of the tokens
+that are kept; and `finetuning/`, everything that the fine-tuning wrote.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hf_vssm_prune import EXAMPLE_MODEL
+from hf_vssm_prune.commands import command_line
+from hf_vssm_prune.commands.parsing import command_parser
+from hf_vssm_prune.families import ImageClassifier
+from hf_vssm_prune.flops import count_flops
+from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
+from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
+from hf_vssm_prune.hub.saving import save_for_hub
+from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
+from hf_vssm_prune.training import jobs
+from hf_vssm_prune.training.arguments import (
+    DataArguments,
+    FinetuneArguments,
+    OptimizationArguments,
+    PruningArguments,
+    RunArguments,
+)
+from hf_vssm_prune.training.data import EvaluationImages, collate, load_evaluation_dataset
+from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
+from hf_vssm_prune.training.loop import Recipe
+from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
+from hf_vssm_prune.visualization import draw_classification, image_from_pixel_values
+
+
+DATASET = "trashnet"
+BUDGET = {"flops_reduction": 0.416}  # as the paper prunes PlainMamba-L3
+PAPERS = BUDGET | {"method": PAPERS_METHOD}
+DEFAULT = BUDGET | {"method": RECOMMENDED_METHOD}
+DENSE, FINETUNED = "dense", f"{RECOMMENDED_METHOD}, fine-tuned"
+UNTRAINED = {
+    DENSE: None,
+    "top, naive": PAPERS | {"alignment": "none"},
+    "top, aligned (the paper's)": PAPERS,
+    f"{RECOMMENDED_METHOD} (our default)": DEFAULT,
+}
+FINETUNINGS = {"top, aligned, fine-tuned": PAPERS, FINETUNED: DEFAULT}
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = parse_options(arguments, prog)
+    start = time.perf_counter()
+    output = Path(options.output_dir)
+    dataset, _ = load_evaluation_dataset(DATASET)
+    image_processor = load_image_processor(EXAMPLE_MODEL)
+    images = EvaluationImages(dataset, image_processor)
+
+    shutil.rmtree(output / "finetuning", ignore_errors=True)
+    models = {name: load_example(pruning) for name, pruning in UNTRAINED.items()}
+    for name, pruning in FINETUNINGS.items():
+        say(f"Fine-tuning the model pruned by {pruning['method']}, with the dense one as its teacher")
+        folder = output / "finetuning" / pruning["method"]
+        jobs.prepare_finetuning(*recipe(options, folder, pruning)).train()
+        models[name] = load_classifier(folder / "last")
+
+    say(f"Evaluating on {len(images)} test images, every batch with all models in turn")
+    loader = DataLoader(images, batch_size=50, collate_fn=collate)
+    evaluations = compare_models(ImageClassification(), models, loader, torch.device("cpu"))
+
+    say("Saving the pruned model, and opening it again in a fresh process")
+    output.mkdir(parents=True, exist_ok=True)
+    shown = torch.stack([images[index]["pixel_values"] for index in range(0, 12, 2)])
+    picture = output / "kept_tokens.png"
+    mean, std = image_processor.image_mean, image_processor.image_std
+    draw_classification(models[FINETUNED], shown, mean, std).save(picture)
+    card = model_card(evaluations, picture, shlex.join(command_line()))
+    folder = save_for_hub(models[FINETUNED], output / "model", image_processor, card)
+    reopened = reopen(folder, models[FINETUNED], shown)
+
+    print("\n" + table(models, evaluations) + "\n")
+    gained = evaluations[FINETUNED].metrics["top1"] - evaluations[DENSE].metrics["top1"]
+    faster = evaluations[FINETUNED].images_per_second / evaluations[DENSE].images_per_second
+    reduction = count_flops(models[FINETUNED].config).reduction
+    print(f"{reduction:.1%} fewer FLOPs, {faster:.2f}× the speed, {100 * gained:+.2f} points of accuracy.")
+    print(f"The saved model, opened in a fresh process, gives {'the same' if reopened else 'OTHER'} answers: {folder}")
+    print(f"Which tokens it keeps: {picture}")
+    print(f"This took {time.perf_counter() - start:.0f} s.")
+    return 0 if reopened else 1
+
+
+def parse_options(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("--output_dir", default="demo_output", help="where to write (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning (default: %(default)s)")
+    parser.add_argument("--max_train_samples", type=int, help="fine-tune on so many images only")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def say(message: str) -> None:
+    print(f"\n{message}", flush=True)
+
+
+def recipe(
+    options: argparse.Namespace, folder: Path, token_pruning: dict[str, Any]
+) -> tuple[DataArguments, FinetuneArguments, PruningArguments, Recipe]:
+    """The paper's fine-tuning, made short: few epochs at a higher rate, and less augmentation."""
+    data = DataArguments(DATASET, max_train_samples=options.max_train_samples, dataloader_num_workers=0)
+    model = FinetuneArguments(model_name_or_path=str(EXAMPLE_MODEL))
+    optimization = OptimizationArguments(
+        num_train_epochs=options.epochs, learning_rate=1e-4, warmup_lr=0, min_lr=0, warmup_epochs=0.1, model_ema=False
+    )
+    augmentation = AugmentationArguments(no_random_crop=True, randaugment_num_ops=0, reprob=0, mixup=0, cutmix=0)
+    run = RunArguments(str(folder), seed=options.seed)
+    pruning = PruningArguments(flops_reduction=token_pruning["flops_reduction"], prune_method=token_pruning["method"])
+    return data, model, pruning, Recipe(optimization, ImageClassification(augmentation), run, model.loss_weights())
+
+
+def load_example(token_pruning: dict | None) -> ImageClassifier:
+    """The dense model that comes with the package, under a pruning schedule; its weights as they are."""
+    model = load_classifier(EXAMPLE_MODEL)
+    model.set_token_pruning(token_pruning)
+    return model
+
+
+def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: str) -> ModelCardInfo:
+    measurements = [
+        Measurement(
+            name,
+            100 * evaluation.metrics["top1"],
+            100 * evaluation.metrics["top5"],
+            evaluation.images_per_second,
+            pruned=name != DENSE,
+        )
+        for name, evaluation in evaluations.items()
+    ]
+    return ModelCardInfo(
+        name="plainmamba-trashnet-pruned",
+        summary="A small PlainMamba that sorts waste into six kinds, and merges the patches that matter least.",
+        license="apache-2.0",
+        license_notice="TrashNet is by Gary Thung and Mindy Yang, under the MIT licence.",
+        datasets=["garythung/trashnet"],
+        training=TrainingRecipe(command, "Fine-tuned with the dense model as its teacher."),
+        evaluation=Evaluation(
+            dataset_name="TrashNet",
+            dataset_id="garythung/trashnet",
+            split="test",
+            num_images=evaluations[FINETUNED].num_images,
+            this_model=measurements[-1],
+            others=measurements[:-1],
+            hardware=f"a CPU with {torch.get_num_threads()} threads",
+        ),
+        picture=picture,
+        limits=["It knows single pieces of waste on a white board, and nothing else."],
+    )
+
+
+@torch.no_grad()
+def reopen(folder: Path, model: ImageClassifier, pixel_values: Tensor) -> bool:
+    """Whether a fresh process that opens the folder gives this model's answers."""
+    logits = model(pixel_values).logits
+    with tempfile.TemporaryDirectory() as scratch:
+        files = []
+        image_processor = load_image_processor(folder)
+        for index, image in enumerate(pixel_values):
+            files.append(str(Path(scratch) / f"{index}.png"))
+            image_from_pixel_values(image, image_processor.image_mean, image_processor.image_std).save(files[-1])
+        command = [sys.executable, "-m", "hf_vssm_prune", "reopen", str(folder), *files]
+        answers = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    labels = [model.config.id2label[label] for label in logits.argmax(-1).tolist()]
+    same_logits = torch.allclose(torch.tensor(answers["logits"]), logits, atol=1e-4)
+    return same_logits and answers["labels"] == labels
+
+
+def table(models: dict[str, ImageClassifier], evaluations: dict[str, ModelEvaluation]) -> str:
+    """Markdown: accuracy, FLOPs and speed of each model."""
+    lines = ["| model | top-1 | MFLOPs | fewer FLOPs | images/s |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, evaluation in evaluations.items():
+        flops = count_flops(models[name].config)
+        lines.append(
+            f"| {name} | {evaluation.metrics['top1']:.2%} | {flops.pruned.published / 1e6:.1f} "
+            f"| {flops.reduction:.1%} | {evaluation.images_per_second:.0f} |"
+        )
+    return "\n".join(lines)

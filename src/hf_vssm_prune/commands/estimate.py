@@ -1,0 +1,62 @@
+"""A dry run: what training by a recipe will take, without data and without a checkpoint.
+
+    hf-vssm-prune estimate --recipe recipes/top_plainmamba_l3_imagenet.yaml --family plainmamba --preset L3
+
+Takes the options of `finetune.py` and, for a new dense model, of `train.py`; those that a recipe does not have are as
+`finetune.py` has them. It states steps, FLOPs, memory and device-hours at the speed that `--device_tflops` assumes,
+and measures the same model on synthetic images on this machine.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from hf_vssm_prune.hub.loading import load_config
+from hf_vssm_prune.training.arguments import (
+    DenseModelArguments,
+    ElasticArguments,
+    EstimateArguments,
+    LossArguments,
+    OptimizationArguments,
+    PruningArguments,
+    ScaleArguments,
+    parse_arguments,
+)
+from hf_vssm_prune.training.checkpoints import write_json
+from hf_vssm_prune.training.estimate import estimate_run, estimate_text
+from hf_vssm_prune.training.image_size import config_at_size
+from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    task = choose_task(arguments)
+    types = [
+        TaskArguments,
+        DenseModelArguments,
+        LossArguments,
+        PruningArguments,
+        OptimizationArguments,
+        task.training_arguments,
+        ElasticArguments,
+        ScaleArguments,
+        EstimateArguments,
+    ]
+    parsed = parse_arguments(types, arguments, __doc__, prog)
+    _, model, losses, pruning, optimization, of_task, elastic, scale, options = parsed
+    try:
+        if model.model_name_or_path is None:
+            config = model.config([f"class {i}" for i in range(options.num_classes)], optimization.drop_path)
+        else:
+            config = load_config(model.model_name_or_path)
+            if model.image_size is not None:
+                config = config_at_size(config, model.image_size)
+        config.token_pruning = pruning.schedule(config)
+        estimate = estimate_run(task(of_task), config, optimization, losses, elastic, scale, options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(estimate_text(estimate, options.num_devices, optimization.per_device_train_batch_size))
+    if options.json is not None:
+        write_json(asdict(estimate), Path(options.json))
+    return 0

@@ -1,0 +1,27 @@
+"""Evaluates a model dense beside pruned: its metrics (top-1, top-5), FLOPs and images per second.
+
+    hf-vssm-prune evaluate --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder> --json out.json
+
+Every batch goes through both, one after the other, so that their speeds compare on a machine that is not quiet.
+"""
+
+from collections.abc import Sequence
+
+from hf_vssm_prune.training import jobs
+from hf_vssm_prune.training.arguments import (
+    BesideArguments,
+    EvaluationArguments,
+    EvaluationDataArguments,
+    PruningArguments,
+    parse_arguments,
+)
+from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    chosen = choose_task(arguments)
+    types = [TaskArguments, EvaluationDataArguments, EvaluationArguments, BesideArguments, PruningArguments]
+    types.append(chosen.evaluation_arguments)
+    _, data, options, beside, pruning, of_task = parse_arguments(types, arguments, __doc__, prog)
+    task = chosen(of_task)
+    return jobs.report(lambda: jobs.evaluate(data, options, beside, pruning, task), options, task)

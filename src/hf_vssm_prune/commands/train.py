@@ -1,0 +1,40 @@
+"""Trains a dense Vim or PlainMamba from scratch, or goes on from a checkpoint.
+
+    hf-vssm-prune train --dataset_name <Hub data set or folder> --family plainmamba --preset L1 --output_dir runs/l1
+
+On several devices: `accelerate launch -m hf_vssm_prune train ...`.
+"""
+
+from collections.abc import Sequence
+
+from hf_vssm_prune.training import jobs
+from hf_vssm_prune.training.arguments import (
+    DataArguments,
+    DenseModelArguments,
+    ElasticArguments,
+    RunArguments,
+    ScaleArguments,
+    ScratchOptimizationArguments,
+    parse_arguments,
+)
+from hf_vssm_prune.training.loop import Recipe
+from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    task = choose_task(arguments)
+    types = [
+        TaskArguments,
+        DataArguments,
+        DenseModelArguments,
+        ScratchOptimizationArguments,
+        task.training_arguments,
+        ElasticArguments,
+        ScaleArguments,
+        RunArguments,
+    ]
+    _, data, model, optimization, options, elastic, scale, run = parse_arguments(types, arguments, __doc__, prog)
+    recipe = Recipe(
+        optimization, task(options), run, elastic=elastic, scale=scale, num_workers=data.dataloader_num_workers
+    )
+    return jobs.run(lambda: jobs.prepare_dense_training(data, model, recipe), run)

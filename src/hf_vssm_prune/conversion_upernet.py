@@ -1,0 +1,114 @@
+"""mmsegmentation's files of a backbone with UPerNet, in terms of transformers' `UperNetForSemanticSegmentation`.
+
+The heads of the two compute the same. What transformers cannot say: the level from which the auxiliary head reads, see
+`set_auxiliary_level`; the dropout of a tenth of the channels before both classifiers, which is left out; and the scales
+of the pooled maps, which are in no file and taken to be 1, 2, 3 and 6, as mmsegmentation has them.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import UperNetConfig, UperNetForSemanticSegmentation
+
+
+# The first pattern that matches a whole name counts. What stands before them is the backbone's.
+HEAD_NAMES = [
+    (r"((?:decode|auxiliary)_head)\.classifier\.(.+)", r"\1.conv_seg.\2"),
+    (r"((?:decode|auxiliary)_head\..+)\.batch_norm\.(.+)", r"\1.bn.\2"),
+    (r"((?:decode|auxiliary)_head\..+)", r"\1"),
+]
+DECODE_HEAD, AUXILIARY_HEAD = "decode_head.", "auxiliary_head."
+
+
+def is_upernet(config: Any) -> bool:
+    """Whether a configuration is that of UPerNet on a backbone of this package."""
+    return config.model_type == UperNetConfig.model_type and hasattr(config.backbone_config, "token_pruning")
+
+
+def official_name(config: UperNetConfig, name: str, of_backbone: Callable[[str], str]) -> str:
+    """mmsegmentation's name of a tensor of the model.
+
+    Args:
+        config: of the model.
+        name: of its tensor.
+        of_backbone: the published name, in a classifier's file, of a tensor of the base model.
+
+    Raises:
+        KeyError: there is no such tensor.
+    """
+    backbone, last = config.backbone_config, config.backbone_config.num_hidden_layers
+    if match := re.fullmatch(rf"backbone\.hidden_states_norms\.stage(?!{last}\.)(\d+)\.(.+)", name):
+        return f"backbone.norm_layer{int(match[1]) - 1}.{match[2]}"
+    if match := re.fullmatch(r"backbone\.feature_pyramid\.(\d+)\.(.+)", name):
+        return f"backbone.fpn{int(match[1]) + 1}.{match[2]}"
+    if name.startswith("backbone."):
+        published = of_backbone(f"{backbone.model_type}.{name.removeprefix('backbone.')}")
+        return f"backbone.{published.removeprefix('backbone.')}"
+    for pattern, published in HEAD_NAMES:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(published)
+    raise KeyError(f"{name!r} is no tensor of UPerNet.")
+
+
+def has_upernet(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file's tensors are a segmentation model's, and no classifier's."""
+    return any(name.startswith(DECODE_HEAD) for name in tensors)
+
+
+def options_of_heads(official: Any) -> dict[str, Any]:
+    """Options of `UperNetConfig`, but for the backbone's, that mmsegmentation's tensors imply.
+
+    Args:
+        official: `conversion.OfficialTensors`.
+
+    Raises:
+        ValueError: a tensor that tells a size is missing.
+    """
+    poolings = {int(match[1]) for name in official if (match := re.match(r"decode_head\.psp_modules\.(\d+)\.", name))}
+    if len(poolings) != len(UperNetConfig.pool_scales):
+        known = len(UperNetConfig.pool_scales)
+        raise ValueError(f"the checkpoint's decode head pools {len(poolings)} maps; UPerNet with {known} is known.")
+    options = {
+        "hidden_size": official.shape("decode_head.bottleneck.conv.weight", 4)[0],
+        "num_labels": official.shape("decode_head.conv_seg.weight", 4)[0],
+        "use_auxiliary_head": any(name.startswith(AUXILIARY_HEAD) for name in official),
+    }
+    if options["use_auxiliary_head"]:
+        channels, in_channels, _, _ = official.shape("auxiliary_head.convs.0.conv.weight", 4)
+        convolutions = [name for name in official if re.fullmatch(r"auxiliary_head\.convs\.\d+\.conv\.weight", name)]
+        options |= {
+            "auxiliary_channels": channels,
+            "auxiliary_in_channels": in_channels,
+            "auxiliary_num_convs": len(convolutions),
+            "auxiliary_concat_input": "auxiliary_head.conv_cat.conv.weight" in official,
+        }
+    return options
+
+
+def options_of_levels(official: Any, num_hidden_layers: int) -> dict[str, Any]:
+    """Options of the backbone's maps that PlainMamba's norms of its levels imply.
+
+    Raises:
+        ValueError: there are other norms than layers, or not as many as the decode head has levels.
+    """
+    normed = sorted({int(match[1]) for name in official if (match := re.match(r"backbone\.norm_layer(\d+)\.", name))})
+    levels = [f"stage{layer + 1}" for layer in (*normed, num_hidden_layers - 1)]
+    laterals = {match[1] for name in official if (match := re.match(r"decode_head\.lateral_convs\.(\d+)\.", name))}
+    if len(normed) != len(laterals) or any(layer >= num_hidden_layers - 1 for layer in normed):
+        raise ValueError(
+            f"the checkpoint norms the outputs of layers {normed} of {num_hidden_layers}, and its decode head takes "
+            f"{len(laterals)} levels beside the last."
+        )
+    return {"out_features": levels, "feature_norm": "per_level"}
+
+
+def set_auxiliary_level(model: UperNetForSemanticSegmentation) -> UperNetForSemanticSegmentation:
+    """Lets the auxiliary head read the last level, as PlainMamba's does, in place of the third.
+
+    No configuration says so: a model that is saved and opened reads the third again. Only the loss in training differs.
+    """
+    if model.auxiliary_head is not None:
+        model.auxiliary_head.in_index = len(model.backbone.out_features) - 1
+    return model

@@ -1,0 +1,62 @@
+"""How much a model computes with whatever is on its backbone: `flops.count_flops`, and the head's convolutions and
+products beside it, as PyTorch's counter sees them when the head runs on maps without memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
+
+from . import flops
+from .configuration_common import pruned_config
+from .flops import FlopCount, ModelFlops
+from .heads import auto_class_of
+from .pruned_heads import backbone_of
+from .pruned_outputs import PrunedBackboneOutput
+
+
+def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | None = None) -> ModelFlops:
+    """Counts the FLOPs of one image, or of one clip: of a model of this package, or of one of transformers' models on a
+    backbone of it, whose part is then called "dense_head" (with the pyramid, if there is one).
+
+    Args:
+        config: of the model.
+        image_size: pixels, or (height, width); None for the `image_size` for which it is laid out.
+    """
+    backbone = pruned_config(config)
+    count = flops.count_flops(backbone, image_size)
+    if backbone is config:
+        return count
+    size = backbone.input_size if image_size is None else backbone.input_size_for(image_size)
+    head = count_head(config, size)
+    return ModelFlops(_with_head(count.dense, head), _with_head(count.pruned, head))
+
+
+def _with_head(count: FlopCount, head: int) -> FlopCount:
+    """With a head in place of the classifier, which a backbone has not."""
+    parts = dict(count.breakdown)
+    more = head - parts.pop("head", 0)
+    return FlopCount(count.total + more, count.published + more, parts | {"dense_head": head})
+
+
+def count_head(config: PreTrainedConfig, image_size: tuple[int, int]) -> int:
+    """Multiply-adds of the linear layers, convolutions and matrix products of a head, and of the backbone's pyramid."""
+    with torch.device("meta"):
+        model = auto_class_of(config).from_config(config).eval()
+        pixel_values = torch.empty(1, pruned_config(config).num_channels, *image_size)
+    _put_maps_in_place_of_layers(backbone_of(model))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixel_values)
+    return counter.get_total_flops() // 2
+
+
+def _put_maps_in_place_of_layers(backbone: Any) -> None:
+    config = backbone.config
+
+    def forward(pixel_values: Tensor, **options: Any) -> PrunedBackboneOutput:
+        grid = config.grid_size_for(*pixel_values.shape[-2:])
+        maps = [pixel_values.new_empty(len(pixel_values), config.hidden_size, *grid) for _ in backbone.out_features]
+        return PrunedBackboneOutput(feature_maps=tuple(backbone.with_pyramid(maps)))
+
+    backbone.forward = forward

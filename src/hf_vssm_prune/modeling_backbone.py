@@ -1,0 +1,72 @@
+"""Models of all families as feature extractors for heads of dense prediction."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_common import VisionMambaConfig
+from .feature_pyramid import PYRAMIDS
+from .modeling_common import VisionMambaKwargs
+from .pruned_layers import full_states
+from .pruned_outputs import PrunedBackboneOutput, stage_fields
+
+
+class FeatureMaps(BackboneMixin):
+    """Makes a model of tokens a backbone, which gives maps of the full grid for images of any size.
+
+    It stands before the model's class: `class NameBackbone(FeatureMaps, NameModel)`. Which layers' outputs are maps
+    `config.out_features` says, what a dropped cell shows `config.feature_fill`, how they are normed
+    `config.feature_norm`, and what becomes of their resolution `config.feature_pyramid`. A class token is in no map.
+    """
+
+    has_attentions = False
+
+    def __init__(self, config: VisionMambaConfig) -> None:
+        super().__init__(config)
+        model: Any = self
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        if config.feature_norm == "per_level":
+            # The last layer's output has the model's own.
+            levels = [name for name in self.out_features if name != self.stage_names[-1]]
+            model.hidden_states_norms = nn.ModuleDict({name: copy.deepcopy(model.norm) for name in levels})
+        if config.feature_pyramid is not None:
+            pyramid = PYRAMIDS[config.feature_pyramid]
+            model.feature_pyramid = pyramid(config.hidden_size, config.patch_spacing, len(self.out_features))
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self: Any, pixel_values: Tensor, **kwargs: Unpack[VisionMambaKwargs]) -> PrunedBackboneOutput:
+        """
+        Args:
+            pixel_values: shape (batch, channels, height, width), normalised.
+        """
+        outputs = super(BackboneMixin, self).forward(pixel_values, **kwargs)
+        grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
+        states = full_states(self, outputs, self._pruning_of_call(kwargs))
+        maps = [self._feature_map(name, each, grid) for name, each in zip(self.out_features, states, strict=True)]
+        return PrunedBackboneOutput(
+            feature_maps=tuple(self.with_pyramid(maps)), hidden_states=outputs.hidden_states, **stage_fields(outputs)
+        )
+
+    def with_pyramid(self: Any, maps: list[Tensor]) -> list[Tensor]:
+        """The maps of the levels, from those that have the resolution of the patches."""
+        return maps if self.config.feature_pyramid is None else self.feature_pyramid(maps)
+
+    def _feature_map(self: Any, level: str, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The map (batch, hidden, height, width) of hidden states (batch, all tokens, hidden)."""
+        if (cls_id := self.config.cls_token_id(grid[0] * grid[1])) is not None:
+            hidden_states = torch.cat([hidden_states[:, :cls_id], hidden_states[:, cls_id + 1 :]], dim=1)
+        norm = self.norm
+        if self.config.feature_norm == "none":
+            hidden_states = hidden_states.to(norm.weight.dtype)  # a residual stream may be of higher precision
+        elif self.config.feature_norm == "per_level" and level in self.hidden_states_norms:
+            hidden_states = self.hidden_states_norms[level](hidden_states)
+        else:
+            hidden_states = norm(hidden_states)
+        return hidden_states.transpose(1, 2).unflatten(2, grid)

@@ -1,0 +1,103 @@
+"""transformers' models of dense prediction on a backbone of this package: pruned by one line, and telling what was."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.modeling_outputs import ModelOutput
+
+from .pruned_outputs import StageFields, stage_fields
+
+
+def backbone_of(model: nn.Module) -> Any:
+    """The model of this package in a model, a `TokenPruningMixin`: itself, or the backbone of a head.
+
+    Raises:
+        ValueError: there is none.
+    """
+    # No `isinstance`: the class may come from another copy of the code.
+    found = next((module for module in model.modules() if hasattr(type(module), "_pruning_of_call")), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} has no backbone of hf_vssm_prune, so that there is nothing to prune.")
+    return found
+
+
+class PrunedHead:
+    """Lets a model with a backbone be treated as the models of this package are; it stands before the model's class.
+
+    What pruning tells, `kept_tokens`, `token_scores` and `merged_tokens`, is in the outputs beside what the model puts
+    out itself, and `backbone_hidden_states` where hidden states are asked for. `forward` also takes
+    `token_pruning`, the schedule of the call.
+    """
+
+    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        """As the model's own, with the option `token_pruning`."""
+        of_backbone = {name: options.pop(name) for name in ("token_pruning",) if name in options}
+        if options.get("output_hidden_states"):
+            of_backbone["output_hidden_states"] = True
+        seen: list[Any] = []
+        backbone = backbone_of(self)
+        hooks = (
+            backbone.register_forward_pre_hook(
+                lambda module, inputs, given: (inputs, {**given, **of_backbone}), with_kwargs=True
+            ),
+            backbone.register_forward_hook(lambda module, inputs, output: seen.append(output)),
+        )
+        try:
+            outputs = super().forward(*arguments, **options)  # type: ignore[misc]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not isinstance(outputs, ModelOutput):
+            return outputs
+        outputs = _with_stages(type(outputs))(**outputs, **stage_fields(seen[-1]))
+        if seen[-1].hidden_states is not None:
+            outputs["backbone_hidden_states"] = seen[-1].hidden_states
+        return outputs
+
+    def set_token_pruning(self: Any, token_pruning: dict[str, Any] | None) -> None:
+        """See `TokenPruningMixin.set_token_pruning`."""
+        backbone_of(self).set_token_pruning(token_pruning)
+
+    def add_pruning_parameters(self: Any, token_pruning: dict[str, Any] | None) -> None:
+        """See `TokenPruningMixin.add_pruning_parameters`."""
+        backbone_of(self).add_pruning_parameters(token_pruning)
+
+    def freeze_pruning_parameters(self: Any, schedules: Sequence[Any]) -> None:
+        """See `TokenPruningMixin.freeze_pruning_parameters`."""
+        backbone_of(self).freeze_pruning_parameters(schedules)
+
+    @property
+    def has_pruning_parameters(self: Any) -> bool:
+        """See `TokenPruningMixin.has_pruning_parameters`."""
+        return backbone_of(self).has_pruning_parameters
+
+
+@functools.cache
+def _with_stages(kind: type[ModelOutput]) -> type[Any]:
+    """Outputs of a kind, with what pruning tells of the stages and the backbone's hidden states."""
+    return dataclass(init=False)(type(f"Pruned{kind.__name__}", (StageFields, kind), {"backbone_hidden_states": None}))
+
+
+@functools.cache
+def pruned_class(kind: type[nn.Module]) -> type[Any]:
+    """A model's class as `PrunedHead` has it; the name stays, as it is what configurations say."""
+    return kind if issubclass(kind, PrunedHead) else type(kind.__name__, (PrunedHead, kind), {})
+
+
+def prunable(model: Any) -> Any:
+    """Lets one of transformers' models with a backbone of this package be treated as the models of this package: it
+    gets `set_token_pruning`, and its outputs tell what was pruned, see `PrunedHead`. Models of this package stay as
+    they are.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: its backbone is another one.
+    """
+    if backbone_of(model) is not model:
+        model.__class__ = pruned_class(type(model))
+    return model

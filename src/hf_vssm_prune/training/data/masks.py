@@ -1,0 +1,79 @@
+"""Masks, with a class id in each pixel: decoding, and what is refused."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hf_vssm_prune.training.image_steps import ImageError, readable_formats
+
+
+IGNORED_AFTER_REDUCTION = 255
+SHOWN_IDS = 5
+
+
+def decode_mask(stored: Mapping[str, Any] | None, name: str) -> np.ndarray:
+    """Class ids, int64 (height, width), of a mask that `datasets.Image(decode=False)` stored.
+
+    They are the pixels of a grayscale image, the indices of one with a palette, or what the three channels of a colour
+    image say alike.
+
+    Raises:
+        ImageError: it is missing or damaged, or has colours in place of ids.
+    """
+    stored = stored or {"bytes": None, "path": None}
+    source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+    if source is None:
+        raise ImageError(f"{name} has neither bytes nor a path.")
+    try:
+        with Image.open(source, formats=readable_formats()) as image:
+            image.load()
+            pixels = np.asarray(image)
+    except Exception as error:  # of many kinds, as of damaged images
+        raise ImageError(f"{name} cannot be read: {error}") from error
+    if pixels.ndim == 3:
+        pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1]
+        if not (pixels == pixels[..., :1]).all():
+            raise ImageError(f"{name} has colours: a class id in each pixel is needed, grayscale or with a palette.")
+        pixels = pixels[..., 0]
+    if pixels.dtype.kind == "f":
+        raise ImageError(f"{name} has pixels of type {pixels.dtype}: whole numbers are needed.")
+    return pixels.astype(np.int64)
+
+
+def reduced(ids: np.ndarray, reduce_labels: bool) -> np.ndarray:
+    """Classes counted from 1, where 0 is none of them, counted from 0: 0 becomes 255, as 255 stays."""
+    if not reduce_labels:
+        return ids
+    ignored = (ids == 0) | (ids == IGNORED_AFTER_REDUCTION)
+    return np.where(ignored, IGNORED_AFTER_REDUCTION, ids - 1)
+
+
+def check_mask(ids: np.ndarray, image_size: tuple[int, int], num_labels: int, ignore_index: int, name: str) -> None:
+    """Refuses a mask that does not fit its image or the classes.
+
+    Args:
+        ids: (height, width).
+        image_size: (width, height) of the image.
+        num_labels: how many classes there are.
+        ignore_index: the id of no class.
+        name: what an error calls the mask.
+
+    Raises:
+        ImageError: it has another size, or ids of no class.
+    """
+    height, width = ids.shape
+    if (width, height) != image_size:
+        raise ImageError(
+            f"{name} is {width} x {height} pixels, and its image {image_size[0]} x {image_size[1]}: they must be of "
+            "one size."
+        )
+    wrong = np.unique(ids[((ids < 0) | (ids >= num_labels)) & (ids != ignore_index)])
+    if wrong.size:
+        more = ", …" if wrong.size > SHOWN_IDS else ""
+        raise ImageError(
+            f"{name} has the class ids {', '.join(map(str, wrong[:SHOWN_IDS]))}{more}: allowed are 0 to "
+            f"{num_labels - 1}, and {ignore_index} for pixels of no class."
+        )

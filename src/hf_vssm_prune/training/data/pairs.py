@@ -1,0 +1,120 @@
+"""Folders of images beside masks: which mask belongs to which image."""
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset, DatasetDict, Features, Image, NamedSplit
+
+from hf_vssm_prune.training.data.media import IMAGES
+from hf_vssm_prune.training.data.sources import SPLIT_NAMES, _find_files, _find_saved
+
+
+logger = logging.getLogger(__name__)
+
+# Folders' names, in lower case.
+IMAGE_FOLDERS = {"images", "image", "imgs", "img", "img_dir", "jpegimages", "photos", "leftimg8bit"}
+MASK_FOLDERS = {
+    *("masks", "mask", "annotations", "annotation", "ann_dir", "labels", "label", "segmentation", "segmentations"),
+    *("segmentationclass", "gtfine", "gt", "seg"),
+}
+# Ends of files' names, without the suffix: of masks and of images.
+MASK_ENDS = re.compile(
+    r"[ _-](gtfine[_-]labeltrainids|gtfine[_-]labelids|labeltrainids|labelids|masks?|seg|segmentation|labels?|gt|"
+    r"annotations?|l)$",
+    re.IGNORECASE,
+)
+IMAGE_ENDS = re.compile(r"[ _-](leftimg8bit|image|img|photo)$", re.IGNORECASE)
+LOSSY = {".jpg", ".jpeg", ".webp"}  # such a file is no mask
+
+
+class _File(NamedTuple):
+    """An image file: its split, whether it is a mask, and what it shares with its partner."""
+
+    path: Path
+    split: str
+    is_mask: bool
+    key: str
+
+
+def holds_pairs(path: Path) -> bool:
+    """Whether a path is a folder of image files, and no data set of another kind."""
+    if not path.is_dir() or _find_saved(path):
+        return False
+    return not any(file.suffix == ".parquet" for file in _find_files(path)[0])
+
+
+def _find_images(folder: Path) -> list[Path]:
+    return sorted(file for file in _find_files(folder)[0] if file.suffix.lower() in IMAGES.suffixes())
+
+
+def load_pair_folder(folder: Path) -> DatasetDict:
+    """The columns "image" and "mask" of a folder of images and, beside them, a mask for each.
+
+    Images and masks lie in folders of such names ("images" and "masks", "annotations" or "labels", inside folders of
+    splits or around them), or side by side: `a.jpg` and `a.png`, `a.png` and `a_mask.png`.
+
+    Raises:
+        ValueError: an image has no mask or several, or nothing is found.
+    """
+    files = _describe(folder, _find_images(folder))
+    images = {(file.split, file.key): file for file in files if not file.is_mask}
+    masks: dict[tuple[str, str], list[Path]] = {}
+    for file in files:
+        if file.is_mask:
+            masks.setdefault((file.split, file.key), []).append(file.path)
+    if not images or not masks:
+        raise ValueError(
+            f"The folder '{folder}' holds {len(images)} images and {len(masks)} masks: for each image a mask is "
+            "needed, in a folder 'masks' beside 'images', or beside the image ('a.jpg' and 'a.png', or 'a_mask.png')."
+        )
+    for problem, wrong in (
+        ("no mask", [image for place, image in images.items() if place not in masks]),
+        ("several masks", [image for place, image in images.items() if len(masks.get(place, ())) > 1]),
+    ):
+        if wrong:
+            first = min(file.path for file in wrong)
+            raise ValueError(
+                f"{len(wrong)} of {len(images)} images in '{folder}' have {problem}; the first is '{first}'."
+            )
+    if idle := sorted(path for place, paths in masks.items() if place not in images for path in paths):
+        logger.warning("%d masks in '%s' have no image; the first is '%s'.", len(idle), folder, idle[0])
+    splits: dict[str, list[tuple[Path, Path]]] = {}
+    for (split, key), image in sorted(images.items()):
+        splits.setdefault(split, []).append((image.path, masks[split, key][0]))
+    features = Features({"image": Image(decode=False), "mask": Image(decode=False)})
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(
+                {
+                    "image": [{"bytes": None, "path": str(image)} for image, _ in pairs],
+                    "mask": [{"bytes": None, "path": str(mask)} for _, mask in pairs],
+                },
+                features=features,
+                split=NamedSplit(split),
+            )
+            for split, pairs in splits.items()
+        }
+    )
+
+
+def _describe(folder: Path, paths: Iterable[Path]) -> list[_File]:
+    paths = list(paths)
+    photos = {path.with_suffix("") for path in paths if path.suffix.lower() in LOSSY}
+    return [_describe_file(folder, path, photos) for path in paths]
+
+
+def _describe_file(folder: Path, path: Path, photos: set[Path]) -> _File:
+    parts = path.relative_to(folder).parts[:-1]
+    kinds = [part for part in parts if part.lower() in IMAGE_FOLDERS | MASK_FOLDERS]
+    if kinds:
+        is_mask = kinds[-1].lower() in MASK_FOLDERS
+    else:
+        lossless = path.suffix.lower() not in LOSSY
+        is_mask = lossless and (MASK_ENDS.search(path.stem) is not None or path.with_suffix("") in photos)
+    named = next((part for part in parts if part.lower() in SPLIT_NAMES), None)
+    rest = [part for part in parts if part != named and part not in kinds]
+    stem = (MASK_ENDS if is_mask else IMAGE_ENDS).sub("", path.stem)
+    return _File(path, "train" if named is None else SPLIT_NAMES[named.lower()], is_mask, "/".join([*rest, stem]))

@@ -1,0 +1,147 @@
+"""Random changes of an image that its mask goes through alike, as mmsegmentation trains: scale, crop, flip, colours.
+
+No library is asked: albumentations is no longer maintained, and its successor's licence is the AGPL; kornia resizes
+tensors without antialiasing, and its masks as floating-point numbers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+
+CROP_TRIES = 10
+
+
+@dataclass(frozen=True)
+class MaskAugmentation:
+    """What is done to a training image and its mask.
+
+    Attributes:
+        crop_size: (height, width) that all of them have in the end; what an image lacks is filled.
+        scale: by which factors of its size an image is resized, from the smallest to the largest.
+        horizontal_flip: probability of mirroring.
+        photometric_distortion: whether brightness, contrast, saturation and hue are changed.
+        most_of_a_class: the largest share of a crop's labelled pixels that one class should have; another crop is tried
+            then, ten times at most.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    crop_size: tuple[int, int] = (512, 512)
+    scale: tuple[float, float] = (0.5, 2.0)
+    horizontal_flip: float = 0.5
+    photometric_distortion: bool = True
+    most_of_a_class: float = 0.75
+
+    def __post_init__(self) -> None:
+        if len(self.crop_size) != 2 or min(self.crop_size) < 1:
+            raise ValueError(f"crop_size is {self.crop_size}: (height, width) in pixels is needed.")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise ValueError(f"scale is {self.scale}: 0 < smallest <= largest is needed.")
+        for name in ("horizontal_flip", "most_of_a_class"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to 1.")
+
+
+def augment(
+    image: Image.Image,
+    mask: np.ndarray,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    augmentation: MaskAugmentation,
+    ignore_index: int,
+    generator: np.random.Generator,
+) -> tuple[Image.Image, np.ndarray]:
+    """A part of an image, and that of its mask, both at most of the crop's size.
+
+    Args:
+        image: of mode "L" or "RGB".
+        mask: class ids (height, width).
+        size: (height, width) that the image is resized to before its random scale.
+        resample: filter of the image's resizing.
+        augmentation: what to do.
+        ignore_index: of the pixels that count in no class.
+        generator: of all that is random.
+    """
+    factor = generator.uniform(*augmentation.scale)
+    height, width = (max(1, round(side * factor)) for side in size)
+    # Where in the resized image: the rest need not be resized.
+    box = _choose_box(mask, (height, width), augmentation, ignore_index, generator)
+    image, mask = resize_part(image, (height, width), box, resample), part_of_mask(mask, (height, width), box)
+    if generator.random() < augmentation.horizontal_flip:
+        image, mask = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask[:, ::-1]
+    if augmentation.photometric_distortion:
+        image = distort_colours(image, generator)
+    return image, np.ascontiguousarray(mask)
+
+
+# (top, left, bottom, right) in pixels.
+Box = tuple[int, int, int, int]
+
+
+def _choose_box(
+    mask: np.ndarray,
+    size: tuple[int, int],
+    augmentation: MaskAugmentation,
+    ignore_index: int,
+    generator: np.random.Generator,
+) -> Box:
+    for _ in range(CROP_TRIES):
+        crop_height, crop_width = (min(crop, side) for crop, side in zip(augmentation.crop_size, size, strict=True))
+        top = int(generator.integers(size[0] - crop_height + 1))
+        left = int(generator.integers(size[1] - crop_width + 1))
+        box = (top, left, top + crop_height, left + crop_width)
+        if augmentation.most_of_a_class == 1:
+            break
+        labels = part_of_mask(mask, size, box)
+        _, counts = np.unique(labels[labels != ignore_index], return_counts=True)
+        if len(counts) > 1 and counts.max() < augmentation.most_of_a_class * counts.sum():
+            break
+    return box
+
+
+def resize_part(image: Image.Image, size: tuple[int, int], box: Box, resample: Image.Resampling) -> Image.Image:
+    """The part in a box of an image that is resized to a size (height, width)."""
+    top, left, bottom, right = box
+    vertical, horizontal = image.height / size[0], image.width / size[1]
+    part = (left * horizontal, top * vertical, right * horizontal, bottom * vertical)
+    return image.resize((right - left, bottom - top), resample, box=part)
+
+
+def part_of_mask(mask: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarray:
+    """The same of a mask, each pixel with the id of the nearest one."""
+    top, left, bottom, right = box
+    rows, columns = (
+        np.minimum((np.arange(first, last) + 0.5) * before / after, before - 1).astype(np.int64)
+        for first, last, before, after in zip((top, left), (bottom, right), mask.shape, size, strict=True)
+    )
+    return mask[rows[:, None], columns]
+
+
+def distort_colours(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """SSD's photometric distortion: brightness by up to 32 of 255, contrast and saturation by factors from 0.5 to 1.5,
+    hue by up to a tenth of the circle; each half of the time, contrast before or after the others."""
+    pixels = np.asarray(image).astype(np.float32)
+    if generator.random() < 0.5:
+        pixels += generator.uniform(-32, 32)
+    contrast_first, contrast = generator.random() < 0.5, generator.random() < 0.5
+    factor = generator.uniform(0.5, 1.5)
+    if contrast and contrast_first:
+        pixels *= factor
+    saturation = generator.uniform(0.5, 1.5) if generator.random() < 0.5 else 1.0
+    hue = generator.uniform(-18, 18) * 255 / 180 if generator.random() < 0.5 else 0.0
+    if image.mode == "RGB" and (saturation != 1.0 or hue != 0.0):
+        hsv = np.asarray(Image.fromarray(_as_bytes(pixels)).convert("HSV")).astype(np.float32)
+        hsv[..., 0] = (hsv[..., 0] + hue) % 256
+        hsv[..., 1] *= saturation
+        pixels = np.asarray(Image.fromarray(_as_bytes(hsv), mode="HSV").convert("RGB")).astype(np.float32)
+    if contrast and not contrast_first:
+        pixels *= factor
+    return Image.fromarray(_as_bytes(pixels))
+
+
+def _as_bytes(pixels: np.ndarray) -> np.ndarray:
+    return pixels.round().clip(0, 255).astype(np.uint8)

@@ -1,0 +1,315 @@
+"""Semantic segmentation: each pixel has one of the classes, or none."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import BaseImageProcessor
+
+from hf_vssm_prune.configuration_common import FEATURE_NORMS, pruned_config
+from hf_vssm_prune.feature_pyramid import PYRAMIDS
+from hf_vssm_prune.hub.model_card import Evaluation
+from hf_vssm_prune.precision import at_least_float32
+from hf_vssm_prune.training import segmentation_models
+from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
+from hf_vssm_prune.training.arguments.parsing import check_range, describe
+from hf_vssm_prune.training.data import ImageDatasets
+from hf_vssm_prune.training.data.mask_items import (
+    EvaluationMasks,
+    StreamedTrainingMasks,
+    TrainingMasks,
+    collate_masks,
+)
+from hf_vssm_prune.training.data.segmentation import (
+    PairStream,
+    load_segmentation_datasets,
+    load_segmentation_evaluation,
+)
+from hf_vssm_prune.training.losses import LossWeights, distillation_loss
+from hf_vssm_prune.training.mask_augmentation import MaskAugmentation
+from hf_vssm_prune.training.segmentation_models import HeadOptions, SegmentationModels
+from hf_vssm_prune.training.sliding_window import slide
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Scores
+from hf_vssm_prune.visualization import image_statistics
+from hf_vssm_prune.visualization_of_heads import draw_segmentation
+
+
+@dataclass
+class MaskArguments:
+    """What masks mean, and how images are segmented for measurement."""
+
+    label_file: str | None = field(
+        default=None,
+        metadata=describe("names of the classes, JSON or a line each; found beside the data by default", "--id2label"),
+    )
+    ignore_index: int = field(default=255, metadata=describe("id of the pixels that belong to no class"))
+    reduce_labels: bool = field(
+        default=False,
+        metadata=describe("0 is no class, and classes are counted from 1 (as in ADE20K)", "--do_reduce_labels"),
+    )
+    window: list[int] | None = field(
+        default=None,
+        metadata=describe("height and width of a window that slides over each image; by default it is seen whole"),
+    )
+    window_stride: list[int] | None = field(
+        default=None, metadata=describe("steps of the window; by default two thirds of it")
+    )
+    size_divisor: int = field(
+        default=1, metadata=describe("stretch images so that their sides are multiples of this, as PlainMamba does: 32")
+    )
+
+    def __post_init__(self) -> None:
+        check_range("ignore_index", self.ignore_index, 0, 2**31)
+        check_range("size_divisor", self.size_divisor, 1, 2**16)
+        if self.reduce_labels and self.ignore_index != 255:
+            raise ValueError(f"--reduce_labels makes 0 to 255: --ignore_index is {self.ignore_index}, it must be that.")
+        if self.window_stride is not None and self.window is None:
+            raise ValueError("--window_stride needs a --window.")
+        for name in ("window", "window_stride"):
+            if (value := getattr(self, name)) is not None:
+                _height_width(name, value)
+
+    def windows(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """The sliding window's (height, width), and its steps; None: images are seen whole."""
+        if self.window is None:
+            return None
+        window = _height_width("window", self.window)
+        if self.window_stride is not None:
+            return window, _height_width("window_stride", self.window_stride)
+        return window, (max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3))
+
+
+def _height_width(name: str, value: Sequence[int]) -> tuple[int, int]:
+    if len(value) not in (1, 2) or min(value) < 1:
+        raise ValueError(f"--{name} is {value}: a number of pixels, or height and width, are needed.")
+    return value[0], value[-1]
+
+
+@dataclass
+class SegmentationArguments(MaskArguments):
+    """What masks mean, how images are augmented, and what a new head is."""
+
+    crop_size: list[int] = field(
+        default_factory=lambda: [512], metadata=describe("height and width of training crops, or one number")
+    )
+    scale: list[float] = field(
+        default_factory=lambda: [0.5, 2.0], metadata=describe("smallest and largest factor of a training image's size")
+    )
+    hflip: float = field(default=0.5, metadata=describe("probability of mirroring an image"))
+    no_photometric_distortion: bool = field(
+        default=False, metadata=describe("leave brightness, contrast, saturation and hue as they are")
+    )
+    most_of_a_class: float = field(
+        default=0.75, metadata=describe("try another crop where one class has more of it than this")
+    )
+    short_side: int | None = field(
+        default=None,
+        metadata=describe("pixels to which images are resized, the long side at most 4 times as many; default: not"),
+    )
+    head_channels: int = field(default=512, metadata=describe("width of a new decode head"))
+    auxiliary_channels: int = field(default=256, metadata=describe("width of its auxiliary head"))
+    levels: list[int] | None = field(
+        default=None,
+        metadata=describe("layers, counted from 1, whose outputs it takes; default: at each quarter of the depth"),
+    )
+    feature_norm: str = field(
+        default="per_level", metadata=describe("how the backbone norms these outputs", choices=FEATURE_NORMS)
+    )
+    feature_pyramid: str | None = field(
+        default=None, metadata=describe("what makes maps of several sizes of them; default: none", choices=(*PYRAMIDS,))
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("short_side", "head_channels", "auxiliary_channels"):
+            check_range(name, getattr(self, name), 1, 2**16)
+        if self.levels is not None and (sorted(set(self.levels)) != self.levels or self.levels[0] < 1):
+            raise ValueError(f"--levels is {self.levels}: ascending numbers of layers from 1 are needed.")
+        self.augmentation()
+
+    def augmentation(self) -> MaskAugmentation:
+        return MaskAugmentation(
+            crop_size=_height_width("crop_size", self.crop_size),
+            scale=(self.scale[0], self.scale[-1]),
+            horizontal_flip=self.hflip,
+            photometric_distortion=not self.no_photometric_distortion,
+            most_of_a_class=self.most_of_a_class,
+        )
+
+    def head(self) -> HeadOptions:
+        return HeadOptions(
+            self.head_channels,
+            self.auxiliary_channels,
+            None if self.levels is None else tuple(self.levels),
+            self.feature_norm,
+            self.feature_pyramid,
+            self.ignore_index,
+        )
+
+
+class SemanticSegmentation:
+    """The head's own cross-entropy over labelled pixels, measured by mean intersection over union; see `task.Task`.
+
+    A batch has "pixel_values" (batch, channels, height, width) and "labels", class ids (batch, height, width); to
+    evaluate, lists of both where images differ in size. The scores of a batch are (batch, 3, classes), pixels as
+    `metrics.mean_iou.mean_iou.label_areas` counts them.
+
+    Args:
+        arguments: of training, or those of an evaluation.
+    """
+
+    name: ClassVar[str] = "semantic-segmentation"
+    auto_class: Any = SegmentationModels()
+    training_arguments: ClassVar[type] = SegmentationArguments
+    evaluation_arguments: ClassVar[type] = MaskArguments
+    metric_for_best_model: ClassVar[str] = "mean_iou"
+    greater_is_better: ClassVar[bool] = True
+    shown_metrics: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "mean_iou": ("mIoU", ".2%"),
+        "mean_accuracy": ("mean accuracy", ".2%"),
+        "overall_accuracy": ("pixel accuracy", ".2%"),
+    }
+
+    def __init__(self, arguments: MaskArguments | None = None) -> None:
+        self.arguments = arguments or SegmentationArguments()
+        self._training = arguments if isinstance(arguments, SegmentationArguments) else SegmentationArguments()
+        self.auto_class = SegmentationModels(self._training.head())
+
+    # Data
+
+    def load_datasets(self, data: DataArguments, seed: int) -> ImageDatasets:
+        given = self.arguments
+        return load_segmentation_datasets(data, given.label_file, given.ignore_index, given.reduce_labels, seed)
+
+    def load_evaluation_dataset(self, data: EvaluationDataArguments, seed: int) -> tuple[Any, Sequence[str]]:
+        given = self.arguments
+        return load_segmentation_evaluation(data, given.label_file, given.ignore_index, given.reduce_labels, seed)
+
+    def training_items(self, rows: Any, image_processor: BaseImageProcessor, seed: int) -> TrainingMasks:
+        kind = StreamedTrainingMasks if isinstance(rows, PairStream) else TrainingMasks
+        given = self._training
+        return kind(rows, image_processor, given.ignore_index, given.reduce_labels, given.augmentation(), seed)
+
+    def evaluation_items(self, rows: Any, image_processor: BaseImageProcessor) -> EvaluationMasks:
+        given = self.arguments
+        return EvaluationMasks(rows, image_processor, given.ignore_index, given.reduce_labels, given.size_divisor)
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
+        return collate_masks(items)
+
+    def example_batch(self, config: Any, batch_size: int, device: torch.device) -> Batch:
+        height, width = self._training.augmentation().crop_size
+        shape = (batch_size, pruned_config(config).num_channels, height, width)
+        labels = torch.randint(config.num_labels, (batch_size, height, width), device=device)
+        return {"pixel_values": torch.randn(shape, device=device), "labels": labels}
+
+    def image_processor(self, image_processor: BaseImageProcessor) -> BaseImageProcessor:
+        """That of a model in training, from the checkpoint's."""
+        return segmentation_models.segmentation_processor(image_processor, self._training.short_side)
+
+    # Models: labelled by name
+
+    def load_model(
+        self,
+        name_or_path: str,
+        label_names: Sequence[str],
+        drop_path_rate: float = 0.0,
+        ignore_mismatched_sizes: bool = False,
+        some_labels: bool = False,
+    ) -> PrunableModel:
+        return segmentation_models.load_model(
+            self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels
+        )
+
+    def load_teacher(
+        self,
+        name_or_path: str,
+        student: Any,
+        losses: LossWeights,
+        dtype: str = "float32",
+        image_size: int | None = None,
+    ) -> PrunableModel:
+        return segmentation_models.load_teacher(name_or_path, student, losses, dtype)
+
+    # Training
+
+    def mix(self, batch: Batch, config: Any, generator: np.random.Generator) -> Batch:
+        return batch
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        labels = batch["labels"]
+        # The head's loss is a mean over labelled pixels: of none it would be 0 / 0.
+        labelled = bool((labels != self.arguments.ignore_index).any())
+        return {"pixel_values": batch["pixel_values"]} | ({"labels": labels} if labelled else {})
+
+    def losses(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        loss = outputs.loss
+        return {"segmentation": at_least_float32(outputs.logits.sum() * 0.0 if loss is None else loss)}
+
+    def distillation(self, student: Any, teacher: Any, temperature: float) -> Tensor:
+        """Mean over all pixels, labelled or not."""
+        by_pixel = [outputs.logits.movedim(1, -1).flatten(0, -2) for outputs in (student, teacher)]
+        return distillation_loss(*by_pixel, temperature)
+
+    # Evaluation
+
+    def predict(self, model: PrunableModel, batch: Batch) -> Any:
+        """Outputs with `logits`, (batch, classes, height, width), or a list of (classes, height, width)."""
+        images = batch["pixel_values"]
+        windows = self.arguments.windows()
+        if windows is None and isinstance(images, Tensor):
+            return model(pixel_values=images)
+        if windows is None:
+            return SimpleNamespace(logits=[model(pixel_values=image.unsqueeze(0)).logits[0] for image in images])
+        return SimpleNamespace(
+            logits=[
+                slide(lambda part: model(pixel_values=part).logits, image.unsqueeze(0), *windows)[0] for image in images
+            ]
+        )
+
+    def scores(self, outputs: Any, batch: Batch) -> Scores:
+        return torch.stack(
+            [
+                self._areas(segment(logits, labels.shape), labels, num_labels=logits.shape[0])
+                for logits, labels in zip(outputs.logits, batch["labels"], strict=True)
+            ]
+        )
+
+    def metrics(self, scores: Sequence[Scores]) -> dict[str, float]:
+        from hf_vssm_prune.metrics.mean_iou.mean_iou import iou_from_areas
+
+        metrics = iou_from_areas(torch.cat(list(scores)).sum(dim=0).numpy())  # type: ignore[arg-type]
+        return {name: metrics[name] for name in self.shown_metrics}
+
+    def _areas(self, predicted: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+        # `evaluate`, which the metrics' file imports, takes a second, and only the training extra has it.
+        from hf_vssm_prune.metrics.mean_iou.mean_iou import label_areas
+
+        areas = label_areas(predicted.cpu().numpy(), labels.cpu().numpy(), num_labels, self.arguments.ignore_index)
+        return torch.from_numpy(areas).to(predicted.device)
+
+    # To look at
+
+    def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
+        images = batch["pixel_values"]
+        first = images[:1] if isinstance(images, Tensor) else images[0].unsqueeze(0)
+        return draw_segmentation(model, first, *image_statistics(image_processor))
+
+    def evaluation_on_card(
+        self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
+    ) -> Evaluation | None:
+        return None
+
+
+def segment(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Class ids (height, width) of a size, from logits (classes, height, width) of any."""
+    logits = at_least_float32(logits).unsqueeze(0)
+    if logits.shape[-2:] != tuple(size):
+        logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+    return logits[0].argmax(dim=0)

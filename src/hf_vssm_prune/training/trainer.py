@@ -1,0 +1,188 @@
+"""transformers' `Trainer` with this package's losses: for notebooks, hyperparameter search, DeepSpeed and whatever else
+plugs into it. `training.loop` is our own loop, which the commands run.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hf_vssm_prune.families import VisionMamba
+from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe, create_model_card
+from hf_vssm_prune.training.arguments import ElasticArguments
+from hf_vssm_prune.training.batch_norm import freeze_batch_norm
+from hf_vssm_prune.training.elastic import draw_schedule, pruned_layers
+from hf_vssm_prune.training.losses import LossWeights, training_loss
+from hf_vssm_prune.training.optimization import decays, parameter_groups
+from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
+from hf_vssm_prune.training.tasks.task import PrunableModel, Task
+
+
+class TokenPruningTrainer(transformers.Trainer):
+    """Fine-tunes a model of this package, pruned or dense, with a dense teacher.
+
+    Beside its arguments everything is as in transformers' `Trainer`, which computes the metrics, saves and resumes. An
+    image processor is its `processing_class`. Rows of a `datasets.Dataset` with a transform need
+    `remove_unused_columns=False`. With adapters (PEFT) batch norm keeps its statistics, which no adapter saves.
+
+    Args:
+        model, args, options: as `Trainer` takes them, `compute_loss_func` excepted.
+        teacher: the dense model; by default a copy of the model without pruning, where the losses need one.
+        losses: weights of distillation and alignment; by default 1 for each. See `training.losses`.
+        task: has the loss of the batches, and mixes them (mixup, CutMix); by default image classification without
+            mixing, smoothed by the arguments' `label_smoothing_factor`.
+        elastic_budgets: fractions of FLOPs to remove; each step draws one of them, 0 being dense, and the model's own
+            schedule serves evaluation alone.
+        layer_decay: factor of the learning rate from each layer to the one before.
+
+    Raises:
+        ValueError: a layer to align is not there, a budget cannot be met, or labels would be smoothed twice.
+    """
+
+    def __init__(
+        self,
+        model: PrunableModel | None = None,
+        args: transformers.TrainingArguments | None = None,
+        *,
+        teacher: PrunableModel | None = None,
+        losses: LossWeights | None = None,
+        task: Task | None = None,
+        elastic_budgets: Sequence[float] = (),
+        layer_decay: float | None = None,
+        **options: Any,
+    ) -> None:
+        self.losses = LossWeights(kd_weight=1.0, alignment_weight=1.0) if losses is None else losses
+        self.elastic = ElasticArguments(list(elastic_budgets))
+        self.layer_decay = layer_decay
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self._step, self._batch_of_step = -1, 0
+        super().__init__(model, args, **options)
+        if model is not None:
+            self._add_elastic_schedules(self.model)
+        self.task = self._default_task() if task is None else task
+        if task is not None and self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor and a task that smooths labels exclude each other: give one.")
+        self.losses.check_layers(self.model.config.num_hidden_layers)
+        # Ours is a mean over the batch, whatever the model's own loss takes.
+        self.model_accepts_loss_kwargs = False
+        self.teacher = self._prepare_teacher(teacher) if self.losses.needs_teacher else None
+
+    def _default_task(self) -> ImageClassification:
+        return ImageClassification(AugmentationArguments(mixup=0, cutmix=0, smoothing=self.args.label_smoothing_factor))
+
+    def _prepare_teacher(self, teacher: PrunableModel | None) -> PrunableModel:
+        if teacher is None:
+            teacher = copy.deepcopy(self.model)
+            teacher.set_token_pruning(None)
+        return teacher.to(self.args.device).eval().requires_grad_(False)
+
+    def _add_elastic_schedules(self, model: PrunableModel) -> None:
+        self.elastic_schedules = self.elastic.schedules(model.config)
+        for schedule in self.elastic_schedules:
+            model.add_pruning_parameters(schedule)
+        model.freeze_pruning_parameters([model.config.token_pruning, *self.elastic_schedules])
+
+    def call_model_init(self, trial: Any = None) -> PrunableModel:
+        """A new model for each trial of a hyperparameter search."""
+        model = super().call_model_init(trial)
+        self._add_elastic_schedules(model)
+        return model
+
+    # The loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """In training the loss of `training.losses`, in evaluation the task's own terms alone."""
+        if not model.training:
+            outputs = model(**self.task.inputs(inputs))
+            loss = torch.stack(list(self.task.losses(outputs, inputs).values())).sum()
+            return (loss, outputs) if return_outputs else loss
+        if getattr(self.model, "peft_config", None):
+            # Adapters are saved alone, and these statistics belong to the model: they must stay as they are.
+            freeze_batch_norm(self.model)
+        config, seed = self.model.config, self.args.seed
+        batch = self.task.mix(dict(inputs), config, self._generator_of_batch())
+        keywords = self.task.inputs(batch) | {"output_hidden_states": self.losses.alignment_weight > 0}
+        schedule, drawn = config.token_pruning, {}
+        if self.elastic_schedules:
+            schedule = draw_schedule(self.elastic_schedules, seed, 0, self.state.global_step)
+            drawn = {"token_pruning": schedule}
+        outputs = model(**keywords, **drawn)
+        teacher = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.teacher(**keywords)
+        terms = training_loss(self.task, outputs, teacher, batch, self.losses, pruned_layers(schedule))
+        loss = terms.pop("loss")
+        for name, value in terms.items():
+            self._terms[name].append(value.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def _generator_of_batch(self) -> np.random.Generator:
+        """Depends on the seed, the step, the batch within it and the process alone, so that a run resumes exactly."""
+        same_step = self.state.global_step == self._step
+        self._step, self._batch_of_step = self.state.global_step, self._batch_of_step + 1 if same_step else 0
+        return np.random.default_rng([self.args.seed, self._step, self._batch_of_step, self.args.process_index])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of each term of the loss to the logs of training."""
+        if "loss" in logs:
+            for name, values in self._terms.items():
+                logs[name] = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
+            self._terms.clear()
+        super().log(logs, start_time)
+
+    # The optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """No decay on norms, biases, `A_log`, `D`, position embeddings and the class token."""
+        return [name for name, parameter in model.named_parameters() if decays(name, parameter)]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """transformers' own, by depth where the learning rate falls towards the input."""
+        if self.layer_decay is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        options = self.args.learning_rate, self.args.weight_decay, self.layer_decay
+        groups = parameter_groups(self.model if model is None else model, *options)
+        optimizer_class, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = optimizer_class(groups, **keywords)
+        return self.optimizer
+
+    # The card
+
+    def create_model_card(self, model_name: str | None = None, **options: Any) -> None:
+        """Writes this package's card into the output folder: what is pruned where, how it was trained.
+
+        Args:
+            model_name: its title; by default the folder's name.
+            options: `license`, `tags` and `dataset` of transformers' own method; the others have no place in it.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, VisionMamba):  # one with adapters, whose card is PEFT's
+            return super().create_model_card(model_name=model_name, **options)
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay", "seed")
+        choices = {name: getattr(self.args, name) for name in names}
+        dataset = options.get("dataset")
+        info = ModelCardInfo(
+            name=model_name or folder.absolute().name,
+            model_id=self.hub_model_id or model_name,
+            license=options.get("license"),
+            datasets=[dataset] if isinstance(dataset, str) else list(dataset or []),
+            tags=[options["tags"]] if isinstance(options.get("tags"), str) else list(options.get("tags") or []),
+            training=TrainingRecipe(
+                description="Fine-tuned with `hf_vssm_prune.training.TokenPruningTrainer`.",
+                hyperparameters={**choices, **asdict(self.losses)},
+            ),
+        )
+        create_model_card(model, info, self.processing_class).save(folder / "README.md")

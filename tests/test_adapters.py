@@ -1,0 +1,100 @@
+"""Adapters (PEFT) on pruned models, from training to a Hub and back."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PATIENCE, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from hub_server import HubServer
+from test_training import fresh_accelerator  # noqa: F401
+from transformers import AutoModelForImageClassification, TrainingArguments
+
+from hf_vssm_prune.training import TokenPruningTrainer
+
+
+peft = pytest.importorskip("peft")
+
+
+def lora(**options):
+    targets = ["in_proj", "x_proj", "out_proj"]
+    return peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["classifier"], **options)
+
+
+def train(model, folder: Path, batches: int = 3) -> None:
+    items = [{"pixel_values": torch.randn(3, 32, 32) + i % 3, "labels": i % 3} for i in range(4 * batches)]
+    options = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none", "disable_tqdm": True}
+    arguments = TrainingArguments(str(folder), use_cpu=True, num_train_epochs=1, save_strategy="no", **options)
+    TokenPruningTrainer(model, arguments, train_dataset=items).train()
+
+
+def logits(model, pixel_values: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(pixel_values).logits
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("make_config", [make_plainmamba_config, make_vim_config])
+def test_train_save_load_and_merge(make_config, use_dora, pixel_values, tmp_path):
+    model = AutoModelForImageClassification.from_config(make_config(token_pruning=dict(TOKEN_PRUNING)))
+    model.save_pretrained(tmp_path / "base")
+    before = logits(model, pixel_values)
+    adapted = peft.get_peft_model(model, lora(use_dora=use_dora))
+    frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if "running_" in name}
+    train(adapted, tmp_path / "run")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in frozen.items())
+    trained = logits(adapted, pixel_values)
+    assert not torch.allclose(trained, before, atol=1e-3)
+
+    adapted.save_pretrained(tmp_path / "adapters")
+    base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapters")
+    torch.testing.assert_close(logits(loaded, pixel_values), trained, atol=1e-5, rtol=1e-4)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged, pixel_values), trained, atol=1e-4, rtol=1e-3)
+    merged.save_pretrained(tmp_path / "merged")
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(opened, pixel_values), trained, atol=1e-4, rtol=1e-3)
+    assert opened.config.token_pruning["layers"] == TOKEN_PRUNING["layers"]
+
+
+PROGRAM = """
+import sys
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageClassification
+import hf_vssm_prune
+
+base = AutoModelForImageClassification.from_pretrained(sys.argv[1]).eval()
+adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["in_proj", "out_proj"]))
+with torch.no_grad():
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_()
+pixel_values = torch.randn(2, 3, 32, 32)
+with torch.no_grad():
+    expected = adapted.eval()(pixel_values).logits
+adapted.push_to_hub("user/adapters")
+fresh = AutoModelForImageClassification.from_pretrained(sys.argv[1])
+opened = PeftModel.from_pretrained(fresh, "user/adapters").eval()
+with torch.no_grad():
+    torch.testing.assert_close(opened(pixel_values).logits, expected)
+print("same")
+"""
+
+
+def test_adapters_are_pushed_and_loaded_by_name(tmp_path):
+    model = AutoModelForImageClassification.from_config(make_vim_config(token_pruning=dict(TOKEN_PRUNING)))
+    model.save_pretrained(tmp_path / "base")
+    with HubServer() as hub:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {**hub.environment(tmp_path / "home", "hf_test"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "base")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.splitlines()[-1] == "same"
+        files = hub.files("user/adapters")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files.keys()
+    assert "model.safetensors" not in files

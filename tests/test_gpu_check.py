@@ -1,0 +1,68 @@
+"""The check for GPUs, rehearsed where there is none: a wrong kernel is named, and what hangs costs only its part."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_script
+
+from hf_vssm_prune.kernels import KERNELS
+
+
+gpu_check = load_script("gpu_check")
+
+from gpu_checking import golden, kernels, models, training  # noqa: E402
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> argparse.Namespace:
+    return gpu_check.parse_options(["--output_dir", str(tmp_path), "--device", "cpu", "--small"])
+
+
+def test_models_and_training_steps_are_measured(options) -> None:
+    for part in (models.time_models, training.time_training):
+        report = part(options)
+        assert report.wrong == []
+        ((title, rows),) = [(table["title"], table["rows"]) for table in report.tables]
+        assert len(rows) >= 3, title
+        assert all(float(row[-3]) > 0 and float(row[-2]) > 0 for row in rows)
+
+
+@pytest.fixture
+def triton_is_there() -> None:
+    if reason := KERNELS["triton"].unavailable("cpu"):
+        pytest.skip(reason)
+
+
+def test_kernels_are_right(options, triton_is_there) -> None:
+    report = kernels.check_kernels(options)
+    assert report.wrong == []
+    assert {row[2] for row in report.tables[0]["rows"]} == {"float32", "bfloat16", "float16"}
+
+
+def test_a_wrong_kernel_is_named(options, triton_is_there, monkeypatch) -> None:
+    right = KERNELS["triton"].selective_scan
+    monkeypatch.setattr(KERNELS["triton"], "selective_scan", lambda *arguments: right(*arguments) * 1.001)
+    report = kernels.check_kernels(options)
+    assert any(line.startswith("triton, one path, float32: ") for line in report.wrong)
+
+
+def test_golden_cases(options, shared) -> None:
+    options.golden = shared / "golden"
+    report = golden.check_golden_cases(options)
+    assert report.wrong == []
+    assert report.tables[0]["rows"]
+
+
+def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(gpu_check.PARTS, "models", gpu_check.PARTS["models"]._replace(seconds=0.5))
+    missing = ["--golden", str(tmp_path / "nothing")]
+    arguments = ["--output_dir", str(tmp_path / "out"), "--device", "cpu", "--small", *missing]
+    assert gpu_check.main([*arguments, "--patience", "4", "--parts", "models", "machine"]) == 1
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: result["status"] for name, result in results.items()} == {"models": "too slow", "machine": "ok"}
+    page = (tmp_path / "out" / "gpu_check.md").read_text()
+    assert "| models | too slow |" in page
+    assert f"torch {torch.__version__}" in page

@@ -1,0 +1,172 @@
+"""mmsegmentation's files against ours: the official models' maps and logits, and the way there and back."""
+
+import copy
+
+import pytest
+import torch
+from golden import GoldenCase
+from safetensors.torch import load_file
+from transformers import UperNetConfig, UperNetForSemanticSegmentation
+
+from hf_vssm_prune import PlainMambaConfig
+from hf_vssm_prune.conversion import (
+    convert_official_state_dict,
+    convert_to_official_state_dict,
+    infer_config,
+    load_official_model,
+    save_official_model,
+)
+
+
+CASES = ["seg_plainmamba_small", "seg_plainmamba_small_rect"]
+LEVELS = ["stage6", "stage12", "stage18", "stage24"]
+
+
+@pytest.fixture(params=CASES)
+def case(request, shared):
+    return GoldenCase.load(shared / "golden" / "segmentation", request.param)
+
+
+def make_model(case: GoldenCase) -> UperNetForSemanticSegmentation:
+    state_dict = case.state_dict()
+    config = infer_config(state_dict, image_size=case.recipe["arch"]["img_size"])
+    model = UperNetForSemanticSegmentation(config).eval()
+    model.load_state_dict(convert_official_state_dict(config, state_dict), strict=True)
+    model.auxiliary_head.in_index = case.recipe["auxiliary_head"]["in_index"]
+    return model
+
+
+def assert_close(actual, expected):
+    """Within 1e-4 of the largest value's scale."""
+    scale = float(abs(expected).max())
+    torch.testing.assert_close(actual, torch.from_numpy(expected), rtol=0, atol=1e-4 * scale)
+
+
+def test_maps_and_logits_are_the_official_ones(case):
+    model, pixel_values = make_model(case), case.pixel_values()
+    assert sum(parameter.numel() for parameter in model.parameters()) == case.recipe["num_parameters"]
+    runs = {"dense": None} | {
+        each["name"]: {
+            "layers": each["layers"],
+            "keep_ratios": each["keep"],
+            "alignment": each["alignment"],
+            "importance": each["importance"],
+            "method": "top",
+        }
+        for each in case.recipe["pruned"]
+    }
+    for name, schedule in runs.items():
+        model.backbone.set_token_pruning(schedule)
+        with torch.no_grad():
+            outputs = model.backbone(pixel_values)
+            logits = model.decode_head(list(outputs.feature_maps))
+            auxiliary_logits = model.auxiliary_head(list(outputs.feature_maps))
+        for level, feature_map in enumerate(outputs.feature_maps):
+            assert_close(feature_map, case.expected[f"{name}.level{level}"])
+        for stage, kept in enumerate(outputs.kept_tokens or ()):
+            assert kept.tolist() == case.expected[f"{name}.kept{stage}"].tolist()
+        assert_close(logits, case.expected[f"{name}.logits"])
+        assert_close(auxiliary_logits, case.expected[f"{name}.aux_logits"])
+
+
+def test_there_and_back(case):
+    model, expected = make_model(case), case.state_dict()
+    official = convert_to_official_state_dict(model.config, model.state_dict())
+    assert official.keys() == expected.keys()
+    assert all(torch.equal(official[key], expected[key]) for key in expected)
+
+
+@pytest.fixture(scope="module")
+def l1_upernet() -> UperNetForSemanticSegmentation:
+    """Of random weights, as mmsegmentation's configuration for ADE20K has it."""
+    torch.manual_seed(0)
+    backbone = PlainMambaConfig.from_preset("L1", out_features=LEVELS, feature_norm="per_level")
+    config = UperNetConfig(backbone_config=backbone, hidden_size=512, auxiliary_channels=256, num_labels=150)
+    return UperNetForSemanticSegmentation(config).eval()
+
+
+def test_a_whole_l1_there_and_back(l1_upernet, tmp_path):
+    official = convert_to_official_state_dict(l1_upernet.config, l1_upernet.state_dict())
+    assert len(official) == 447
+    assert l1_upernet.num_parameters() == 35_455_596
+    for name, shape in {
+        "backbone.norm_layer5.weight": (192,),
+        "backbone.ln1.bias": (192,),
+        "decode_head.psp_modules.3.1.conv.weight": (512, 192, 1, 1),
+        "decode_head.lateral_convs.0.bn.running_var": (512,),
+        "decode_head.conv_seg.weight": (150, 512, 1, 1),
+        "auxiliary_head.convs.0.conv.weight": (256, 192, 3, 3),
+        "auxiliary_head.conv_seg.bias": (150,),
+    }.items():
+        assert official[name].shape == shape
+    # As training saves it: counters that old files lack, and what else lies beside the weights.
+    counters = [name for name in official if name.endswith("num_batches_tracked")]
+    stored = {name: tensor for name, tensor in official.items() if name not in counters}
+    torch.save({"state_dict": stored, "meta": {"iter": 160_000, "CLASSES": ("wall",)}}, tmp_path / "l1_upernet.pth")
+    model = load_official_model(tmp_path / "l1_upernet.pth")
+    assert model.config.backbone_config.out_features == LEVELS
+    assert model.auxiliary_head.in_index == 3
+    tensors = l1_upernet.state_dict()
+    assert model.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    save_official_model(model, tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == official.keys()
+    assert all(torch.equal(back[name], official[name]) for name in official)
+
+
+def make_small_official(**changes):
+    options = {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "state_size": 4,
+        "out_features": ["stage1", "stage3", "stage4"],
+        "feature_norm": "per_level",
+    }
+    config = UperNetConfig(
+        backbone_config=PlainMambaConfig(**options), hidden_size=12, auxiliary_channels=8, num_labels=5, **changes
+    )
+    model = UperNetForSemanticSegmentation(config).eval()
+    return model, convert_to_official_state_dict(config, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_auxiliary_head": False}, {"auxiliary_num_convs": 2, "auxiliary_concat_input": True}]
+)
+def test_options_are_read_off_the_tensors(changes):
+    model, official = make_small_official(**changes)
+    config = infer_config(official)
+    assert config.backbone_config.to_dict() == model.config.backbone_config.to_dict()
+    for name in ("hidden_size", "num_labels", "use_auxiliary_head"):
+        assert getattr(config, name) == getattr(model.config, name)
+    other = UperNetForSemanticSegmentation(config).eval()
+    other.load_state_dict(convert_official_state_dict(config, official))
+    images = torch.randn(1, 3, 40, 32)
+    with torch.no_grad():
+        assert torch.equal(other(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda official: official.pop("decode_head.conv_seg.bias"), r"missing: decode_head\.conv_seg\.bias \[5\]"),
+        (lambda official: official.pop("decode_head.conv_seg.weight"), r"missing: decode_head\.conv_seg\.weight"),
+        (lambda official: official.update(extra=torch.ones(2)), r"unexpected: extra \[2\]"),
+        (
+            lambda official: official.update({"backbone.norm_layer0.weight": torch.ones(3)}),
+            r"shape: backbone\.norm_layer0\.weight is \[3\] in the checkpoint and \[16\]",
+        ),
+        (
+            lambda official: [official.pop(f"backbone.norm_layer0.{part}") for part in ("weight", "bias")],
+            r"norms the outputs of layers \[2\] of 4, and its decode head takes 2 levels",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    _, official = make_small_official()
+    official = copy.copy(official)
+    change(official)
+    with pytest.raises(ValueError, match=message):
+        convert_official_state_dict(infer_config(official), official)

@@ -1,0 +1,254 @@
+"""transformers' Trainer with this package's losses: the same as our loop's, resumed to the bit, pushed and opened."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PATIENCE, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from hub_server import HubServer
+from safetensors.torch import load_file
+from test_training import (  # noqa: F401
+    datasets,
+    fresh_accelerator,
+    image_folder,
+    make_recipe,
+    make_trainer,
+    plain_augmentation,
+)
+from transformers import AutoModelForImageClassification, TrainingArguments
+
+from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
+from hf_vssm_prune.metrics import load_metric
+from hf_vssm_prune.training import TokenPruningTrainer
+from hf_vssm_prune.training.data import EvaluationImages
+from hf_vssm_prune.training.losses import LossWeights
+from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
+
+
+LOSSES = LossWeights(kd_weight=0.7, kd_temperature=2.0, alignment_weight=0.3)
+
+
+def make_model(config):
+    torch.manual_seed(0)
+    return AutoModelForImageClassification.from_config(config)
+
+
+def arguments(folder: Path, **changes) -> TrainingArguments:
+    defaults = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "use_cpu": True,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return TrainingArguments(str(folder), **{**defaults, **changes})
+
+
+def images_of(rows, config) -> EvaluationImages:
+    return EvaluationImages(rows, new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_pct=1.0))
+
+
+@pytest.mark.parametrize("make_config", [make_plainmamba_config, make_vim_config])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_loss_of_a_batch_is_the_loops(make_config, mixed, datasets, tmp_path):  # noqa: F811
+    config = make_config(token_pruning=dict(TOKEN_PRUNING), drop_path_rate=0.0)
+    augmentation = plain_augmentation(mixup=0.8, cutmix=1.0, smoothing=0.1) if mixed else plain_augmentation()
+    teacher = make_model(make_config()).requires_grad_(False)
+    loop = make_trainer(config, datasets, make_recipe(tmp_path / "loop", LOSSES, augmentation), teacher)
+    task = ImageClassification(augmentation)
+    options = {"teacher": teacher, "losses": LOSSES, "task": task}
+    ours = TokenPruningTrainer(make_model(config), arguments(tmp_path / "trainer", seed=0), **options)
+    ours.create_optimizer()
+    batch = next(iter(loop.loaders.train))
+    loop.model.train()
+    terms = loop._losses(batch, epoch=0, index=0)
+    ours.model.train()
+    loss = ours.compute_loss(ours.model, dict(batch))
+    assert torch.equal(loss, terms["loss"])
+    terms["loss"].backward()
+    loss.backward()
+    others = dict(ours.model.named_parameters())
+    for name, parameter in loop.plain_model.named_parameters():
+        assert torch.equal(parameter.grad, others[name].grad), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_gradients_of_accumulated_batches_are_those_of_one_batch(accumulation, datasets, tmp_path):  # noqa: F811
+    """A mean over the batch, which Trainer has to divide by the number of batches."""
+    config = make_vim_config(token_pruning=dict(TOKEN_PRUNING))
+    options = {
+        "per_device_train_batch_size": 12 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 1,
+        "max_grad_norm": 1e9,
+    }
+    trainer = TokenPruningTrainer(
+        make_model(config), arguments(tmp_path, **options), train_dataset=images_of(datasets.train, config)
+    )
+    trainer.train()
+    (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    whole = TokenPruningTrainer(
+        make_model(config),
+        arguments(tmp_path, **{**options, "per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}),
+        train_dataset=images_of(datasets.train, config),
+    )
+    whole.train()
+    (expected,) = (entry for entry in whole.state.log_history if "loss" in entry)
+    for name in ("loss", "grad_norm", "cross_entropy", "distillation", "alignment"):
+        assert logged[name] == pytest.approx(expected[name], rel=1e-4), name
+    total = logged["cross_entropy"] + logged["distillation"] + logged["alignment"]
+    assert logged["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return load_metric("top_k_accuracy").compute(
+        predictions=prediction.predictions.argmax(-1), references=prediction.label_ids
+    )
+
+
+def test_it_learns_evaluates_and_resumes_to_the_bit(datasets, tmp_path):  # noqa: F811
+    config = make_vim_config(token_pruning=dict(TOKEN_PRUNING), drop_path_rate=0.2)
+
+    def trainer(folder: str, **changes) -> TokenPruningTrainer:
+        schedule = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12, "eval_strategy": "epoch", "seed": 3}
+        return TokenPruningTrainer(
+            make_model(config),
+            arguments(tmp_path / folder, **{**schedule, **changes}),
+            train_dataset=images_of(datasets.train, config),
+            eval_dataset=images_of(datasets.evaluation, config),
+            compute_metrics=accuracy,
+            task=ImageClassification(plain_augmentation(mixup=0.8)),
+            elastic_budgets=[0.0, 0.2, 0.3],
+        )
+
+    whole = trainer("whole")
+    before = whole.evaluate()
+    whole.train()
+    after = whole.evaluate()
+    assert after["eval_loss"] < before["eval_loss"]
+    assert 0 <= after["eval_top1"] <= 1
+    assert whole.predict(images_of(datasets.evaluation, config)).predictions.shape == (15, 3)
+
+    resumed = trainer("whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    weights, others = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_parameters_decay_as_in_the_loop(tmp_path):
+    model = make_model(make_vim_config())
+    trainer = TokenPruningTrainer(model, arguments(tmp_path, weight_decay=0.05), losses=LossWeights())
+    trainer.create_optimizer()
+    undecayed = {
+        id(p) for group in trainer.optimizer.param_groups for p in group["params"] if not group["weight_decay"]
+    }
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in undecayed}
+    assert {"vim.embeddings.class_token", "vim.layers.0.norm.weight", "classifier.bias"} <= names
+    assert any(name.endswith("A_log") for name in names)
+    assert "classifier.weight" not in names
+    assert trainer.teacher is None
+
+    layered = TokenPruningTrainer(model, arguments(tmp_path, learning_rate=1.0), losses=LossWeights(), layer_decay=0.5)
+    layered.create_optimizer()
+    rates = {id(p): group["lr"] for group in layered.optimizer.param_groups for p in group["params"]}
+    assert rates[id(model.vim.embeddings.class_token)] == 0.5**5
+    assert rates[id(model.classifier.weight)] == 1.0
+
+
+def test_every_trial_of_a_search_has_its_own_model(datasets, tmp_path):  # noqa: F811
+    config = make_vim_config(token_pruning=dict(TOKEN_PRUNING))
+    trainer = TokenPruningTrainer(
+        args=arguments(tmp_path, max_steps=1),
+        model_init=lambda trial: make_model(config),
+        train_dataset=images_of(datasets.train, config),
+        elastic_budgets=[0.3],
+    )
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first
+    assert not any(parameter.requires_grad for parameter in trainer.teacher.parameters())
+    assert trainer.teacher.config.token_pruning is None
+
+
+def test_smoothing_by_the_arguments(tmp_path):
+    config = make_vim_config()
+    trainer = TokenPruningTrainer(
+        make_model(config), arguments(tmp_path, label_smoothing_factor=0.2), losses=LossWeights()
+    )
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.tensor([0, 1, 2, 0])}
+    trainer.model.train()
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    expected = torch.nn.functional.cross_entropy(outputs.logits, batch["labels"], label_smoothing=0.2)
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match="label_smoothing_factor and a task that smooths labels exclude each other"):
+        TokenPruningTrainer(
+            make_model(config),
+            arguments(tmp_path, label_smoothing_factor=0.2),
+            task=ImageClassification(AugmentationArguments()),
+        )
+
+
+def test_wrong_layers_and_budgets_are_refused(tmp_path):
+    model = make_model(make_vim_config())
+    with pytest.raises(ValueError, match="the model has layers 0 to 3"):
+        TokenPruningTrainer(model, arguments(tmp_path), losses=LossWeights(alignment_weight=1, alignment_layers=(9,)))
+    with pytest.raises(ValueError, match=r"--elastic_budgets has \[1.5\]"):
+        TokenPruningTrainer(model, arguments(tmp_path), elastic_budgets=[1.5])
+
+
+PROGRAM = """
+import sys
+import torch
+from datasets import Dataset
+from transformers import AutoModelForImageClassification, TrainingArguments, pipeline
+from hf_vssm_prune import PlainMambaConfig
+from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.training import TokenPruningTrainer
+
+config = PlainMambaConfig(
+    image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=4, num_stem_convs=1, num_labels=3,
+    token_pruning={"layers": [1, 3], "keep_ratios": [0.7, 0.6]},
+)
+items = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 3} for i in range(8)]
+arguments = TrainingArguments(
+    sys.argv[1], max_steps=2, report_to="none", use_cpu=True, push_to_hub=True, hub_model_id="user/trained",
+)
+processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
+model = AutoModelForImageClassification.from_config(config)
+trainer = TokenPruningTrainer(model, arguments, train_dataset=items, processing_class=processor)
+trainer.train()
+trainer.push_to_hub(dataset="user/photos")
+classify = pipeline("image-classification", "user/trained")
+from PIL import Image
+print(len(classify(Image.new("RGB", (40, 50), "red"))))
+opened = AutoModelForImageClassification.from_pretrained("user/trained", trust_remote_code=True)
+print(opened.config.token_pruning["layers"])
+"""
+
+
+def test_push_and_load_by_name(tmp_path):
+    with HubServer() as hub:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {**hub.environment(tmp_path / "home", "hf_test"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.splitlines()[-2:] == ["3", "[1, 3]"]
+        files = hub.files("user/trained")
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "modeling_plainmamba.py"} <= files.keys()
+    card = files["README.md"].decode()
+    assert "# trained" in card
+    assert "TokenPruningTrainer" in card
+    assert "user/photos" in card
+    assert "| kd_weight | 1.0 |" in card
+    assert str(tmp_path) not in card
+    pushed = load_file(tmp_path / "run" / "model.safetensors")
+    loaded = load_classifier(tmp_path / "run").state_dict()
+    assert all(np.array_equal(pushed[name], loaded[name]) for name in pushed)
