@@ -4,7 +4,8 @@
     hf-vssm-prune convert models/vim-s vim_s.safetensors
 
 A file as the source becomes a folder, and a folder a file; tensors are renamed, never changed. Sizes are read off the
-tensors. Nothing that is there already is overwritten, an empty folder excepted.
+tensors; those of mmsegmentation's PlainMamba with UPerNet become transformers' model of that name. Nothing that is
+there already is overwritten, an empty folder excepted.
 """
 
 import argparse
@@ -18,14 +19,18 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vssm_prune import count_flops
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
 from hf_vssm_prune.conversion import load_official_model, save_official_model
 from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
-from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
+from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model, new_image_processor
 from hf_vssm_prune.hub.model_card import format_flops
 from hf_vssm_prune.label_maps import names_by_id
 from hf_vssm_prune.training.labels import name_labels
+from hf_vssm_prune.training.segmentation_models import segmentation_processor
+
+
+SHORT_SIDE = 512  # of images, as segmentation models were tested on ADE20K
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -106,14 +111,19 @@ def to_folder(options: argparse.Namespace) -> ImageClassifier:
     model = load_official_model(options.source, options.ema, options.family, **overrides)
     if options.id2label is not None:
         set_labels(model.config, options.id2label)
-    processor = new_image_processor(model.config, options.image_mean, options.image_std, options.crop_pct)
+    backbone = pruned_config(model.config)
+    processor = new_image_processor(backbone, options.image_mean, options.image_std, options.crop_pct)
+    if backbone is not model.config:
+        processor = segmentation_processor(processor, SHORT_SIDE)
     card = ModelCardInfo(name=options.target.resolve().name, original_weights=options.source.name)
     save_for_hub(model, options.target, processor, card)
     return model
 
 
 def to_checkpoint(options: argparse.Namespace) -> ImageClassifier:
-    model = load_classifier(options.source)
+    config = load_config(str(options.source))
+    load = load_classifier if pruned_config(config) is config else load_dense_model
+    model = load(options.source)
     save_official_model(model, options.target)
     return model
 
@@ -139,13 +149,14 @@ def read_labels(file: Path) -> list[str]:
 
 
 def summary(model: ImageClassifier) -> str:
-    config, flops = model.config, count_flops(model.config).dense
+    config, flops = pruned_config(model.config), count_flops(model.config).dense
+    head = "" if config is model.config else f"{model.config.model_type} on "
     *frames, height, width = config.input_size
     inputs = f"videos of {frames[0]} frames of" if frames else "images of"
     patches = " x ".join(map(str, config.grid_size))
     return (
-        f"{config.model_type}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {inputs} "
-        f"{height} x {width} pixels as {patches} patches, {config.num_labels} labels\n"
+        f"{head}{config.model_type}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {inputs} "
+        f"{height} x {width} pixels as {patches} patches, {model.config.num_labels} labels\n"
         f"{model.num_parameters():,} parameters, {format_flops(flops.published)} FLOPs "
         f"({format_flops(flops.total)} with all scans counted)"
     )
