@@ -23,6 +23,7 @@ from hf_vssm_prune.training.arguments import (
     OptimizationArguments,
     ScaleArguments,
 )
+from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.length import RunLength
 from hf_vssm_prune.training.losses import training_loss
 from hf_vssm_prune.training.memory import enable_activation_checkpointing, peak_memory
@@ -178,6 +179,7 @@ def _synthetic_step(
     """The model, and what one step does but for the optimizer, on a batch of random images of a given size."""
     weights = losses.loss_weights()
     student = task.auto_class.from_config(config).to(device).train()
+    freeze_batch_norm(student)  # a head's has no statistics of a single image
     if scale.gradient_checkpointing:
         enable_activation_checkpointing(student)
     teacher = None
