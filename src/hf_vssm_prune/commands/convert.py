@@ -85,7 +85,7 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     group.add_argument(
         "--patch_stride",
         type=int,
-        help="patch stride of a Vim with overlapping patches (published: 8), or of VideoMamba on images; default: no overlap",
+        help="patch stride where patches overlap: of Vim (published: 8), of VideoMamba on images",
     )
     group.add_argument(
         "--num_frames", type=int, help="number of frames of VideoMamba; turns an image model into a video model"

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument(
         "--flops_reduction",
         type=float,
-        help=f"FLOPs reduction to prune by (default: the model's own schedule; for a dense model {DENSE_MODELS_REDUCTION})",
+        help=f"FLOPs reduction (default: the model's own schedule, or {DENSE_MODELS_REDUCTION} for a dense model)",
     )
     parser.add_argument("--importance", action="store_true", help="also draw the importance of the tokens")
     parser.add_argument(
