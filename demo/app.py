@@ -11,10 +11,12 @@ import base64
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
+import clips
 import gradio as gr
 from PIL import Image
 from pruned_model import Classification, Measurement, PrunedModel
@@ -63,10 +65,14 @@ class Page:
     Args:
         model: classifies and measures.
         is_example_model: it sorts waste.
+        open_input: what of a file the model is shown.
     """
 
-    def __init__(self, model: PrunedModel, is_example_model: bool) -> None:
+    def __init__(
+        self, model: PrunedModel, is_example_model: bool, open_input: Callable[[str], Any] = open_upload
+    ) -> None:
         self.model = model
+        self.open_input = open_input
         self.is_example_model = is_example_model
         self.examples = WASTE if is_example_model else PHOTOS
 
@@ -97,7 +103,7 @@ class Page:
 
     def _choose(self, file: Path, percent: int, method: str) -> Iterator[tuple[Tensor, str]]:
         try:
-            image = open_upload(str(file))
+            image = self.open_input(str(file))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         chosen = self.model.prepare(image)
@@ -197,8 +203,8 @@ def _small(line: str) -> str:
 # ---- The page ----------------------------------------------------------------------------------------------------
 
 
-def build(page: Page) -> gr.Blocks:
-    """The page with its controls."""
+def build(page: Page, video_page: Page | None = None) -> gr.Blocks:
+    """The page with its controls, and one for videos."""
     # Once an hour what is older than an hour is deleted.
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
         gr.Markdown(INTRODUCTION + ("\n" + ABOUT_EXAMPLE_MODEL if page.is_example_model else ""))
@@ -216,7 +222,7 @@ def build(page: Page) -> gr.Blocks:
                 methods = list(page.model.methods)
                 method = gr.Radio(methods, value=methods[0], label=METHOD, elem_id="method")
             with gr.Column(scale=3, min_width=300):
-                budget = gr.Slider(0, MOST_PERCENT, FIRST_PERCENT, step=1, label=BUDGET, buttons=[], elem_id="budget")
+                budget = make_slider()
                 output = gr.HTML(elem_id="result")
         options = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
         how = [budget, method]
@@ -225,7 +231,14 @@ def build(page: Page) -> gr.Blocks:
         upload.upload(page.upload, [upload, *how], [chosen, output], **options)
         camera.input(page.upload, [camera, *how], [chosen, output], **options)
         gr.on([budget.change, method.change], page.show, [chosen, *how], output, **options)
+    if video_page is not None:
+        with blocks.route("Videos"):
+            clips.add_page(video_page, make_slider(render=False), METHOD)
     return blocks
+
+
+def make_slider(render: bool = True) -> gr.Slider:
+    return gr.Slider(0, MOST_PERCENT, FIRST_PERCENT, step=1, label=BUDGET, buttons=[], elem_id="budget", render=render)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -236,15 +249,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a classifier of this package, in a folder or on the Hub (default: HF_VSSM_PRUNE_DEMO_MODEL, or the small "
         "model in the package)",
     )
+    parser.add_argument(
+        "--video_model_name_or_path",
+        default=os.environ.get("HF_VSSM_PRUNE_DEMO_VIDEO_MODEL"),
+        help="a model of videos, for a page of them (default: HF_VSSM_PRUNE_DEMO_VIDEO_MODEL, or no such page)",
+    )
     parser.add_argument("--port", type=int, help="to serve on (default: the first that is free from 7860 on)")
     options = parser.parse_args(arguments)
     try:
         model = PrunedModel(options.model_name_or_path)
+        video_page = None
+        if options.video_model_name_or_path:
+            video_model = PrunedModel(options.video_model_name_or_path)
+            video_page = Page(video_model, False, clips.opener(video_model))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     page = Page(model, is_example_model=Path(options.model_name_or_path).resolve() == EXAMPLE_MODEL.resolve())
-    build(page).launch(
+    build(page, video_page).launch(
         server_port=options.port,
         max_file_size=MAX_BYTES,
         theme=gr.themes.Base(primary_hue="blue", font=("system-ui", "sans-serif")),

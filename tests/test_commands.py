@@ -21,7 +21,15 @@ from hf_vssm_prune.training.arguments.help import OptionParser
 # A terminal of today has some fifty lines of a hundred characters or more.
 LINES, COLUMNS = 50, 120
 # What only the repository needs: to test, to document, to publish.
-OF_THE_REPOSITORY = {"audit", "benchmark", "build_fashion_mnist", "screenshot_card", "study", "write_model_cards"}
+OF_THE_REPOSITORY = {
+    "audit",
+    "benchmark",
+    "build_trashnet",
+    "gpu_check",
+    "screenshot_card",
+    "study",
+    "write_model_cards",
+}
 WITH_GROUPS = ("train", "finetune", "estimate", "evaluate", "compare_methods")
 
 

@@ -64,7 +64,7 @@ def animated_frames(
     kept = [tokens[0] for tokens in kept_patches(output.kept_tokens, config, input_size)]
     masks = [kept_mask(tokens, grid).flatten(0, -3) for tokens in kept]
     seen = frames_from_pixel_values(pixel_values, *image_statistics(image_processor), config)
-    titles = ["input", *headings(len(kept), config.token_pruning["layers"])]
+    titles = ["input", *headings(len(kept), config.token_pruning["layers"])]  # type: ignore[index]
     counts = [f"{len(tokens)} / {masks[0].numel()} tokens" for tokens in kept]
     captions = [[config.label_names[output.logits[0].argmax()], *counts]]
     pictures = []

@@ -182,7 +182,7 @@ def draw_classification(
         kept_patches(output.kept_tokens, config, input_size),
         config.grid_size_for(*input_size),
         captions=[labels[index] for index in output.logits.argmax(-1).tolist()],
-        layers=config.token_pruning["layers"],
+        layers=config.token_pruning["layers"],  # type: ignore[index]
         token_scores=output.token_scores if importance else None,
         merged=None if output.merged_tokens is None else merged_patches(output.merged_tokens, config, input_size),
     )

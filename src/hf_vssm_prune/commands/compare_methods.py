@@ -23,9 +23,9 @@ class ComparisonArguments:
 
     _argument_group_name = "comparison"
 
-    flops_reduction: float = field(default=0.416, metadata={"help": "the share of FLOPs that every method removes"})
+    flops_reduction: float = field(default=0.416, metadata={"help": "fraction of FLOPs that every method removes"})
     schedules: str | None = field(
-        default=None, metadata={"help": "JSON file of `token_pruning` options by name, in place of all methods"}
+        default=None, metadata={"help": "JSON file of `token_pruning` options by name, instead of all methods"}
     )
 
     def read_schedules(self) -> dict[str, dict[str, Any]]:

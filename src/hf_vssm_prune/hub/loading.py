@@ -186,7 +186,7 @@ def new_image_processor(
 
     height, width = config.image_height_width(config.image_size)
     resized = {"height": round(height / crop_pct), "width": round(width / crop_pct)}
-    options = {
+    options: dict[str, Any] = {
         "size": {"shortest_edge": resized["height"]} if height == width else resized,
         "crop_size": {"height": height, "width": width},
         "image_mean": list(image_mean),
@@ -194,5 +194,6 @@ def new_image_processor(
     }
     if config.modality == "video":
         # Which frames there are to be is beyond an image processor: `num_frames` tells those who choose them.
-        return transformers.VideoMAEImageProcessor(**options, num_frames=config.input_size[0])
+        options["num_frames"] = config.input_size[0]
+        return transformers.VideoMAEImageProcessor(**options)
     return transformers.BitImageProcessor(**options, do_convert_rgb=config.num_channels == 3)

@@ -99,7 +99,7 @@ def read_clip(
         VideoError: it has no frames, or they cannot be read.
     """
     stored = {"bytes": video, "path": None} if isinstance(video, bytes) else {"bytes": None, "path": str(video)}
-    name = "The video" if stored["path"] is None else f"The video '{stored['path']}'"
+    name = "The video" if isinstance(video, bytes) else f"The video '{video}'"
     return decode_frames(
         stored, lambda count: clips_of(sampling, count, num_frames, 1), lambda frame: frame.convert(mode), name
     )[0]

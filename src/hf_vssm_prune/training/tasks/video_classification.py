@@ -70,7 +70,7 @@ class VideoClassification(ImageClassification):
 
     # Data
 
-    def training_items(self, rows: Any, image_processor: BaseImageProcessor, seed: int) -> TrainingClips:
+    def training_items(self, rows: Any, image_processor: BaseImageProcessor, seed: int) -> TrainingClips:  # type: ignore[override]
         kind = StreamedTrainingClips if isinstance(rows, ImageStream) else TrainingClips
         return kind(rows, image_processor, self.arguments.image_augmentation(), seed)
 

@@ -1,0 +1,69 @@
+"""The page of videos: a clip of some seconds in the place of an image. It is there where a model of videos is named."""
+
+import os
+from functools import partial
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+from uploads import MAX_BYTES
+
+from hf_vssm_prune.training.frame_sampling import clips_of
+from hf_vssm_prune.training.video_decoding import decode_frames
+
+
+MAX_FRAMES = 600  # 24 seconds at 25 frames a second
+LIMITS = f"What FFmpeg reads; at most {MAX_BYTES // 1024**2} MB and {MAX_FRAMES} frames."
+
+
+def open_clip(path: str, num_frames: int) -> list[Image.Image]:
+    """Frames spread over a video that a stranger sent.
+
+    Raises:
+        ValueError: the file is too large or too long, or no video that can be read. The message is for the person who
+            sent it.
+    """
+    name = os.path.basename(path)
+    if os.path.getsize(path) > MAX_BYTES:
+        raise ValueError(f"{name} is larger than {MAX_BYTES // 1024**2} MB: send a smaller one.")
+
+    def choose(count: int) -> list[list[int]]:
+        if count > MAX_FRAMES:
+            raise ValueError(f"{name} has {count} frames; at most {MAX_FRAMES} are taken: cut some seconds out of it.")
+        return list(clips_of("uniform", count, num_frames, 1))
+
+    return decode_frames({"bytes": None, "path": path}, choose, lambda frame: frame.convert("RGB"), name)[0]
+
+
+def opener(model: Any) -> partial:
+    """`open_clip` for the frames of a `PrunedModel`.
+
+    Raises:
+        ValueError: it is one of images.
+    """
+    config = model.model.config
+    if config.modality != "video":
+        raise ValueError("The model for the page of videos is one of images: name one of videos.")
+    return partial(open_clip, num_frames=config.input_size[0])
+
+
+def add_page(page: Any, budget: gr.Slider, method_label: str) -> None:
+    """The controls, in a route of the page.
+
+    Args:
+        page: what they do, an `app.Page` that opens clips.
+        budget: one as on the page of images.
+        method_label: of the choice of methods.
+    """
+    chosen, methods = gr.State(), list(page.model.methods)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            upload = gr.UploadButton("Upload a video", file_types=["video"], elem_id="upload")
+            gr.Markdown(LIMITS, elem_classes="remark")
+            method = gr.Radio(methods, value=methods[0], label=method_label, elem_id="method")
+        with gr.Column(scale=3, min_width=300):
+            budget.render()
+            output = gr.HTML(elem_id="result")
+    options = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+    upload.upload(page.upload, [upload, budget, method], [chosen, output], **options)
+    gr.on([budget.change, method.change], page.show, [chosen, budget, method], output, **options)

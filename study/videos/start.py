@@ -1,0 +1,47 @@
+"""Writes a new VideoMamba whose position embeddings take the mean frame of some videos away again.
+
+    python study/videos/start.py <folder of videos by class> <model> num_frames=16 image_size=32 patch_size=8 ...
+
+Where a camera stands still, what moves is a few levels of 255, and what stands there for all to see is ten times that. A
+small model that begins without knowing what is always there takes long to look past it: this one begins with it.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hf_vssm_prune import VideoMambaConfig, VideoMambaForVideoClassification
+from hf_vssm_prune.hub import save_for_hub
+from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.training.data.clips import EvaluationClips, Views
+from hf_vssm_prune.training.data.loading import load_image_dataset
+from hf_vssm_prune.training.data.media import VIDEOS
+
+
+STD = 0.1  # of all channels: that of the pixels around their mean, roughly
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str]) -> None:
+    folder, target, *options = arguments
+    datasets = load_image_dataset(folder, medium=VIDEOS)
+    config = VideoMambaConfig(
+        id2label=datasets.label_names, **{name: json.loads(value) for name, value in (o.split("=") for o in options)}
+    )
+    torch.manual_seed(0)
+    model = VideoMambaForVideoClassification(config)
+    plain = EvaluationClips(datasets.train, new_image_processor(config, [0.0] * 3, [1.0] * 3), Views("segments"))
+    frames = sum(plain[i]["pixel_values"][0].mean(0) for i in range(len(plain))) / len(plain)
+    mean = frames.mean((1, 2))
+    clip = ((frames - mean.view(3, 1, 1)) / STD).expand(config.num_frames, -1, -1, -1)
+    embeddings = model.videomamba.embeddings
+    of_mean = embeddings.projection(clip[None].transpose(1, 2)) - embeddings.projection.bias.view(1, -1, 1, 1, 1)
+    embeddings.position_embeddings[:, 1:] -= of_mean[:, :, 0].flatten(2).transpose(1, 2)
+    save_for_hub(model, Path(target), new_image_processor(config, mean.tolist(), [STD] * 3))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
