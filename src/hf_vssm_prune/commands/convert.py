@@ -1,4 +1,4 @@
-"""Turns a published checkpoint into a Hugging Face folder, and such a folder back into a checkpoint.
+"""Converts a published checkpoint to a Hugging Face folder, and such a folder back to a checkpoint.
 
     hf-vssm-prune convert vim_s.pth models/vim-s --id2label imagenet_labels.json
     hf-vssm-prune convert models/vim-s vim_s.safetensors
@@ -72,26 +72,34 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, help="the folder, or the .pth or .safetensors file, to write")
     group = parser.add_argument_group("from a checkpoint to a folder")
     group.add_argument(
-        "--family", choices=FAMILIES, help="where tensors of several have the same names; default: what they tell"
+        "--family", choices=FAMILIES, help="model family, if the tensor names fit several; default: inferred"
     )
-    group.add_argument("--ema", action="store_true", help="the weights averaged over training")
+    group.add_argument("--ema", action="store_true", help="convert the averaged (EMA) weights")
     group.add_argument(
-        "--image_size", type=int, nargs="+", metavar="PIXELS", help="one number, or height and width; default: square"
+        "--image_size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="image size: one number, or height and width; default: square",
     )
     group.add_argument(
         "--patch_stride",
         type=int,
-        help="of Vim, where patches overlap (published: 8), and VideoMamba's images; default: none overlap",
+        help="patch stride where patches overlap: of Vim (published: 8), of VideoMamba on images",
     )
     group.add_argument(
-        "--num_frames", type=int, help="of VideoMamba: for another number, or to make a video model of an image model"
+        "--num_frames", type=int, help="number of frames of VideoMamba; turns an image model into a video model"
     )
-    group.add_argument("--id2label", type=Path, help="names of the labels: JSON (list or dict), or text, one a line")
+    group.add_argument("--id2label", type=Path, help="label names: JSON (list or dict), or text with one name per line")
     # All families were evaluated with ImageNet's statistics, images after a bicubic resize of the shortest edge to 256.
-    group.add_argument("--image_mean", type=float, nargs="+", default=IMAGENET_DEFAULT_MEAN, help="of each channel")
-    group.add_argument("--image_std", type=float, nargs="+", default=IMAGENET_DEFAULT_STD, help="of each channel")
     group.add_argument(
-        "--crop_pct", type=float, help="share of the resized image that is cropped; default: 0.875, of videos 1"
+        "--image_mean", type=float, nargs="+", default=IMAGENET_DEFAULT_MEAN, help="mean of each channel"
+    )
+    group.add_argument(
+        "--image_std", type=float, nargs="+", default=IMAGENET_DEFAULT_STD, help="standard deviation of each channel"
+    )
+    group.add_argument(
+        "--crop_pct", type=float, help="fraction of the resized image to crop; default: 0.875, for videos 1"
     )
     return parser
 

@@ -1,9 +1,9 @@
-"""Prunes and fine-tunes the small model that comes with the package, from start to end, in some minutes on two cores.
+"""Prunes and fine-tunes the small model that comes with the package, from start to end, in a few minutes on two cores.
 
     hf-vssm-prune demo          # `make demo` makes an environment for it first
 
-In `demo_output/` are afterwards `model/`, a folder ready for the Hub with its model card and a picture of the tokens
-that are kept; and `finetuning/`, everything that the fine-tuning wrote.
+It writes `demo_output/model/`, a folder ready for the Hub with its model card and a picture of the kept tokens, and
+`demo_output/finetuning/`, everything that the fine-tuning wrote.
 """
 
 import argparse
@@ -102,10 +102,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 def parse_options(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("--output_dir", default="demo_output", help="where to write (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning (default: %(default)s)")
-    parser.add_argument("--max_train_samples", type=int, help="fine-tune on so many images only")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
+    parser.add_argument("--output_dir", default="demo_output", help="output folder (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of fine-tuning (default: %(default)s)")
+    parser.add_argument("--max_train_samples", type=int, help="maximum number of training images")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     return parser.parse_args(arguments)
 
 

@@ -1,10 +1,10 @@
-"""A dry run: what training by a recipe will take, without data and without a checkpoint.
+"""Estimates time and memory of a training run, without data and without a checkpoint.
 
     hf-vssm-prune estimate --recipe recipes/top_plainmamba_l3_imagenet.yaml --family plainmamba --preset L3
 
-Takes the options of `finetune.py` and, for a new dense model, of `train.py`; those that a recipe does not have are as
-`finetune.py` has them. It states steps, FLOPs, memory and device-hours at the speed that `--device_tflops` assumes,
-and measures the same model on synthetic images on this machine.
+It takes the options of `finetune` and, for a new dense model, of `train`, with the defaults of `finetune`. It prints
+steps, FLOPs, memory and device-hours at the speed that `--device_tflops` assumes, and measures the same model on
+synthetic images on this machine.
 """
 
 import sys

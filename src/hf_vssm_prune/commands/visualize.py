@@ -1,8 +1,8 @@
-"""Draws which tokens a pruned model keeps of some images or videos, stage by stage.
+"""Draws which tokens a pruned model keeps of images or videos, stage by stage.
 
 hf-vssm-prune visualize image.jpg ...          # with the small model that comes with the package
 hf-vssm-prune visualize image.jpg ... --model_name_or_path <folder or Hub model> --importance
-hf-vssm-prune visualize video.mp4 --model_name_or_path <a model of videos> --output kept_tokens.webp
+hf-vssm-prune visualize video.mp4 --model_name_or_path <video model> --output kept_tokens.webp
 """
 
 import sys
@@ -37,16 +37,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument(
         "--flops_reduction",
         type=float,
-        help=f"prune by this share (default: the model's own schedule; for a dense model {DENSE_MODELS_REDUCTION})",
+        help=f"FLOPs reduction (default: the model's own schedule, or {DENSE_MODELS_REDUCTION} for a dense model)",
     )
-    parser.add_argument("--importance", action="store_true", help="draw the importance of the tokens as well")
+    parser.add_argument("--importance", action="store_true", help="also draw the importance of the tokens")
     parser.add_argument(
         "--frame_sampling", choices=SAMPLINGS, default="uniform", help="frames of a video (default: %(default)s)"
     )
     parser.add_argument(
         "--output",
         default="kept_tokens.png",
-        help="where to write; of one video .gif and .webp are moving pictures (default: %(default)s)",
+        help="output file; .gif and .webp of one video are animated (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     try:
