@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import TOKEN_PRUNING, make_plainmamba_config, make_video_config, make_vim_config
 from tested_tasks import MeanColour
 from transformers import AutoModelForImageClassification
 
@@ -27,12 +27,14 @@ from hf_vssm_prune.training.arguments import (
     ScaleArguments,
 )
 from hf_vssm_prune.training.data import load_image_dataset, load_image_stream
+from hf_vssm_prune.training.data.media import IMAGES, VIDEOS
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
+from hf_vssm_prune.training.tasks.video_classification import VideoClassification, VideoTrainingArguments
 
 
-CONFIGS = {"vim": make_vim_config, "plainmamba": make_plainmamba_config}
+CONFIGS = {"vim": make_vim_config, "plainmamba": make_plainmamba_config, "videos": make_video_config}
 # 146 images and 12 to a step: 12 steps in an epoch, and two images left over. Half of 12 or of 50 steps is in
 # the middle of an epoch.
 IMAGES_PER_STEP = 12
@@ -50,6 +52,7 @@ ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "one_plainmamba_teacher": {"teacher_family": "plainmamba"},
     "one_elastic": ELASTIC,
     "one_toy": {"task": "mean-colour"},
+    "one_video": {"task": "video-classification", "family": "videos", "teacher": None},
 }
 TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -63,6 +66,8 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp_elastic": ELASTIC,
     "ddp_toy": {"task": "mean-colour"},
     "fsdp_toy": {"task": "mean-colour", "scale": FSDP},
+    "ddp_video": {"task": "video-classification", "family": "videos", "teacher": None},
+    "fsdp_video": {"task": "video-classification", "family": "videos", "teacher": None, "scale": FSDP},
     "fsdp_toy_from_one": {"task": "mean-colour", "resume": "one_toy", "scale": FSDP},
     "fsdp_elastic": {**ELASTIC, "scale": FSDP},
     "fsdp": {"scale": FSDP},
@@ -81,6 +86,7 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
 TASKS = {
     "image-classification": lambda: ImageClassification(AugmentationArguments(mixup=0.0, cutmix=0.0, smoothing=0.1)),
     "mean-colour": MeanColour,
+    "video-classification": lambda: VideoClassification(VideoTrainingArguments(mixup=0.0, cutmix=0.0, num_clips=2)),
 }
 
 
@@ -141,14 +147,15 @@ def train(
     )
     torch.manual_seed(0)
     config = CONFIGS[family](token_pruning={**TOKEN_PRUNING, **(pruning or {})})
-    model = AutoModelForImageClassification.from_config(config)
+    model = recipe.task.auto_class.from_config(config)
     teacher_model = None
     if teacher:
         source = folder / f"teacher-{teacher_family or family}"
         teacher_model = AutoModelForImageClassification.from_pretrained(source, dtype=teacher)
     load = load_image_stream if streaming else load_image_dataset
     options = {"shuffle_buffer_size": 8} if streaming else {}
-    datasets = load(folder / ("parquet" if streaming else "images"), **options)
+    data = "videos" if family == "videos" else "parquet" if streaming else "images"
+    datasets = load(folder / data, medium=VIDEOS if family == "videos" else IMAGES, **options)
     processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
     trainer = Trainer(model, datasets, processor, recipe, teacher_model)
     record(trainer, output_dir)

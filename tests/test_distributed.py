@@ -18,6 +18,7 @@ from distributed_runs import CONFIGS, ONE_PROCESS_RUNS, reset, train
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
+from videos import write_class_folders
 
 
 # All tests of this file on one worker: what `runs` makes takes minutes.
@@ -53,9 +54,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which each of `ONE_PROCESS_RUNS` and `TWO_PROCESS_RUNS` has its own."""
     folder = tmp_path_factory.mktemp("runs")
     write_images(folder)
+    for split, per_class in (("train", 49), ("test", 3)):
+        write_class_folders(folder / "videos", split, per_class, np.random.default_rng(0))
     for family, make_config in CONFIGS.items():
         torch.manual_seed(1)
-        AutoModelForImageClassification.from_config(make_config()).save_pretrained(folder / f"teacher-{family}")
+        if family != "videos":
+            AutoModelForImageClassification.from_config(make_config()).save_pretrained(folder / f"teacher-{family}")
     for name, options in ONE_PROCESS_RUNS.items():
         train(folder, name, **options)
         reset()
@@ -74,7 +78,10 @@ def losses(runs: Path, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("spread", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("one", "kind"), [("one_long", "long"), ("one_plainmamba", "plainmamba"), ("one_toy", "toy")])
+@pytest.mark.parametrize(
+    ("one", "kind"),
+    [("one_long", "long"), ("one_plainmamba", "plainmamba"), ("one_toy", "toy"), ("one_video", "video")],
+)
 def test_two_processes_have_the_losses_of_one(runs, spread, one, kind):
     alone, spread_out = losses(runs, one), losses(runs, f"{spread}_{kind}")
     assert len(alone) == (50 if kind == "long" else 12)

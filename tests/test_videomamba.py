@@ -1,5 +1,6 @@
 """What is VideoMamba's own: clips of any number of frames, image models that become video models, its files."""
 
+import onnxruntime
 import pytest
 import torch
 from conftest import TOKEN_PRUNING, load_script, make_video_config, make_videomamba_config
@@ -21,8 +22,9 @@ from hf_vssm_prune.conversion import (
     load_official_model,
     save_official_model,
 )
-from hf_vssm_prune.export import trace
+from hf_vssm_prune.export import export_classifier, trace
 from hf_vssm_prune.families import FAMILIES
+from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.token_pruning import ALIGNMENTS
@@ -255,6 +257,20 @@ def test_export(clips) -> None:
         logits, kept = program(pixel_values=batch)
         torch.testing.assert_close(logits, expected.logits, atol=1e-5, rtol=1e-5)
         assert torch.equal(kept, expected.kept_tokens[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["top", "local_merge"])
+def test_onnx(method, clips, tmp_path) -> None:
+    schedule = {"layers": [1], "keep_ratios": [0.6], "method": method}
+    model = make_model(make_video_config(num_hidden_layers=2, token_pruning=schedule))
+    processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3)
+    folder = export_classifier(model, tmp_path / "exported", ["onnx"], processor)
+    session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx")
+    expected = model(clips)
+    logits, *kept = session.run(None, {"pixel_values": clips.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected.logits, atol=1e-4, rtol=1e-4)
+    assert [tokens.tolist() for tokens in kept] == [tokens.tolist() for tokens in expected.kept_tokens]
 
 
 @torch.no_grad()
