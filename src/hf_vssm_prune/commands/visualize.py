@@ -8,8 +8,7 @@ hf-vssm-prune visualize video.mp4 --model_name_or_path <video model> --output ke
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from PIL import Image
+from typing import Any
 
 from hf_vssm_prune import EXAMPLE_MODEL, prunable, visualize
 from hf_vssm_prune.animation import FORMATS, animate
@@ -78,8 +77,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     return 0
 
 
-def read_input(file: str, config: VisionMambaConfig, sampling: str) -> Image.Image | list[Image.Image]:
-    """An image, or the frames of a clip, as the model's channels want it."""
+def read_input(file: str, config: VisionMambaConfig, sampling: str) -> Any:
+    """An image, or the frames of a clip as a list, as the model's channels want it."""
     mode = "L" if config.num_channels == 1 else "RGB"
     if config.modality == "image":
         return decode_image({"bytes": None, "path": file}, mode, file)
