@@ -18,6 +18,7 @@ import torch
 from benchmarking.blocks import blocks_section
 from benchmarking.budgets import budgets_section
 from benchmarking.exported import export_section
+from benchmarking.int8 import int8_section
 from benchmarking.measuring import describe_machine, make_tensors_on
 from benchmarking.models import model_section, parts_section, resolution_section, transformer_section
 from benchmarking.roofline import roofline_section
@@ -43,13 +44,14 @@ SECTIONS = {
     "training": training_section,
     "transformer": transformer_section,
     "resolution": resolution_section,
+    "int8": int8_section,
     "export": export_section,
     "video": video_section,
 }
 # Only where they are asked for.
-LONG_SECTIONS = ("export", "video")
+LONG_SECTIONS = ("int8", "export", "video")
 
-CPU_SECTIONS = ("roofline", "parts", "export")
+CPU_SECTIONS = ("roofline", "parts", "int8", "export")
 PLAINMAMBA_SECTIONS = ("blocks",)
 
 
@@ -79,7 +81,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, help="default: all of the device and family but export and video"
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        help=f"default: all of the device and family but {', '.join(LONG_SECTIONS)}",
     )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "torch"], help="of exported models")
     parser.add_argument("--family", choices=FAMILIES, default="plainmamba", help="default: %(default)s")

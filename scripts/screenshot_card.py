@@ -1,6 +1,6 @@
 """Draws a model card as a person sees it on the Hub: metadata as labels, Markdown as a page, in headless Chromium.
 
-    python scripts/screenshot_card.py model_cards/plainmamba-fashion-mnist-pruned.md docs/images/model-card.png
+    python scripts/screenshot_card.py model_cards/plainmamba-trashnet-pruned.md docs/images/model-card.png
 
 It needs Chromium and the extra `dev`; the style is like the Hub's, not the Hub's own.
 """

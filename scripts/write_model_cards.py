@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from hf_vssm_prune.publication import PublishedModel
 
 
 SOURCES = Path(__file__).resolve().parents[1] / "model_cards"
-OWN_MODEL = "plainmamba-fashion-mnist"
+OWN_MODEL = "plainmamba-trashnet"
 LIMITS = {
     "ImageNet-1k": [
         "This project has not evaluated it: ImageNet was not at hand. The papers' figures are not its own.",
@@ -57,23 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     file = folder / f"{name}.md"
                     file.write_text(text, encoding="utf-8")
                     print(file)
-    for name, text in (("", own_card_text()), ("-pruned", own_pruned_card_text())):
-        file = folder / f"{OWN_MODEL}{name}.md"
-        file.write_text(text, encoding="utf-8")
+    for name, pruning in ((OWN_MODEL, None), (f"{OWN_MODEL}-pruned", {"flops_reduction": 0.416})):
+        file = folder / f"{name}.md"
+        file.write_text(own_card_text(name, pruning), encoding="utf-8")
         print(file)
     return 0
 
 
-def own_card_text() -> str:
-    """The page that lies beside the weights in the package."""
-    return (EXAMPLE_MODEL / "README.md").read_text(encoding="utf-8")
-
-
-def own_pruned_card_text() -> str:
-    """Of what `scripts/demo.py` makes from it; its YAML file has the figures of one run, of `top`."""
+def own_card_text(name: str, token_pruning: dict[str, Any] | None) -> str:
+    """Of the model in the package, whose page lies beside its weights, and of what the demo makes from it."""
     model = load_classifier(EXAMPLE_MODEL)
-    model.set_token_pruning({"flops_reduction": 0.416, "method": "top"})
-    info = read_model_card_info(SOURCES / f"{OWN_MODEL}-pruned.yaml")
+    model.set_token_pruning(token_pruning)
+    info = read_model_card_info(SOURCES / f"{name}.yaml")
     return str(create_model_card(model, info, load_image_processor(EXAMPLE_MODEL)))
 
 

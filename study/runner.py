@@ -256,12 +256,15 @@ class StudyRunner:
         start = piece.key_of_start()
         if start is not None:
             recipe["model_name_or_path"] = str(self.folder / start / "last")
+        # In a study no method means the paper's; everywhere else it means the one that the study recommends.
         if piece.script == "finetune":
-            # As in `token_pruning`, no method means the paper's; in the script it means ours.
             recipe = {"prune_method": PAPERS_METHOD, **recipe}
         if piece.script != "compare_methods":
             return {**recipe, "output_dir": str(folder)}
-        write_json(piece.options["schedules"], folder / "schedules.json")
+        schedules = {
+            name: {"method": PAPERS_METHOD, **schedule} for name, schedule in piece.options["schedules"].items()
+        }
+        write_json(schedules, folder / "schedules.json")
         return {**recipe, "schedules": str(folder / "schedules.json"), "json": str(folder / COMPARISON)}
 
     def _collect(self, progress: tqdm) -> None:

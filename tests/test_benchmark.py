@@ -15,7 +15,7 @@ from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 benchmark = load_script("benchmark")
 
-from benchmarking import baselines, blocks, budgets, measuring, scan, training  # noqa: E402
+from benchmarking import baselines, blocks, budgets, int8, measuring, scan, training  # noqa: E402
 
 
 def test_baselines_compute_the_scan():
@@ -39,6 +39,18 @@ def test_the_reference_kernel_computes_a_dense_model():
             torch.testing.assert_close(model(images).logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="unknown backend 'reference'"):
         model(images)
+
+
+def test_int8_beside_torchao():
+    """torchao's, where it is installed, computes nearly the same on our models."""
+    model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
+    images = torch.randn(2, 3, 32, 32)
+    models = int8.int8_models(model)
+    assert {"float32", int8.OURS} <= models.keys()
+    with torch.no_grad():
+        expected = model(images).logits
+        for name, other in models.items():
+            torch.testing.assert_close(other(images).logits, expected, rtol=0.05, atol=0.05, msg=name)
 
 
 def test_matrix_products_are_all_of_the_models():

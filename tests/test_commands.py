@@ -21,7 +21,15 @@ from hf_vssm_prune.training.arguments.help import OptionParser
 # A terminal of today has some fifty lines of a hundred characters or more.
 LINES, COLUMNS = 50, 120
 # What only the repository needs: to test, to document, to publish.
-OF_THE_REPOSITORY = {"audit", "benchmark", "build_fashion_mnist", "screenshot_card", "study", "write_model_cards"}
+OF_THE_REPOSITORY = {
+    "audit",
+    "benchmark",
+    "build_trashnet",
+    "gpu_check",
+    "screenshot_card",
+    "study",
+    "write_model_cards",
+}
 WITH_GROUPS = ("train", "finetune", "estimate", "evaluate", "compare_methods")
 
 
@@ -213,7 +221,7 @@ def test_estimate(capsys):
 def test_convert_visualize_and_export(photo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["convert", str(EXAMPLE_MODEL), "published.safetensors"]) == 0
-    assert main(["convert", "published.safetensors", "model", "--image_size", "28"]) == 0
+    assert main(["convert", "published.safetensors", "model"]) == 0
     assert main(["visualize", photo, "--model_name_or_path", "model"]) == 0
     assert (tmp_path / "kept_tokens.png").exists()
     assert main(["export", "model", "exported", "--formats", "torch", *BUDGET]) == 0

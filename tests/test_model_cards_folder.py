@@ -20,7 +20,7 @@ from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
 
 FOLDER = Path(__file__).resolve().parents[1] / "model_cards"
 CARDS = sorted(FOLDER.glob("*.md"))
-OWN_MODEL = "plainmamba-fashion-mnist"
+OWN_MODEL = "plainmamba-trashnet"
 OWN_CARDS = [FOLDER / f"{OWN_MODEL}.md", FOLDER / f"{OWN_MODEL}-pruned.md"]
 
 
@@ -56,13 +56,20 @@ def is_of_videos(card: Path) -> bool:
     return card.stem.startswith("videomamba") and "-image" not in card.stem
 
 
-def test_figures_are_those_of_the_evaluation() -> None:
-    results = json.loads((FOLDER / f"{OWN_MODEL}-pruned.json").read_text())
-    card = ModelCard.load(OWN_CARDS[1])
+def test_the_page_of_the_shipped_model_lies_beside_it() -> None:
+    assert (EXAMPLE_MODEL / "README.md").read_text() == OWN_CARDS[0].read_text()
+
+
+@pytest.mark.parametrize(("file", "which"), zip(OWN_CARDS, ("dense", "pruned"), strict=True))
+def test_figures_are_those_of_the_evaluation(file: Path, which: str) -> None:
+    results = json.loads(file.with_suffix(".json").read_text())
+    card = ModelCard.load(file)
     figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    accuracy = results["pruned"]["accuracy"]
-    assert figures == {"accuracy": accuracy["top1"], "top_5_accuracy": accuracy["top5"]}
-    assert f"{accuracy['num_images']:,} images" in card.text
+    metrics = results[which]["metrics"]
+    assert figures == {"accuracy": metrics["top1"], "top_5_accuracy": metrics["top5"]}
+    assert f"{results[which]['num_images']:,} images" in card.text
+    if which == "dense":
+        return
     picture = re.search(r"!\[.*\]\((.+)\)", card.text)[1]
     assert (FOLDER / picture).stat().st_size < 100_000
 
@@ -89,7 +96,7 @@ def test_code_runs(card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     write_video(tmp_path / "video.mp4", numbered_frames(30))
     names: dict = {}
     blocks = re.findall(r"^```python\n(.*?)^```$", card.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == (1 if card.stem == OWN_MODEL else 4)
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, names)
     if "outputs" in names:

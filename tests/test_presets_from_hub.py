@@ -27,7 +27,7 @@ PRESETS = {
     for family in sorted(MAKE_CONFIG)
     for preset in type(MAKE_CONFIG[family]()).presets
 }
-EXAMPLE = "org/plainmamba-fashion-mnist"
+EXAMPLE = "org/plainmamba-trashnet"
 # Most of the parameters: for them set HF_VSSM_PRUNE_ALL_PRESETS=1.
 LARGE = {"org/plainmamba-l3", "org/vim-s", "org/vim-b", "org/videomamba-s", "org/videomamba-m", "org/videomamba-b"}
 NAMES = [name for name in PRESETS if name not in LARGE or os.environ.get("HF_VSSM_PRUNE_ALL_PRESETS") == "1"]

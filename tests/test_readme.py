@@ -11,6 +11,7 @@ from conftest import PATIENCE
 from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune import PlainMambaConfig, VimConfig, count_flops
+from hf_vssm_prune.commands import VERBS
 
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -21,6 +22,23 @@ def test_python_block_runs():
     result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     assert "% fewer FLOPs" in result.stdout
+
+
+def test_first_screen_and_length():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 150
+    screen = "\n".join(lines[:40])
+    positions = [screen.index(part) for part in ("make demo", "make test", "pip install", "```python")]
+    assert positions == sorted(positions)
+    (block,) = re.findall(r"```python\n(.*?)```", screen, flags=re.DOTALL)
+    assert len([line for line in block.splitlines() if line]) <= 10
+
+
+def test_commands_it_names_are_there():
+    for verb in re.findall(r"hf-vssm-prune (\w+)", README.read_text()):
+        assert verb in VERBS
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)", README.read_text()):
+        assert (README.parent / link).exists(), link
 
 
 @pytest.mark.parametrize("name", ["PlainMamba-L1", "PlainMamba-L2", "PlainMamba-L3", "Vim-T", "Vim-S", "Vim-B"])

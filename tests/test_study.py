@@ -1,5 +1,6 @@
 """The study: its list of pieces, a small one run, stopped and gone on with, and the page that is made of results."""
 
+import json
 import os
 import signal
 import subprocess
@@ -135,6 +136,9 @@ def test_run_stopped_and_gone_on_with(tmp_path) -> None:
     assert str(tmp_path) not in results.read_text()
     assert len({record["start_weights"] for record in everything.values() if "start_weights" in record}) == 2
     assert list(everything["images/plainmamba/0/untrained"]["figures"]) == ["dense", "paper at 40.0%", "naive at 40.0%"]
+
+    schedules = json.loads((tmp_path / "pieces/images/plainmamba/0/untrained/schedules.json").read_text())
+    assert {schedule["method"] for schedule in schedules.values()} == {"top"}, "no method is the paper's in a study"
 
     page = (tmp_path / "STUDY.md").read_text()
     assert "## images, plainmamba" in page

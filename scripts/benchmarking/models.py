@@ -94,12 +94,11 @@ def parts_section(options: argparse.Namespace) -> list[Group]:
 def transformer_section(options: argparse.Namespace) -> list[Group]:
     """Vim-S beside a ViT of its size."""
     vit = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
+    papers = {"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8], "method": PAPERS_METHOD}
     models = {
         "ViT-S/16": ViTForImageClassification(vit).eval(),
         "Vim-S": VimForImageClassification(VimConfig.from_preset("S")).eval(),
-        "Vim-S, pruned": VimForImageClassification(
-            VimConfig.from_preset("S", token_pruning={"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8]})
-        ).eval(),
+        "Vim-S, pruned": VimForImageClassification(VimConfig.from_preset("S", token_pruning=papers)).eval(),
     }
     groups = []
     for batch in options.batch_sizes:

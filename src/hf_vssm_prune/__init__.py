@@ -10,7 +10,8 @@ from .configuration_plainmamba import PlainMambaConfig
 from .configuration_videomamba import VideoMambaConfig
 from .configuration_vim import VimConfig
 from .families import FAMILIES
-from .flops import count_flops
+from .flops_of_heads import count_flops
+from .heads import put_pretrained_backbone
 from .modeling_common import TokenPruningMixin
 from .modeling_plainmamba import (
     PlainMambaBackbone,
@@ -26,6 +27,7 @@ from .modeling_videomamba import (
     VideoMambaPreTrainedModel,
 )
 from .modeling_vim import VimBackbone, VimForImageClassification, VimModel, VimPreTrainedModel
+from .pruned_heads import prunable
 from .visualization import visualize
 
 
@@ -55,6 +57,8 @@ __all__ = [
     "VimModel",
     "VimPreTrainedModel",
     "count_flops",
+    "prunable",
+    "put_pretrained_backbone",
     "visualize",
 ]
 

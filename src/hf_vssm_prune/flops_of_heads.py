@@ -1,6 +1,7 @@
 """How much a model computes with whatever is on its backbone: `flops.count_flops`, and the head's convolutions and
 products beside it, as PyTorch's counter sees them when the head runs on maps without memory."""
 
+import copy
 from typing import Any
 
 import torch
@@ -42,12 +43,18 @@ def _with_head(count: FlopCount, head: int) -> FlopCount:
 
 def count_head(config: PreTrainedConfig, image_size: tuple[int, int]) -> int:
     """Multiply-adds of the linear layers, convolutions and matrix products of a head, and of the backbone's pyramid."""
-    with torch.device("meta"):
-        model = auto_class_of(config).from_config(config).eval()
-        pixel_values = torch.empty(1, pruned_config(config).num_channels, *image_size)
-    _put_maps_in_place_of_layers(backbone_of(model))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(pixel_values)
+    try:
+        return _count_head(config, image_size, "meta")
+    except (RuntimeError, NotImplementedError):  # a head may look at values, or make tensors on the CPU
+        return _count_head(config, image_size, "cpu")
+
+
+def _count_head(config: PreTrainedConfig, image_size: tuple[int, int], device: str) -> int:
+    with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model = auto_class_of(config).from_config(copy.deepcopy(config)).eval().requires_grad_(False)
+        _put_maps_in_place_of_layers(backbone_of(model))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, pruned_config(config).num_channels, *image_size))
     return counter.get_total_flops() // 2
 
 
@@ -56,7 +63,7 @@ def _put_maps_in_place_of_layers(backbone: Any) -> None:
 
     def forward(pixel_values: Tensor, **options: Any) -> PrunedBackboneOutput:
         grid = config.grid_size_for(*pixel_values.shape[-2:])
-        maps = [pixel_values.new_empty(len(pixel_values), config.hidden_size, *grid) for _ in backbone.out_features]
+        maps = [pixel_values.new_zeros(len(pixel_values), config.hidden_size, *grid) for _ in backbone.out_features]
         return PrunedBackboneOutput(feature_maps=tuple(backbone.with_pyramid(maps)))
 
     backbone.forward = forward

@@ -37,16 +37,17 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
     return found
 
 
-def new_dense_model(config: PreTrainedConfig) -> Any:
+def new_dense_model(config: PreTrainedConfig, **options: Any) -> Any:
     """A new model with a head, of random weights, as `pruned_heads.prunable` makes it.
 
     Args:
         config: of transformers, such as `UperNetConfig`, with a configuration of this package as `backbone_config`.
+        options: of transformers' `from_config`, such as `dtype`.
 
     Raises:
         ValueError: there is no such model, or its backbone is another.
     """
-    return prunable(auto_class_of(config).from_config(config))
+    return prunable(auto_class_of(config).from_config(config, **options))
 
 
 @torch.no_grad()

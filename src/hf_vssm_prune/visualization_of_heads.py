@@ -8,10 +8,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from transformers import BaseImageProcessor
 
 from .configuration_common import pruned_config
-from .panels import FONT_SIZE, MARGIN, PANEL_SIZE, TEXT, fit, headings, lay_out
-from .visualization import draw_stages, image_from_pixel_values, kept_patches, patched_area, run_pruned
+from .panels import BACKGROUND, FONT_SIZE, MARGIN, PANEL_SIZE, TEXT, fit, headings, lay_out
+from .visualization import (
+    draw_stages,
+    image_from_pixel_values,
+    image_statistics,
+    kept_patches,
+    patched_area,
+    run_pruned,
+)
 
 
 LABEL_OPACITY = 0.6
@@ -55,6 +63,30 @@ def draw_legend(labels: Tensor, names: Sequence[str]) -> Image.Image:
             (line + MARGIN / 2, top), f"{names[label]}  {share}", fill=TEXT, font=ImageFont.load_default(FONT_SIZE)
         )
     return panel
+
+
+def visualize_segmentation(
+    model: Any, image_processor: BaseImageProcessor, images: Sequence[Image.Image], importance: bool = False
+) -> Image.Image:
+    """Draws how a pruned model segments images of any size, one below the other; see `draw_segmentation`.
+
+    Raises:
+        ValueError: the model is dense, there is no image, or the importance of tokens is asked for.
+    """
+    if not images:
+        raise ValueError("`images` is empty; at least one image is needed.")
+    if importance:
+        raise ValueError("The importance of tokens is drawn for classifiers only.")
+    sheets = []
+    for image in images:
+        pixel_values = image_processor(image, return_tensors="pt")["pixel_values"]
+        sheets.append(draw_segmentation(model, pixel_values, *image_statistics(image_processor)))
+    whole = Image.new("RGB", (max(each.width for each in sheets), sum(each.height for each in sheets)), BACKGROUND)
+    top = 0
+    for each in sheets:
+        whole.paste(each, (0, top))
+        top += each.height
+    return whole
 
 
 def draw_segmentation(model: Any, pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What can be done on a command line: one file for each verb, with a `main` that takes the words after it, and one line
+"""The command line: one file for each verb, with a `main` that takes the words after it, and one line in the table
 here. `hf-vssm-prune VERB` and `python -m hf_vssm_prune VERB` run them, and so does `scripts/VERB.py` in the repository,
 for `accelerate launch`.
 """

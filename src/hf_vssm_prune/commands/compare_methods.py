@@ -1,9 +1,9 @@
-"""Prunes a model to one budget by every method there is, without training it, and evaluates each beside the dense one.
+"""Prunes a model to one budget with every method, without training, and evaluates each next to the dense model.
 
     hf-vssm-prune compare_methods --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder>
 
-With --schedules a JSON file says what to compare instead: names, each with `token_pruning` options. `dyvm` has a part
-of its own that nothing has trained yet, so that it chooses at random here.
+--schedules compares the `token_pruning` options of a JSON file instead. `dyvm` has parameters of its own, which are
+untrained here, so that it keeps random tokens.
 """
 
 import json
@@ -23,9 +23,9 @@ class ComparisonArguments:
 
     _argument_group_name = "comparison"
 
-    flops_reduction: float = field(default=0.416, metadata={"help": "the share of FLOPs that every method removes"})
+    flops_reduction: float = field(default=0.416, metadata={"help": "fraction of FLOPs that every method removes"})
     schedules: str | None = field(
-        default=None, metadata={"help": "JSON file of `token_pruning` options by name, in place of all methods"}
+        default=None, metadata={"help": "JSON file of `token_pruning` options by name, instead of all methods"}
     )
 
     def read_schedules(self) -> dict[str, dict[str, Any]]:

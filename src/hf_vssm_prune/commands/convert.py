@@ -1,10 +1,11 @@
-"""Turns a published checkpoint into a Hugging Face folder, and such a folder back into a checkpoint.
+"""Converts a published checkpoint to a Hugging Face folder, and such a folder back to a checkpoint.
 
     hf-vssm-prune convert vim_s.pth models/vim-s --id2label imagenet_labels.json
     hf-vssm-prune convert models/vim-s vim_s.safetensors
 
 A file as the source becomes a folder, and a folder a file; tensors are renamed, never changed. Sizes are read off the
-tensors. Nothing that is there already is overwritten, an empty folder excepted.
+tensors; those of mmsegmentation's PlainMamba with UPerNet become transformers' model of that name. Nothing that is
+there already is overwritten, an empty folder excepted.
 """
 
 import argparse
@@ -18,14 +19,18 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vssm_prune import count_flops
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
 from hf_vssm_prune.conversion import load_official_model, save_official_model
 from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
-from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
+from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model, new_image_processor
 from hf_vssm_prune.hub.model_card import format_flops
 from hf_vssm_prune.label_maps import names_by_id
 from hf_vssm_prune.training.labels import name_labels
+from hf_vssm_prune.training.segmentation_models import segmentation_processor
+
+
+SHORT_SIDE = 512  # of images, as segmentation models were tested on ADE20K
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -67,26 +72,34 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, help="the folder, or the .pth or .safetensors file, to write")
     group = parser.add_argument_group("from a checkpoint to a folder")
     group.add_argument(
-        "--family", choices=FAMILIES, help="where tensors of several have the same names; default: what they tell"
+        "--family", choices=FAMILIES, help="model family, if the tensor names fit several; default: inferred"
     )
-    group.add_argument("--ema", action="store_true", help="the weights averaged over training")
+    group.add_argument("--ema", action="store_true", help="convert the averaged (EMA) weights")
     group.add_argument(
-        "--image_size", type=int, nargs="+", metavar="PIXELS", help="one number, or height and width; default: square"
+        "--image_size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="image size: one number, or height and width; default: square",
     )
     group.add_argument(
         "--patch_stride",
         type=int,
-        help="of Vim, where patches overlap (published: 8), and VideoMamba's images; default: none overlap",
+        help="patch stride where patches overlap: of Vim (published: 8), of VideoMamba on images",
     )
     group.add_argument(
-        "--num_frames", type=int, help="of VideoMamba: for another number, or to make a video model of an image model"
+        "--num_frames", type=int, help="number of frames of VideoMamba; turns an image model into a video model"
     )
-    group.add_argument("--id2label", type=Path, help="names of the labels: JSON (list or dict), or text, one a line")
+    group.add_argument("--id2label", type=Path, help="label names: JSON (list or dict), or text with one name per line")
     # All families were evaluated with ImageNet's statistics, images after a bicubic resize of the shortest edge to 256.
-    group.add_argument("--image_mean", type=float, nargs="+", default=IMAGENET_DEFAULT_MEAN, help="of each channel")
-    group.add_argument("--image_std", type=float, nargs="+", default=IMAGENET_DEFAULT_STD, help="of each channel")
     group.add_argument(
-        "--crop_pct", type=float, help="share of the resized image that is cropped; default: 0.875, of videos 1"
+        "--image_mean", type=float, nargs="+", default=IMAGENET_DEFAULT_MEAN, help="mean of each channel"
+    )
+    group.add_argument(
+        "--image_std", type=float, nargs="+", default=IMAGENET_DEFAULT_STD, help="standard deviation of each channel"
+    )
+    group.add_argument(
+        "--crop_pct", type=float, help="fraction of the resized image to crop; default: 0.875, for videos 1"
     )
     return parser
 
@@ -106,14 +119,19 @@ def to_folder(options: argparse.Namespace) -> ImageClassifier:
     model = load_official_model(options.source, options.ema, options.family, **overrides)
     if options.id2label is not None:
         set_labels(model.config, options.id2label)
-    processor = new_image_processor(model.config, options.image_mean, options.image_std, options.crop_pct)
+    backbone = pruned_config(model.config)
+    processor = new_image_processor(backbone, options.image_mean, options.image_std, options.crop_pct)
+    if backbone is not model.config:
+        processor = segmentation_processor(processor, SHORT_SIDE)
     card = ModelCardInfo(name=options.target.resolve().name, original_weights=options.source.name)
     save_for_hub(model, options.target, processor, card)
     return model
 
 
 def to_checkpoint(options: argparse.Namespace) -> ImageClassifier:
-    model = load_classifier(options.source)
+    config = load_config(str(options.source))
+    load = load_classifier if pruned_config(config) is config else load_dense_model
+    model = load(options.source)
     save_official_model(model, options.target)
     return model
 
@@ -139,13 +157,14 @@ def read_labels(file: Path) -> list[str]:
 
 
 def summary(model: ImageClassifier) -> str:
-    config, flops = model.config, count_flops(model.config).dense
+    config, flops = pruned_config(model.config), count_flops(model.config).dense
+    head = "" if config is model.config else f"{model.config.model_type} on "
     *frames, height, width = config.input_size
     inputs = f"videos of {frames[0]} frames of" if frames else "images of"
     patches = " x ".join(map(str, config.grid_size))
     return (
-        f"{config.model_type}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {inputs} "
-        f"{height} x {width} pixels as {patches} patches, {config.num_labels} labels\n"
+        f"{head}{config.model_type}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {inputs} "
+        f"{height} x {width} pixels as {patches} patches, {model.config.num_labels} labels\n"
         f"{model.num_parameters():,} parameters, {format_flops(flops.published)} FLOPs "
         f"({format_flops(flops.total)} with all scans counted)"
     )

@@ -1,9 +1,9 @@
-"""Prunes and fine-tunes the small model that comes with the package, from start to end, in some minutes on two cores.
+"""Prunes and fine-tunes the small model that comes with the package, from start to end, in a few minutes on two cores.
 
     hf-vssm-prune demo          # `make demo` makes an environment for it first
 
-In `demo_output/` are afterwards `model/`, a folder ready for the Hub with its model card and a picture of the tokens
-that are kept; and `finetuning/`, everything that the fine-tuning wrote.
+It writes `demo_output/model/`, a folder ready for the Hub with its model card and a picture of the kept tokens, and
+`demo_output/finetuning/`, everything that the fine-tuning wrote.
 """
 
 import argparse
@@ -43,21 +43,21 @@ from hf_vssm_prune.training.data import EvaluationImages, collate, load_evaluati
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
 from hf_vssm_prune.training.loop import Recipe
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
-from hf_vssm_prune.visualization import draw_classification, image_from_pixel_values
+from hf_vssm_prune.visualization import draw_classification, image_from_pixel_values, image_statistics
 
 
 DATASET = "trashnet"
 BUDGET = {"flops_reduction": 0.416}  # as the paper prunes PlainMamba-L3
-PAPERS = BUDGET | {"method": PAPERS_METHOD}
-DEFAULT = BUDGET | {"method": RECOMMENDED_METHOD}
+PAPERS: dict[str, Any] = BUDGET | {"method": PAPERS_METHOD}
+DEFAULT: dict[str, Any] = BUDGET | {"method": RECOMMENDED_METHOD}
 DENSE, FINETUNED = "dense", f"{RECOMMENDED_METHOD}, fine-tuned"
-UNTRAINED = {
+UNTRAINED: dict[str, dict[str, Any] | None] = {
     DENSE: None,
     "top, naive": PAPERS | {"alignment": "none"},
     "top, aligned (the paper's)": PAPERS,
     f"{RECOMMENDED_METHOD} (our default)": DEFAULT,
 }
-FINETUNINGS = {"top, aligned, fine-tuned": PAPERS, FINETUNED: DEFAULT}
+FINETUNINGS: dict[str, dict[str, Any]] = {"top, aligned, fine-tuned": PAPERS, FINETUNED: DEFAULT}
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -84,8 +84,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     output.mkdir(parents=True, exist_ok=True)
     shown = torch.stack([images[index]["pixel_values"] for index in range(0, 12, 2)])
     picture = output / "kept_tokens.png"
-    mean, std = image_processor.image_mean, image_processor.image_std
-    draw_classification(models[FINETUNED], shown, mean, std).save(picture)
+    draw_classification(models[FINETUNED], shown, *image_statistics(image_processor)).save(picture)
     card = model_card(evaluations, picture, shlex.join(command_line()))
     folder = save_for_hub(models[FINETUNED], output / "model", image_processor, card)
     reopened = reopen(folder, models[FINETUNED], shown)
@@ -103,10 +102,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 def parse_options(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("--output_dir", default="demo_output", help="where to write (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning (default: %(default)s)")
-    parser.add_argument("--max_train_samples", type=int, help="fine-tune on so many images only")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
+    parser.add_argument("--output_dir", default="demo_output", help="output folder (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of fine-tuning (default: %(default)s)")
+    parser.add_argument("--max_train_samples", type=int, help="maximum number of training images")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -174,13 +173,13 @@ def reopen(folder: Path, model: ImageClassifier, pixel_values: Tensor) -> bool:
     logits = model(pixel_values).logits
     with tempfile.TemporaryDirectory() as scratch:
         files = []
-        image_processor = load_image_processor(folder)
+        statistics = image_statistics(load_image_processor(folder))
         for index, image in enumerate(pixel_values):
             files.append(str(Path(scratch) / f"{index}.png"))
-            image_from_pixel_values(image, image_processor.image_mean, image_processor.image_std).save(files[-1])
+            image_from_pixel_values(image, *statistics).save(files[-1])
         command = [sys.executable, "-m", "hf_vssm_prune", "reopen", str(folder), *files]
         answers = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    labels = [model.config.id2label[label] for label in logits.argmax(-1).tolist()]
+    labels = [model.config.label_names[label] for label in logits.argmax(-1).tolist()]
     same_logits = torch.allclose(torch.tensor(answers["logits"]), logits, atol=1e-4)
     return same_logits and answers["labels"] == labels
 

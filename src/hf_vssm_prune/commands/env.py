@@ -1,4 +1,4 @@
-"""Reports what a bug report should say: versions, kernels, and the machine.
+"""Prints what a bug report needs: versions, kernels and the machine.
 
 hf-vssm-prune env
 """

@@ -1,10 +1,10 @@
-"""A dry run: what training by a recipe will take, without data and without a checkpoint.
+"""Estimates time and memory of a training run, without data and without a checkpoint.
 
     hf-vssm-prune estimate --recipe recipes/top_plainmamba_l3_imagenet.yaml --family plainmamba --preset L3
 
-Takes the options of `finetune.py` and, for a new dense model, of `train.py`; those that a recipe does not have are as
-`finetune.py` has them. It states steps, FLOPs, memory and device-hours at the speed that `--device_tflops` assumes,
-and measures the same model on synthetic images on this machine.
+It takes the options of `finetune` and, for a new dense model, of `train`, with the defaults of `finetune`. It prints
+steps, FLOPs, memory and device-hours at the speed that `--device_tflops` assumes, and measures the same model on
+synthetic images on this machine.
 """
 
 import sys
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.hub.loading import load_config
 from hf_vssm_prune.training.arguments import (
     DenseModelArguments,
@@ -49,9 +50,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             config = model.config([f"class {i}" for i in range(options.num_classes)], optimization.drop_path)
         else:
             config = load_config(model.model_name_or_path)
+            if pruned_config(config) is not config and model.image_size is not None:
+                raise ValueError("--image_size is for classifiers; the size of crops says how large images are.")
             if model.image_size is not None:
                 config = config_at_size(config, model.image_size)
-        config.token_pruning = pruning.schedule(config)
+        pruned = pruned_config(config)
+        pruned.token_pruning = pruning.schedule(pruned)
         estimate = estimate_run(task(of_task), config, optimization, losses, elastic, scale, options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Evaluates a model dense beside pruned: its metrics (top-1, top-5), FLOPs and images per second.
+"""Compares a model dense and pruned: metrics (top-1, top-5), FLOPs and images per second.
 
     hf-vssm-prune evaluate --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder> --json out.json
 
-Every batch goes through both, one after the other, so that their speeds compare on a machine that is not quiet.
+Every batch goes through both models in turn, so that their speeds are comparable on a busy machine.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
-"""Exports a classifier, dense or pruned, to files that run without this package.
+"""Exports a dense or pruned classifier to files that run without this package.
 
     hf-vssm-prune export runs/pruned/best exported
     hf-vssm-prune export user/plainmamba-l1 exported --flops_reduction 0.416 --formats onnx torch aotinductor
 
-Every file is run and compared with the model before it is kept. docs/export.md has code that opens each.
+Every file is run and compared with the model before it is kept. docs/export.md shows how to open each.
 """
 
 import sys
@@ -20,12 +20,10 @@ from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = command_parser(__doc__, prog)
     parser.add_argument("model", help="a classifier of this package, in a folder or on the Hub")
-    parser.add_argument("folder", type=Path, help="the folder to make")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
-    parser.add_argument(
-        "--flops_reduction", type=float, help="prune by this share, by the model's method (a dense one: by top)"
-    )
-    parser.add_argument("--revision", default="main", help="of a model on the Hub (default: %(default)s)")
+    parser.add_argument("folder", type=Path, help="output folder")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="file formats (default: onnx)")
+    parser.add_argument("--flops_reduction", type=float, help="FLOPs reduction to prune by, with the model's method")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         model = load_classifier(options.model, revision=options.revision, dtype=torch.float32)

@@ -1,11 +1,11 @@
-"""Prunes tokens of a dense Vim or PlainMamba and fine-tunes it, with the dense model as its teacher.
+"""Prunes a dense model and fine-tunes it, with the dense model as its teacher.
 
     hf-vssm-prune finetune --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder> \\
         --flops_reduction 0.416 --output_dir runs/pruned
 
 On several devices: `accelerate launch -m hf_vssm_prune finetune ...`. The defaults are the paper's recipe (arXiv
-2409.18962) with this project's distillation and alignment losses beside its cross-entropy, and with its method
-`local_merge` for a dense checkpoint; the paper's is `--prune_method top`.
+2409.18962) plus this project's distillation and alignment losses; the method for a dense checkpoint is this project's
+`local_merge`. The paper's is `--prune_method top`.
 """
 
 from collections.abc import Sequence

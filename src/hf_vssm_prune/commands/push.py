@@ -1,4 +1,4 @@
-"""Puts a saved model on the Hub: one commit, only what changed, whole or not at all.
+"""Uploads a saved model to the Hub in one commit, or not at all; files that are there already are skipped.
 
 hf-vssm-prune push runs/pruned/best user/plainmamba-l3-pruned --private
 hf-vssm-prune push runs/pruned/best user/plainmamba-l3-pruned --dry_run
@@ -13,13 +13,13 @@ from hf_vssm_prune.hub.pushing import list_pushed_files, push_model
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("folder", help="a model that a training script or `save_for_hub` wrote")
+    parser.add_argument("folder", help="folder that a training run or `save_for_hub` wrote")
     parser.add_argument("repo_id", help="user/name")
-    parser.add_argument("--revision", help="branch, made where it is missing (default: main)")
-    parser.add_argument("--private", action="store_true", default=None, help="a repository that only you see")
+    parser.add_argument("--revision", help="branch, created if it is missing (default: main)")
+    parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
     parser.add_argument("--commit_message", default="Upload model", help="default: %(default)s")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request in place of changing the branch")
-    parser.add_argument("--dry_run", action="store_true", help="list what would be pushed, and do nothing")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of pushing to the branch")
+    parser.add_argument("--dry_run", action="store_true", help="list what would be pushed, without pushing")
     options = parser.parse_args(arguments)
     try:
         files = list_pushed_files(options.folder)

@@ -1,5 +1,5 @@
-"""Opens a saved classifier as its users will, with transformers' Auto classes and its pipeline, and prints as JSON what
-each of them says about some images.
+"""Opens a saved classifier with transformers' Auto classes and its pipeline, as its users will, and prints the logits
+and labels of some images as JSON.
 
     hf-vssm-prune reopen <folder or Hub model> image.png ...
 """

@@ -1,4 +1,4 @@
-"""Trains a dense Vim or PlainMamba from scratch, or goes on from a checkpoint.
+"""Trains a dense model from scratch, or continues from a checkpoint.
 
     hf-vssm-prune train --dataset_name <Hub data set or folder> --family plainmamba --preset L1 --output_dir runs/l1
 

@@ -1,8 +1,8 @@
-"""Draws which tokens a pruned model keeps of some images or videos, stage by stage.
+"""Draws which tokens a pruned model keeps of images or videos, stage by stage.
 
-    hf-vssm-prune visualize image.jpg ...          # with the small model that comes with the package
-    hf-vssm-prune visualize image.jpg ... --model_name_or_path <folder or Hub model> --importance
-    hf-vssm-prune visualize video.mp4 --model_name_or_path <a model of videos> --output kept_tokens.webp
+hf-vssm-prune visualize image.jpg ...          # with the small model that comes with the package
+hf-vssm-prune visualize image.jpg ... --model_name_or_path <folder or Hub model> --importance
+hf-vssm-prune visualize video.mp4 --model_name_or_path <video model> --output kept_tokens.webp
 """
 
 import sys
@@ -11,15 +11,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from hf_vssm_prune import EXAMPLE_MODEL, visualize
+from hf_vssm_prune import EXAMPLE_MODEL, prunable, visualize
 from hf_vssm_prune.animation import FORMATS, animate
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
+from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model, load_image_processor
 from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.frame_sampling import SAMPLINGS
 from hf_vssm_prune.training.image_steps import decode_image
 from hf_vssm_prune.training.video_decoding import read_clip
+from hf_vssm_prune.visualization_of_heads import visualize_segmentation
 
 
 DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
@@ -31,38 +32,45 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument(
         "--model_name_or_path",
         default=str(EXAMPLE_MODEL),
-        help="a classifier of this package, in a folder or on the Hub (default: the small one in the package)",
+        help="a classifier or a segmentation model, in a folder or on the Hub (default: the small one in the package)",
     )
     parser.add_argument(
         "--flops_reduction",
         type=float,
-        help=f"prune by this share (default: the model's own schedule; for a dense model {DENSE_MODELS_REDUCTION})",
+        help=f"FLOPs reduction (default: the model's own schedule, or {DENSE_MODELS_REDUCTION} for a dense model)",
     )
-    parser.add_argument("--importance", action="store_true", help="draw the importance of the tokens as well")
+    parser.add_argument("--importance", action="store_true", help="also draw the importance of the tokens")
     parser.add_argument(
         "--frame_sampling", choices=SAMPLINGS, default="uniform", help="frames of a video (default: %(default)s)"
     )
     parser.add_argument(
         "--output",
         default="kept_tokens.png",
-        help="where to write; of one video .gif and .webp are moving pictures (default: %(default)s)",
+        help="output file; .gif and .webp of one video are animated (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     try:
         check_output_file("output", options.output)
-        model = load_classifier(options.model_name_or_path)
+        full_config = load_config(options.model_name_or_path)
+        config = pruned_config(full_config)
+        of_pixels = config is not full_config
+        if of_pixels:
+            model = prunable(load_dense_model(options.model_name_or_path))
+        else:
+            model = load_classifier(options.model_name_or_path)
         if options.flops_reduction is not None:
             model.set_token_pruning({"flops_reduction": options.flops_reduction})
-        elif model.config.token_pruning is None:
+        elif config.token_pruning is None:
             model.set_token_pruning({"flops_reduction": DENSE_MODELS_REDUCTION})
         image_processor = load_image_processor(options.model_name_or_path)
-        inputs = [read_input(file, model.config, options.frame_sampling) for file in options.files]
-        if model.config.modality == "video" and Path(options.output).suffix.lower() in FORMATS:
+        inputs = [read_input(file, config, options.frame_sampling) for file in options.files]
+        if config.modality == "video" and Path(options.output).suffix.lower() in FORMATS:
             if len(inputs) > 1 or options.importance:
                 raise ValueError(f"--output {options.output}: moving pictures are of one video, without importance.")
             animate(model, image_processor, inputs[0], options.output)
         else:
-            visualize(model, image_processor, inputs, options.importance).save(options.output)
+            draw = visualize_segmentation if of_pixels else visualize
+            draw(model, image_processor, inputs, options.importance).save(options.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,10 +1,10 @@
-"""Writes the page of a saved model, with what an evaluation measured.
+"""Writes the model card of a saved model, with the results of an evaluation.
 
     hf-vssm-prune evaluate --model_name_or_path runs/pruned/best --dataset_name ... --json results.json
     hf-vssm-prune visualize image.png --model_name_or_path runs/pruned/best --output kept_tokens.png
     hf-vssm-prune write_card runs/pruned/best card.yaml
 
-`hf_vssm_prune.hub.model_card_file` says what stands in the YAML file; `model_cards/` has examples.
+`hf_vssm_prune.hub.model_card_file` describes the YAML file; `model_cards/` has examples.
 """
 
 import sys
@@ -19,7 +19,7 @@ from hf_vssm_prune.hub.model_card_file import read_model_card_info
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("folder", type=Path, help="a model that a training script or `save_for_hub` wrote")
+    parser.add_argument("folder", type=Path, help="folder that a training run or `save_for_hub` wrote")
     parser.add_argument("card", type=Path, help="the YAML file")
     options = parser.parse_args(arguments)
     try:

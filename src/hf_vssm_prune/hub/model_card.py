@@ -15,9 +15,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.image_processing_base import ImageProcessingMixin
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
 from hf_vssm_prune.families import VisionMamba
-from hf_vssm_prune.flops import count_flops, tokens_per_layer
+from hf_vssm_prune.flops import tokens_per_layer
+from hf_vssm_prune.flops_of_heads import count_flops
+from hf_vssm_prune.heads import auto_class_of
 from hf_vssm_prune.hub.published_results import published_model
 from hf_vssm_prune.publication import Paper
 
@@ -45,6 +47,15 @@ METHOD_PAPERS = {
 }
 
 
+# Of what a card shows, by the names that the Hub has for metrics.
+METRIC_NAMES = {
+    "accuracy": "Top-1 accuracy",
+    "top_5_accuracy": "Top-5 accuracy",
+    "mean_iou": "Mean IoU",
+    "mean_accuracy": "Mean accuracy of classes",
+    "overall_accuracy": "Pixel accuracy",
+}
+
 # ---- What is known about a checkpoint ----------------------------------------------------------------------------
 
 
@@ -58,21 +69,27 @@ class Measurement:
         top5: accuracy in percent, None where it was not measured.
         images_per_second: None where it was not measured.
         pruned: whether this model's pruning schedule was on; it decides which FLOPs stand beside it.
+        others: of a task that is not classification, its metrics in percent, by the names that the Hub has for them.
     """
 
     name: str
-    top1: float
+    top1: float | None = None
     top5: float | None = None
     images_per_second: float | None = None
     pruned: bool = False
+    others: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for metric in ("top1", "top5"):
-            value = getattr(self, metric)
+        for metric, value in {"top1": self.top1, "top5": self.top5, **self.others}.items():
             if value is not None and not 0 <= value <= 100:
                 raise ValueError(f"`{metric}` of {self.name!r} is {value}; a percentage from 0 to 100 is needed.")
         if self.images_per_second is not None and not self.images_per_second > 0:
             raise ValueError(f"`images_per_second` of {self.name!r} is {self.images_per_second}; it must be above 0.")
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """In percent, by the names that the Hub has for them; None: not measured."""
+        return dict(self.others) or {"accuracy": self.top1, "top_5_accuracy": self.top5}
 
 
 @dataclass(frozen=True)
@@ -120,8 +137,7 @@ class Evaluation:
             measured = {
                 name: Measurement(
                     name,
-                    top1=100 * result["metrics"]["top1"],
-                    top5=100 * result["metrics"]["top5"],
+                    **_in_percent(result["metrics"]),
                     images_per_second=result["images_per_second"],
                     pruned=name == "pruned",
                 )
@@ -132,6 +148,13 @@ class Evaluation:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not what `hf-vssm-prune evaluate --json` writes: {error!r}") from error
         return cls(num_images=num_images, this_model=this_model, others=list(measured.values()), **about)
+
+
+def _in_percent(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """A task's metrics as the fields of a `Measurement`."""
+    if "top1" in metrics:
+        return {"top1": 100 * metrics["top1"], "top5": 100 * metrics["top5"]}
+    return {"others": {name: 100 * value for name, value in metrics.items() if name in METRIC_NAMES}}
 
 
 @dataclass(frozen=True)
@@ -216,7 +239,7 @@ def create_model_card(
         info: everything else.
         image_processor: the one that is saved beside the model. None: the card shows no code that needs it.
     """
-    config, flops = model.config, count_flops(model.config)
+    config, flops = pruned_config(model.config), count_flops(model.config)
     return ModelCard.from_template(
         _metadata(model, info, has_image_processor=image_processor is not None),
         template_path=str(TEMPLATE),
@@ -226,6 +249,9 @@ def create_model_card(
         flops=flops,
         format_flops=format_flops,
         is_classifier=_is_classifier(model),
+        head=_Head.of(model),
+        num_labels=model.config.num_labels,
+        metric_names=METRIC_NAMES,
         has_image_processor=image_processor is not None,
         model_id=info.model_id or info.name,
         picture=None if info.picture is None else Path(info.picture).name,
@@ -254,6 +280,32 @@ def _is_classifier(model: VisionMamba) -> bool:
 
 
 @dataclass(frozen=True)
+class _Head:
+    """What is on a backbone.
+
+    Attributes:
+        kind: its model type.
+        auto_class: transformers' Auto class of such models, by name.
+        pipeline: transformers' pipeline for it, which is also the Hub's task.
+    """
+
+    kind: str
+    auto_class: str
+    pipeline: str
+
+    @classmethod
+    def of(cls, model: Any) -> "_Head | None":
+        if pruned_config(model.config) is model.config:
+            return None
+        auto_class = auto_class_of(model.config).__name__
+        return cls(
+            model.config.model_type,
+            auto_class,
+            "object-detection" if auto_class.endswith("ObjectDetection") else "image-segmentation",
+        )
+
+
+@dataclass(frozen=True)
 class _Stage:
     """One stage of a pruning schedule: of `num_tokens` patch tokens at the input of `layer`, `num_kept` stay."""
 
@@ -272,37 +324,35 @@ def _stages(config: VisionMambaConfig) -> list[_Stage]:
 
 
 def _metadata(model: VisionMamba, info: ModelCardInfo, has_image_processor: bool) -> ModelCardData:
-    is_classifier = _is_classifier(model)
-    pruning_tags = ["token-pruning"] if model.config.token_pruning else []
-    task = f"{model.config.modality}-" + ("classification" if is_classifier else "feature-extraction")
+    is_classifier, head, config = _is_classifier(model), _Head.of(model), pruned_config(model.config)
+    kinds = [config.model_type, model.config.model_type]
+    pruning_tags = ["token-pruning"] if config.token_pruning else []
+    task = f"{config.modality}-" + ("classification" if is_classifier else "feature-extraction")
+    if head is not None:
+        task = head.pipeline
     return ModelCardData(
         library_name="transformers",
         # The pipelines make images RGB.
-        pipeline_tag=task if model.config.num_channels == 3 and (has_image_processor or not is_classifier) else None,
+        pipeline_tag=task if config.num_channels == 3 and (has_image_processor or not is_classifier) else None,
         license=info.license,
         base_model=info.base_model,
         base_model_relation="finetune" if info.base_model else None,
         datasets=list(info.datasets) or None,
-        metrics=["accuracy"] if info.evaluation else None,
-        tags=list(
-            dict.fromkeys([model.config.model_type, "vision", "mamba", *pruning_tags, "custom_code", *info.tags])
-        ),
-        **_model_index(info, model.config.modality),
+        metrics=[next(iter(info.evaluation.this_model.metrics))] if info.evaluation else None,
+        tags=list(dict.fromkeys([*kinds, "vision", "mamba", *pruning_tags, "custom_code", *info.tags])),
+        **_model_index(info, task),
     )
 
 
-METRIC_NAMES = {"accuracy": "Top-1 accuracy", "top_5_accuracy": "Top-5 accuracy"}
-
-
-def _model_index(info: ModelCardInfo, modality: str) -> dict[str, Any]:
+def _model_index(info: ModelCardInfo, task: str) -> dict[str, Any]:
     if info.evaluation is None:
         return {}
     evaluation = info.evaluation
-    measured = {"accuracy": evaluation.this_model.top1, "top_5_accuracy": evaluation.this_model.top5}
+    measured = evaluation.this_model.metrics
     results = [
         EvalResult(
-            task_type=f"{modality}-classification",
-            task_name=f"{modality.capitalize()} classification",
+            task_type=task,
+            task_name=task.replace("-", " ").capitalize(),
             dataset_type=evaluation.dataset_id,
             dataset_name=evaluation.dataset_name,
             dataset_split=evaluation.split,

@@ -156,7 +156,7 @@ def complete_folder(
         (folder / f"{heads_code.module_name(model.config)}.py").write_text(code, encoding="utf-8")
     if image_processor is not None:
         image_processor.save_pretrained(folder)
-    if model_card is not None and pruned_config(model.config) is model.config:
+    if model_card is not None:
         create_model_card(model, model_card, image_processor).save(folder / CARD)
         (folder / NOTICE).write_text(_notice(model_card), encoding="utf-8")
         if model_card.picture is not None:

@@ -4,6 +4,7 @@ Steps and FLOPs are counted. Memory and this machine's speed are measured on syn
 hours on other devices follow from an assumed speed.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.flops import count_flops
+from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.training.arguments import (
     ElasticArguments,
     EstimateArguments,
@@ -22,6 +23,7 @@ from hf_vssm_prune.training.arguments import (
     OptimizationArguments,
     ScaleArguments,
 )
+from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.length import RunLength
 from hf_vssm_prune.training.losses import training_loss
 from hf_vssm_prune.training.memory import enable_activation_checkpointing, peak_memory
@@ -75,8 +77,15 @@ def estimate_run(
     scale: ScaleArguments,
     options: EstimateArguments,
 ) -> RunEstimate:
-    """Estimates the training of a model, pruned as its configuration says; a dense one has no teacher."""
-    has_teacher = config.token_pruning is not None and losses.loss_weights().needs_teacher
+    """Estimates the training of a model, pruned as its configuration says; a dense one has no teacher.
+
+    Args:
+        config: of a model of the task, or of what the task makes one of.
+    """
+    with torch.device("meta"):
+        config = task.auto_class.from_config(config).config
+    pruned = pruned_config(config)
+    has_teacher = pruned.token_pruning is not None and losses.loss_weights().needs_teacher
     batches = options.num_images // (optimization.per_device_train_batch_size * options.num_devices)
     if batches == 0:
         raise ValueError(
@@ -92,11 +101,12 @@ def estimate_run(
     images_per_step = (
         optimization.per_device_train_batch_size * optimization.gradient_accumulation_steps * options.num_devices
     )
-    forward = 2 * statistics.mean(_multiply_adds(config, schedule) for schedule in _schedules(config, elastic))
-    dense = 2 * count_flops(config).dense.total
+    size = tuple(task.example_batch(config, 1, torch.device("cpu"))["pixel_values"].shape[-2:])
+    forward = 2 * statistics.mean(_multiply_adds(config, schedule, size) for schedule in _schedules(pruned, elastic))
+    dense = 2 * count_flops(config, size).dense.total
     # A backward pass is two forward passes; checkpointing makes the forward pass again.
     flops_per_image = forward * (4 if scale.gradient_checkpointing else 3) + dense * has_teacher
-    evaluated = 2 * count_flops(config).pruned.total * options.num_eval_images * (1 + optimization.model_ema)
+    evaluated = 2 * count_flops(config, size).pruned.total * options.num_eval_images * (1 + optimization.model_ema)
     total = flops_per_image * images_per_step * length.num_steps + evaluated * length.num_epochs
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,9 +143,14 @@ def _schedules(config: VisionMambaConfig, elastic: ElasticArguments) -> Sequence
     return elastic.schedules(config) or [config.token_pruning]
 
 
-def _multiply_adds(config: VisionMambaConfig, schedule: Mapping[str, Any] | None) -> int:
-    options = {**config.to_dict(), "token_pruning": schedule}
-    return count_flops(type(config).from_dict(options)).pruned.total
+def _multiply_adds(config: Any, schedule: Mapping[str, Any] | None, size: tuple[int, int]) -> int:
+    return count_flops(_with_schedule(config, schedule), size).pruned.total
+
+
+def _with_schedule(config: Any, schedule: Mapping[str, Any] | None) -> Any:
+    config = copy.deepcopy(config)
+    pruned_config(config).token_pruning = schedule
+    return config
 
 
 def _state_bytes(
@@ -164,14 +179,15 @@ def _synthetic_step(
     """The model, and what one step does but for the optimizer, on a batch of random images of a given size."""
     weights = losses.loss_weights()
     student = task.auto_class.from_config(config).to(device).train()
+    freeze_batch_norm(student)  # a head's has no statistics of a single image
     if scale.gradient_checkpointing:
         enable_activation_checkpointing(student)
     teacher = None
     if has_teacher:
-        dense = type(config).from_dict({**config.to_dict(), "token_pruning": None})
         dtype = getattr(torch, losses.teacher_dtype)
-        teacher = task.auto_class.from_config(dense, dtype=dtype).to(device).eval()
-    pruning_layers = [] if config.token_pruning is None else config.token_pruning["layers"]
+        teacher = task.auto_class.from_config(_with_schedule(config, None), dtype=dtype).to(device).eval()
+    schedule = pruned_config(config).token_pruning
+    pruning_layers = [] if schedule is None else schedule["layers"]
     with_states = weights.alignment_weight > 0 and has_teacher
 
     def step(batch_size: int) -> None:

@@ -12,8 +12,8 @@ from hf_vssm_prune.modeling_common import resize_position_embeddings
 from hf_vssm_prune.pruned_heads import backbone_of
 
 
-def config_at_size(config: VisionMambaConfig, image_size: int) -> VisionMambaConfig:
-    """A configuration for images of `image_size` × `image_size` pixels: budgets are counted, and grids compared, there.
+def config_at_size(config: VisionMambaConfig, image_size: int | tuple[int, int]) -> VisionMambaConfig:
+    """A configuration for images of a size, pixels or (height, width): budgets are counted, and grids compared, there.
 
     Raises:
         ValueError: it is too small for a patch.
@@ -21,9 +21,9 @@ def config_at_size(config: VisionMambaConfig, image_size: int) -> VisionMambaCon
     return type(config).from_dict({**config.to_dict(), "image_size": image_size})
 
 
-def resize_model(model: nn.Module, image_size: int) -> None:
-    """Lays a model out for images of `image_size` × `image_size` pixels. Position embeddings are resized bicubically,
-    as a forward pass at that size does it; a class token's stays as it is.
+def resize_model(model: nn.Module, image_size: int | tuple[int, int]) -> None:
+    """Lays a model out for images of a size, pixels or (height, width). Position embeddings are resized bicubically, as
+    a forward pass at that size does it; a class token's stays as it is.
 
     Raises:
         ValueError: it is too small for a patch.

@@ -15,6 +15,7 @@ from hf_vssm_prune.heads import new_dense_model, put_pretrained_backbone
 from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model
 from hf_vssm_prune.label_maps import complete_label_maps
 from hf_vssm_prune.pruned_heads import prunable
+from hf_vssm_prune.training.image_size import resize_model
 from hf_vssm_prune.training.labels import (
     LabelMatch,
     Match,
@@ -38,6 +39,7 @@ class HeadOptions:
         levels: the layers, counted from 1, whose outputs it takes; None: at each quarter of the depth.
         feature_norm, feature_pyramid: of the backbone.
         ignore_index: the id of pixels that count in no class.
+        image_size: (height, width) for which a classifier's position embeddings are laid out anew; None: they stay.
     """
 
     channels: int = 512
@@ -46,6 +48,7 @@ class HeadOptions:
     feature_norm: str = "per_level"
     feature_pyramid: str | None = None
     ignore_index: int = 255
+    image_size: tuple[int, int] | None = None
 
     def config(self, backbone: VisionMambaConfig) -> UperNetConfig:
         """UPerNet for the labels of a classifier's configuration, on a backbone that is otherwise like it."""
@@ -82,9 +85,7 @@ class SegmentationModels:
         """A new model."""
         if pruned_config(config) is config:
             config = self.head.config(config)
-        if (dtype := options.pop("dtype", None)) is not None:
-            config.dtype = dtype
-        return new_dense_model(config)
+        return new_dense_model(config, **options)
 
     def from_pretrained(self, name_or_path: str, **options: Any) -> Any:
         """A saved model."""
@@ -146,7 +147,10 @@ def _on_classifier(
     config.token_pruning, config.drop_path_rate = None, drop_path_rate
     name_labels(config, label_names)
     logger.info("%s becomes the backbone under a new head for %s.", name_or_path, say_labels(label_names))
-    return put_pretrained_backbone(models.from_config(config), classifier).eval()
+    model = put_pretrained_backbone(models.from_config(config), classifier).eval()
+    if models.head.image_size is not None:
+        resize_model(model, models.head.image_size)
+    return model
 
 
 def classifiers_of(model: Any) -> list[nn.Conv2d]:

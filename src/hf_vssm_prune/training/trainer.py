@@ -46,6 +46,9 @@ class TokenPruningTrainer(transformers.Trainer):
         ValueError: a layer to align is not there, a budget cannot be met, or labels would be smoothed twice.
     """
 
+    model: PrunableModel
+    processing_class: Any
+
     def __init__(
         self,
         model: PrunableModel | None = None,
@@ -150,30 +153,30 @@ class TokenPruningTrainer(transformers.Trainer):
         """transformers' own, by depth where the learning rate falls towards the input."""
         if self.layer_decay is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        options = self.args.learning_rate, self.args.weight_decay, self.layer_decay
-        groups = parameter_groups(self.model if model is None else model, *options)
+        whole: Any = self.model if model is None else model
+        groups = parameter_groups(whole, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
         optimizer_class, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = optimizer_class(groups, **keywords)
         return self.optimizer
 
     # The card
 
-    def create_model_card(self, model_name: str | None = None, **options: Any) -> None:
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
         """Writes this package's card into the output folder: what is pruned where, how it was trained.
 
         Args:
-            model_name: its title; by default the folder's name.
-            options: `license`, `tags` and `dataset` of transformers' own method; the others have no place in it.
+            arguments, options: of transformers' own method, of which `model_name` (by default the folder's name),
+                `license`, `tags` and `dataset` have a place in it.
         """
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, VisionMamba):  # one with adapters, whose card is PEFT's
-            return super().create_model_card(model_name=model_name, **options)
+            return super().create_model_card(*arguments, **options)
         if not self.is_world_process_zero():
             return
-        folder = Path(self.args.output_dir)
+        folder = Path(self.args.output_dir or ".")
         names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay", "seed")
         choices = {name: getattr(self.args, name) for name in names}
-        dataset = options.get("dataset")
+        model_name, dataset = options.get("model_name"), options.get("dataset")
         info = ModelCardInfo(
             name=model_name or folder.absolute().name,
             model_id=self.hub_model_id or model_name,

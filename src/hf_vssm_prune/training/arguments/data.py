@@ -17,16 +17,16 @@ class EvaluationDataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata=describe("configuration of the Hub data set"))
     eval_split: str | None = field(
-        default=None, metadata=describe("split to evaluate on; found by its name where it is not given")
+        default=None, metadata=describe("split to evaluate on; by default found by its name")
     )
     image_column_name: str | None = field(
-        default=None, metadata=describe("column of the images; found by its type by default")
+        default=None, metadata=describe("column of the images; by default found by its type")
     )
     label_column_name: str | None = field(
-        default=None, metadata=describe("column of the labels; found by its type by default")
+        default=None, metadata=describe("column of the labels; by default found by its type")
     )
-    max_eval_samples: int | None = field(default=None, metadata=describe("use only so many evaluation images"))
-    dataloader_num_workers: int = field(default=2, metadata=describe("processes that prepare images", "--workers"))
+    max_eval_samples: int | None = field(default=None, metadata=describe("maximum number of evaluation images"))
+    dataloader_num_workers: int = field(default=2, metadata=describe("data-loading workers", "--workers"))
 
     def __post_init__(self) -> None:
         check_range("max_eval_samples", self.max_eval_samples, 1, math.inf)
@@ -41,12 +41,12 @@ class DataArguments(EvaluationDataArguments):
     train_val_split: float = field(
         default=0.1, metadata=describe("fraction held out for evaluation where there is no such split")
     )
-    max_train_samples: int | None = field(default=None, metadata=describe("use only so many training images"))
+    max_train_samples: int | None = field(default=None, metadata=describe("maximum number of training images"))
     streaming: bool = field(
-        default=False, metadata=describe("read the training images as they are needed, without a copy on this disk")
+        default=False, metadata=describe("stream the training images instead of downloading them first")
     )
     shuffle_buffer_size: int = field(
-        default=10_000, metadata=describe("with --streaming: images from which the next ones are drawn")
+        default=10_000, metadata=describe("size of the shuffle buffer with --streaming, in images")
     )
 
     def __post_init__(self) -> None:

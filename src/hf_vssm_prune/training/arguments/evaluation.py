@@ -13,12 +13,16 @@ class EvaluationArguments:
     _argument_group_name = "evaluation"
 
     model_name_or_path: str = field(metadata=describe("the checkpoint, on the Hub or in a folder"))
-    per_device_eval_batch_size: int = field(default=64, metadata=describe("images at a time", "--batch_size"))
+    per_device_eval_batch_size: int = field(
+        default=64, metadata=describe("evaluation batch size per device", "--batch_size")
+    )
     device: str | None = field(
         default=None, metadata=describe("cpu, cuda, cuda:1, ...; by default a GPU where there is one")
     )
-    mixed_precision: str = field(default="no", metadata=describe("of the computation", choices=("no", "fp16", "bf16")))
-    seed: int = field(default=0, metadata=describe("of the choice of --max_eval_samples"))
+    mixed_precision: str = field(
+        default="no", metadata=describe("precision of the computation", choices=("no", "fp16", "bf16"))
+    )
+    seed: int = field(default=0, metadata=describe("random seed for choosing --max_eval_samples images"))
     json: str | None = field(default=None, metadata=describe("file to write the results to"))
     save_results: str | None = field(
         default=None,
@@ -37,10 +41,10 @@ class BesideArguments:
     _argument_group_name = "comparison"
 
     dense_name_or_path: str | None = field(
-        default=None, metadata=describe("the dense model; by default the same weights without pruning")
+        default=None, metadata=describe("dense model to compare with; by default the same weights without pruning")
     )
     int8: bool = field(
-        default=False, metadata=describe("the models with int8 linear layers as well; in float32 on a CPU only")
+        default=False, metadata=describe("also evaluate the models with int8 linear layers; float32 on a CPU only")
     )
 
 
@@ -50,20 +54,19 @@ class EstimateArguments:
 
     _argument_group_name = "estimate"
 
-    num_images: int = field(default=1_281_167, metadata=describe("training images; ImageNet-1k's by default"))
-    num_eval_images: int = field(default=50_000, metadata=describe("images evaluated after each epoch"))
-    num_classes: int = field(default=1000, metadata=describe("labels"))
-    num_devices: int = field(default=8, metadata=describe("devices that share a step"))
+    num_images: int = field(default=1_281_167, metadata=describe("number of training images; by default ImageNet-1k's"))
+    num_eval_images: int = field(default=50_000, metadata=describe("number of images evaluated after each epoch"))
+    num_classes: int = field(default=1000, metadata=describe("number of labels"))
+    num_devices: int = field(default=8, metadata=describe("number of devices"))
     device_tflops: float = field(
         default=40.0,
         metadata=describe(
-            "assumed: 1e12 floating-point operations (a multiply-add is two) that a device sustains each second, which "
-            "is far below its peak"
+            "assumed speed: TFLOP/s (a multiply-add counts as two) that a device sustains, which is far below its peak"
         ),
     )
     measured_batch_sizes: list[int] = field(
         default_factory=lambda: [1, 2],
-        metadata=describe("two batch sizes, ascending, with which memory and speed are measured on this machine"),
+        metadata=describe("two ascending batch sizes at which memory and speed are measured on this machine"),
     )
     json: str | None = field(default=None, metadata=describe("file to write the results to"))
 

@@ -25,22 +25,22 @@ class LossArguments:
 
     teacher_dtype: str = field(
         default="float32",
-        metadata=describe("of the teacher's weights; half as much memory in half precision", choices=TEACHER_DTYPES),
+        metadata=describe(
+            "data type of the teacher's weights; half precision halves its memory", choices=TEACHER_DTYPES
+        ),
     )
-    kd_weight: float = field(default=1.0, metadata=describe("weight of the distillation loss; 0: none"))
-    kd_temperature: float = field(default=1.0, metadata=describe("its temperature"))
+    kd_weight: float = field(default=1.0, metadata=describe("weight of the distillation loss; 0 turns it off"))
+    kd_temperature: float = field(default=1.0, metadata=describe("temperature of the distillation loss"))
     alignment_weight: float = field(
-        default=1.0, metadata=describe("weight of the hidden states' alignment loss; 0: none")
+        default=1.0, metadata=describe("weight of the alignment loss between hidden states; 0 turns it off")
     )
     alignment_layers: list[int] | None = field(
         default=None,
-        metadata=describe(
-            "layers whose outputs are compared; by default the last of those that a stage's tokens go through: before "
-            "the next stage, and the last of all"
-        ),
+        metadata=describe("layers whose outputs the alignment loss compares; by default the last layer of each stage"),
     )
     alignment_distance: str = field(
-        default="mse", metadata=describe("how they are compared", choices=tuple(ALIGNMENT_DISTANCES))
+        default="mse",
+        metadata=describe("distance that the alignment loss measures", choices=tuple(ALIGNMENT_DISTANCES)),
     )
 
     def __post_init__(self) -> None:
@@ -62,16 +62,16 @@ class FinetuneArguments(LossArguments):
 
     _argument_group_name = "model"
 
-    model_name_or_path: str = field(metadata=describe("the dense checkpoint, on the Hub or in a folder"))
+    model_name_or_path: str = field(metadata=describe("dense checkpoint: a Hub id or a folder"))
     teacher_name_or_path: str | None = field(
-        default=None, metadata=describe("the teacher; by default the same checkpoint, dense")
+        default=None, metadata=describe("teacher; by default the same checkpoint without pruning")
     )
     image_size: int | None = field(
         default=None,
-        metadata=describe("side in pixels to go on at; by default the checkpoint's", "--img_size"),
+        metadata=describe("image size to fine-tune at, in pixels; by default the checkpoint's", "--img_size"),
     )
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata=describe("give the model a new classifier where the labels differ")
+        default=False, metadata=describe("replace the classifier if the labels differ")
     )
 
     def __post_init__(self) -> None:
@@ -91,20 +91,22 @@ class DenseModelArguments:
     _argument_group_name = "model"
 
     model_name_or_path: str | None = field(
-        default=None, metadata=describe("go on from this checkpoint, in place of a new model")
+        default=None, metadata=describe("continue from this checkpoint instead of a new model")
     )
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata=describe("give the checkpoint a new classifier where labels differ")
+        default=False, metadata=describe("replace the checkpoint's classifier if the labels differ")
     )
-    family: str | None = field(default=None, metadata=describe("of the new model", choices=tuple(FAMILIES)))
+    family: str | None = field(default=None, metadata=describe("family of the new model", choices=tuple(FAMILIES)))
     preset: str | None = field(default=None, metadata=describe(f"size by name: {preset_names()}"))
     image_size: int | None = field(
-        default=None, metadata=describe("side in pixels; 224 for a new model, else the checkpoint's", "--img_size")
+        default=None, metadata=describe("image size in pixels; by default 224, or the checkpoint's", "--img_size")
     )
-    patch_size: int | None = field(default=None, metadata=describe("side of a patch in pixels; 16 for a new model"))
+    patch_size: int | None = field(
+        default=None, metadata=describe("patch size of a new model in pixels; by default 16")
+    )
     config_overrides: list[str] = field(
         default_factory=list,
-        metadata=describe("other options of the configuration, each key=value, e.g. hidden_size=64"),
+        metadata=describe("other configuration options as key=value, e.g. hidden_size=64"),
     )
     image_mean: list[float] = field(
         default_factory=lambda: [0.485, 0.456, 0.406], metadata=describe("of each channel, for a new model", "--mean")

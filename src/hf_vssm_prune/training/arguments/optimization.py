@@ -16,46 +16,48 @@ class OptimizationArguments:
 
     num_train_epochs: int = field(default=30, metadata=describe("passes over the training images", "--epochs"))
     max_train_steps: int | None = field(
-        default=None, metadata=describe("stop after so many optimizer steps; sets the schedule's length too")
+        default=None,
+        metadata=describe("number of optimizer steps, instead of epochs; the learning rate schedule ends there"),
     )
     per_device_train_batch_size: int = field(
-        default=64, metadata=describe("images on a device at a time", "--batch_size")
+        default=64, metadata=describe("training batch size per device", "--batch_size")
     )
-    per_device_eval_batch_size: int = field(default=64, metadata=describe("the same in evaluation"))
+    per_device_eval_batch_size: int = field(default=64, metadata=describe("evaluation batch size per device"))
     gradient_accumulation_steps: int = field(
-        default=1, metadata=describe("batches for a step of the optimizer", "--grad_accum_steps")
+        default=1, metadata=describe("batches per optimizer step", "--grad_accum_steps")
     )
-    learning_rate: float = field(default=1e-5, metadata=describe("highest rate, for the batch size as it is", "--lr"))
+    learning_rate: float = field(
+        default=1e-5, metadata=describe("peak learning rate (not scaled by batch size)", "--lr")
+    )
     weight_decay: float = field(default=1e-8, metadata=describe("AdamW's weight decay"))
     layer_decay: float | None = field(
-        default=None, metadata=describe("factor of the learning rate from each layer to the one before")
+        default=None, metadata=describe("factor of the learning rate from each layer to the one before it")
     )
     adam_beta1: float = field(default=0.9, metadata=describe("AdamW's first beta"))
     adam_beta2: float = field(default=0.999, metadata=describe("AdamW's second beta"))
     adam_epsilon: float = field(default=1e-8, metadata=describe("AdamW's epsilon"))
     lr_scheduler_type: str = field(
         default="cosine",
-        metadata=describe("how the rate falls after the warm-up", "--sched", choices=LEARNING_RATE_SCHEDULES),
+        metadata=describe("learning rate schedule after the warm-up", "--sched", choices=LEARNING_RATE_SCHEDULES),
     )
-    num_warmup_steps: int | None = field(
-        default=None, metadata=describe("steps of warm-up, in place of --warmup_epochs")
-    )
+    num_warmup_steps: int | None = field(default=None, metadata=describe("warm-up steps, instead of --warmup_epochs"))
     warmup_epochs: float | None = field(
-        default=None, metadata=describe("epochs of warm-up; by default a thirtieth of the epochs")
+        default=None, metadata=describe("warm-up epochs; by default a thirtieth of the epochs")
     )
-    warmup_lr: float = field(default=1e-7, metadata=describe("rate at which the warm-up begins"))
-    min_lr: float = field(default=1e-6, metadata=describe("rate at which the run ends"))
-    clip_grad: float | None = field(default=None, metadata=describe("largest norm of the gradient", "--max_grad_norm"))
-    drop_path: float = field(default=0.0, metadata=describe("stochastic depth in the last layer"))
+    warmup_lr: float = field(default=1e-7, metadata=describe("learning rate at the start of the warm-up"))
+    min_lr: float = field(default=1e-6, metadata=describe("learning rate at the end of the run"))
+    clip_grad: float | None = field(default=None, metadata=describe("maximum gradient norm", "--max_grad_norm"))
+    drop_path: float = field(default=0.0, metadata=describe("drop path rate of the last layer (stochastic depth)"))
     model_ema: bool = field(
-        default=True, metadata=describe("keep a moving average of the weights; evaluated and saved beside them")
+        default=True,
+        metadata=describe("keep an exponential moving average (EMA) of the weights, evaluated and saved as well"),
     )
-    model_ema_decay: float = field(default=0.99996, metadata=describe("its decay"))
-    model_ema_warmup: bool = field(default=False, metadata=describe("let its decay rise: for short runs"))
+    model_ema_decay: float = field(default=0.99996, metadata=describe("decay of the EMA"))
+    model_ema_warmup: bool = field(default=False, metadata=describe("warm up the decay of the EMA, for short runs"))
     mixed_precision: str | None = field(
         default=None,
         metadata=describe(
-            "of the computation; by default what `accelerate launch` says, else none", choices=("no", "fp16", "bf16")
+            "mixed precision; by default what `accelerate launch` sets, else none", choices=("no", "fp16", "bf16")
         ),
     )
 
@@ -92,9 +94,11 @@ class ScratchOptimizationArguments(OptimizationArguments):
     """The defaults for training from scratch are those that Vim and PlainMamba took over from DeiT and Swin."""
 
     num_train_epochs: int = field(default=300, metadata=describe("passes over the training images", "--epochs"))
-    learning_rate: float = field(default=1e-3, metadata=describe("highest rate, for the batch size as it is", "--lr"))
+    learning_rate: float = field(
+        default=1e-3, metadata=describe("peak learning rate (not scaled by batch size)", "--lr")
+    )
     weight_decay: float = field(default=0.05, metadata=describe("AdamW's weight decay"))
-    warmup_lr: float = field(default=1e-6, metadata=describe("rate at which the warm-up begins"))
-    min_lr: float = field(default=1e-5, metadata=describe("rate at which the run ends"))
-    clip_grad: float | None = field(default=5.0, metadata=describe("largest norm of the gradient", "--max_grad_norm"))
-    drop_path: float = field(default=0.1, metadata=describe("stochastic depth in the last layer"))
+    warmup_lr: float = field(default=1e-6, metadata=describe("learning rate at the start of the warm-up"))
+    min_lr: float = field(default=1e-5, metadata=describe("learning rate at the end of the run"))
+    clip_grad: float | None = field(default=5.0, metadata=describe("maximum gradient norm", "--max_grad_norm"))
+    drop_path: float = field(default=0.1, metadata=describe("drop path rate of the last layer (stochastic depth)"))

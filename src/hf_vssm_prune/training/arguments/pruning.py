@@ -21,28 +21,28 @@ class PruningArguments:
         default=None, metadata=describe("layers before which tokens are dropped, e.g. 6 12 18")
     )
     keep_ratios: list[float] | None = field(
-        default=None, metadata=describe("for each of them the fraction of the tokens that stays")
+        default=None, metadata=describe("fraction of the tokens to keep at each of --prune_layers")
     )
     flops_reduction: float | None = field(
         default=None,
-        metadata=describe("in place of ratios: the fraction of FLOPs to remove, by stages at --prune_layers if given"),
+        metadata=describe("fraction of FLOPs to remove, instead of --keep_ratios; at --prune_layers if given"),
     )
     prune_method: str | None = field(
         default=None,
         metadata=describe(
-            "how tokens go; `top` is the paper's; by default that of the checkpoint, of a dense one "
-            f"{RECOMMENDED_METHOD}, or top where an importance is named",
+            "pruning method; `top` is the paper's; by default that of the checkpoint, or of a dense one "
+            f"{RECOMMENDED_METHOD} (top if an importance is given)",
             choices=tuple(METHODS),
         ),
     )
     prune_alignment: str | None = field(
         default=None,
-        metadata=describe("how the scans cross the holes; by default as the method has it", choices=ALIGNMENTS),
+        metadata=describe("state alignment across dropped tokens; by default the method's", choices=ALIGNMENTS),
     )
     importance: str | None = field(
         default=None,
         metadata=describe(
-            "what makes a token worth keeping, for a method that takes it; by default as the method has it",
+            "measure of a token's importance, for methods that use one; by default the method's",
             choices=tuple(IMPORTANCES),
         ),
     )
@@ -106,14 +106,14 @@ class ElasticArguments:
     elastic_budgets: list[float] = field(
         default_factory=list,
         metadata=describe(
-            "fractions of FLOPs to remove, 0 for none: each step draws one of them, with the stages that it has by "
-            "default; evaluation and the saved model are not affected"
+            "FLOPs reductions of which each step draws one, e.g. 0 0.2 0.4; evaluation and the saved model keep the "
+            "model's own schedule"
         ),
     )
     elastic_importance: str | None = field(
         default=None,
         metadata=describe(
-            "what makes a token worth keeping then; by default as in the model's own schedule",
+            "measure of importance with --elastic_budgets; by default the model's own",
             choices=tuple(IMPORTANCES),
         ),
     )

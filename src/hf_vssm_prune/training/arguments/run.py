@@ -15,31 +15,30 @@ class RunArguments:
 
     _argument_group_name = "run"
 
-    output_dir: str = field(
-        metadata=describe("folder of everything that the run writes: best/, last/, checkpoint-*/, all_results.json")
+    output_dir: str = field(metadata=describe("output folder: best/, last/, checkpoint-*/, all_results.json"))
+    seed: int = field(default=0, metadata=describe("random seed"))
+    checkpointing_steps: str = field(default="epoch", metadata=describe("steps between checkpoints, or 'epoch'"))
+    save_total_limit: int = field(
+        default=2, metadata=describe("maximum number of checkpoints to keep", "--checkpoint_hist")
     )
-    seed: int = field(
-        default=0, metadata=describe("of the split, the order of images, augmentation, mixing and drop path")
-    )
-    checkpointing_steps: str = field(
-        default="epoch", metadata=describe("save a checkpoint every so many steps, or every 'epoch'")
-    )
-    save_total_limit: int = field(default=2, metadata=describe("checkpoints to keep", "--checkpoint_hist"))
     resume: str | None = field(
         default=None,
-        metadata=describe("a checkpoint's folder, or 'latest' (none yet: a fresh start)", "--resume_from_checkpoint"),
+        metadata=describe(
+            "checkpoint folder to resume from, or 'latest' (starts afresh if there is none)", "--resume_from_checkpoint"
+        ),
     )
-    logging_steps: int = field(default=50, metadata=describe("log every so many steps", "--log_interval"))
-    with_tracking: bool = field(default=False, metadata=describe("send the metrics to experiment trackers"))
+    logging_steps: int = field(default=50, metadata=describe("steps between log lines", "--log_interval"))
+    with_tracking: bool = field(default=False, metadata=describe("log metrics to experiment trackers"))
     report_to: str = field(
-        default="tensorboard", metadata=describe("which: tensorboard, wandb, ..., or 'all' that are installed")
+        default="tensorboard",
+        metadata=describe("experiment trackers: tensorboard, wandb, ..., or 'all' that are installed"),
     )
-    use_cpu: bool = field(default=False, metadata=describe("train on the CPU even where there is a GPU"))
+    use_cpu: bool = field(default=False, metadata=describe("train on the CPU even if there is a GPU"))
     push_to_hub: bool = field(
         default=False,
         metadata=describe("push the best model at the end, with the token of `hf auth login` or HF_TOKEN"),
     )
-    hub_model_id: str | None = field(default=None, metadata=describe("repository to push to: 'user/name'"))
+    hub_model_id: str | None = field(default=None, metadata=describe("Hub repository to push to, 'user/name'"))
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -64,25 +63,21 @@ class ScaleArguments:
 
     fsdp: bool = field(
         default=False,
-        metadata=describe("shard weights, gradients and optimizer over the processes (FSDP2), in place of DDP"),
+        metadata=describe("shard weights, gradients and optimizer states (FSDP2) instead of DDP"),
     )
-    ddp_timeout: int = field(
-        default=1800, metadata=describe("seconds after which a process that does not answer ends the run")
-    )
+    ddp_timeout: int = field(default=1800, metadata=describe("seconds to wait for another process before the run ends"))
     gradient_checkpointing: bool = field(
-        default=False, metadata=describe("compute each layer again in the backward pass, to save memory")
+        default=False, metadata=describe("recompute each layer in the backward pass to save memory")
     )
     batch_norm: str = field(
         default="local",
         metadata=describe(
-            "statistics of PlainMamba's batch norm in training: of each device's own batch, those of the checkpoint, "
-            "or of all devices together (GPU only)",
+            "batch norm statistics of PlainMamba in training: per device, frozen, or synchronized over devices (GPU "
+            "only)",
             choices=BATCH_NORM_MODES,
         ),
     )
-    deterministic: bool = field(
-        default=False, metadata=describe("only algorithms that give the same result every time; slower on a GPU")
-    )
+    deterministic: bool = field(default=False, metadata=describe("use deterministic algorithms only; slower on a GPU"))
 
     def __post_init__(self) -> None:
         check_range("ddp_timeout", self.ddp_timeout, 1, math.inf)

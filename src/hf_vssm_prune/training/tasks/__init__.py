@@ -27,7 +27,7 @@ class TaskArguments:
     _argument_group_name = "task"
 
     # The table itself, so that a task that is entered from outside is known, too.
-    task: str = field(default=DEFAULT_TASK, metadata={"help": "what is trained for", "choices": TASKS})
+    task: str = field(default=DEFAULT_TASK, metadata={"help": "task", "choices": TASKS})
 
 
 def default_task() -> Task:

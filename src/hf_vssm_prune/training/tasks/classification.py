@@ -48,22 +48,22 @@ class AugmentationArguments:
 
     scale: list[float] = field(
         default_factory=lambda: [0.08, 1.0],
-        metadata=describe("smallest and largest fraction of the area of a random resized crop"),
+        metadata=describe("minimum and maximum area of a random resized crop, as fractions"),
     )
     random_crop_padding: int | None = field(
         default=None,
-        metadata=describe("for small images: random crops from a border of so many pixels, in place of --scale"),
+        metadata=describe("padding in pixels for random crops of small images, instead of --scale"),
     )
-    no_random_crop: bool = field(default=False, metadata=describe("neither kind of random crop"))
-    hflip: float = field(default=0.5, metadata=describe("probability of mirroring an image"))
-    randaugment_num_ops: int = field(default=2, metadata=describe("RandAugment operations on an image; 0: none"))
-    randaugment_magnitude: float = field(default=9.0, metadata=describe("their strength, 0 to 10"))
+    no_random_crop: bool = field(default=False, metadata=describe("disable random crops"))
+    hflip: float = field(default=0.5, metadata=describe("probability of a horizontal flip"))
+    randaugment_num_ops: int = field(default=2, metadata=describe("RandAugment operations per image; 0 turns it off"))
+    randaugment_magnitude: float = field(default=9.0, metadata=describe("magnitude of RandAugment, 0 to 10"))
     reprob: float = field(default=0.25, metadata=describe("probability of random erasing", "--random_erasing"))
-    mixup: float = field(default=0.8, metadata=describe("mixup's alpha; 0: no mixup"))
-    cutmix: float = field(default=1.0, metadata=describe("CutMix's alpha; 0: no CutMix"))
-    mixup_prob: float = field(default=1.0, metadata=describe("probability of mixing a batch at all"))
+    mixup: float = field(default=0.8, metadata=describe("mixup alpha; 0 turns mixup off"))
+    cutmix: float = field(default=1.0, metadata=describe("CutMix alpha; 0 turns CutMix off"))
+    mixup_prob: float = field(default=1.0, metadata=describe("probability of applying mixup or CutMix to a batch"))
     mixup_switch_prob: float = field(
-        default=0.5, metadata=describe("probability of CutMix rather than mixup where both are on")
+        default=0.5, metadata=describe("probability of CutMix instead of mixup if both are on")
     )
     smoothing: float = field(default=0.1, metadata=describe("label smoothing", "--label_smoothing"))
 

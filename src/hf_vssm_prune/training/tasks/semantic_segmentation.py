@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import FEATURE_NORMS, pruned_config
 from hf_vssm_prune.feature_pyramid import PYRAMIDS
-from hf_vssm_prune.hub.model_card import Evaluation
+from hf_vssm_prune.hub.model_card import Evaluation, Measurement
 from hf_vssm_prune.precision import at_least_float32
 from hf_vssm_prune.training import segmentation_models
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
@@ -150,6 +150,7 @@ class SegmentationArguments(MaskArguments):
             self.feature_norm,
             self.feature_pyramid,
             self.ignore_index,
+            _height_width("crop_size", self.crop_size),
         )
 
 
@@ -303,8 +304,16 @@ class SemanticSegmentation:
 
     def evaluation_on_card(
         self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
-    ) -> Evaluation | None:
-        return None
+    ) -> Evaluation:
+        return Evaluation(
+            dataset_name=dataset_name,
+            dataset_id=dataset_name,
+            split=split,
+            num_images=num_images,
+            this_model=Measurement(
+                "this model", pruned=pruned, others={name: 100 * value for name, value in metrics.items()}
+            ),
+        )
 
 
 def segment(logits: Tensor, size: Sequence[int]) -> Tensor:
