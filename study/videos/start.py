@@ -38,8 +38,9 @@ def main(arguments: Sequence[str]) -> None:
     mean = frames.mean((1, 2))
     clip = ((frames - mean.view(3, 1, 1)) / STD).expand(config.num_frames, -1, -1, -1)
     embeddings = model.videomamba.embeddings
-    of_mean = embeddings.projection(clip[None].transpose(1, 2)) - embeddings.projection.bias.view(1, -1, 1, 1, 1)
-    embeddings.position_embeddings[:, 1:] -= of_mean[:, :, 0].flatten(2).transpose(1, 2)
+    nothing = torch.zeros_like(clip)
+    of_mean, of_nothing = (embeddings.projection(each[None].transpose(1, 2)) for each in (clip, nothing))
+    embeddings.position_embeddings[:, 1:] -= (of_mean - of_nothing)[:, :, 0].flatten(2).transpose(1, 2)
     save_for_hub(model, Path(target), new_image_processor(config, mean.tolist(), [STD] * 3))
 
 
