@@ -93,7 +93,9 @@ def load_segmentation_datasets(
                 "--max_train_samples."
             )
         taken = train_rows if data.max_train_samples is None else train_rows.take(count)
-        pairs = PairStream(taken, count, data.shuffle_buffer_size, data.train_split, len(label_names))
+        pairs: Pairs | PairStream = PairStream(
+            taken, count, data.shuffle_buffer_size, data.train_split, len(label_names)
+        )
     else:
         train_rows = _draw_samples(train_rows, data.max_train_samples, "max_train_samples", seed, IMAGES)
         pairs = Pairs(train_rows, len(label_names))
@@ -176,7 +178,7 @@ def _set_apart(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
     order = np.random.default_rng(seed).permutation(len(rows))
     parts = (np.sort(order[count:]), np.sort(order[:count]))
-    return tuple(rows.select(part, keep_in_memory=True) for part in parts)  # type: ignore[return-value]
+    return tuple(rows.select(part, keep_in_memory=True) for part in parts)
 
 
 # What the classes are called
