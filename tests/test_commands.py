@@ -221,7 +221,7 @@ def test_estimate(capsys):
 def test_convert_visualize_and_export(photo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["convert", str(EXAMPLE_MODEL), "published.safetensors"]) == 0
-    assert main(["convert", "published.safetensors", "model", "--image_size", "28"]) == 0
+    assert main(["convert", "published.safetensors", "model"]) == 0
     assert main(["visualize", photo, "--model_name_or_path", "model"]) == 0
     assert (tmp_path / "kept_tokens.png").exists()
     assert main(["export", "model", "exported", "--formats", "torch", *BUDGET]) == 0
