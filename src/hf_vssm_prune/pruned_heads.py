@@ -103,5 +103,6 @@ def prunable(model: Any) -> Any:
         ValueError: its backbone is another one.
     """
     if backbone_of(model) is not model:
-        model.__class__ = pruned_class(type(model))
+        kind: Any = type(model)
+        model.__class__ = pruned_class(kind)
     return model
