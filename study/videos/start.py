@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     plain = EvaluationClips(datasets.train, new_image_processor(config, [0.0] * 3, [1.0] * 3), Views("segments"))
     frames: torch.Tensor = sum(plain[i]["pixel_values"][0].mean(0) for i in range(len(plain))) / len(plain)
     mean = frames.mean((1, 2))
-    clip = ((frames - mean.view(3, 1, 1)) / STD).expand(config.num_frames, -1, -1, -1)
+    clip = ((frames - mean.view(3, 1, 1)) / STD).expand(config.num_frames or 1, -1, -1, -1)
     embeddings = model.videomamba.embeddings
     nothing = torch.zeros_like(clip)
     of_mean, of_nothing = (embeddings.projection(each[None].transpose(1, 2)) for each in (clip, nothing))

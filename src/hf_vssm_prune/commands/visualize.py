@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from hf_vssm_prune import EXAMPLE_MODEL, prunable, visualize
 from hf_vssm_prune.animation import FORMATS, animate
 from hf_vssm_prune.commands.parsing import command_parser
