@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from hf_vssm_prune import EXAMPLE_MODEL, prunable, visualize
 from hf_vssm_prune.animation import FORMATS, animate
 from hf_vssm_prune.commands.parsing import command_parser
@@ -79,8 +77,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     return 0
 
 
-def read_input(file: str, config: VisionMambaConfig, sampling: str) -> Image.Image | list[Image.Image]:
-    """An image, or the frames of a clip, as the model's channels want it."""
+def read_input(file: str, config: VisionMambaConfig, sampling: str) -> Any:
+    """An image, or the frames of a clip as a list, as the model's channels want it."""
     mode = "L" if config.num_channels == 1 else "RGB"
     if config.modality == "image":
         return decode_image({"bytes": None, "path": file}, mode, file)
