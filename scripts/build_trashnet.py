@@ -21,7 +21,7 @@ from hf_vssm_prune.training.data.sources import PACKAGED_DATA
 from hf_vssm_prune.training.image_steps import decode_image
 
 
-SHORT_SIDE, QUALITY = 128, 80
+SHORT_SIDE, QUALITY = 144, 75
 SPLITS = ("train", "test")
 NOTICE = """\
 TrashNet (https://github.com/garythung/trashnet), by Gary Thung and Mindy Yang: a part of its pictures, made smaller.

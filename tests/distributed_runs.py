@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import TOKEN_PRUNING, make_plainmamba_config, make_video_config, make_vim_config
-from tested_tasks import MeanColour
-from transformers import AutoModelForImageClassification
+from tested_tasks import TESTED, MeanColour
 
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.training.arguments import (
+    DataArguments,
     ElasticArguments,
     OptimizationArguments,
     RunArguments,
@@ -34,7 +34,12 @@ from hf_vssm_prune.training.tasks.classification import AugmentationArguments, I
 from hf_vssm_prune.training.tasks.video_classification import VideoClassification, VideoTrainingArguments
 
 
-CONFIGS = {"vim": make_vim_config, "plainmamba": make_plainmamba_config, "videos": make_video_config}
+CONFIGS = {
+    "vim": make_vim_config,
+    "plainmamba": make_plainmamba_config,
+    "videos": make_video_config,
+    "masks": make_vim_config,
+}
 # 146 images and 12 to a step: 12 steps in an epoch, and two images left over. Half of 12 or of 50 steps is in
 # the middle of an epoch.
 IMAGES_PER_STEP = 12
@@ -52,6 +57,7 @@ ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "one_plainmamba_teacher": {"teacher_family": "plainmamba"},
     "one_elastic": ELASTIC,
     "one_toy": {"task": "mean-colour"},
+    "one_masks": {"task": "semantic-segmentation", "family": "masks", "scale": FROZEN},
     "one_video": {"task": "video-classification", "family": "videos", "teacher": None},
 }
 TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
@@ -65,6 +71,8 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "ddp_from_one": {"resume": "one"},
     "ddp_elastic": ELASTIC,
     "ddp_toy": {"task": "mean-colour"},
+    "ddp_masks": {"task": "semantic-segmentation", "family": "masks", "scale": FROZEN},
+    "fsdp_masks": {"task": "semantic-segmentation", "family": "masks", "scale": {**FSDP, **FROZEN}},
     "fsdp_toy": {"task": "mean-colour", "scale": FSDP},
     "ddp_video": {"task": "video-classification", "family": "videos", "teacher": None},
     "fsdp_video": {"task": "video-classification", "family": "videos", "teacher": None, "scale": FSDP},
@@ -86,6 +94,7 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
 TASKS = {
     "image-classification": lambda: ImageClassification(AugmentationArguments(mixup=0.0, cutmix=0.0, smoothing=0.1)),
     "mean-colour": MeanColour,
+    "semantic-segmentation": TESTED["semantic-segmentation"].plain,
     "video-classification": lambda: VideoClassification(VideoTrainingArguments(mixup=0.0, cutmix=0.0, num_clips=2)),
 }
 
@@ -151,12 +160,15 @@ def train(
     teacher_model = None
     if teacher:
         source = folder / f"teacher-{teacher_family or family}"
-        teacher_model = AutoModelForImageClassification.from_pretrained(source, dtype=teacher)
+        teacher_model = recipe.task.auto_class.from_pretrained(source, dtype=teacher)
     load = load_image_stream if streaming else load_image_dataset
     options = {"shuffle_buffer_size": 8} if streaming else {}
     data = "videos" if family == "videos" else "parquet" if streaming else "images"
-    datasets = load(folder / data, medium=VIDEOS if family == "videos" else IMAGES, **options)
-    processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
+    if family == "masks":
+        datasets = recipe.task.load_datasets(DataArguments(str(folder / "masks")), seed=0)
+    else:
+        datasets = load(folder / data, medium=VIDEOS if family == "videos" else IMAGES, **options)
+    processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
     trainer = Trainer(model, datasets, processor, recipe, teacher_model)
     record(trainer, output_dir)
     trainer.train()
@@ -193,7 +205,7 @@ def main(folder: Path) -> None:
             continue
         trainer = train(folder, name, **options)
         assert trainer.accelerator.num_processes == 2
-        for part in (trainer.model, trainer.teacher, trainer.ema.model):
+        for part in filter(None, (trainer.model, trainer.teacher, trainer.ema.model)):
             # What is in no layer stays together after a forward pass that no backward pass follows.
             kinds = {type(parameter).__name__ for parameter in part.parameters()}
             assert ("DTensor" in kinds) == name.startswith("fsdp"), f"{name} has {kinds}"

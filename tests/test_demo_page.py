@@ -120,13 +120,13 @@ def test_the_first_example_is_there_without_a_click(page) -> None:
     (dense_label, pruned_label), (dense_flops, pruned_flops), (dense_ms, pruned_ms) = page.cells
     assert dense_label.startswith("cardboard")
     assert pruned_label.startswith("cardboard")
-    assert dense_flops == "514.4 M"
+    assert dense_flops == "850.3 M"
     assert pruned_flops.splitlines()[-1].startswith("42")
     assert float(dense_ms) > 0
     assert float(pruned_ms.splitlines()[0]) > 0
     assert len(page.pictures) == 4
-    assert page.captions[0] == "What the model sees: 196 patches"
-    assert 196 > kept(page)[0] > kept(page)[1] > kept(page)[2] > 0
+    assert page.captions[0] == "What the model sees: 324 patches"
+    assert 324 > kept(page)[0] > kept(page)[1] > kept(page)[2] > 0
 
 
 def test_an_example_is_chosen_by_pointer(page) -> None:

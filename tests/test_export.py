@@ -232,7 +232,7 @@ def test_loaders_in_the_documentation(tmp_path, monkeypatch, capsys):
     namespace = {}
     for code in loaders("python"):
         exec(compile(code, "docs/export.md", "exec"), namespace)
-    assert capsys.readouterr().out.splitlines()[-2:] == ["metal [131, 88, 59]"] * 2
+    assert capsys.readouterr().out.splitlines()[-2:] == ["metal [217, 146, 98]"] * 2
 
 
 @needs_inductor

@@ -4,11 +4,18 @@ import copy
 
 import pytest
 import torch
+from conftest import load_script
 from golden import GoldenCase
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import UperNetConfig, UperNetForSemanticSegmentation
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 
-from hf_vssm_prune import PlainMambaConfig
+from hf_vssm_prune import PlainMambaConfig, VimConfig
 from hf_vssm_prune.conversion import (
     convert_official_state_dict,
     convert_to_official_state_dict,
@@ -16,6 +23,7 @@ from hf_vssm_prune.conversion import (
     load_official_model,
     save_official_model,
 )
+from hf_vssm_prune.conversion_upernet import official_name as official_upernet_name
 
 
 CASES = ["seg_plainmamba_small", "seg_plainmamba_small_rect"]
@@ -115,6 +123,24 @@ def test_a_whole_l1_there_and_back(l1_upernet, tmp_path):
     assert all(torch.equal(back[name], official[name]) for name in official)
 
 
+def test_the_command(tmp_path, capsys):
+    _, official = make_small_official()
+    torch.save({"state_dict": official}, tmp_path / "upernet.pth")
+    (tmp_path / "names.txt").write_text("sky\nroad\ncar\ntree\nwall\n")
+    convert = load_script("convert").main
+    names = ["--id2label", str(tmp_path / "names.txt")]
+    assert convert([str(tmp_path / "upernet.pth"), str(tmp_path / "folder"), *names]) == 0
+    assert "upernet on plainmamba: 4 layers" in capsys.readouterr().out
+    opened = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "folder")
+    assert opened.config.id2label[2] == "car"
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "folder")
+    assert processor(Image.new("RGB", (300, 200)), return_tensors="pt")["pixel_values"].shape == (1, 3, 512, 768)
+    assert "pipeline_tag: image-segmentation" in (tmp_path / "folder" / "README.md").read_text()
+    assert convert([str(tmp_path / "folder"), str(tmp_path / "back.pth")]) == 0
+    back = torch.load(tmp_path / "back.pth")["state_dict"]
+    assert all(torch.equal(back[name], tensor) for name, tensor in official.items())
+
+
 def make_small_official(**changes):
     options = {
         "image_size": 32,
@@ -170,3 +196,35 @@ def test_what_does_not_fit_is_named(change, message):
     change(official)
     with pytest.raises(ValueError, match=message):
         convert_official_state_dict(infer_config(official), official)
+
+
+# Vim's published backbone has no class token, and no weights of it are published. Its pyramid and its heads are here.
+
+
+@pytest.fixture
+def vim_case(shared):
+    return GoldenCase.load(shared / "golden" / "segmentation", "seg_vim_small")
+
+
+@pytest.mark.parametrize("run", ["hidden", "residual_add", "rope", "repeat", "residual"])
+def test_vims_pyramid_and_heads_are_the_official_ones(vim_case, run):
+    """On the official maps of the patches' resolution, dense and pruned."""
+    official, expected = vim_case.state_dict(), vim_case.expected
+    options = {"image_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "feature_norm": "none"}
+    backbone = VimConfig(**options, out_features=["stage1", "stage2", "stage3", "stage4"], feature_pyramid="vim")
+    heads = {"hidden_size": 16, "auxiliary_channels": 16, "num_labels": 6}
+    model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **heads)).eval()
+    names = {name: official_upernet_name(model.config, name, lambda name: name) for name in model.state_dict()}
+    of_ours = {name: key for name, key in names.items() if not name.startswith("backbone.") or "pyramid" in name}
+    assert {key for key in official if not key.startswith("backbone.") or ".fpn" in key} == set(of_ours.values())
+    model.load_state_dict({name: official[key] for name, key in of_ours.items()}, strict=False)
+    maps = [torch.from_numpy(expected[f"{run}.tap{level}"]) for level in range(4)]
+    with torch.no_grad():
+        levels = model.backbone.with_pyramid(maps)
+        logits, auxiliary_logits = model.decode_head(levels), model.auxiliary_head(levels)
+    if run == "hidden":
+        assert_close(levels[0][:, :8], expected["hidden.level0"])
+        assert_close(levels[1], expected["hidden.level1"])
+        assert_close(levels[3], expected["hidden.level3"])
+    assert_close(logits, expected[f"{run}.logits"])
+    assert_close(auxiliary_logits, expected[f"{run}.aux_logits"])

@@ -3,7 +3,7 @@
 import importlib.util
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,9 +106,9 @@ def masked_image(channel: int, generator: np.random.Generator) -> tuple[np.ndarr
 COLOURS = {"0": "red", "1": "green", "2": "blue"}
 
 
-def write_mask_folder(folder: Path) -> None:
+def write_mask_folder(folder: Path, counts: Mapping[str, int] = {"train": 36, "test": 15}) -> None:
     generator = np.random.default_rng(0)
-    for split, count in (("train", 36), ("test", 15)):
+    for split, count in counts.items():
         for kind in ("images", "masks"):
             (folder / kind / split).mkdir(parents=True)
         for i in range(count):

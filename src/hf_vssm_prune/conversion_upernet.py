@@ -27,7 +27,7 @@ def is_upernet(config: Any) -> bool:
     return config.model_type == UperNetConfig.model_type and hasattr(config.backbone_config, "token_pruning")
 
 
-def official_name(config: UperNetConfig, name: str, of_backbone: Callable[[str], str]) -> str:
+def official_name(config: Any, name: str, of_backbone: Callable[[str], str]) -> str:
     """mmsegmentation's name of a tensor of the model.
 
     Args:

@@ -46,7 +46,7 @@ class FeatureMaps(BackboneMixin):
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
         """
-        outputs = super(BackboneMixin, self).forward(pixel_values, **kwargs)
+        outputs = super(BackboneMixin, self).forward(pixel_values, **kwargs)  # type: ignore[misc]
         grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         states = full_states(self, outputs, self._pruning_of_call(kwargs))
         maps = [self._feature_map(name, each, grid) for name, each in zip(self.out_features, states, strict=True)]

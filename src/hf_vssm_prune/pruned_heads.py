@@ -57,6 +57,10 @@ class PrunedHead:
             outputs["backbone_hidden_states"] = seen[-1].hidden_states
         return outputs
 
+    def get_input_embeddings(self: Any) -> nn.Module:
+        """The backbone's, which is what sharding asks for."""
+        return backbone_of(self).get_input_embeddings()
+
     def set_token_pruning(self: Any, token_pruning: dict[str, Any] | None) -> None:
         """See `TokenPruningMixin.set_token_pruning`."""
         backbone_of(self).set_token_pruning(token_pruning)
@@ -76,13 +80,13 @@ class PrunedHead:
 
 
 @functools.cache
-def _with_stages(kind: type[ModelOutput]) -> type[Any]:
+def _with_stages(kind: type) -> type[Any]:
     """Outputs of a kind, with what pruning tells of the stages and the backbone's hidden states."""
     return dataclass(init=False)(type(f"Pruned{kind.__name__}", (StageFields, kind), {"backbone_hidden_states": None}))
 
 
 @functools.cache
-def pruned_class(kind: type[nn.Module]) -> type[Any]:
+def pruned_class(kind: type) -> type[Any]:
     """A model's class as `PrunedHead` has it; the name stays, as it is what configurations say."""
     return kind if issubclass(kind, PrunedHead) else type(kind.__name__, (PrunedHead, kind), {})
 
@@ -99,5 +103,6 @@ def prunable(model: Any) -> Any:
         ValueError: its backbone is another one.
     """
     if backbone_of(model) is not model:
-        model.__class__ = pruned_class(type(model))
+        kind: Any = type(model)
+        model.__class__ = pruned_class(kind)
     return model

@@ -2,8 +2,8 @@
 
     python study/videos/start.py <folder of videos by class> <model> num_frames=16 image_size=32 patch_size=8 ...
 
-Where a camera stands still, what moves is a few levels of 255, and what stands there for all to see is ten times that. A
-small model that begins without knowing what is always there takes long to look past it: this one begins with it.
+Where a camera stands still, what moves is a few levels of 255, and what stands there for all to see is ten times that.
+A small model that begins without knowing what is always there takes long to look past it: this one begins with it.
 """
 
 import json
@@ -34,12 +34,13 @@ def main(arguments: Sequence[str]) -> None:
     torch.manual_seed(0)
     model = VideoMambaForVideoClassification(config)
     plain = EvaluationClips(datasets.train, new_image_processor(config, [0.0] * 3, [1.0] * 3), Views("segments"))
-    frames = sum(plain[i]["pixel_values"][0].mean(0) for i in range(len(plain))) / len(plain)
+    frames: torch.Tensor = sum(plain[i]["pixel_values"][0].mean(0) for i in range(len(plain))) / len(plain)
     mean = frames.mean((1, 2))
-    clip = ((frames - mean.view(3, 1, 1)) / STD).expand(config.num_frames, -1, -1, -1)
+    clip = ((frames - mean.view(3, 1, 1)) / STD).expand(config.num_frames or 1, -1, -1, -1)
     embeddings = model.videomamba.embeddings
-    of_mean = embeddings.projection(clip[None].transpose(1, 2)) - embeddings.projection.bias.view(1, -1, 1, 1, 1)
-    embeddings.position_embeddings[:, 1:] -= of_mean[:, :, 0].flatten(2).transpose(1, 2)
+    nothing = torch.zeros_like(clip)
+    of_mean, of_nothing = (embeddings.projection(each[None].transpose(1, 2)) for each in (clip, nothing))
+    embeddings.position_embeddings[:, 1:] -= (of_mean - of_nothing)[:, :, 0].flatten(2).transpose(1, 2)
     save_for_hub(model, Path(target), new_image_processor(config, mean.tolist(), [STD] * 3))
 
 

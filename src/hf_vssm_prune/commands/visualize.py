@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         elif config.token_pruning is None:
             model.set_token_pruning({"flops_reduction": DENSE_MODELS_REDUCTION})
         image_processor = load_image_processor(options.model_name_or_path)
-        inputs = [read_input(file, config, options.frame_sampling) for file in options.files]
+        inputs: list[Any] = [read_input(file, config, options.frame_sampling) for file in options.files]
         if config.modality == "video" and Path(options.output).suffix.lower() in FORMATS:
             if len(inputs) > 1 or options.importance:
                 raise ValueError(f"--output {options.output}: moving pictures are of one video, without importance.")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def compare_models(
             with _autocast(device, autocast_dtype):
                 if index == 0:
                     predict(task, model, batch)
-                seconds, outputs = _timed(lambda model=model, batch=batch: predict(task, model, batch), device)
+                seconds, outputs = _timed(partial(predict, task, model, batch), device)
             scores[name].append(_on_cpu(task.scores(outputs, batch)))
             speeds[name].append(batch_size / seconds)
     evaluations = {}

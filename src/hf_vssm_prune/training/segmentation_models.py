@@ -13,7 +13,6 @@ from transformers import AutoModelForSemanticSegmentation, BaseImageProcessor, U
 from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
 from hf_vssm_prune.heads import new_dense_model, put_pretrained_backbone
 from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model
-from hf_vssm_prune.label_maps import complete_label_maps
 from hf_vssm_prune.pruned_heads import prunable
 from hf_vssm_prune.training.image_size import resize_model
 from hf_vssm_prune.training.labels import (
@@ -66,7 +65,8 @@ class HeadOptions:
             auxiliary_channels=self.auxiliary_channels,
             use_auxiliary_head=len(levels) > 2,  # the level that it reads
             loss_ignore_index=self.ignore_index,
-            **complete_label_maps({"id2label": backbone.label_names}),
+            id2label=dict(enumerate(backbone.label_names)),
+            label2id={name: label for label, name in enumerate(backbone.label_names)},
         )
 
 

@@ -59,21 +59,21 @@ def load_image_dataset(
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}: it must be between 0 and 1, both excluded.")
     splits = load_splits(name_or_path, config_name, medium=medium)
-    rows = _choose_split(splits, train_split, name_or_path)
+    rows = choose_split(splits, train_split, name_or_path)
     train, label_names = standardize(rows, image_column, label_column, medium=medium)
     if len(np.unique(_labels_of(train))) < 2:
         raise ValueError(
             f"All {len(train)} {medium.name}s of split '{train_split}' of '{name_or_path}' have the same label."
         )
-    eval_split = eval_split or _find_evaluation_split(splits, excluded=train_split)
+    eval_split = eval_split or find_evaluation_split(splits, excluded=train_split)
     if eval_split is None:
         train, evaluation = _split_by_label(train, validation_share, seed, medium)
     else:
-        rows = _choose_split(splits, eval_split, name_or_path)
+        rows = choose_split(splits, eval_split, name_or_path)
         evaluation, _ = standardize(rows, image_column, label_column, label_names, medium)
     return ImageDatasets(
-        train=_draw_samples(train, max_train_samples, "max_train_samples", seed, medium),
-        evaluation=_draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed, medium),
+        train=draw_samples(train, max_train_samples, "max_train_samples", seed, medium),
+        evaluation=draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed, medium),
         label_names=label_names,
     )
 
@@ -101,8 +101,8 @@ def load_image_stream(
             there is no evaluation split, or the images are files in a folder.
     """
     splits = load_splits(name_or_path, config_name, streaming=True, medium=medium)
-    rows = _choose_split(splits, train_split, name_or_path)
-    num_images = _count_rows(rows, name_or_path, train_split)
+    rows = choose_split(splits, train_split, name_or_path)
+    num_images = count_rows(rows, name_or_path, train_split)
     if max_train_samples is not None:
         if num_images is not None and max_train_samples > num_images:
             raise ValueError(
@@ -115,13 +115,13 @@ def load_image_stream(
             "--max_train_samples."
         )
     rows, label_names = standardize_stream(rows, image_column, label_column, medium)
-    eval_split = eval_split or _find_evaluation_split(splits, excluded=train_split)
+    eval_split = eval_split or find_evaluation_split(splits, excluded=train_split)
     if eval_split is None:
         raise ValueError(
             f"'{name_or_path}' has no split to evaluate on (it has {', '.join(splits)}), and none can be set apart "
             "from a stream: name one with --eval_split, or leave out --streaming."
         )
-    stored = _choose_split(splits, eval_split, name_or_path)
+    stored = choose_split(splits, eval_split, name_or_path)
     stored, _ = standardize_stream(stored, image_column, label_column, medium)
     try:
         evaluation = Dataset.from_generator(
@@ -135,7 +135,7 @@ def load_image_stream(
     evaluation, _ = standardize(evaluation, "image", "label", label_names, medium)
     return ImageDatasets(
         train=ImageStream(rows, num_images, shuffle_buffer_size, train_split),
-        evaluation=_draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed, medium),
+        evaluation=draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed, medium),
         label_names=label_names,
     )
 
@@ -156,13 +156,13 @@ def load_evaluation_dataset(
     Arguments and errors are those of `load_image_dataset`.
     """
     splits = load_splits(name_or_path, config_name, medium=medium)
-    split = split or _find_evaluation_split(splits, excluded=None) or next(iter(splits))
-    rows = _choose_split(splits, split, name_or_path)
+    split = split or find_evaluation_split(splits, excluded=None) or next(iter(splits))
+    rows = choose_split(splits, split, name_or_path)
     dataset, label_names = standardize(rows, image_column, label_column, medium=medium)
-    return _draw_samples(dataset, max_samples, "max_samples", seed, medium), label_names
+    return draw_samples(dataset, max_samples, "max_samples", seed, medium), label_names
 
 
-def _choose_split(splits: DatasetDict | IterableDatasetDict, split: str, name_or_path: str | Path) -> Any:
+def choose_split(splits: DatasetDict | IterableDatasetDict, split: str, name_or_path: str | Path) -> Any:
     if split not in splits:
         raise ValueError(f"'{name_or_path}' has no split '{split}'; it has {', '.join(splits)}.")
     if isinstance(splits[split], Dataset) and not len(splits[split]):
@@ -170,11 +170,11 @@ def _choose_split(splits: DatasetDict | IterableDatasetDict, split: str, name_or
     return splits[split]
 
 
-def _find_evaluation_split(splits: DatasetDict | IterableDatasetDict, excluded: str | None) -> str | None:
+def find_evaluation_split(splits: DatasetDict | IterableDatasetDict, excluded: str | None) -> str | None:
     return next((split for split in EVALUATION_SPLITS if split in splits and split != excluded), None)
 
 
-def _count_rows(rows: IterableDataset, name_or_path: str | Path, split: str) -> int | None:
+def count_rows(rows: IterableDataset, name_or_path: str | Path, split: str) -> int | None:
     """The number of a stream's rows, from its description or its Parquet files; None where neither says it."""
     described = (rows.info.splits or {}).get(split)
     if described is not None and described.num_examples:
@@ -206,7 +206,7 @@ def _split_by_label(dataset: Dataset, share: float, seed: int, medium: Medium) -
     )
 
 
-def _draw_samples(dataset: Dataset, count: int | None, argument: str, seed: int, medium: Medium) -> Dataset:
+def draw_samples(dataset: Dataset, count: int | None, argument: str, seed: int, medium: Medium) -> Dataset:
     if count is None:
         return dataset
     if not 1 <= count <= len(dataset):

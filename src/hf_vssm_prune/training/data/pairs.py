@@ -9,7 +9,7 @@ from typing import NamedTuple
 from datasets import Dataset, DatasetDict, Features, Image, NamedSplit
 
 from hf_vssm_prune.training.data.media import IMAGES
-from hf_vssm_prune.training.data.sources import SPLIT_NAMES, _find_files, _find_saved
+from hf_vssm_prune.training.data.sources import SPLIT_NAMES, find_files, find_saved
 
 
 logger = logging.getLogger(__name__)
@@ -41,13 +41,13 @@ class _File(NamedTuple):
 
 def holds_pairs(path: Path) -> bool:
     """Whether a path is a folder of image files, and no data set of another kind."""
-    if not path.is_dir() or _find_saved(path):
+    if not path.is_dir() or find_saved(path):
         return False
-    return not any(file.suffix == ".parquet" for file in _find_files(path)[0])
+    return not any(file.suffix == ".parquet" for file in find_files(path)[0])
 
 
 def _find_images(folder: Path) -> list[Path]:
-    return sorted(file for file in _find_files(folder)[0] if file.suffix.lower() in IMAGES.suffixes())
+    return sorted(file for file in find_files(folder)[0] if file.suffix.lower() in IMAGES.suffixes())
 
 
 def load_pair_folder(folder: Path) -> DatasetDict:

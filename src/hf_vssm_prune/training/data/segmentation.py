@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from hf_vssm_prune.label_maps import names_by_id
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, read_rows
-from hf_vssm_prune.training.data.loading import _choose_split, _count_rows, _draw_samples, _find_evaluation_split
+from hf_vssm_prune.training.data.loading import choose_split, count_rows, draw_samples, find_evaluation_split
 from hf_vssm_prune.training.data.masks import decode_mask, reduced
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.pairs import holds_pairs, load_pair_folder
@@ -66,11 +66,11 @@ def load_segmentation_datasets(
     """
     name = data.dataset_name
     splits = _load_splits(data, data.streaming)
-    train = _choose_split(splits, data.train_split, name)
+    train = choose_split(splits, data.train_split, name)
     train_rows = standardize_pairs(train, data.image_column_name, data.label_column_name)
-    eval_split = data.eval_split or _find_evaluation_split(splits, excluded=data.train_split)
+    eval_split = data.eval_split or find_evaluation_split(splits, excluded=data.train_split)
     if eval_split is not None:
-        evaluation = _choose_split(splits, eval_split, name)
+        evaluation = choose_split(splits, eval_split, name)
         evaluation_rows = standardize_pairs(evaluation, data.image_column_name, data.label_column_name)
         if data.streaming:
             evaluation_rows = _stored(evaluation_rows, eval_split)
@@ -86,18 +86,20 @@ def load_segmentation_datasets(
             )
         label_names = _names_of_ids(train_rows, ignore_index, reduce_labels)
     if data.streaming:
-        count = data.max_train_samples or _count_rows(train, name, data.train_split)
+        count = data.max_train_samples or count_rows(train, name, data.train_split)
         if count is None:
             raise ValueError(
                 f"'{name}' does not say how many images split '{data.train_split}' has: say it with "
                 "--max_train_samples."
             )
         taken = train_rows if data.max_train_samples is None else train_rows.take(count)
-        pairs = PairStream(taken, count, data.shuffle_buffer_size, data.train_split, len(label_names))
+        pairs: Pairs | PairStream = PairStream(
+            taken, count, data.shuffle_buffer_size, data.train_split, len(label_names)
+        )
     else:
-        train_rows = _draw_samples(train_rows, data.max_train_samples, "max_train_samples", seed, IMAGES)
+        train_rows = draw_samples(train_rows, data.max_train_samples, "max_train_samples", seed, IMAGES)
         pairs = Pairs(train_rows, len(label_names))
-    evaluation_rows = _draw_samples(evaluation_rows, data.max_eval_samples, "max_eval_samples", seed, IMAGES)
+    evaluation_rows = draw_samples(evaluation_rows, data.max_eval_samples, "max_eval_samples", seed, IMAGES)
     return ImageDatasets(pairs, Pairs(evaluation_rows, len(label_names)), label_names)
 
 
@@ -106,11 +108,11 @@ def load_segmentation_evaluation(
 ) -> tuple[Pairs, list[str]]:
     """The rows to evaluate, and the classes' names; see `load_segmentation_datasets`."""
     splits = _load_splits(data, streaming=False)
-    split = data.eval_split or _find_evaluation_split(splits, excluded=None) or next(iter(splits))
-    rows = _choose_split(splits, split, data.dataset_name)
+    split = data.eval_split or find_evaluation_split(splits, excluded=None) or next(iter(splits))
+    rows = choose_split(splits, split, data.dataset_name)
     rows = standardize_pairs(rows, data.image_column_name, data.label_column_name)
     names = read_label_names(data.dataset_name, label_file) or _names_of_ids(rows, ignore_index, reduce_labels)
-    rows = _draw_samples(rows, data.max_eval_samples, "max_eval_samples", seed, IMAGES)
+    rows = draw_samples(rows, data.max_eval_samples, "max_eval_samples", seed, IMAGES)
     return Pairs(rows, len(names)), names
 
 
@@ -176,7 +178,7 @@ def _set_apart(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
     order = np.random.default_rng(seed).permutation(len(rows))
     parts = (np.sort(order[count:]), np.sort(order[:count]))
-    return tuple(rows.select(part, keep_in_memory=True) for part in parts)  # type: ignore[return-value]
+    return tuple(rows.select(part, keep_in_memory=True) for part in parts)
 
 
 # What the classes are called

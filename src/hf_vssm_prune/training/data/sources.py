@@ -83,8 +83,8 @@ def load_splits(
 
 
 def _load_folder(folder: Path, streaming: bool, medium: Medium) -> DatasetDict | IterableDatasetDict:
-    saved = _find_saved(folder)
-    files, _ = _find_files(folder)
+    saved = find_saved(folder)
+    files, _ = find_files(folder)
     parquet_files = sorted(file for file in files if file.suffix == ".parquet")
     if parquet_files and not saved:
         if others := [file for file in files if file.suffix.lower() in medium.suffixes()]:
@@ -104,7 +104,7 @@ def _load_folder(folder: Path, streaming: bool, medium: Medium) -> DatasetDict |
 # What datasets' `save_to_disk` wrote
 
 
-def _find_saved(folder: Path) -> dict[str, Path]:
+def find_saved(folder: Path) -> dict[str, Path]:
     """The folders of saved data sets by split; the folder itself, by no name, where it is one or holds several."""
     if (folder / SAVED_SPLITS).is_file() or _is_saved(folder):
         return {"": folder}
@@ -153,7 +153,7 @@ def count_parquet_rows(name_or_path: str | Path, split: str) -> int | None:
     """The rows of a split in local Parquet files; None where there are none."""
     packaged = str(name_or_path) in PACKAGED_NAMES
     path = PACKAGED_DATA / str(name_or_path) if packaged else Path(name_or_path).expanduser()
-    files = [path] if path.is_file() else sorted(_find_files(path)[0]) if path.is_dir() else []
+    files = [path] if path.is_file() else sorted(find_files(path)[0]) if path.is_dir() else []
     found = _files_of_splits([file for file in files if file.suffix == ".parquet"]).get(split)
     return sum(ParquetFile(file).metadata.num_rows for file in found) if found else None
 
@@ -224,7 +224,7 @@ def _find_labelled(folder: Path, label_names: list[str], medium: Medium) -> tupl
         class_folder = folder / name
         if not class_folder.is_dir():
             continue
-        files, links = _find_files(class_folder)
+        files, links = find_files(class_folder)
         found = sorted(str(file) for file in files if file.suffix.lower() in medium.suffixes())
         if not found:
             raise ValueError(f"The class folder '{class_folder}' holds no {medium.name}s.")
@@ -241,7 +241,7 @@ def _find_labelled(folder: Path, label_names: list[str], medium: Medium) -> tupl
 
 def _warn_of_others(folder: Path, found: Collection[str], medium: Medium) -> None:
     """Says which files of a folder were not taken: of an unknown kind, or in another place."""
-    files, _ = _find_files(folder)
+    files, _ = find_files(folder)
     if others := sorted(file for file in files if str(file) not in found):
         kinds = Counter(file.suffix.lower() or "without a suffix" for file in others)
         logger.warning(
@@ -252,7 +252,7 @@ def _warn_of_others(folder: Path, found: Collection[str], medium: Medium) -> Non
         )
 
 
-def _find_files(folder: Path) -> tuple[list[Path], list[Path]]:
+def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files in a folder and all below it, and the links to folders that are not followed: to one that is around the
     folder, or in the list already. Macs, notebooks and waste bins leave images in hidden folders: these are left out.
 

@@ -166,7 +166,7 @@ class SemanticSegmentation:
     """
 
     name: ClassVar[str] = "semantic-segmentation"
-    auto_class: Any = SegmentationModels()
+    auto_class: ClassVar[Any] = SegmentationModels()
     training_arguments: ClassVar[type] = SegmentationArguments
     evaluation_arguments: ClassVar[type] = MaskArguments
     metric_for_best_model: ClassVar[str] = "mean_iou"
@@ -180,7 +180,7 @@ class SemanticSegmentation:
     def __init__(self, arguments: MaskArguments | None = None) -> None:
         self.arguments = arguments or SegmentationArguments()
         self._training = arguments if isinstance(arguments, SegmentationArguments) else SegmentationArguments()
-        self.auto_class = SegmentationModels(self._training.head())
+        self.auto_class = SegmentationModels(self._training.head())  # type: ignore[misc]
 
     # Data
 
@@ -255,8 +255,8 @@ class SemanticSegmentation:
 
     def distillation(self, student: Any, teacher: Any, temperature: float) -> Tensor:
         """Mean over all pixels, labelled or not."""
-        by_pixel = [outputs.logits.movedim(1, -1).flatten(0, -2) for outputs in (student, teacher)]
-        return distillation_loss(*by_pixel, temperature)
+        student_logits, teacher_logits = (each.logits.movedim(1, -1).flatten(0, -2) for each in (student, teacher))
+        return distillation_loss(student_logits, teacher_logits, temperature)
 
     # Evaluation
 

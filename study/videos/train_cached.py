@@ -1,0 +1,112 @@
+"""Trains a small VideoMamba on clips that all lie in memory, for a machine that has no time to decode them each epoch.
+
+    python study/videos/train_cached.py <videos by class> <start> <target> --epochs 20
+    python study/videos/train_cached.py <videos by class> <dense> <target> --epochs 5 --flops_reduction 0.416
+
+The clips are those of an evaluation, one of each video, without augmentation but for mixup; losses, mixing and metrics
+are the package's. With a budget the start is the teacher, too.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BaseImageProcessor
+
+from hf_vssm_prune.flops import count_flops
+from hf_vssm_prune.hub import save_for_hub
+from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
+from hf_vssm_prune.training.arguments import DataArguments
+from hf_vssm_prune.training.losses import LossWeights, training_loss
+from hf_vssm_prune.training.tasks.task import Batch
+from hf_vssm_prune.training.tasks.video_classification import VideoClassification, VideoTrainingArguments
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("videos", "start", "target"):
+        parser.add_argument(name)
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--mixup", type=float, default=0.2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flops_reduction", type=float)
+    parser.add_argument("--method")
+    parser.add_argument("--alignment")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    generator = np.random.default_rng(options.seed)
+    task = VideoClassification(
+        VideoTrainingArguments(frame_sampling="segments", mixup=options.mixup, cutmix=0.0, smoothing=0.1)
+    )
+    datasets = task.load_datasets(DataArguments(options.videos), seed=0)
+    processor = load_image_processor(options.start)
+    train, test = (_all(task, rows, processor) for rows in (datasets.train, datasets.evaluation))
+    model: Any = load_classifier(options.start)
+    teacher: Any = None
+    if options.flops_reduction is not None:
+        teacher = load_classifier(options.start)
+        choices = {"method": options.method, "alignment": options.alignment}
+        given = {name: value for name, value in choices.items() if value is not None}
+        model.set_token_pruning({"flops_reduction": options.flops_reduction, **given})
+    history: list[dict[str, float]] = [_evaluate(task, model, test)] if teacher else []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
+    steps, step = options.epochs * (len(train["labels"]) // options.batch_size), 0
+    start = time.process_time()
+    for epoch in range(options.epochs):
+        model.train()
+        for ids in np.array_split(generator.permutation(len(train["labels"])), steps // options.epochs):
+            rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"], step = options.lr * rate, step + 1
+            batch = {name: values[torch.from_numpy(ids)].float() for name, values in train.items()}
+            batch = task.mix({**batch, "labels": batch["labels"].long()}, model.config, generator)
+            _loss(task, model, teacher, batch).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        history.append({"epoch": epoch + 1, "cpu_seconds": time.process_time() - start, **_evaluate(task, model, test)})
+        print(history[-1], flush=True)
+    flops = count_flops(model.config)
+    target = save_for_hub(model, Path(options.target), processor)
+    results = {"options": vars(options), "reduction": flops.reduction, "history": history}
+    (target / "results.json").write_text(json.dumps(results, indent=1))
+
+
+def _all(task: VideoClassification, rows: Any, processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
+    """Pixel values in half precision, and labels."""
+    items = task.evaluation_items(rows, processor)
+    each = [items[index] for index in range(len(items))]
+    pixel_values = torch.stack([item["pixel_values"][0].half() for item in each])
+    return {"pixel_values": pixel_values, "labels": torch.tensor([item["labels"] for item in each])}
+
+
+def _loss(task: VideoClassification, model: Any, teacher: Any, batch: Batch) -> torch.Tensor:
+    weights = LossWeights(kd_weight=1.0, alignment_weight=1.0) if teacher else LossWeights()
+    inputs = task.inputs(batch) | {"output_hidden_states": teacher is not None}
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(**inputs)
+        with torch.no_grad():
+            targets = teacher(**inputs) if teacher else None
+    layers = model.config.token_pruning["layers"] if teacher else []
+    return training_loss(task, outputs, targets, batch, weights, layers)["loss"]
+
+
+@torch.no_grad()
+def _evaluate(task: VideoClassification, model: Any, test: Batch) -> dict[str, float]:
+    model.eval()
+    scores = []
+    for pixel_values, labels in zip(test["pixel_values"].split(64), test["labels"].split(64), strict=True):
+        batch = {"pixel_values": pixel_values.float(), "labels": labels}
+        scores.append(task.scores(model(**task.inputs(batch)), batch))
+    return task.metrics(scores)
+
+
+if __name__ == "__main__":
+    main()
