@@ -205,7 +205,7 @@ def main(folder: Path) -> None:
             continue
         trainer = train(folder, name, **options)
         assert trainer.accelerator.num_processes == 2
-        for part in (trainer.model, trainer.teacher, trainer.ema.model):
+        for part in filter(None, (trainer.model, trainer.teacher, trainer.ema.model)):
             # What is in no layer stays together after a forward pass that no backward pass follows.
             kinds = {type(parameter).__name__ for parameter in part.parameters()}
             assert ("DTensor" in kinds) == name.startswith("fsdp"), f"{name} has {kinds}"
