@@ -35,14 +35,14 @@ def main() -> None:
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     with running_demo() as url, chromium() as driver:
-        set_screen(driver, 1200, 760)
+        set_screen(driver, 1200, 860)
         driver.get(url)
         wait_for_times(driver)
         save_screenshot(driver, folder / "demo.png")
         to_pictures, to_times = measure(driver)
         set_screen(driver, PHONE_WIDTH, PHONE_HEIGHT, mobile=True)
-        driver.find_element(By.CSS_SELECTOR, "button[aria-label=cat]").click()
-        WebDriverWait(driver, 60).until(lambda _: "not at the label" in driver.page_source)
+        driver.find_element(By.CSS_SELECTOR, "button[aria-label='glass 1']").click()
+        WebDriverWait(driver, 60).until(lambda _: "<strong>glass</strong>" in driver.page_source)
         wait_for_times(driver)
         set_screen(driver, PHONE_WIDTH, driver.execute_script("return document.body.scrollHeight"), mobile=True)
         save_screenshot(driver, folder / "demo-phone.png")
