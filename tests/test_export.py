@@ -229,6 +229,11 @@ def test_loaders_in_the_documentation(tmp_path, monkeypatch, capsys):
     model = load_classifier(EXAMPLE_MODEL)
     model.set_token_pruning({"flops_reduction": 0.416})
     export_classifier(model, "exported", ["onnx", "torch"], AutoImageProcessor.from_pretrained(EXAMPLE_MODEL))
+    # Rows that merge into one must not be lost where several threads add them.
+    run = FORMATS["onnx"].load(Path("exported", FORMATS["onnx"].file), 2)
+    images = torch.randn(6, 3, 144, 144)
+    with torch.no_grad():
+        torch.testing.assert_close(run(images)[0], model(images).logits, atol=1e-5, rtol=0)
     namespace = {}
     for code in loaders("python"):
         exec(compile(code, "docs/export.md", "exec"), namespace)

@@ -197,6 +197,10 @@ def gather_along_paths(tokens: Tensor, order: Tensor) -> Tensor:
 def scatter_along_paths(steps: Tensor, order: Tensor) -> Tensor:
     """Sum over paths of (batch, paths, length, channels), each step's row at the token it visited."""
     batch, _, length, channels = steps.shape
+    if is_exporting():
+        # onnxruntime adds rows to one place in several threads at once, and loses some of them.
+        visits = order.argsort(dim=-1).expand(batch, -1, -1)
+        return steps.gather(2, visits.unsqueeze(-1).expand(-1, -1, -1, channels)).sum(1)
     tokens = steps.new_zeros(batch * length, channels)
     return tokens.index_add(0, _rows(order, batch, length), steps.flatten(0, 2)).unflatten(0, (batch, length))
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import at_least_float32
+from .selective_scan_torch import is_exporting
 from .token_pruning import gather_tokens, select_tokens
 
 
@@ -96,6 +97,11 @@ def merge_tokens(tokens: Tensor, weights: Tensor, into: Tensor, rows: Tensor) ->
     Returns:
         The means (batch, count, channels), in the dtype of `tokens`, and the sums of the weights (batch, count).
     """
+    if is_exporting():
+        # onnxruntime adds rows to one place in several threads at once, and loses some of them.
+        assignment = weights.unsqueeze(1) * (into.unsqueeze(1) == rows.unsqueeze(2))
+        totals = assignment.sum(-1)
+        return (assignment @ at_least_float32(tokens) / totals.unsqueeze(-1)).to(tokens.dtype), totals
     weighted = at_least_float32(tokens) * weights.unsqueeze(-1)
     sums = torch.zeros_like(weighted).scatter_add(1, into.unsqueeze(-1).expand_as(weighted), weighted)
     totals = torch.zeros_like(weights).scatter_add(1, into, weights).gather(1, rows)
