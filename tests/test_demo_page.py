@@ -130,7 +130,7 @@ def test_the_first_example_is_there_without_a_click(page) -> None:
 
 
 def test_an_example_is_chosen_by_pointer(page) -> None:
-    page.change(page.find("button[aria-label='glass 2']").click)
+    page.change(page.find("button[aria-label='glass 1']").click)
     assert [cell.split()[0] for cell in page.cells[0]] == ["glass", "glass"]
 
 

@@ -24,7 +24,7 @@ DECODE_HEAD, AUXILIARY_HEAD = "decode_head.", "auxiliary_head."
 
 def is_upernet(config: Any) -> bool:
     """Whether a configuration is that of UPerNet on a backbone of this package."""
-    return config.model_type == UperNetConfig.model_type and hasattr(config.backbone_config, "token_pruning")
+    return isinstance(config, UperNetConfig) and hasattr(config.backbone_config, "token_pruning")
 
 
 def official_name(config: Any, name: str, of_backbone: Callable[[str], str]) -> str:

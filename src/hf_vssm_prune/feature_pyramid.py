@@ -27,6 +27,8 @@ class VimPyramid(nn.ModuleList):
         num_levels: 1 to 4.
     """
 
+    kind = "vim"
+
     def __init__(self, channels: int, spacing: int, num_levels: int) -> None:
         super().__init__(
             _resizing([channels] * (1 + _doublings(spacing, stride)), _doublings(spacing, stride), nn.BatchNorm2d)
@@ -44,6 +46,8 @@ class SimplePyramid(nn.ModuleList):
     Args: as of `VimPyramid`.
     """
 
+    kind = "simple"
+
     def __init__(self, channels: int, spacing: int, num_levels: int) -> None:
         super().__init__()
         for stride in PYRAMID_STRIDES[-num_levels:]:
@@ -59,7 +63,7 @@ class SimplePyramid(nn.ModuleList):
         return [level(maps[-1]) for level in self]
 
 
-PYRAMIDS = {"vim": VimPyramid, "simple": SimplePyramid}
+PYRAMIDS = {pyramid.kind: pyramid for pyramid in (VimPyramid, SimplePyramid)}
 
 
 class MaxPool(nn.Module):

@@ -66,7 +66,7 @@ def put_pretrained_backbone(model: nn.Module, pretrained: TokenPruningMixin) -> 
     """
     backbone, weights = backbone_of(model), pretrained.base_model.state_dict()
     own = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(OF_BACKBONES)}
-    if pretrained.config.model_type != backbone.config.model_type:
+    if pretrained.base_model_prefix != backbone.base_model_prefix:
         raise ValueError(
             f"the pretrained model is of type {pretrained.config.model_type!r}, and the backbone "
             f"{backbone.config.model_type!r}."

@@ -19,8 +19,9 @@ from .{backbone_module} import {backbone}
 from .pruned_heads import PrunedHead
 
 
-if {configuration}.model_type not in CONFIG_MAPPING:
-    AutoConfig.register({configuration}.model_type, {configuration})
+name = {configuration}.model_type
+if name not in CONFIG_MAPPING:
+    AutoConfig.register(name, {configuration})
     AutoBackbone.register({configuration}, {backbone})
 
 
