@@ -52,7 +52,7 @@ def time_models(options: argparse.Namespace) -> Report:
     """Eager, and replayed as a CUDA graph, in float32 and bfloat16; the cases of a batch take turns."""
     report = Report()
     rows = report.table("Forward", COLUMNS)
-    ways: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]] = {"eager": partial(partial)}
+    ways: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]] = {"eager": partial}
     if options.device == "cuda":
         ways["CUDA graph"] = captured
     groups = [make_transformers(options), *(make_models(*which, options) for which in MODELS)]

@@ -9,7 +9,6 @@ there already is overwritten, an empty folder excepted.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +24,7 @@ from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model, new_image_processor
 from hf_vssm_prune.hub.model_card import format_flops
-from hf_vssm_prune.label_maps import names_by_id
-from hf_vssm_prune.training.labels import name_labels
+from hf_vssm_prune.training.labels import name_labels, read_label_file
 from hf_vssm_prune.training.segmentation_models import segmentation_processor
 
 
@@ -137,23 +135,10 @@ def to_checkpoint(options: argparse.Namespace) -> ImageClassifier:
 
 
 def set_labels(config: VisionMambaConfig, file: Path) -> None:
-    names = read_labels(file)
+    names = read_label_file(file)
     if len(names) != config.num_labels:
         raise ValueError(f"{file} names {len(names)} labels; the checkpoint has {config.num_labels}.")
     name_labels(config, names)
-
-
-def read_labels(file: Path) -> list[str]:
-    """Label names in the order of their ids: JSON in any form that `label_maps` knows, or one name a line."""
-    text = file.read_text(encoding="utf-8-sig")
-    if file.suffix != ".json":
-        return text.splitlines()
-    try:
-        return names_by_id(json.loads(text))
-    except ValueError as error:
-        raise ValueError(
-            f"{file}: a JSON list of names is needed, or a dict between the ids 0, 1, ... and names: {error}"
-        ) from error
 
 
 def summary(model: ImageClassifier) -> str:

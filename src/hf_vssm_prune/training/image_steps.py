@@ -4,8 +4,8 @@ import functools
 import io
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from hf_vssm_prune.documentation import see
 
 
 logger = logging.getLogger(__name__)
+Content = TypeVar("Content")
 
 # A little more than two of 255 levels: torchvision's resizing, where it is installed, rounds otherwise than Pillow's.
 PROBE_TOLERANCE_IN_LEVELS = 2.5
@@ -64,6 +65,14 @@ def decode_image(stored: Mapping[str, Any] | None, mode: str, name: str) -> Imag
     Raises:
         ImageError: see there.
     """
+    upright = read_stored(stored, name, _upright)
+    if upright.mode.startswith("I") or upright.mode == "F":
+        _check_range(upright, name)
+    return _converted(_converted(upright, "RGB"), mode)
+
+
+def read_stored(stored: Mapping[str, Any] | None, name: str, read: Callable[[Image.Image], Content]) -> Content:
+    """What `read` makes of a stored image, whose pixels are loaded. Arguments and errors as of `decode_image`."""
     stored = stored or {"bytes": None, "path": None}
     source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
     if source is None:
@@ -71,13 +80,10 @@ def decode_image(stored: Mapping[str, Any] | None, mode: str, name: str) -> Imag
     try:
         with Image.open(source, formats=readable_formats()) as image:
             image.load()
-            upright = _upright(image)
+            return read(image)
     # Pillow's readers raise OSError, SyntaxError, ValueError, EOFError, struct.error, … for damaged files.
     except Exception as error:
         raise ImageError(f"{name} cannot be read: {error}") from error
-    if upright.mode.startswith("I") or upright.mode == "F":
-        _check_range(upright, name)
-    return _converted(_converted(upright, "RGB"), mode)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,18 +1,20 @@
 """Labels are compared by their names: which of a data set's are which of a model's."""
 
+import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.conversion import ImageClassifier
-from hf_vssm_prune.label_maps import complete_label_maps
+from hf_vssm_prune.label_maps import complete_label_maps, names_by_id
 from hf_vssm_prune.modeling_common import image_classifier
 
 
@@ -100,6 +102,24 @@ def ids_as_names(names: Sequence[str]) -> list[int] | None:
     found = [ID_AS_NAME.fullmatch(name) for name in names]
     ids = [int(match[1]) for match in found if match is not None]
     return ids if ids and len(set(ids)) == len(names) else None
+
+
+def read_label_file(file: Path) -> list[str]:
+    """Label names in the order of their ids: JSON in any form that `label_maps` knows, or one name a line.
+
+    Raises:
+        ValueError: it is a JSON file of something else.
+        OSError: it cannot be read.
+    """
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix != ".json":
+        return text.splitlines()
+    try:
+        return names_by_id(json.loads(text))
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: a JSON list of names is needed, or a dict between the ids 0, 1, ... and names: {error}"
+        ) from error
 
 
 def say_labels(names: Sequence[str]) -> str:

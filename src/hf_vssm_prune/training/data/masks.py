@@ -1,13 +1,11 @@
 """Masks, with a class id in each pixel: decoding, and what is refused."""
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from hf_vssm_prune.training.image_steps import ImageError, readable_formats
+from hf_vssm_prune.training.image_steps import ImageError, read_stored
 
 
 IGNORED_AFTER_REDUCTION = 255
@@ -23,16 +21,7 @@ def decode_mask(stored: Mapping[str, Any] | None, name: str) -> np.ndarray:
     Raises:
         ImageError: it is missing or damaged, or has colours in place of ids.
     """
-    stored = stored or {"bytes": None, "path": None}
-    source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-    if source is None:
-        raise ImageError(f"{name} has neither bytes nor a path.")
-    try:
-        with Image.open(source, formats=readable_formats()) as image:
-            image.load()
-            pixels = np.asarray(image)
-    except Exception as error:  # of many kinds, as of damaged images
-        raise ImageError(f"{name} cannot be read: {error}") from error
+    pixels = read_stored(stored, name, np.asarray)
     if pixels.ndim == 3:
         pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1]
         if not (pixels == pixels[..., :1]).all():

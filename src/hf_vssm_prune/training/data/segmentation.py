@@ -1,6 +1,5 @@
 """Images with masks, a class id for each pixel: from any data set to one with the columns "image", "mask" and "row"."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from datasets import Dataset, Features, Image, IterableDataset, NamedSplit, Valu
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from hf_vssm_prune.label_maps import names_by_id
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, read_rows
 from hf_vssm_prune.training.data.loading import choose_split, count_rows, draw_samples, find_evaluation_split
@@ -18,6 +16,7 @@ from hf_vssm_prune.training.data.masks import decode_mask, reduced
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.pairs import holds_pairs, load_pair_folder
 from hf_vssm_prune.training.data.sources import load_splits
+from hf_vssm_prune.training.labels import read_label_file
 
 
 # Of columns that hold masks, in data sets on the Hub.
@@ -207,15 +206,7 @@ def read_label_names(name_or_path: str, label_file: str | None) -> list[str] | N
 def _read_names(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file '{file}' of class names.")
-    text = file.read_text(encoding="utf-8-sig")
-    if file.suffix != ".json":
-        return text.splitlines()
-    try:
-        return names_by_id(json.loads(text))
-    except ValueError as error:
-        raise ValueError(
-            f"{file}: a JSON list of names is needed, or a dict of ids 0, 1, ... and names: {error}"
-        ) from error
+    return read_label_file(file)
 
 
 def _names_of_ids(rows: Dataset, ignore_index: int, reduce_labels: bool) -> list[str]:
