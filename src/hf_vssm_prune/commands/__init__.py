@@ -1,8 +1,9 @@
-"""The command line: one file for each verb, with a `main` that takes the words after it, and one line in the table
-here. `hf-vssm-prune VERB` and `python -m hf_vssm_prune VERB` run them, and so does `scripts/VERB.py` in the repository,
-for `accelerate launch`.
+"""The command line: one file for each verb, with a `main` that takes the words after it and a `make_parser` of its
+options, and one line in the table here. `hf-vssm-prune VERB` and `python -m hf_vssm_prune VERB` run them, and so does
+`scripts/VERB.py` in the repository, for `accelerate launch`.
 """
 
+import argparse
 import importlib
 import sys
 from collections.abc import Callable
@@ -42,6 +43,18 @@ VERBS = {
     "reopen": Verb("files and the Hub", "open a folder as its users will, and classify images"),
     "demo": Verb("other", "prune and fine-tune the small model that comes with the package", "train"),
     "env": Verb("other", "report versions, kernels and the machine, for bug reports"),
+    "completion": Verb("other", "print a script that completes verbs and options in a shell", "completion"),
+}
+
+# These stay scripts: each needs files that are in the repository and not in the package, which are named here.
+REPOSITORY_SCRIPTS = {
+    "benchmark": "the baselines that it times, and a compiler",
+    "gpu_check": "the checks, and the golden cases",
+    "study": "the plan and the results of the study",
+    "audit": "the environment of `make audit`",
+    "build_trashnet": "TrashNet's photographs; it makes those that the package includes",
+    "screenshot_card": "the model cards, and Chromium",
+    "write_model_cards": "the texts of `model_cards/`",
 }
 
 
@@ -49,6 +62,12 @@ def main_of(verb: str) -> Callable[..., int]:
     """The function that runs a verb: it takes the words after the verb (None: those of the command line) and the
     program's name, and returns the exit status."""
     return importlib.import_module(f"{__name__}.{verb}").main
+
+
+def make_parser_of(verb: str) -> Callable[..., argparse.ArgumentParser]:
+    """The function that makes the parser of a verb's options, of image classification where they depend on the task; it
+    takes the program's name."""
+    return importlib.import_module(f"{__name__}.{verb}").make_parser
 
 
 def run(verb: str, words: list[str]) -> int:

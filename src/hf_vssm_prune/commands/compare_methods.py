@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_vssm_prune.training import jobs
-from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments, parse_arguments
-from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments, OptionParser, parse_arguments
+from hf_vssm_prune.training.tasks import Task, TaskArguments, choose_task
 
 
 @dataclass
@@ -40,10 +40,22 @@ class ComparisonArguments:
         return content
 
 
+def option_types(task: type[Task]) -> list[Any]:
+    return [
+        TaskArguments,
+        EvaluationDataArguments,
+        EvaluationArguments,
+        ComparisonArguments,
+        task.evaluation_arguments,
+    ]
+
+
+def make_parser(prog: str | None = None) -> OptionParser:
+    return OptionParser(option_types(choose_task([])), __doc__, prog)
+
+
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     chosen = choose_task(arguments)
-    types = [TaskArguments, EvaluationDataArguments, EvaluationArguments, ComparisonArguments]
-    types.append(chosen.evaluation_arguments)
-    _, data, options, comparison, of_task = parse_arguments(types, arguments, __doc__, prog)
+    _, data, options, comparison, of_task = parse_arguments(option_types(chosen), arguments, __doc__, prog)
     task = chosen(of_task)
     return jobs.report(lambda: jobs.compare_schedules(data, options, comparison.read_schedules(), task), options, task)

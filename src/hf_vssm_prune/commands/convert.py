@@ -64,7 +64,7 @@ OF_FILES = (
 )
 
 
-def make_parser(prog: str | None) -> argparse.ArgumentParser:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("source", type=Path, help="a .pth or .safetensors checkpoint, or a Hugging Face folder")
     parser.add_argument("target", type=Path, help="the folder, or the .pth or .safetensors file, to write")

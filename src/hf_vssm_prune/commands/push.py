@@ -4,6 +4,7 @@ hf-vssm-prune push runs/pruned/best user/plainmamba-l3-pruned --private
 hf-vssm-prune push runs/pruned/best user/plainmamba-l3-pruned --dry_run
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.hub.pushing import list_pushed_files, push_model
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("folder", help="folder that a training run or `save_for_hub` wrote")
     parser.add_argument("repo_id", help="user/name")
@@ -20,7 +21,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--commit_message", default="Upload model", help="default: %(default)s")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of pushing to the branch")
     parser.add_argument("--dry_run", action="store_true", help="list what would be pushed, without pushing")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = make_parser(prog).parse_args(arguments)
     try:
         files = list_pushed_files(options.folder)
         for file in files:

@@ -5,6 +5,7 @@ hf-vssm-prune visualize image.jpg ... --model_name_or_path <folder or Hub model>
 hf-vssm-prune visualize video.mp4 --model_name_or_path <video model> --output kept_tokens.webp
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from hf_vssm_prune.visualization_of_heads import visualize_segmentation
 DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("files", nargs="+", help="image files, or videos for a model of videos")
     parser.add_argument(
@@ -47,7 +48,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         default="kept_tokens.png",
         help="output file; .gif and .webp of one video are animated (default: %(default)s)",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = make_parser(prog).parse_args(arguments)
     try:
         check_output_file("output", options.output)
         full_config = load_config(options.model_name_or_path)

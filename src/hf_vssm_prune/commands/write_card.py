@@ -7,6 +7,7 @@
 `hf_vssm_prune.hub.model_card_file` describes the YAML file; `model_cards/` has examples.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,15 @@ from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.hub.model_card_file import read_model_card_info
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("folder", type=Path, help="folder that a training run or `save_for_hub` wrote")
     parser.add_argument("card", type=Path, help="the YAML file")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = make_parser(prog).parse_args(arguments)
     try:
         if not options.folder.is_dir():
             raise NotADirectoryError(f"{options.folder} is not a folder.")
