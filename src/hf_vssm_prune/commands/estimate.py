@@ -1,6 +1,6 @@
 """Estimates time and memory of a training run, without data and without a checkpoint.
 
-    hf-vssm-prune estimate --recipe recipes/top_plainmamba_l3_imagenet.yaml --family plainmamba --preset L3
+    hf-vssm-prune estimate --recipe top_plainmamba_l3_imagenet --family plainmamba --preset L3
 
 It takes the options of `finetune` and, for a new dense model, of `train`, with the defaults of `finetune`. It prints
 steps, FLOPs, memory and device-hours at the speed that `--device_tflops` assumes, and measures the same model on

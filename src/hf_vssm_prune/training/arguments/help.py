@@ -27,12 +27,12 @@ class OptionParser(HfArgumentParser):
     """
 
     def __init__(self, dataclass_types: Sequence[Any], description: str | None, prog: str | None = None) -> None:
-        usage = "%(prog)s --help [GROUP]\n       %(prog)s [--recipe FILE] --OPTION VALUE ..."
+        usage = "%(prog)s --help [GROUP]\n       %(prog)s [--recipe RECIPE] --OPTION VALUE ..."
         super().__init__(
             dataclass_types, prog=prog, usage=usage, description=description, allow_abbrev=False, add_help=False
         )
         common = self.add_argument_group("common", "For every run.")
-        common.add_argument("--recipe", help="YAML file of options; the command line overrides it")
+        common.add_argument("--recipe", help="YAML file of options, or a recipe of the package, such as few_images; the command line overrides it")
         common.add_argument("-h", "--help", nargs="?", action=_Help, help="this overview, a group, or all options")
 
     @property

@@ -5,7 +5,6 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hf_vssm_prune.training.recipes import read_recipe
 from hf_vssm_prune.training.tasks.classification import ImageClassification
@@ -40,7 +39,7 @@ def choose_task(arguments: Sequence[str] | None) -> type[Task]:
     parsed. A task that there is not is left to that to refuse."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task")
-    parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--recipe")
     given, _ = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     name = given.task
     if name is None and given.recipe is not None:
