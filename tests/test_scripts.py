@@ -309,7 +309,7 @@ def test_recipes_say_what_they_set(recipe):
 def test_a_recipe_is_found_by_its_name_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_recipe("few_images") == read_recipe(RECIPES / "few_images.yaml")
-    with pytest.raises(ValueError, match="neither a file nor one of the package's recipes: .*few_images"):
+    with pytest.raises(ValueError, match=r"neither a file nor one of the package's recipes: .*few_images"):
         read_recipe("few_image")
     (tmp_path / "few_images").write_text("seed: 5\n")
     assert read_recipe("few_images") == {"seed": 5}, "a file of the user's is taken first"

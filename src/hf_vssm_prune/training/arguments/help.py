@@ -32,7 +32,10 @@ class OptionParser(HfArgumentParser):
             dataclass_types, prog=prog, usage=usage, description=description, allow_abbrev=False, add_help=False
         )
         common = self.add_argument_group("common", "For every run.")
-        common.add_argument("--recipe", help="YAML file of options, or a recipe of the package, such as few_images; the command line overrides it")
+        common.add_argument(
+            "--recipe",
+            help="YAML file of options, or a recipe of the package, e.g. few_images; the command line overrides it",
+        )
         common.add_argument("-h", "--help", nargs="?", action=_Help, help="this overview, a group, or all options")
 
     @property
