@@ -135,7 +135,7 @@ def test_official_files_there_and_back(videos, tmp_path) -> None:
 def test_a_family_that_is_named_is_taken() -> None:
     official = convert_to_official_state_dict(make_model().config, make_model().state_dict())
     assert infer_config(official, family="toy").grid_size == (3, 4, 4)
-    with pytest.raises(ValueError, match=r"no whole image classifier; missing: patch_embed\.proj\.weight"):
+    with pytest.raises(ValueError, match=r"not a complete image classifier; missing: patch_embed\.proj\.weight"):
         infer_config(official, family="vim")
     with pytest.raises(ValueError, match=r"`family` is 'top'; allowed are .*'toy'"):
         infer_config(official, family="top")

@@ -195,7 +195,7 @@ def check_pixel_values(pixel_values: Tensor, config: VisionMambaConfig) -> None:
     if pixel_values.ndim != len(config.input_size) + 2 or shape[-3] != config.num_channels:
         raise ValueError(
             f"`pixel_values` has shape {shape}; expected is (batch, {frames}{config.num_channels}, height, width), "
-            "with as many channels as the configuration's `num_channels` says."
+            "with the configuration's number of channels, `num_channels`."
         )
     if min(shape[1:]) < 1:
         raise ValueError(f"`pixel_values` has shape {shape}: {one} without pixels.")
@@ -228,7 +228,7 @@ def resize_position_embeddings(
         return position_embeddings
     if not interpolate:
         raise ValueError(
-            f"The input has {' x '.join(map(str, new_grid))} patches, and the position embeddings are laid out for "
+            f"The input has {' x '.join(map(str, new_grid))} patches, but the position embeddings are for "
             f"{' x '.join(map(str, grid))}: resize the input, or pass `interpolate_pos_encoding=True`."
         )
     hidden = position_embeddings.shape[-1]

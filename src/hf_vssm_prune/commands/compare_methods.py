@@ -36,7 +36,7 @@ class ComparisonArguments:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"--schedules {self.schedules} cannot be read: {error}") from error
         if not isinstance(content, dict) or not all(isinstance(each, dict) for each in content.values()):
-            raise ValueError(f"--schedules {self.schedules} is no mapping of names to `token_pruning` options.")
+            raise ValueError(f"--schedules {self.schedules} does not map names to `token_pruning` options.")
         return content
 
 

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         inputs: list[Any] = [read_input(file, config, options.frame_sampling) for file in options.files]
         if config.modality == "video" and Path(options.output).suffix.lower() in FORMATS:
             if len(inputs) > 1 or options.importance:
-                raise ValueError(f"--output {options.output}: moving pictures are of one video, without importance.")
+                raise ValueError(f"--output {options.output}: an animation shows one video, without importance.")
             animate(model, image_processor, inputs[0], options.output)
         else:
             draw = visualize_segmentation if of_pixels else visualize

@@ -120,9 +120,9 @@ def _load_whole(
     if ignore_mismatched_sizes:
         wrong = {kind: [name for name in names if "classifier." not in str(name)] for kind, names in wrong.items()}
     if any(wrong.values()):
-        raise ValueError(f"{name_or_path} is not a whole {kind}: {wrong}.")
+        raise ValueError(f"{name_or_path} is not a complete {kind}: {wrong}.")
     if wrong_file := _wrongly_downloaded(name_or_path, revision, **place):
-        raise ValueError(f"{wrong_file} is not what the Hub has: its SHA-256 is another. Delete it, and load again.")
+        raise ValueError(f"{wrong_file} is not what the Hub has: its SHA-256 differs. Delete it, and load again.")
     tensors = model.state_dict().items()
     if damaged := [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]:
         raise ValueError(f"The weights of {name_or_path} are not finite in {damaged}.")

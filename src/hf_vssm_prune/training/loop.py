@@ -263,7 +263,7 @@ class Trainer:
             if later := find_checkpoints(self.output_dir, after=self.state.steps):
                 raise ValueError(
                     f"{folder} is of step {self.state.steps}, and {self.output_dir} has later checkpoints, up to "
-                    f"{later[-1].name}, from which --resume latest would go on: remove them, or copy {folder.name} to "
+                    f"{later[-1].name}, from which --resume latest would resume: remove them, or copy {folder.name} to "
                     "another --output_dir."
                 )
             if differing:

@@ -44,7 +44,7 @@ def insert_recipe(arguments: Sequence[str], options: Collection[str]) -> list[st
         return rest
     recipe = read_recipe(given.recipe)
     if unknown := sorted(set(recipe) - set(options)):
-        raise ValueError(f"--recipe {given.recipe} has {unknown}, which this script does not know; see --help.")
+        raise ValueError(f"--recipe {given.recipe} has {unknown}, which are not options of this command; see --help.")
     over = [word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--")]
     aside = {name for option in over for name in SET_ASIDE.get(option, [])}
     kept = {name: value for name, value in recipe.items() if value is not None and name not in aside}
@@ -79,7 +79,7 @@ def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--recipe {file} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"--recipe {file} is no mapping of options to values.")
+        raise ValueError(f"--recipe {file} does not map options to values.")
     return {str(name): value for name, value in recipe.items()}
 
 

@@ -50,7 +50,7 @@ class BesideArguments:
 
 @dataclass
 class EstimateArguments:
-    """What a training run is estimated for: images, devices, and how fast one is taken to be."""
+    """What a training run is estimated for: images, devices, and their assumed speed."""
 
     _argument_group_name = "estimate"
 

@@ -86,7 +86,7 @@ class FinetuneArguments(LossArguments):
 
 @dataclass
 class DenseModelArguments:
-    """A new model of a family, or a checkpoint to go on from."""
+    """A new model of a family, or a checkpoint to start from."""
 
     _argument_group_name = "model"
 
@@ -125,14 +125,16 @@ class DenseModelArguments:
         check_range("image_size", self.image_size, 1, math.inf)
         if (self.model_name_or_path is None) == (self.family is None):
             raise ValueError(
-                "Give either --family, for a new model, or --model_name_or_path, to go on from a checkpoint."
+                "Give either --family, for a new model, or --model_name_or_path, to start from a checkpoint."
             )
         if self.model_name_or_path is not None:
             if given := [name for name in ("preset", "patch_size") if getattr(self, name) is not None]:
-                raise ValueError(f"--{given[0]} is for a new model; with --model_name_or_path the checkpoint says it.")
+                raise ValueError(
+                    f"--{given[0]} is for a new model; with --model_name_or_path it comes from the checkpoint."
+                )
             if self.config_overrides:
                 raise ValueError(
-                    "--config_overrides is for a new model; with --model_name_or_path the checkpoint says it."
+                    "--config_overrides is for a new model; with --model_name_or_path it comes from the checkpoint."
                 )
             return
         new_image_processor(self.config(label_names=["label"]), self.image_mean, self.image_std, self.crop_pct)

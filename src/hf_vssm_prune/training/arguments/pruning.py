@@ -74,7 +74,7 @@ class PruningArguments:
         if (stages := self._stages() or _stages_of(own)) is None:
             if idle := [name for name in ("prune_method", "prune_alignment", "importance") if getattr(self, name)]:
                 raise ValueError(
-                    f"--{idle[0]} is {getattr(self, idle[0])!r}, but nothing says how many tokens are to go: give "
+                    f"--{idle[0]} is {getattr(self, idle[0])!r}, but there is no schedule: give "
                     "--flops_reduction, or --prune_layers and --keep_ratios."
                 )
             return None
