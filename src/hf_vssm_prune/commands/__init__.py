@@ -33,15 +33,17 @@ VERBS = {
     "train": Verb("training", "train a dense model", "train"),
     "finetune": Verb("training", "prune a checkpoint and fine-tune it", "train"),
     "estimate": Verb("training", "estimate time and memory of a run before it starts", "train"),
-    "evaluate": Verb("evaluation", "compare a model dense and pruned: accuracy, FLOPs, images per second", "train"),
+    "evaluate": Verb(
+        "evaluation", "compare a model with its pruned version: accuracy, FLOPs, images per second", "train"
+    ),
     "compare_methods": Verb("evaluation", "compare all pruning methods on one model, without training", "train"),
     "visualize": Verb("evaluation", "draw which tokens a model keeps", "train"),
     "convert": Verb("files and the Hub", "turn a published checkpoint into a folder, and back", "train"),
     "export": Verb("files and the Hub", "write ONNX, torch.export or AOTInductor files", "export"),
     "write_card": Verb("files and the Hub", "write the model card of a folder", "train"),
     "push": Verb("files and the Hub", "upload a folder to the Hub in one commit"),
-    "reopen": Verb("files and the Hub", "open a folder as its users will, and classify images"),
-    "demo": Verb("other", "prune and fine-tune the small model that comes with the package", "train"),
+    "reopen": Verb("files and the Hub", "load a folder as its users will, and classify images"),
+    "demo": Verb("other", "prune and fine-tune the package's example model", "train"),
     "env": Verb("other", "report versions, kernels and the machine, for bug reports"),
     "completion": Verb("other", "print a script that completes verbs and options in a shell", "completion"),
 }

@@ -1,9 +1,9 @@
-"""Prunes a model to one budget with every method, without training, and evaluates each next to the dense model.
+"""Prunes a model with every method to the same budget, without training, and compares each with the dense model.
 
     hf-vssm-prune compare_methods --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder>
 
---schedules compares the `token_pruning` options of a JSON file instead. `dyvm` has parameters of its own, which are
-untrained here, so that it keeps random tokens.
+--schedules compares `token_pruning` options from a JSON file instead. `dyvm` has its own parameters, which are untrained
+here, so it keeps random tokens.
 """
 
 import json
@@ -19,7 +19,7 @@ from hf_vssm_prune.training.tasks import Task, TaskArguments, choose_task
 
 @dataclass
 class ComparisonArguments:
-    """What is compared with the dense model."""
+    """Schedules to compare with the dense model."""
 
     _argument_group_name = "comparison"
 

@@ -1,9 +1,9 @@
-"""Prunes and fine-tunes the small model that comes with the package, from start to end, in a few minutes on two cores.
+"""Prunes and fine-tunes the package's example model, in a few minutes on two cores.
 
-    hf-vssm-prune demo          # `make demo` makes an environment for it first
+    hf-vssm-prune demo          # `make demo` first creates an environment for it
 
-It writes `demo_output/model/`, a folder ready for the Hub with its model card and a picture of the kept tokens, and
-`demo_output/finetuning/`, everything that the fine-tuning wrote.
+It writes `demo_output/model/`, a folder ready for the Hub, with a model card and a picture of the kept tokens, and
+`demo_output/finetuning/`, the output of the fine-tuning.
 """
 
 import argparse

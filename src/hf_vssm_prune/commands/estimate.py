@@ -2,9 +2,9 @@
 
     hf-vssm-prune estimate --recipe top_plainmamba_l3_imagenet --family plainmamba --preset L3
 
-It takes the options of `finetune` and, for a new dense model, of `train`, with the defaults of `finetune`. It prints
-steps, FLOPs, memory and device-hours at the speed that `--device_tflops` assumes, and measures the same model on
-synthetic images on this machine.
+It takes the options of `finetune`, with the same defaults, and those of `train` for a new model. It prints steps, FLOPs,
+memory and device-hours at the assumed speed (`--device_tflops`), and measures the same model with synthetic images on
+this machine.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Compares a model dense and pruned: metrics (top-1, top-5), FLOPs and images per second.
+"""Compares a model with its pruned version: metrics (such as top-1 and top-5), FLOPs and images per second.
 
     hf-vssm-prune evaluate --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder> --json out.json
 
-Every batch goes through both models in turn, so that their speeds are comparable on a busy machine.
+Each batch goes through both models in turn, so that the speeds are comparable even on a busy machine.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Uploads a saved model to the Hub in one commit, or not at all; files that are there already are skipped.
+"""Uploads a saved model to the Hub in one commit, or not at all. Files that have not changed are skipped.
 
 hf-vssm-prune push runs/pruned/best user/plainmamba-l3-pruned --private
 hf-vssm-prune push runs/pruned/best user/plainmamba-l3-pruned --dry_run
@@ -14,8 +14,8 @@ from hf_vssm_prune.hub.pushing import list_pushed_files, push_model
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("folder", help="folder that a training run or `save_for_hub` wrote")
-    parser.add_argument("repo_id", help="user/name")
+    parser.add_argument("folder", help="folder written by a training run or `save_for_hub`")
+    parser.add_argument("repo_id", help="repository on the Hub: user/name")
     parser.add_argument("--revision", help="branch, created if it is missing (default: main)")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
     parser.add_argument("--commit_message", default="Upload model", help="default: %(default)s")

@@ -1,5 +1,5 @@
-"""Opens a saved classifier with transformers' Auto classes and its pipeline, as its users will, and prints the logits
-and labels of some images as JSON.
+"""Loads a saved classifier with transformers' Auto classes and pipeline, as its users will, and prints the logits and
+labels of the given images as JSON.
 
     hf-vssm-prune reopen <folder or Hub model> image.png ...
 """
@@ -18,7 +18,7 @@ from hf_vssm_prune.commands.parsing import command_parser
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("model", help="a classifier of this package, in a folder or on the Hub")
+    parser.add_argument("model", help="a classifier, in a folder or on the Hub")
     parser.add_argument("images", nargs="+", help="image files")
     return parser
 

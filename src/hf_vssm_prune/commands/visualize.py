@@ -1,6 +1,6 @@
-"""Draws which tokens a pruned model keeps of images or videos, stage by stage.
+"""Draws the tokens that a pruned model keeps at each stage, for images or videos.
 
-hf-vssm-prune visualize image.jpg ...          # with the small model that comes with the package
+hf-vssm-prune visualize image.jpg ...          # with the package's example model
 hf-vssm-prune visualize image.jpg ... --model_name_or_path <folder or Hub model> --importance
 hf-vssm-prune visualize video.mp4 --model_name_or_path <video model> --output kept_tokens.webp
 """
@@ -28,11 +28,11 @@ DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("files", nargs="+", help="image files, or videos for a model of videos")
+    parser.add_argument("files", nargs="+", help="image files, or videos for a video model")
     parser.add_argument(
         "--model_name_or_path",
         default=str(EXAMPLE_MODEL),
-        help="a classifier or a segmentation model, in a folder or on the Hub (default: the small one in the package)",
+        help="a classifier or a segmentation model, in a folder or on the Hub (default: the package's example model)",
     )
     parser.add_argument(
         "--flops_reduction",
@@ -41,7 +41,10 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--importance", action="store_true", help="also draw the importance of the tokens")
     parser.add_argument(
-        "--frame_sampling", choices=SAMPLINGS, default="uniform", help="frames of a video (default: %(default)s)"
+        "--frame_sampling",
+        choices=SAMPLINGS,
+        default="uniform",
+        help="how frames of a video are sampled (default: %(default)s)",
     )
     parser.add_argument(
         "--output",

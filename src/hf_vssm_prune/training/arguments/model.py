@@ -97,7 +97,7 @@ class DenseModelArguments:
         default=False, metadata=describe("replace the checkpoint's classifier if the labels differ")
     )
     family: str | None = field(default=None, metadata=describe("family of the new model", choices=tuple(FAMILIES)))
-    preset: str | None = field(default=None, metadata=describe(f"size by name: {preset_names()}"))
+    preset: str | None = field(default=None, metadata=describe(f"size of the new model: {preset_names()}"))
     image_size: int | None = field(
         default=None, metadata=describe("image size in pixels; by default 224, or the checkpoint's", "--img_size")
     )
@@ -109,15 +109,17 @@ class DenseModelArguments:
         metadata=describe("other configuration options as key=value, e.g. hidden_size=64"),
     )
     image_mean: list[float] = field(
-        default_factory=lambda: [0.485, 0.456, 0.406], metadata=describe("of each channel, for a new model", "--mean")
+        default_factory=lambda: [0.485, 0.456, 0.406],
+        metadata=describe("mean of each channel, for a new model", "--mean"),
     )
     image_std: list[float] = field(
-        default_factory=lambda: [0.229, 0.224, 0.225], metadata=describe("of each channel, for a new model", "--std")
+        default_factory=lambda: [0.229, 0.224, 0.225],
+        metadata=describe("standard deviation of each channel, for a new model", "--std"),
     )
     crop_pct: float | None = field(
         default=None,
         metadata=describe(
-            "fraction of the resized image's side that evaluation crops, for a new model; 0.875 by default, of videos 1"
+            "center crop as a fraction of the resized image, for a new model; by default 0.875, or 1 for videos"
         ),
     )
 

@@ -21,12 +21,14 @@ DEFAULT_TASK = ImageClassification.name
 
 @dataclass
 class TaskArguments:
-    """Which task it is; each has options of its own."""
+    """The task; each has its own options."""
 
     _argument_group_name = "task"
 
     # The table itself, so that a task that is entered from outside is known, too.
-    task: str = field(default=DEFAULT_TASK, metadata={"help": "task", "choices": TASKS})
+    task: str = field(
+        default=DEFAULT_TASK, metadata={"help": "the task to train, evaluate or estimate", "choices": TASKS}
+    )
 
 
 def default_task() -> Task:
