@@ -2,8 +2,8 @@
 
     hf-vssm-prune compare_methods --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder>
 
---schedules compares `token_pruning` options from a JSON file instead. `dyvm` has its own parameters, which are untrained
-here, so it keeps random tokens.
+--schedules compares `token_pruning` options from a JSON file instead. `dyvm` has its own parameters, which are
+untrained here, so it keeps random tokens.
 """
 
 import json

@@ -4,8 +4,8 @@
     hf-vssm-prune convert models/vim-s vim_s.safetensors
 
 A source file is converted to a folder, and a source folder to a file; tensors are renamed, never changed. Sizes are
-inferred from the tensors. mmsegmentation's PlainMamba with UPerNet becomes transformers' UPerNet. Existing files are not
-overwritten.
+inferred from the tensors. mmsegmentation's PlainMamba with UPerNet becomes transformers' UPerNet. Existing files are
+not overwritten.
 """
 
 import argparse

@@ -92,7 +92,7 @@ class OptimizationArguments:
 
 @dataclass
 class ScratchOptimizationArguments(OptimizationArguments):
-    """Optimizer, learning rate and length; the defaults are those of Vim and PlainMamba, which are DeiT's and Swin's."""
+    """Optimizer, learning rate and length; the defaults are Vim's and PlainMamba's, from DeiT and Swin."""
 
     num_train_epochs: int = field(default=300, metadata=describe("passes over the training images", "--epochs"))
     learning_rate: float = field(
