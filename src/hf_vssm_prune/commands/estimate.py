@@ -3,8 +3,8 @@
     hf-vssm-prune estimate --recipe top_plainmamba_l3_imagenet --family plainmamba --preset L3
 
 It takes the options of `finetune`, with the same defaults, and those of `train` for a new model. It prints steps,
-FLOPs, memory and device-hours at the assumed speed (`--device_tflops`), and measures the same model with synthetic images on
-this machine.
+FLOPs, memory and device-hours at the assumed speed (`--device_tflops`), and measures the same model with synthetic
+images on this machine.
 """
 
 import sys
