@@ -60,7 +60,7 @@ class HoleTimeStep(nn.Module):
 
 
 class TokenPruningMixin(PreTrainedModel):
-    """What all models of this package derive from: their configuration has `token_pruning`.
+    """The base class of all models of this package: their configuration has `token_pruning`.
 
     Attributes:
         hub_module: the module that saves and pushes these models together with their code, card and notices. The
@@ -87,16 +87,16 @@ class TokenPruningMixin(PreTrainedModel):
     push_to_hub: Any = _push_to_hub  # transformers has an attribute there, and no method
 
     def set_token_pruning(self, token_pruning: dict[str, Any] | None) -> None:
-        """Changes the pruning schedule of a loaded model; None makes it dense. The weights stay as they are.
+        """Changes the pruning schedule of a loaded model; None makes it dense. The weights do not change.
 
-        The schedule is the configuration's: models that were made from one configuration object change together.
+        The schedule belongs to the configuration: models created from the same configuration object change together.
 
         Args:
-            token_pruning: as `config.token_pruning`; with `{"flops_reduction": 0.416}` a schedule is found. Where it
-                names no `method`, the model keeps its own; for a dense model the recommended one is meant.
+            token_pruning: like `config.token_pruning`; with `{"flops_reduction": 0.416}` a schedule is found. Without a
+                `method` the model keeps its own; a dense model gets the recommended one.
 
         Raises:
-            ValueError: the schedule is not allowed; the model keeps the one it has.
+            ValueError: the schedule is not allowed; the model's schedule does not change.
         """
         self.config.token_pruning = self.config.complete_token_pruning(token_pruning)
         self.add_pruning_parameters(self.config.token_pruning)

@@ -1,4 +1,4 @@
-"""transformers' models of dense prediction on a backbone of this package: pruned by one line, and telling what was."""
+"""transformers' models for dense prediction on a backbone of this package: pruned by one line."""
 
 import functools
 from collections.abc import Sequence
