@@ -116,7 +116,9 @@ class Trainers:
         trainer = self.trainer(model, LEARNING_RATES[name], seed)
         trainer.train()
         accuracy = trainer.evaluate()["eval_top1"]
-        with (Path(self.options.output_dir) / "accuracies.jsonl").open("a", encoding="utf-8") as file:
+        folder = Path(self.options.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "accuracies.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"name": name, "seed": seed, "top1": accuracy}) + "\n")
         return trained, accuracy
 
