@@ -148,7 +148,7 @@ def test_model_card() -> None:
     card = create_model_card(model, ModelCardInfo("My toy"))
     assert "| Architecture | Toy, 6 layers, 16 channels |" in card.text
     assert "| Image size | 3 frames of 32 × 32 pixels, 3 × 4 × 4 patches |" in card.text
-    assert "of one video and count linear layers alone" in card.text
+    assert "for one video and count linear layers alone" in card.text
     assert "| 2 | 0.5 | 48 | 24 |" in card.text
     assert "[A Toy](https://arxiv.org/abs/0000.00000)" in card.text
     assert 'AutoModelForVideoClassification.from_pretrained("My toy")' in card.text

@@ -157,7 +157,7 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
     ]
     return ModelCardInfo(
         name="plainmamba-trashnet-pruned",
-        summary="A small PlainMamba that sorts waste into six kinds, and merges the patches that matter least.",
+        summary="A small PlainMamba that classifies waste into six kinds, and merges the patches that matter least.",
         license="apache-2.0",
         license_notice="TrashNet is by Gary Thung and Mindy Yang, under the MIT licence.",
         datasets=["garythung/trashnet"],
@@ -172,7 +172,7 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
             hardware=f"a CPU with {torch.get_num_threads()} threads",
         ),
         picture=picture,
-        limits=["It knows single pieces of waste on a white board, and nothing else."],
+        limits=["It was trained on single pieces of waste on a white board, and nothing else."],
     )
 
 
