@@ -54,7 +54,7 @@ class HoleTimeStep(nn.Module):
             return F.softplus(at_least_float32(bias))
         if alignment == "learned":
             if self.offset is None:
-                raise ValueError("this layer has no learned step for holes: `model.set_token_pruning` makes it.")
+                raise ValueError("this layer has no learned time step for holes: `model.set_token_pruning` creates it.")
             return F.softplus(at_least_float32(bias) + at_least_float32(self.offset))
         return None
 
@@ -110,7 +110,7 @@ class TokenPruningMixin(PreTrainedModel):
         """
         if unknown := [name for name in options if name not in FORWARD_OPTIONS]:
             raise TypeError(
-                f"{type(self).__name__} does not know the options {unknown}; beside its arguments it takes "
+                f"{type(self).__name__} got unknown options {unknown}; allowed are its arguments and "
                 f"{list(FORWARD_OPTIONS)}."
             )
         given = options.get("token_pruning", self.config.token_pruning)
