@@ -240,7 +240,9 @@ class BidirectionalMixer(nn.Module):
         if self.averages_directions:
             gated = gated / 2
         mixed = self.out_proj(gated)
-        return mixed, MixerOutput(gated, mixed, (forward, backward)).detach() if with_output else None
+        if not with_output:
+            return mixed, None
+        return mixed, MixerOutput(gated, mixed, (forward, backward), backward_gated).detach()
 
 
 class StreamRMSNorm(nn.RMSNorm):
