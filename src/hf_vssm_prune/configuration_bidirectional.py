@@ -15,12 +15,12 @@ class BidirectionalConfig(VisionMambaConfig):
     """Options of a vision Mamba with one scan from the first token to the last and one back, and a class token.
 
     Attributes:
-        averages_directions: whether a mixer takes the mean of its two directions. False: their sum.
+        averages_directions: whether a mixer averages its two directions or adds them.
 
     Args:
-        patch_stride: pixels from one patch to the next, less than `patch_size` where patches overlap; None for
+        patch_stride: pixels from one patch to the next, less than `patch_size` if patches overlap; None for
             `patch_size`.
-        rms_norm_eps: of all norms.
+        rms_norm_eps: epsilon of all norms.
     """
 
     num_scans: ClassVar[int] = 2

@@ -14,7 +14,7 @@ from .publication import DYVM, R_MEETO, TOP, Paper, PublishedModel, PublishedRes
 class VimConfig(BidirectionalConfig):
     """Configuration of Vim (Vision Mamba, arXiv 2401.09417), with token pruning (ToP, arXiv 2409.18962).
 
-    The options of every vision Mamba stand in `VisionMambaConfig`, two more in `BidirectionalConfig`.
+    The options of every vision Mamba are in `VisionMambaConfig`, two more in `BidirectionalConfig`.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Models of all families as feature extractors for heads of dense prediction."""
+"""Models of all families as backbones for dense prediction."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ from .pruned_outputs import PrunedBackboneOutput, stage_fields
 
 
 class FeatureMaps(BackboneMixin):
-    """Makes a model of tokens a backbone, which gives maps of the full grid for images of any size.
+    """Turns a model into a backbone, which returns maps of the full grid for images of any size.
 
     It stands before the model's class: `class NameBackbone(FeatureMaps, NameModel)`. Which layers' outputs are maps
     `config.out_features` says, what a dropped cell shows `config.feature_fill`, how they are normed
