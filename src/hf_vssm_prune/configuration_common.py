@@ -26,7 +26,8 @@ from .publication import Paper, PublishedModel
 # Of a model's output; see `pruned_outputs.StageFields`.
 STAGE_FIELDS = ("kept_tokens", "token_scores", "merged_tokens")
 FEATURE_FILLS = ("last", "merged")
-FEATURE_NORMS = ("final", "per_level", "none")
+FEATURE_NORMS = ("final", "per_level", "last", "none")
+FEATURE_SOURCES = ("stream", "mixer")
 _BACKBONE_STAGES = ("stage_names", "out_features", "out_indices")
 
 
@@ -63,7 +64,9 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         feature_fill: what a backbone's maps show in the cell of a token that is gone: `last`, the state with which it
             left; `merged`, for methods that merge, the state of the token that it went into.
         feature_norm: how a backbone's maps are normed: `final`, each by the model's last norm; `per_level`, each by a
-            norm of its own, the last layer's by the model's; `none`.
+            norm of its own, the last layer's by the model's; `last`, only the last layer's; `none`.
+        feature_source: of what a backbone makes maps: `stream`, what a layer leaves behind in the residual stream;
+            `mixer`, what its mixer adds to that.
         feature_pyramid: None: a backbone's maps have the resolution of the patches; `vim` or `simple`: strides of 4, 8,
             16 and 32 pixels, of fewer maps the last ones, see `feature_pyramid`.
 
@@ -98,6 +101,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     scan_backend: str = "auto"
     feature_fill: str = "last"
     feature_norm: str = "final"
+    feature_source: str = "stream"
     feature_pyramid: str | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -118,6 +122,10 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        if self.feature_source == "mixer" and "stem" in self.out_features:
+            raise ValueError(
+                "`feature_source` is 'mixer' and `out_features` has 'stem', before which there is no mixer."
+            )
         check_pyramid(self.feature_pyramid, self.patch_spacing, len(self.out_features))
         for name, labels in complete_label_maps({"id2label": self.id2label, "label2id": self.label2id}).items():
             setattr(self, name, labels)
@@ -145,7 +153,11 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}; it must be in [0, 1).")
-        for name, allowed in (("feature_fill", FEATURE_FILLS), ("feature_norm", FEATURE_NORMS)):
+        for name, allowed in (
+            ("feature_fill", FEATURE_FILLS),
+            ("feature_norm", FEATURE_NORMS),
+            ("feature_source", FEATURE_SOURCES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {list(allowed)}.")
         if min(self.grid_size) < 1:

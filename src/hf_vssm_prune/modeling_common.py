@@ -26,12 +26,21 @@ class VisionMambaKwargs(TransformersKwargs, total=False):
     Attributes:
         token_pruning: the schedule of this call, in place of the configuration's: options as `config.token_pruning`, or
             None for all tokens.
+        output_mixer_states: also return what each layer's mixer adds, see `PrunedModelOutput`.
     """
 
     token_pruning: TokenPruning | dict[str, Any] | None
+    output_mixer_states: bool
 
 
-FORWARD_OPTIONS = ("token_pruning", "output_hidden_states", "output_attentions", "num_items_in_batch", "use_cache")
+FORWARD_OPTIONS = (
+    "token_pruning",
+    "output_hidden_states",
+    "output_mixer_states",
+    "output_attentions",
+    "num_items_in_batch",
+    "use_cache",
+)
 
 
 class HoleTimeStep(nn.Module):
