@@ -506,12 +506,12 @@ def test_missing_paths(tmp_path: Path):
 
 def test_unreachable_hub():
     """The tests run offline."""
-    with pytest.raises(ValueError, match=r"'no-such-org/no-such-data' is no local folder .* from the Hub"):
+    with pytest.raises(ValueError, match=r"'no-such-org/no-such-data' is not a local folder .* from the Hub"):
         load_image_dataset("no-such-org/no-such-data")
 
 
 def test_malformed_name():
-    with pytest.raises(ValueError, match=r"'what is this\?' is no local folder"):
+    with pytest.raises(ValueError, match=r"'what is this\?' is not a local folder"):
         load_image_dataset("what is this?")
 
 
