@@ -138,7 +138,7 @@ def matches(printed: str, shown: str) -> bool:
 OTHERS_OPTIONS = {
     *("main_process_ip", "main_process_port", "machine_rank", "multi_gpu", "num_machines", "num_processes"),
     *("cpus", "gpus", "nodes", "ntasks", "requeue"),
-    *("do_eval", "do_train", "image_processor_name", "train_dir"),
+    *("do_eval", "do_train", "image_processor_name", "max_steps", "train_dir"),
 }
 
 
@@ -149,7 +149,9 @@ def test_what_sentences_name_exists():
         assert (ROOT / file).exists(), file
     for target in re.findall(r"`make (\w+)`", text):
         assert re.search(rf"^{target}: .*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), target
-    code = "".join(file.read_text() for folder in ("demo", "scripts", "src") for file in (ROOT / folder).rglob("*.py"))
+    code = "".join(
+        file.read_text() for folder in ("demo", "docs", "scripts", "src") for file in (ROOT / folder).rglob("*.py")
+    )
     text = text.replace("http.server --bind", "")  # Python's own
     for option in set(re.findall(r"(?<![\w-])--([a-z]\w+)", text)) - OTHERS_OPTIONS:
         assert re.search(rf"\b{option}\b", code), option
