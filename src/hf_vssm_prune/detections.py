@@ -17,6 +17,10 @@ class Detections(NamedTuple):
     scores: Tensor
     labels: Tensor
 
+    def rows(self) -> Tensor:
+        """(n, 6): box, score, label."""
+        return torch.cat([self.boxes, self.scores[:, None], self.labels[:, None]], dim=1)
+
 
 def to_corners(boxes: Tensor) -> Tensor:
     """Boxes (..., 4) as left, top, right and bottom, from middle, width and height."""
@@ -24,6 +28,7 @@ def to_corners(boxes: Tensor) -> Tensor:
     return torch.cat([middle - sides / 2, middle + sides / 2], dim=-1)
 
 
+@torch.no_grad()
 def find_objects(outputs: Any, sizes: Tensor) -> list[Detections]:
     """What a detector finds, in each image the `MOST_DETECTIONS` surest pairs of a query and a class.
 

@@ -31,7 +31,7 @@ def coco() -> Any:
 def average_precision(
     detections: Sequence[np.ndarray], objects: Sequence[np.ndarray], num_labels: int
 ) -> dict[str, float]:
-    """COCO's metrics by name, from 0 to 1; NaN where there is nothing to find, as of small objects where none is small.
+    """COCO's metrics by name, from 0 to 1, without those of sizes that no object has.
 
     Args:
         detections: of each image (n, 6): left, top, right and bottom in pixels, score, class id.
@@ -61,7 +61,7 @@ def average_precision(
         evaluation.accumulate()
         evaluation.summarize()
     stats = evaluation.stats
-    return {name: float(stats[place]) if stats[place] >= 0 else float("nan") for name, place in METRICS.items()}
+    return {name: float(stats[place]) for name, place in METRICS.items() if stats[place] >= 0}
 
 
 def _annotation(image: int, row: np.ndarray, more: dict[str, Any]) -> dict[str, Any]:

@@ -69,11 +69,15 @@ class DenseModels:
         """A new model."""
         if pruned_config(config) is config:
             config = self.head.config(config)
-        return new_dense_model(config, **options)
+        return self.prepare(new_dense_model(config, **options))
 
     def from_pretrained(self, name_or_path: str, **options: Any) -> Any:
         """A saved model."""
-        return prunable(self.auto_class.from_pretrained(name_or_path, **options))
+        return self.prepare(self.auto_class.from_pretrained(name_or_path, **options))
+
+    def prepare(self, model: Any) -> Any:
+        """One of transformers' models for training and evaluation here."""
+        return prunable(model)
 
     def class_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that have a row for each class, by name."""
@@ -141,7 +145,7 @@ def load_model(
             "dense with scripts/train.py before pruning."
         )
     config.backbone_config.drop_path_rate = drop_path_rate
-    model = prunable(load_dense_model(name_or_path, config=config, dtype="float32"))
+    model = models.prepare(load_dense_model(name_or_path, config=config, dtype="float32"))
     if renew:
         return _with_new_classes(models, model, label_names)
     _take_labels(models, model, match, name_or_path)
@@ -232,7 +236,7 @@ def load_teacher(
                 f"The teacher {name_or_path} has {name} {getattr(own, name)}, the model {getattr(students, name)}: "
                 "they cannot be compared."
             )
-    teacher = prunable(load_dense_model(name_or_path, config=config, dtype=dtype))
+    teacher = models.prepare(load_dense_model(name_or_path, config=config, dtype=dtype))
     teacher.set_token_pruning(None)
     if match.kind is not Match.DIFFERENT:
         _take_labels(models, teacher, match, name_or_path)

@@ -1,5 +1,7 @@
 """What a detector is trained for beside the matched boxes of its own loss, as pure functions."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,7 +9,6 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
-from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from hf_vssm_prune.detections import to_corners
 from hf_vssm_prune.precision import at_least_float32
@@ -15,6 +16,23 @@ from hf_vssm_prune.precision import at_least_float32
 
 # As DETR and its successors weigh them.
 BOX_WEIGHT, GIOU_WEIGHT, CLASS_WEIGHT = 5.0, 2.0, 2.0
+
+
+@dataclass(frozen=True)
+class FiniteLoss:
+    """A detector's own loss, which raises an error at boxes that are not finite: of these it is not finite either here,
+    and the loop can say where that began.
+
+    Attributes:
+        loss_function: transformers' own.
+    """
+
+    loss_function: Callable[..., Any]
+
+    def __call__(self, logits: Tensor, labels: Any, device: Any, pred_boxes: Tensor, *more: Any, **options: Any) -> Any:
+        if pred_boxes.isfinite().all():
+            return self.loss_function(logits, labels, device, pred_boxes, *more, **options)
+        return logits.sum() + pred_boxes.sum(), {}, None
 
 
 def loss_per_box(outputs: Any, labels: list[dict[str, Tensor]]) -> Tensor:
@@ -80,6 +98,21 @@ def _distance(logits: Tensor, boxes: Tensor, own_logits: Tensor, own_boxes: Tens
     cross = F.binary_cross_entropy_with_logits(logits / temperature, target, reduction="none")
     least = F.binary_cross_entropy(target, target, reduction="none")
     classes = temperature**2 * (cross - least).sum(dim=1)
-    overlap = torch.diag(generalized_box_iou(to_corners(boxes), to_corners(own_boxes)))
+    overlap = generalized_overlap(to_corners(boxes), to_corners(own_boxes))
     places = BOX_WEIGHT * (boxes - own_boxes).abs().sum(dim=1) + GIOU_WEIGHT * (1 - overlap)
     return (weights * (CLASS_WEIGHT * classes + places)).sum()
+
+
+def generalized_overlap(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalised intersection over union (arXiv 1902.09630) of each box with the one in the same place.
+
+    Args:
+        boxes, others: (n, 4), left, top, right and bottom.
+    """
+    areas = [(each[:, 2:] - each[:, :2]).prod(dim=1) for each in (boxes, others)]
+    corners = torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:])
+    shared = (corners[1] - corners[0]).clamp(min=0).prod(dim=1)
+    around = torch.maximum(boxes[:, 2:], others[:, 2:]) - torch.minimum(boxes[:, :2], others[:, :2])
+    hull, union = around.prod(dim=1), areas[0] + areas[1] - shared
+    least = torch.finfo(boxes.dtype).eps
+    return shared / union.clamp(min=least) - (hull - union) / hull.clamp(min=least)

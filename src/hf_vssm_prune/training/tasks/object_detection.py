@@ -275,7 +275,7 @@ class ObjectDetection:
         sizes = torch.stack([each["size"] for each in batch["objects"]])
         return [
             {
-                "detections": torch.cat([found.boxes, found.scores[:, None], found.labels[:, None]], 1).cpu().numpy(),
+                "detections": found.rows().cpu().numpy(),
                 "objects": _as_rows(objects),
                 "num_labels": outputs.logits.shape[-1],
             }
