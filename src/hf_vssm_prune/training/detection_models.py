@@ -1,7 +1,7 @@
 """RT-DETR and Deformable DETR on backbones of this package, for a data set's classes; see `dense_models`."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ class DetectionHead:
         channels, ffn_channels: of its encoder and decoder, and of their feed-forward layers.
         attention_heads: of both.
         encoder_layers, decoder_layers: how many; None: as published.
-        num_queries: the most objects that it finds in an image; of a small one as many as its maps have cells.
+        num_queries: the most objects that it finds in an image; RT-DETR begins with one cell of its maps for each.
         num_denoising: noisy copies of the labelled boxes that RT-DETR also learns to restore; 0: none.
         levels: the layers, counted from 1, whose outputs it takes; None: RT-DETR three, Deformable DETR the last.
         feature_norm, feature_pyramid: of the backbone; RT-DETR needs a pyramid: None is `simple` then.
@@ -71,7 +71,7 @@ def _rt_detr(head: DetectionHead, backbone: VisionMambaConfig) -> RTDetrConfig:
         decoder_ffn_dim=head.ffn_channels,
         decoder_layers=head.decoder_layers,
         decoder_attention_heads=head.attention_heads,
-        num_queries=_queries(head, backbone, PYRAMID_STRIDES[-count:]),
+        num_queries=_queries(head, backbone, count),
         num_denoising=head.num_denoising,
         **label_maps(backbone),
     )
@@ -79,7 +79,6 @@ def _rt_detr(head: DetectionHead, backbone: VisionMambaConfig) -> RTDetrConfig:
 
 def _deformable_detr(head: DetectionHead, backbone: VisionMambaConfig) -> DeformableDetrConfig:
     levels = head.levels or (backbone.num_hidden_layers,)
-    num_queries = _queries(head, backbone, [backbone.patch_spacing] * len(levels))
     return DeformableDetrConfig(
         backbone_config=backbone_of_levels(backbone, levels, head.feature_norm, head.feature_pyramid),
         use_timm_backbone=False,  # type: ignore[call-arg]
@@ -91,19 +90,19 @@ def _deformable_detr(head: DetectionHead, backbone: VisionMambaConfig) -> Deform
         decoder_ffn_dim=head.ffn_channels,
         decoder_layers=head.decoder_layers,
         decoder_attention_heads=head.attention_heads,
-        num_queries=num_queries,
-        # Queries begin where the encoder finds something, and each layer moves their boxes on.
-        two_stage=True,
-        two_stage_num_proposals=num_queries,
+        num_queries=head.num_queries,
         with_box_refine=True,
+        # Queries are learned: what the encoder proposes by `two_stage` transformers' loss does not train.
+        two_stage=False,
         auxiliary_loss=True,
         **label_maps(backbone),
     )
 
 
-def _queries(head: DetectionHead, backbone: VisionMambaConfig, strides: Sequence[int]) -> int:
-    """As many as are asked for, or as there are cells to begin from in maps of these strides."""
+def _queries(head: DetectionHead, backbone: VisionMambaConfig, count: int) -> int:
+    """As many as are asked for, or as there are cells in so many maps."""
     height, width = head.image_size or backbone.input_size
+    strides = PYRAMID_STRIDES[-count:]
     return min(head.num_queries, sum(max(1, height // stride) * max(1, width // stride) for stride in strides))
 
 

@@ -42,8 +42,8 @@ def read_coco(
         for category in content["categories"]:
             if category["id"] in used:
                 names.setdefault(category["id"], str(category["name"]))
-    places = _Places(images)
-    rows = {split: _rows(file, contents[file], names, places) for split, file in files_of_split.items()}
+    places = _Places(folder, images)
+    rows = {split: _rows(file, split, contents[file], names, places) for split, file in files_of_split.items()}
     return rows, [names[label] for label in sorted(names)]
 
 
@@ -66,7 +66,7 @@ def _split_of(file: Path) -> str:
 
 
 def _rows(
-    file: Path, content: dict[str, Any], names: dict[int, str], places: "_Places"
+    file: Path, split: str, content: dict[str, Any], names: dict[int, str], places: "_Places"
 ) -> list[tuple[str, list[dict[str, Any]]]]:
     objects: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     known = {image["id"] for image in content["images"]}
@@ -82,7 +82,7 @@ def _rows(
             raise ValueError(f"Annotation {number} of '{file}' has no 'bbox'.")
         crowd = bool(each.get("iscrowd"))
         objects[each["image_id"]].append({"bbox": each["bbox"], "category": names[label], "iscrowd": crowd})
-    found = [(places.find(image["file_name"], file), objects[image["id"]]) for image in content["images"]]
+    found = [(places.find(image["file_name"], file, split), objects[image["id"]]) for image in content["images"]]
     if missing := [image["file_name"] for image, (place, _) in zip(content["images"], found, strict=True) if not place]:
         raise ValueError(
             f"{len(missing)} of {len(found)} images of '{file}' are not there; the first is '{missing[0]}'."
@@ -93,19 +93,23 @@ def _rows(
 class _Places:
     """Image files by their names: what a `file_name` is relative to, no file says."""
 
-    def __init__(self, images: Sequence[Path]) -> None:
+    def __init__(self, folder: Path, images: Sequence[Path]) -> None:
+        self._folder = folder
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         for image in images:
             self._by_name[image.name].append(image)
 
-    def find(self, file_name: str, beside: Path) -> Path | None:
+    def find(self, file_name: str, beside: Path, split: str) -> Path | None:
         """The file whose path ends like that; of several the one of the JSON file's split, or the nearest to it."""
         wanted = Path(file_name).parts
         found = [
             image for image in self._by_name.get(Path(file_name).name, ()) if image.parts[-len(wanted) :] == wanted
         ]
-        split = _split_of(Path(beside.name))
-        return min(found, key=lambda image: (_split_of(image) != split, _distance(image, beside)), default=None)
+
+        def rank(image: Path) -> tuple[bool, int]:
+            return _split_of(image.relative_to(self._folder)) != split, _distance(image, beside)
+
+        return min(found, key=rank, default=None)
 
 
 def _distance(image: Path, beside: Path) -> int:

@@ -45,7 +45,7 @@ def load_object_files(folder: Path) -> DatasetDict:
             "'categories') nor XML files of Pascal VOC's."
         )
     objects = {
-        "bbox": Repeated(Repeated(Value("float32"), length=4)),
+        "bbox": Repeated(Repeated(Value("float32"))),
         "category": Repeated(ClassLabel(names=names)),
         "iscrowd": Repeated(Value("bool")),
     }

@@ -122,6 +122,8 @@ class DetectionArguments(BoxArguments):
                 f"--head_channels is {self.head_channels}: it must be a multiple of --head_attention_heads "
                 f"{self.head_attention_heads}."
             )
+        if self.head == "deformable_detr" and self.head_channels % 32:
+            raise ValueError(f"--head_channels is {self.head_channels}: deformable_detr needs a multiple of 32.")
         if self.levels is not None and (sorted(set(self.levels)) != self.levels or self.levels[0] < 1):
             raise ValueError(f"--levels is {self.levels}: ascending numbers of layers from 1 are needed.")
         size, divisor = self.size(), SIZE_DIVISOR[self.head]
@@ -176,6 +178,8 @@ class ObjectDetection:
     auto_class: ClassVar[Any] = DetectionModels()
     training_arguments: ClassVar[type] = DetectionArguments
     evaluation_arguments: ClassVar[type] = BoxArguments
+    # Without boxes in a batch RT-DETR has nothing to restore, and what it embeds their classes by stays out of it.
+    idle_parameters: ClassVar[bool] = True
     metric_for_best_model: ClassVar[str] = "map"
     greater_is_better: ClassVar[bool] = True
     shown_metrics: ClassVar[Mapping[str, tuple[str, str]]] = {
