@@ -25,7 +25,7 @@ from hf_vssm_prune.training.tasks.object_detection import DetectionArguments, Ob
 from hf_vssm_prune.visualization_of_heads import visualize_dense
 
 
-SMALL = {"channels": 32, "ffn_channels": 16, "attention_heads": 2, "decoder_layers": 1, "encoder_layers": 1}
+SMALL = {"channels": 32, "ffn_channels": 16, "attention_heads": 2, "decoder_layers": 2, "encoder_layers": 1}
 IMAGES = {"image_size": 64, "patch_size": 16}
 MAKE_CONFIG = {
     "plainmamba": make_plainmamba_config,

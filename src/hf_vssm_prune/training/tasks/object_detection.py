@@ -124,6 +124,8 @@ class DetectionArguments(BoxArguments):
             )
         if self.head == "deformable_detr" and self.head_channels % 32:
             raise ValueError(f"--head_channels is {self.head_channels}: deformable_detr needs a multiple of 32.")
+        if self.head == "deformable_detr" and self.decoder_layers == 1:
+            raise ValueError("--decoder_layers is 1: deformable_detr, as transformers has it, needs 2 at least.")
         if self.levels is not None and (sorted(set(self.levels)) != self.levels or self.levels[0] < 1):
             raise ValueError(f"--levels is {self.levels}: ascending numbers of layers from 1 are needed.")
         size, divisor = self.size(), SIZE_DIVISOR[self.head]
