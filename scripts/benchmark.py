@@ -18,6 +18,7 @@ import torch
 from benchmarking.blocks import blocks_section
 from benchmarking.budgets import budgets_section
 from benchmarking.exported import export_section
+from benchmarking.heads import heads_section
 from benchmarking.int8 import int8_section
 from benchmarking.measuring import describe_machine, make_tensors_on
 from benchmarking.models import model_section, parts_section, resolution_section, transformer_section
@@ -47,12 +48,13 @@ SECTIONS = {
     "int8": int8_section,
     "export": export_section,
     "video": video_section,
+    "heads": heads_section,
 }
 # Only where they are asked for.
-LONG_SECTIONS = ("int8", "export", "video")
+LONG_SECTIONS = ("int8", "export", "video", "heads")
 
 CPU_SECTIONS = ("roofline", "parts", "int8", "export")
-PLAINMAMBA_SECTIONS = ("blocks",)
+PLAINMAMBA_SECTIONS = ("blocks", "heads")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

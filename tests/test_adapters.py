@@ -1,6 +1,7 @@
 """Adapters (PEFT) on pruned models, from training to a Hub and back."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,21 @@ def test_adapters_are_pushed_and_loaded_by_name(tmp_path):
         files = hub.files("user/adapters")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files.keys()
     assert "model.safetensors" not in files
+
+
+def test_the_comparison_in_the_docs(tmp_path, capsys):
+    """`docs/examples/compare_adapters.py`: a row for each way of training, and a file of results."""
+    main = runpy.run_path(str(Path(__file__).resolve().parents[1] / "docs" / "examples" / "compare_adapters.py"))[
+        "main"
+    ]
+    few = ["--max_train_samples", "16", "--max_eval_samples", "6"]
+    assert main([*few, "--output_dir", str(tmp_path / "runs")]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0].strip("| ") for row in rows[2:]] == [
+        "dense",
+        "pruned, not fine-tuned",
+        "LoRA of rank 8",
+        "DoRA of rank 8",
+        "all parameters",
+    ]
+    assert len((tmp_path / "runs" / "accuracies.jsonl").read_text().splitlines()) == 3

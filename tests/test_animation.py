@@ -110,7 +110,7 @@ def test_the_script_draws_videos(checkpoint, tmp_path, monkeypatch, capsys) -> N
     assert Image.open("kept.gif").n_frames == 3
     capsys.readouterr()
     assert main(["video.mp4", "tall.webm", *model, "--output", "kept.gif"]) == 1
-    assert "moving pictures are of one video" in capsys.readouterr().err
+    assert "an animation shows one video" in capsys.readouterr().err
     (tmp_path / "bad.mp4").write_bytes(b"x" * 100)
     assert main(["bad.mp4", *model]) == 1
     assert (

@@ -264,7 +264,7 @@ def test_half_precision_batches_stay_half():
         ({"random_resized_crop_scale": (0.0, 1.0)}, r"random_resized_crop_scale is \(0.0, 1.0\)"),
         ({"random_resized_crop_scale": (0.5, 0.2)}, "smallest <= largest <= 1"),
         ({"random_resized_crop_scale": None, "random_crop_padding": -1}, "random_crop_padding is -1"),
-        ({"random_crop_padding": 2}, "exclude each other"),
+        ({"random_crop_padding": 2}, "cannot be combined"),
         ({"horizontal_flip": 1.5}, "horizontal_flip is 1.5: it must be from 0 to 1"),
         ({"random_erasing": float("nan")}, "random_erasing is nan"),
         ({"randaugment_num_ops": -1}, "randaugment_num_ops is -1"),

@@ -1,8 +1,11 @@
 """`hf-vssm-prune VERB`: every verb on the shipped model, its help, and the scripts of the same names."""
 
 import json
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -13,23 +16,17 @@ from PIL import Image
 import hf_vssm_prune
 from hf_vssm_prune import EXAMPLE_MODEL, commands
 from hf_vssm_prune.__main__ import main
-from hf_vssm_prune.commands import VERBS, command_line
+from hf_vssm_prune.commands import REPOSITORY_SCRIPTS, VERBS, command_line, make_parser_of
+from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.training.arguments import FinetuneArguments
 from hf_vssm_prune.training.arguments.help import OptionParser
+from hf_vssm_prune.training.tasks import TASKS
 
 
 # A terminal of today has some fifty lines of a hundred characters or more.
 LINES, COLUMNS = 50, 120
-# What only the repository needs: to test, to document, to publish.
-OF_THE_REPOSITORY = {
-    "audit",
-    "benchmark",
-    "build_trashnet",
-    "gpu_check",
-    "screenshot_card",
-    "study",
-    "write_model_cards",
-}
+# What has no script, because nothing starts it on several devices.
+VERBS_ALONE = {"env", "completion"}
 WITH_GROUPS = ("train", "finetune", "estimate", "evaluate", "compare_methods")
 
 
@@ -50,10 +47,28 @@ def printed(capsys: pytest.CaptureFixture[str], function, *arguments) -> str:
 
 def test_every_verb_has_a_script_and_every_script_a_verb():
     scripts = {file.stem for file in SCRIPTS.glob("*.py")}
-    assert scripts - OF_THE_REPOSITORY == VERBS.keys() - {"env"}
+    assert scripts - REPOSITORY_SCRIPTS.keys() == VERBS.keys() - VERBS_ALONE
+    assert scripts >= REPOSITORY_SCRIPTS.keys()
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"env"}))
+def test_a_script_of_the_repository_is_no_verb_and_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["gpu-check"])
+    assert "There: python scripts/gpu_check.py" in capsys.readouterr().err
+
+
+def test_an_option_is_the_same_option_in_every_verb():
+    """Two verbs that take one name mean one thing by it; a batch is that of the verb, of training or of evaluation."""
+    meanings: dict[str, set[str]] = {}
+    for verb in VERBS:
+        for action in make_parser_of(verb)()._actions:
+            for name in action.option_strings:
+                meanings.setdefault(name.replace("-", "_"), set()).add(action.dest)
+    several = {name: found for name, found in meanings.items() if len(found) > 1}
+    assert several == {"__batch_size": {"per_device_train_batch_size", "per_device_eval_batch_size"}}
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - VERBS_ALONE))
 def test_script_and_verb_take_the_same_options(verb, capsys):
     words = ["--help", "all"] if verb in WITH_GROUPS else ["--help"]
     of_script = printed(capsys, load_script(verb).main, words)
@@ -161,6 +176,71 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys):
 def test_command_line_as_somebody_else_would_type_it(started, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", started)
     assert command_line() == expected
+
+
+# Completion
+
+COMPLETE = """
+eval "$1"
+shift
+COMP_WORDS=(hf-vssm-prune "$@")
+COMP_CWORD=$#
+_shtab_hf_vssm_prune hf-vssm-prune "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+printf '%s\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def completion() -> str:
+    pytest.importorskip("shtab")
+    printed = StringIO()
+    with redirect_stdout(printed):
+        assert main(["completion", "bash"]) == 0
+    return printed.getvalue()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fi"], {"finetune"}),
+        ([""], set(VERBS)),
+        (["finetune", "--prune_m"], {"--prune_method"}),
+        (["finetune", "--prune_method", "local_"], {name for name in METHODS if name.startswith("local_")}),
+        (["train", "--task", ""], set(TASKS)),
+        (["convert", "photo"], {"photo.png"}),
+        (["evaluate", "--dataset_name", "photo"], {"photo.png"}),
+        (["demo", "--seed", "photo"], set()),
+    ],
+    ids=" ".join,
+)
+def test_completion_in_bash(words, expected, completion, photo):
+    command = ["bash", "-c", COMPLETE, "bash", completion, *words]
+    done = subprocess.run(command, cwd=Path(photo).parent, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert set(done.stdout.split()) == expected
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_of_other_shells_has_every_option(shell, capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for verb in VERBS:
+        for action in make_parser_of(verb)()._actions:
+            assert all(name.lstrip("-") in script for name in action.option_strings if "-" not in name.lstrip("-"))
+
+
+def test_completion_without_an_extra_has_the_verbs_alone(monkeypatch, capsys):
+    pytest.importorskip("shtab")
+
+    def missing(verb):
+        raise ModuleNotFoundError(verb)
+
+    monkeypatch.setattr("hf_vssm_prune.commands.completion.make_parser_of", missing)
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "finetune" in script
+    assert "--prune_method" not in script
 
 
 # Every verb

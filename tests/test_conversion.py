@@ -193,7 +193,7 @@ def test_sizes_of_other_models(config) -> None:
 def test_grid_that_is_not_square() -> None:
     for make_config in MAKE_CONFIG.values():
         config = make_config(image_size=[32, 24])
-        with pytest.raises(ValueError, match=r"12 patches are no square grid: give `image_size`"):
+        with pytest.raises(ValueError, match=r"12 patches do not form a square grid: give `image_size`"):
             infer_again(config)
         assert infer_again(config, image_size=[32, 24]).grid_size == (4, 3)
 
@@ -249,7 +249,7 @@ def test_another_model(checkpoint) -> None:
 
 @pytest.mark.parametrize("checkpoint", [{}, {"model": None}, {"epoch": 3}, {"state_dict": {"epoch": 3}}])
 def test_no_tensors(checkpoint) -> None:
-    with pytest.raises(ValueError, match="the checkpoint holds no"):
+    with pytest.raises(ValueError, match="the checkpoint contains no"):
         infer_config(checkpoint)
 
 
@@ -434,7 +434,7 @@ FILES = {
         (["nothing", "new.pth"], "nothing"),
         (["damaged", "new.pth"], "damaged"),
         (["future", "new.pth"], "'token_pruning'"),
-        (["incomplete", "new.pth"], "not a whole image classifier: {'missing_keys': ['classifier.bias']"),
+        (["incomplete", "new.pth"], "not a complete image classifier: {'missing_keys': ['classifier.bias']"),
         (["model.pth", "new", "--ema"], "no EMA weights"),
         (["model.pth", "new", "--image_size", "64"], "pos_embed is [1, 17, 16] in the checkpoint and [1, 65, 16]"),
         (["model.pth", "new", "--image_size", "1", "2", "3"], "a number of pixels or (height, width) is needed"),

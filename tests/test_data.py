@@ -225,7 +225,7 @@ def test_saved_data_sets_in_folders_of_splits(tmp_path: Path, table: Dataset):
 
 def test_a_damaged_saved_data_set_is_named(tmp_path: Path, table: Dataset):
     table.save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match="leave out --streaming"):
+    with pytest.raises(ValueError, match="omit --streaming"):
         load_image_stream(tmp_path / "saved")
     (file,) = (tmp_path / "saved").glob("*.arrow")
     content = file.read_bytes()
@@ -382,7 +382,7 @@ def test_rare_classes_are_split_too(monkeypatch: pytest.MonkeyPatch):
     assert np.bincount(datasets.train["label"][:]).tolist() == [10, 1, 1]
     assert np.bincount(datasets.evaluation["label"][:]).tolist() == [1, 1]
     as_hub(monkeypatch, {"train": make_table(3)})
-    with pytest.raises(ValueError, match="None of the 3 training images can be set apart for evaluation"):
+    with pytest.raises(ValueError, match="None of the 3 training images can be held out for evaluation"):
         load_image_dataset("org/name")
 
 

@@ -211,7 +211,7 @@ def test_corrupt_file_in_the_cache_is_found_and_named(hub, repo, tmp_path) -> No
     content[-1] ^= 1
     file.chmod(0o644)
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{file.name} is not what the Hub has: its SHA-256 is another"):
+    with pytest.raises(ValueError, match=rf"{file.name} is not what the Hub has: its SHA-256 differs"):
         load_classifier(repo)
 
 
@@ -241,7 +241,7 @@ def test_index_of_weights_cannot_name_files_elsewhere(name, tmp_path) -> None:
     folder = save_for_hub(make_model(), tmp_path / "model")
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     (folder / "model.safetensors.index.json").write_bytes(index_of(name))
-    with pytest.raises(ValueError, match="only files of weights beside it are allowed"):
+    with pytest.raises(ValueError, match="only weight files in the same folder are allowed"):
         list_pushed_files(folder)
 
 

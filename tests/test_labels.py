@@ -129,7 +129,7 @@ def test_the_classifier_takes_the_order_of_the_data_set(checkpoint, names, ignor
     assert model.config.label_names == names
     assert model.config.label2id == {name: i for i, name in enumerate(names)}
     assert logits_by_name(model) == pytest.approx(logits_by_name(load_model(str(checkpoint), NAMES)))
-    said = [record for record in caplog.records if "in the data set's order now" in record.getMessage()]
+    said = [record for record in caplog.records if "reordered to the data set's" in record.getMessage()]
     assert len(said) == (names != NAMES)
 
 
@@ -253,8 +253,8 @@ def test_names_are_kept_as_they_are(given, expected) -> None:
         ({"id2label": {0: "a", 2: "b"}}, r"`id2label` has the ids \[0, 2\]"),
         ({"id2label": {0: "a", "0": "b"}}, r"`id2label` has the ids \[0\] for 2 labels"),
         ({"label2id": {"a": 0, "b": 0}}, r"`label2id` has the ids \[0\] for 2 labels"),
-        ({"id2label": {"a": "b"}}, "`id2label` has keys and values of which neither are ids: {'a': 'b'}"),
-        ({"id2label": {True: "a", False: "b"}}, "neither are ids"),
+        ({"id2label": {"a": "b"}}, "`id2label` has ids neither as keys nor as values: {'a': 'b'}"),
+        ({"id2label": {True: "a", False: "b"}}, "ids neither as keys"),
     ],
 )
 def test_ids_that_leave_a_label_without_a_name(given, message) -> None:

@@ -226,7 +226,7 @@ def test_other_image_sizes(size, config, model) -> None:
         hidden_states = model(images, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
         assert model(images).logits.isfinite().all()
     assert hidden_states[0].shape[1] == grid[0] * grid[1] + CLASS_TOKENS[config.model_type]
-    with pytest.raises(ValueError, match=rf"{grid[0]} x {grid[1]} patches, .* laid out for 4 x 4"):
+    with pytest.raises(ValueError, match=rf"{grid[0]} x {grid[1]} patches, .* position embeddings are for 4 x 4"):
         model(images, interpolate_pos_encoding=False)
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 import hf_vssm_prune
+from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.hub import ModelCardInfo
-from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
+from hf_vssm_prune.hub.loading import load_classifier, load_config, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.pushing import PushError, list_pushed_files
 from hf_vssm_prune.hub.saving import auto_map
 
@@ -173,7 +174,7 @@ def test_a_name_alone_is_of_ones_own_account(hub, plainmamba, repo) -> None:
 
 def test_private_is_not_pushed_to_where_everybody_sees_it(hub, plainmamba, repo) -> None:
     plainmamba.push_to_hub(repo)
-    with pytest.raises(PushError, match="there already, and everybody may see it"):
+    with pytest.raises(PushError, match="already exists, and is public"):
         plainmamba.push_to_hub(repo, private=True)
 
 
@@ -230,3 +231,13 @@ def test_what_was_sent_before_a_cut_is_not_sent_again(hub, plainmamba, repo) -> 
     sent = {path.rpartition("/")[2] for _, path, _ in hub.requests("PUT", "/lfs/")}
     assert sent == set(hub.state.uploads) - arrived
     assert load_classifier(repo).classifier.bias.tolist() == plainmamba.classifier.bias.tolist()
+
+
+def test_a_model_of_the_package_is_opened_by_its_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = EXAMPLE_MODEL.name
+    assert torch.equal(load_classifier(name).classifier.weight, load_classifier(EXAMPLE_MODEL).classifier.weight)
+    assert load_image_processor(name).size == load_image_processor(EXAMPLE_MODEL).size
+    (tmp_path / name).mkdir()
+    with pytest.raises(OSError, match=name):
+        load_config(name)  # a folder of the user's is taken first

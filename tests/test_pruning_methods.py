@@ -56,7 +56,10 @@ def make_stage(
         cls_row, cls_token = torch.randint(total, (batch, 1)), torch.randn(batch, HIDDEN)
         patch_rows = torch.arange(num_tokens) + (torch.arange(num_tokens) >= cls_row)
     mixer = MixerOutput(
-        torch.randn(batch, total, CHANNELS), torch.randn(batch, total, HIDDEN), make_scans(family, batch, total)
+        torch.randn(batch, total, CHANNELS),
+        torch.randn(batch, total, HIDDEN),
+        make_scans(family, batch, total),
+        None if family == "plainmamba" else torch.randn(batch, total, CHANNELS),
     )
     sizes = torch.randint(1, 5, (batch, num_tokens)).to(torch.get_default_dtype()) if merged else None
     return Stage(
@@ -350,6 +353,38 @@ def test_influence(family, float64) -> None:
             np.testing.assert_allclose(scores[index].numpy(), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["vim", "videomamba"])
+def test_mirrored_backward(family, float64) -> None:
+    stage = make_stage(family, (3, 4), num_tokens=9, num_kept=4)
+    scores = stage._replace(importance=IMPORTANCES["mirrored_backward"]).scores()
+    for index in range(2):
+        values = stage.mixer.backward_gated[index].mean(-1).tolist()
+        expected = [values[len(values) - 1 - row] for row in stage.patch_rows[index].tolist()]
+        np.testing.assert_allclose(scores[index].numpy(), expected)
+
+
+def test_mirrored_backward_is_the_backward_scans_own_order(float64) -> None:
+    """Against the model: the scan's part, read from the last token on."""
+    config = MAKE_CONFIG["vim"](
+        token_pruning={"layers": [1], "keep_ratios": [0.5], "method": "top", "importance": "mirrored_backward"}
+    )
+    model = FAMILIES["vim"].classifier(config).eval()
+    gated: list[Tensor] = []
+    model.vim.layers[0].mixer.backward_scan.register_forward_hook(lambda *call: gated.append(call[-1][0]))
+    with torch.no_grad():
+        outputs = model(torch.randn(2, 3, 32, 32))
+    values = gated[0].mean(-1).flip(1)
+    cls_place = CLS_TOKEN_IDS["vim"]
+    expected = torch.cat([values[:, :cls_place], values[:, cls_place + 1 :]], dim=1)
+    torch.testing.assert_close(outputs.token_scores[0], expected)
+
+
+def test_mirrored_backward_needs_a_backward_scan() -> None:
+    stage = make_stage("plainmamba", (3, 4), num_tokens=9, num_kept=4)
+    with pytest.raises(ValueError, match="needs a backward scan"):
+        stage._replace(importance=IMPORTANCES["mirrored_backward"]).scores()
+
+
 # ---- Promises ----------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +395,8 @@ def stages(draw) -> Stage:
     num_tokens = draw(st.integers(1, math.prod(grid)))
     family, merged = draw(st.sampled_from(sorted(MAKE_CONFIG))), draw(st.booleans())
     stage = make_stage(family, grid, num_tokens, draw(st.integers(1, num_tokens)), merged=merged)
-    return stage._replace(importance=IMPORTANCES[draw(st.sampled_from(sorted(IMPORTANCES)))])
+    impossible = {"mirrored_backward"} if stage.mixer.backward_gated is None else set()
+    return stage._replace(importance=IMPORTANCES[draw(st.sampled_from(sorted(set(IMPORTANCES) - impossible)))])
 
 
 def reduce(method: str, stage: Stage) -> Reduction:
@@ -499,6 +535,8 @@ RANKS_ALL = [name for name in METHODS if name not in ("local_merge", "tome", "r_
 def test_distinct_tokens_have_distinct_scores(options, family) -> None:
     """Else rounding would decide, and each backend would keep others; on a grid that has a middle and axes of
     symmetry."""
+    if family == "plainmamba" and options.get("importance") == "mirrored_backward":
+        pytest.skip("a PlainMamba has no backward scan")
     config = MAKE_CONFIG[family](image_size=72, token_pruning={"layers": [1], "keep_ratios": [0.5], **options})
     model = make_model(config)
     with torch.no_grad():

@@ -75,7 +75,7 @@ WRONG = [
     ({"flops_reduction": 0.3, "layers": 2}, r"'layers'.*2; a list is needed"),
     ({"flops_reduction": 0.9, "layers": [3]}, r"dropping all but one token at \[3\] removes 0\.\d+"),
     *(
-        ({"flops_reduction": share}, rf"`flops_reduction` is {share!r}; a share in \(0, 1\)")
+        ({"flops_reduction": share}, rf"`flops_reduction` is {share!r}; it must be between 0 and 1")
         for share in (0, 1, -0.5, 1.5, True, "0.4", None, math.nan)
     ),
     ({"flops_reduction": 0.99}, r"`flops_reduction` is 0\.99; dropping all but one token at \[1\b.*\] removes 0\.\d+"),

@@ -236,7 +236,7 @@ TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
         ("finetune", [*FINETUNE, "--prune_layers", "6"], "--prune_layers and --keep_ratios go together"),
         ("finetune", [*FINETUNE, "--prune_layers", "6", "--keep_ratios", "1", "1"], "differ in length"),
         ("finetune", [*FINETUNE, "--prune_layers", "6", "--keep_ratios", "1.5"], "--keep_ratios has [1.5]"),
-        ("finetune", [*FINETUNE, *SCHEDULE, "--flops_reduction", "0.4"], "exclude each other"),
+        ("finetune", [*FINETUNE, *SCHEDULE, "--flops_reduction", "0.4"], "cannot be combined"),
         ("compare_methods", ["--dataset_name", "d", "--model_name_or_path", "m", "--int8"], "--int8"),
         ("finetune", [*FINETUNE, "--flops_reduction", "41.6"], "--flops_reduction is 41.6"),
         ("finetune", [*FINETUNE, "--prune_alignment", "copy"], "invalid choice: 'copy'"),
@@ -249,10 +249,10 @@ TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
         ("finetune", [*FINETUNE, "--ignore_mismatched_sizes"], "cannot teach"),
         ("finetune", [*FINETUNE, "--mixup", "-1"], "mixup_alpha is -1.0"),
         ("finetune", [*FINETUNE, "--scale", "0.5"], "--scale is [0.5]"),
-        ("finetune", [*FINETUNE, "--no_random_crop", "--random_crop_padding", "4"], "exclude each other"),
+        ("finetune", [*FINETUNE, "--no_random_crop", "--random_crop_padding", "4"], "cannot be combined"),
         ("finetune", [*FINETUNE, "--learning_rate", "0"], "--learning_rate is 0.0"),
         ("finetune", [*FINETUNE, "--learning_rate", "1e-7"], "--min_lr is 1e-06, above --learning_rate"),
-        ("finetune", [*FINETUNE, "--warmup_epochs", "1", "--num_warmup_steps", "9"], "exclude each other"),
+        ("finetune", [*FINETUNE, "--warmup_epochs", "1", "--num_warmup_steps", "9"], "cannot be combined"),
         ("finetune", [*FINETUNE, "--batch_size", "0"], "--per_device_train_batch_size is 0"),
         ("finetune", [*FINETUNE, "--drop_path", "1"], "--drop_path is 1.0: it must be from 0 to less than 1"),
         ("finetune", [*FINETUNE, "--clip_grad", "nan"], "--clip_grad is nan"),
@@ -306,6 +306,15 @@ def test_recipes_say_what_they_set(recipe):
     assert parse(types, *needed, "--recipe", str(recipe), "--batch_size", "3")["per_device_train_batch_size"] == 3
 
 
+def test_a_recipe_is_found_by_its_name_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe("few_images") == read_recipe(RECIPES / "few_images.yaml")
+    with pytest.raises(ValueError, match=r"neither a file nor one of the package's recipes: .*few_images"):
+        read_recipe("few_image")
+    (tmp_path / "few_images").write_text("seed: 5\n")
+    assert read_recipe("few_images") == {"seed": 5}, "a file of the user's is taken first"
+
+
 @pytest.mark.parametrize(
     ("recipe", "options", "expected"),
     [
@@ -332,7 +341,7 @@ def test_any_value_of_a_recipe_is_overridden(recipe, options, expected):
     ("content", "message"),
     [
         ("learning_rate: 1\ncolour: red", "has ['colour']"),
-        ("- 1", "is no mapping"),
+        ("- 1", "does not map"),
         ("a: [", "cannot be read"),
         ("learning_rate: -1", "--learning_rate is -1.0"),
         (None, "cannot be read"),

@@ -1,6 +1,7 @@
 """mmsegmentation's files against ours: the official models' maps and logits, and the way there and back."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from hf_vssm_prune import PlainMambaConfig, VimConfig
+from hf_vssm_prune import PlainMambaConfig, VimConfig, prunable
 from hf_vssm_prune.conversion import (
     convert_official_state_dict,
     convert_to_official_state_dict,
     infer_config,
     load_official_model,
+    official_name,
     save_official_model,
 )
 from hf_vssm_prune.conversion_upernet import official_name as official_upernet_name
@@ -50,19 +52,16 @@ def assert_close(actual, expected):
     torch.testing.assert_close(actual, torch.from_numpy(expected), rtol=0, atol=1e-4 * scale)
 
 
+def schedule_of(pruned):
+    """Our options for one of a recipe's pruned runs."""
+    options = {name: pruned[name] for name in ("layers", "alignment", "importance")}
+    return options | {"keep_ratios": pruned["keep"], "method": "top"}
+
+
 def test_maps_and_logits_are_the_official_ones(case):
     model, pixel_values = make_model(case), case.pixel_values()
     assert sum(parameter.numel() for parameter in model.parameters()) == case.recipe["num_parameters"]
-    runs = {"dense": None} | {
-        each["name"]: {
-            "layers": each["layers"],
-            "keep_ratios": each["keep"],
-            "alignment": each["alignment"],
-            "importance": each["importance"],
-            "method": "top",
-        }
-        for each in case.recipe["pruned"]
-    }
+    runs = {"dense": None} | {each["name"]: schedule_of(each) for each in case.recipe["pruned"]}
     for name, schedule in runs.items():
         model.backbone.set_token_pruning(schedule)
         with torch.no_grad():
@@ -198,33 +197,72 @@ def test_what_does_not_fit_is_named(change, message):
         convert_official_state_dict(infer_config(official), official)
 
 
-# Vim's published backbone has no class token, and no weights of it are published. Its pyramid and its heads are here.
+# Vim's published backbones have no class token, and no weights of them are published: they are not converted.
+
+VIM_BACKBONES = {
+    "hidden": {"feature_source": "mixer", "feature_norm": "none"},
+    "residual_add": {"feature_norm": "none"},
+    "residual_norm": {"feature_norm": "last"},
+    "rope": {"feature_norm": "none", "rotary_embeddings": True},
+}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def vim_case(shared):
     return GoldenCase.load(shared / "golden" / "segmentation", "seg_vim_small")
 
 
-@pytest.mark.parametrize("run", ["hidden", "residual_add", "rope", "repeat", "residual"])
-def test_vims_pyramid_and_heads_are_the_official_ones(vim_case, run):
-    """On the official maps of the patches' resolution, dense and pruned."""
-    official, expected = vim_case.state_dict(), vim_case.expected
-    options = {"image_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "feature_norm": "none"}
-    backbone = VimConfig(**options, out_features=["stage1", "stage2", "stage3", "stage4"], feature_pyramid="vim")
-    heads = {"hidden_size": 16, "auxiliary_channels": 16, "num_labels": 6}
-    model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **heads)).eval()
-    names = {name: official_upernet_name(model.config, name, lambda name: name) for name in model.state_dict()}
-    of_ours = {name: key for name, key in names.items() if not name.startswith("backbone.") or "pyramid" in name}
-    assert {key for key in official if not key.startswith("backbone.") or ".fpn" in key} == set(of_ours.values())
-    model.load_state_dict({name: official[key] for name, key in of_ours.items()}, strict=False)
-    maps = [torch.from_numpy(expected[f"{run}.tap{level}"]) for level in range(4)]
+def make_vim_model(case, arrangement):
+    """UPerNet on Vim with the case's weights, and what is given to the pyramid."""
+    backbone = VimConfig(
+        image_size=96,
+        hidden_size=32,
+        num_hidden_layers=4,
+        use_cls_token=False,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+        feature_pyramid="vim",
+        **VIM_BACKBONES[arrangement],
+    )
+    config = UperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_channels=16, num_labels=6)
+    model = prunable(UperNetForSemanticSegmentation(config)).eval()
+    official, of_backbone = case.state_dict(), partial(official_name, "vim")
+    model.load_state_dict(
+        {name: official.pop(official_upernet_name(config, name, of_backbone)) for name in model.state_dict()}
+    )
+    assert not official
+    maps, with_pyramid = [], model.backbone.with_pyramid
+
+    def spy(levels):
+        maps.extend(levels)
+        return with_pyramid(levels)
+
+    model.backbone.with_pyramid = spy
+    return model, maps
+
+
+def vim_runs(case):
+    """By name the arrangement of the backbone, and the schedule."""
+    dense = {name: (name, None) for name in VIM_BACKBONES}
+    return dense | {each["name"]: (each["arrangement"], schedule_of(each)) for each in case.recipe["pruned"]}
+
+
+@pytest.mark.parametrize("run", [*VIM_BACKBONES, "repeat", "residual"])
+def test_vims_backbones_are_the_official_ones(vim_case, run):
+    expected = vim_case.expected
+    arrangement, schedule = vim_runs(vim_case)[run]
+    model, maps = make_vim_model(vim_case, arrangement)
+    model.set_token_pruning(schedule)
     with torch.no_grad():
-        levels = model.backbone.with_pyramid(maps)
-        logits, auxiliary_logits = model.decode_head(levels), model.auxiliary_head(levels)
-    if run == "hidden":
-        assert_close(levels[0][:, :8], expected["hidden.level0"])
-        assert_close(levels[1], expected["hidden.level1"])
-        assert_close(levels[3], expected["hidden.level3"])
-    assert_close(logits, expected[f"{run}.logits"])
-    assert_close(auxiliary_logits, expected[f"{run}.aux_logits"])
+        outputs = model.backbone(vim_case.pixel_values())
+        levels = list(outputs.feature_maps)
+        heads = {"logits": model.decode_head(levels), "aux_logits": model.auxiliary_head(levels)}
+    actual = {f"tap{level}": each for level, each in enumerate(maps)}
+    actual |= {f"level{level}": each for level, each in enumerate(levels)} | heads
+    compared = [name for name in actual if f"{run}.{name}" in expected]
+    assert len(compared) == {"residual_norm": 1, "hidden": 9}.get(run, 6)
+    for name in compared:
+        goal = expected[f"{run}.{name}"]
+        assert_close(actual[name][:, : goal.shape[1]], goal)
+    for stage, kept in enumerate(outputs.kept_tokens or ()):
+        assert kept.tolist() == expected[f"{run}.kept{stage}"].tolist()
+        assert_close(outputs.token_scores[stage], expected[f"{run}.scores{stage}"])

@@ -98,7 +98,7 @@ def test_a_stream_that_ends_too_soon_says_so(parquet_folder):
 def test_what_cannot_be_streamed_is_refused(tmp_path, parquet_folder):
     (tmp_path / "pictures" / "cat").mkdir(parents=True)
     PILImage.new("RGB", (8, 8)).save(tmp_path / "pictures" / "cat" / "1.png")
-    with pytest.raises(ValueError, match="leave out --streaming"):
+    with pytest.raises(ValueError, match="omit --streaming"):
         load_image_stream(tmp_path / "pictures")
     write(tmp_path / "train.parquet", range(4), label=Value("int64"))
     with pytest.raises(ValueError, match="a stream's labels need names"):

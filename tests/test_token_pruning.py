@@ -120,6 +120,8 @@ def test_selected_tokens_are_the_best(scores, data) -> None:
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_selection_in_a_model(family, importance) -> None:
+    if (family, importance) == ("plainmamba", "mirrored_backward"):
+        pytest.skip("a PlainMamba has no backward scan")
     config = MAKE_CONFIG[family](token_pruning=TOKEN_PRUNING | {"importance": importance})
     class_tokens, cls_token_id = NUM_CLS_TOKENS[family], CLS_TOKEN_IDS[family]
     outputs = FAMILIES[family].classifier(config).eval()(torch.randn(3, 3, 32, 32))

@@ -135,7 +135,7 @@ def test_official_files_there_and_back(videos, tmp_path) -> None:
 def test_a_family_that_is_named_is_taken() -> None:
     official = convert_to_official_state_dict(make_model().config, make_model().state_dict())
     assert infer_config(official, family="toy").grid_size == (3, 4, 4)
-    with pytest.raises(ValueError, match=r"no whole image classifier; missing: patch_embed\.proj\.weight"):
+    with pytest.raises(ValueError, match=r"not a complete image classifier; missing: patch_embed\.proj\.weight"):
         infer_config(official, family="vim")
     with pytest.raises(ValueError, match=r"`family` is 'top'; allowed are .*'toy'"):
         infer_config(official, family="top")
@@ -148,7 +148,7 @@ def test_model_card() -> None:
     card = create_model_card(model, ModelCardInfo("My toy"))
     assert "| Architecture | Toy, 6 layers, 16 channels |" in card.text
     assert "| Image size | 3 frames of 32 × 32 pixels, 3 × 4 × 4 patches |" in card.text
-    assert "of one video and count linear layers alone" in card.text
+    assert "for one video and count linear layers alone" in card.text
     assert "| 2 | 0.5 | 48 | 24 |" in card.text
     assert "[A Toy](https://arxiv.org/abs/0000.00000)" in card.text
     assert 'AutoModelForVideoClassification.from_pretrained("My toy")' in card.text

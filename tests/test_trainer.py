@@ -187,7 +187,7 @@ def test_smoothing_by_the_arguments(tmp_path):
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     expected = torch.nn.functional.cross_entropy(outputs.logits, batch["labels"], label_smoothing=0.2)
     torch.testing.assert_close(loss, expected)
-    with pytest.raises(ValueError, match="label_smoothing_factor and a task that smooths labels exclude each other"):
+    with pytest.raises(ValueError, match="label_smoothing_factor and a task that smooths labels cannot be combined"):
         TokenPruningTrainer(
             make_model(config),
             arguments(tmp_path, label_smoothing_factor=0.2),

@@ -122,7 +122,9 @@ def test_other_lengths_and_sizes(shape, token_pruning, model) -> None:
     grid = frames, height // 8, width // 8
     assert outputs.hidden_states[0].shape[1] == grid[0] * grid[1] * grid[2] + 1
     assert outputs.logits.isfinite().all()
-    with pytest.raises(ValueError, match=rf"{' x '.join(map(str, grid))} patches, .* laid out for 3 x 4 x 4"):
+    with pytest.raises(
+        ValueError, match=rf"{' x '.join(map(str, grid))} patches, .* position embeddings are for 3 x 4 x 4"
+    ):
         model(clips, interpolate_pos_encoding=False)
 
 

@@ -110,5 +110,6 @@ def test_plain_wheel_is_for_any_platform(tmp_path: Path):
     assert "hf_vssm_prune/kernels/csrc/selective_scan.cpp" in names, "to be compiled at the first use"
     assert {f"hf_vssm_prune/commands/{verb}.py" for verb in VERBS} <= set(names)
     assert {f"hf_vssm_prune/metrics/{name}/{name}.py" for name in METRICS} <= set(names)
+    assert {f"hf_vssm_prune/recipes/{file.name}" for file in (ROOT / "recipes").iterdir()} <= set(names)
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
     assert b"hf-vssm-prune = hf_vssm_prune.__main__:main" in zipfile.ZipFile(wheel).read(entry_points)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_vssm_prune import __version__
-from hf_vssm_prune.commands import PROGRAM, VERBS, run
+from hf_vssm_prune.commands import PROGRAM, REPOSITORY_SCRIPTS, VERBS, run
 
 
 DESCRIPTION = "Token pruning for vision Mambas: train, prune, compare, convert and share models."
@@ -16,6 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and (verb := words[0].replace("-", "_")) in VERBS:
         return run(verb, words[1:])
     parser = make_parser()
+    if words and verb in REPOSITORY_SCRIPTS:
+        parser.error(
+            f"{words[0]} is a script of the repository, not of the package; it needs {REPOSITORY_SCRIPTS[verb]}. "
+            f"There: python scripts/{verb}.py"
+        )
     if not words:
         parser.print_help()
         return 2

@@ -40,7 +40,7 @@ def animate(
         ValueError: the model is dense, or one of images; there is no frame; or the name ends in something else.
     """
     if Path(file).suffix.lower() not in FORMATS:
-        raise ValueError(f"{file} does not end in {' or '.join(FORMATS)}, of which moving pictures are.")
+        raise ValueError(f"{file} does not end in {' or '.join(FORMATS)}, the formats of animations.")
     first, *others = animated_frames(model, image_processor, frames)
     first.save(file, save_all=True, append_images=others, duration=round(1000 * SECONDS), loop=0)
 

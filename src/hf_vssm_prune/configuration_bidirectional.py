@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
@@ -15,16 +15,18 @@ class BidirectionalConfig(VisionMambaConfig):
     """Options of a vision Mamba with one scan from the first token to the last and one back, and a class token.
 
     Attributes:
-        averages_directions: whether a mixer takes the mean of its two directions. False: their sum.
+        averages_directions: whether a mixer averages its two directions or adds them.
+        rotates_tokens: whether rotary position embeddings turn the tokens before each layer.
 
     Args:
-        patch_stride: pixels from one patch to the next, less than `patch_size` where patches overlap; None for
+        patch_stride: pixels from one patch to the next, less than `patch_size` if patches overlap; None for
             `patch_size`.
-        rms_norm_eps: of all norms.
+        rms_norm_eps: epsilon of all norms.
     """
 
     num_scans: ClassVar[int] = 2
     averages_directions: ClassVar[bool]
+    rotates_tokens: ClassVar[bool] = False
 
     patch_stride: int | None = None
     rms_norm_eps: float = 1e-5
@@ -40,10 +42,6 @@ class BidirectionalConfig(VisionMambaConfig):
     def patch_spacing(self) -> int:
         """Pixels from one patch to the next."""
         return self.patch_stride or self.patch_size
-
-    def cls_place(self, num_patches: int) -> int:
-        """The class token's place among so many patches and itself."""
-        return cast(int, self.cls_token_id(num_patches))  # these families have one
 
     def grid_size_for(self, *input_size: int) -> tuple[int, ...]:
         """(height, width) in patches: pixels that fill no whole patch are left out."""
@@ -62,7 +60,7 @@ class BidirectionalConfig(VisionMambaConfig):
         )
         one_direction = 0
         for patches in tokens:
-            length = patches + 1  # the class token
+            length = patches + (self.cls_token_id(patches) is not None)
             direction = count_scans(self, length, self.conv_kernel)
             parts.update(count_projections(self, length))
             for _ in range(self.num_scans):

@@ -1,4 +1,4 @@
-"""What the configurations of all model families share, and what each of them tells of itself."""
+"""What the configurations of all model families share, and what each family defines."""
 
 import copy
 import math
@@ -26,44 +26,47 @@ from .publication import Paper, PublishedModel
 # Of a model's output; see `pruned_outputs.StageFields`.
 STAGE_FIELDS = ("kept_tokens", "token_scores", "merged_tokens")
 FEATURE_FILLS = ("last", "merged")
-FEATURE_NORMS = ("final", "per_level", "none")
+FEATURE_NORMS = ("final", "per_level", "last", "none")
+FEATURE_SOURCES = ("stream", "mixer")
 _BACKBONE_STAGES = ("stage_names", "out_features", "out_indices")
 
 
 @strict
 class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Options of every vision Mamba. A family's own class also tells what everything else asks about it.
+    """Options of every vision Mamba. A family's own class also defines what the rest of the package has to know of it.
 
     Attributes:
-        presets: options of published models by name.
-        published: of these models, by the same names, where the weights are and what papers report.
-        published_images: the same of models of images, in a family whose presets are of videos.
-        paper: the family's.
-        cls_token: where the class token stands among the patches: "none", "middle" or "first".
-        num_scans: with parameters of their own, so that each token has so many Δ, B and C.
+        presets: options of the published models by name.
+        published: where the weights of these models are, and what papers report, by the same names.
+        published_images: the same for image models, in a family whose presets are video models.
+        paper: the family's paper.
+        cls_token: position of the class token among the patches: "none", "middle" or "first".
+        num_scans: number of scans with their own parameters; each token has as many Δ, B and C.
 
     Args:
-        image_size: pixels, or (height, width), for which the position embeddings are laid out. Other sizes work too.
-        patch_size: pixels along a side of a patch.
-        num_channels: of the images.
+        image_size: size in pixels, or (height, width), of the position embeddings. Other sizes work too.
+        patch_size: side of a patch in pixels.
+        num_channels: number of image channels.
         hidden_size: width of the residual stream.
-        num_hidden_layers: depth.
-        state_size: of the selective scan, for each channel.
-        expand: channels inside the mixer are `expand * hidden_size`.
+        num_hidden_layers: number of layers.
+        state_size: state size of the selective scan, per channel.
+        expand: the mixer has `expand * hidden_size` channels.
         conv_kernel: size of the mixer's depthwise convolution.
-        time_step_rank: features from which the time steps are projected; `"auto"` is ceil(hidden_size / 16).
+        time_step_rank: rank of the time steps' projection; `"auto"` is ceil(hidden_size / 16).
         time_step_min, time_step_max, time_step_floor: range of the time steps at initialisation.
         initializer_range: standard deviation of the truncated normal initialisation.
-        drop_path_rate: stochastic depth in the last layer; it rises linearly from 0 in the first.
+        drop_path_rate: stochastic depth rate of the last layer; it increases linearly from 0 in the first.
         token_pruning: None for a dense model, or a dict with `layers`, `keep_ratios`, `alignment`, `importance` and
             `method`, see `pruning_options.check_token_pruning`; or with `flops_reduction` in place of `keep_ratios`,
             the fraction of the published FLOPs to remove, for which a schedule is found, with stages before `layers` if
             these are given. However it is set, it is checked and complete when it is read.
-        scan_backend: which kernel scans, see `selective_scan.selective_scan`.
+        scan_backend: the kernel of the scan, see `selective_scan.selective_scan`.
         feature_fill: what a backbone's maps show in the cell of a token that is gone: `last`, the state with which it
             left; `merged`, for methods that merge, the state of the token that it went into.
         feature_norm: how a backbone's maps are normed: `final`, each by the model's last norm; `per_level`, each by a
-            norm of its own, the last layer's by the model's; `none`.
+            norm of its own, the last layer's by the model's; `last`, only the last layer's; `none`.
+        feature_source: of what a backbone makes maps: `stream`, what a layer leaves behind in the residual stream;
+            `mixer`, what its mixer adds to that.
         feature_pyramid: None: a backbone's maps have the resolution of the patches; `vim` or `simple`: strides of 4, 8,
             16 and 32 pixels, of fewer maps the last ones, see `feature_pyramid`.
 
@@ -98,13 +101,14 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     scan_backend: str = "auto"
     feature_fill: str = "last"
     feature_norm: str = "final"
+    feature_source: str = "stream"
     feature_pyramid: str | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "VisionMambaConfig":
-        """The configuration of a published model by name, with `overrides` put over it."""
+        """The configuration of a published model by name; `overrides` replace options."""
         if name not in cls.presets:
             raise ValueError(f"unknown preset {name!r} of {cls.__name__}; known are {list(cls.presets)}.")
         num_labels = {} if {"id2label", "label2id"} & overrides.keys() else {"num_labels": 1000}
@@ -118,6 +122,10 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        if self.feature_source == "mixer" and "stem" in self.out_features:
+            raise ValueError(
+                "`feature_source` is 'mixer' and `out_features` has 'stem', before which there is no mixer."
+            )
         check_pyramid(self.feature_pyramid, self.patch_spacing, len(self.out_features))
         for name, labels in complete_label_maps({"id2label": self.id2label, "label2id": self.label2id}).items():
             setattr(self, name, labels)
@@ -145,7 +153,11 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}; it must be in [0, 1).")
-        for name, allowed in (("feature_fill", FEATURE_FILLS), ("feature_norm", FEATURE_NORMS)):
+        for name, allowed in (
+            ("feature_fill", FEATURE_FILLS),
+            ("feature_norm", FEATURE_NORMS),
+            ("feature_source", FEATURE_SOURCES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {list(allowed)}.")
         if min(self.grid_size) < 1:
@@ -168,7 +180,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         return names_by_id(self.id2label or {})
 
     def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> TokenPruning | None:
-        """Checks pruning options against this configuration and returns them complete, a budget turned into a schedule.
+        """Checks pruning options against this configuration and completes them; a budget is turned into a schedule.
 
         Options that name no `method` are for the one that this configuration has, with its `alignment` and `importance`
         unless they have their own: weights that were trained for a method may get another budget. Those of a dense
@@ -277,7 +289,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 def pruned_config(config: Any) -> Any:
-    """The configuration that says what is pruned: a model's own, or that of the backbone of a model with a head."""
+    """The configuration with the pruning schedule: a model's own, or that of its backbone."""
     return config if hasattr(config, "token_pruning") else getattr(config, "backbone_config", None)
 
 

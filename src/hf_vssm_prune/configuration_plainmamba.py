@@ -16,14 +16,14 @@ from .publication import STORM, TOP, Paper, PublishedModel, PublishedResult
 class PlainMambaConfig(VisionMambaConfig):
     """Configuration of PlainMamba (arXiv 2403.17695), with token pruning (ToP, arXiv 2409.18962).
 
-    The options of every vision Mamba stand in `VisionMambaConfig`.
+    The options of every vision Mamba are in `VisionMambaConfig`.
 
     Args:
         num_stem_convs: 3x3 convolutions after the first one of the patch embedding.
         stem_channels: width of the patch embedding's convolutions.
         depthwise_layers: layers that are followed by a depthwise 3x3 convolution (L1: the first).
-        layer_norm_eps: of the layers' norms.
-        final_layer_norm_eps: of the last norm.
+        layer_norm_eps: epsilon of the layers' norms.
+        final_layer_norm_eps: epsilon of the last norm.
 
     Example:
 

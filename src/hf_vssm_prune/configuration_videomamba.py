@@ -53,12 +53,12 @@ def _of_images(results: Sequence[tuple[float, str]], merged: tuple[float, str] |
 class VideoMambaConfig(BidirectionalConfig):
     """Configuration of VideoMamba (arXiv 2403.06977), with token pruning (ToP, arXiv 2409.18962).
 
-    The options of every vision Mamba stand in `VisionMambaConfig`, one more in `BidirectionalConfig`.
+    The options of every vision Mamba are in `VisionMambaConfig`, one more in `BidirectionalConfig`.
 
     Args:
-        num_frames: of a video, for which the temporal embeddings are laid out. Other numbers work too. None: the model
-            is one of images.
-        tubelet_size: frames that a patch spans; those after the last whole tubelet are left out.
+        num_frames: frames of a video, and size of the temporal embeddings. Other numbers work too. None: an image
+            model.
+        tubelet_size: frames per patch; frames after the last whole tubelet are dropped.
         patch_stride: pixels from one patch to the next. None: of images 16, whatever `patch_size` is, as in the
             official code; of videos `patch_size`, and nothing else is allowed.
 
@@ -116,9 +116,9 @@ class VideoMambaConfig(BidirectionalConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> VisionMambaConfig:
-        """The configuration of a published model by name, with `overrides` put over it.
+        """The configuration of a published model by name; `overrides` replace options.
 
-        That of a video model has the 400 labels of Kinetics-400, that of an image model the 1,000 of ImageNet-1k.
+        Video models have the 400 labels of Kinetics-400, image models the 1,000 of ImageNet-1k.
         """
         options = {**cls.presets.get(name, {}), **overrides}
         if options.get("num_frames", cls.num_frames) is not None and not {"id2label", "label2id"} & overrides.keys():

@@ -14,7 +14,16 @@ from .publication import DYVM, R_MEETO, TOP, Paper, PublishedModel, PublishedRes
 class VimConfig(BidirectionalConfig):
     """Configuration of Vim (Vision Mamba, arXiv 2401.09417), with token pruning (ToP, arXiv 2409.18962).
 
-    The options of every vision Mamba stand in `VisionMambaConfig`, two more in `BidirectionalConfig`.
+    The options of every vision Mamba are in `VisionMambaConfig`, two more in `BidirectionalConfig`.
+
+    Args:
+        use_cls_token: False: without a class token, as the published backbones for segmentation; a classifier then
+            takes the mean of the tokens.
+        rotary_embeddings: turn the tokens by their rows and columns before each layer, as in the published backbone
+            Small for segmentation. Needs `use_cls_token=False` and a hidden size that 4 divides.
+
+    Raises:
+        ValueError: a value is not allowed.
 
     Example:
 
@@ -79,6 +88,25 @@ class VimConfig(BidirectionalConfig):
     )
     cls_token: ClassVar[str] = "middle"
     averages_directions: ClassVar[bool] = True
+
+    use_cls_token: bool = True
+    rotary_embeddings: bool = False
+
+    def _check_sizes(self) -> None:
+        super()._check_sizes()
+        if self.rotary_embeddings and (self.use_cls_token or self.hidden_size % 4):
+            raise ValueError(
+                f"`rotary_embeddings` with `use_cls_token={self.use_cls_token}` and `hidden_size={self.hidden_size}`: "
+                "a class token has no place on the grid, and the channels of each of its axes turn in pairs; "
+                "`use_cls_token=False` and a multiple of 4 are needed."
+            )
+
+    @property
+    def rotates_tokens(self) -> bool:  # type: ignore[override]
+        return self.rotary_embeddings
+
+    def cls_token_id(self, num_patches: int) -> int | None:
+        return super().cls_token_id(num_patches) if self.use_cls_token else None
 
     def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
         """See `VisionMambaConfig.count_flops`. The published figures count one of the two directions."""

@@ -193,12 +193,12 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
     if not isinstance(found, Mapping) or not found:
         kind = "EMA weights" if ema else "weights"
         raise ValueError(
-            f"the checkpoint holds no {kind} under any of {keys}; it has {sorted(map(str, checkpoint))[:20]}. "
+            f"the checkpoint contains no {kind} under any of {keys}; it has {sorted(map(str, checkpoint))[:20]}. "
             f"{see('checkpoint-of-another-layout')}"
         )
     tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"the checkpoint holds no tensors; it has {sorted(map(str, found))[:20]}.")
+        raise ValueError(f"the checkpoint contains no tensors; it has {sorted(map(str, found))[:20]}.")
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
 
 
@@ -376,7 +376,7 @@ class OfficialTensors(dict[str, Tensor]):
             ValueError: it is missing, or has not so many axes.
         """
         if name not in self:
-            raise ValueError(f"the checkpoint is no whole image classifier; missing: {name}.")
+            raise ValueError(f"the checkpoint is not a complete image classifier; missing: {name}.")
         if self[name].ndim != num_axes:
             raise ValueError(
                 f"shape: {name} is {list(self[name].shape)} in the checkpoint; {num_axes} axes are needed."
@@ -416,6 +416,6 @@ class OfficialTensors(dict[str, Tensor]):
         side = math.isqrt(num_patches)
         if side * side != num_patches:
             raise ValueError(
-                f"{num_patches} patches are no square grid: give `image_size`, a number or (height, width)."
+                f"{num_patches} patches do not form a square grid: give `image_size`, a number or (height, width)."
             )
         return side

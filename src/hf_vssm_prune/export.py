@@ -150,7 +150,7 @@ def check_answers(model: ImageClassifier, program: Program, name: str) -> None:
                 break
         else:
             raise RuntimeError(
-                f"the {name} file does not give the model's answers on random images, {batch} at a time: {difference}."
+                f"the {name} file does not give the model's outputs on random images, {batch} at a time: {difference}."
             )
 
 
@@ -235,7 +235,7 @@ def write_aotinductor(program: ExportedProgram, folder: Path, file: Path) -> Non
         ) from error
     for name, path in compilers_paths().items():
         if " " in path:
-            raise ValueError(f"AOTInductor's compiler takes no path with spaces, and {name} is '{path}'.")
+            raise ValueError(f"AOTInductor's compiler cannot handle paths with spaces, and {name} is '{path}'.")
     torch._inductor.aoti_compile_and_package(program, package_path=str(file))
 
 

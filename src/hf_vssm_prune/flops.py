@@ -149,7 +149,7 @@ def schedule_for_budget(
         ValueError: no schedule comes within half a point of the share; the message says what is possible.
     """
     if not is_number(flops_reduction) or not 0 < flops_reduction < 1:
-        raise ValueError(f"`flops_reduction` is {flops_reduction!r}; a share in (0, 1) is needed, for instance 0.416.")
+        raise ValueError(f"`flops_reduction` is {flops_reduction!r}; it must be between 0 and 1, for instance 0.416.")
     stages, savings = _stages_in_reach(config, flops_reduction, layers)
     num_patches = math.prod(config.grid_size)
     all_patches = tokens_per_layer(num_patches, config.num_hidden_layers, None)

@@ -1,5 +1,6 @@
 """transformers' models of dense prediction on backbones of this package: made, opened, given pretrained weights."""
 
+import math
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def put_pretrained_backbone(model: nn.Module, pretrained: TokenPruningMixin) -> 
     """Puts the weights of a classifier, or of another model of this package, into the backbone of a model with a head:
     transformers makes it with random ones.
 
-    Norms of levels and a pyramid, which a classifier has not, stay as they are.
+    Norms of levels and a pyramid, which a classifier has not, stay as they are. A class token that the backbone is
+    without is left out, with the embedding of its place.
 
     Returns:
         The model.
@@ -65,6 +67,8 @@ def put_pretrained_backbone(model: nn.Module, pretrained: TokenPruningMixin) -> 
             are named.
     """
     backbone, weights = backbone_of(model), pretrained.base_model.state_dict()
+    if getattr(backbone.config, "use_cls_token", True) is False:
+        _leave_out_class_token(weights, pretrained.config)
     own = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(OF_BACKBONES)}
     if pretrained.base_model_prefix != backbone.base_model_prefix:
         raise ValueError(
@@ -81,3 +85,11 @@ def put_pretrained_backbone(model: nn.Module, pretrained: TokenPruningMixin) -> 
         raise ValueError(f"the pretrained model does not fit the backbone: {'; '.join(differing[:3])}.")
     backbone.load_state_dict({name: weights[name] for name in own}, strict=False)
     return model
+
+
+def _leave_out_class_token(weights: dict[str, torch.Tensor], config: Any) -> None:
+    """Takes from a base model's tensors what belongs to its class token, if it has one."""
+    if weights.pop("embeddings.class_token", None) is not None:
+        name, place = "embeddings.position_embeddings", config.cls_token_id(math.prod(config.grid_size))
+        before, _, after = weights[name].tensor_split([place, place + 1], dim=1)
+        weights[name] = torch.cat([before, after], dim=1)

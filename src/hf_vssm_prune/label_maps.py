@@ -40,7 +40,7 @@ def names_by_id(maps: Mapping[Any, Any] | Sequence[Any], option: str = "id2label
                     f"{len(pairs) - 1} is needed once."
                 )
             return [names[i] for i in range(len(names))]
-    raise ValueError(f"`{option}` has keys and values of which neither are ids: {dict(forwards[:3])}.")
+    raise ValueError(f"`{option}` has ids neither as keys nor as values: {dict(forwards[:3])}.")
 
 
 def _as_id(value: Any) -> int | None:

@@ -52,14 +52,21 @@ class MixerOutput(NamedTuple):
         gated: the output y of the scans, gated, before the output projection, shape (batch, tokens, channels).
         projected: the mixer's result, shape (batch, tokens, hidden).
         scans: PlainMamba's one, along four paths; Vim's forward and backward one.
+        backward_gated: the backward scan's part of `gated`, shape as there. None: there is no such scan.
     """
 
     gated: Tensor
     projected: Tensor
     scans: tuple[ScanInputs, ...]
+    backward_gated: Tensor | None = None
 
     def detach(self) -> "MixerOutput":
-        return MixerOutput(self.gated.detach(), self.projected.detach(), tuple(scan.detach() for scan in self.scans))
+        return MixerOutput(
+            self.gated.detach(),
+            self.projected.detach(),
+            tuple(scan.detach() for scan in self.scans),
+            None if self.backward_gated is None else self.backward_gated.detach(),
+        )
 
 
 def token_influence(scans: Sequence[ScanInputs]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models of all families as feature extractors for heads of dense prediction."""
+"""Models of all families as backbones for dense prediction."""
 
 import copy
 from typing import Any
@@ -17,11 +17,12 @@ from .pruned_outputs import PrunedBackboneOutput, stage_fields
 
 
 class FeatureMaps(BackboneMixin):
-    """Makes a model of tokens a backbone, which gives maps of the full grid for images of any size.
+    """Turns a model into a backbone, which returns maps of the full grid for images of any size.
 
     It stands before the model's class: `class NameBackbone(FeatureMaps, NameModel)`. Which layers' outputs are maps
-    `config.out_features` says, what a dropped cell shows `config.feature_fill`, how they are normed
-    `config.feature_norm`, and what becomes of their resolution `config.feature_pyramid`. A class token is in no map.
+    `config.out_features` and `config.feature_source` say, what a dropped cell shows `config.feature_fill`, how they are
+    normed `config.feature_norm`, and what becomes of their resolution `config.feature_pyramid`. A class token is in no
+    map.
     """
 
     has_attentions = False
@@ -46,6 +47,8 @@ class FeatureMaps(BackboneMixin):
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
         """
+        if self.config.feature_source == "mixer":
+            kwargs["output_mixer_states"] = True  # type: ignore[typeddict-unknown-key]
         outputs = super(BackboneMixin, self).forward(pixel_values, **kwargs)  # type: ignore[misc]
         grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         states = full_states(self, outputs, self._pruning_of_call(kwargs))
@@ -63,7 +66,8 @@ class FeatureMaps(BackboneMixin):
         if (cls_id := self.config.cls_token_id(grid[0] * grid[1])) is not None:
             hidden_states = torch.cat([hidden_states[:, :cls_id], hidden_states[:, cls_id + 1 :]], dim=1)
         norm = self.norm
-        if self.config.feature_norm == "none":
+        unnormed = self.config.feature_norm == "last" and level != self.stage_names[-1]
+        if unnormed or self.config.feature_norm == "none":
             hidden_states = hidden_states.to(norm.weight.dtype)  # a residual stream may be of higher precision
         elif self.config.feature_norm == "per_level" and level in self.hidden_states_norms:
             hidden_states = self.hidden_states_norms[level](hidden_states)

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .causal_convolution import causal_conv1d
 from .configuration_bidirectional import BidirectionalConfig
@@ -31,12 +31,14 @@ from .modeling_common import (
     drop_path_rates,
     init_decay,
     init_time_step_projection,
+    mean_over_patches,
     resize_position_embeddings,
 )
 from .precision import at_least_float32
 from .pruned_layers import encode, scale_tokens
 from .pruned_outputs import PrunedImageClassifierOutput, PrunedModelOutput, stage_fields
 from .pruning_stage import TokenView
+from .rotary_embedding import grid_rotation, rotate
 from .selective_scan import selective_scan
 from .token_pruning import gather_tokens, path_gaps
 
@@ -48,7 +50,7 @@ class BidirectionalTokenLayout(NamedTuple):
 
     Attributes:
         grid: shape of the full grid, in patches: (height, width), of a video (time, height, width).
-        cls_id: the class token's place in the full sequence.
+        cls_id: the class token's place in the full sequence. None: there is none.
         cls_row: its row among the tokens that are left, int64 (batch, 1).
         backward_order: the tokens that are left as the backward direction visits them, shape (1, 1, n).
         kept: the place of each token in the full sequence, shape (batch, n). None: all are there.
@@ -57,31 +59,33 @@ class BidirectionalTokenLayout(NamedTuple):
         alignment: how the scans cross the gaps.
         view: see `TokenLayout`; its stand-ins are of shape (batch, places of the full sequence). Without, convolutions
             see the tokens that are left, side by side.
+        rotation: by which layers turn all tokens of the full sequence, see `rotary_embedding`. None: they do not.
     """
 
     grid: tuple[int, ...]
-    cls_id: int
-    cls_row: Tensor
+    cls_id: int | None
+    cls_row: Tensor | None
     backward_order: Tensor
     kept: Tensor | None = None
     gaps: tuple[Tensor, Tensor] | None = None
     alignment: str = "none"
     view: TokenView = TokenView()
+    rotation: Tensor | None = None
 
     @classmethod
     def of_grid(
-        cls, grid: tuple[int, ...], cls_id: int, batch: int, device: torch.device
+        cls, grid: tuple[int, ...], cls_id: int | None, batch: int, device: torch.device
     ) -> "BidirectionalTokenLayout":
-        cls_row = torch.full((batch, 1), cls_id, device=device)
-        return cls(grid, cls_id, cls_row, cls._backwards(math.prod(grid) + 1, device))
+        cls_row = None if cls_id is None else torch.full((batch, 1), cls_id, device=device)
+        return cls(grid, cls_id, cls_row, cls._backwards(math.prod(grid) + (cls_id is not None), device))
 
     def keep(self, kept: Tensor, alignment: str, view: TokenView) -> "BidirectionalTokenLayout":
-        cls_row = (kept < self.cls_id).sum(dim=1, keepdim=True)
+        cls_row = None if self.cls_id is None else (kept < self.cls_id).sum(dim=1, keepdim=True)
         gaps = None
         if alignment != "none":
             gaps = path_gaps(kept).int().unsqueeze(1), path_gaps(-kept.flip(1)).int().unsqueeze(1)
         if view.stand_ins is not None:
-            view = view._replace(stand_ins=self._in_sequence(view.stand_ins, self.cls_id, cls_row))
+            view = view._replace(stand_ins=self._in_sequence(view.stand_ins, self.cls_id, cls_row).int())
         return self._replace(
             cls_row=cls_row,
             backward_order=self._backwards(kept.shape[1], kept.device),
@@ -91,13 +95,21 @@ class BidirectionalTokenLayout(NamedTuple):
             view=view,
         )
 
+    def rotate(self, hidden_states: Tensor) -> Tensor:
+        """Tokens that are left (batch, n, hidden), turned by their places."""
+        if self.rotation is None:
+            return hidden_states
+        return rotate(hidden_states, self.rotation if self.kept is None else self.rotation[self.kept.long()])
+
     @staticmethod
-    def _in_sequence(stand_ins: Tensor, cls_id: int, cls_row: Tensor) -> Tensor:
+    def _in_sequence(stand_ins: Tensor, cls_id: int | None, cls_row: Tensor | None) -> Tensor:
         """Stand-ins in the grid's cells, counted among patches, to those at all places, counted among all tokens: the
         class token is seen at its own place."""
+        if cls_id is None or cls_row is None:
+            return stand_ins
         rows = stand_ins + (stand_ins >= cls_row).long()
         before, after = rows.tensor_split([cls_id], dim=1)
-        return torch.cat([before, cls_row, after], dim=1).int()
+        return torch.cat([before, cls_row, after], dim=1)
 
     @staticmethod
     def _backwards(num_tokens: int, device: torch.device) -> Tensor:
@@ -105,7 +117,7 @@ class BidirectionalTokenLayout(NamedTuple):
 
 
 class BidirectionalEmbeddings(nn.Module):
-    """Pixel values to tokens: the patch projection, the class token at its place, position embeddings."""
+    """Pixel values to tokens: the patch projection, the class token, if any, at its place, position embeddings."""
 
     projection: nn.Conv2d | nn.Conv3d
 
@@ -114,10 +126,13 @@ class BidirectionalEmbeddings(nn.Module):
         self.config = config
         self.projection = self._make_projection(config)
         # Saved models call it so; elsewhere it is `cls_token`.
-        self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        # Of the patches of one image or frame.
-        num_patches = math.prod(config.grid_size[-2:])
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches + 1, config.hidden_size))
+        num_patches = math.prod(config.grid_size[-2:])  # of one image or frame
+        if config.cls_token_id(num_patches) is None:
+            self.class_token = None
+        else:
+            self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+            num_patches += 1
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches, config.hidden_size))
 
     def _make_projection(self, config: BidirectionalConfig) -> nn.Conv2d | nn.Conv3d:
         return nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_spacing)
@@ -128,8 +143,8 @@ class BidirectionalEmbeddings(nn.Module):
         if min(grid) < 1:
             raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}: too small for {self._one_patch}.")
         patches = self._project(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
-        tokens = self._insert(patches, self.class_token.expand(patches.shape[0], -1, -1))
-        return tokens + self._positions(grid, interpolate_pos_encoding)
+        cls_token = None if self.class_token is None else self.class_token.expand(patches.shape[0], -1, -1)
+        return self._insert(patches, cls_token) + self._positions(grid, interpolate_pos_encoding)
 
     @property
     def _one_patch(self) -> str:
@@ -140,17 +155,23 @@ class BidirectionalEmbeddings(nn.Module):
         return self.projection(pixel_values)
 
     def _positions(self, grid: tuple[int, ...], interpolate: bool) -> Tensor:
-        cls_id = self.config.cls_place(math.prod(self.config.grid_size[-2:]))
-        before, cls_token, after = self.position_embeddings.tensor_split([cls_id, cls_id + 1], dim=1)
-        patches = self._positions_on_grid(torch.cat([before, after], dim=1))
+        patches, cls_token = self.position_embeddings, None
+        if (cls_id := self.config.cls_token_id(math.prod(self.config.grid_size[-2:]))) is not None:
+            before, cls_token, after = patches.tensor_split([cls_id, cls_id + 1], dim=1)
+            patches = torch.cat([before, after], dim=1)
+        patches = self._positions_on_grid(patches)
         return self._insert(resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), cls_token)
 
     def _positions_on_grid(self, positions: Tensor) -> Tensor:
         """From the embeddings of an image's patches those of all patches of the laid-out grid, (1, patches, hidden)."""
         return positions
 
-    def _insert(self, patches: Tensor, cls_token: Tensor) -> Tensor:
-        before, after = patches.tensor_split([self.config.cls_place(patches.shape[1])], dim=1)
+    def _insert(self, patches: Tensor, cls_token: Tensor | None) -> Tensor:
+        """All tokens: the class token, where there is one, at its place among the patches."""
+        cls_id = self.config.cls_token_id(patches.shape[1])
+        if cls_id is None or cls_token is None:
+            return patches
+        before, after = patches.tensor_split([cls_id], dim=1)
         return torch.cat([before, cls_token, after], dim=1)
 
 
@@ -240,7 +261,9 @@ class BidirectionalMixer(nn.Module):
         if self.averages_directions:
             gated = gated / 2
         mixed = self.out_proj(gated)
-        return mixed, MixerOutput(gated, mixed, (forward, backward)).detach() if with_output else None
+        if not with_output:
+            return mixed, None
+        return mixed, MixerOutput(gated, mixed, (forward, backward), backward_gated).detach()
 
 
 class StreamRMSNorm(nn.RMSNorm):
@@ -252,8 +275,11 @@ class StreamRMSNorm(nn.RMSNorm):
 
 
 class BidirectionalLayer(GradientCheckpointingLayer):
-    def __init__(self, config: BidirectionalConfig, drop_path_rate: float) -> None:
+    """A mixer behind a norm, and the turn that is due before the next layer."""
+
+    def __init__(self, config: BidirectionalConfig, layer_idx: int, drop_path_rate: float) -> None:
         super().__init__()
+        self.rotates = config.rotates_tokens and layer_idx + 1 < config.num_hidden_layers
         self.norm = StreamRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = BidirectionalMixer(config)
         self.drop_path = DropPath(drop_path_rate)
@@ -267,7 +293,8 @@ class BidirectionalLayer(GradientCheckpointingLayer):
         `hidden_states` is the residual stream, float32 in every precision (float64 where the weights are).
         """
         mixed, mixer_output = self.mixer(scale_tokens(self.norm(hidden_states), layout), layout, with_output)
-        return hidden_states + self.drop_path(mixed).to(hidden_states.dtype), mixer_output
+        hidden_states = hidden_states + self.drop_path(mixed).to(hidden_states.dtype)
+        return layout.rotate(hidden_states) if self.rotates else hidden_states, mixer_output
 
 
 class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
@@ -284,7 +311,10 @@ class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["BidirectionalEmbeddings", "BidirectionalLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D"]
-    _can_record_outputs = {"hidden_states": BidirectionalLayer}
+    _can_record_outputs = {
+        "hidden_states": BidirectionalLayer,
+        "mixer_states": OutputRecorder(BidirectionalMixer, index=0),
+    }
     # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
     official_names = [
         (r"\w+\.embeddings\.class_token", r"cls_token"),
@@ -316,7 +346,8 @@ class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             init.zeros_(module.bias)
         elif isinstance(module, BidirectionalEmbeddings):
-            init.trunc_normal_(module.class_token, std=self.config.initializer_range)
+            if module.class_token is not None:
+                init.trunc_normal_(module.class_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
         elif isinstance(module, DirectedScan):
             init_time_step_projection(module.dt_proj, self.config)
@@ -353,12 +384,14 @@ class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
 
 
 class BidirectionalModel(BidirectionalPreTrainedModel):
-    """Without a head: `last_hidden_state` after the final norm, `pooler_output` the class token's row of it."""
+    """Without a head: `last_hidden_state` after the final norm, `pooler_output` the class token's row of it, or without
+    a class token its mean over the tokens that are left."""
 
     def __init__(self, config: BidirectionalConfig) -> None:
         super().__init__(config)
         self.embeddings = self.embeddings_class(config)
-        self.layers = nn.ModuleList([BidirectionalLayer(config, rate) for rate in drop_path_rates(config)])
+        rates = drop_path_rates(config)
+        self.layers = nn.ModuleList([BidirectionalLayer(config, i, rates[i]) for i in range(config.num_hidden_layers)])
         self.norm = StreamRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.token_predictors = nn.ModuleDict()
         self.add_pruning_parameters(config.token_pruning)
@@ -382,15 +415,18 @@ class BidirectionalModel(BidirectionalPreTrainedModel):
         token_pruning = self._pruning_of_call(kwargs)
         hidden_states = at_least_float32(self.embeddings(pixel_values, interpolate_pos_encoding))
         grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
-        cls_id = self.config.cls_place(math.prod(grid))
+        cls_id = self.config.cls_token_id(math.prod(grid))
         layout = BidirectionalTokenLayout.of_grid(grid, cls_id, hidden_states.shape[0], hidden_states.device)
-        encoding = encode(self.layers, self.token_predictors, hidden_states, layout, token_pruning)
-        last_hidden_state = self.norm(encoding.hidden_states)
-        return PrunedModelOutput(
-            last_hidden_state=last_hidden_state,
-            pooler_output=gather_tokens(last_hidden_state, encoding.layout.cls_row).squeeze(1),
-            **encoding.stages,
-        )
+        if self.config.rotates_tokens:
+            rotation = grid_rotation(grid, self.config.hidden_size, hidden_states.device)
+            layout = layout._replace(rotation=rotation)
+        encoding = encode(self.layers, self.token_predictors, layout.rotate(hidden_states), layout, token_pruning)
+        last_hidden_state, cls_row = self.norm(encoding.hidden_states), encoding.layout.cls_row
+        if cls_row is None:
+            pooled = mean_over_patches(last_hidden_state, encoding.sizes)
+        else:
+            pooled = gather_tokens(last_hidden_state, cls_row).squeeze(1)
+        return PrunedModelOutput(last_hidden_state=last_hidden_state, pooler_output=pooled, **encoding.stages)
 
 
 class ClassTokenClassifier(BidirectionalPreTrainedModel):

@@ -26,12 +26,21 @@ class VisionMambaKwargs(TransformersKwargs, total=False):
     Attributes:
         token_pruning: the schedule of this call, in place of the configuration's: options as `config.token_pruning`, or
             None for all tokens.
+        output_mixer_states: also return what each layer's mixer adds, see `PrunedModelOutput`.
     """
 
     token_pruning: TokenPruning | dict[str, Any] | None
+    output_mixer_states: bool
 
 
-FORWARD_OPTIONS = ("token_pruning", "output_hidden_states", "output_attentions", "num_items_in_batch", "use_cache")
+FORWARD_OPTIONS = (
+    "token_pruning",
+    "output_hidden_states",
+    "output_mixer_states",
+    "output_attentions",
+    "num_items_in_batch",
+    "use_cache",
+)
 
 
 class HoleTimeStep(nn.Module):
@@ -60,7 +69,7 @@ class HoleTimeStep(nn.Module):
 
 
 class TokenPruningMixin(PreTrainedModel):
-    """What all models of this package derive from: their configuration has `token_pruning`.
+    """The base class of all models of this package: their configuration has `token_pruning`.
 
     Attributes:
         hub_module: the module that saves and pushes these models together with their code, card and notices. The
@@ -87,16 +96,16 @@ class TokenPruningMixin(PreTrainedModel):
     push_to_hub: Any = _push_to_hub  # transformers has an attribute there, and no method
 
     def set_token_pruning(self, token_pruning: dict[str, Any] | None) -> None:
-        """Changes the pruning schedule of a loaded model; None makes it dense. The weights stay as they are.
+        """Changes the pruning schedule of a loaded model; None makes it dense. The weights do not change.
 
-        The schedule is the configuration's: models that were made from one configuration object change together.
+        The schedule belongs to the configuration: models created from the same configuration object change together.
 
         Args:
-            token_pruning: as `config.token_pruning`; with `{"flops_reduction": 0.416}` a schedule is found. Where it
-                names no `method`, the model keeps its own; for a dense model the recommended one is meant.
+            token_pruning: like `config.token_pruning`; with `{"flops_reduction": 0.416}` a schedule is found. Without a
+                `method` the model keeps its own; a dense model gets the recommended one.
 
         Raises:
-            ValueError: the schedule is not allowed; the model keeps the one it has.
+            ValueError: the schedule is not allowed; the model's schedule does not change.
         """
         self.config.token_pruning = self.config.complete_token_pruning(token_pruning)
         self.add_pruning_parameters(self.config.token_pruning)
@@ -195,7 +204,7 @@ def check_pixel_values(pixel_values: Tensor, config: VisionMambaConfig) -> None:
     if pixel_values.ndim != len(config.input_size) + 2 or shape[-3] != config.num_channels:
         raise ValueError(
             f"`pixel_values` has shape {shape}; expected is (batch, {frames}{config.num_channels}, height, width), "
-            "with as many channels as the configuration's `num_channels` says."
+            "with the configuration's number of channels, `num_channels`."
         )
     if min(shape[1:]) < 1:
         raise ValueError(f"`pixel_values` has shape {shape}: {one} without pixels.")
@@ -228,7 +237,7 @@ def resize_position_embeddings(
         return position_embeddings
     if not interpolate:
         raise ValueError(
-            f"The input has {' x '.join(map(str, new_grid))} patches, and the position embeddings are laid out for "
+            f"The input has {' x '.join(map(str, new_grid))} patches, but the position embeddings are for "
             f"{' x '.join(map(str, grid))}: resize the input, or pass `interpolate_pos_encoding=True`."
         )
     hidden = position_embeddings.shape[-1]

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_plainmamba import PlainMambaConfig
 from .function_transforms import is_transformed
@@ -282,7 +282,10 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["PlainMambaEmbeddings", "PlainMambaLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D", "direction_B"]
-    _can_record_outputs = {"hidden_states": PlainMambaLayer}
+    _can_record_outputs = {
+        "hidden_states": PlainMambaLayer,
+        "mixer_states": OutputRecorder(PlainMambaMixer, index=0),
+    }
     # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
     official_names = [
         (r"plainmamba\.embeddings\.position_embeddings", r"backbone.pos_embed"),

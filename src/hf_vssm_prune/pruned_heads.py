@@ -1,4 +1,4 @@
-"""transformers' models of dense prediction on a backbone of this package: pruned by one line, and telling what was."""
+"""transformers' models for dense prediction on a backbone of this package: pruned by one line."""
 
 import functools
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def backbone_of(model: nn.Module) -> Any:
     # No `isinstance`: the class may come from another copy of the code.
     found = next((module for module in model.modules() if hasattr(type(module), "_pruning_of_call")), None)
     if found is None:
-        raise ValueError(f"{type(model).__name__} has no backbone of hf_vssm_prune, so that there is nothing to prune.")
+        raise ValueError(f"{type(model).__name__} has no backbone of hf_vssm_prune, so there is nothing to prune.")
     return found
 
 

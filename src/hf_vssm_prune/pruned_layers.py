@@ -185,10 +185,12 @@ def full_states(backbone: Any, outputs: PrunedModelOutput, token_pruning: TokenP
 
     Args:
         backbone: whose `config.feature_fill` says what a token that is gone shows.
-        outputs: of its model, with hidden states.
+        outputs: of its model, with hidden states and, where maps are made of them, mixer states.
         token_pruning: the schedule by which it ran.
     """
     hidden_states, kept_tokens = outputs.hidden_states or (), outputs.kept_tokens or ()
+    if backbone.config.feature_source == "mixer":
+        hidden_states = (*hidden_states[:1], *(outputs.mixer_states or ()))
     merged_tokens = outputs.merged_tokens if backbone.config.feature_fill == "merged" else None
     filled = []
     for index in map(backbone.stage_names.index, backbone.out_features):

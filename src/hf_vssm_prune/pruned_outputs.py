@@ -59,7 +59,14 @@ class StageFields:
 
 @dataclass(init=False)
 class PrunedModelOutput(StageFields, BaseModelOutputWithPooling):
-    """Output of a model that can drop tokens on the way; see `StageFields`."""
+    """Output of a model that can drop tokens on the way; see `StageFields`.
+
+    Attributes:
+        mixer_states: with `output_mixer_states=True` what each layer's mixer adds to the residual stream, shapes
+            (batch, tokens that are there, hidden).
+    """
+
+    mixer_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass(init=False)

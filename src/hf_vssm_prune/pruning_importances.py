@@ -54,6 +54,20 @@ def worst_influence(stage: Stage) -> Tensor:
     return stage.of_patches((highest * (influences / highest).pow(4).sum(1, keepdim=True).pow(0.25)).squeeze(1))
 
 
+def mirrored_backward(stage: Stage) -> Tensor:
+    """What the code of ToP's authors ranks tokens by (ZLKong/ToP-ViM), for checking their logs of Vim; not their paper.
+
+    The mean over channels of the backward scan's gated output, in the order of that scan: a token gets the value of the
+    one that lies as far from the sequence's other end. Only Vim and VideoMamba have that scan.
+
+    Raises:
+        ValueError: the model's mixer has no backward scan.
+    """
+    if stage.mixer.backward_gated is None:
+        raise ValueError("the importance 'mirrored_backward' needs a backward scan, and this model's mixer has none.")
+    return stage.of_patches(at_least_float32(stage.mixer.backward_gated.detach()).mean(-1).flip(-1))
+
+
 def _gated(stage: Stage) -> Tensor:
     return at_least_float32(stage.mixer.gated.detach())
 
@@ -66,4 +80,5 @@ IMPORTANCES: dict[str, Callable[[Stage], Tensor]] = {
     "random": random,
     "influence": influence,
     "worst_influence": worst_influence,
+    "mirrored_backward": mirrored_backward,
 }

@@ -196,7 +196,7 @@ def run_pruned(model: ImageClassifier, pixel_values: Tensor) -> Any:
         ValueError: the model is dense.
     """
     if pruned_config(model.config).token_pruning is None:
-        raise ValueError("The model is dense, so that there is nothing to show: give it a schedule, set_token_pruning.")
+        raise ValueError("The model is dense, so there is nothing to show: give it a schedule, set_token_pruning.")
     was_training = model.training
     model.eval()
     try:
@@ -394,7 +394,7 @@ def _check(
     if not images:
         raise ValueError("`images` is empty; at least one image is needed.")
     if not kept_tokens:
-        raise ValueError("`kept_tokens` is empty; a dense model keeps every token, so that there is nothing to show.")
+        raise ValueError("`kept_tokens` is empty; a dense model keeps every token, so there is nothing to show.")
     if len(grid) < 2 or min(grid) < 1:
         raise ValueError(f"`grid` is {grid}; (height, width) in patches is needed, or with dimensions before them.")
     for stage, kept in enumerate(kept_tokens):

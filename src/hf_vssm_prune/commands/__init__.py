@@ -1,8 +1,9 @@
-"""The command line: one file for each verb, with a `main` that takes the words after it, and one line in the table
-here. `hf-vssm-prune VERB` and `python -m hf_vssm_prune VERB` run them, and so does `scripts/VERB.py` in the repository,
-for `accelerate launch`.
+"""The command line: one file for each verb, with a `main` that takes the words after it and a `make_parser` of its
+options, and one line in the table here. `hf-vssm-prune VERB` and `python -m hf_vssm_prune VERB` run them, and so does
+`scripts/VERB.py` in the repository, for `accelerate launch`.
 """
 
+import argparse
 import importlib
 import sys
 from collections.abc import Callable
@@ -32,16 +33,30 @@ VERBS = {
     "train": Verb("training", "train a dense model", "train"),
     "finetune": Verb("training", "prune a checkpoint and fine-tune it", "train"),
     "estimate": Verb("training", "estimate time and memory of a run before it starts", "train"),
-    "evaluate": Verb("evaluation", "compare a model dense and pruned: accuracy, FLOPs, images per second", "train"),
+    "evaluate": Verb(
+        "evaluation", "compare a model with its pruned version: accuracy, FLOPs, images per second", "train"
+    ),
     "compare_methods": Verb("evaluation", "compare all pruning methods on one model, without training", "train"),
     "visualize": Verb("evaluation", "draw which tokens a model keeps", "train"),
     "convert": Verb("files and the Hub", "turn a published checkpoint into a folder, and back", "train"),
     "export": Verb("files and the Hub", "write ONNX, torch.export or AOTInductor files", "export"),
     "write_card": Verb("files and the Hub", "write the model card of a folder", "train"),
     "push": Verb("files and the Hub", "upload a folder to the Hub in one commit"),
-    "reopen": Verb("files and the Hub", "open a folder as its users will, and classify images"),
-    "demo": Verb("other", "prune and fine-tune the small model that comes with the package", "train"),
+    "reopen": Verb("files and the Hub", "load a folder as its users will, and classify images"),
+    "demo": Verb("other", "prune and fine-tune the package's example model", "train"),
     "env": Verb("other", "report versions, kernels and the machine, for bug reports"),
+    "completion": Verb("other", "print a script that completes verbs and options in a shell", "completion"),
+}
+
+# These stay scripts: each needs files that are in the repository and not in the package, which are named here.
+REPOSITORY_SCRIPTS = {
+    "benchmark": "the baselines that it times, and a compiler",
+    "gpu_check": "the checks, and the golden cases",
+    "study": "the plan and the results of the study",
+    "audit": "the environment of `make audit`",
+    "build_trashnet": "TrashNet's photographs; it makes those that the package includes",
+    "screenshot_card": "the model cards, and Chromium",
+    "write_model_cards": "the texts of `model_cards/`",
 }
 
 
@@ -49,6 +64,12 @@ def main_of(verb: str) -> Callable[..., int]:
     """The function that runs a verb: it takes the words after the verb (None: those of the command line) and the
     program's name, and returns the exit status."""
     return importlib.import_module(f"{__name__}.{verb}").main
+
+
+def make_parser_of(verb: str) -> Callable[..., argparse.ArgumentParser]:
+    """The function that makes the parser of a verb's options, of image classification where they depend on the task; it
+    takes the program's name."""
+    return importlib.import_module(f"{__name__}.{verb}").make_parser
 
 
 def run(verb: str, words: list[str]) -> int:

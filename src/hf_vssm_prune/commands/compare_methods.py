@@ -1,9 +1,9 @@
-"""Prunes a model to one budget with every method, without training, and evaluates each next to the dense model.
+"""Prunes a model with every method to the same budget, without training, and compares each with the dense model.
 
     hf-vssm-prune compare_methods --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder>
 
---schedules compares the `token_pruning` options of a JSON file instead. `dyvm` has parameters of its own, which are
-untrained here, so that it keeps random tokens.
+--schedules compares `token_pruning` options from a JSON file instead. `dyvm` has its own parameters, which are
+untrained here, so it keeps random tokens.
 """
 
 import json
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_vssm_prune.training import jobs
-from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments, parse_arguments
-from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments, OptionParser, parse_arguments
+from hf_vssm_prune.training.tasks import Task, TaskArguments, choose_task
 
 
 @dataclass
 class ComparisonArguments:
-    """What is compared with the dense model."""
+    """Schedules to compare with the dense model."""
 
     _argument_group_name = "comparison"
 
@@ -36,14 +36,26 @@ class ComparisonArguments:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"--schedules {self.schedules} cannot be read: {error}") from error
         if not isinstance(content, dict) or not all(isinstance(each, dict) for each in content.values()):
-            raise ValueError(f"--schedules {self.schedules} is no mapping of names to `token_pruning` options.")
+            raise ValueError(f"--schedules {self.schedules} does not map names to `token_pruning` options.")
         return content
+
+
+def option_types(task: type[Task]) -> list[Any]:
+    return [
+        TaskArguments,
+        EvaluationDataArguments,
+        EvaluationArguments,
+        ComparisonArguments,
+        task.evaluation_arguments,
+    ]
+
+
+def make_parser(prog: str | None = None) -> OptionParser:
+    return OptionParser(option_types(choose_task([])), __doc__, prog)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     chosen = choose_task(arguments)
-    types = [TaskArguments, EvaluationDataArguments, EvaluationArguments, ComparisonArguments]
-    types.append(chosen.evaluation_arguments)
-    _, data, options, comparison, of_task = parse_arguments(types, arguments, __doc__, prog)
+    _, data, options, comparison, of_task = parse_arguments(option_types(chosen), arguments, __doc__, prog)
     task = chosen(of_task)
     return jobs.report(lambda: jobs.compare_schedules(data, options, comparison.read_schedules(), task), options, task)

@@ -3,9 +3,9 @@
     hf-vssm-prune convert vim_s.pth models/vim-s --id2label imagenet_labels.json
     hf-vssm-prune convert models/vim-s vim_s.safetensors
 
-A file as the source becomes a folder, and a folder a file; tensors are renamed, never changed. Sizes are read off the
-tensors; those of mmsegmentation's PlainMamba with UPerNet become transformers' model of that name. Nothing that is
-there already is overwritten, an empty folder excepted.
+A source file is converted to a folder, and a source folder to a file; tensors are renamed, never changed. Sizes are
+inferred from the tensors. mmsegmentation's PlainMamba with UPerNet becomes transformers' UPerNet. Existing files are
+not overwritten.
 """
 
 import argparse
@@ -64,7 +64,7 @@ OF_FILES = (
 )
 
 
-def make_parser(prog: str | None) -> argparse.ArgumentParser:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("source", type=Path, help="a .pth or .safetensors checkpoint, or a Hugging Face folder")
     parser.add_argument("target", type=Path, help="the folder, or the .pth or .safetensors file, to write")
@@ -83,7 +83,7 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     group.add_argument(
         "--patch_stride",
         type=int,
-        help="patch stride where patches overlap: of Vim (published: 8), of VideoMamba on images",
+        help="patch stride if patches overlap, as in published Vims (8), and in VideoMamba for images",
     )
     group.add_argument(
         "--num_frames", type=int, help="number of frames of VideoMamba; turns an image model into a video model"
@@ -97,7 +97,7 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
         "--image_std", type=float, nargs="+", default=IMAGENET_DEFAULT_STD, help="standard deviation of each channel"
     )
     group.add_argument(
-        "--crop_pct", type=float, help="fraction of the resized image to crop; default: 0.875, for videos 1"
+        "--crop_pct", type=float, help="center crop as a fraction of the resized image; default: 0.875, or 1 for videos"
     )
     return parser
 

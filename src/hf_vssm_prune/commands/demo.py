@@ -1,9 +1,9 @@
-"""Prunes and fine-tunes the small model that comes with the package, from start to end, in a few minutes on two cores.
+"""Prunes and fine-tunes the package's example model, in a few minutes on two cores.
 
-    hf-vssm-prune demo          # `make demo` makes an environment for it first
+    hf-vssm-prune demo          # `make demo` first creates an environment for it
 
-It writes `demo_output/model/`, a folder ready for the Hub with its model card and a picture of the kept tokens, and
-`demo_output/finetuning/`, everything that the fine-tuning wrote.
+It writes `demo_output/model/`, a folder ready for the Hub, with a model card and a picture of the kept tokens, and
+`demo_output/finetuning/`, the output of the fine-tuning.
 """
 
 import argparse
@@ -61,7 +61,7 @@ FINETUNINGS: dict[str, dict[str, Any]] = {"top, aligned, fine-tuned": PAPERS, FI
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    options = parse_options(arguments, prog)
+    options = make_parser(prog).parse_args(arguments)
     start = time.perf_counter()
     output = Path(options.output_dir)
     dataset, _ = load_evaluation_dataset(DATASET)
@@ -100,13 +100,15 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     return 0 if reopened else 1
 
 
-def parse_options(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("--output_dir", default="demo_output", help="output folder (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs of fine-tuning (default: %(default)s)")
+    parser.add_argument(
+        "--num_train_epochs", "--epochs", type=int, default=2, help="epochs of fine-tuning (default: %(default)s)"
+    )
     parser.add_argument("--max_train_samples", type=int, help="maximum number of training images")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def say(message: str) -> None:
@@ -120,7 +122,12 @@ def recipe(
     data = DataArguments(DATASET, max_train_samples=options.max_train_samples, dataloader_num_workers=0)
     model = FinetuneArguments(model_name_or_path=str(EXAMPLE_MODEL))
     optimization = OptimizationArguments(
-        num_train_epochs=options.epochs, learning_rate=5e-5, warmup_lr=0, min_lr=0, warmup_epochs=0.1, model_ema=False
+        num_train_epochs=options.num_train_epochs,
+        learning_rate=5e-5,
+        warmup_lr=0,
+        min_lr=0,
+        warmup_epochs=0.1,
+        model_ema=False,
     )
     augmentation = AugmentationArguments(
         scale=[0.35, 1.0], randaugment_num_ops=2, randaugment_magnitude=7, reprob=0.1, mixup=0.1, cutmix=0
@@ -150,7 +157,7 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
     ]
     return ModelCardInfo(
         name="plainmamba-trashnet-pruned",
-        summary="A small PlainMamba that sorts waste into six kinds, and merges the patches that matter least.",
+        summary="A small PlainMamba that classifies waste into six kinds, and merges the patches that matter least.",
         license="apache-2.0",
         license_notice="TrashNet is by Gary Thung and Mindy Yang, under the MIT licence.",
         datasets=["garythung/trashnet"],
@@ -165,7 +172,7 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
             hardware=f"a CPU with {torch.get_num_threads()} threads",
         ),
         picture=picture,
-        limits=["It knows single pieces of waste on a white board, and nothing else."],
+        limits=["It was trained on single pieces of waste on a white board, and nothing else."],
     )
 
 

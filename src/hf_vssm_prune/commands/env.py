@@ -3,6 +3,7 @@
 hf-vssm-prune env
 """
 
+import argparse
 import os
 import platform
 from collections.abc import Sequence
@@ -24,8 +25,12 @@ LIBRARIES = (
 VARIABLES = ("HF_VSSM_PRUNE_", "OMP_", "HF_HUB_OFFLINE", "ATEN_CPU_CAPABILITY", "CXX")
 
 
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    return command_parser(__doc__, prog)
+
+
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    command_parser(__doc__, prog).parse_args(arguments)
+    make_parser(prog).parse_args(arguments)
     rows = report()
     width = max(map(len, rows))
     for name, value in rows.items():

@@ -1,16 +1,17 @@
 """Estimates time and memory of a training run, without data and without a checkpoint.
 
-    hf-vssm-prune estimate --recipe recipes/top_plainmamba_l3_imagenet.yaml --family plainmamba --preset L3
+    hf-vssm-prune estimate --recipe top_plainmamba_l3_imagenet --family plainmamba --preset L3
 
-It takes the options of `finetune` and, for a new dense model, of `train`, with the defaults of `finetune`. It prints
-steps, FLOPs, memory and device-hours at the speed that `--device_tflops` assumes, and measures the same model on
-synthetic images on this machine.
+It takes the options of `finetune`, with the same defaults, and those of `train` for a new model. It prints steps,
+FLOPs, memory and device-hours at the assumed speed (`--device_tflops`), and measures the same model with synthetic
+images on this machine.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.hub.loading import load_config
@@ -20,6 +21,7 @@ from hf_vssm_prune.training.arguments import (
     EstimateArguments,
     LossArguments,
     OptimizationArguments,
+    OptionParser,
     PruningArguments,
     ScaleArguments,
     parse_arguments,
@@ -27,12 +29,11 @@ from hf_vssm_prune.training.arguments import (
 from hf_vssm_prune.training.checkpoints import write_json
 from hf_vssm_prune.training.estimate import estimate_run, estimate_text
 from hf_vssm_prune.training.image_size import config_at_size
-from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+from hf_vssm_prune.training.tasks import Task, TaskArguments, choose_task
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    task = choose_task(arguments)
-    types = [
+def option_types(task: type[Task]) -> list[Any]:
+    return [
         TaskArguments,
         DenseModelArguments,
         LossArguments,
@@ -43,7 +44,15 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         ScaleArguments,
         EstimateArguments,
     ]
-    parsed = parse_arguments(types, arguments, __doc__, prog)
+
+
+def make_parser(prog: str | None = None) -> OptionParser:
+    return OptionParser(option_types(choose_task([])), __doc__, prog)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    task = choose_task(arguments)
+    parsed = parse_arguments(option_types(task), arguments, __doc__, prog)
     _, model, losses, pruning, optimization, of_task, elastic, scale, options = parsed
     try:
         if model.model_name_or_path is None:

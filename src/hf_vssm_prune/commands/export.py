@@ -3,9 +3,10 @@
     hf-vssm-prune export runs/pruned/best exported
     hf-vssm-prune export user/plainmamba-l1 exported --flops_reduction 0.416 --formats onnx torch aotinductor
 
-Every file is run and compared with the model before it is kept. docs/export.md shows how to open each.
+Each file is run and compared with the model before it is kept. docs/export.md shows how to use each format.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +18,20 @@ from hf_vssm_prune.export import FORMATS, export_classifier
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("model", help="a classifier of this package, in a folder or on the Hub")
+    parser.add_argument("model", help="a classifier, in a folder or on the Hub")
     parser.add_argument("folder", type=Path, help="output folder")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="file formats (default: onnx)")
-    parser.add_argument("--flops_reduction", type=float, help="FLOPs reduction to prune by, with the model's method")
+    parser.add_argument(
+        "--flops_reduction", type=float, help="fraction of FLOPs to remove, with the model's pruning method"
+    )
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = make_parser(prog).parse_args(arguments)
     try:
         model = load_classifier(options.model, revision=options.revision, dtype=torch.float32)
         if options.flops_reduction is not None:

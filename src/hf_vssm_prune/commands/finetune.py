@@ -9,6 +9,7 @@ On several devices: `accelerate launch -m hf_vssm_prune finetune ...`. The defau
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import (
@@ -16,18 +17,18 @@ from hf_vssm_prune.training.arguments import (
     ElasticArguments,
     FinetuneArguments,
     OptimizationArguments,
+    OptionParser,
     PruningArguments,
     RunArguments,
     ScaleArguments,
     parse_arguments,
 )
 from hf_vssm_prune.training.loop import Recipe
-from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+from hf_vssm_prune.training.tasks import Task, TaskArguments, choose_task
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    task = choose_task(arguments)
-    types = [
+def option_types(task: type[Task]) -> list[Any]:
+    return [
         TaskArguments,
         DataArguments,
         FinetuneArguments,
@@ -38,8 +39,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         ScaleArguments,
         RunArguments,
     ]
+
+
+def make_parser(prog: str | None = None) -> OptionParser:
+    return OptionParser(option_types(choose_task([])), __doc__, prog)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    task = choose_task(arguments)
     _, data, model, pruning, optimization, options, elastic, scale, run = parse_arguments(
-        types, arguments, __doc__, prog
+        option_types(task), arguments, __doc__, prog
     )
     recipe = Recipe(optimization, task(options), run, model.loss_weights(), elastic, scale, data.dataloader_num_workers)
     return jobs.run(lambda: jobs.prepare_finetuning(data, model, pruning, recipe), run)

@@ -1,9 +1,10 @@
-"""Uploads a saved model to the Hub in one commit, or not at all; files that are there already are skipped.
+"""Uploads a saved model to the Hub in one commit, or not at all. Files that have not changed are skipped.
 
 hf-vssm-prune push runs/pruned/best user/plainmamba-l3-pruned --private
 hf-vssm-prune push runs/pruned/best user/plainmamba-l3-pruned --dry_run
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -11,16 +12,20 @@ from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.hub.pushing import list_pushed_files, push_model
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("folder", help="folder that a training run or `save_for_hub` wrote")
-    parser.add_argument("repo_id", help="user/name")
+    parser.add_argument("folder", help="folder written by a training run or `save_for_hub`")
+    parser.add_argument("repo_id", help="repository on the Hub: user/name")
     parser.add_argument("--revision", help="branch, created if it is missing (default: main)")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
     parser.add_argument("--commit_message", default="Upload model", help="default: %(default)s")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of pushing to the branch")
     parser.add_argument("--dry_run", action="store_true", help="list what would be pushed, without pushing")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = make_parser(prog).parse_args(arguments)
     try:
         files = list_pushed_files(options.folder)
         for file in files:

@@ -1,9 +1,10 @@
-"""Opens a saved classifier with transformers' Auto classes and its pipeline, as its users will, and prints the logits
-and labels of some images as JSON.
+"""Loads a saved classifier with transformers' Auto classes and pipeline, as its users will, and prints the logits and
+labels of the given images as JSON.
 
     hf-vssm-prune reopen <folder or Hub model> image.png ...
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 
@@ -15,11 +16,15 @@ import hf_vssm_prune  # noqa: F401  (registers the models)
 from hf_vssm_prune.commands.parsing import command_parser
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("model", help="a classifier of this package, in a folder or on the Hub")
+    parser.add_argument("model", help="a classifier, in a folder or on the Hub")
     parser.add_argument("images", nargs="+", help="image files")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = make_parser(prog).parse_args(arguments)
     name, files = options.model, options.images
     image_processor = AutoImageProcessor.from_pretrained(name)
     model = AutoModelForImageClassification.from_pretrained(name).eval()

@@ -6,24 +6,25 @@ On several devices: `accelerate launch -m hf_vssm_prune train ...`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     DenseModelArguments,
     ElasticArguments,
+    OptionParser,
     RunArguments,
     ScaleArguments,
     ScratchOptimizationArguments,
     parse_arguments,
 )
 from hf_vssm_prune.training.loop import Recipe
-from hf_vssm_prune.training.tasks import TaskArguments, choose_task
+from hf_vssm_prune.training.tasks import Task, TaskArguments, choose_task
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    task = choose_task(arguments)
-    types = [
+def option_types(task: type[Task]) -> list[Any]:
+    return [
         TaskArguments,
         DataArguments,
         DenseModelArguments,
@@ -33,7 +34,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         ScaleArguments,
         RunArguments,
     ]
-    _, data, model, optimization, options, elastic, scale, run = parse_arguments(types, arguments, __doc__, prog)
+
+
+def make_parser(prog: str | None = None) -> OptionParser:
+    return OptionParser(option_types(choose_task([])), __doc__, prog)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    task = choose_task(arguments)
+    _, data, model, optimization, options, elastic, scale, run = parse_arguments(
+        option_types(task), arguments, __doc__, prog
+    )
     recipe = Recipe(
         optimization, task(options), run, elastic=elastic, scale=scale, num_workers=data.dataloader_num_workers
     )

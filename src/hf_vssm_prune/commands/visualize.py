@@ -1,10 +1,11 @@
-"""Draws which tokens a pruned model keeps of images or videos, stage by stage.
+"""Draws the tokens that a pruned model keeps at each stage, for images or videos.
 
-hf-vssm-prune visualize image.jpg ...          # with the small model that comes with the package
+hf-vssm-prune visualize image.jpg ...          # with the package's example model
 hf-vssm-prune visualize image.jpg ... --model_name_or_path <folder or Hub model> --importance
 hf-vssm-prune visualize video.mp4 --model_name_or_path <video model> --output kept_tokens.webp
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +26,13 @@ from hf_vssm_prune.visualization_of_heads import visualize_dense
 DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("files", nargs="+", help="image files, or videos for a model of videos")
+    parser.add_argument("files", nargs="+", help="image files, or videos for a video model")
     parser.add_argument(
         "--model_name_or_path",
         default=str(EXAMPLE_MODEL),
-        help="a classifier, a segmentation model or a detector (default: the small one in the package)",
+        help="a classifier, a segmentation model or a detector, in a folder or on the Hub (default: the example model)",
     )
     parser.add_argument(
         "--flops_reduction",
@@ -40,14 +41,21 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     )
     parser.add_argument("--importance", action="store_true", help="also draw the importance of the tokens")
     parser.add_argument(
-        "--frame_sampling", choices=SAMPLINGS, default="uniform", help="frames of a video (default: %(default)s)"
+        "--frame_sampling",
+        choices=SAMPLINGS,
+        default="uniform",
+        help="how frames of a video are sampled (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
         default="kept_tokens.png",
         help="output file; .gif and .webp of one video are animated (default: %(default)s)",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = make_parser(prog).parse_args(arguments)
     try:
         check_output_file("output", options.output)
         full_config = load_config(options.model_name_or_path)
@@ -65,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         inputs: list[Any] = [read_input(file, config, options.frame_sampling) for file in options.files]
         if config.modality == "video" and Path(options.output).suffix.lower() in FORMATS:
             if len(inputs) > 1 or options.importance:
-                raise ValueError(f"--output {options.output}: moving pictures are of one video, without importance.")
+                raise ValueError(f"--output {options.output}: an animation shows one video, without importance.")
             animate(model, image_processor, inputs[0], options.output)
         else:
             draw = visualize_dense if of_pixels else visualize

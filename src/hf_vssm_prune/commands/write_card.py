@@ -4,9 +4,11 @@
     hf-vssm-prune visualize image.png --model_name_or_path runs/pruned/best --output kept_tokens.png
     hf-vssm-prune write_card runs/pruned/best card.yaml
 
-`hf_vssm_prune.hub.model_card_file` describes the YAML file; `model_cards/` has examples.
+The format of the YAML file is described in `hf_vssm_prune.hub.model_card_file`; `model_cards/` in the repository has
+examples.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +19,15 @@ from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.hub.model_card_file import read_model_card_info
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("folder", type=Path, help="folder that a training run or `save_for_hub` wrote")
-    parser.add_argument("card", type=Path, help="the YAML file")
-    options = parser.parse_args(arguments)
+    parser.add_argument("folder", type=Path, help="folder written by a training run or `save_for_hub`")
+    parser.add_argument("card", type=Path, help="YAML file of the card")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = make_parser(prog).parse_args(arguments)
     try:
         if not options.folder.is_dir():
             raise NotADirectoryError(f"{options.folder} is not a folder.")

@@ -19,6 +19,14 @@ from hf_vssm_prune.hub.retrying import patiently
 
 # Options of `from_pretrained` that say where on the Hub, or in which copy of it, a model is.
 PLACE_OPTIONS = ("token", "cache_dir", "subfolder", "local_files_only")
+_PACKAGED_MODELS = Path(__file__).resolve().parents[1] / "data"
+
+
+def packaged_model(name_or_path: str | Path) -> str:
+    """The folder of a model that comes with the package, of which the name is enough; any other place as it is."""
+    folder = _PACKAGED_MODELS / name_or_path
+    is_name = len(Path(name_or_path).parts) == 1 and not Path(name_or_path).exists()
+    return str(folder if is_name and (folder / "config.json").exists() else name_or_path)
 
 
 def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Any:
@@ -36,7 +44,9 @@ def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Any:
     """
     try:
         config = patiently(
-            lambda: AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False, **place)
+            lambda: AutoConfig.from_pretrained(
+                packaged_model(name_or_path), revision=revision, trust_remote_code=False, **place
+            )
         )
     except StrictDataclassError as error:
         raise ValueError(f"The configuration of {name_or_path} is not valid: {error}") from error
@@ -95,7 +105,7 @@ def _load_whole(
     try:
         model, info = patiently(
             lambda: auto_class.from_pretrained(
-                name_or_path,
+                packaged_model(name_or_path),
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 revision=revision,
                 output_loading_info=True,
@@ -110,9 +120,9 @@ def _load_whole(
     if ignore_mismatched_sizes:
         wrong = {kind: [name for name in names if "classifier." not in str(name)] for kind, names in wrong.items()}
     if any(wrong.values()):
-        raise ValueError(f"{name_or_path} is not a whole {kind}: {wrong}.")
+        raise ValueError(f"{name_or_path} is not a complete {kind}: {wrong}.")
     if wrong_file := _wrongly_downloaded(name_or_path, revision, **place):
-        raise ValueError(f"{wrong_file} is not what the Hub has: its SHA-256 is another. Delete it, and load again.")
+        raise ValueError(f"{wrong_file} is not what the Hub has: its SHA-256 differs. Delete it, and load again.")
     tensors = model.state_dict().items()
     if damaged := [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]:
         raise ValueError(f"The weights of {name_or_path} are not finite in {damaged}.")
@@ -121,7 +131,7 @@ def _load_whole(
 
 def _wrongly_downloaded(name_or_path: str | Path, revision: str, **place: Any) -> Path | None:
     """Weights in the Hub's cache whose bytes are not those that the Hub recorded: files there are named by SHA-256."""
-    if Path(name_or_path).exists():
+    if Path(packaged_model(name_or_path)).exists():
         return None
     snapshot = Path(str(cached_file(name_or_path, "config.json", revision=revision, **place))).parent
     for weights in sorted(snapshot.glob("*.safetensors")):
@@ -148,7 +158,9 @@ def load_image_processor(name_or_path: str | Path, revision: str = "main") -> Ba
         OSError: there is none.
     """
     return patiently(
-        lambda: AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+        lambda: AutoImageProcessor.from_pretrained(
+            packaged_model(name_or_path), revision=revision, trust_remote_code=False
+        )
     )
 
 

@@ -50,7 +50,7 @@ def list_pushed_files(folder: str | Path) -> list[PushedFile]:
     """The files of a saved model that belong on the Hub, after a look that it is whole.
 
     Raises:
-        ValueError: the folder is not a whole model of this package; the message names what is wrong.
+        ValueError: the folder is not a complete model of this package; the message names what is wrong.
         OSError: something cannot be read.
     """
     folder = Path(folder)
@@ -92,7 +92,7 @@ def push_model(
         The commit, or the last one where nothing has changed.
 
     Raises:
-        ValueError: the folder is not a whole model, or the name is not one.
+        ValueError: the folder is not a complete model, or the name is not one.
         PushError: the Hub refused, cannot be reached, or has changed in the meantime.
     """
     files = list_pushed_files(folder)
@@ -110,7 +110,7 @@ def push_model(
                 patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         base = patiently(lambda: api.model_info(repo_id, revision=revision))
         if private and base.private is False:
-            raise PushError(f"{repo_id} is there already, and everybody may see it.")
+            raise PushError(f"{repo_id} already exists, and is public.")
         there = {sibling.rfilename for sibling in base.siblings or []}
         if keep_card and CARD in there:
             files = [file for file in files if file.path.name not in (CARD, NOTICE)]
@@ -149,7 +149,7 @@ def _check_weights(folder: Path) -> None:
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{index} cannot be read: {error!r}") from error
         if foreign := sorted(shard for shard in shards if not _matches(shard, WEIGHTS) or Path(shard).name != shard):
-            raise ValueError(f"{index} names {foreign}; only files of weights beside it are allowed.")
+            raise ValueError(f"{index} names {foreign}; only weight files in the same folder are allowed.")
     else:
         raise ValueError(f"{folder} has no weights: model.safetensors is missing.")
     for shard in sorted(shards):
@@ -162,9 +162,7 @@ def _check_weights(folder: Path) -> None:
 
 def _check_card(file: Path) -> None:
     if not file.is_file():
-        raise ValueError(
-            f"{file.parent} has no {CARD}: a model without a page helps nobody; `save_for_hub` writes one."
-        )
+        raise ValueError(f"{file.parent} has no {CARD}: a model needs a model card; `save_for_hub` writes one.")
     try:
         ModelCard.load(file, ignore_metadata_errors=False)
     except Exception as error:  # YAML's own errors, and those of the metadata's classes
@@ -177,7 +175,7 @@ def _explained(repo_id: str) -> Iterator[None]:
     try:
         yield
     except RepositoryNotFoundError as error:
-        raise PushError(f"{repo_id} does not exist, or this account may not see it (HTTP 404 or 401).") from error
+        raise PushError(f"{repo_id} does not exist, or this account has no access to it (HTTP 404 or 401).") from error
     except RevisionNotFoundError as error:
         raise PushError(f"{repo_id} has no such branch: {error}") from error
     except HfHubHTTPError as error:

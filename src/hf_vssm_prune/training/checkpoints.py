@@ -91,7 +91,7 @@ def find_resumed(output_dir: Path, resume: str) -> Path | None:
     """The checkpoint to go on from: the newest for "latest" (None where there is none yet), else the folder named.
 
     Raises:
-        FileNotFoundError: the folder is not a whole checkpoint.
+        FileNotFoundError: the folder is not a complete checkpoint.
     """
     if resume == "latest":
         return next(reversed(find_checkpoints(output_dir)), None)
@@ -123,7 +123,7 @@ def check_output_dir(run: RunArguments) -> None:
     elif found := find_checkpoints(output_dir):
         raise FileExistsError(
             f"--output_dir {output_dir} has the checkpoints of an earlier run, the last is {found[-1].name}: "
-            "go on with --resume latest, or choose another folder."
+            "resume it with --resume latest, or choose another folder."
         )
 
 
@@ -226,7 +226,7 @@ def load_checkpoint(
     }
     if fixed := [words for name, words in differing.items() if name not in SPREAD]:
         listed = "; ".join(fixed)
-        raise ValueError(f"{folder} cannot be continued exactly, the run was set up differently: {listed}.")
+        raise ValueError(f"{folder} cannot be resumed exactly, because the run was set up differently: {listed}.")
     with _named_where_damaged(folder):
         load_whole_model_state(parts.model, load_file(folder / MODEL))
         if parts.ema is not None:

@@ -141,8 +141,8 @@ def load_model(
     if renew and not ignore_mismatched_sizes:
         raise ValueError(
             f"{name_or_path} {models.verb} {say_labels(names)}, the data set has {say_labels(label_names)}: "
-            f"{say_difference(names, label_names)}. For new classifiers give --ignore_mismatched_sizes, and train it "
-            "dense with scripts/train.py before pruning."
+            f"{say_difference(names, label_names)}. For new classifiers give --ignore_mismatched_sizes, and first "
+            "train the dense model with `hf-vssm-prune train`."
         )
     config.backbone_config.drop_path_rate = drop_path_rate
     model = models.prepare(load_dense_model(name_or_path, config=config, dtype="float32"))
@@ -189,7 +189,7 @@ def _take_labels(models: DenseModels, model: Any, match: LabelMatch, name_or_pat
             # A row behind those of the classes stands for none of them.
             rows = [*order, *range(len(own), len(parameter))]
             parameter.copy_(parameter[rows].clone())
-        logger.info("The classes of %s are in the data set's order now, by their names.", name_or_path)
+        logger.info("The classes of %s have been reordered to the data set's, by name.", name_or_path)
     name_labels(model.config, [*match.names, *(own[label] for label in rest)])
 
 

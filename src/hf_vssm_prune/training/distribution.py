@@ -205,5 +205,5 @@ def lost_processes_named(num_processes: int) -> Iterator[None]:
             raise
         raise ProcessLostError(
             f"Another of the {num_processes} processes died or did not answer (its own message, if it had one, is "
-            f"above): {str(error).splitlines()[0]} Go on with --resume latest; --ddp_timeout says how long to wait."
+            f"above): {str(error).splitlines()[0]} Resume with --resume latest; --ddp_timeout sets how long to wait."
         ) from error

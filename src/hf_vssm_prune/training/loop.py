@@ -90,7 +90,7 @@ class Recipe:
 class Trainer:
     """Trains one model for the recipe's task, and saves it.
 
-    In the recipe's output folder are afterwards `best/` (the best weights, or the best average of them), `last/` and,
+    Afterwards the recipe's output folder has `best/` (the best weights, or the best average of them), `last/` and,
     with an average, `last_ema/`, each of which `from_pretrained` opens; `checkpoint-*/`; and `all_results.json`.
     A pruned model's card and, after each evaluation, the trackers get the task's picture of what it keeps.
 
@@ -264,7 +264,7 @@ class Trainer:
             if later := find_checkpoints(self.output_dir, after=self.state.steps):
                 raise ValueError(
                     f"{folder} is of step {self.state.steps}, and {self.output_dir} has later checkpoints, up to "
-                    f"{later[-1].name}, from which --resume latest would go on: remove them, or copy {folder.name} to "
+                    f"{later[-1].name}, from which --resume latest would resume: remove them, or copy {folder.name} to "
                     "another --output_dir."
                 )
             if differing:

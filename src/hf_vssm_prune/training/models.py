@@ -52,8 +52,8 @@ def load_model(
     if renew and not ignore_mismatched_sizes:
         raise ValueError(
             f"{name_or_path} classifies {say_labels(own_names)}, the data set has {say_labels(label_names)}: "
-            f"{say_difference(own_names, label_names)}. For a new classifier give --ignore_mismatched_sizes, and train "
-            f"it dense with `hf-vssm-prune train` before pruning. {see('other-labels-than-the-data-set')}"
+            f"{say_difference(own_names, label_names)}. For a new classifier give --ignore_mismatched_sizes, and first "
+            f"train the dense model with `hf-vssm-prune train`. {see('other-labels-than-the-data-set')}"
         )
     model = load_classifier(name_or_path, ignore_mismatched_sizes, dtype="float32", drop_path_rate=drop_path_rate)
     if renew:
@@ -68,11 +68,11 @@ def _take_labels(model: ImageClassifier, match: LabelMatch, name_or_path: str) -
     own_names = model.config.label_names
     reorder_labels(model, match)
     if match.kind is Match.REORDERED:
-        logger.info("The classifier of %s has its labels in the data set's order now, by their names.", name_or_path)
+        logger.info("The classifier of %s has been reordered to the data set's labels, by name.", name_or_path)
     elif match.kind is Match.ADOPTED:
         logger.warning(
-            "The labels of %s or of the data set are numbers without names: label 0 is taken to be %r in the one and "
-            "%r in the other, and so on by their ids.",
+            "The labels of %s or of the data set are numbers without names: label 0 is treated as %r in one and "
+            "%r in the other, and the others likewise by id.",
             *(name_or_path, own_names[0], match.names[0]),
         )
 

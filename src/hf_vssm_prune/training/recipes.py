@@ -8,6 +8,11 @@ from typing import Any
 import yaml
 
 
+# A wheel has the recipes in the package; the repository, and so an editable installation, has them beside `src`.
+_PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGED_RECIPES = next(
+    (folder for folder in (_PACKAGE / "recipes", _PACKAGE.parents[1] / "recipes") if folder.is_dir()), _PACKAGE
+)
 # What an option of the command line puts out of force in a recipe, beside the same option: what excludes it, and what
 # belongs to the method that it replaces.
 SET_ASIDE = {
@@ -37,27 +42,44 @@ def insert_recipe(arguments: Sequence[str], options: Collection[str]) -> list[st
     given, rest = parser.parse_known_args(list(arguments))
     if given.recipe is None:
         return rest
-    recipe = read_recipe(Path(given.recipe))
+    recipe = read_recipe(given.recipe)
     if unknown := sorted(set(recipe) - set(options)):
-        raise ValueError(f"--recipe {given.recipe} has {unknown}, which this script does not know; see --help.")
+        raise ValueError(f"--recipe {given.recipe} has {unknown}, which are not options of this command; see --help.")
     over = [word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--")]
     aside = {name for option in over for name in SET_ASIDE.get(option, [])}
     kept = {name: value for name, value in recipe.items() if value is not None and name not in aside}
     return [word for name, value in kept.items() for word in _words(name, value)] + rest
 
 
-def read_recipe(file: Path) -> dict[str, Any]:
-    """The options in a recipe.
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with the package.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    path = Path(name_or_path)
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return path
+    file = PACKAGED_RECIPES / f"{name_or_path}.yaml"
+    if not file.exists():
+        names = ", ".join(sorted(each.stem for each in PACKAGED_RECIPES.glob("*.yaml")))
+        raise ValueError(f"--recipe {name_or_path} is neither a file nor one of the package's recipes: {names}.")
+    return file
+
+
+def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
+    """The options in a recipe, see `find_recipe`.
 
     Raises:
         ValueError: the file is missing or no YAML mapping.
     """
+    file = find_recipe(name_or_path)
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--recipe {file} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"--recipe {file} is no mapping of options to values.")
+        raise ValueError(f"--recipe {file} does not map options to values.")
     return {str(name): value for name, value in recipe.items()}
 
 

@@ -71,7 +71,7 @@ class TokenPruningTrainer(transformers.Trainer):
             self._add_elastic_schedules(self.model)
         self.task = self._default_task() if task is None else task
         if task is not None and self.args.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor and a task that smooths labels exclude each other: give one.")
+            raise ValueError("label_smoothing_factor and a task that smooths labels cannot be combined: give one.")
         self.losses.check_layers(self.model.config.num_hidden_layers)
         # Ours is a mean over the batch, whatever the model's own loss takes.
         self.model_accepts_loss_kwargs = False

@@ -149,7 +149,7 @@ def decode_frames(
                 raise
             continue
         return [[prepared[number] for number in clip] for clip in clips]
-    raise VideoError(f"{name} has other frames whenever it is read.")
+    raise VideoError(f"{name} gives different frames each time it is read.")
 
 
 @contextmanager
@@ -277,7 +277,7 @@ def _say_hdr(frame: Any, name: str) -> None:
     if frame.color_trc in HDR_TRANSFERS and not _said_to_be_hdr:
         _said_to_be_hdr.append(name)
         logger.warning(
-            "%s is HDR (%s): its light is not mapped to that of a usual screen, so that it looks flat to a model.",
+            "%s is HDR (%s): there is no tone mapping, so it looks flat to the model.",
             *(name, HDR_TRANSFERS[frame.color_trc]),
         )
 

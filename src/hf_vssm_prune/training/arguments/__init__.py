@@ -7,6 +7,7 @@ see `training.tasks`.
 
 from hf_vssm_prune.training.arguments.data import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.arguments.evaluation import BesideArguments, EstimateArguments, EvaluationArguments
+from hf_vssm_prune.training.arguments.help import OptionParser
 from hf_vssm_prune.training.arguments.model import DenseModelArguments, FinetuneArguments, LossArguments
 from hf_vssm_prune.training.arguments.optimization import OptimizationArguments, ScratchOptimizationArguments
 from hf_vssm_prune.training.arguments.parsing import parse_arguments
@@ -25,6 +26,7 @@ __all__ = [
     "FinetuneArguments",
     "LossArguments",
     "OptimizationArguments",
+    "OptionParser",
     "PruningArguments",
     "RunArguments",
     "ScaleArguments",

@@ -8,7 +8,7 @@ from hf_vssm_prune.training.arguments.parsing import check_range, describe
 
 @dataclass
 class EvaluationDataArguments:
-    """Which images are evaluated, and how they are read."""
+    """The images for evaluation."""
 
     _argument_group_name = "data"
 
@@ -17,13 +17,13 @@ class EvaluationDataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata=describe("configuration of the Hub data set"))
     eval_split: str | None = field(
-        default=None, metadata=describe("split to evaluate on; by default found by its name")
+        default=None, metadata=describe("split to evaluate on; inferred from the name by default")
     )
     image_column_name: str | None = field(
-        default=None, metadata=describe("column of the images; by default found by its type")
+        default=None, metadata=describe("column of the images; inferred from the type by default")
     )
     label_column_name: str | None = field(
-        default=None, metadata=describe("column of the labels; by default found by its type")
+        default=None, metadata=describe("column of the labels; inferred from the type by default")
     )
     max_eval_samples: int | None = field(default=None, metadata=describe("maximum number of evaluation images"))
     dataloader_num_workers: int = field(default=2, metadata=describe("data-loading workers", "--workers"))
@@ -35,11 +35,11 @@ class EvaluationDataArguments:
 
 @dataclass
 class DataArguments(EvaluationDataArguments):
-    """Which images are trained on and evaluated, and how they are read."""
+    """The images for training and evaluation."""
 
     train_split: str = field(default="train", metadata=describe("split to train on"))
     train_val_split: float = field(
-        default=0.1, metadata=describe("fraction held out for evaluation where there is no such split")
+        default=0.1, metadata=describe("fraction held out for evaluation if there is no evaluation split")
     )
     max_train_samples: int | None = field(default=None, metadata=describe("maximum number of training images"))
     streaming: bool = field(

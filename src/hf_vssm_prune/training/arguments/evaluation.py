@@ -8,7 +8,7 @@ from hf_vssm_prune.training.arguments.parsing import check_output_file, check_ra
 
 @dataclass
 class EvaluationArguments:
-    """What is evaluated, and how."""
+    """The model, and how it is evaluated."""
 
     _argument_group_name = "evaluation"
 
@@ -17,7 +17,7 @@ class EvaluationArguments:
         default=64, metadata=describe("evaluation batch size per device", "--batch_size")
     )
     device: str | None = field(
-        default=None, metadata=describe("cpu, cuda, cuda:1, ...; by default a GPU where there is one")
+        default=None, metadata=describe("cpu, cuda, cuda:1, ...; by default a GPU if there is one")
     )
     mixed_precision: str = field(
         default="no", metadata=describe("precision of the computation", choices=("no", "fp16", "bf16"))
@@ -26,7 +26,9 @@ class EvaluationArguments:
     json: str | None = field(default=None, metadata=describe("file to write the results to"))
     save_results: str | None = field(
         default=None,
-        metadata=describe("file or folder to write the results to by `evaluate.save`, with date, commit and versions"),
+        metadata=describe(
+            "file or folder for the results in the format of `evaluate.save`, with date, commit and versions"
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -36,7 +38,7 @@ class EvaluationArguments:
 
 @dataclass
 class BesideArguments:
-    """What is evaluated beside a model."""
+    """Models to compare with."""
 
     _argument_group_name = "comparison"
 
@@ -50,7 +52,7 @@ class BesideArguments:
 
 @dataclass
 class EstimateArguments:
-    """What a training run is estimated for: images, devices, and how fast one is taken to be."""
+    """The assumed images and devices."""
 
     _argument_group_name = "estimate"
 
@@ -61,12 +63,12 @@ class EstimateArguments:
     device_tflops: float = field(
         default=40.0,
         metadata=describe(
-            "assumed speed: TFLOP/s (a multiply-add counts as two) that a device sustains, which is far below its peak"
+            "assumed sustained TFLOP/s of a device (a multiply-add counts as two), which is far below its peak"
         ),
     )
     measured_batch_sizes: list[int] = field(
         default_factory=lambda: [1, 2],
-        metadata=describe("two ascending batch sizes at which memory and speed are measured on this machine"),
+        metadata=describe("two batch sizes, ascending, for measuring memory and speed on this machine"),
     )
     json: str | None = field(default=None, metadata=describe("file to write the results to"))
 

@@ -27,12 +27,15 @@ class OptionParser(HfArgumentParser):
     """
 
     def __init__(self, dataclass_types: Sequence[Any], description: str | None, prog: str | None = None) -> None:
-        usage = "%(prog)s --help [GROUP]\n       %(prog)s [--recipe FILE] --OPTION VALUE ..."
+        usage = "%(prog)s --help [GROUP]\n       %(prog)s [--recipe RECIPE] --OPTION VALUE ..."
         super().__init__(
             dataclass_types, prog=prog, usage=usage, description=description, allow_abbrev=False, add_help=False
         )
-        common = self.add_argument_group("common", "For every run.")
-        common.add_argument("--recipe", help="YAML file of options; the command line overrides it")
+        common = self.add_argument_group("common", "Options of every command.")
+        common.add_argument(
+            "--recipe",
+            help="YAML file of options, or a recipe of the package, e.g. few_images; the command line overrides it",
+        )
         common.add_argument("-h", "--help", nargs="?", action=_Help, help="this overview, a group, or all options")
 
     @property
@@ -59,7 +62,7 @@ class OptionParser(HfArgumentParser):
         required = [action for action in self._actions if action.required]
         lines = [self.format_usage().rstrip(), "", *(self.description or "").strip().splitlines(), "", "required:"]
         lines += [line for action in required for line in _describe(action)]
-        lines += ["", "options by group; `--help GROUP` describes a group, `--help all` all of them:"]
+        lines += ["", "options by group (`--help GROUP` describes a group, `--help all` all groups):"]
         for name, group in self.groups.items():
             lines += ["", f"{name}: {group.description}"]
             names = " ".join(f"--{action.dest}" for action in _shown(group))

@@ -86,7 +86,7 @@ class FinetuneArguments(LossArguments):
 
 @dataclass
 class DenseModelArguments:
-    """A new model of a family, or a checkpoint to go on from."""
+    """A new model of a family, or a checkpoint to start from."""
 
     _argument_group_name = "model"
 
@@ -97,7 +97,7 @@ class DenseModelArguments:
         default=False, metadata=describe("replace the checkpoint's classifier if the labels differ")
     )
     family: str | None = field(default=None, metadata=describe("family of the new model", choices=tuple(FAMILIES)))
-    preset: str | None = field(default=None, metadata=describe(f"size by name: {preset_names()}"))
+    preset: str | None = field(default=None, metadata=describe(f"size of the new model: {preset_names()}"))
     image_size: int | None = field(
         default=None, metadata=describe("image size in pixels; by default 224, or the checkpoint's", "--img_size")
     )
@@ -109,15 +109,17 @@ class DenseModelArguments:
         metadata=describe("other configuration options as key=value, e.g. hidden_size=64"),
     )
     image_mean: list[float] = field(
-        default_factory=lambda: [0.485, 0.456, 0.406], metadata=describe("of each channel, for a new model", "--mean")
+        default_factory=lambda: [0.485, 0.456, 0.406],
+        metadata=describe("mean of each channel, for a new model", "--mean"),
     )
     image_std: list[float] = field(
-        default_factory=lambda: [0.229, 0.224, 0.225], metadata=describe("of each channel, for a new model", "--std")
+        default_factory=lambda: [0.229, 0.224, 0.225],
+        metadata=describe("standard deviation of each channel, for a new model", "--std"),
     )
     crop_pct: float | None = field(
         default=None,
         metadata=describe(
-            "fraction of the resized image's side that evaluation crops, for a new model; 0.875 by default, of videos 1"
+            "center crop as a fraction of the resized image, for a new model; by default 0.875, or 1 for videos"
         ),
     )
 
@@ -125,14 +127,16 @@ class DenseModelArguments:
         check_range("image_size", self.image_size, 1, math.inf)
         if (self.model_name_or_path is None) == (self.family is None):
             raise ValueError(
-                "Give either --family, for a new model, or --model_name_or_path, to go on from a checkpoint."
+                "Give either --family, for a new model, or --model_name_or_path, to start from a checkpoint."
             )
         if self.model_name_or_path is not None:
             if given := [name for name in ("preset", "patch_size") if getattr(self, name) is not None]:
-                raise ValueError(f"--{given[0]} is for a new model; with --model_name_or_path the checkpoint says it.")
+                raise ValueError(
+                    f"--{given[0]} is for a new model; with --model_name_or_path it comes from the checkpoint."
+                )
             if self.config_overrides:
                 raise ValueError(
-                    "--config_overrides is for a new model; with --model_name_or_path the checkpoint says it."
+                    "--config_overrides is for a new model; with --model_name_or_path it comes from the checkpoint."
                 )
             return
         new_image_processor(self.config(label_names=["label"]), self.image_mean, self.image_std, self.crop_pct)

@@ -31,7 +31,8 @@ class OptimizationArguments:
     )
     weight_decay: float = field(default=1e-8, metadata=describe("AdamW's weight decay"))
     layer_decay: float | None = field(
-        default=None, metadata=describe("factor of the learning rate from each layer to the one before it")
+        default=None,
+        metadata=describe("factor by which the learning rate decreases from each layer to the one before it"),
     )
     adam_beta1: float = field(default=0.9, metadata=describe("AdamW's first beta"))
     adam_beta2: float = field(default=0.999, metadata=describe("AdamW's second beta"))
@@ -57,7 +58,7 @@ class OptimizationArguments:
     mixed_precision: str | None = field(
         default=None,
         metadata=describe(
-            "mixed precision; by default what `accelerate launch` sets, else none", choices=("no", "fp16", "bf16")
+            "mixed precision; by default that of `accelerate launch`, or none", choices=("no", "fp16", "bf16")
         ),
     )
 
@@ -91,7 +92,7 @@ class OptimizationArguments:
 
 @dataclass
 class ScratchOptimizationArguments(OptimizationArguments):
-    """The defaults for training from scratch are those that Vim and PlainMamba took over from DeiT and Swin."""
+    """Optimizer, learning rate and length; the defaults are Vim's and PlainMamba's, from DeiT and Swin."""
 
     num_train_epochs: int = field(default=300, metadata=describe("passes over the training images", "--epochs"))
     learning_rate: float = field(

@@ -54,4 +54,4 @@ def check_output_file(name: str, file: str | Path | None) -> None:
 
 def exclude(first: str, first_value: object, second: str, second_value: object) -> None:
     if first_value is not None and second_value is not None:
-        raise ValueError(f"--{first} and --{second} exclude each other: give one of them.")
+        raise ValueError(f"--{first} and --{second} cannot be combined: give one of them.")

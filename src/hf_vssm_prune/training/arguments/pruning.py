@@ -30,8 +30,8 @@ class PruningArguments:
     prune_method: str | None = field(
         default=None,
         metadata=describe(
-            "pruning method; `top` is the paper's; by default that of the checkpoint, or of a dense one "
-            f"{RECOMMENDED_METHOD} (top if an importance is given)",
+            "pruning method; `top` is the paper's; by default the checkpoint's, or for a dense checkpoint "
+            f"{RECOMMENDED_METHOD} (top if --importance is given)",
             choices=tuple(METHODS),
         ),
     )
@@ -74,7 +74,7 @@ class PruningArguments:
         if (stages := self._stages() or _stages_of(own)) is None:
             if idle := [name for name in ("prune_method", "prune_alignment", "importance") if getattr(self, name)]:
                 raise ValueError(
-                    f"--{idle[0]} is {getattr(self, idle[0])!r}, but nothing says how many tokens are to go: give "
+                    f"--{idle[0]} is {getattr(self, idle[0])!r}, but there is no schedule: give "
                     "--flops_reduction, or --prune_layers and --keep_ratios."
                 )
             return None
@@ -99,15 +99,15 @@ def _stages_of(token_pruning: dict[str, Any] | None) -> dict[str, Any] | None:
 
 @dataclass
 class ElasticArguments:
-    """Training that prunes each step by another budget, so that one set of weights serves them all."""
+    """Training with a different budget at each step, so that one set of weights serves all budgets."""
 
     _argument_group_name = "elastic"
 
     elastic_budgets: list[float] = field(
         default_factory=list,
         metadata=describe(
-            "FLOPs reductions of which each step draws one, e.g. 0 0.2 0.4; evaluation and the saved model keep the "
-            "model's own schedule"
+            "FLOPs reductions, one of which is drawn at each step, e.g. 0 0.2 0.4; evaluation and the saved model "
+            "use the model's own schedule"
         ),
     )
     elastic_importance: str | None = field(

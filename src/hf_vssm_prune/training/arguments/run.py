@@ -11,7 +11,7 @@ BATCH_NORM_MODES = ("local", "frozen", "sync")
 
 @dataclass
 class RunArguments:
-    """Where results go, checkpoints, logging, the Hub."""
+    """Output, checkpoints, logging and the Hub."""
 
     _argument_group_name = "run"
 
@@ -57,7 +57,7 @@ class RunArguments:
 
 @dataclass
 class ScaleArguments:
-    """How a run is spread over devices and fitted into their memory."""
+    """Distribution over devices, and memory."""
 
     _argument_group_name = "scale"
 

@@ -108,7 +108,7 @@ def standardize_stream(
     if not isinstance(kind, ClassLabel):
         raise ValueError(
             f"Column '{label_column}' has the type {kind}: a stream's labels need names (datasets.ClassLabel), because "
-            "they cannot all be looked at beforehand. Leave out --streaming."
+            "they cannot all be looked at beforehand. Omit --streaming."
         )
     rows = rows.select_columns([image_column, label_column])
     # Bytes and paths without a type of their own stay as they are: datasets would refuse rows without either, unnamed.
@@ -165,7 +165,7 @@ def _check_stored(dataset: Dataset, column: str, medium: Medium) -> None:
         first = min(wrong)
         raise ValueError(
             f"{len(wrong)} of {len(dataset)} rows of split '{dataset.split}' have no {medium.name} in column "
-            f"'{column}'; the first is row {first}: {wrong[first]}. Leave them out of the data set, or complete them."
+            f"'{column}'; the first is row {first}: {wrong[first]}. Remove them from the data set, or complete them."
         )
 
 

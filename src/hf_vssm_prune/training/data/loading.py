@@ -118,8 +118,8 @@ def load_image_stream(
     eval_split = eval_split or find_evaluation_split(splits, excluded=train_split)
     if eval_split is None:
         raise ValueError(
-            f"'{name_or_path}' has no split to evaluate on (it has {', '.join(splits)}), and none can be set apart "
-            "from a stream: name one with --eval_split, or leave out --streaming."
+            f"'{name_or_path}' has no split to evaluate on (it has {', '.join(splits)}), and none can be held out "
+            "from a stream: name one with --eval_split, or omit --streaming."
         )
     stored = choose_split(splits, eval_split, name_or_path)
     stored, _ = standardize_stream(stored, image_column, label_column, medium)
@@ -197,7 +197,7 @@ def _split_by_label(dataset: Dataset, share: float, seed: int, medium: Medium) -
         for_evaluation[generator.choice(rows, count, replace=False)] = True
     if not for_evaluation.any():
         raise ValueError(
-            f"None of the {len(labels)} training {medium.name}s can be set apart for evaluation: no label has two of "
+            f"None of the {len(labels)} training {medium.name}s can be held out for evaluation: no label has two of "
             "them."
         )
     return (

@@ -120,7 +120,7 @@ def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
     if not holds_pairs(folder):
         return load_splits(data.dataset_name, data.dataset_config_name, streaming)
     if streaming:
-        raise ValueError(f"The images in '{folder}' are read as they are needed anyway: leave out --streaming.")
+        raise ValueError(f"The images in '{folder}' are read only when needed in any case: omit --streaming.")
     return load_pair_folder(folder)
 
 

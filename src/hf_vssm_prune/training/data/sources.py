@@ -78,7 +78,7 @@ def load_splits(
     # data set that needs a loading script of its own, a RuntimeError.
     except (DatasetGenerationError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"'{name}' is no local folder or Parquet file, and cannot be loaded from the Hub as a data set: {error}"
+            f"'{name}' is not a local folder or Parquet file, and cannot be loaded from the Hub as a data set: {error}"
         ) from error
 
 
@@ -97,7 +97,7 @@ def _load_folder(folder: Path, streaming: bool, medium: Medium) -> DatasetDict |
     if tables and not saved:
         return _load_tables(tables, streaming, medium)
     if streaming:
-        raise ValueError(f"The {medium.name}s in '{folder}' are read as they are needed anyway: leave out --streaming.")
+        raise ValueError(f"The {medium.name}s in '{folder}' are read only when needed in any case: omit --streaming.")
     return _load_saved(folder, saved) if saved else _load_class_folders(folder, medium)
 
 
@@ -172,7 +172,7 @@ def _files_of_splits(files: Sequence[Path]) -> dict[str, list[str]]:
 
 def _load_tables(files: Sequence[Path], streaming: bool, medium: Medium) -> DatasetDict:
     if streaming:
-        raise ValueError(f"The {medium.name}s in '{files[0]}' are read as needed anyway: leave out --streaming.")
+        raise ValueError(f"The {medium.name}s in '{files[0]}' are read only when needed in any case: omit --streaming.")
     return read_tables(_files_of_splits(files), medium)
 
 

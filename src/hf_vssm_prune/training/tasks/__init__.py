@@ -5,7 +5,6 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hf_vssm_prune.training.recipes import read_recipe
 from hf_vssm_prune.training.tasks.classification import ImageClassification
@@ -23,12 +22,14 @@ DEFAULT_TASK = ImageClassification.name
 
 @dataclass
 class TaskArguments:
-    """Which task it is; each has options of its own."""
+    """The task; each has its own options."""
 
     _argument_group_name = "task"
 
     # The table itself, so that a task that is entered from outside is known, too.
-    task: str = field(default=DEFAULT_TASK, metadata={"help": "task", "choices": TASKS})
+    task: str = field(
+        default=DEFAULT_TASK, metadata={"help": "the task to train, evaluate or estimate", "choices": TASKS}
+    )
 
 
 def default_task() -> Task:
@@ -41,7 +42,7 @@ def choose_task(arguments: Sequence[str] | None) -> type[Task]:
     parsed. A task that there is not is left to that to refuse."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task")
-    parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--recipe")
     given, _ = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     name = given.task
     if name is None and given.recipe is not None:

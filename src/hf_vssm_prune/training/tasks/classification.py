@@ -69,7 +69,7 @@ class AugmentationArguments:
 
     def __post_init__(self) -> None:
         if self.no_random_crop and self.random_crop_padding:
-            raise ValueError("--no_random_crop and --random_crop_padding exclude each other: give one of them.")
+            raise ValueError("--no_random_crop and --random_crop_padding cannot be combined: give one of them.")
         if len(self.scale) != 2:
             raise ValueError(f"--scale is {self.scale}: the smallest and the largest fraction are needed.")
         self.image_augmentation()

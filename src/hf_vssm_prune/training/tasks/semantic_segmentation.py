@@ -68,7 +68,9 @@ class MaskArguments:
         check_range("ignore_index", self.ignore_index, 0, 2**31)
         check_range("size_divisor", self.size_divisor, 1, 2**16)
         if self.reduce_labels and self.ignore_index != 255:
-            raise ValueError(f"--reduce_labels makes 0 to 255: --ignore_index is {self.ignore_index}, it must be that.")
+            raise ValueError(
+                f"--ignore_index is {self.ignore_index}: with --reduce_labels, which turns 0 into 255, it must be 255."
+            )
         if self.window_stride is not None and self.window is None:
             raise ValueError("--window_stride needs a --window.")
         for name in ("window", "window_stride"):
