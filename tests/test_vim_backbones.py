@@ -111,7 +111,8 @@ def test_pretrained_weights_without_their_class_token():
     backbone = make_vim_config(
         image_size=64, patch_size=16, patch_stride=16, use_cls_token=False, out_features=["stage2", "stage4"]
     )
-    model = new_dense_model(UperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_channels=8, num_labels=5))
+    config = UperNetConfig(backbone_config=backbone, hidden_size=16, use_auxiliary_head=False, num_labels=5)
+    model = new_dense_model(config)
     put_pretrained_backbone(model, classifier)
     own, pretrained = (each.embeddings.position_embeddings[0] for each in (backbone_of(model), classifier.vim))
     places = [place for place in range(17) if place != CLS_TOKEN_IDS["vim"]]
