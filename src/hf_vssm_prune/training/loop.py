@@ -67,7 +67,7 @@ from hf_vssm_prune.training.memory import enable_activation_checkpointing
 from hf_vssm_prune.training.optimization import make_optimizer
 from hf_vssm_prune.training.run_log import LossWindow, RunLog
 from hf_vssm_prune.training.saved_models import SavedModels, WriteCard
-from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task, image_processor_of
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task, image_processor_of, leaves_parameters_idle
 
 
 # Of the metrics of the weights, and of their average.
@@ -140,7 +140,8 @@ class Trainer:
             fsdp=recipe.scale.fsdp,
             timeout=recipe.scale.ddp_timeout,
             # A stage that a step's schedule does not have leaves what it has learned alone.
-            find_unused_parameters=bool(self.elastic_schedules) and model.has_pruning_parameters,
+            find_unused_parameters=leaves_parameters_idle(self.task)
+            or (bool(self.elastic_schedules) and model.has_pruning_parameters),
         )
         self.log = RunLog(self.accelerator, recipe.run.with_tracking)
         if recipe.scale.deterministic:
