@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .documentation import see
-from .selective_scan_torch import is_exporting
+from .function_transforms import is_exporting
 
 
 try:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import at_least_float32
-from .selective_scan_torch import is_exporting
+from .function_transforms import is_exporting
 from .token_pruning import gather_tokens, select_tokens
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .selective_scan_torch import is_exporting
+from .function_transforms import is_exporting
 
 
 ALIGNMENTS = ("repeat", "zero_input", "none", "learned")

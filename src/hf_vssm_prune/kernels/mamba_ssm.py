@@ -17,12 +17,8 @@ from torch import Tensor
 
 from hf_vssm_prune.kernels.plain_fallback import DifferentiatedOnce, left_to
 from hf_vssm_prune.kernels.scan_operator import ScanArguments, to_float32
-from hf_vssm_prune.selective_scan_torch import (
-    decay_steps,
-    gather_along_paths,
-    scatter_along_paths,
-    selective_scan_torch,
-)
+from hf_vssm_prune.scan_paths import gather_along_paths, scatter_along_paths
+from hf_vssm_prune.selective_scan_torch import decay_steps, selective_scan_torch
 
 
 def unavailable(device_type: str) -> str | None:
