@@ -10,7 +10,7 @@ several times as fast.
 import torch
 from torch import Tensor
 
-from .scan_paths import visited_rows
+from .token_pruning import batch_rows
 
 
 # Entries of the state at work at one time, and of exp(time_step A).
@@ -46,7 +46,7 @@ def scan_values(
     samples = max(1, _STATE_ENTRIES // max(1, paths * A.numel()))
     for first in range(0, batch, samples):
         here = slice(first, first + samples)
-        crossings = _Holes(None if holes is None else holes[here], length, hole_time_step, A)
+        crossings = None if holes is None else _Holes(holes[here], time_step[here], hole_time_step, A)
         _scan_samples(*(tensor[here] for tensor in by_sample), A, D, crossings, output[here])
     return output
 
@@ -59,33 +59,35 @@ def _scan_samples(
     order: Tensor,
     A: Tensor,
     D: Tensor,
-    holes: "_Holes",
+    holes: "_Holes | None",
     output: Tensor,
 ) -> None:
     """Adds the outputs of all paths to `output`, zeros of the shape of `u`."""
     batch, paths, length = order.shape
     states, channels = A.shape
     # From here on steps come first. A step is (batch, state_size, paths, channels), or 1 where it is shared.
-    rows = visited_rows(order, length).permute(2, 0, 1).flatten(1)
+    rows = batch_rows(order, length).view(order.shape).permute(2, 0, 1).flatten(1)
     time_step = time_step.transpose(0, 1).unsqueeze(2)
     Bs = B.permute(2, 0, 3, 1).unsqueeze(-1).unbind(0)
     Cs = C.transpose(0, 1).unsqueeze(2).unbind(0)
     state = u.new_zeros(batch, states, paths, channels)
     state_rows = state.flatten(2)
-    state_of_path = [list(sample.unbind(1)) for sample in state]
+    state_of_path = [sample.split(1, dim=1) for sample in state.unbind(0)]
 
     chunk = min(length, max(1, _DECAY_ENTRIES // max(1, batch * A.numel())))
-    decays = u.new_empty(chunk, batch, states, channels)
+    decays = u.new_empty(chunk, batch, states, 1, channels)
     visited, inputs, outputs = (u.new_empty(chunk, batch, paths, channels) for _ in range(3))
+    by_step = (decays, inputs.unsqueeze(2), outputs.view(chunk, batch, 1, paths * channels))
+    by_step = [tensor.unbind(0) for tensor in by_step]
     for first in range(0, length, chunk):
-        steps = slice(0, min(chunk, length - first))
-        here = slice(first, first + steps.stop)
-        torch.mul(time_step[here], A, out=decays[steps]).exp_()
+        here = slice(first, min(first + chunk, length))
+        steps = slice(0, here.stop - first)
+        torch.mul(time_step[here].unsqueeze(2), A.unsqueeze(1), out=decays[steps]).exp_()
         torch.index_select(u.flatten(0, 1), 0, rows[here].flatten(), out=visited[steps].flatten(0, 2))
         torch.mul(visited[steps], time_step[here], out=inputs[steps])
-        by_step = (decays.unsqueeze(3)[steps], inputs.unsqueeze(2)[steps], outputs.view(chunk, batch, 1, -1)[steps])
-        for step, (decay, entering, y) in enumerate(zip(*(tensor.unbind(0) for tensor in by_step), strict=True), first):
-            holes.cross(step, state_of_path, decay)
+        for step, decay, entering, y in zip(range(first, here.stop), *by_step):  # noqa: B905 - the last chunk is short
+            if holes is not None:
+                holes.cross(step, state_of_path, decay)
             state.mul_(decay).addcmul_(entering, Bs[step])
             torch.bmm(Cs[step], state_rows, out=y)
         outputs[steps].addcmul_(visited[steps], D)
@@ -96,32 +98,34 @@ class _Holes:
     """What the states lose in the holes before the steps.
 
     Args:
-        gaps: shape (batch, paths, length), see `selective_scan`. None: there are no holes.
+        gaps: shape (batch, paths, length), see `selective_scan`.
+        time_step: shape (batch, length, channels).
+        hole_time_step: see `selective_scan`.
+        A: shape (state_size, channels).
     """
 
-    def __init__(self, gaps: Tensor | None, length: int, hole_time_step: Tensor | None, A: Tensor) -> None:
-        self.hole_rate = None if hole_time_step is None else hole_time_step.to(A.dtype) * A
-        self.by_gap: dict[int, Tensor] = {}
-        self.by_step: list[list[tuple[int, int, int]]] = [[] for _ in range(length)]
-        if gaps is not None:
-            sample, path, step = (gaps > 1).nonzero(as_tuple=True)
-            columns = (index.tolist() for index in (step, sample, path, gaps[sample, path, step]))
-            for place, *hole in zip(*columns, strict=True):
-                self.by_step[place].append((hole[0], hole[1], hole[2]))
+    def __init__(self, gaps: Tensor, time_step: Tensor, hole_time_step: Tensor | None, A: Tensor) -> None:
+        self.time_step, self.A = time_step, A.unsqueeze(1)
+        self.hole_rate = None if hole_time_step is None else hole_time_step.to(A.dtype) * self.A
+        self.decay_by_gap: dict[int, Tensor] = {}
+        self.by_step: list[list[tuple[int, int, int]]] = [[] for _ in range(gaps.shape[2])]
+        sample, path, step = (gaps > 1).nonzero(as_tuple=True)
+        columns = (index.tolist() for index in (step, sample, path, gaps[sample, path, step]))
+        for place, *hole in zip(*columns, strict=True):
+            self.by_step[place].append((hole[0], hole[1], hole[2]))
 
-    def cross(self, step: int, states: list[list[Tensor]], decay: Tensor) -> None:
-        """Before a step: each sample's and path's state (state_size, channels), and the decay of the step itself, of
+    def cross(self, step: int, states: list[tuple[Tensor, ...]], decay: Tensor) -> None:
+        """Before a step: each sample's and path's state (state_size, 1, channels), and the decay of the step itself, of
         all paths (batch, state_size, 1, channels)."""
         for sample, path, gap in self.by_step[step]:
             state = states[sample][path]
             if self.hole_rate is not None:
-                if gap not in self.by_gap:
-                    self.by_gap[gap] = ((gap - 1) * self.hole_rate).exp_()
-                state.mul_(self.by_gap[gap])
-                continue
-            once = decay[sample, :, 0]
-            if gap <= _LARGEST_POWER:
+                if gap not in self.decay_by_gap:
+                    self.decay_by_gap[gap] = ((gap - 1) * self.hole_rate).exp_()
+                state.mul_(self.decay_by_gap[gap])
+            elif gap <= _LARGEST_POWER:
+                once = decay.select(0, sample)
                 for _ in range(1, gap):
                     state.mul_(once)
             else:
-                state.mul_(once.pow(gap - 1))
+                state.mul_(((gap - 1) * self.time_step[sample, step] * self.A).exp_())

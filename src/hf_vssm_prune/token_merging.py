@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import at_least_float32
 from .function_transforms import is_exporting
+from .precision import at_least_float32
 from .token_pruning import gather_tokens, select_tokens
 
 
