@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from benchmarking.blocks import blocks_section
 from benchmarking.budgets import budgets_section
+from benchmarking.busy import busy_section
 from benchmarking.exported import export_section
 from benchmarking.int8 import int8_section
 from benchmarking.measuring import describe_machine, make_tensors_on
@@ -47,11 +48,12 @@ SECTIONS = {
     "int8": int8_section,
     "export": export_section,
     "video": video_section,
+    "busy": busy_section,
 }
 # Only where they are asked for.
-LONG_SECTIONS = ("int8", "export", "video")
+LONG_SECTIONS = ("int8", "export", "video", "busy")
 
-CPU_SECTIONS = ("roofline", "parts", "int8", "export")
+CPU_SECTIONS = ("roofline", "parts", "int8", "export", "busy")
 PLAINMAMBA_SECTIONS = ("blocks",)
 
 
