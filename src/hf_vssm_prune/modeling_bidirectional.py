@@ -237,10 +237,13 @@ class BidirectionalMixer(nn.Module):
         forward_gated, forward = self.forward_scan(x, gate, layout)
         backward_gated, backward = self.backward_scan(x, gate, layout)
         gated = forward_gated + backward_gated
-        if self.averages_directions:
-            gated = gated / 2
         mixed = self.out_proj(gated)
-        return mixed, MixerOutput(gated, mixed, (forward, backward)).detach() if with_output else None
+        if self.averages_directions:  # behind the projection, which has no bias, tokens are narrower
+            mixed = mixed / 2
+        if not with_output:
+            return mixed, None
+        gated = gated / 2 if self.averages_directions else gated
+        return mixed, MixerOutput(gated, mixed, (forward, backward)).detach()
 
 
 class StreamRMSNorm(nn.RMSNorm):

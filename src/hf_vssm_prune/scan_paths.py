@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .function_transforms import is_exporting
-from .token_pruning import batch_rows
+from .token_pruning import batch_rows, gather_tokens
 
 
 def gather_along_paths(tokens: Tensor, order: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def scatter_along_paths(steps: Tensor, order: Tensor) -> Tensor:
     if is_exporting():
         # onnxruntime adds rows to one place in several threads at once, and loses some of them.
         visits = order.argsort(dim=-1).expand(batch, -1, -1)
-        return steps.gather(2, visits.unsqueeze(-1).expand(-1, -1, -1, channels)).sum(1)
+        return gather_tokens(steps.flatten(0, 1), visits.flatten(0, 1)).unflatten(0, visits.shape[:2]).sum(1)
     tokens = steps.new_zeros(batch * length, channels)
     rows = batch_rows(order.expand(batch, -1, -1), length)
     return tokens.index_add(0, rows, steps.flatten(0, 2)).unflatten(0, (batch, length))
