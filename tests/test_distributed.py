@@ -17,11 +17,8 @@ from conftest import PATIENCE, SCRIPTS, free_port
 from distributed_runs import CONFIGS, ONE_PROCESS_RUNS, reset, train
 from PIL import Image
 from safetensors.torch import load_file
-from tested_tasks import TESTED, write_mask_folder
+from tested_tasks import TESTED, write_box_folder, write_mask_folder
 from videos import write_class_folders
-
-from hf_vssm_prune.training.tasks.classification import ImageClassification
-from hf_vssm_prune.training.tasks.semantic_segmentation import SemanticSegmentation
 
 
 # All tests of this file on one worker: what `runs` makes takes minutes.
@@ -60,13 +57,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, per_class in (("train", 49), ("test", 3)):
         write_class_folders(folder / "videos", split, per_class, np.random.default_rng(0))
     write_mask_folder(folder / "masks", {"train": 146, "test": 9})
+    (folder / "boxes").mkdir()
+    write_box_folder(folder / "boxes", {"train": 146, "test": 9})
     for family, make_config in CONFIGS.items():
         torch.manual_seed(1)
         if family != "videos":
-            kind = SemanticSegmentation if family == "masks" else ImageClassification
-            TESTED[kind.name].plain().auto_class.from_config(make_config()).save_pretrained(
-                folder / f"teacher-{family}"
-            )
+            kind = {"masks": "semantic-segmentation", "boxes": "object-detection"}.get(family, "image-classification")
+            TESTED[kind].plain().auto_class.from_config(make_config()).save_pretrained(folder / f"teacher-{family}")
     for name, options in ONE_PROCESS_RUNS.items():
         train(folder, name, **options)
         reset()
@@ -93,6 +90,7 @@ def losses(runs: Path, name: str) -> np.ndarray:
         ("one_toy", "toy"),
         ("one_video", "video"),
         ("one_masks", "masks"),
+        ("one_boxes", "boxes"),
     ],
 )
 def test_two_processes_have_the_losses_of_one(runs, spread, one, kind):

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 from conftest import make_video_config, make_vim_config
-from datasets import ClassLabel, Dataset, Features, Image, Video
+from datasets import ClassLabel, Dataset, Features, Image, List, Value, Video
 from PIL import Image as PILImage
 from videos import coloured_frames, write_class_folders, write_video
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.training.tasks import TASKS
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
+from hf_vssm_prune.training.tasks.object_detection import DetectionArguments, ObjectDetection
 from hf_vssm_prune.training.tasks.semantic_segmentation import SegmentationArguments, SemanticSegmentation
 from hf_vssm_prune.training.tasks.task import Task
 from hf_vssm_prune.training.tasks.video_classification import VideoClassification, VideoTrainingArguments
@@ -136,15 +137,66 @@ def write_mask_parquet(folder: Path) -> None:
     (folder / "id2label.json").write_text(json.dumps(COLOURS))
 
 
+def boxed_image(channel: int, generator: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+    """Pixels of a colour with a rectangle of the next one, whose box it has: left, top, width, height."""
+    pixels, mask = masked_image(channel, generator)
+    rows, columns = np.nonzero(mask != channel)
+    left, top = columns.min(), rows.min()
+    return pixels, [int(each) for each in (left, top, columns.max() + 1 - left, rows.max() + 1 - top)]
+
+
+def write_box_folder(folder: Path, counts: Mapping[str, int] = {"train": 36, "test": 15}) -> None:
+    """COCO's form, with one object in each image."""
+    generator = np.random.default_rng(0)
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(COLOURS.values())]
+    for split, count in counts.items():
+        (folder / split).mkdir()
+        content = {"images": [], "annotations": [], "categories": categories}
+        for i in range(count):
+            pixels, box = boxed_image(i % 3, generator)
+            PILImage.fromarray(pixels).save(folder / split / f"{i}.png")
+            content["images"].append({"id": i, "file_name": f"{i}.png"})
+            content["annotations"].append({"id": i, "image_id": i, "category_id": (i + 1) % 3 + 1, "bbox": box})
+        (folder / f"{split}.json").write_text(json.dumps(content))
+
+
+def write_box_parquet(folder: Path) -> None:
+    """transformers' "objects"."""
+    generator = np.random.default_rng(0)
+    objects = {"bbox": List(List(Value("float32"))), "category": List(ClassLabel(names=list(COLOURS.values())))}
+    features = Features({"image": Image(), "objects": objects})
+    for split, count in (("train-0", 13), ("train-1", 13), ("test-0", 5)):
+        pairs = [boxed_image(i % 3, generator) for i in range(count)]
+        columns = {
+            "image": [{"bytes": encode_pixels(pixels), "path": None} for pixels, _ in pairs],
+            "objects": [{"bbox": [box], "category": [(i + 1) % 3]} for i, (_, box) in enumerate(pairs)],
+        }
+        Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+
+
 IMAGE_DATA = (make_vim_config, write_image_folder, lambda folder: write_parquet(folder, Image, encode_image))
 VIDEO_DATA = (make_video_config, write_video_folder, lambda folder: write_parquet(folder, Video, encode_video))
 MASK_DATA = (make_vim_config, write_mask_folder, write_mask_parquet)
+BOX_DATA = (make_vim_config, write_box_folder, write_box_parquet)
+SMALL_DETECTOR = {
+    **{"input_size": [32], "head_channels": 16, "head_ffn_channels": 16, "head_attention_heads": 2},
+    **{"decoder_layers": 1, "num_queries": 21},
+}
 SMALL_HEAD = {"head_channels": 8, "auxiliary_channels": 8, "crop_size": [32]}
 TESTED: dict[str, Tested] = {
     "image-classification": Tested(
         lambda: ImageClassification(AugmentationArguments(**PLAIN, **UNMIXED)), ImageClassification, *IMAGE_DATA
     ),
     "mean-colour": Tested(MeanColour, lambda: MeanColour(MeanColour.training_arguments(noise=0.1)), *IMAGE_DATA),
+    "object-detection": Tested(
+        lambda: ObjectDetection(
+            DetectionArguments(
+                **SMALL_DETECTOR, scale=[1.0, 1.0], hflip=0.0, no_photometric_distortion=True, num_denoising=0
+            )
+        ),
+        lambda: ObjectDetection(DetectionArguments(**SMALL_DETECTOR, vflip=0.5, num_denoising=4)),
+        *BOX_DATA,
+    ),
     "semantic-segmentation": Tested(
         lambda: SemanticSegmentation(
             SegmentationArguments(

@@ -1,16 +1,18 @@
-"""Pictures of what pruned models with heads make of images: label maps over them, beside the tokens that are kept."""
+"""Pictures of what pruned models with heads make of images: label maps or
+boxes over them, beside the tokens that are kept."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from transformers import BaseImageProcessor
+from transformers import AutoModelForObjectDetection, BaseImageProcessor
 
 from .configuration_common import pruned_config
+from .detections import Detections, find_objects
 from .panels import BACKGROUND, FONT_SIZE, MARGIN, PANEL_SIZE, TEXT, fit, headings, lay_out
 from .visualization import (
     draw_stages,
@@ -24,6 +26,7 @@ from .visualization import (
 
 LABEL_OPACITY = 0.6
 LEGEND_LINES = 10
+LEAST_SCORE = 0.5  # of a box that is drawn, as in transformers' pipeline
 # Of a circle: hues of successive ids lie far apart, however many there are.
 GOLDEN_SECTION = 0.618034
 
@@ -48,27 +51,55 @@ def draw_label_map(image: Image.Image, labels: Tensor) -> Image.Image:
     return Image.blend(image.convert("RGB"), colours, LABEL_OPACITY)
 
 
-def draw_legend(labels: Tensor, names: Sequence[str]) -> Image.Image:
-    """The names of the classes that a label map has, the largest first, each by its colour."""
-    counts = torch.bincount(labels.flatten().cpu(), minlength=len(names))
-    present = [label for label in counts.argsort(descending=True).tolist() if counts[label] > 0][:LEGEND_LINES]
+def draw_legend(entries: Sequence[tuple[int, str]]) -> Image.Image:
+    """Names of classes, each by its colour: `LEGEND_LINES` at most."""
+    entries = entries[:LEGEND_LINES]
     line = PANEL_SIZE // LEGEND_LINES
-    panel = Image.new("RGB", (PANEL_SIZE, line * len(present)), "white")
+    panel = Image.new("RGB", (PANEL_SIZE, line * max(1, len(entries))), "white")
     draw = ImageDraw.Draw(panel)
-    for number, label in enumerate(present):
+    for number, (label, text) in enumerate(entries):
         top = number * line
         draw.rectangle((0, top + 3, line - 6, top + line - 4), fill=class_colour(label))
-        share = f"{100 * int(counts[label]) / labels.numel():.0f}%"
-        draw.text(
-            (line + MARGIN / 2, top), f"{names[label]}  {share}", fill=TEXT, font=ImageFont.load_default(FONT_SIZE)
-        )
+        draw.text((line + MARGIN / 2, top), text, fill=TEXT, font=ImageFont.load_default(FONT_SIZE))
     return panel
 
 
-def visualize_segmentation(
+def shares_of_classes(labels: Tensor, names: Sequence[str]) -> list[tuple[int, str]]:
+    """For the legend of a label map its classes, the largest first, with their shares of it."""
+    counts = torch.bincount(labels.flatten().cpu(), minlength=len(names))
+    present = [label for label in counts.argsort(descending=True).tolist() if counts[label] > 0]
+    return [(label, f"{names[label]}  {100 * int(counts[label]) / labels.numel():.0f}%") for label in present]
+
+
+def draw_boxes(image: Image.Image, found: Detections, names: Sequence[str]) -> Image.Image:
+    """An image at a panel's size with the boxes on it that are found with a score of `LEAST_SCORE` or more.
+
+    Args:
+        image: of any size.
+        found: boxes in pixels of it.
+        names: the classes'.
+    """
+    panel = fit(image.convert("RGB"), PANEL_SIZE)
+    factor = panel.width / image.width
+    draw = ImageDraw.Draw(panel)
+    # The surest are drawn last, over the others.
+    for box, score, label in reversed(list(zip(*(each.tolist() for each in found), strict=True))):
+        if score >= LEAST_SCORE:
+            draw.rectangle([factor * side for side in box], outline=class_colour(label), width=2)
+    return panel
+
+
+def counts_of_classes(found: Detections, names: Sequence[str]) -> list[tuple[int, str]]:
+    """For the legend of a picture of boxes its classes, with how many of each there are."""
+    counts = torch.bincount(found.labels[found.scores >= LEAST_SCORE].cpu(), minlength=len(names)).tolist()
+    return [(label, f"{count} {names[label]}") for label, count in enumerate(counts) if count]
+
+
+def visualize_dense(
     model: Any, image_processor: BaseImageProcessor, images: Sequence[Image.Image], importance: bool = False
 ) -> Image.Image:
-    """Draws how a pruned model segments images of any size, one below the other; see `draw_segmentation`.
+    """Draws how a pruned model segments images of any size, or what it detects in them, one below the other; see
+    `draw_segmentation` and `draw_detection`.
 
     Raises:
         ValueError: the model is dense, there is no image, or the importance of tokens is asked for.
@@ -77,16 +108,22 @@ def visualize_segmentation(
         raise ValueError("`images` is empty; at least one image is needed.")
     if importance:
         raise ValueError("The importance of tokens is drawn for classifiers only.")
+    detects = type(model.config) in AutoModelForObjectDetection._model_mapping
+    draw = draw_detection if detects else draw_segmentation
     sheets = []
     for image in images:
         pixel_values = image_processor(image, return_tensors="pt")["pixel_values"]
-        sheets.append(draw_segmentation(model, pixel_values, *image_statistics(image_processor)))
+        sheets.append(draw(model, pixel_values, *image_statistics(image_processor)))
     whole = Image.new("RGB", (max(each.width for each in sheets), sum(each.height for each in sheets)), BACKGROUND)
     top = 0
     for each in sheets:
         whole.paste(each, (0, top))
         top += each.height
     return whole
+
+
+# What a model makes of an image, as a panel, and the entries of a legend for it.
+Answer = tuple[Image.Image, list[tuple[int, str]]]
 
 
 def draw_segmentation(model: Any, pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
@@ -101,19 +138,52 @@ def draw_segmentation(model: Any, pixel_values: Tensor, mean: Sequence[float], s
     Raises:
         ValueError: the model is dense.
     """
+    names = _names(model)
+
+    def answer(output: Any, index: int, image: Image.Image) -> Answer:
+        labels = output.logits[index].float().argmax(dim=0)
+        return fit(draw_label_map(image, labels), PANEL_SIZE), shares_of_classes(labels, names)
+
+    return _draw_answers(model, pixel_values, mean, std, "classes", answer)
+
+
+def draw_detection(model: Any, pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """Draws what a pruned model detects in each image, and which tokens its backbone keeps for it, stage by stage.
+    Arguments and errors are those of `draw_segmentation`."""
+    names = _names(model)
+
+    def answer(output: Any, index: int, image: Image.Image) -> Answer:
+        found = find_objects(output, torch.tensor([[image.height, image.width]] * len(output.logits)))[index]
+        return draw_boxes(image, found, names), counts_of_classes(found, names)
+
+    return _draw_answers(model, pixel_values, mean, std, "objects", answer)
+
+
+def _names(model: Any) -> list[str]:
+    return [model.config.id2label[label] for label in range(model.config.num_labels)]
+
+
+def _draw_answers(
+    model: Any,
+    pixel_values: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    heading: str,
+    answer: Callable[[Any, int, Image.Image], Answer],
+) -> Image.Image:
     config, output = pruned_config(model.config), run_pruned(model, pixel_values)
     input_size = config.input_size_of(pixel_values.shape)
     grid = config.grid_size_for(*input_size)
     kept = kept_patches(output.kept_tokens, config, input_size)
-    names = [model.config.id2label[label] for label in range(model.config.num_labels)]
     counts = [f"{tokens.shape[1]} / {grid[0] * grid[1]} tokens" for tokens in kept]
     rows: list[list[Image.Image | None]] = []
     captions: list[list[str]] = []
-    for index, labels in enumerate(output.logits.float().argmax(dim=1)):
+    for index in range(len(pixel_values)):
         image = image_from_pixel_values(pixel_values[index], mean, std)
         panels = draw_stages(patched_area(image, config), [tokens[index] for tokens in kept], grid)
-        rows.append([fit(draw_label_map(image, labels), PANEL_SIZE), *panels])
+        panel, entries = answer(output, index, image)
+        rows.append([panel, *panels])
         captions.append(["", "", *counts])
-        rows.append([draw_legend(labels, names), *(None for _ in panels)])
+        rows.append([draw_legend(entries), *(None for _ in panels)])
         captions.append(["" for _ in rows[-1]])
-    return lay_out(rows, ["classes", "input", *headings(len(kept), config.token_pruning["layers"])], captions)
+    return lay_out(rows, [heading, "input", *headings(len(kept), config.token_pruning["layers"])], captions)

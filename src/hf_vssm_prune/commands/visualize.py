@@ -20,7 +20,7 @@ from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.frame_sampling import SAMPLINGS
 from hf_vssm_prune.training.image_steps import decode_image
 from hf_vssm_prune.training.video_decoding import read_clip
-from hf_vssm_prune.visualization_of_heads import visualize_segmentation
+from hf_vssm_prune.visualization_of_heads import visualize_dense
 
 
 DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
@@ -32,7 +32,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_name_or_path",
         default=str(EXAMPLE_MODEL),
-        help="a classifier or a segmentation model, in a folder or on the Hub (default: the package's example model)",
+        help="a classifier, a segmentation model or a detector, in a folder or on the Hub (default: the example model)",
     )
     parser.add_argument(
         "--flops_reduction",
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
                 raise ValueError(f"--output {options.output}: an animation shows one video, without importance.")
             animate(model, image_processor, inputs[0], options.output)
         else:
-            draw = visualize_segmentation if of_pixels else visualize
+            draw = visualize_dense if of_pixels else visualize
             draw(model, image_processor, inputs, options.importance).save(options.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -54,6 +54,9 @@ METRIC_NAMES = {
     "mean_iou": "Mean IoU",
     "mean_accuracy": "Mean accuracy of classes",
     "overall_accuracy": "Pixel accuracy",
+    "map": "Mean average precision (COCO)",
+    "map_50": "Mean average precision at IoU 0.5",
+    "map_75": "Mean average precision at IoU 0.75",
 }
 
 # ---- What is known about a checkpoint ----------------------------------------------------------------------------

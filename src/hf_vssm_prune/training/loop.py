@@ -40,6 +40,7 @@ from hf_vssm_prune.training.checkpoints import (
     write_json,
 )
 from hf_vssm_prune.training.data import ImageDatasets
+from hf_vssm_prune.training.devices import launch_on_cores
 from hf_vssm_prune.training.distribution import (
     choose_deterministic_algorithms,
     lost_processes_named,
@@ -67,7 +68,7 @@ from hf_vssm_prune.training.memory import enable_activation_checkpointing
 from hf_vssm_prune.training.optimization import make_optimizer
 from hf_vssm_prune.training.run_log import LossWindow, RunLog
 from hf_vssm_prune.training.saved_models import SavedModels, WriteCard
-from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task, image_processor_of
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task, image_processor_of, leaves_parameters_idle
 
 
 # Of the metrics of the weights, and of their average.
@@ -140,7 +141,8 @@ class Trainer:
             fsdp=recipe.scale.fsdp,
             timeout=recipe.scale.ddp_timeout,
             # A stage that a step's schedule does not have leaves what it has learned alone.
-            find_unused_parameters=bool(self.elastic_schedules) and model.has_pruning_parameters,
+            find_unused_parameters=leaves_parameters_idle(self.task)
+            or (bool(self.elastic_schedules) and model.has_pruning_parameters),
         )
         self.log = RunLog(self.accelerator, recipe.run.with_tracking)
         if recipe.scale.deterministic:
@@ -283,6 +285,9 @@ class Trainer:
             f"{self.plain_model.num_parameters():,} parameters, "
             f"{flops.pruned.published / 1e9:.4g} GFLOPs ({flops.reduction:.1%} pruned)."
         )
+        device, batch_size = self.accelerator.device, self.recipe.optimization.per_device_train_batch_size
+        if launch := launch_on_cores(device, self.accelerator.num_processes, batch_size):
+            self.log.write(f"On this CPU one process of one thread on each core trains faster: {launch}")
 
     def _train_epoch(self, epoch: int, progress: tqdm) -> None:
         length = self.length

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from hf_vssm_prune.training.dense_augmentation import Box, distort_colours, resize_part
+
 
 CROP_TRIES = 10
 
@@ -78,10 +80,6 @@ def augment(
     return image, np.ascontiguousarray(mask)
 
 
-# (top, left, bottom, right) in pixels.
-Box = tuple[int, int, int, int]
-
-
 def _choose_box(
     mask: np.ndarray,
     size: tuple[int, int],
@@ -103,14 +101,6 @@ def _choose_box(
     return box
 
 
-def resize_part(image: Image.Image, size: tuple[int, int], box: Box, resample: Image.Resampling) -> Image.Image:
-    """The part in a box of an image that is resized to a size (height, width)."""
-    top, left, bottom, right = box
-    vertical, horizontal = image.height / size[0], image.width / size[1]
-    part = (left * horizontal, top * vertical, right * horizontal, bottom * vertical)
-    return image.resize((right - left, bottom - top), resample, box=part)
-
-
 def part_of_mask(mask: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarray:
     """The same of a mask, each pixel with the id of the nearest one."""
     top, left, bottom, right = box
@@ -119,29 +109,3 @@ def part_of_mask(mask: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarra
         for first, last, before, after in zip((top, left), (bottom, right), mask.shape, size, strict=True)
     )
     return mask[rows[:, None], columns]
-
-
-def distort_colours(image: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """SSD's photometric distortion: brightness by up to 32 of 255, contrast and saturation by factors from 0.5 to 1.5,
-    hue by up to a tenth of the circle; each half of the time, contrast before or after the others."""
-    pixels = np.asarray(image).astype(np.float32)
-    if generator.random() < 0.5:
-        pixels += generator.uniform(-32, 32)
-    contrast_first, contrast = generator.random() < 0.5, generator.random() < 0.5
-    factor = generator.uniform(0.5, 1.5)
-    if contrast and contrast_first:
-        pixels *= factor
-    saturation = generator.uniform(0.5, 1.5) if generator.random() < 0.5 else 1.0
-    hue = generator.uniform(-18, 18) * 255 / 180 if generator.random() < 0.5 else 0.0
-    if image.mode == "RGB" and (saturation != 1.0 or hue != 0.0):
-        hsv = np.asarray(Image.fromarray(_as_bytes(pixels)).convert("HSV")).astype(np.float32)
-        hsv[..., 0] = (hsv[..., 0] + hue) % 256
-        hsv[..., 1] *= saturation
-        pixels = np.asarray(Image.fromarray(_as_bytes(hsv), mode="HSV").convert("RGB")).astype(np.float32)
-    if contrast and not contrast_first:
-        pixels *= factor
-    return Image.fromarray(_as_bytes(pixels))
-
-
-def _as_bytes(pixels: np.ndarray) -> np.ndarray:
-    return pixels.round().clip(0, 255).astype(np.uint8)

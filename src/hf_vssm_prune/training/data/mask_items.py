@@ -6,17 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import BaseImageProcessor
-from transformers.image_transforms import get_size_with_aspect_ratio
 
+from hf_vssm_prune.training.data.dense_items import DenseItems, Epochs, normalize, resampling, resized_size
 from hf_vssm_prune.training.data.masks import check_mask, decode_mask, reduced
 from hf_vssm_prune.training.data.segmentation import Pairs, PairStream
-from hf_vssm_prune.training.image_steps import decode_image
 from hf_vssm_prune.training.mask_augmentation import MaskAugmentation, augment
 
 
-class _MaskedImages(torch.utils.data.Dataset[dict[str, Any]]):
+class _MaskedImages(DenseItems):
     """Pairs of images and masks.
 
     Args:
@@ -28,34 +26,18 @@ class _MaskedImages(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(
         self, pairs: Pairs | PairStream, image_processor: BaseImageProcessor, ignore_index: int, reduce_labels: bool
     ) -> None:
-        self._pairs, self._image_processor = pairs, image_processor
+        super().__init__(pairs, image_processor)
         self._ignore_index, self._reduce_labels = ignore_index, reduce_labels
-        values = image_processor.to_dict()
-        self._mode = "L" if values.get("do_normalize") and len(np.atleast_1d(values["image_mean"])) == 1 else "RGB"
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, index: Any) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"There is no image {index}: there are {len(self)}.")
-        row = self._pairs.rows[index]
-        return self._item(row, f"row {row['row']}", index)
 
     def _item(self, row: Mapping[str, Any], place: str, index: int) -> dict[str, Any]:
-        image_name, mask_name = (f"The {kind} in {place} of split '{self._pairs.split}'" for kind in ("image", "mask"))
-        image = decode_image(row["image"], self._mode, _with_path(image_name, row["image"]))
-        mask_name = _with_path(mask_name, row["mask"])
+        image = self._image(row, place)
+        mask_name = self._name("mask", place, row["mask"])
         mask = reduced(decode_mask(row["mask"], mask_name), self._reduce_labels)
-        check_mask(mask, image.size, self._pairs.num_labels, self._ignore_index, mask_name)
+        check_mask(mask, image.size, self._dataset.num_labels, self._ignore_index, mask_name)
         return self._prepare(image, mask, index)
 
     def _prepare(self, image: Image.Image, mask: np.ndarray, index: int) -> dict[str, Any]:
         raise NotImplementedError
-
-
-def _with_path(name: str, stored: Mapping[str, Any] | None) -> str:
-    return name if stored is None or stored["path"] is None else f"{name} ('{stored['path']}')"
 
 
 class EvaluationMasks(_MaskedImages):
@@ -106,16 +88,14 @@ class TrainingMasks(_MaskedImages):
         seed: int,
     ) -> None:
         super().__init__(pairs, image_processor, ignore_index, reduce_labels)
-        self._augmentation, self._seed = augmentation, seed
-        # In shared memory, so that the persistent workers of a data loader see the new epoch as well.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._augmentation, self._epoch = augmentation, Epochs(seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Call it before the data loader's iterator is made: workers read ahead."""
-        self._epoch.fill_(epoch)
+        self._epoch.set(epoch)
 
     def _prepare(self, image: Image.Image, mask: np.ndarray, index: int) -> dict[str, Any]:
-        generator = np.random.default_rng((self._seed, int(self._epoch), index))
+        generator = self._epoch.generator(index)
         size, resample = resized_size(self._image_processor, image), resampling(self._image_processor)
         image, mask = augment(image, mask, size, resample, self._augmentation, self._ignore_index, generator)
         crop_height, crop_width = self._augmentation.crop_size
@@ -132,37 +112,6 @@ class StreamedTrainingMasks(TrainingMasks):
     def __getitem__(self, numbered_row: Any) -> dict[str, Any]:
         place, row = numbered_row
         return self._item(row, f"place {place} of epoch {int(self._epoch)}", place)
-
-
-def resized_size(image_processor: BaseImageProcessor, image: Image.Image) -> tuple[int, int]:
-    """(height, width) to which an image processor resizes an image; its own where it does not resize.
-
-    Raises:
-        ValueError: the image processor does not say it by height and width or by a shortest edge.
-    """
-    values = image_processor.to_dict()
-    if not values.get("do_resize"):
-        return image.height, image.width
-    size = {name: value for name, value in values["size"].items() if value is not None}
-    if size.keys() == {"height", "width"}:
-        return size["height"], size["width"]
-    if "shortest_edge" not in size:
-        raise ValueError(f"The image processor's size is {size}: height and width, or a shortest edge, are needed.")
-    height, width = get_size_with_aspect_ratio(
-        (image.height, image.width), size["shortest_edge"], size.get("longest_edge")
-    )
-    return height, width
-
-
-def resampling(image_processor: BaseImageProcessor) -> Image.Resampling:
-    """The filter of an image processor's resizing."""
-    resample = image_processor.to_dict().get("resample")
-    return Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
-
-
-def normalize(image_processor: BaseImageProcessor, image: Image.Image) -> Tensor:
-    """Pixel values (channels, height, width) of an image as large as it is."""
-    return image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"][0]
 
 
 def collate_masks(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

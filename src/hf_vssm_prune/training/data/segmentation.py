@@ -76,7 +76,7 @@ def load_segmentation_datasets(
     elif data.streaming:
         raise ValueError(f"'{name}' has no split to evaluate on; with --streaming it must have one: name --eval_split.")
     else:
-        train_rows, evaluation_rows = _set_apart(train_rows, data.train_val_split, seed)
+        train_rows, evaluation_rows = set_apart(train_rows, data.train_val_split, seed)
     label_names = read_label_names(name, label_file)
     if label_names is None:
         if data.streaming:
@@ -170,7 +170,7 @@ def standardize_pairs(rows: Any, image_column: str | None, mask_column: str | No
     return concatenate_datasets([rows, numbers], split=rows.split, axis=1)
 
 
-def _set_apart(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+def set_apart(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Sets a share apart for evaluation, at least one image and not all."""
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} training images cannot be split into some to train on and some to evaluate.")

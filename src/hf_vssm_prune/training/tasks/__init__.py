@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 from hf_vssm_prune.training.recipes import read_recipe
 from hf_vssm_prune.training.tasks.classification import ImageClassification
+from hf_vssm_prune.training.tasks.object_detection import ObjectDetection
 from hf_vssm_prune.training.tasks.semantic_segmentation import SemanticSegmentation
 from hf_vssm_prune.training.tasks.task import Task
 from hf_vssm_prune.training.tasks.video_classification import VideoClassification
 
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (ImageClassification, SemanticSegmentation, VideoClassification)
+    task.name: task for task in (ImageClassification, ObjectDetection, SemanticSegmentation, VideoClassification)
 }
 DEFAULT_TASK = ImageClassification.name
 

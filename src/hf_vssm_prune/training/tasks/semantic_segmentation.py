@@ -16,7 +16,7 @@ from hf_vssm_prune.configuration_common import FEATURE_NORMS, pruned_config
 from hf_vssm_prune.feature_pyramid import PYRAMIDS
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement
 from hf_vssm_prune.precision import at_least_float32
-from hf_vssm_prune.training import segmentation_models
+from hf_vssm_prune.training import dense_models
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.arguments.parsing import check_range, describe
 from hf_vssm_prune.training.data import ImageDatasets
@@ -33,7 +33,7 @@ from hf_vssm_prune.training.data.segmentation import (
 )
 from hf_vssm_prune.training.losses import LossWeights, distillation_loss
 from hf_vssm_prune.training.mask_augmentation import MaskAugmentation
-from hf_vssm_prune.training.segmentation_models import HeadOptions, SegmentationModels
+from hf_vssm_prune.training.segmentation_models import HeadOptions, SegmentationModels, segmentation_processor
 from hf_vssm_prune.training.sliding_window import slide
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Scores
 from hf_vssm_prune.visualization import image_statistics
@@ -214,7 +214,7 @@ class SemanticSegmentation:
 
     def image_processor(self, image_processor: BaseImageProcessor) -> BaseImageProcessor:
         """That of a model in training, from the checkpoint's."""
-        return segmentation_models.segmentation_processor(image_processor, self._training.short_side)
+        return segmentation_processor(image_processor, self._training.short_side)
 
     # Models: labelled by name
 
@@ -226,7 +226,7 @@ class SemanticSegmentation:
         ignore_mismatched_sizes: bool = False,
         some_labels: bool = False,
     ) -> PrunableModel:
-        return segmentation_models.load_model(
+        return dense_models.load_model(
             self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels
         )
 
@@ -238,7 +238,7 @@ class SemanticSegmentation:
         dtype: str = "float32",
         image_size: int | None = None,
     ) -> PrunableModel:
-        return segmentation_models.load_teacher(name_or_path, student, losses, dtype)
+        return dense_models.load_teacher(self.auto_class, name_or_path, student, losses, dtype)
 
     # Training
 

@@ -52,8 +52,9 @@ class Task(Protocol):
     """What is trained for, and how it is measured.
 
     A task may also have `predict(model, batch)`, where a measurement takes more than a forward of the batch's inputs,
-    and `image_processor(image_processor)`, where its models need another than their checkpoint's: see `predict` and
-    `image_processor_of`.
+    `image_processor(image_processor)`, where its models need another than their checkpoint's, and
+    `idle_parameters = True`, where some batches leave parameters without a gradient: see `predict`,
+    `image_processor_of` and `leaves_parameters_idle`.
 
     Attributes:
         name: on the command line (`--task`) and in checkpoints; that of transformers' pipeline where there is one.
@@ -164,3 +165,8 @@ def image_processor_of(task: Task, image_processor: BaseImageProcessor) -> BaseI
     """That of a model in training for the task, from its checkpoint's."""
     own = getattr(task, "image_processor", None)
     return image_processor if own is None else own(image_processor)
+
+
+def leaves_parameters_idle(task: Task) -> bool:
+    """Whether some batches leave parameters without a gradient, for which processes must not wait."""
+    return bool(getattr(task, "idle_parameters", False))

@@ -1,0 +1,46 @@
+"""What a detector finds in images, from what it puts out."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+MOST_DETECTIONS = 100  # that COCO counts in an image
+
+
+class Detections(NamedTuple):
+    """Of one image, the surest first: boxes (n, 4), left, top, right and bottom in pixels; scores (n,) from 0 to 1;
+    labels (n,) class ids."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def rows(self) -> Tensor:
+        """(n, 6): box, score, label."""
+        return torch.cat([self.boxes, self.scores[:, None], self.labels[:, None]], dim=1)
+
+
+def to_corners(boxes: Tensor) -> Tensor:
+    """Boxes (..., 4) as left, top, right and bottom, from middle, width and height."""
+    middle, sides = boxes.split(2, dim=-1)
+    return torch.cat([middle - sides / 2, middle + sides / 2], dim=-1)
+
+
+@torch.no_grad()
+def find_objects(outputs: Any, sizes: Tensor) -> list[Detections]:
+    """What a detector finds, in each image the `MOST_DETECTIONS` surest pairs of a query and a class.
+
+    Args:
+        outputs: with `logits` (batch, queries, classes), of which a sigmoid makes probabilities, and `pred_boxes`
+            (batch, queries, 4), middle, width and height as fractions of the image's sides.
+        sizes: (batch, 2), height and width of the images.
+    """
+    scores = outputs.logits.float().sigmoid().flatten(1)
+    num_labels = outputs.logits.shape[-1]
+    scores, places = scores.topk(min(MOST_DETECTIONS, scores.shape[1]))
+    sides = sizes.to(scores.device, scores.dtype).flip(1).repeat(1, 2)
+    boxes = to_corners(outputs.pred_boxes.float()) * sides[:, None]
+    boxes = boxes.gather(1, places.div(num_labels, rounding_mode="floor").unsqueeze(-1).expand(-1, -1, 4))
+    return [Detections(*each) for each in zip(boxes, scores, places % num_labels, strict=True)]

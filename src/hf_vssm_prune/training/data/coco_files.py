@@ -1,0 +1,121 @@
+"""COCO's JSON: a file for each split, with "images", "annotations" and "categories"."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_vssm_prune.training.data.sources import SPLIT_NAMES
+
+
+PARTS = ("images", "annotations", "categories")
+
+
+def read_coco(
+    folder: Path, files: Sequence[Path], images: Sequence[Path]
+) -> tuple[dict[str, list[tuple[str, list[dict[str, Any]]]]], list[str]]:
+    """The images of each split with their objects, and the categories' names in the order of their ids; a category
+    without an object, as Roboflow has one above the others, is left out. Nothing where there is no such file.
+
+    Args:
+        folder: where they are.
+        files, images: in it.
+
+    Raises:
+        ValueError: a file cannot be read, two are of one split, an image is not there, or an object of no category.
+    """
+    contents = {file: content for file in files if file.suffix.lower() == ".json" and (content := _read(file))}
+    files_of_split: dict[str, Path] = {}
+    for file in contents:
+        split = _split_of(file.relative_to(folder))
+        if split in files_of_split:
+            raise ValueError(
+                f"'{files_of_split[split]}' and '{file}' are both of split '{split}': name one of them by its split "
+                "(train, val, test), or leave it out."
+            )
+        files_of_split[split] = file
+    used = {each.get("category_id") for content in contents.values() for each in content["annotations"]}
+    names: dict[int, str] = {}
+    for content in contents.values():
+        for category in content["categories"]:
+            if category["id"] in used:
+                names.setdefault(category["id"], str(category["name"]))
+    places = _Places(folder, images)
+    rows = {split: _rows(file, split, contents[file], names, places) for split, file in files_of_split.items()}
+    return rows, [names[label] for label in sorted(names)]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """The content of a file of COCO's form; None of another one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"'{file}' cannot be read as JSON: {error}") from error
+    return content if isinstance(content, dict) and all(name in content for name in PARTS) else None
+
+
+def _split_of(file: Path) -> str:
+    """What the file's name says (`instances_train2017.json`, `val.json`), or a folder around it."""
+    for part in (file.stem, *reversed(file.parts[:-1])):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in SPLIT_NAMES:
+                return SPLIT_NAMES[word]
+    return "train"
+
+
+def _rows(
+    file: Path, split: str, content: dict[str, Any], names: dict[int, str], places: "_Places"
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    objects: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    known = {image["id"] for image in content["images"]}
+    for each in content["annotations"]:
+        label, number = each.get("category_id"), each.get("id")
+        if label not in names:
+            raise ValueError(f"Annotation {number} of '{file}' has the category {label}, which is not among them.")
+        if each.get("image_id") not in known:
+            raise ValueError(
+                f"Annotation {number} of '{file}' is of image {each.get('image_id')}, which is not among them."
+            )
+        if "bbox" not in each:
+            raise ValueError(f"Annotation {number} of '{file}' has no 'bbox'.")
+        crowd = bool(each.get("iscrowd"))
+        objects[each["image_id"]].append({"bbox": each["bbox"], "category": names[label], "iscrowd": crowd})
+    found = [(places.find(image["file_name"], file, split), objects[image["id"]]) for image in content["images"]]
+    if missing := [image["file_name"] for image, (place, _) in zip(content["images"], found, strict=True) if not place]:
+        raise ValueError(
+            f"{len(missing)} of {len(found)} images of '{file}' are not there; the first is '{missing[0]}'."
+        )
+    return [(str(place), of_image) for place, of_image in found]
+
+
+class _Places:
+    """Image files by their names: what a `file_name` is relative to, no file says."""
+
+    def __init__(self, folder: Path, images: Sequence[Path]) -> None:
+        self._folder = folder
+        self._by_name: dict[str, list[Path]] = defaultdict(list)
+        for image in images:
+            self._by_name[image.name].append(image)
+
+    def find(self, file_name: str, beside: Path, split: str) -> Path | None:
+        """The file whose path ends like that; of several the one of the JSON file's split, or the nearest to it."""
+        wanted = Path(file_name).parts
+        found = [
+            image for image in self._by_name.get(Path(file_name).name, ()) if image.parts[-len(wanted) :] == wanted
+        ]
+
+        def rank(image: Path) -> tuple[bool, int]:
+            return _split_of(image.relative_to(self._folder)) != split, _distance(image, beside)
+
+        return min(found, key=rank, default=None)
+
+
+def _distance(image: Path, beside: Path) -> int:
+    """Steps up and down from one file's folder to the other's."""
+    one, other = image.parent.parts, beside.parent.parts
+    shared = 0
+    while shared < min(len(one), len(other)) and one[shared] == other[shared]:
+        shared += 1
+    return len(one) + len(other) - 2 * shared

@@ -1,0 +1,114 @@
+"""What the items of segmentation and detection have in common: images of any size, and an image processor's steps that
+are taken one by one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BaseImageProcessor
+from transformers.image_transforms import get_size_with_aspect_ratio
+
+from hf_vssm_prune.training.image_steps import decode_image
+
+
+class DenseItems(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows of images, each with more to be said of it.
+
+    Args:
+        dataset: has its rows in `rows`, stored or streamed, and its split's name in `split`.
+        image_processor: that of the model.
+    """
+
+    def __init__(self, dataset: Any, image_processor: BaseImageProcessor) -> None:
+        self._dataset, self._image_processor = dataset, image_processor
+        values = image_processor.to_dict()
+        self._mode = "L" if values.get("do_normalize") and len(np.atleast_1d(values["image_mean"])) == 1 else "RGB"
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no image {index}: there are {len(self)}.")
+        row = self._dataset.rows[index]
+        return self._item(row, f"row {row['row']}", index)
+
+    def _item(self, row: Mapping[str, Any], place: str, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _name(self, kind: str, place: str, stored: Mapping[str, Any] | None) -> str:
+        """What errors call it."""
+        name = f"The {kind} in {place} of split '{self._dataset.split}'"
+        return name if stored is None or stored["path"] is None else f"{name} ('{stored['path']}')"
+
+    def _image(self, row: Mapping[str, Any], place: str) -> Image.Image:
+        return decode_image(row["image"], self._mode, self._name("image", place, row["image"]))
+
+
+class Epochs:
+    """What is random in an item depends on the seed, the epoch and the index alone."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        # In shared memory, so that the persistent workers of a data loader see the new epoch as well.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __int__(self) -> int:
+        return int(self._epoch)
+
+    def generator(self, index: int) -> np.random.Generator:
+        """Of all that is random in an item."""
+        return np.random.default_rng((self._seed, int(self), index))
+
+
+def resized_size(image_processor: BaseImageProcessor, image: Image.Image) -> tuple[int, int]:
+    """(height, width) to which an image processor resizes an image; its own where it does not resize.
+
+    Raises:
+        ValueError: the image processor does not say it by height and width or by a shortest edge.
+    """
+    values = image_processor.to_dict()
+    if not values.get("do_resize"):
+        return image.height, image.width
+    size = {name: value for name, value in values["size"].items() if value is not None}
+    if size.keys() == {"height", "width"}:
+        return size["height"], size["width"]
+    if "shortest_edge" not in size:
+        raise ValueError(f"The image processor's size is {size}: height and width, or a shortest edge, are needed.")
+    height, width = get_size_with_aspect_ratio(
+        (image.height, image.width), size["shortest_edge"], size.get("longest_edge")
+    )
+    return height, width
+
+
+def resampling(image_processor: BaseImageProcessor) -> Image.Resampling:
+    """The filter of an image processor's resizing."""
+    resample = image_processor.to_dict().get("resample")
+    return Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
+
+
+def normalize(image_processor: BaseImageProcessor, image: Image.Image) -> Tensor:
+    """Pixel values (channels, height, width) of an image as large as it is."""
+    return image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"][0]
+
+
+def fixed_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+    """(height, width) to which an image processor resizes all images.
+
+    Raises:
+        ValueError: images keep their aspect ratio, or are not resized.
+    """
+    values = image_processor.to_dict()
+    size = values.get("size") or {}
+    if not values.get("do_resize") or not (size.get("height") and size.get("width")):
+        raise ValueError(
+            f"The image processor's size is {dict(size)}, with do_resize {values.get('do_resize')}: a detector's "
+            "images are all resized to one height and width; give --input_size."
+        )
+    return size["height"], size["width"]

@@ -1,0 +1,299 @@
+"""Images with objects, a box and a class each: from any data set to one with the columns "image", "boxes", "labels",
+"crowd" and "row"."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    NamedSplit,
+    Value,
+    concatenate_datasets,
+)
+from datasets import (
+    Sequence as Repeated,
+)
+
+from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
+from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, read_rows
+from hf_vssm_prune.training.data.loading import choose_split, count_rows, draw_samples, find_evaluation_split
+from hf_vssm_prune.training.data.media import IMAGES
+from hf_vssm_prune.training.data.object_files import holds_object_files, load_object_files
+from hf_vssm_prune.training.data.objects import Fields, find_fields, read_objects
+from hf_vssm_prune.training.data.segmentation import read_label_names, set_apart
+from hf_vssm_prune.training.data.sources import load_splits
+
+
+logger = logging.getLogger(__name__)
+
+OBJECT_COLUMNS = ("objects", "annotations", "object", "annotation", "labels", "label")
+COLUMNS: dict[str, Any] = {
+    "boxes": Repeated(Repeated(Value("float32"), length=4)),
+    "labels": Repeated(Value("int64")),
+    "crowd": Repeated(Value("bool")),
+}
+
+
+@dataclass(frozen=True)
+class BoxedImages:
+    """Stored rows: "image", not decoded; "boxes", left, top, width and height in pixels; "labels"; "crowd"; "row"."""
+
+    rows: Dataset
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def split(self) -> str:
+        return str(self.rows.split)
+
+
+class BoxedStream(ImageStream):
+    """The same of rows that are read one after the other, without "row"."""
+
+
+@dataclass(frozen=True)
+class ObjectOptions:
+    """How objects are given.
+
+    Attributes:
+        label_file: names the classes; None: the column's type, or a file beside the data.
+        corners: a box is left, top, right, bottom, and not left, top, width, height.
+    """
+
+    label_file: str | None = None
+    corners: bool = False
+
+
+def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: int) -> ImageDatasets:
+    """Both sides of a training run.
+
+    Args:
+        data: which data, splits, columns and samples.
+        options: how objects are given.
+        seed: of what is drawn.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such data, a column or a split is missing, or an object is refused.
+    """
+    name = data.dataset_name
+    splits = _load_splits(data, data.streaming)
+    train = choose_split(splits, data.train_split, name)
+    reader = _ObjectReader.of_rows(train, data, options)
+    count = data.max_train_samples or (count_rows(train, name, data.train_split) if data.streaming else None)
+    train_rows = reader.read(train)
+    eval_split = data.eval_split or find_evaluation_split(splits, excluded=data.train_split)
+    if eval_split is not None:
+        evaluation = choose_split(splits, eval_split, name)
+        if data.streaming:
+            evaluation = _stored(evaluation, eval_split)
+        evaluation_rows = _ObjectReader.of_rows(evaluation, data, options, reader.names).read(evaluation)
+    elif data.streaming:
+        raise ValueError(f"'{name}' has no split to evaluate on; with --streaming it must have one: name --eval_split.")
+    else:
+        train_rows, evaluation_rows = set_apart(train_rows, data.train_val_split, seed)
+    evaluation_rows = draw_samples(evaluation_rows, data.max_eval_samples, "max_eval_samples", seed, IMAGES)
+    _refuse_without_objects(evaluation_rows)
+    if not data.streaming:
+        train_rows = draw_samples(train_rows, data.max_train_samples, "max_train_samples", seed, IMAGES)
+        _refuse_without_objects(train_rows)
+        return ImageDatasets(BoxedImages(train_rows), BoxedImages(evaluation_rows), reader.names)
+    if count is None:
+        raise ValueError(
+            f"'{name}' does not say how many images split '{data.train_split}' has: say it with --max_train_samples."
+        )
+    taken = train_rows if data.max_train_samples is None else train_rows.take(count)
+    stream = BoxedStream(taken, count, data.shuffle_buffer_size, data.train_split)
+    return ImageDatasets(stream, BoxedImages(evaluation_rows), reader.names)
+
+
+def load_detection_evaluation(
+    data: EvaluationDataArguments, options: ObjectOptions, seed: int
+) -> tuple[BoxedImages, list[str]]:
+    """The rows to evaluate, and the classes' names; see `load_detection_datasets`."""
+    splits = _load_splits(data, streaming=False)
+    split = data.eval_split or find_evaluation_split(splits, excluded=None) or next(iter(splits))
+    stored = choose_split(splits, split, data.dataset_name)
+    reader = _ObjectReader.of_rows(stored, data, options)
+    rows = draw_samples(reader.read(stored), data.max_eval_samples, "max_eval_samples", seed, IMAGES)
+    _refuse_without_objects(rows)
+    return BoxedImages(rows), reader.names
+
+
+def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
+    folder = Path(data.dataset_name).expanduser()
+    if not holds_object_files(folder):
+        return load_splits(data.dataset_name, data.dataset_config_name, streaming)
+    if streaming:
+        raise ValueError(f"The images in '{folder}' are read as they are needed anyway: leave out --streaming.")
+    return load_object_files(folder)
+
+
+def _stored(rows: IterableDataset, split: str) -> Dataset:
+    """A stream, read once into datasets' cache."""
+    return Dataset.from_generator(
+        read_rows, features=rows.features, gen_kwargs={"rows": rows, "split": split}, split=NamedSplit(split)
+    )
+
+
+def _refuse_without_objects(rows: Dataset) -> None:
+    if not any(len(labels) for labels in rows["labels"]):
+        raise ValueError(f"None of the {len(rows)} images of split '{rows.split}' has an object.")
+
+
+@dataclass(frozen=True)
+class _ObjectReader:
+    """Reads the rows of one split.
+
+    Attributes:
+        image_column, object_column: of the split.
+        fields: of the objects.
+        own_names: the classes that the split's ids index; None: they are names, or ids of `names`.
+        names: the classes by their ids.
+    """
+
+    image_column: str
+    object_column: str
+    fields: Fields
+    own_names: list[str] | None
+    names: list[str]
+
+    @classmethod
+    def of_rows(
+        cls, rows: Any, data: EvaluationDataArguments, options: ObjectOptions, names: list[str] | None = None
+    ) -> "_ObjectReader":
+        """
+        Args:
+            rows: of a split, stored or streamed.
+            names: the training split's classes, for another split.
+        """
+        features = rows.features if rows.features is not None else rows._resolve_features().features
+        image_column, object_column = _find_columns(features, rows.split, data)
+        kinds = _fields_of(features[object_column], object_column)
+        fields = find_fields(list(kinds), options.corners, object_column)
+        own = kinds[fields.label]
+        own_names = list(own.names) if isinstance(own, ClassLabel) else None
+        if options.label_file is not None or own_names is None:
+            own_names = read_label_names(data.dataset_name, options.label_file) or own_names
+        if own_names is None and not isinstance(rows, IterableDataset):
+            own_names = _names_in(rows, object_column, fields)
+        if own_names is None:
+            raise ValueError(
+                f"Column '{object_column}' does not name its classes, and is streamed: name them with --label_file."
+            )
+        return cls(image_column, object_column, fields, own_names, names or own_names)
+
+    def read(self, rows: Any) -> Any:
+        """Rows with the columns of `BoxedImages`; streamed ones without "row".
+
+        Raises:
+            ValueError: an object is refused, see `read_objects`, or of an unknown class.
+        """
+        if isinstance(rows, IterableDataset):
+            return self._read_stream(rows)
+        objects = [
+            self._read(stored, f"The objects in row {row} of split '{rows.split}'")
+            for row, stored in enumerate(rows.select_columns([self.object_column])[self.object_column])
+        ]
+        _refuse_fractions([each["boxes"] for each in objects], str(rows.split))
+        if left_out := sum(each.pop("without_area") for each in objects):
+            logger.warning("%d boxes of split '%s' have no area, and are left out.", left_out, rows.split)
+        images = rows.select_columns([self.image_column])
+        if self.image_column != "image":
+            images = images.rename_column(self.image_column, "image")
+        columns = Dataset.from_dict(
+            {name: [each[name] for each in objects] for name in COLUMNS} | {"row": np.arange(len(objects))},
+            features=Features(COLUMNS | {"row": Value("int64")}),
+            split=rows.split,
+        )
+        images = images.cast_column("image", Image(decode=False))
+        return concatenate_datasets([images, columns], split=rows.split, axis=1)
+
+    def _read_stream(self, rows: IterableDataset) -> IterableDataset:
+        rows = rows.select_columns([self.image_column, self.object_column])
+        features = rows.features
+        rows = rows.cast_column(self.image_column, Image(decode=False))
+        image_column, object_column = self.image_column, self.object_column
+
+        def read(row: dict[str, Any]) -> dict[str, Any]:
+            objects = self._read(row[object_column], f"The objects of an image of split '{rows.split}'")
+            return {"image": row[image_column]} | {name: objects[name] for name in COLUMNS}
+
+        return rows.map(
+            read,
+            remove_columns=[name for name in features if name != "image"],
+            features=Features({"image": Image(decode=False)} | COLUMNS),
+        )
+
+    def _read(self, stored: Any, name: str) -> dict[str, Any]:
+        objects, classes = read_objects(stored, self.fields, name)
+        return {
+            "boxes": objects.boxes,
+            "labels": np.array([self._label(each, name) for each in classes], np.int64),
+            "crowd": objects.crowd,
+            "without_area": objects.without_area,
+        }
+
+    def _label(self, stored: Any, name: str) -> int:
+        own = self.own_names or self.names
+        if isinstance(stored, str):
+            text = stored
+        elif stored is not None and 0 <= stored < len(own):
+            text = own[stored]
+        else:
+            raise ValueError(f"{name}: the class id {stored} is not allowed; allowed are 0 to {len(own) - 1}.")
+        if text not in self.names:
+            raise ValueError(f"{name}: the class {text!r} is unknown; there are {', '.join(self.names)}.")
+        return self.names.index(text)
+
+
+def _find_columns(features: Mapping[str, Any], split: Any, data: EvaluationDataArguments) -> tuple[str, str]:
+    for name in (data.image_column_name, data.label_column_name):
+        if name is not None and name not in features:
+            raise ValueError(f"There is no column '{name}' in split '{split}'; there are {', '.join(features)}.")
+    images = [name for name, kind in features.items() if isinstance(kind, Image)]
+    image_column = data.image_column_name or (images[0] if len(images) == 1 else None)
+    object_column = data.label_column_name or next((name for name in OBJECT_COLUMNS if name in features), None)
+    if image_column is None or object_column is None:
+        raise ValueError(
+            f"Split '{split}' has the columns {dict(features)}: one of images and one of objects are needed; name them "
+            "with --image_column_name and --label_column_name."
+        )
+    return image_column, object_column
+
+
+def _fields_of(kind: Any, column: str) -> dict[str, Any]:
+    """The fields of an objects column with the type that one object's value has: of a dict of lists, or a list of
+    dicts."""
+    if isinstance(kind, Mapping):
+        return {name: getattr(each, "feature", each) for name, each in kind.items()}
+    inner = getattr(kind, "feature", None)
+    if isinstance(inner, Mapping):
+        return dict(inner)
+    raise ValueError(f"Column '{column}' holds no objects with boxes and classes; its type is {kind}.")
+
+
+def _names_in(rows: Dataset, column: str, fields: Fields) -> list[str]:
+    """The classes that the objects of a split have: names in their order, or "class 0" to the highest id."""
+    found: set[Any] = set()
+    for row, stored in enumerate(rows.select_columns([column])[column]):
+        found |= set(read_objects(stored, fields, f"The objects in row {row} of split '{rows.split}'")[1])
+    if all(isinstance(each, str) for each in found):
+        return sorted(found)
+    return [f"class {label}" for label in range(max(found) + 1)]
+
+
+def _refuse_fractions(boxes: Sequence[np.ndarray], split: str) -> None:
+    given = [each for each in boxes if len(each)]
+    if given and max(float(each.max()) for each in given) <= 1:
+        raise ValueError(
+            f"All boxes of split '{split}' are within 1 pixel: they are needed in pixels, not as fractions."
+        )

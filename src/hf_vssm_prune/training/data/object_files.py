@@ -1,0 +1,70 @@
+"""Folders of images with files of objects beside them: COCO's JSON, and Pascal VOC's XML, a file an image."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit, Value
+from datasets import Sequence as Repeated
+
+from hf_vssm_prune.training.data.coco_files import read_coco
+from hf_vssm_prune.training.data.media import IMAGES
+from hf_vssm_prune.training.data.sources import find_files, find_saved
+from hf_vssm_prune.training.data.voc_files import read_voc
+
+
+# Of an image: its file, and its objects as dicts of "bbox" (left, top, width, height), "category" and "iscrowd".
+ImageObjects = tuple[str, list[dict[str, Any]]]
+
+
+def holds_object_files(path: Path) -> bool:
+    """Whether a path is a folder of JSON or XML files, and no data set of another kind."""
+    if not path.is_dir() or find_saved(path):
+        return False
+    suffixes = {file.suffix.lower() for file in find_files(path)[0]}
+    return ".parquet" not in suffixes and bool(suffixes & {".json", ".xml"})
+
+
+def load_object_files(folder: Path) -> DatasetDict:
+    """The columns "image" and "objects" of a folder.
+
+    Its splits are those that COCO's files, or the folders around them, are named by; of Pascal VOC the lists in
+    `ImageSets/Main`, or the folders around the files.
+
+    Raises:
+        ValueError: a file cannot be read, is of another form, or an image of it is not there.
+    """
+    files = sorted(find_files(folder)[0])
+    images = [file for file in files if file.suffix.lower() in IMAGES.suffixes()]
+    splits, names = read_coco(folder, files, images)
+    if not splits:
+        splits, names = read_voc(folder, files, images)
+    if not splits:
+        raise ValueError(
+            f"The folder '{folder}' holds neither a JSON file of COCO's form (with 'images', 'annotations' and "
+            "'categories') nor XML files of Pascal VOC's."
+        )
+    objects = {
+        "bbox": Repeated(Repeated(Value("float32"))),
+        "category": Repeated(ClassLabel(names=names)),
+        "iscrowd": Repeated(Value("bool")),
+    }
+    features = Features({"image": Image(decode=False), "objects": objects})
+    return DatasetDict({split: _dataset(split, rows, names, features) for split, rows in splits.items()})
+
+
+def _dataset(split: str, rows: Iterable[ImageObjects], names: list[str], features: Features) -> Dataset:
+    rows = list(rows)
+    ids = {name: label for label, name in enumerate(names)}
+    columns = {
+        "image": [{"bytes": None, "path": path} for path, _ in rows],
+        "objects": [
+            {
+                "bbox": [each["bbox"] for each in objects],
+                "category": [ids[each["category"]] for each in objects],
+                "iscrowd": [each["iscrowd"] for each in objects],
+            }
+            for _, objects in rows
+        ],
+    }
+    return Dataset.from_dict(columns, features=features, split=NamedSplit(split))

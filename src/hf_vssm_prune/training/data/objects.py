@@ -1,0 +1,117 @@
+"""The objects of one image, with a box and a class each: as data sets store them, and what is refused."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hf_vssm_prune.training.image_steps import ImageError
+
+
+# What the fields are called, in data sets on the Hub.
+BOX_FIELDS = ("bbox", "boxes", "box", "bboxes")
+CLASS_FIELDS = ("category", "categories", "category_id", "label", "labels", "class", "classes", "class_labels")
+CROWD_FIELDS = ("iscrowd", "is_crowd", "crowd", "ignore")
+# Of a box, the share that must lie in the image: a smaller one is most likely given in another way.
+LEAST_INSIDE = 0.5
+
+
+class Fields(NamedTuple):
+    """The fields of a data set's objects: their names, and how a box is given."""
+
+    box: str
+    label: str
+    crowd: str | None
+    corners: bool
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Those of one image.
+
+    Attributes:
+        boxes: float32 (n, 4), left, top, width and height in pixels.
+        labels: class ids, int64 (n,).
+        crowd: bool (n,): a box around many, or one that is too hard: nothing is learned from it, and what is found in
+            it is not counted.
+        without_area: how many boxes were left out, because they have no area.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    without_area: int = 0
+
+
+def read_objects(stored: Any, fields: Fields, name: str) -> tuple[Objects, list[Any]]:
+    """The objects of an image, all of label 0, and their classes as they are stored.
+
+    Args:
+        stored: a dict of lists, or a list of dicts; None: there are none.
+        fields: of them.
+        name: what errors call them.
+
+    Raises:
+        ImageError: there are not as many classes as boxes, or a box is not four numbers, or of negative size.
+    """
+    if not isinstance(stored, Mapping):
+        rows = list(stored or ())
+        stored = {field: [row.get(field) for row in rows] for field in fields[:3] if field}
+    boxes, classes = (list(stored.get(field) or ()) for field in (fields.box, fields.label))
+    if len(boxes) != len(classes):
+        raise ImageError(f"{name}: there are {len(boxes)} boxes and {len(classes)} classes.")
+    for number, box in enumerate(boxes):
+        if box is None or len(box) != 4 or not np.isfinite(np.asarray(box, np.float64)).all():
+            raise ImageError(f"{name}: box {number} is {box}; four numbers are needed.")
+    array = np.asarray(boxes, np.float32).reshape(-1, 4)
+    if fields.corners:
+        array = np.concatenate([array[:, :2], array[:, 2:] - array[:, :2]], axis=1)
+    for number in np.flatnonzero((array[:, 2:] < 0).any(axis=1))[:1]:
+        given = "left, top, right, bottom" if fields.corners else "left, top, width, height"
+        raise ImageError(f"{name}: box {number} is {boxes[number]}, of negative size; boxes are [{given}] in pixels.")
+    crowd = np.array([bool(each) for each in (stored.get(fields.crowd) if fields.crowd else None) or [0] * len(boxes)])
+    has_area = (array[:, 2:] > 0).all(axis=1)
+    kept = np.flatnonzero(has_area)
+    objects = Objects(array[kept], np.zeros(len(kept), np.int64), crowd.astype(bool)[kept], int(len(boxes) - len(kept)))
+    return objects, [classes[number] for number in kept]
+
+
+def fit_boxes(boxes: np.ndarray, image_size: tuple[int, int], name: str) -> np.ndarray:
+    """Boxes as left, top, right and bottom, fractions of the image's sides, cut at its edges.
+
+    Args:
+        boxes: (n, 4), left, top, width and height in pixels.
+        image_size: (width, height).
+        name: what errors call the image's objects.
+
+    Raises:
+        ImageError: less than half of a box is in the image.
+    """
+    sides = np.array(image_size, np.float64)
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float64)
+    cut = np.clip(corners, 0, np.tile(sides, 2))
+    inside = np.prod(cut[:, 2:] - cut[:, :2], axis=1) / np.prod(corners[:, 2:] - corners[:, :2], axis=1)
+    for number in np.flatnonzero(~(inside >= LEAST_INSIDE))[:1]:
+        raise ImageError(
+            f"{name}: box {number} is {boxes[number].tolist()} (left, top, width, height), of which "
+            f"{max(0.0, inside[number]):.0%} are in the image of {image_size[0]} x {image_size[1]} pixels. Are boxes "
+            "given as corners (--box_format corners), or for another size?"
+        )
+    return cut / np.tile(sides, 2)
+
+
+def find_fields(names: Sequence[str], corners: bool, column: str) -> Fields:
+    """Which of an objects column's fields are boxes, classes and marks of crowds.
+
+    Raises:
+        ValueError: there is none of boxes, or none of classes.
+    """
+    found = [next((each for each in known if each in names), None) for known in (BOX_FIELDS, CLASS_FIELDS)]
+    if None in found:
+        raise ValueError(
+            f"Column '{column}' has the fields {', '.join(names)}: one of boxes ({', '.join(BOX_FIELDS)}) and one of "
+            f"classes ({', '.join(CLASS_FIELDS)}) are needed."
+        )
+    crowd = next((each for each in CROWD_FIELDS if each in names), None)
+    return Fields(str(found[0]), str(found[1]), crowd, corners)

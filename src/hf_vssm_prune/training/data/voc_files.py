@@ -1,0 +1,102 @@
+"""Pascal VOC's XML: a file for each image, with its objects."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from hf_vssm_prune.training.data.sources import SPLIT_NAMES
+
+
+# Lists of images, by the split that they stand for; `trainval` where the others are not there.
+LISTS = {"train": ("train", "trainval"), "validation": ("val",), "test": ("test",)}
+
+
+def read_voc(
+    folder: Path, files: Sequence[Path], images: Sequence[Path]
+) -> tuple[dict[str, list[tuple[str, list[dict[str, Any]]]]], list[str]]:
+    """The images of each split with their objects, and the classes' names in their order; nothing where there is no
+    such file. An object that is marked as difficult is like a crowd: not learned from, and not counted.
+
+    Args:
+        folder: where they are.
+        files, images: in it.
+
+    Raises:
+        ValueError: a file cannot be read, or the image of one is not there.
+    """
+    roots = {file: root for file in files if file.suffix.lower() == ".xml" and (root := _read(file)) is not None}
+    by_stem = {(image.parent, image.stem): image for image in images}
+    by_name: dict[str, list[Path]] = {}
+    for image in images:
+        by_name.setdefault(image.stem, []).append(image)
+    rows = {}
+    for file, root in roots.items():
+        beside = by_stem.get((file.parent, file.stem))
+        found = [beside] if beside else by_name.get(Path(root.findtext("filename") or file.stem).stem, [])
+        found = found or by_name.get(file.stem, [])
+        if not found:
+            raise ValueError(f"The image of '{file}' is not there: '{root.findtext('filename')}'.")
+        image = min(found, key=lambda each: _split_of(folder, each) != _split_of(folder, file))
+        rows[file] = (str(image), [_object(each, file) for each in root.iter("object")])
+    names = sorted({each["category"] for _, objects in rows.values() for each in objects})
+    splits: dict[str, list[tuple[str, list[dict[str, Any]]]]] = {}
+    for split, of_split in _splits(folder, files, list(rows)).items():
+        splits[split] = [rows[file] for file in of_split]
+    return splits, names
+
+
+def _read(file: Path) -> ElementTree.Element | None:
+    """The root of a file of VOC's form; None of another one."""
+    try:
+        root = ElementTree.parse(file).getroot()
+    except (OSError, ElementTree.ParseError) as error:
+        raise ValueError(f"'{file}' cannot be read as XML: {error}") from error
+    return root if root.tag == "annotation" else None
+
+
+def _object(element: ElementTree.Element, file: Path) -> dict[str, Any]:
+    name = (element.findtext("name") or "").strip()
+    corners = [element.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        left, top, right, bottom = (float(side or "") for side in corners)
+    except ValueError as error:
+        raise ValueError(f"An object of '{file}' has the box {corners}: four numbers are needed.") from error
+    if not name:
+        raise ValueError(f"An object of '{file}' has no name.")
+    # Pixels are counted from 1, and the last one belongs to the box.
+    return {
+        "bbox": [left - 1, top - 1, right - left + 1, bottom - top + 1],
+        "category": name,
+        "iscrowd": (element.findtext("difficult") or "0").strip() == "1",
+    }
+
+
+def _split_of(folder: Path, file: Path) -> str:
+    parts = file.relative_to(folder).parts[:-1]
+    return next((SPLIT_NAMES[part.lower()] for part in reversed(parts) if part.lower() in SPLIT_NAMES), "train")
+
+
+def _splits(folder: Path, files: Sequence[Path], annotations: list[Path]) -> dict[str, list[Path]]:
+    lists = {file.stem: file for file in files if file.suffix == ".txt" and file.parent.name == "Main"}
+    by_stem = {file.stem: file for file in annotations}
+    splits: dict[str, list[Path]] = {}
+    for split, names in LISTS.items():
+        for name in names:
+            if split not in splits and name in lists:
+                splits[split] = [_listed(stem, by_stem, lists[name]) for stem in _stems(lists[name])]
+    if splits:
+        return splits
+    for file in annotations:
+        splits.setdefault(_split_of(folder, file), []).append(file)
+    return splits
+
+
+def _stems(file: Path) -> list[str]:
+    return [line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def _listed(stem: str, by_stem: dict[str, Path], file: Path) -> Path:
+    if stem not in by_stem:
+        raise ValueError(f"'{file}' lists '{stem}', of which there is no XML file.")
+    return by_stem[stem]

@@ -1,0 +1,42 @@
+"""What is done alike to the training images of segmentation and detection: a part of the resized image, its colours."""
+
+import numpy as np
+from PIL import Image
+
+
+# (top, left, bottom, right) in pixels.
+Box = tuple[int, int, int, int]
+
+
+def resize_part(image: Image.Image, size: tuple[int, int], box: Box, resample: Image.Resampling) -> Image.Image:
+    """The part in a box of an image that is resized to a size (height, width)."""
+    top, left, bottom, right = box
+    vertical, horizontal = image.height / size[0], image.width / size[1]
+    part = (left * horizontal, top * vertical, right * horizontal, bottom * vertical)
+    return image.resize((right - left, bottom - top), resample, box=part)
+
+
+def distort_colours(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """SSD's photometric distortion: brightness by up to 32 of 255, contrast and saturation by factors from 0.5 to 1.5,
+    hue by up to a tenth of the circle; each half of the time, contrast before or after the others."""
+    pixels = np.asarray(image).astype(np.float32)
+    if generator.random() < 0.5:
+        pixels += generator.uniform(-32, 32)
+    contrast_first, contrast = generator.random() < 0.5, generator.random() < 0.5
+    factor = generator.uniform(0.5, 1.5)
+    if contrast and contrast_first:
+        pixels *= factor
+    saturation = generator.uniform(0.5, 1.5) if generator.random() < 0.5 else 1.0
+    hue = generator.uniform(-18, 18) * 255 / 180 if generator.random() < 0.5 else 0.0
+    if image.mode == "RGB" and (saturation != 1.0 or hue != 0.0):
+        hsv = np.asarray(Image.fromarray(_as_bytes(pixels)).convert("HSV")).astype(np.float32)
+        hsv[..., 0] = (hsv[..., 0] + hue) % 256
+        hsv[..., 1] *= saturation
+        pixels = np.asarray(Image.fromarray(_as_bytes(hsv), mode="HSV").convert("RGB")).astype(np.float32)
+    if contrast and not contrast_first:
+        pixels *= factor
+    return Image.fromarray(_as_bytes(pixels))
+
+
+def _as_bytes(pixels: np.ndarray) -> np.ndarray:
+    return pixels.round().clip(0, 255).astype(np.uint8)

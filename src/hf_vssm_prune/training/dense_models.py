@@ -1,0 +1,250 @@
+"""transformers' models of segmentation and detection on backbones of this package, for a data set's classes: new, on a
+classifier's weights, or gone on from."""
+
+import copy
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.heads import new_dense_model, put_pretrained_backbone
+from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model
+from hf_vssm_prune.pruned_heads import prunable
+from hf_vssm_prune.training.image_size import resize_model
+from hf_vssm_prune.training.labels import (
+    LabelMatch,
+    Match,
+    match_labels,
+    name_labels,
+    say_difference,
+    say_labels,
+)
+from hf_vssm_prune.training.losses import LossWeights
+
+
+logger = logging.getLogger(__name__)
+
+# Of a classifier's configuration, what is not a backbone's.
+OF_CLASSIFIERS = ("id2label", "label2id", "stage_names", "out_features", "out_indices", "architectures", "problem_type")
+
+
+class NewHead(Protocol):
+    """What a new head is: options.
+
+    Attributes:
+        image_size: (height, width) for which a classifier's position embeddings are laid out anew; None: they stay.
+    """
+
+    @property
+    def image_size(self) -> tuple[int, int] | None: ...
+
+    def config(self, backbone: VisionMambaConfig) -> Any:
+        """A whole configuration, for the labels of a classifier's, on a backbone that is otherwise like it."""
+
+
+class DenseModels:
+    """As an Auto class: models that `pruned_heads.prunable` made, from a configuration of one or of a classifier, which
+    gets a head by the options.
+
+    Attributes:
+        task: that trains them.
+        kind, verb: what errors call one, and what it does.
+        auto_class: transformers' own.
+        class_layers: of the names of parameters that have a row for each class, what these have in common.
+        head: what a new one is.
+    """
+
+    task: ClassVar[str]
+    kind: ClassVar[str]
+    verb: ClassVar[str]
+    auto_class: ClassVar[Any]
+    class_layers: ClassVar[re.Pattern[str]]
+    head: NewHead
+
+    def from_config(self, config: Any, **options: Any) -> Any:
+        """A new model."""
+        if pruned_config(config) is config:
+            config = self.head.config(config)
+        return self.prepare(new_dense_model(config, **options))
+
+    def from_pretrained(self, name_or_path: str, **options: Any) -> Any:
+        """A saved model."""
+        return self.prepare(self.auto_class.from_pretrained(name_or_path, **options))
+
+    def prepare(self, model: Any) -> Any:
+        """One of transformers' models for training and evaluation here."""
+        return prunable(model)
+
+    def class_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that have a row for each class, by name."""
+        return {name: each for name, each in model.named_parameters() if self.class_layers.search(name)}
+
+
+def backbone_of_levels(
+    backbone: VisionMambaConfig, levels: Sequence[int], feature_norm: str, feature_pyramid: str | None
+) -> VisionMambaConfig:
+    """A backbone's configuration from a classifier's: the outputs of these layers, counted from 1, are its maps."""
+    options = {name: value for name, value in backbone.to_dict().items() if name not in OF_CLASSIFIERS}
+    options |= {
+        "out_features": [f"stage{level}" for level in levels],
+        "feature_norm": feature_norm,
+        "feature_pyramid": feature_pyramid,
+    }
+    return type(backbone).from_dict(options)
+
+
+def quarters(depth: int, count: int = 4) -> list[int]:
+    """The layers, counted from 1, at the last so many quarters of a depth; fewer where there are fewer."""
+    return sorted({max(1, round(depth * quarter / 4)) for quarter in (1, 2, 3, 4)})[-count:]
+
+
+def label_maps(backbone: VisionMambaConfig) -> dict[str, Any]:
+    """What a whole configuration says of a classifier's labels."""
+    return {
+        "id2label": dict(enumerate(backbone.label_names)),
+        "label2id": {name: label for label, name in enumerate(backbone.label_names)},
+    }
+
+
+def load_model(
+    models: DenseModels,
+    name_or_path: str,
+    label_names: Sequence[str],
+    drop_path_rate: float = 0.0,
+    ignore_mismatched_sizes: bool = False,
+    some_labels: bool = False,
+) -> Any:
+    """A checkpoint as a model of the data set's classes, in the data set's order, in float32.
+
+    A classifier becomes the backbone under a new head. Of a model with a head the classes are compared by name, as
+    `models.load_model` compares labels.
+
+    Raises:
+        ValueError: it has other classes, and must not get new classifiers; or it is a classifier, and is to be
+            evaluated; or it is of another task.
+    """
+    config = load_config(name_or_path)
+    if pruned_config(config) is config:
+        if some_labels:
+            raise ValueError(
+                f"{name_or_path} is an image classifier: train it with --task {models.task} before it {models.verb}."
+            )
+        return _on_classifier(models, name_or_path, label_names, drop_path_rate)
+    check_kind(models, config, name_or_path)
+    names = names_of(config)
+    match = match_labels(names, label_names, some_labels)
+    renew = match.kind is Match.DIFFERENT or (ignore_mismatched_sizes and match.kind is Match.ADOPTED)
+    if renew and not ignore_mismatched_sizes:
+        raise ValueError(
+            f"{name_or_path} {models.verb} {say_labels(names)}, the data set has {say_labels(label_names)}: "
+            f"{say_difference(names, label_names)}. For new classifiers give --ignore_mismatched_sizes, and first "
+            "train the dense model with `hf-vssm-prune train`."
+        )
+    config.backbone_config.drop_path_rate = drop_path_rate
+    model = models.prepare(load_dense_model(name_or_path, config=config, dtype="float32"))
+    if renew:
+        return _with_new_classes(models, model, label_names)
+    _take_labels(models, model, match, name_or_path)
+    return model
+
+
+def check_kind(models: DenseModels, config: Any, name_or_path: str) -> None:
+    """Refuses a model of another task.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if type(config) not in models.auto_class._model_mapping:
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a {models.kind} is needed.")
+
+
+def names_of(config: Any) -> list[str]:
+    """The classes' names in the order of their ids."""
+    return [config.id2label[label] for label in range(config.num_labels)]
+
+
+def _on_classifier(models: DenseModels, name_or_path: str, label_names: Sequence[str], drop_path_rate: float) -> Any:
+    classifier = load_classifier(name_or_path, dtype="float32")
+    config = copy.deepcopy(classifier.config)
+    config.token_pruning, config.drop_path_rate = None, drop_path_rate
+    name_labels(config, label_names)
+    logger.info("%s becomes the backbone under a new head for %s.", name_or_path, say_labels(label_names))
+    model = put_pretrained_backbone(models.from_config(config), classifier).eval()
+    if models.head.image_size is not None:
+        resize_model(model, models.head.image_size)
+    return model
+
+
+@torch.no_grad()
+def _take_labels(models: DenseModels, model: Any, match: LabelMatch, name_or_path: str) -> None:
+    own = names_of(model.config)
+    rest = [label for label in range(len(own)) if label not in set(match.ids)]
+    order = [*match.ids, *rest]
+    if order != list(range(len(own))):
+        for parameter in models.class_parameters(model).values():
+            # A row behind those of the classes stands for none of them.
+            rows = [*order, *range(len(own), len(parameter))]
+            parameter.copy_(parameter[rows].clone())
+        logger.info("The classes of %s have been reordered to the data set's, by name.", name_or_path)
+    name_labels(model.config, [*match.names, *(own[label] for label in rest)])
+
+
+def _with_new_classes(models: DenseModels, model: Any, label_names: Sequence[str]) -> Any:
+    """A new model of other classes, with all weights of a model but those that have a row for each class."""
+    config = copy.deepcopy(model.config)
+    name_labels(config, label_names)
+    new = models.from_config(config).eval()
+    # The same tensor may have several names.
+    left_out = {each.data_ptr() for each in models.class_parameters(model).values()}
+    kept = {name: each for name, each in model.state_dict().items() if each.data_ptr() not in left_out}
+    new.load_state_dict(kept, strict=False)
+    return new
+
+
+def load_teacher(
+    models: DenseModels,
+    name_or_path: str,
+    student: Any,
+    losses: LossWeights,
+    dtype: str = "float32",
+) -> Any:
+    """The dense, frozen model from which a student learns; see `models.load_teacher`.
+
+    Raises:
+        ValueError: its classes, tokens or hidden states are not those of the student, and the losses compare them.
+    """
+    config = load_config(name_or_path)
+    if pruned_config(config) is config:
+        raise ValueError(f"The teacher {name_or_path} is an image classifier; a {models.kind} is needed.")
+    check_kind(models, config, f"The teacher {name_or_path}")
+    names, wanted = names_of(config), names_of(student)
+    match = match_labels(names, wanted)
+    if losses.kd_weight > 0 and match.kind is Match.DIFFERENT:
+        raise ValueError(
+            f"The teacher {name_or_path} has {say_labels(names)}, the model {say_labels(wanted)}: "
+            f"{say_difference(names, wanted)}. Set --kd_weight 0, or name a --teacher_name_or_path with these classes."
+        )
+    own, students = config.backbone_config, student.backbone_config
+    compared = ("model_type", "hidden_size", "num_hidden_layers", "patch_spacing")
+    for name in compared if losses.alignment_weight > 0 else ():
+        if getattr(own, name) != getattr(students, name):
+            raise ValueError(
+                f"The teacher {name_or_path} has {name} {getattr(own, name)}, the model {getattr(students, name)}: "
+                "they cannot be compared."
+            )
+    teacher = models.prepare(load_dense_model(name_or_path, config=config, dtype=dtype))
+    teacher.set_token_pruning(None)
+    if match.kind is not Match.DIFFERENT:
+        _take_labels(models, teacher, match, name_or_path)
+    return teacher
+
+
+def statistics_of(image_processor: Any) -> dict[str, Any]:
+    """What another image processor takes over from one: how it rescales and normalises."""
+    values = image_processor.to_dict()
+    kept = ("do_normalize", "image_mean", "image_std", "do_rescale", "rescale_factor")
+    return {name: values[name] for name in kept if values.get(name) is not None}

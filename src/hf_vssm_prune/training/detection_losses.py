@@ -1,0 +1,118 @@
+"""What a detector is trained for beside the matched boxes of its own loss, as pure functions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+from hf_vssm_prune.detections import to_corners
+from hf_vssm_prune.precision import at_least_float32
+
+
+# As DETR and its successors weigh them.
+BOX_WEIGHT, GIOU_WEIGHT, CLASS_WEIGHT = 5.0, 2.0, 2.0
+
+
+@dataclass(frozen=True)
+class FiniteLoss:
+    """A detector's own loss, which raises an error at boxes that are not finite: of these it is not finite either here,
+    and the loop can say where that began.
+
+    Attributes:
+        loss_function: transformers' own.
+    """
+
+    loss_function: Callable[..., Any]
+
+    def __call__(self, logits: Tensor, labels: Any, device: Any, pred_boxes: Tensor, *more: Any, **options: Any) -> Any:
+        if pred_boxes.isfinite().all():
+            return self.loss_function(logits, labels, device, pred_boxes, *more, **options)
+        return logits.sum() + pred_boxes.sum(), {}, None
+
+
+def loss_per_box(outputs: Any, labels: list[dict[str, Tensor]]) -> Tensor:
+    """A detector's own loss, a mean over the labelled boxes of the batches of all processes together.
+
+    transformers' RT-DETR and its kin take the mean over the boxes of a process, which makes those of a process with few
+    of them weigh more; Deformable DETR does as is done here.
+    """
+    loss = at_least_float32(outputs.loss)
+    if not hasattr(outputs, "denoising_meta_values") or PartialState._shared_state == {}:
+        return loss
+    own = torch.tensor([float(sum(len(each["class_labels"]) for each in labels))], device=loss.device)
+    mean = reduce(own.clone(), reduction="mean")
+    return loss * (own.clamp(min=1) / mean.clamp(min=1)).squeeze()
+
+
+def predictions_of(outputs: Any) -> tuple[Tensor, Tensor]:
+    """Logits (batch, queries, classes) and boxes (batch, queries, 4) of a detector, without those of RT-DETR's
+    denoising, which come first in training."""
+    denoising = getattr(outputs, "denoising_meta_values", None)
+    if denoising is None:
+        return outputs.logits, outputs.pred_boxes
+    count = denoising["dn_num_split"][1]
+    return outputs.logits[:, -count:], outputs.pred_boxes[:, -count:]
+
+
+def detection_distillation(student: Any, teacher: Any, temperature: float = 1.0) -> Tensor:
+    """The distance between what two detectors find, mean over the batch. No gradient flows into the teacher.
+
+    Queries that are drawn from an image come in no common order: they are matched one to one, by classes and boxes, as
+    labels are. Classes are compared by T² KL of each class's probability, boxes by L1 and GIoU, and all of it weighs as
+    much as the teacher is sure of a query; of an image it is the mean by these weights.
+
+    Args:
+        student, teacher: outputs with `logits` and `pred_boxes` of as many queries and classes.
+        temperature: T > 0.
+    """
+    logits, boxes = map(at_least_float32, predictions_of(student))
+    own_logits, own_boxes = (at_least_float32(each.detach()) for each in predictions_of(teacher))
+    images = []
+    for index in range(len(logits)):
+        order = _match(logits[index].detach(), boxes[index].detach(), own_logits[index], own_boxes[index])
+        images.append(
+            _distance(logits[index][order], boxes[index][order], own_logits[index], own_boxes[index], temperature)
+        )
+    return torch.stack(images).mean()
+
+
+def _match(logits: Tensor, boxes: Tensor, own_logits: Tensor, own_boxes: Tensor) -> Tensor:
+    """For each of the teacher's queries one of the student's."""
+    from scipy.optimize import linear_sum_assignment  # only the training extra has it
+
+    classes = torch.cdist(own_logits.sigmoid(), logits.sigmoid(), p=1)
+    cost = CLASS_WEIGHT * classes + BOX_WEIGHT * torch.cdist(own_boxes, boxes, p=1)
+    finite = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=1e6)
+    return torch.as_tensor(linear_sum_assignment(finite.cpu().numpy())[1], device=logits.device)
+
+
+def _distance(logits: Tensor, boxes: Tensor, own_logits: Tensor, own_boxes: Tensor, temperature: float) -> Tensor:
+    sure = own_logits.sigmoid().amax(dim=1)
+    weights = sure / sure.sum()
+    target = (own_logits / temperature).sigmoid()
+    cross = F.binary_cross_entropy_with_logits(logits / temperature, target, reduction="none")
+    least = F.binary_cross_entropy(target, target, reduction="none")
+    classes = temperature**2 * (cross - least).sum(dim=1)
+    overlap = generalized_overlap(to_corners(boxes), to_corners(own_boxes))
+    places = BOX_WEIGHT * (boxes - own_boxes).abs().sum(dim=1) + GIOU_WEIGHT * (1 - overlap)
+    return (weights * (CLASS_WEIGHT * classes + places)).sum()
+
+
+def generalized_overlap(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalised intersection over union (arXiv 1902.09630) of each box with the one in the same place.
+
+    Args:
+        boxes, others: (n, 4), left, top, right and bottom.
+    """
+    areas = [(each[:, 2:] - each[:, :2]).prod(dim=1) for each in (boxes, others)]
+    corners = torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:])
+    shared = (corners[1] - corners[0]).clamp(min=0).prod(dim=1)
+    around = torch.maximum(boxes[:, 2:], others[:, 2:]) - torch.minimum(boxes[:, :2], others[:, :2])
+    hull, union = around.prod(dim=1), areas[0] + areas[1] - shared
+    least = torch.finfo(boxes.dtype).eps
+    return shared / union.clamp(min=least) - (hull - union) / hull.clamp(min=least)

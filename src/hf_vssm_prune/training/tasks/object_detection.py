@@ -1,0 +1,320 @@
+"""Object detection: an image has objects, each with a box and one of the classes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BaseImageProcessor
+
+from hf_vssm_prune.configuration_common import FEATURE_NORMS, pruned_config
+from hf_vssm_prune.detections import find_objects
+from hf_vssm_prune.feature_pyramid import PYRAMIDS
+from hf_vssm_prune.hub.model_card import Evaluation, Measurement
+from hf_vssm_prune.training import dense_models
+from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
+from hf_vssm_prune.training.arguments.parsing import check_range, describe
+from hf_vssm_prune.training.average_precision import average_precision
+from hf_vssm_prune.training.box_augmentation import BoxAugmentation
+from hf_vssm_prune.training.data import ImageDatasets
+from hf_vssm_prune.training.data.box_items import EvaluationBoxes, StreamedTrainingBoxes, TrainingBoxes, collate_boxes
+from hf_vssm_prune.training.data.dense_items import fixed_size
+from hf_vssm_prune.training.data.detection import (
+    BoxedStream,
+    ObjectOptions,
+    load_detection_datasets,
+    load_detection_evaluation,
+)
+from hf_vssm_prune.training.detection_losses import detection_distillation, loss_per_box
+from hf_vssm_prune.training.detection_models import (
+    HEADS,
+    SIZE_DIVISOR,
+    DetectionHead,
+    DetectionModels,
+    detection_processor,
+)
+from hf_vssm_prune.training.losses import LossWeights
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Scores
+from hf_vssm_prune.visualization import image_statistics
+from hf_vssm_prune.visualization_of_heads import draw_detection
+
+
+@dataclass
+class BoxArguments:
+    """How objects are given."""
+
+    label_file: str | None = field(
+        default=None,
+        metadata=describe(
+            "names of the classes, JSON or a line each; found in or beside the data by default", "--id2label"
+        ),
+    )
+    box_format: str = field(
+        default="coco",
+        metadata=describe(
+            "`coco`: left, top, width, height in pixels; `corners`: left, top, right, bottom",
+            choices=("coco", "corners"),
+        ),
+    )
+
+    def objects(self) -> ObjectOptions:
+        return ObjectOptions(self.label_file, self.box_format == "corners")
+
+
+@dataclass
+class DetectionArguments(BoxArguments):
+    """How objects are given, how images are augmented, and what a new head is."""
+
+    input_size: list[int] | None = field(
+        default=None,
+        metadata=describe(
+            "height and width to which all images are resized, or one number; default: a detector's own, else 640"
+        ),
+    )
+    scale: list[float] = field(
+        default_factory=lambda: [0.5, 2.0],
+        metadata=describe(
+            "smallest and largest factor of this size before a training image is cropped or padded to it"
+        ),
+    )
+    hflip: float = field(default=0.5, metadata=describe("probability of mirroring an image"))
+    vflip: float = field(default=0.0, metadata=describe("probability of turning an image upside down"))
+    no_photometric_distortion: bool = field(
+        default=False, metadata=describe("leave brightness, contrast, saturation and hue as they are")
+    )
+    head: str = field(default="rt_detr", metadata=describe("a new model's head", choices=tuple(HEADS)))
+    head_channels: int = field(default=256, metadata=describe("width of a new head"))
+    head_ffn_channels: int = field(default=1024, metadata=describe("width of its feed-forward layers"))
+    head_attention_heads: int = field(default=8, metadata=describe("number of its attention heads"))
+    encoder_layers: int | None = field(
+        default=None, metadata=describe("layers of its encoder; default: 1 of RT-DETR, 6 of Deformable DETR")
+    )
+    decoder_layers: int = field(default=6, metadata=describe("layers of its decoder"))
+    num_queries: int = field(default=300, metadata=describe("the most objects that it finds in an image"))
+    num_denoising: int = field(
+        default=100, metadata=describe("noisy copies of labelled boxes that RT-DETR learns to restore, too; 0: none")
+    )
+    levels: list[int] | None = field(
+        default=None,
+        metadata=describe(
+            "layers, counted from 1, whose outputs a new head takes; default: three for RT-DETR, the last for "
+            "Deformable DETR"
+        ),
+    )
+    feature_norm: str = field(
+        default="final", metadata=describe("how the backbone norms these outputs", choices=FEATURE_NORMS)
+    )
+    feature_pyramid: str | None = field(
+        default=None,
+        metadata=describe("what makes maps of several sizes of them; RT-DETR's default: simple", choices=(*PYRAMIDS,)),
+    )
+
+    def __post_init__(self) -> None:
+        positive = ("head_channels", "head_ffn_channels", "head_attention_heads", "decoder_layers", "num_queries")
+        for name in (*positive, "encoder_layers"):
+            check_range(name, getattr(self, name), 1, 2**16)
+        check_range("num_denoising", self.num_denoising, 0, 2**16)
+        if self.head_channels % self.head_attention_heads:
+            raise ValueError(
+                f"--head_channels is {self.head_channels}: it must be a multiple of --head_attention_heads "
+                f"{self.head_attention_heads}."
+            )
+        if self.head == "deformable_detr" and self.head_channels % 32:
+            raise ValueError(f"--head_channels is {self.head_channels}: deformable_detr needs a multiple of 32.")
+        if self.head == "deformable_detr" and self.decoder_layers == 1:
+            raise ValueError("--decoder_layers is 1: deformable_detr, as transformers has it, needs 2 at least.")
+        if self.levels is not None and (sorted(set(self.levels)) != self.levels or self.levels[0] < 1):
+            raise ValueError(f"--levels is {self.levels}: ascending numbers of layers from 1 are needed.")
+        size, divisor = self.size(), SIZE_DIVISOR[self.head]
+        if size is not None and any(side % divisor for side in size):
+            raise ValueError(f"--input_size is {self.input_size}: {self.head} needs multiples of {divisor}.")
+        self.augmentation(size or (640, 640))
+
+    def size(self) -> tuple[int, int] | None:
+        if self.input_size is None:
+            return None
+        if len(self.input_size) not in (1, 2) or min(self.input_size) < 1:
+            raise ValueError(f"--input_size is {self.input_size}: a number of pixels, or height and width, are needed.")
+        return self.input_size[0], self.input_size[-1]
+
+    def augmentation(self, size: tuple[int, int]) -> BoxAugmentation:
+        return BoxAugmentation(
+            size=size,
+            scale=(self.scale[0], self.scale[-1]),
+            horizontal_flip=self.hflip,
+            vertical_flip=self.vflip,
+            photometric_distortion=not self.no_photometric_distortion,
+        )
+
+    def new_head(self) -> DetectionHead:
+        return DetectionHead(
+            kind=self.head,
+            channels=self.head_channels,
+            ffn_channels=self.head_ffn_channels,
+            attention_heads=self.head_attention_heads,
+            encoder_layers=self.encoder_layers,
+            decoder_layers=self.decoder_layers,
+            num_queries=self.num_queries,
+            num_denoising=self.num_denoising,
+            levels=None if self.levels is None else tuple(self.levels),
+            feature_norm=self.feature_norm,
+            feature_pyramid=self.feature_pyramid,
+            image_size=self.size(),
+        )
+
+
+class ObjectDetection:
+    """The head's own loss over matched boxes, measured by COCO's average precision; see `task.Task`.
+
+    A batch has "pixel_values" (batch, channels, height, width) and to train "labels", to evaluate "objects", lists of
+    what `TrainingBoxes` and `EvaluationBoxes` give. The scores of an image are arrays, see `scores`.
+
+    Args:
+        arguments: of training, or those of an evaluation.
+    """
+
+    name: ClassVar[str] = "object-detection"
+    auto_class: ClassVar[Any] = DetectionModels()
+    training_arguments: ClassVar[type] = DetectionArguments
+    evaluation_arguments: ClassVar[type] = BoxArguments
+    # Without boxes in a batch RT-DETR has nothing to restore, and what it embeds their classes by stays out of it.
+    idle_parameters: ClassVar[bool] = True
+    metric_for_best_model: ClassVar[str] = "map"
+    greater_is_better: ClassVar[bool] = True
+    shown_metrics: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "map": ("mAP", ".2%"),
+        "map_50": ("mAP50", ".2%"),
+        "map_75": ("mAP75", ".2%"),
+    }
+
+    def __init__(self, arguments: BoxArguments | None = None) -> None:
+        self.arguments = arguments or DetectionArguments()
+        self._training = arguments if isinstance(arguments, DetectionArguments) else DetectionArguments()
+        self.auto_class = DetectionModels(self._training.new_head())  # type: ignore[misc]
+
+    # Data
+
+    def load_datasets(self, data: DataArguments, seed: int) -> ImageDatasets:
+        return load_detection_datasets(data, self.arguments.objects(), seed)
+
+    def load_evaluation_dataset(self, data: EvaluationDataArguments, seed: int) -> tuple[Any, Sequence[str]]:
+        return load_detection_evaluation(data, self.arguments.objects(), seed)
+
+    def training_items(self, rows: Any, image_processor: BaseImageProcessor, seed: int) -> TrainingBoxes:
+        kind = StreamedTrainingBoxes if isinstance(rows, BoxedStream) else TrainingBoxes
+        return kind(rows, image_processor, self._training.augmentation(fixed_size(image_processor)), seed)
+
+    def evaluation_items(self, rows: Any, image_processor: BaseImageProcessor) -> EvaluationBoxes:
+        return EvaluationBoxes(rows, image_processor)
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
+        return collate_boxes(items)
+
+    def example_batch(self, config: Any, batch_size: int, device: torch.device) -> Batch:
+        backbone = pruned_config(config)
+        height, width = self._training.size() or backbone.input_size
+        shape = (batch_size, backbone.num_channels, height, width)
+        box = torch.tensor([[0.5, 0.5, 0.2, 0.2]], device=device)
+        label = torch.randint(config.num_labels, (1,), device=device)
+        corners = torch.tensor([[0.4 * width, 0.4 * height, 0.6 * width, 0.6 * height]], device=device)
+        objects = {
+            "boxes": corners,
+            "labels": label,
+            "crowd": torch.zeros(1, dtype=torch.bool, device=device),
+            "size": torch.tensor([height, width], device=device),
+        }
+        return {
+            "pixel_values": torch.randn(shape, device=device),
+            "labels": [{"class_labels": label, "boxes": box}] * batch_size,
+            "objects": [objects] * batch_size,
+        }
+
+    def image_processor(self, image_processor: BaseImageProcessor) -> BaseImageProcessor:
+        """That of a model in training, from the checkpoint's."""
+        return detection_processor(image_processor, self._training.size())
+
+    # Models: labelled by name
+
+    def load_model(
+        self,
+        name_or_path: str,
+        label_names: Sequence[str],
+        drop_path_rate: float = 0.0,
+        ignore_mismatched_sizes: bool = False,
+        some_labels: bool = False,
+    ) -> PrunableModel:
+        return dense_models.load_model(
+            self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels
+        )
+
+    def load_teacher(
+        self,
+        name_or_path: str,
+        student: Any,
+        losses: LossWeights,
+        dtype: str = "float32",
+        image_size: int | None = None,
+    ) -> PrunableModel:
+        return dense_models.load_teacher(self.auto_class, name_or_path, student, losses, dtype)
+
+    # Training
+
+    def mix(self, batch: Batch, config: Any, generator: np.random.Generator) -> Batch:
+        return batch
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        return {name: batch[name] for name in ("pixel_values", "labels") if name in batch}
+
+    def losses(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        return {"detection": loss_per_box(outputs, batch["labels"])}
+
+    def distillation(self, student: Any, teacher: Any, temperature: float) -> Tensor:
+        return detection_distillation(student, teacher, temperature)
+
+    # Evaluation
+
+    def scores(self, outputs: Any, batch: Batch) -> Scores:
+        """Of each image {"detections": (n, 6), "objects": (n, 6), "num_labels"}, see `average_precision`."""
+        sizes = torch.stack([each["size"] for each in batch["objects"]])
+        return [
+            {
+                "detections": found.rows().cpu().numpy(),
+                "objects": _as_rows(objects),
+                "num_labels": outputs.logits.shape[-1],
+            }
+            for found, objects in zip(find_objects(outputs, sizes), batch["objects"], strict=True)
+        ]
+
+    def metrics(self, scores: Sequence[Scores]) -> dict[str, float]:
+        images = [each for of_batch in scores for each in of_batch]
+        return average_precision(
+            [each["detections"] for each in images],
+            [each["objects"] for each in images],
+            images[0]["num_labels"],
+        )
+
+    # To look at
+
+    def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
+        return draw_detection(model, batch["pixel_values"], *image_statistics(image_processor))
+
+    def evaluation_on_card(
+        self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
+    ) -> Evaluation:
+        return Evaluation(
+            dataset_name=dataset_name,
+            dataset_id=dataset_name,
+            split=split,
+            num_images=num_images,
+            this_model=Measurement(
+                "this model", pruned=pruned, others={name: 100 * metrics[name] for name in self.shown_metrics}
+            ),
+        )
+
+
+def _as_rows(objects: Mapping[str, Tensor]) -> np.ndarray:
+    columns = [objects["boxes"], objects["labels"][:, None], objects["crowd"][:, None]]
+    return torch.cat([column.float() for column in columns], dim=1).cpu().numpy()
