@@ -47,20 +47,20 @@ def scan_values(
     for first in range(0, batch, samples):
         here = slice(first, first + samples)
         crossings = None if holes is None else _Holes(holes[here], time_step[here], hole_time_step, A)
-        _scan_samples(*(tensor[here] for tensor in by_sample), A, D, crossings, output[here])
+        _scan_samples(A, D, crossings, output[here], *(tensor[here] for tensor in by_sample))
     return output
 
 
 def _scan_samples(
+    A: Tensor,
+    D: Tensor,
+    holes: "_Holes | None",
+    output: Tensor,
     u: Tensor,
     time_step: Tensor,
     B: Tensor,
     C: Tensor,
     order: Tensor,
-    A: Tensor,
-    D: Tensor,
-    holes: "_Holes | None",
-    output: Tensor,
 ) -> None:
     """Adds the outputs of all paths to `output`, zeros of the shape of `u`."""
     batch, paths, length = order.shape
