@@ -38,7 +38,7 @@ def scan_values(
     """
     batch, length, _ = u.shape
     if order is None:
-        order = torch.arange(length).view(1, 1, length)
+        order = torch.arange(length, device=u.device).view(1, 1, length)
     paths = order.shape[1]
     by_sample = (u, time_step, B.expand(batch, paths, -1, -1), C, order.expand(batch, -1, -1))
     holes = gaps if gaps is None else gaps.expand(batch, -1, -1)
@@ -47,43 +47,43 @@ def scan_values(
     for first in range(0, batch, samples):
         here = slice(first, first + samples)
         crossings = None if holes is None else _Holes(holes[here], time_step[here], hole_time_step, A)
-        _scan_samples(*(tensor[here] for tensor in by_sample), A, D, crossings, output[here])
+        _scan_samples(A, D, crossings, output[here], *(tensor[here] for tensor in by_sample))
     return output
 
 
 def _scan_samples(
+    A: Tensor,
+    D: Tensor,
+    holes: "_Holes | None",
+    output: Tensor,
     u: Tensor,
     time_step: Tensor,
     B: Tensor,
     C: Tensor,
     order: Tensor,
-    A: Tensor,
-    D: Tensor,
-    holes: "_Holes | None",
-    output: Tensor,
 ) -> None:
     """Adds the outputs of all paths to `output`, zeros of the shape of `u`."""
     batch, paths, length = order.shape
     states, channels = A.shape
     # From here on steps come first. A step is (batch, state_size, paths, channels), or 1 where it is shared.
     rows = batch_rows(order, length).view(order.shape).permute(2, 0, 1).flatten(1)
-    time_step = time_step.transpose(0, 1).unsqueeze(2)
+    tokens, time_step = u.flatten(0, 1), time_step.transpose(0, 1).unsqueeze(2)
     Bs = B.permute(2, 0, 3, 1).unsqueeze(-1).unbind(0)
     Cs = C.transpose(0, 1).unsqueeze(2).unbind(0)
     state = u.new_zeros(batch, states, paths, channels)
     state_rows = state.flatten(2)
     state_of_path = [sample.split(1, dim=1) for sample in state.unbind(0)]
 
-    chunk = min(length, max(1, _DECAY_ENTRIES // max(1, batch * A.numel())))
+    chunk = max(1, min(length, _DECAY_ENTRIES // max(1, batch * A.numel())))
     decays = u.new_empty(chunk, batch, states, 1, channels)
     visited, inputs, outputs = (u.new_empty(chunk, batch, paths, channels) for _ in range(3))
-    by_step = (decays, inputs.unsqueeze(2), outputs.view(chunk, batch, 1, paths * channels))
-    by_step = [tensor.unbind(0) for tensor in by_step]
+    buffers = (decays, inputs.unsqueeze(2), outputs.view(chunk, batch, 1, paths * channels))
+    by_step = [buffer.unbind(0) for buffer in buffers]
     for first in range(0, length, chunk):
         here = slice(first, min(first + chunk, length))
         steps = slice(0, here.stop - first)
         torch.mul(time_step[here].unsqueeze(2), A.unsqueeze(1), out=decays[steps]).exp_()
-        torch.index_select(u.flatten(0, 1), 0, rows[here].flatten(), out=visited[steps].flatten(0, 2))
+        torch.index_select(tokens, 0, rows[here].flatten(), out=visited[steps].flatten(0, 2))
         torch.mul(visited[steps], time_step[here], out=inputs[steps])
         for step, decay, entering, y in zip(range(first, here.stop), *by_step):  # noqa: B905 - the last chunk is short
             if holes is not None:
