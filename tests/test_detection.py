@@ -221,6 +221,12 @@ def test_from_boxes_to_a_pruned_detector(tmp_path, capsys):
     assert load_script("visualize").main([image, "--model_name_or_path", f"{out[1]}/best", *picture]) == 0
     answers = pipeline("object-detection", model=f"{out[1]}/best", device="cpu")(image, threshold=0.0)
     assert {each["label"] for each in answers} <= {"red", "green", "blue"}
+    about = f"name: Cells\nevaluation: {{results: {tmp_path}/out.json, dataset_name: a, dataset_id: a, split: test}}\n"
+    (tmp_path / "card.yaml").write_text(about)
+    assert load_script("write_card").main([f"{out[1]}/best", str(tmp_path / "card.yaml")]) == 0
+    card = (Path(out[1]) / "best" / "README.md").read_text()
+    assert "# Cells" in card
+    assert "Mean average precision at IoU 0.5" in card
     assert load_script("push").main([f"{out[1]}/best", "user/detector", "--dry_run"]) == 0
 
 
