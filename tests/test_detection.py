@@ -10,6 +10,7 @@ import torch
 from conftest import TOKEN_PRUNING, load_script, make_plainmamba_config, make_vim_config
 from PIL import Image
 from tested_tasks import SMALL_DETECTOR, write_box_folder
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import pipeline
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
@@ -59,6 +60,9 @@ def test_a_new_head_learns_from_boxes_and_from_none(kind, family):
         assert outputs.loss.isfinite()
         assert len(outputs.kept_tokens) == 2
         assert len(outputs.backbone_hidden_states) == 5
+        again = tree_unflatten(*tree_flatten(outputs))  # as DDP does
+        assert again.keys() == outputs.keys()
+        assert len(again.kept_tokens) == 2
         logits, boxes = predictions_of(outputs)
         assert (logits.shape, boxes.shape) == ((2, 7, 3), (2, 7, 4))
         idle = [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None]
