@@ -16,6 +16,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import threads  # noqa: F401  (first: it sets what torch reads when it is loaded)
+
+
+# isort: split
 import clips
 import gradio as gr
 from PIL import Image

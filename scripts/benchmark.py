@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from benchmarking.blocks import blocks_section
 from benchmarking.budgets import budgets_section
+from benchmarking.busy import busy_section
 from benchmarking.exported import export_section
 from benchmarking.heads import heads_section
 from benchmarking.int8 import int8_section
@@ -49,11 +50,12 @@ SECTIONS = {
     "export": export_section,
     "video": video_section,
     "heads": heads_section,
+    "busy": busy_section,
 }
 # Only where they are asked for.
-LONG_SECTIONS = ("int8", "export", "video", "heads")
+LONG_SECTIONS = ("int8", "export", "video", "heads", "busy")
 
-CPU_SECTIONS = ("roofline", "parts", "int8", "export")
+CPU_SECTIONS = ("roofline", "parts", "int8", "export", "busy")
 PLAINMAMBA_SECTIONS = ("blocks", "heads")
 
 

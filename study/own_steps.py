@@ -22,7 +22,8 @@ from torch import Tensor
 from hf_vssm_prune import modeling_plainmamba, pruned_layers
 from hf_vssm_prune.commands.compare_methods import main as compare_methods
 from hf_vssm_prune.mixer_output import MixerOutput
-from hf_vssm_prune.selective_scan_torch import Steps, _recurrence, gather_along_paths, scatter_along_paths
+from hf_vssm_prune.scan_paths import gather_along_paths, scatter_along_paths
+from hf_vssm_prune.selective_scan_torch import Steps, _recurrence
 from hf_vssm_prune.token_pruning import snake_paths
 
 

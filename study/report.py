@@ -167,7 +167,7 @@ def _group_section(group: Group, dataset: str, family: str, picture: str) -> str
 ## {dataset}, {family}
 
 Dense: top-1 {mean_and_spread(dense)}% ({len(dense)} of {len(study.seeds)} seeds; {figures["num_parameters"]:,} \
-parameters, {figures["gflops"]:.4f} GFLOPs). Trained on by as many updates as the pruned models, without pruning: \
+parameters, {figures["gflops"]:.4f} GFLOPs). After as many further updates as the pruned models get, without pruning: \
 {mean_and_spread(longer)}%.
 
 ![accuracy against FLOPs and time]({picture})

@@ -3,7 +3,7 @@
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from hf_vssm_prune.kernels import triton_scan_kernels as kernels
+from hf_vssm_prune import triton_scan_kernels as kernels
 
 
 TARGETS = (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64))

@@ -1,6 +1,8 @@
 """`hf-vssm-prune VERB`: every verb on the shipped model, its help, and the scripts of the same names."""
 
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import hf_vssm_prune
 from hf_vssm_prune import EXAMPLE_MODEL, commands
 from hf_vssm_prune.__main__ import main
 from hf_vssm_prune.commands import REPOSITORY_SCRIPTS, VERBS, command_line, make_parser_of
+from hf_vssm_prune.environment import PATIENT_THREADS, WAITING, is_command
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.training.arguments import FinetuneArguments
 from hf_vssm_prune.training.arguments.help import OptionParser
@@ -135,6 +138,52 @@ def test_environment_names_no_place_and_no_secret(monkeypatch, capsys):
     assert "HF_VSSM_PRUNE_DISABLE_CPU_KERNELS" in out
     assert "hf_secret" not in out
     assert str(Path.home()) + "/" not in out
+
+
+SCRIPT = str(SCRIPTS / "train.py")
+
+
+@pytest.mark.parametrize(
+    ("started", "words", "expected"),
+    [
+        ("/usr/bin/hf-vssm-prune", [], True),
+        (SCRIPT, [], True),
+        ("-m", ["-u", "-m", "hf_vssm_prune", "train"], True),
+        ("-m", ["-mhf_vssm_prune", "train"], True),
+        ("-m", ["-m", "pytest"], False),
+        ("/somewhere/train.py", [], False),
+        ("-c", [], False),
+        ("", [], False),
+    ],
+)
+def test_own_commands_are_known(started, words, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started])
+    monkeypatch.setattr(sys, "orig_argv", ["python", *(words or [started])])
+    assert is_command() == expected
+
+
+@pytest.mark.parametrize("set_by_user", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_commands_choose_how_threads_wait_and_the_user_wins(set_by_user):
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | set_by_user
+    command = [sys.executable, "-m", "hf_vssm_prune", "env"]
+    report = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    found = dict(line.split() for line in report.splitlines() if line.startswith(WAITING))
+    assert found == (set_by_user or PATIENT_THREADS)
+
+
+def test_the_library_changes_no_environment():
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    code = (
+        "import os; before = dict(os.environ); import hf_vssm_prune.environment; print(set(os.environ) - set(before))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert not any(name in found.stdout for name in WAITING)
+
+
+def test_the_demo_chooses_as_the_commands_do(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    runpy.run_path(str(SCRIPTS.parent / "demo" / "threads.py"))
+    assert os.environ == PATIENT_THREADS
 
 
 @pytest.mark.parametrize(("words", "status"), [([], 2), (["prune"], 2)])

@@ -17,10 +17,10 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from hf_vssm_prune import kernels
+from hf_vssm_prune import mamba_ssm_scan as mamba_ssm
 from hf_vssm_prune.causal_convolution import causal_conv1d
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.grid_convolution import depthwise_conv2d
-from hf_vssm_prune.kernels import mamba_ssm
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 from hf_vssm_prune.token_pruning import nearest_tokens

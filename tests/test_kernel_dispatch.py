@@ -11,7 +11,7 @@ from conftest import make_plainmamba_config, make_vim_config
 from kernel_arguments import scan_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_vssm_prune import kernels
+from hf_vssm_prune import kernel_table, kernels
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.kernels import build, cpu
 
@@ -68,7 +68,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("HF_VSSM_PRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(kernels, "_WARNED", set())
+    monkeypatch.setattr(kernel_table, "_WARNED", set())
     cpu._load.cache_clear()
     yield
     cpu._load.cache_clear()

@@ -407,10 +407,10 @@ def test_says_what_is_wrong_with_the_place(without_prebuilt: Path, monkeypatch: 
 
     monkeypatch.delenv("HF_VSSM_PRUNE_CACHE")
     monkeypatch.setattr(Path, "home", no_home)
-    with pytest.raises(build.BuildError, match="no place for the kernels' cache"):
+    with pytest.raises(build.BuildError, match="no folder is available for the kernels' cache"):
         build._cache_directory()
     monkeypatch.setenv("CXX", "g++ 'unbalanced")
-    with pytest.raises(build.BuildError, match="CXX is no command"):
+    with pytest.raises(build.BuildError, match="CXX is not a command"):
         build.find_compiler()
 
 

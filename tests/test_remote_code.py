@@ -1,5 +1,6 @@
 """A saved folder opens with `trust_remote_code=True` where hf_vssm_prune is not installed, and answers the same."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -88,6 +89,40 @@ def test_pruned_model_without_package(
     assert [answer["label"] for answer in opened["pipeline"]] == [answer["label"] for answer in expected]
     scores = [answer["score"] for answer in expected]
     assert [answer["score"] for answer in opened["pipeline"]] == pytest.approx(scores, abs=1e-5)
+
+
+BY_TRITON = """
+import sys, torch
+from transformers import AutoModelForImageClassification
+pixel_values = torch.load(sys.argv[2])
+for backend in sys.argv[3:]:
+    model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True, scan_backend=backend)
+    try:
+        loss = model(pixel_values, labels=torch.zeros(1, dtype=torch.int64)).loss
+        loss.backward()
+        print(loss.item(), sum(parameter.grad.abs().sum().item() for parameter in model.parameters()))
+    except ImportError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_kernels_travel_with_the_model(tmp_path: Path, python_without_package: Path) -> None:
+    """Interpreted on the CPU. The C++ kernels, which stay at home, are refused by name."""
+    config = MAKE_CONFIG["plainmamba"](num_hidden_layers=2, token_pruning={"layers": [1], "keep_ratios": [0.5]})
+    folder = tmp_path / "model"
+    save_for_hub(FAMILIES["plainmamba"].classifier(config), folder)
+    torch.save(torch.randn(config.pixel_values_shape(1)), tmp_path / "pixel_values.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [python_without_package, "-I", "-c", BY_TRITON, folder, tmp_path / "pixel_values.pt"]
+    done = subprocess.run(
+        [*command, "torch", "triton", "cpu"], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    plain, triton, by_cpu = done.stdout.splitlines()[-3:]
+    assert [float(word) for word in triton.split()] == pytest.approx([float(word) for word in plain.split()], rel=1e-4)
+    assert "backend 'cpu' needs the hf_vssm_prune package" in by_cpu
 
 
 def open_without_package(python: Path, folder: Path, image: Image.Image, scratch: Path) -> dict:

@@ -16,9 +16,10 @@ from conftest import PATIENCE, TOKEN_PRUNING, make_plainmamba_config
 from kernel_arguments import SCANS, Arguments, assert_close_to_reference, run, scan_arguments
 from torch import Tensor
 
-from hf_vssm_prune import PlainMambaForImageClassification
-from hf_vssm_prune.kernels import KERNELS, cpu, mamba_ssm, triton_scan
-from hf_vssm_prune.kernels.scan_operator import ScanArguments
+from hf_vssm_prune import PlainMambaForImageClassification, triton_scan
+from hf_vssm_prune import mamba_ssm_scan as mamba_ssm
+from hf_vssm_prune.kernels import KERNELS, cpu
+from hf_vssm_prune.scan_operator import ScanArguments
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 

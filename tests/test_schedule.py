@@ -197,7 +197,7 @@ def test_options_of_a_call_that_are_not_known(config, pixel_values) -> None:
         FAMILIES[config.model_type].classifier(config),
         FAMILIES[config.model_type].classifier(config).base_model,
     ):
-        with pytest.raises(TypeError, match=r"does not know the options \['interpolate_position'\]"):
+        with pytest.raises(TypeError, match=r"got unknown options \['interpolate_position'\]"):
             model(pixel_values, interpolate_position=True)
 
 

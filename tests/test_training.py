@@ -687,7 +687,7 @@ def test_warmup_is_a_share_of_the_run(datasets, tmp_path):
 
 
 def test_warmup_must_leave_something(datasets, tmp_path):
-    with pytest.raises(ValueError, match="9 steps of warm-up are no fewer than the run's 9"):
+    with pytest.raises(ValueError, match="9 warm-up steps do not fit into a run of 9 steps"):
         make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, warmup_epochs=1.0))
 
 

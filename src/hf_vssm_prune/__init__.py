@@ -6,6 +6,13 @@ open them.
 
 from pathlib import Path
 
+from .environment import is_command, let_threads_wait
+
+
+if is_command():  # before torch is loaded, by what is imported below
+    let_threads_wait()
+
+# isort: split
 from .configuration_plainmamba import PlainMambaConfig
 from .configuration_videomamba import VideoMambaConfig
 from .configuration_vim import VimConfig

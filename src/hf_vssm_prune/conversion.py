@@ -142,7 +142,7 @@ def official_name(model_type: str, name: str) -> str:
     for pattern, published in FAMILIES[model_type].base.official_names:
         if match := re.fullmatch(pattern, name):
             return published(match) if callable(published) else match.expand(published)
-    raise KeyError(f"{name!r} is no tensor of a {model_type} classifier.")
+    raise KeyError(f"{name!r} is not a tensor of a {model_type} classifier.")
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def official_name(config: Any, name: str, of_backbone: Callable[[str], str]) -> 
     for pattern, published in HEAD_NAMES:
         if match := re.fullmatch(pattern, name):
             return match.expand(published)
-    raise KeyError(f"{name!r} is no tensor of UPerNet.")
+    raise KeyError(f"{name!r} is not a tensor of UPerNet.")
 
 
 def has_upernet(tensors: Mapping[str, Tensor]) -> bool:
@@ -98,8 +98,8 @@ def options_of_levels(official: Any, num_hidden_layers: int) -> dict[str, Any]:
     laterals = {match[1] for name in official if (match := re.match(r"decode_head\.lateral_convs\.(\d+)\.", name))}
     if len(normed) != len(laterals) or any(layer >= num_hidden_layers - 1 for layer in normed):
         raise ValueError(
-            f"the checkpoint norms the outputs of layers {normed} of {num_hidden_layers}, and its decode head takes "
-            f"{len(laterals)} levels beside the last."
+            f"the checkpoint norms the outputs of layers {normed} of {num_hidden_layers}, and its decode head uses "
+            f"{len(laterals)} levels in addition to the last."
         )
     return {"out_features": levels, "feature_norm": "per_level"}
 

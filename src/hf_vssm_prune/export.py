@@ -1,7 +1,7 @@
 """Exports a classifier to files that run without this package: ONNX, torch.export and AOTInductor.
 
 All start from one traced program, in which the scan is one loop and all else is plain PyTorch (`is_exporting` in
-`selective_scan_torch.py`). Its input is `pixel_values`, any number of images of the size that the configuration names;
+`function_transforms.py`). Its input is `pixel_values`, any number of images of the size that the configuration names;
 its outputs are `logits`, and for each stage of pruning the ids of the tokens left after it, as the model's
 `kept_tokens`.
 """

@@ -4,21 +4,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .documentation import see
-from .selective_scan_torch import is_exporting
+from .function_transforms import is_exporting
 
 
 try:
     from hf_vssm_prune.kernels import choose_kernel
-except ImportError:  # as Hub code, where the package is not installed, plain PyTorch remains
-
-    def choose_kernel(operation: str, backend: str, device_type: str) -> Callable[..., Tensor] | None:
-        if backend not in ("auto", "torch"):
-            raise ImportError(
-                f"backend {backend!r} needs the hf_vssm_prune package, which is not installed. "
-                f"{see('backend-cannot-be-used')}"
-            )
-        return None
+except ImportError:  # as Hub code, where the package is not installed: what travels with the model
+    from .travelling_kernels import choose_kernel
 
 
 def kernel_for(operation: str, backend: str, tensor: Tensor) -> Callable[..., Tensor] | None:

@@ -258,11 +258,12 @@ class BidirectionalMixer(nn.Module):
         forward_gated, forward = self.forward_scan(x, gate, layout)
         backward_gated, backward = self.backward_scan(x, gate, layout)
         gated = forward_gated + backward_gated
-        if self.averages_directions:
-            gated = gated / 2
         mixed = self.out_proj(gated)
+        if self.averages_directions:  # behind the projection, which has no bias, tokens are narrower
+            mixed = mixed / 2
         if not with_output:
             return mixed, None
+        gated = gated / 2 if self.averages_directions else gated
         return mixed, MixerOutput(gated, mixed, (forward, backward), backward_gated).detach()
 
 

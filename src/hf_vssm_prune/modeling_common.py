@@ -63,7 +63,7 @@ class HoleTimeStep(nn.Module):
             return F.softplus(at_least_float32(bias))
         if alignment == "learned":
             if self.offset is None:
-                raise ValueError("this layer has no learned step for holes: `model.set_token_pruning` makes it.")
+                raise ValueError("this layer has no learned time step for holes: `model.set_token_pruning` creates it.")
             return F.softplus(at_least_float32(bias) + at_least_float32(self.offset))
         return None
 
@@ -119,7 +119,7 @@ class TokenPruningMixin(PreTrainedModel):
         """
         if unknown := [name for name in options if name not in FORWARD_OPTIONS]:
             raise TypeError(
-                f"{type(self).__name__} does not know the options {unknown}; beside its arguments it takes "
+                f"{type(self).__name__} got unknown options {unknown}; allowed are its arguments and "
                 f"{list(FORWARD_OPTIONS)}."
             )
         given = options.get("token_pruning", self.config.token_pruning)
@@ -271,7 +271,7 @@ class DropPath(nn.Module):
             return hidden_states
         keep_prob = 1 - self.drop_prob
         shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
-        return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep_prob) / keep_prob
+        return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep_prob).div_(keep_prob)
 
     def extra_repr(self) -> str:
         return f"p={self.drop_prob}"

@@ -94,7 +94,7 @@ def check_token_pruning(token_pruning: Mapping[str, Any], num_hidden_layers: int
         takers = [name for name, other in METHODS.items() if other.importance is not None]
         raise ValueError(
             f"`token_pruning['importance']` is {token_pruning['importance']!r}, but the method "
-            f"{_method_name(token_pruning)!r} ranks tokens in its own way; methods that take an importance are "
+            f"{_method_name(token_pruning)!r} does not use an importance; methods that do are "
             f"{takers}."
         )
     return TokenPruning({**options, "method": _method_name(token_pruning)})

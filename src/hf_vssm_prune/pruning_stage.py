@@ -84,7 +84,7 @@ class Stage(NamedTuple):
     def scores(self) -> Tensor:
         """The patch tokens' importance, shape (batch, n)."""
         if self.importance is None:
-            raise ValueError("the schedule names no importance, and its method asks for one.")
+            raise ValueError("the schedule names no importance, but its method needs one.")
         return self.importance(self)
 
     def nearest(self, rows: Tensor) -> Tensor:

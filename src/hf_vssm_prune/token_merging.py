@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .function_transforms import is_exporting
 from .precision import at_least_float32
-from .selective_scan_torch import is_exporting
 from .token_pruning import gather_tokens, select_tokens
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .selective_scan_torch import is_exporting
+from .function_transforms import is_exporting
 
 
 ALIGNMENTS = ("repeat", "zero_input", "none", "learned")
@@ -62,7 +62,14 @@ def rank_tokens(scores: Tensor) -> Tensor:
 
 def gather_tokens(tokens: Tensor, rows: Tensor) -> Tensor:
     """The rows (batch, n) of tokens (batch, length, channels): (batch, n, channels)."""
-    return tokens.gather(1, rows.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    return tokens.flatten(0, 1).index_select(0, batch_rows(rows, tokens.shape[1])).unflatten(0, rows.shape)
+
+
+def batch_rows(rows: Tensor, length: int) -> Tensor:
+    """Rows (batch, ...) of a sample's tokens as rows of all samples' tokens, `length` of each one behind the other: one
+    axis. Whole rows are copied several times as fast as PyTorch gathers single entries."""
+    first = torch.arange(0, rows.shape[0] * length, length, device=rows.device)
+    return (rows.flatten(1).long() + first.unsqueeze(1)).flatten()
 
 
 def fill_dropped_tokens(

@@ -22,7 +22,7 @@ LIBRARIES = (
     *("evaluate", "peft", "timm", "torchvision", "triton", "mamba-ssm", "onnx", "onnxruntime", "gradio"),
 )
 # No others: values of variables may be secrets.
-VARIABLES = ("HF_VSSM_PRUNE_", "OMP_", "HF_HUB_OFFLINE", "ATEN_CPU_CAPABILITY", "CXX")
+VARIABLES = ("HF_VSSM_PRUNE_", "OMP_", "GOMP_", "KMP_", "HF_HUB_OFFLINE", "ATEN_CPU_CAPABILITY", "CXX")
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:

@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         else:
             config = load_config(model.model_name_or_path)
             if pruned_config(config) is not config and model.image_size is not None:
-                raise ValueError("--image_size is for classifiers; the size of crops says how large images are.")
+                raise ValueError(
+                    "--image_size is for classifiers; for other tasks the crop size determines the image size."
+                )
             if model.image_size is not None:
                 config = config_at_size(config, model.image_size)
         pruned = pruned_config(config)

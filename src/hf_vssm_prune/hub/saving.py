@@ -106,7 +106,7 @@ def code_files(config: VisionMambaConfig) -> list[Path]:
 def check_arguments(model: VisionMamba, image_processor: ImageProcessingMixin | None) -> None:
     if not any(isinstance(module, VisionMamba) for module in _modules(model)):
         raise TypeError(
-            f"A {family_names()} model of hf_vssm_prune is needed, given was a {_name(model)}. Unwrap a compiled or "
+            f"A {family_names()} model of hf_vssm_prune is needed, got a {_name(model)}. Unwrap a compiled or "
             "distributed model first; open a model that came with remote code again after `import hf_vssm_prune`. "
             f"{see('a-model-of-this-package-is-needed')}"
         )

@@ -88,7 +88,7 @@ def find_compiler() -> list[str]:
     try:
         named = [variable] if shutil.which(variable) else shlex.split(variable)  # a path may have spaces, and be quoted
     except ValueError as error:
-        raise BuildError(f"CXX is no command: {error}") from error
+        raise BuildError(f"CXX is not a command: {error}") from error
     candidates = [named, ["g++"], ["clang++"]]
     for command in candidates:
         if command and shutil.which(command[0]):
@@ -147,7 +147,7 @@ def _cache_directory() -> Path:
     try:
         return Path(root or Path.home() / ".cache" / "hf_vssm_prune") / "kernels"
     except RuntimeError as error:  # nobody's home
-        raise BuildError(f"there is no place for the kernels' cache ({error}); set HF_VSSM_PRUNE_CACHE") from error
+        raise BuildError(f"no folder is available for the kernels' cache ({error}); set HF_VSSM_PRUNE_CACHE") from error
 
 
 @functools.cache

@@ -17,8 +17,8 @@ from torch import Tensor
 from hf_vssm_prune.convolution_torch import depthwise_conv2d_torch
 from hf_vssm_prune.environment import is_switched_on
 from hf_vssm_prune.kernels.build import BuildError, library_path
-from hf_vssm_prune.kernels.plain_fallback import left_to, plain_gradients, wants_plain_gradients
-from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator
+from hf_vssm_prune.plain_fallback import left_to, plain_gradients, wants_plain_gradients
+from hf_vssm_prune.scan_operator import ScanArguments, scan_operator
 from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 

@@ -50,8 +50,8 @@ class AugmentationConfig:
             raise ValueError(f"random_crop_padding is {self.random_crop_padding}: it must not be negative.")
         if self.random_crop_padding and scale is not None:
             raise ValueError(
-                f"random_crop_padding ({self.random_crop_padding}) and random_resized_crop_scale ({scale}) exclude "
-                "each other: set random_crop_padding to 0 or random_resized_crop_scale to None."
+                f"random_crop_padding ({self.random_crop_padding}) and random_resized_crop_scale ({scale}) cannot "
+                "be combined: set random_crop_padding to 0 or random_resized_crop_scale to None."
             )
         _check_fraction("horizontal_flip", self.horizontal_flip)
         _check_fraction("random_erasing", self.random_erasing)

@@ -117,7 +117,7 @@ def check_output_dir(run: RunArguments) -> None:
     if not existing.is_dir():
         raise NotADirectoryError(f"--output_dir {output_dir}: {existing} is a file.")
     if not os.access(existing, os.W_OK):
-        raise PermissionError(f"--output_dir {output_dir}: this user may not write in {existing}.")
+        raise PermissionError(f"--output_dir {output_dir}: no permission to write to {existing}.")
     if run.resume is not None:
         find_resumed(output_dir, run.resume)
     elif found := find_checkpoints(output_dir):

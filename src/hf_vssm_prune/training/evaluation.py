@@ -148,7 +148,7 @@ def _wait_for(device: torch.device) -> None:
 
 def comparison_table(task: Task, evaluations: Mapping[str, ModelEvaluation]) -> str:
     """A Markdown table, with the metrics that the task shows."""
-    titles = ["model", *(title for title, _ in task.shown_metrics.values()), "GFLOPs", "published", "images/s"]
+    titles = ["model", *(title for title, _ in task.shown_metrics.values()), "GFLOPs", "published GFLOPs", "images/s"]
     rows = [
         [
             name,

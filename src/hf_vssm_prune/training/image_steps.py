@@ -251,7 +251,7 @@ class ImageProcessorSteps:
             actual = self(image)
             if expected.shape != actual.shape or not torch.allclose(actual, expected, rtol=0, atol=tolerance):
                 raise ValueError(
-                    f"{type(image_processor).__name__} does something else than resize, crop the center, rescale and "
+                    f"{type(image_processor).__name__} does something other than resize, crop the center, rescale and "
                     "normalise with its size, crop_size, rescale_factor, image_mean and image_std: "
                     f"use CLIPImageProcessor or BitImageProcessor. {see('image-processor-not-supported')}"
                 )

@@ -63,7 +63,7 @@ def plan_steps(options: OptimizationArguments, batches_per_epoch: int) -> tuple[
         epochs = options.warmup_epochs
         warmup_steps = round(length.num_steps / 30 if epochs is None else epochs * length.steps_per_epoch)
     if warmup_steps >= length.num_steps:
-        raise ValueError(f"{warmup_steps} steps of warm-up are no fewer than the run's {length.num_steps}.")
+        raise ValueError(f"{warmup_steps} warm-up steps do not fit into a run of {length.num_steps} steps.")
     schedule = LearningRateSchedule(
         options.lr_scheduler_type,
         length.num_steps,

@@ -40,6 +40,7 @@ from hf_vssm_prune.training.checkpoints import (
     write_json,
 )
 from hf_vssm_prune.training.data import ImageDatasets
+from hf_vssm_prune.training.devices import launch_on_cores
 from hf_vssm_prune.training.distribution import (
     choose_deterministic_algorithms,
     lost_processes_named,
@@ -284,6 +285,9 @@ class Trainer:
             f"{self.plain_model.num_parameters():,} parameters, "
             f"{flops.pruned.published / 1e9:.4g} GFLOPs ({flops.reduction:.1%} pruned)."
         )
+        device, batch_size = self.accelerator.device, self.recipe.optimization.per_device_train_batch_size
+        if launch := launch_on_cores(device, self.accelerator.num_processes, batch_size):
+            self.log.write(f"On this CPU one process of one thread on each core trains faster: {launch}")
 
     def _train_epoch(self, epoch: int, progress: tqdm) -> None:
         length = self.length

@@ -49,7 +49,7 @@ def check_output_file(name: str, file: str | Path | None) -> None:
     if not (folder := Path(file).absolute().parent).is_dir():
         raise ValueError(f"--{name} {file}: its folder does not exist.")
     if not os.access(file if Path(file).exists() else folder, os.W_OK):
-        raise ValueError(f"--{name} {file} cannot be written: this user may not.")
+        raise ValueError(f"--{name} {file} cannot be written: permission denied.")
 
 
 def exclude(first: str, first_value: object, second: str, second_value: object) -> None:

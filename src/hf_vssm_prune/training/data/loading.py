@@ -111,7 +111,7 @@ def load_image_stream(
         rows, num_images = rows.take(max_train_samples), max_train_samples
     if num_images is None:
         raise ValueError(
-            f"'{name_or_path}' does not say how many {medium.name}s split '{train_split}' has: say it with "
+            f"'{name_or_path}' does not say how many {medium.name}s split '{train_split}' has: give it with "
             "--max_train_samples."
         )
     rows, label_names = standardize_stream(rows, image_column, label_column, medium)

@@ -68,7 +68,7 @@ def load_pair_folder(folder: Path) -> DatasetDict:
     if not images or not masks:
         raise ValueError(
             f"The folder '{folder}' holds {len(images)} images and {len(masks)} masks: for each image a mask is "
-            "needed, in a folder 'masks' beside 'images', or beside the image ('a.jpg' and 'a.png', or 'a_mask.png')."
+            "needed, in a folder 'masks' next to 'images', or next to the image ('a.jpg' and 'a.png', or 'a_mask.png')."
         )
     for problem, wrong in (
         ("no mask", [image for place, image in images.items() if place not in masks]),

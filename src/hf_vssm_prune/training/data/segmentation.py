@@ -88,7 +88,7 @@ def load_segmentation_datasets(
         count = data.max_train_samples or count_rows(train, name, data.train_split)
         if count is None:
             raise ValueError(
-                f"'{name}' does not say how many images split '{data.train_split}' has: say it with "
+                f"'{name}' does not say how many images split '{data.train_split}' has: give it with "
                 "--max_train_samples."
             )
         taken = train_rows if data.max_train_samples is None else train_rows.take(count)

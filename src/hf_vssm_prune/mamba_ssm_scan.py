@@ -7,6 +7,7 @@ That kernel knows no holes and no paths. With decay step d_i = time_step_i + e_i
 which is ours; D u is added apart, because u' is not u. Paths are scanned as further images of the batch.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_vssm_prune.kernels.plain_fallback import DifferentiatedOnce, left_to
-from hf_vssm_prune.kernels.scan_operator import ScanArguments, to_float32
-from hf_vssm_prune.selective_scan_torch import (
-    decay_steps,
-    gather_along_paths,
-    scatter_along_paths,
-    selective_scan_torch,
-)
+from .plain_fallback import DifferentiatedOnce, left_to
+from .scan_operator import ScanArguments, to_float32
+from .scan_paths import gather_along_paths, scatter_along_paths
+from .selective_scan_torch import decay_steps, selective_scan_torch
+
+
+# By name: transformers asks for all that a Hub repository's code imports.
+INTERFACE = "mamba_ssm.ops.selective_scan_interface"
 
 
 def unavailable(device_type: str) -> str | None:
@@ -32,7 +33,7 @@ def unavailable(device_type: str) -> str | None:
     if importlib.util.find_spec("mamba_ssm") is None:
         return "the mamba-ssm package is not installed: pip install mamba-ssm"
     try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
+        importlib.import_module(INTERFACE)
     except (ImportError, OSError) as error:
         return f"the mamba-ssm package cannot be imported: {error}"
     return None
@@ -41,8 +42,7 @@ def unavailable(device_type: str) -> str | None:
 @left_to(selective_scan_torch)
 def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
+    selective_scan_fn = importlib.import_module(INTERFACE).selective_scan_fn
     arguments = ScanArguments(*args, **kwargs)
     arguments.check()
     if arguments.hidden_states.numel() == 0:

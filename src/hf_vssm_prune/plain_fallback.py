@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_vssm_prune.function_transforms import is_transformed
+from .function_transforms import is_transformed
 
 
 Function = Callable[..., Tensor]

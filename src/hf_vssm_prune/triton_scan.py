@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_vssm_prune.kernels.plain_fallback import left_to
-from hf_vssm_prune.kernels.scan_operator import ScanArguments, scan_operator
-from hf_vssm_prune.selective_scan_torch import selective_scan_torch
+from .plain_fallback import left_to
+from .scan_operator import ScanArguments, scan_operator
+from .selective_scan_torch import selective_scan_torch
 
 
 BLOCK_CHANNELS = 32
@@ -142,7 +142,7 @@ def _chunk_length(length: int) -> int:
 
 
 def _forward(arguments: ScanArguments, checkpoints: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    from hf_vssm_prune.kernels.triton_scan_kernels import scan_forward
+    from .triton_scan_kernels import scan_forward
 
     hidden_states = arguments.hidden_states
     batch, _, channels = hidden_states.shape
@@ -161,7 +161,7 @@ def _forward(arguments: ScanArguments, checkpoints: Tensor | None = None) -> tup
 
 def _backward(arguments: ScanArguments, grad_output: Tensor) -> dict[str, Tensor]:
     """The gradients in float32, by argument."""
-    from hf_vssm_prune.kernels.triton_scan_kernels import scan_backward
+    from .triton_scan_kernels import scan_backward
 
     batch, length, channels = arguments.hidden_states.shape
     states, paths = arguments.A.shape[-1], arguments.num_paths()

@@ -9,8 +9,11 @@ rows, and a sum over the states stays within a thread.
 Rows of tokens are read through a stride for the batch and one for the row; everything else is contiguous.
 """
 
-import triton
-import triton.language as tl
+try:  # in these words, which transformers skips when it looks what a Hub repository's code needs
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("this module is for those who have asked for Triton, see `triton_scan.unavailable`") from error
 
 
 # Under `repeat`, the decay across a hole is a power of the decay that the paths share. Up to this gap it is multiplied

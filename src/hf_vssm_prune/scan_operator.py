@@ -1,13 +1,14 @@
 """What the scan's kernels share: the arguments as one tuple, their checks, and the way to a PyTorch operator."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_vssm_prune.kernels.plain_fallback import plain_gradients, wants_plain_gradients
-from hf_vssm_prune.selective_scan_torch import selective_scan_torch
+from .plain_fallback import plain_gradients, wants_plain_gradients
+from .selective_scan_torch import selective_scan_torch
 
 
 class ScanArguments(NamedTuple):
@@ -69,6 +70,9 @@ class ScanArguments(NamedTuple):
                 )
 
 
+# Each Hub repository's code is a module of its own, and registers operators of its own.
+NAMESPACE = "hf_vssm_prune" if __package__ == "hf_vssm_prune" else f"hub_{zlib.crc32(__name__.encode()):08x}"
+
 SCHEMA = (
     "Tensor hidden_states, Tensor time_step, Tensor A, Tensor B, Tensor C, Tensor D, Tensor time_step_bias, "
     "Tensor? gate, Tensor? order, Tensor? gaps, Tensor? hole_time_step, Tensor? direction_B, Tensor? moves"
@@ -84,7 +88,7 @@ def scan_operator(
     """Registers a scan as a PyTorch operator with its gradient and its fake kernel, for autograd, compile and export.
 
     Args:
-        name: of the operator, in the namespace `hf_vssm_prune`.
+        name: of the operator, in `NAMESPACE`.
         forward: from arguments that have been checked to the output. Is not called for an empty one.
         backward: from the arguments and the output's gradient to the gradients of the floating-point arguments that are
             given, in their order. Is not called for an empty output.
@@ -95,7 +99,7 @@ def scan_operator(
     """
 
     @torch.library.custom_op(
-        f"hf_vssm_prune::{name}", mutates_args=(), schema=f"({SCHEMA}) -> Tensor", device_types=device_types
+        f"{NAMESPACE}::{name}", mutates_args=(), schema=f"({SCHEMA}) -> Tensor", device_types=device_types
     )
     def operator(*inputs: Any) -> Tensor:
         arguments = ScanArguments(*inputs)
@@ -109,7 +113,7 @@ def scan_operator(
         return hidden_states.new_empty(hidden_states.shape)
 
     @torch.library.custom_op(
-        f"hf_vssm_prune::{name}_backward",
+        f"{NAMESPACE}::{name}_backward",
         mutates_args=(),
         schema=f"(Tensor grad_output, {SCHEMA}) -> Tensor[]",
         device_types=device_types,

@@ -1,0 +1,92 @@
+"""Threads that wait: a machine with nothing else to do, and one with a busy process beside.
+
+How threads wait is read when torch is loaded, so each way is tried in processes of its own, which are started once and
+take turns.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from benchmarking.measuring import Case, Group, take_turns
+from hf_vssm_prune.environment import PATIENT_THREADS, WAITING
+
+
+BATCH = 32
+# The small PlainMamba of the photographs: 96 wide, 12 layers, 196 tokens.
+DEFAULT, CHOSEN, ONE_THREAD, PROCESSES = "torch's default", "as the commands choose", "one thread", "processes of one"
+WAYS: dict[str, dict[str, str]] = {
+    DEFAULT: {},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    **{f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": str(count)} for count in (100, 1000, 10000)},
+    CHOSEN: PATIENT_THREADS,
+    ONE_THREAD: {"OMP_NUM_THREADS": "1"},
+}
+BUSY = "while True: pass"
+
+
+def busy_section(options: argparse.Namespace) -> list[Group]:
+    """A forward of one image and a training step, quiet and beside a busy process of one thread."""
+    threads = options.threads
+    groups = []
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(started([way], threads, BATCH)) for name, way in WAYS.items()}
+        halves = [WAYS[ONE_THREAD]] * threads
+        workers[PROCESSES] = stack.enter_context(started(halves, threads, BATCH // threads))
+        for work, names in (("forward", list(WAYS)), ("step", list(workers))):
+            for neighbour in ("quiet", "beside a busy process"):
+                cases: dict[str, Case] = {name: partial(run_all, workers[name], work) for name in names}
+                ratios = {f"{DEFAULT} / {name}": (1.0, DEFAULT, name) for name in names if name != DEFAULT}
+                title = (
+                    f"small PlainMamba, {'forward, batch 1' if work == 'forward' else f'training step, batch {BATCH}'}"
+                )
+                with busy_process() if neighbour != "quiet" else ExitStack():
+                    groups.append(take_turns(f"{title}, {threads} threads, {neighbour}", cases, ratios, options))
+    return groups
+
+
+Worker = subprocess.Popen[str]
+
+
+@contextmanager
+def started(ways: Sequence[dict[str, str]], threads: int, batch: int) -> Iterator[list[Worker]]:
+    """Processes that wait for work, each with environment variables of its own beside this process's."""
+    inherited = {name: value for name, value in os.environ.items() if name not in (*WAITING, "OMP_NUM_THREADS")}
+    inherited |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(Path(__file__).with_name("busy_worker.py")), str(batch)]
+    workers = [
+        subprocess.Popen(command, env=inherited | way, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for way in ways
+    ]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.communicate()  # closes its standard input, at which it ends
+
+
+def run_all(workers: Sequence[Worker], work: str) -> None:
+    """The same work in all processes at once."""
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write(work + "\n")
+        worker.stdin.flush()
+    for worker in workers:
+        assert worker.stdout is not None
+        if worker.stdout.readline() != "done\n":
+            raise RuntimeError("a process of the benchmark ended; its message is above.")
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    process = subprocess.Popen([sys.executable, "-c", BUSY])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
