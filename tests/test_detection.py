@@ -10,6 +10,7 @@ import torch
 from conftest import TOKEN_PRUNING, load_script, make_plainmamba_config, make_vim_config
 from PIL import Image
 from tested_tasks import SMALL_DETECTOR, write_box_folder
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import pipeline
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
@@ -59,6 +60,9 @@ def test_a_new_head_learns_from_boxes_and_from_none(kind, family):
         assert outputs.loss.isfinite()
         assert len(outputs.kept_tokens) == 2
         assert len(outputs.backbone_hidden_states) == 5
+        again = tree_unflatten(*tree_flatten(outputs))  # as DDP does
+        assert again.keys() == outputs.keys()
+        assert len(again.kept_tokens) == 2
         logits, boxes = predictions_of(outputs)
         assert (logits.shape, boxes.shape) == ((2, 7, 3), (2, 7, 4))
         idle = [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None]
@@ -221,6 +225,12 @@ def test_from_boxes_to_a_pruned_detector(tmp_path, capsys):
     assert load_script("visualize").main([image, "--model_name_or_path", f"{out[1]}/best", *picture]) == 0
     answers = pipeline("object-detection", model=f"{out[1]}/best", device="cpu")(image, threshold=0.0)
     assert {each["label"] for each in answers} <= {"red", "green", "blue"}
+    about = f"name: Cells\nevaluation: {{results: {tmp_path}/out.json, dataset_name: a, dataset_id: a, split: test}}\n"
+    (tmp_path / "card.yaml").write_text(about)
+    assert load_script("write_card").main([f"{out[1]}/best", str(tmp_path / "card.yaml")]) == 0
+    card = (Path(out[1]) / "best" / "README.md").read_text()
+    assert "# Cells" in card
+    assert "Mean average precision at IoU 0.5" in card
     assert load_script("push").main([f"{out[1]}/best", "user/detector", "--dry_run"]) == 0
 
 

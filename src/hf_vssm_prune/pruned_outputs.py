@@ -1,7 +1,7 @@
 """Outputs of models that can drop tokens on the way."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -34,9 +34,14 @@ class StageFields:
         stages = {name: entries.pop(name) for name in [*entries] if _STAGE_ENTRY.fullmatch(name)}
         for field in STAGE_FIELDS:
             stages |= {f"{field}_{stage}": tensor for stage, tensor in enumerate(entries.pop(field, None) or ())}
+        # What a class adds to transformers' own, by whose constructor it is made; DDP, for one, makes outputs anew.
+        theirs = type(self).__mro__[type(self).__mro__.index(StageFields) + 1]
+        known = {field.name for field in fields(theirs)}
+        added = {name: entries.pop(name) for name in [*entries] if name not in known and hasattr(type(self), name)}
         super().__init__(*values, **entries)
-        for name, tensor in stages.items():
-            self[name] = tensor  # type: ignore[index]
+        for name, entry in {**added, **stages}.items():
+            if entry is not None:
+                self[name] = entry  # type: ignore[index]
 
     def _of_stages(self, field: str) -> tuple[Tensor, ...] | None:
         return tuple(tensor for name, tensor in self.items() if name.startswith(f"{field}_")) or None  # type: ignore[attr-defined]

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_vssm_prune import EXAMPLE_MODEL, prunable, visualize
+from hf_vssm_prune import EXAMPLE_MODEL, visualize
 from hf_vssm_prune.animation import FORMATS, animate
 from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
-from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model, load_image_processor
+from hf_vssm_prune.hub.loading import load_any_model, load_config, load_image_processor
 from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.frame_sampling import SAMPLINGS
 from hf_vssm_prune.training.image_steps import decode_image
@@ -60,11 +60,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         check_output_file("output", options.output)
         full_config = load_config(options.model_name_or_path)
         config = pruned_config(full_config)
-        of_pixels = config is not full_config
-        if of_pixels:
-            model = prunable(load_dense_model(options.model_name_or_path))
-        else:
-            model = load_classifier(options.model_name_or_path)
+        model = load_any_model(options.model_name_or_path)
         if options.flops_reduction is not None:
             model.set_token_pruning({"flops_reduction": options.flops_reduction})
         elif config.token_pruning is None:
@@ -76,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
                 raise ValueError(f"--output {options.output}: an animation shows one video, without importance.")
             animate(model, image_processor, inputs[0], options.output)
         else:
-            draw = visualize_dense if of_pixels else visualize
+            draw = visualize if config is full_config else visualize_dense
             draw(model, image_processor, inputs, options.importance).save(options.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.hub import save_for_hub
-from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
+from hf_vssm_prune.hub.loading import load_any_model, load_image_processor
 from hf_vssm_prune.hub.model_card_file import read_model_card_info
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             raise NotADirectoryError(f"{options.folder} is not a folder.")
         info = read_model_card_info(options.card)
         processor = load_image_processor(options.folder)
-        save_for_hub(load_classifier(options.folder), options.folder, processor, info)
+        save_for_hub(load_any_model(options.folder), options.folder, processor, info)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
 from hf_vssm_prune.families import Family, ImageClassifier, family_names
 from hf_vssm_prune.heads import auto_class_of
 from hf_vssm_prune.hub.retrying import patiently
+from hf_vssm_prune.pruned_heads import prunable
 
 
 # Options of `from_pretrained` that say where on the Hub, or in which copy of it, a model is.
@@ -96,6 +97,15 @@ def load_dense_model(
         raise ValueError(f"{name_or_path} is an image classifier; a model with a head on a backbone is needed.")
     kind = f"{config.model_type} model"
     return _load_whole(auto_class_of(config), kind, name_or_path, ignore_mismatched_sizes, revision, **options)
+
+
+def load_any_model(name_or_path: str | Path, **options: Any) -> Any:
+    """An image classifier, or a model with a head that `pruned_heads.prunable` made; arguments and errors are those of
+    `load_classifier` and `load_dense_model`."""
+    config = load_config(str(name_or_path))
+    if pruned_config(config) is config:
+        return load_classifier(name_or_path, **options)
+    return prunable(load_dense_model(name_or_path, **options))
 
 
 def _load_whole(

@@ -145,8 +145,8 @@ def _stored(rows: IterableDataset, split: str) -> Dataset:
 
 
 def _refuse_without_objects(rows: Dataset) -> None:
-    if not any(len(labels) for labels in rows["labels"]):
-        raise ValueError(f"None of the {len(rows)} images of split '{rows.split}' has an object.")
+    if all(all(crowd) for crowd in rows["crowd"]):
+        raise ValueError(f"None of the {len(rows)} images of split '{rows.split}' has an object that is no crowd.")
 
 
 @dataclass(frozen=True)
