@@ -48,7 +48,7 @@ class FeatureMaps(BackboneMixin):
             pixel_values: shape (batch, channels, height, width), normalised.
         """
         if self.config.feature_source == "mixer":
-            kwargs["output_mixer_states"] = True  # type: ignore[typeddict-unknown-key]
+            kwargs["output_mixer_states"] = True
         outputs = super(BackboneMixin, self).forward(pixel_values, **kwargs)  # type: ignore[misc]
         grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         states = full_states(self, outputs, self._pruning_of_call(kwargs))

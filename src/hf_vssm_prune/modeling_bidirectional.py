@@ -155,7 +155,8 @@ class BidirectionalEmbeddings(nn.Module):
         return self.projection(pixel_values)
 
     def _positions(self, grid: tuple[int, ...], interpolate: bool) -> Tensor:
-        patches, cls_token = self.position_embeddings, None
+        patches: Tensor = self.position_embeddings
+        cls_token: Tensor | None = None
         if (cls_id := self.config.cls_token_id(math.prod(self.config.grid_size[-2:]))) is not None:
             before, cls_token, after = patches.tensor_split([cls_id, cls_id + 1], dim=1)
             patches = torch.cat([before, after], dim=1)
