@@ -3,8 +3,9 @@
     python study/videos/train_cached.py <videos by class> <start> <target> --epochs 20
     python study/videos/train_cached.py <videos by class> <dense> <target> --epochs 5 --flops_reduction 0.416
 
-The clips are those of an evaluation, one of each video, without augmentation but for mixup; losses, mixing and metrics
-are the package's. With a budget the start is the teacher, too.
+The clips are those of an evaluation, one of each video, without augmentation but for mixup, a shift and a change of
+brightness, alike in all frames; losses, mixing and metrics are the package's. With a budget the start is the teacher,
+too.
 """
 
 import argparse
@@ -35,6 +36,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--mixup", type=float, default=0.2)
+    parser.add_argument("--shift", type=int, default=0, help="pixels, up to which a clip is moved either way")
+    parser.add_argument("--brightness", type=float, default=0.0, help="share by which it is changed at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--flops_reduction", type=float)
     parser.add_argument("--method")
@@ -48,7 +51,8 @@ def main() -> None:
     )
     datasets = task.load_datasets(DataArguments(options.videos), seed=0)
     processor = load_image_processor(options.start)
-    train, test = (_all(task, rows, processor) for rows in (datasets.train, datasets.evaluation))
+    train = _all(task, datasets.train, _with_margin(processor, options.shift))
+    test = _all(task, datasets.evaluation, processor)
     model: Any = load_classifier(options.start)
     teacher: Any = None
     if options.flops_reduction is not None:
@@ -66,6 +70,7 @@ def main() -> None:
             rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"], step = options.lr * rate, step + 1
             batch = {name: values[torch.from_numpy(ids)].float() for name, values in train.items()}
+            batch["pixel_values"] = _augment(batch["pixel_values"], options, generator)
             batch = task.mix({**batch, "labels": batch["labels"].long()}, model.config, generator)
             _loss(task, model, teacher, batch).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -77,6 +82,24 @@ def main() -> None:
     target = save_for_hub(model, Path(options.target), processor)
     results = {"options": vars(options), "reduction": flops.reduction, "history": history}
     (target / "results.json").write_text(json.dumps(results, indent=1))
+
+
+def _with_margin(processor: BaseImageProcessor, margin: int) -> BaseImageProcessor:
+    """A processor of frames that are so many pixels wider at each side, at the same scale."""
+    options = processor.to_dict()
+    size, crop = options["size"]["shortest_edge"], options["crop_size"]
+    options["crop_size"] = {side: pixels + 2 * margin for side, pixels in crop.items()}
+    options["size"] = {"shortest_edge": max(size, crop["height"] + 2 * margin)}
+    return type(processor)(**options)
+
+
+def _augment(clips: torch.Tensor, options: argparse.Namespace, generator: np.random.Generator) -> torch.Tensor:
+    """Cuts the margins off, so that each clip is moved, and changes its brightness."""
+    side = clips.shape[-1] - 2 * options.shift
+    places = generator.integers(0, 2 * options.shift + 1, (len(clips), 2))
+    moved = [clip[..., top : top + side, left : left + side] for clip, (top, left) in zip(clips, places, strict=True)]
+    factors = 1 + options.brightness * generator.uniform(-1, 1, (len(clips), 1, 1, 1, 1))
+    return torch.stack(moved) * torch.from_numpy(factors).float()
 
 
 def _all(task: VideoClassification, rows: Any, processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
