@@ -3,14 +3,15 @@
     python study/videos/inflate.py study/photos/vim-imagenette <folder of videos by class> <model> \
         num_frames=16 image_size=48 tubelet_size=2
 
-The two families have the same blocks. The projection of a patch becomes one of the difference between the last and the
-first frame of a tubelet: where a camera stands still, what moves is a few levels of 255, and all else is ten times that.
+The two families have the same blocks. The projection of a patch becomes that of the difference between the last and the
+first frame of a tubelet: where a camera stands still, motion is a few levels of 255, and all else ten times that.
 """
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ from hf_vssm_prune.training.data.loading import load_image_dataset
 from hf_vssm_prune.training.data.media import VIDEOS
 
 
-SCALE = 1.8  # of the difference: what moves is fainter than what is there in a photograph
+SCALE = 1.8  # of the difference: motion is fainter than what is in a photograph
 MEAN, STD = 0.5, 0.1
+ZOOM = 7 / 6  # of the frame's short side over what is cropped of it
 
 
 def inflate(image_model: VimForImageClassification, model: VideoMambaForVideoClassification) -> None:
@@ -46,12 +48,11 @@ def _inflated(name: str, tensor: Tensor, image: VimConfig, video: VideoMambaConf
         of_frames[0], of_frames[-1] = -SCALE, SCALE
         return tensor.unsqueeze(2) * of_frames.view(1, 1, -1, 1, 1)
     if name == "embeddings.position_embeddings":
-        place = image.cls_token_id(tensor.shape[1] - 1)
+        place = tensor.shape[1] // 2  # the class token's, which comes first in the video model
         before, cls_token, after = tensor.tensor_split([place, place + 1], dim=1)
         patches = torch.cat([before, after], dim=1)
-        return torch.cat(
-            [cls_token, resize_position_embeddings(patches, image.grid_size, video.grid_size[1:], True)], 1
-        )
+        patches = resize_position_embeddings(patches, image.grid_size, video.grid_size[1:], interpolate=True)
+        return torch.cat([cls_token, patches], dim=1)
     # A Vim takes the mean of its directions, a VideoMamba their sum.
     return tensor / 2 if name.endswith("out_proj.weight") else tensor
 
@@ -71,7 +72,9 @@ def main(arguments: Sequence[str]) -> None:
     torch.manual_seed(0)
     model = VideoMambaForVideoClassification(config)
     inflate(image_model, model)
-    save_for_hub(model, Path(target), new_image_processor(config, [MEAN] * 3, [STD] * 3))
+    processor: Any = new_image_processor(config, [MEAN] * 3, [STD] * 3)
+    processor.size = {"shortest_edge": round(ZOOM * config.input_size[-1])}
+    save_for_hub(model, Path(target), processor)
 
 
 if __name__ == "__main__":

@@ -85,11 +85,11 @@ def main() -> None:
 
 
 def _with_margin(processor: BaseImageProcessor, margin: int) -> BaseImageProcessor:
-    """A processor of frames that are so many pixels wider at each side, at the same scale."""
+    """A processor that crops so many pixels more at each side, at the same scale."""
     options = processor.to_dict()
-    size, crop = options["size"]["shortest_edge"], options["crop_size"]
-    options["crop_size"] = {side: pixels + 2 * margin for side, pixels in crop.items()}
-    options["size"] = {"shortest_edge": max(size, crop["height"] + 2 * margin)}
+    options["crop_size"] = {side: pixels + 2 * margin for side, pixels in options["crop_size"].items()}
+    if margin and options["crop_size"]["height"] > options["size"]["shortest_edge"]:
+        raise SystemExit(f"--shift {margin} needs frames of {options['crop_size']}; they are of {options['size']}.")
     return type(processor)(**options)
 
 
