@@ -82,7 +82,8 @@ class PrunedHead:
 @functools.cache
 def _with_stages(kind: type) -> type[Any]:
     """Outputs of a kind, with what pruning tells of the stages and the backbone's hidden states."""
-    return dataclass(init=False)(type(f"Pruned{kind.__name__}", (StageFields, kind), {"backbone_hidden_states": None}))
+    added = {"backbone_hidden_states": None, "added_entries": ("backbone_hidden_states",)}
+    return dataclass(init=False)(type(f"Pruned{kind.__name__}", (StageFields, kind), added))
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Outputs of models that can drop tokens on the way."""
 
 import re
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
@@ -28,16 +28,17 @@ class StageFields:
             importance, shape (batch, candidates).
         merged_tokens: for each token of the full sequence the one that it was merged into, at this stage or before, its
             own where it is left or was dropped, int64 of shape (batch, all tokens). None: the method merges nothing.
+        added_entries: what else a class adds to transformers' own, whose constructor does not know it. Outputs are made
+            anew from their entries, by DDP for one.
     """
+
+    added_entries: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *values: Any, **entries: Any) -> None:
         stages = {name: entries.pop(name) for name in [*entries] if _STAGE_ENTRY.fullmatch(name)}
         for field in STAGE_FIELDS:
             stages |= {f"{field}_{stage}": tensor for stage, tensor in enumerate(entries.pop(field, None) or ())}
-        # What a class adds to transformers' own, by whose constructor it is made; DDP, for one, makes outputs anew.
-        theirs = type(self).__mro__[type(self).__mro__.index(StageFields) + 1]
-        known = {field.name for field in fields(theirs)}
-        added = {name: entries.pop(name) for name in [*entries] if name not in known and hasattr(type(self), name)}
+        added = {name: entries.pop(name) for name in self.added_entries if name in entries}
         super().__init__(*values, **entries)
         for name, entry in {**added, **stages}.items():
             if entry is not None:
@@ -72,6 +73,7 @@ class PrunedModelOutput(StageFields, BaseModelOutputWithPooling):
     """
 
     mixer_states: tuple[Tensor, ...] | None = None
+    added_entries: ClassVar[tuple[str, ...]] = ("mixer_states",)
 
 
 @dataclass(init=False)
