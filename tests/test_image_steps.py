@@ -111,7 +111,10 @@ def test_a_rectangular_models_processor_shows_it_all_of_a_square_image():
             "resizes to {'max_height': 20, 'max_width': 20}: supported are height and width, or shortest_edge",
         ),
         (CLIPImageProcessor(**SQUARE, image_mean=[0.5] * 4, image_std=[0.5] * 4), "must have 1 or 3 values"),
-        (CLIPImageProcessor(**SQUARE, do_pad=True, pad_size={"height": 40, "width": 40}), "does something else"),
+        (
+            CLIPImageProcessor(**SQUARE, do_pad=True, pad_size={"height": 40, "width": 40}),
+            "does something other than resize",
+        ),
         (ConvNextImageProcessor(size={"shortest_edge": 20}), "ConvNextImageProcessor.* gives images of varying sizes"),
     ],
 )

@@ -66,7 +66,7 @@ WRONG = [
     (schedule(method=None), r"'method'.*None; allowed are"),
     (
         schedule(method="tome", importance="l1"),
-        r"'importance'.*'l1', but the method 'tome' ranks .* \['top', 'evit', 'utr'",
+        r"'importance'.*'l1', but the method 'tome' does not use an importance; .* \['top', 'evit', 'utr'",
     ),
     ({"flops_reduction": 0.3, "method": "best"}, r"'method'.*'best'; allowed are"),
     (schedule(ratio=0.5), r"unknown options \['ratio'\]; allowed are \['layers', 'keep_ratios', 'alignment'"),

@@ -188,8 +188,7 @@ def test_hdr_is_named(tmp_path, caplog, monkeypatch):
         read_clip(tmp_path / "hdr.mp4", 3)
         read_clip(tmp_path / "hdr.mp4", 3)
     assert [record.message for record in caplog.records if "is HDR (PQ)" in record.message] == [
-        f"The video '{tmp_path / 'hdr.mp4'}' is HDR (PQ): its light is not mapped to that of a usual screen, so that "
-        "it looks flat to a model."
+        f"The video '{tmp_path / 'hdr.mp4'}' is HDR (PQ): there is no tone mapping, so it looks flat to the model."
     ]
 
 
