@@ -70,7 +70,8 @@ def main() -> None:
             rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"], step = options.lr * rate, step + 1
             batch = {name: values[torch.from_numpy(ids)].float() for name, values in train.items()}
-            batch["pixel_values"] = _augment(batch["pixel_values"], options, generator)
+            if options.shift or options.brightness:  # else nothing is drawn: earlier runs keep their random numbers
+                batch["pixel_values"] = _augment(batch["pixel_values"], options, generator)
             batch = task.mix({**batch, "labels": batch["labels"].long()}, model.config, generator)
             _loss(task, model, teacher, batch).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -13,8 +13,6 @@ from transformers import BaseImageProcessor
 from hf_vssm_prune.configuration_common import FEATURE_NORMS, pruned_config
 from hf_vssm_prune.detections import find_objects
 from hf_vssm_prune.feature_pyramid import PYRAMIDS
-from hf_vssm_prune.hub.model_card import Evaluation, Measurement
-from hf_vssm_prune.training import dense_models
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.arguments.parsing import check_range, describe
 from hf_vssm_prune.training.average_precision import average_precision
@@ -36,7 +34,7 @@ from hf_vssm_prune.training.detection_models import (
     DetectionModels,
     detection_processor,
 )
-from hf_vssm_prune.training.losses import LossWeights
+from hf_vssm_prune.training.tasks.dense_task import DenseTask
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Scores
 from hf_vssm_prune.visualization import image_statistics
 from hf_vssm_prune.visualization_of_heads import draw_detection
@@ -166,7 +164,7 @@ class DetectionArguments(BoxArguments):
         )
 
 
-class ObjectDetection:
+class ObjectDetection(DenseTask):
     """The head's own loss over matched boxes, measured by COCO's average precision; see `task.Task`.
 
     A batch has "pixel_values" (batch, channels, height, width) and to train "labels", to evaluate "objects", lists of
@@ -236,34 +234,7 @@ class ObjectDetection:
         """That of a model in training, from the checkpoint's."""
         return detection_processor(image_processor, self._training.size())
 
-    # Models: labelled by name
-
-    def load_model(
-        self,
-        name_or_path: str,
-        label_names: Sequence[str],
-        drop_path_rate: float = 0.0,
-        ignore_mismatched_sizes: bool = False,
-        some_labels: bool = False,
-    ) -> PrunableModel:
-        return dense_models.load_model(
-            self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels
-        )
-
-    def load_teacher(
-        self,
-        name_or_path: str,
-        student: Any,
-        losses: LossWeights,
-        dtype: str = "float32",
-        image_size: int | None = None,
-    ) -> PrunableModel:
-        return dense_models.load_teacher(self.auto_class, name_or_path, student, losses, dtype)
-
     # Training
-
-    def mix(self, batch: Batch, config: Any, generator: np.random.Generator) -> Batch:
-        return batch
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {name: batch[name] for name in ("pixel_values", "labels") if name in batch}
@@ -300,19 +271,6 @@ class ObjectDetection:
 
     def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
         return draw_detection(model, batch["pixel_values"], *image_statistics(image_processor))
-
-    def evaluation_on_card(
-        self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
-    ) -> Evaluation:
-        return Evaluation(
-            dataset_name=dataset_name,
-            dataset_id=dataset_name,
-            split=split,
-            num_images=num_images,
-            this_model=Measurement(
-                "this model", pruned=pruned, others={name: 100 * metrics[name] for name in self.shown_metrics}
-            ),
-        )
 
 
 def _as_rows(objects: Mapping[str, Tensor]) -> np.ndarray:

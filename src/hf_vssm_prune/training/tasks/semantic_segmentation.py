@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -14,9 +13,7 @@ from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import FEATURE_NORMS, pruned_config
 from hf_vssm_prune.feature_pyramid import PYRAMIDS
-from hf_vssm_prune.hub.model_card import Evaluation, Measurement
 from hf_vssm_prune.precision import at_least_float32
-from hf_vssm_prune.training import dense_models
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.arguments.parsing import check_range, describe
 from hf_vssm_prune.training.data import ImageDatasets
@@ -31,10 +28,11 @@ from hf_vssm_prune.training.data.segmentation import (
     load_segmentation_datasets,
     load_segmentation_evaluation,
 )
-from hf_vssm_prune.training.losses import LossWeights, distillation_loss
+from hf_vssm_prune.training.losses import distillation_loss
 from hf_vssm_prune.training.mask_augmentation import MaskAugmentation
 from hf_vssm_prune.training.segmentation_models import HeadOptions, SegmentationModels, segmentation_processor
 from hf_vssm_prune.training.sliding_window import slide
+from hf_vssm_prune.training.tasks.dense_task import DenseTask
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Scores
 from hf_vssm_prune.visualization import image_statistics
 from hf_vssm_prune.visualization_of_heads import draw_segmentation
@@ -156,7 +154,7 @@ class SegmentationArguments(MaskArguments):
         )
 
 
-class SemanticSegmentation:
+class SemanticSegmentation(DenseTask):
     """The head's own cross-entropy over labelled pixels, measured by mean intersection over union; see `task.Task`.
 
     A batch has "pixel_values" (batch, channels, height, width) and "labels", class ids (batch, height, width); to
@@ -216,34 +214,7 @@ class SemanticSegmentation:
         """That of a model in training, from the checkpoint's."""
         return segmentation_processor(image_processor, self._training.short_side)
 
-    # Models: labelled by name
-
-    def load_model(
-        self,
-        name_or_path: str,
-        label_names: Sequence[str],
-        drop_path_rate: float = 0.0,
-        ignore_mismatched_sizes: bool = False,
-        some_labels: bool = False,
-    ) -> PrunableModel:
-        return dense_models.load_model(
-            self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels
-        )
-
-    def load_teacher(
-        self,
-        name_or_path: str,
-        student: Any,
-        losses: LossWeights,
-        dtype: str = "float32",
-        image_size: int | None = None,
-    ) -> PrunableModel:
-        return dense_models.load_teacher(self.auto_class, name_or_path, student, losses, dtype)
-
     # Training
-
-    def mix(self, batch: Batch, config: Any, generator: np.random.Generator) -> Batch:
-        return batch
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         labels = batch["labels"]
@@ -303,19 +274,6 @@ class SemanticSegmentation:
         images = batch["pixel_values"]
         first = images[:1] if isinstance(images, Tensor) else images[0].unsqueeze(0)
         return draw_segmentation(model, first, *image_statistics(image_processor))
-
-    def evaluation_on_card(
-        self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
-    ) -> Evaluation:
-        return Evaluation(
-            dataset_name=dataset_name,
-            dataset_id=dataset_name,
-            split=split,
-            num_images=num_images,
-            this_model=Measurement(
-                "this model", pruned=pruned, others={name: 100 * value for name, value in metrics.items()}
-            ),
-        )
 
 
 def segment(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,0 +1,56 @@
+"""What the tasks of dense prediction, segmentation and detection, do alike; see `task.Task`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from hf_vssm_prune.hub.model_card import Evaluation, Measurement
+from hf_vssm_prune.training import dense_models
+from hf_vssm_prune.training.losses import LossWeights
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel
+
+
+class DenseTask:
+    """Models with a head on a backbone, see `dense_models`; images are not mixed."""
+
+    auto_class: ClassVar[Any]
+    shown_metrics: ClassVar[Mapping[str, tuple[str, str]]]
+
+    def load_model(
+        self,
+        name_or_path: str,
+        label_names: Sequence[str],
+        drop_path_rate: float = 0.0,
+        ignore_mismatched_sizes: bool = False,
+        some_labels: bool = False,
+    ) -> PrunableModel:
+        return dense_models.load_model(
+            self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels
+        )
+
+    def load_teacher(
+        self,
+        name_or_path: str,
+        student: Any,
+        losses: LossWeights,
+        dtype: str = "float32",
+        image_size: int | None = None,
+    ) -> PrunableModel:
+        return dense_models.load_teacher(self.auto_class, name_or_path, student, losses, dtype)
+
+    def mix(self, batch: Batch, config: Any, generator: np.random.Generator) -> Batch:
+        return batch
+
+    def evaluation_on_card(
+        self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
+    ) -> Evaluation:
+        return Evaluation(
+            dataset_name=dataset_name,
+            dataset_id=dataset_name,
+            split=split,
+            num_images=num_images,
+            this_model=Measurement(
+                "this model", pruned=pruned, others={name: 100 * metrics[name] for name in self.shown_metrics}
+            ),
+        )
