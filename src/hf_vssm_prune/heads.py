@@ -14,6 +14,7 @@ from transformers import (
 
 from .modeling_common import TokenPruningMixin
 from .pruned_heads import backbone_of, prunable
+from .token_pruning import split_token
 
 
 # In the order in which they are asked for a model of a configuration.
@@ -91,5 +92,4 @@ def _leave_out_class_token(weights: dict[str, torch.Tensor], config: Any) -> Non
     """Takes from a base model's tensors what belongs to its class token, if it has one."""
     if weights.pop("embeddings.class_token", None) is not None:
         name, place = "embeddings.position_embeddings", config.cls_token_id(math.prod(config.grid_size))
-        before, _, after = weights[name].tensor_split([place, place + 1], dim=1)
-        weights[name] = torch.cat([before, after], dim=1)
+        weights[name], _ = split_token(weights[name], place)

@@ -3,7 +3,6 @@
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.processing_utils import Unpack
@@ -14,6 +13,7 @@ from .feature_pyramid import PYRAMIDS
 from .modeling_common import VisionMambaKwargs
 from .pruned_layers import full_states
 from .pruned_outputs import PrunedBackboneOutput, stage_fields
+from .token_pruning import split_token
 
 
 class FeatureMaps(BackboneMixin):
@@ -64,7 +64,7 @@ class FeatureMaps(BackboneMixin):
     def _feature_map(self: Any, level: str, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
         """The map (batch, hidden, height, width) of hidden states (batch, all tokens, hidden)."""
         if (cls_id := self.config.cls_token_id(grid[0] * grid[1])) is not None:
-            hidden_states = torch.cat([hidden_states[:, :cls_id], hidden_states[:, cls_id + 1 :]], dim=1)
+            hidden_states, _ = split_token(hidden_states, cls_id)
         norm = self.norm
         unnormed = self.config.feature_norm == "last" and level != self.stage_names[-1]
         if unnormed or self.config.feature_norm == "none":

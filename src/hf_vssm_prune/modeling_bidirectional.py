@@ -40,7 +40,7 @@ from .pruned_outputs import PrunedImageClassifierOutput, PrunedModelOutput, stag
 from .pruning_stage import TokenView
 from .rotary_embedding import grid_rotation, rotate
 from .selective_scan import selective_scan
-from .token_pruning import gather_tokens, path_gaps
+from .token_pruning import gather_tokens, path_gaps, split_token
 
 
 class BidirectionalTokenLayout(NamedTuple):
@@ -158,8 +158,7 @@ class BidirectionalEmbeddings(nn.Module):
         patches: Tensor = self.position_embeddings
         cls_token: Tensor | None = None
         if (cls_id := self.config.cls_token_id(math.prod(self.config.grid_size[-2:]))) is not None:
-            before, cls_token, after = patches.tensor_split([cls_id, cls_id + 1], dim=1)
-            patches = torch.cat([before, after], dim=1)
+            patches, cls_token = split_token(patches, cls_id)
         patches = self._positions_on_grid(patches)
         return self._insert(resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), cls_token)
 

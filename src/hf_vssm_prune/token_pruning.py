@@ -72,6 +72,12 @@ def batch_rows(rows: Tensor, length: int) -> Tensor:
     return (rows.flatten(1).long() + first.unsqueeze(1)).flatten()
 
 
+def split_token(tokens: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    """Tokens (batch, length, channels) without the one at a place, such as the class token, and that one."""
+    before, token, after = tokens.tensor_split([place, place + 1], dim=1)
+    return torch.cat([before, after], dim=1), token
+
+
 def fill_dropped_tokens(
     hidden_states: Sequence[Tensor], kept_tokens: Sequence[Tensor], merged_tokens: Tensor | None = None
 ) -> Tensor:

@@ -20,6 +20,7 @@ from hf_vssm_prune import VideoMambaConfig, VideoMambaForVideoClassification, Vi
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.modeling_common import resize_position_embeddings
+from hf_vssm_prune.token_pruning import split_token
 from hf_vssm_prune.training.data.loading import load_image_dataset
 from hf_vssm_prune.training.data.media import VIDEOS
 
@@ -49,8 +50,7 @@ def _inflated(name: str, tensor: Tensor, image: VimConfig, video: VideoMambaConf
         return tensor.unsqueeze(2) * of_frames.view(1, 1, -1, 1, 1)
     if name == "embeddings.position_embeddings":
         place = tensor.shape[1] // 2  # the class token's, which comes first in the video model
-        before, cls_token, after = tensor.tensor_split([place, place + 1], dim=1)
-        patches = torch.cat([before, after], dim=1)
+        patches, cls_token = split_token(tensor, place)
         patches = resize_position_embeddings(patches, image.grid_size, video.grid_size[1:], interpolate=True)
         return torch.cat([cls_token, patches], dim=1)
     # A Vim takes the mean of its directions, a VideoMamba their sum.

@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.modeling_common import resize_position_embeddings
 from hf_vssm_prune.pruned_heads import backbone_of
+from hf_vssm_prune.token_pruning import split_token
 
 
 def config_at_size(config: VisionMambaConfig, image_size: int | tuple[int, int]) -> VisionMambaConfig:
@@ -38,8 +39,8 @@ def resize_model(model: nn.Module, image_size: int | tuple[int, int]) -> None:
     if place is None:
         resized = resize_position_embeddings(positions, grid, new_grid, interpolate=True)
     else:
-        before, cls_token, after = positions.tensor_split([place, place + 1], dim=1)
-        patches = resize_position_embeddings(torch.cat([before, after], dim=1), grid, new_grid, interpolate=True)
+        patches, cls_token = split_token(positions, place)
+        patches = resize_position_embeddings(patches, grid, new_grid, interpolate=True)
         resized = torch.cat([patches[:, :new_place], cls_token, patches[:, new_place:]], dim=1)
     embeddings.position_embeddings = nn.Parameter(resized)
     config.image_size = image_size
