@@ -116,7 +116,8 @@ def _all(task: VideoClassification, rows: Any, processor: BaseImageProcessor, de
 def _loss(task: VideoClassification, model: Any, teacher: Any, batch: Batch) -> torch.Tensor:
     weights = LossWeights(kd_weight=1.0, alignment_weight=1.0) if teacher else LossWeights()
     inputs = task.inputs(batch) | {"output_hidden_states": teacher is not None}
-    with torch.autocast(batch["pixel_values"].device.type, torch.bfloat16):
+    device = batch["pixel_values"].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cpu"):  # a GPU waits for calls, which casts add to
         outputs = model(**inputs)
         with torch.no_grad():
             targets = teacher(**inputs) if teacher else None
@@ -130,7 +131,7 @@ def _evaluate(task: VideoClassification, model: Any, test: Batch) -> dict[str, f
     scores = []
     for pixel_values, labels in zip(test["pixel_values"].split(64), test["labels"].split(64), strict=True):
         batch = {"pixel_values": pixel_values.float(), "labels": labels}
-        scores.append(task.scores(model(**task.inputs(batch)), batch))
+        scores.append(task.scores(model(**task.inputs(batch)), batch).cpu())
     return task.metrics(scores)
 
 
