@@ -1,37 +1,98 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and prints the kind of machine code of each."""
+"""Compiles the Triton kernels for GPUs that need not be there, and prints the kind of machine code of each; where that
+is NVIDIA's, with its registers and what it spills."""
 
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from hf_vssm_prune import triton_scan_kernels as kernels
 
 
-TARGETS = (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64))
+TARGETS = (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))
 OPTIONAL = ("order", "gaps", "hole_time_step", "direction_B", "moves")
+GRADIENTS = (
+    "grad_hidden_states", "grad_time_step", "grad_A", "grad_B", "grad_C", "grad_D", "grad_hole_time_step",
+)  # fmt: skip
+HALVES = ("hidden_states", "time_step", "B", "C", "gate", "output")
+NUMBERS = ("paths", "length", "channels", "chunks", "chunk_length")
 
 
-def source(kernel, absent: tuple[str, ...], constants: dict[str, int]) -> ASTSource:
-    constants = constants | dict.fromkeys(absent)
-    signature = {}
-    for name in kernel.arg_names:
+def source(kernel, absent: tuple[str, ...], constants: dict[str, int], dtype: str = "fp32", paths: int = 4):
+    """As Triton sees a call with tensors from PyTorch's allocator and sizes that 16 divides, `paths` but for."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | dict.fromkeys(absent)
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name == "paths" and paths == 1:
+            constants[name] = 1
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("order", "gaps", "moves"):
+            continue
+        if name in ("order", "gaps", "moves"):
             signature[name] = "*i64"
-        elif name in ("length", "channels", "chunk_length") or name.endswith(("_batch", "_row")):
+        elif name in NUMBERS or name.endswith(("_batch", "_row")):
             signature[name] = "i32"
         else:
-            signature[name] = "*fp32"
+            signature[name] = f"*{dtype if name in HALVES else 'fp32'}"
+        # B and C are parts of a projection: neither where they begin nor their rows need be aligned.
+        if name not in ("paths", "length", "chunks", "chunk_length", "B", "C", "B_row", "C_row"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
     indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return ASTSource(fn=kernel, signature=signature, constexprs=indices)
+    return ASTSource(fn=kernel, signature=signature, constexprs=indices, attrs=attributes)
 
 
-sizes = {"STATES": 16, "BLOCK_STATES": 16, "BLOCK_CHANNELS": 32}
-for target in TARGETS:
-    for code in (
-        source(kernels.scan_forward, (), {**sizes, "PATHS": 4}),
-        source(kernels.scan_forward, (*OPTIONAL, "checkpoints"), {**sizes, "PATHS": 1}),
-        source(kernels.scan_backward, (), sizes),
-        source(kernels.scan_backward, (*OPTIONAL, "grad_hole_time_step"), sizes),
-    ):
-        print(list(compile(code, target=target, options={"num_warps": 1}).asm)[-1])
+def resources(machine_code: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return ""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        printed = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return " ".join(re.findall(r"(?:REG|STACK|SHARED|LOCAL):\d+", printed))
+
+
+def cases():
+    for channels, unroll in ((8, 8), (8, 4), (16, 4)):
+        sizes = {"STATES": 16, "BLOCK_STATES": 16, "BLOCK_CHANNELS": channels, "UNROLL": unroll}
+        name = f"{channels} channels, {unroll} steps"
+        whole = ("chunk_states", "chunk_times")
+        for dtype in ("fp32", "bf16"):
+            yield (
+                f"forward, paths, {name}, {dtype}",
+                source(kernels.scan_forward, ("gate", "block_states", *whole), sizes, dtype),
+            )
+            yield (
+                f"forward, one path, {name}, {dtype}",
+                source(kernels.scan_forward, (*OPTIONAL, "block_states", *whole), sizes, dtype, 1),
+            )
+        yield f"first walk forward, {name}", source(kernels.scan_forward, ("output", "block_states"), sizes)
+        yield f"forward for the gradients, {name}", source(kernels.scan_forward, ("gate",), sizes)
+        yield f"carry, {name}", source(kernels.carry, (), {**sizes, "FROM_LAST": 1})
+        if unroll == 4:
+            yield f"backward, paths, {name}", source(kernels.scan_backward, (), sizes)
+            yield (
+                f"backward, one path, {name}",
+                source(kernels.scan_backward, (*OPTIONAL, "grad_hole_time_step", "chunk_grads"), sizes, paths=1),
+            )
+            absent = ("block_states", *GRADIENTS)
+            yield f"first walk backward, {name}", source(kernels.scan_backward, absent, sizes)
+    sizes = {"PATHS": 4, "BLOCK_TOKENS": 4, "BLOCK_CHANNELS": 256}
+    yield "gated sum", source(kernels.gate_sum, ("grad_output", "grad_gate"), sizes)
+    yield "gated sum's gradient", source(kernels.gate_sum, (), sizes)
+
+
+if __name__ == "__main__":
+    for target in TARGETS:
+        for name, code in cases():
+            compiled = compile(code, target=target, options={"num_warps": 4 if "gated" in name else 1})
+            kind = list(compiled.asm)[-1]
+            usage = resources(compiled.asm[kind]) if kind == "cubin" else ""
+            print(kind, target.arch, name, usage, sep="; ", file=sys.stdout, flush=True)
