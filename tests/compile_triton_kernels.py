@@ -3,7 +3,6 @@ is NVIDIA's, with its registers and what it spills."""
 
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -60,39 +59,26 @@ def resources(machine_code: bytes) -> str:
 
 
 def cases():
-    for channels, unroll in ((8, 8), (8, 4), (16, 4)):
-        sizes = {"STATES": 16, "BLOCK_STATES": 16, "BLOCK_CHANNELS": channels, "UNROLL": unroll}
-        name = f"{channels} channels, {unroll} steps"
-        whole = ("chunk_states", "chunk_times")
-        for dtype in ("fp32", "bf16"):
-            yield (
-                f"forward, paths, {name}, {dtype}",
-                source(kernels.scan_forward, ("gate", "block_states", *whole), sizes, dtype),
-            )
-            yield (
-                f"forward, one path, {name}, {dtype}",
-                source(kernels.scan_forward, (*OPTIONAL, "block_states", *whole), sizes, dtype, 1),
-            )
-        yield f"first walk forward, {name}", source(kernels.scan_forward, ("output", "block_states"), sizes)
-        yield f"forward for the gradients, {name}", source(kernels.scan_forward, ("gate",), sizes)
-        yield f"carry, {name}", source(kernels.carry, (), {**sizes, "FROM_LAST": 1})
-        if unroll == 4:
-            yield f"backward, paths, {name}", source(kernels.scan_backward, (), sizes)
-            yield (
-                f"backward, one path, {name}",
-                source(kernels.scan_backward, (*OPTIONAL, "grad_hole_time_step", "chunk_grads"), sizes, paths=1),
-            )
-            absent = ("block_states", *GRADIENTS)
-            yield f"first walk backward, {name}", source(kernels.scan_backward, absent, sizes)
-    sizes = {"PATHS": 4, "BLOCK_TOKENS": 4, "BLOCK_CHANNELS": 256}
-    yield "gated sum", source(kernels.gate_sum, ("grad_output", "grad_gate"), sizes)
-    yield "gated sum's gradient", source(kernels.gate_sum, (), sizes)
+    whole = ("chunk_states", "chunk_times")
+    sizes = {"STATES": 16, "BLOCK_STATES": 16, "UNROLL": 4}
+    few, many = {**sizes, "BLOCK_CHANNELS": 8}, {**sizes, "BLOCK_CHANNELS": 16}
+    gradient = ("chunk_grads", "grad_hole_time_step")
+    yield "forward", source(kernels.scan_forward, ("gate", "block_states", *whole), many)
+    yield "forward, half precision", source(kernels.scan_forward, ("gate", "block_states", *whole), few, "bf16")
+    yield "forward, one path", source(kernels.scan_forward, (*OPTIONAL, "block_states", *whole), few, paths=1)
+    yield "forward, first walk", source(kernels.scan_forward, ("output", "block_states"), few)
+    yield "forward, for the gradients", source(kernels.scan_forward, ("gate",), many)
+    yield "carry", source(kernels.carry, (), {**few, "FROM_LAST": 1})
+    yield "backward", source(kernels.scan_backward, (), many)
+    yield "backward, one path", source(kernels.scan_backward, (*OPTIONAL, *gradient), few, paths=1)
+    yield "backward, first walk", source(kernels.scan_backward, ("block_states", *GRADIENTS), few)
+    of_a_sum = {"PATHS": 4, "BLOCK_TOKENS": 4, "BLOCK_CHANNELS": 256}
+    yield "sum", source(kernels.gate_sum, ("grad_output", "grad_gate"), of_a_sum)
+    yield "sum's gradient", source(kernels.gate_sum, (), of_a_sum)
 
 
-if __name__ == "__main__":
-    for target in TARGETS:
-        for name, code in cases():
-            compiled = compile(code, target=target, options={"num_warps": 4 if "gated" in name else 1})
-            kind = list(compiled.asm)[-1]
-            usage = resources(compiled.asm[kind]) if kind == "cubin" else ""
-            print(kind, target.arch, name, usage, sep="; ", file=sys.stdout, flush=True)
+for target in TARGETS:
+    for name, code in cases():
+        compiled = compile(code, target=target, options={"num_warps": 4 if "sum" in name else 1})
+        kind = list(compiled.asm)[-1]
+        print(kind, target.arch, name, resources(compiled.asm[kind]) if kind == "cubin" else "", sep="; ", flush=True)

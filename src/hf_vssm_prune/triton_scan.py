@@ -35,14 +35,17 @@ def unavailable(device_type: str) -> str | None:
     """Why this kernel cannot be used for tensors on `device_type`, or None where it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
-    is_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-    if device_type == "cpu" and not is_interpreted:
+    if device_type == "cpu" and not _is_interpreted():
         return "it computes on a GPU only, or on the CPU under TRITON_INTERPRET=1"
     if device_type not in ("cpu", "cuda"):
         return "it computes on NVIDIA and AMD GPUs only"
     if device_type == "cpu":
         return None
     return _self_check_on_gpu() if torch.cuda.is_available() else "PyTorch finds no GPU"
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
@@ -55,28 +58,35 @@ def _self_check_on_gpu() -> str | None:
 def self_check(device_type: str) -> str | None:
     """Why the kernels cannot be trusted on this device, or None where they can: Triton compiles them anew for each kind
     of GPU, and this package has been tried on few. Compares a small scan and its gradients with plain PyTorch."""
-    batch, paths, length, channels, states = 2, 2, 7, 40, 8
-    token, state, path = (batch, length, channels), (batch, length, states), (batch, paths, length)
+    try:
+        errors = _errors(device_type, batch=2, paths=2, length=7, channels=40, states=8)
+        if not _is_interpreted():  # where nothing is divided into chunks
+            errors += _errors(device_type, batch=1, paths=None, length=4 * SHORTEST_CHUNK + 3, channels=8, states=16)
+    except Exception as error:  # of the compiler, the driver or the launch: there is no end to their kinds
+        return f"Triton failed with {type(error).__name__}: {error}"
+    worst = max(errors)
+    return None if worst < 1e-4 else f"Triton's results differ from plain PyTorch's by {worst:.1e}"
+
+
+def _errors(device_type: str, batch: int, paths: int | None, length: int, channels: int, states: int) -> list[float]:
+    """Of the output and the gradients of a random scan, relative to plain PyTorch's largest. With everything that a
+    scan can have where it has several paths."""
+    token, state, path = (batch, length, channels), (batch, length, states), (batch, paths or 1, length)
     shapes = (token, token, (channels, states), state, state, (channels,), (channels,), token)
     random = np.random.default_rng(0)
     floats = [random.random(shape, np.float32) - 1 for shape in (*shapes, (channels,), (3, states))]
     floats[8] = -floats[8]  # time steps of holes are positive
     order = random.random(path).argsort(-1)
     gaps, moves = (random.integers(low, high, path) for low, high in ((1, 9), (0, 3)))
-    try:
-        results = []
-        for scan in (selective_scan, selective_scan_torch):
-            inputs = [torch.tensor(values, device=device_type).requires_grad_() for values in floats]
-            indices = [torch.tensor(values, device=device_type) for values in (order, gaps, moves)]
-            arguments = [*inputs[:8], *indices[:2], *inputs[8:], indices[2]]
-            output = scan(*arguments)
-            output.square().sum().backward()
-            results.append([output.detach(), *(tensor.grad for tensor in inputs)])
-    except Exception as error:  # of the compiler, the driver or the launch: there is no end to their kinds
-        return f"Triton failed with {type(error).__name__}: {error}"
-    errors = [(ours - theirs).abs().max() / theirs.abs().max() for ours, theirs in zip(*results, strict=True)]
-    worst = max(float(error) for error in errors)
-    return None if worst < 1e-4 else f"Triton's results differ from plain PyTorch's by {worst:.1e}"
+    results = []
+    for scan in (selective_scan, selective_scan_torch):
+        inputs = [torch.tensor(values, device=device_type).requires_grad_() for values in floats]
+        indices = [torch.tensor(values, device=device_type) for values in (order, gaps, moves)]
+        arguments = [*inputs[:8], *indices[:2], *inputs[8:], indices[2]] if paths else inputs[:8]
+        output = scan(*arguments)
+        output.square().sum().backward()
+        results.append([output.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)])
+    return [float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in zip(*results, strict=True)]
 
 
 @left_to(selective_scan_torch)
@@ -123,17 +133,20 @@ class Plan(NamedTuple):
         return math.ceil(length / self.chunk_length)
 
 
-def plan_scan(walks: int, length: int, channels: int, is_backward: bool = False) -> Plan:
+def plan_scan(walks: int, length: int, channels: int) -> Plan:
     """Few channels for a program where there would be too few programs otherwise; then several chunks as well.
 
     Args:
         walks: images of the batch times paths.
         length: of a path.
         channels: of a token.
-        is_backward: for the gradients, which need more registers.
     """
-    wide = walks * math.ceil(channels / 16) >= PROGRAMS_THAT_FILL_A_GPU
-    block_channels, unroll = (16, 4) if wide else (8, 4 if is_backward else 8)
+    if (
+        _is_interpreted()
+    ):  # an instruction takes as long for many channels as for few, and all programs one after another
+        return Plan(64, 2, length + length % 2)
+    unroll = 4  # with 8 a program has all of a thread's 255 registers
+    block_channels = 16 if walks * math.ceil(channels / 16) >= PROGRAMS_THAT_FILL_A_GPU else 8
     programs = walks * math.ceil(channels / block_channels)
     chunks = min(length // SHORTEST_CHUNK, math.ceil(PROGRAMS_THAT_FILL_A_GPU / programs))
     # A path in chunks is walked twice: three would save little.
@@ -243,7 +256,7 @@ def _backward(arguments: ScanArguments, grad_output: Tensor) -> dict[str, Tensor
     from .triton_scan_kernels import carry, scan_backward
 
     walks, length, channels = _sizes_to_plan(arguments)
-    plan = plan_scan(walks, length, channels, is_backward=True)
+    plan = plan_scan(walks, length, channels)
     states, chunks = arguments.A.shape[-1], plan.chunks(length)
 
     block_states = _empty_parts(arguments, math.ceil(length / plan.unroll), states, channels)
