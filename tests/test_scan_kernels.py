@@ -232,11 +232,9 @@ def test_triton_is_not_used_where_it_computes_something_else(monkeypatch: pytest
     if triton_scan.unavailable("cpu"):
         pytest.skip("Triton is not installed")
     assert triton_scan.self_check("cpu") is None
-    monkeypatch.setattr(
-        triton_scan, "_forward", lambda arguments, checkpoints=None: (arguments.hidden_states * 0, None)
-    )
+    monkeypatch.setattr(triton_scan, "_walk_forward", lambda _arguments, _plan, output, *_: output.zero_())
     assert "differ from plain PyTorch's" in triton_scan.self_check("cpu")
-    monkeypatch.setattr(triton_scan, "_forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(triton_scan, "_walk_forward", lambda *_: 1 / 0)
     assert "ZeroDivisionError" in triton_scan.self_check("cpu")
 
 

@@ -25,8 +25,7 @@ from .scan_operator import ScanArguments, scan_operator
 from .selective_scan_torch import selective_scan_torch
 
 
-# A GPU of the size of an H100 has 132 processors, each with four schedulers, and each of these has enough to do with about
-# three programs of one warp.
+# An H100 has 132 processors of four schedulers, and a scheduler needs about three warps to be busy.
 PROGRAMS_THAT_FILL_A_GPU = 132 * 4 * 3
 SHORTEST_CHUNK = 64
 

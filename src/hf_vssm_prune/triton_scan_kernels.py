@@ -1,14 +1,14 @@
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 # Parameters of a Triton kernel are pointers and numbers; Triton reads annotations as its own.
 """What `triton_scan` runs on a GPU. A module of its own, because it can be imported only where Triton is installed, and
 because TRITON_INTERPRET is read when it is.
 
 A program is one warp. It walks one chunk of one path of one image, for a block of channels, `UNROLL` steps at a time.
 What the next block of steps reads is on its way while the states of this one are computed, and the indices are another
-block ahead, because it is by them that rows are found. The state is a tile (states, channels) in registers. The loads of
-A, whose states are neighbours in memory, decide how Triton spreads the tiles over the threads: four neighbouring states
-of a channel for each, so that B and C are read in one piece where they are aligned, and a sum over 16 states takes two
-shuffles.
+block ahead, because it is by them that rows are found. The state is a tile (states, channels) in registers. The loads
+of A, whose states are neighbours in memory, decide how Triton spreads the tiles over the threads: four neighbouring
+states of a channel for each, so that B and C are read in one piece where they are aligned, and a sum over 16 states
+takes two shuffles.
 
 A path in several chunks is walked twice. First each chunk starts from zero, `carry` takes the states that it ends with
 from chunk to chunk, and then each starts from what it is given. This is possible because the state after a chunk is
