@@ -58,27 +58,37 @@ def resources(machine_code: bytes) -> str:
     return " ".join(re.findall(r"(?:REG|STACK|SHARED|LOCAL):\d+", printed))
 
 
-def cases():
-    whole = ("chunk_states", "chunk_times")
-    sizes = {"STATES": 16, "BLOCK_STATES": 16, "UNROLL": 4}
-    few, many = {**sizes, "BLOCK_CHANNELS": 8}, {**sizes, "BLOCK_CHANNELS": 16}
-    gradient = ("chunk_grads", "grad_hole_time_step")
-    yield "forward", source(kernels.scan_forward, ("gate", "block_states", *whole), many)
-    yield "forward, half precision", source(kernels.scan_forward, ("gate", "block_states", *whole), few, "bf16")
-    yield "forward, one path", source(kernels.scan_forward, (*OPTIONAL, "block_states", *whole), few, paths=1)
-    yield "forward, first walk", source(kernels.scan_forward, ("output", "block_states"), few)
-    yield "forward, for the gradients", source(kernels.scan_forward, ("gate",), many)
-    yield "carry", source(kernels.carry, (), {**few, "FROM_LAST": 1})
-    yield "backward", source(kernels.scan_backward, (), many)
-    yield "backward, one path", source(kernels.scan_backward, (*OPTIONAL, *gradient), few, paths=1)
-    yield "backward, first walk", source(kernels.scan_backward, ("block_states", *GRADIENTS), few)
-    of_a_sum = {"PATHS": 4, "BLOCK_TOKENS": 4, "BLOCK_CHANNELS": 256}
-    yield "sum", source(kernels.gate_sum, ("grad_output", "grad_gate"), of_a_sum)
-    yield "sum's gradient", source(kernels.gate_sum, (), of_a_sum)
+def main_cases():
+    """With all options."""
+    yield "forward", source(kernels.scan_forward, (), MANY_CHANNELS)
+    yield "backward", source(kernels.scan_backward, (), FEW_CHANNELS)
+    yield "sum's gradient", source(kernels.gate_sum, (), SUM)
 
+
+def more_cases():
+    """What is launched for models, each with the most or the fewest options."""
+    whole = ("chunk_states", "chunk_times")
+    without_gap = ("chunk_grads", "grad_hole_time_step")
+    yield "forward, of paths", source(kernels.scan_forward, ("gate", "block_states", *whole), MANY_CHANNELS)
+    yield (
+        "forward, half precision",
+        source(kernels.scan_forward, ("gate", "block_states", *whole), MANY_CHANNELS, "bf16"),
+    )
+    yield "forward, one path", source(kernels.scan_forward, (*OPTIONAL, "block_states", *whole), FEW_CHANNELS, paths=1)
+    yield "forward, first walk", source(kernels.scan_forward, ("output", "block_states"), FEW_CHANNELS)
+    yield "carry", source(kernels.carry, (), {**FEW_CHANNELS, "FROM_LAST": 1})
+    yield "backward, half precision", source(kernels.scan_backward, ("chunk_grads",), FEW_CHANNELS, "bf16")
+    yield "backward, one path", source(kernels.scan_backward, (*OPTIONAL, *without_gap), FEW_CHANNELS, paths=1)
+    yield "backward, first walk", source(kernels.scan_backward, ("block_states", *GRADIENTS), FEW_CHANNELS)
+
+
+MANY_CHANNELS = {"STATES": 16, "BLOCK_STATES": 16, "BLOCK_CHANNELS": 16, "UNROLL": 4}
+FEW_CHANNELS = {**MANY_CHANNELS, "BLOCK_CHANNELS": 8}
+SUM = {"PATHS": 4, "BLOCK_TOKENS": 4, "BLOCK_CHANNELS": 256}
 
 for target in TARGETS:
-    for name, code in cases():
+    cases = (*main_cases(), *more_cases()) if target.arch == 90 else main_cases()
+    for name, code in cases:
         compiled = compile(code, target=target, options={"num_warps": 4 if "sum" in name else 1})
         kind = list(compiled.asm)[-1]
         print(kind, target.arch, name, resources(compiled.asm[kind]) if kind == "cubin" else "", sep="; ", flush=True)

@@ -79,7 +79,7 @@ def test_triton_in_chunks(case: str, monkeypatch: pytest.MonkeyPatch):
     """Several blocks of channels, chunks of several blocks of steps, and a last one that is shorter."""
     if reason := triton_scan.unavailable("cuda" if HAS_GPU else "cpu"):
         pytest.skip(reason)
-    monkeypatch.setattr(triton_scan, "plan_scan", lambda *sizes: triton_scan.Plan(16, 2, chunk_length=4))
+    monkeypatch.setattr(triton_scan, "plan_scan", lambda *_, **__: triton_scan.Plan(16, 2, chunk_length=4))
     arguments = scan_arguments(**{**SCANS[case], "batch": 1})
     reference = run(selective_scan_torch, arguments, torch.float64)
     assert_close_to_reference(run(SCAN_KERNELS["triton"], arguments), reference, value=1e-6, gradient=2e-6)
@@ -247,6 +247,6 @@ def test_triton_compiles_for_gpus_that_are_not_here(tmp_path: Path):
     result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [line.split("; ") for line in result.stdout.splitlines()]
-    assert [kind for kind, *_ in lines] == ["cubin"] * 22 + ["hsaco"] * 11
+    assert [kind for kind, *_ in lines] == ["cubin"] * 14 + ["hsaco"] * 3
     spilling = [name for _, _, name, resources in lines if "STACK" in resources and "STACK:0" not in resources]
     assert not spilling

@@ -132,20 +132,22 @@ class Plan(NamedTuple):
         return math.ceil(length / self.chunk_length)
 
 
-def plan_scan(walks: int, length: int, channels: int) -> Plan:
+def plan_scan(walks: int, length: int, channels: int, is_backward: bool = False) -> Plan:
     """Few channels for a program where there would be too few programs otherwise; then several chunks as well.
 
     Args:
         walks: images of the batch times paths.
         length: of a path.
         channels: of a token.
+        is_backward: for the gradients, which have no registers for more channels.
     """
     if (
         _is_interpreted()
     ):  # an instruction takes as long for many channels as for few, and all programs one after another
         return Plan(64, 2, length + length % 2)
     unroll = 4  # with 8 a program has all of a thread's 255 registers
-    block_channels = 16 if walks * math.ceil(channels / 16) >= PROGRAMS_THAT_FILL_A_GPU else 8
+    is_wide = not is_backward and walks * math.ceil(channels / 16) >= PROGRAMS_THAT_FILL_A_GPU
+    block_channels = 16 if is_wide else 8
     programs = walks * math.ceil(channels / block_channels)
     chunks = min(length // SHORTEST_CHUNK, math.ceil(PROGRAMS_THAT_FILL_A_GPU / programs))
     # A path in chunks is walked twice: three would save little.
@@ -255,7 +257,7 @@ def _backward(arguments: ScanArguments, grad_output: Tensor) -> dict[str, Tensor
     from .triton_scan_kernels import carry, scan_backward
 
     walks, length, channels = _sizes_to_plan(arguments)
-    plan = plan_scan(walks, length, channels)
+    plan = plan_scan(walks, length, channels, is_backward=True)
     states, chunks = arguments.A.shape[-1], plan.chunks(length)
 
     block_states = _empty_parts(arguments, math.ceil(length / plan.unroll), states, channels)
