@@ -16,7 +16,7 @@ from conftest import PATIENCE, TOKEN_PRUNING, make_plainmamba_config
 from kernel_arguments import SCANS, Arguments, assert_close_to_reference, run, scan_arguments
 from torch import Tensor
 
-from hf_vssm_prune import PlainMambaForImageClassification, triton_scan
+from hf_vssm_prune import PlainMambaForImageClassification, triton_backend, triton_scan
 from hf_vssm_prune import mamba_ssm_scan as mamba_ssm
 from hf_vssm_prune.kernels import KERNELS, cpu
 from hf_vssm_prune.scan_operator import ScanArguments
@@ -175,7 +175,7 @@ def test_a_backend_asked_for_is_the_one_that_computes(name: str, monkeypatch: py
 
 def test_a_whole_model_by_the_triton_kernel():
     """Its convolution is PyTorch's: Triton's kernel has none."""
-    if HAS_GPU or triton_scan.unavailable("cpu"):
+    if HAS_GPU or triton_backend.unavailable("cpu"):
         pytest.skip("Triton interprets its kernels on a CPU where it is installed, and where there is no GPU")
     config = make_plainmamba_config(token_pruning=dict(TOKEN_PRUNING))
     model = PlainMambaForImageClassification(config).eval()
@@ -204,15 +204,15 @@ def test_why_a_gpu_kernel_is_not_there(name: str, reason: str):
 
 
 def test_triton_is_not_used_where_it_computes_something_else(monkeypatch: pytest.MonkeyPatch):
-    if triton_scan.unavailable("cpu"):
+    if triton_backend.unavailable("cpu"):
         pytest.skip("Triton is not installed")
-    assert triton_scan.self_check("cpu") is None
+    assert triton_backend.self_check("cpu") is None
     monkeypatch.setattr(
         triton_scan, "_forward", lambda arguments, checkpoints=None: (arguments.hidden_states * 0, None)
     )
-    assert "differ from plain PyTorch's" in triton_scan.self_check("cpu")
+    assert "differ from plain PyTorch's" in triton_backend.self_check("cpu")
     monkeypatch.setattr(triton_scan, "_forward", lambda *_: 1 / 0)
-    assert "ZeroDivisionError" in triton_scan.self_check("cpu")
+    assert "ZeroDivisionError" in triton_backend.self_check("cpu")
 
 
 def test_triton_compiles_for_gpus_that_are_not_here(tmp_path: Path):

@@ -121,7 +121,7 @@ def convolution_operator(
         arguments = ConvolutionArguments(*inputs)
         arguments.check()
         if arguments.hidden_states.numel() == 0:
-            return torch.empty(arguments.hidden_states.shape).to(arguments.hidden_states)
+            return arguments.hidden_states.new_empty(arguments.hidden_states.shape)
         return forward(arguments)
 
     @operator.register_fake
@@ -138,7 +138,7 @@ def convolution_operator(
         arguments = ConvolutionArguments(*inputs)
         wanted = [tensor for tensor in arguments[:3] if tensor is not None]
         if grad_output.numel() == 0:
-            return [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in wanted]
+            return [tensor.new_zeros(tensor.shape) for tensor in wanted]
         gradients = backward(arguments, grad_output)
         return [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, wanted, strict=True)]
 

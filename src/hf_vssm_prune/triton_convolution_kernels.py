@@ -13,10 +13,10 @@ try:  # in these words, which transformers skips when it looks what a Hub reposi
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("this module is for those who have asked for Triton, see `triton_kernels.unavailable`") from error
+    raise ImportError("this module is for those who have asked for Triton, see `triton_backend.unavailable`") from error
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def list_places(
     kept,  # (batch, tokens): the cell of each token
     places,  # int32 (batch, cells): the token in each cell
@@ -35,7 +35,8 @@ def list_places(
         tl.store(places + image * cells + cell, first + entry, mask=is_token)
 
 
-@triton.jit
+# How many tokens are left, and how many images there are, is not worth being compiled for.
+@triton.jit(do_not_specialize=["tokens"])
 def convolve(
     hidden_states, weight, bias,
     shown,  # None or (batch, cells): the token that windows see in each cell
@@ -95,7 +96,7 @@ def convolve(
         tl.store(output + token * channels + channel, value.to(output.dtype.element_ty), mask=is_entry)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips"])
 def sum_weight_gradients(
     hidden_states, shown, places,
     grad_sums,  # (batch, tokens, channels): the gradient of what SiLU is applied to
@@ -156,7 +157,7 @@ def sum_weight_gradients(
             tl.store(grad_bias + part * channels + channel, sum_bias, mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def sum_cells(
     cells,  # float32 (batch, cells, channels)
     order,  # (batch, cells): cells in the order of the tokens that they show

@@ -1,21 +1,14 @@
-"""The selective scan for NVIDIA and AMD GPUs, written in Triton: no CUDA compiler is needed.
+"""The selective scan for NVIDIA and AMD GPUs, written in Triton.
 
 The state and every product with it are float32, whatever the inputs' precision; what `plain_fallback.py` names is left
 to the plain PyTorch function. Rows of channels are read where they lie, so the parts of a split projection need no
 copy. The gradients recompute the states from a checkpoint every sqrt(length) steps, and are the same from run to run.
 Unlike on the CPU, indices out of range are not noticed.
-
-Under TRITON_INTERPRET=1 (set before torch is imported) the kernels run on the CPU, slowly, to be tested.
 """
 
-import functools
-import importlib.util
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,54 +19,6 @@ from .selective_scan_torch import selective_scan_torch
 
 
 BLOCK_CHANNELS = 32
-
-
-def unavailable(device_type: str) -> str | None:
-    """Why this kernel cannot be used for tensors on `device_type`, or None where it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    is_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-    if device_type == "cpu" and not is_interpreted:
-        return "it computes on a GPU only, or on the CPU under TRITON_INTERPRET=1"
-    if device_type not in ("cpu", "cuda"):
-        return "it computes on NVIDIA and AMD GPUs only"
-    if device_type == "cpu":
-        return None
-    return _self_check_on_gpu() if torch.cuda.is_available() else "PyTorch finds no GPU"
-
-
-@functools.cache
-def _self_check_on_gpu() -> str | None:
-    # The first forward pass asks, whatever it is part of: a new thread is in no mode, autocast or function transform.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(self_check, "cuda").result()
-
-
-def self_check(device_type: str) -> str | None:
-    """Why the kernels cannot be trusted on this device, or None where they can: Triton compiles them anew for each kind
-    of GPU, and this package has been tried on few. Compares a small scan and its gradients with plain PyTorch."""
-    batch, paths, length, channels, states = 2, 2, 7, 40, 8
-    token, state, path = (batch, length, channels), (batch, length, states), (batch, paths, length)
-    shapes = (token, token, (channels, states), state, state, (channels,), (channels,), token)
-    random = np.random.default_rng(0)
-    floats = [random.random(shape, np.float32) - 1 for shape in (*shapes, (channels,), (3, states))]
-    floats[8] = -floats[8]  # time steps of holes are positive
-    order = random.random(path).argsort(-1)
-    gaps, moves = (random.integers(low, high, path) for low, high in ((1, 9), (0, 3)))
-    try:
-        results = []
-        for scan in (selective_scan, selective_scan_torch):
-            inputs = [torch.tensor(values, device=device_type).requires_grad_() for values in floats]
-            indices = [torch.tensor(values, device=device_type) for values in (order, gaps, moves)]
-            arguments = [*inputs[:8], *indices[:2], *inputs[8:], indices[2]]
-            output = scan(*arguments)
-            output.square().sum().backward()
-            results.append([output.detach(), *(tensor.grad for tensor in inputs)])
-    except Exception as error:  # of the compiler, the driver or the launch: there is no end to their kinds
-        return f"Triton failed with {type(error).__name__}: {error}"
-    errors = [(ours - theirs).abs().max() / theirs.abs().max() for ours, theirs in zip(*results, strict=True)]
-    worst = max(float(error) for error in errors)
-    return None if worst < 1e-4 else f"Triton's results differ from plain PyTorch's by {worst:.1e}"
 
 
 @left_to(selective_scan_torch)
