@@ -111,8 +111,6 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]] = {
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 def test_operators(backend, operator, transform) -> None:
-    if backend == "triton" and not operator.startswith("scan"):
-        pytest.skip("Triton's kernel has no convolution")
     if backend != "torch" and (reason := kernels.KERNELS[backend].unavailable("cpu")):
         pytest.skip(reason)
     function, arguments = OPERATORS[operator]

@@ -311,7 +311,7 @@ def test_operators_are_registered_correctly():
     for tensor in arguments.values():
         tensor.requires_grad_(tensor.is_floating_point())
     for stand_ins in (None, nearest_tokens(arguments["kept"], (3, 4))):
-        inputs = [*arguments.values(), stand_ins, 3, 4, True]
+        inputs = [*arguments.values(), stand_ins, 3, 4, True, 0]
         torch.library.opcheck(torch.ops.hf_vssm_prune.depthwise_conv2d.default, inputs, test_utils=OPCHECKS)
 
 

@@ -16,7 +16,7 @@ from conftest import PATIENCE, TOKEN_PRUNING, make_plainmamba_config
 from kernel_arguments import SCANS, Arguments, assert_close_to_reference, run, scan_arguments
 from torch import Tensor
 
-from hf_vssm_prune import PlainMambaForImageClassification, triton_scan
+from hf_vssm_prune import PlainMambaForImageClassification, triton_backend, triton_scan
 from hf_vssm_prune import mamba_ssm_scan as mamba_ssm
 from hf_vssm_prune.kernels import KERNELS, cpu
 from hf_vssm_prune.scan_operator import ScanArguments
@@ -77,7 +77,7 @@ def test_values_and_gradients(case: str, scan):
 @pytest.mark.parametrize("case", ["one path", "zero_input"])
 def test_triton_in_chunks(case: str, monkeypatch: pytest.MonkeyPatch):
     """Several blocks of channels, chunks of several blocks of steps, and a last one that is shorter."""
-    if reason := triton_scan.unavailable("cuda" if HAS_GPU else "cpu"):
+    if reason := triton_backend.unavailable("cuda" if HAS_GPU else "cpu"):
         pytest.skip(reason)
     monkeypatch.setattr(triton_scan, "plan_scan", lambda *_, **__: triton_scan.Plan(16, 2, chunk_length=4))
     arguments = scan_arguments(**{**SCANS[case], "batch": 1})
@@ -200,7 +200,7 @@ def test_a_backend_asked_for_is_the_one_that_computes(name: str, monkeypatch: py
 
 def test_a_whole_model_by_the_triton_kernel():
     """Its convolution is PyTorch's: Triton's kernel has none."""
-    if HAS_GPU or triton_scan.unavailable("cpu"):
+    if HAS_GPU or triton_backend.unavailable("cpu"):
         pytest.skip("Triton interprets its kernels on a CPU where it is installed, and where there is no GPU")
     config = make_plainmamba_config(token_pruning=dict(TOKEN_PRUNING))
     model = PlainMambaForImageClassification(config).eval()
@@ -229,13 +229,13 @@ def test_why_a_gpu_kernel_is_not_there(name: str, reason: str):
 
 
 def test_triton_is_not_used_where_it_computes_something_else(monkeypatch: pytest.MonkeyPatch):
-    if triton_scan.unavailable("cpu"):
+    if triton_backend.unavailable("cpu"):
         pytest.skip("Triton is not installed")
-    assert triton_scan.self_check("cpu") is None
+    assert triton_backend.self_check("cpu") is None
     monkeypatch.setattr(triton_scan, "_walk_forward", lambda _arguments, _plan, output, *_: output.zero_())
-    assert "differ from plain PyTorch's" in triton_scan.self_check("cpu")
+    assert "differ from plain PyTorch's" in triton_backend.self_check("cpu")
     monkeypatch.setattr(triton_scan, "_walk_forward", lambda *_: 1 / 0)
-    assert "ZeroDivisionError" in triton_scan.self_check("cpu")
+    assert "ZeroDivisionError" in triton_backend.self_check("cpu")
 
 
 def test_triton_compiles_for_gpus_that_are_not_here(tmp_path: Path):

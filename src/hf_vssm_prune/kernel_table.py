@@ -41,8 +41,9 @@ def choose_name(
         if reason is None:
             return name
         reasons[name] = reason
-    # On a GPU PyTorch's own convolution is the fast one; a meta tensor is computed by none.
-    if reasons or device_type not in (*auto, "meta"):
+    # A GPU has PyTorch's own convolutions, which need no warning; a meta tensor is computed by none.
+    is_scan = operation == "selective_scan"
+    if (reasons and (is_scan or device_type != "cuda")) or device_type not in (*auto, "meta"):
         _warn_once(device_type, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     return "torch"
 

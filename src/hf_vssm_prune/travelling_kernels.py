@@ -11,12 +11,18 @@ from .documentation import see
 from .kernel_table import ON_GPU, choose_name
 from .mamba_ssm_scan import selective_scan as scan_by_mamba_ssm
 from .mamba_ssm_scan import unavailable as mamba_ssm_unavailable
-from .triton_scan import selective_scan as scan_by_triton
-from .triton_scan import unavailable as triton_unavailable
+from .triton_backend import causal_conv1d, depthwise_conv2d
+from .triton_backend import selective_scan as scan_by_triton
+from .triton_backend import unavailable as triton_unavailable
 
 
 KERNELS = {
-    "triton": SimpleNamespace(unavailable=triton_unavailable, selective_scan=scan_by_triton),
+    "triton": SimpleNamespace(
+        unavailable=triton_unavailable,
+        selective_scan=scan_by_triton,
+        depthwise_conv2d=depthwise_conv2d,
+        causal_conv1d=causal_conv1d,
+    ),
     "mamba_ssm": SimpleNamespace(unavailable=mamba_ssm_unavailable, selective_scan=scan_by_mamba_ssm),
 }
 AUTO: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ON_GPU}

@@ -1,22 +1,16 @@
-"""The selective scan for NVIDIA and AMD GPUs, written in Triton: no CUDA compiler is needed.
+"""The selective scan for NVIDIA and AMD GPUs, written in Triton.
 
 The state and every product with it are float32, whatever the inputs' precision; what `plain_fallback.py` names is left
 to the plain PyTorch function. Rows of channels are read where they lie, so the parts of a split projection need no
 copy. The gradients recompute the states from one kept every few steps. Results are the same from run to run: where
 several programs add to one number, each writes its own part, and the parts are added in a fixed order. Unlike on the
 CPU, indices out of range are not noticed.
-
-Under TRITON_INTERPRET=1 (set before torch is imported) the kernels run on the CPU, slowly, to be tested.
 """
 
-import functools
-import importlib.util
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,62 +24,9 @@ PROGRAMS_THAT_FILL_A_GPU = 132 * 4 * 3
 SHORTEST_CHUNK = 64
 
 
-def unavailable(device_type: str) -> str | None:
-    """Why this kernel cannot be used for tensors on `device_type`, or None where it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    if device_type == "cpu" and not _is_interpreted():
-        return "it computes on a GPU only, or on the CPU under TRITON_INTERPRET=1"
-    if device_type not in ("cpu", "cuda"):
-        return "it computes on NVIDIA and AMD GPUs only"
-    if device_type == "cpu":
-        return None
-    return _self_check_on_gpu() if torch.cuda.is_available() else "PyTorch finds no GPU"
-
-
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-
-
-@functools.cache
-def _self_check_on_gpu() -> str | None:
-    # The first forward pass asks, whatever it is part of: a new thread is in no mode, autocast or function transform.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(self_check, "cuda").result()
-
-
-def self_check(device_type: str) -> str | None:
-    """Why the kernels cannot be trusted on this device, or None where they can: Triton compiles them anew for each kind
-    of GPU, and this package has been tried on few. Compares a small scan and its gradients with plain PyTorch."""
-    try:
-        errors = _errors(device_type, batch=2, paths=2, length=7, channels=40, states=8)
-        if not _is_interpreted():  # where nothing is divided into chunks
-            errors += _errors(device_type, batch=1, paths=None, length=4 * SHORTEST_CHUNK + 3, channels=8, states=16)
-    except Exception as error:  # of the compiler, the driver or the launch: there is no end to their kinds
-        return f"Triton failed with {type(error).__name__}: {error}"
-    worst = max(errors)
-    return None if worst < 1e-4 else f"Triton's results differ from plain PyTorch's by {worst:.1e}"
-
-
-def _errors(device_type: str, batch: int, paths: int | None, length: int, channels: int, states: int) -> list[float]:
-    """Of the output and the gradients of a random scan, relative to plain PyTorch's largest. With everything that a
-    scan can have where it has several paths."""
-    token, state, path = (batch, length, channels), (batch, length, states), (batch, paths or 1, length)
-    shapes = (token, token, (channels, states), state, state, (channels,), (channels,), token)
-    random = np.random.default_rng(0)
-    floats = [random.random(shape, np.float32) - 1 for shape in (*shapes, (channels,), (3, states))]
-    floats[8] = -floats[8]  # time steps of holes are positive
-    order = random.random(path).argsort(-1)
-    gaps, moves = (random.integers(low, high, path) for low, high in ((1, 9), (0, 3)))
-    results = []
-    for scan in (selective_scan, selective_scan_torch):
-        inputs = [torch.tensor(values, device=device_type).requires_grad_() for values in floats]
-        indices = [torch.tensor(values, device=device_type) for values in (order, gaps, moves)]
-        arguments = [*inputs[:8], *indices[:2], *inputs[8:], indices[2]] if paths else inputs[:8]
-        output = scan(*arguments)
-        output.square().sum().backward()
-        results.append([output.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)])
-    return [float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in zip(*results, strict=True)]
 
 
 @left_to(selective_scan_torch)
@@ -141,9 +82,7 @@ def plan_scan(walks: int, length: int, channels: int, is_backward: bool = False)
         channels: of a token.
         is_backward: for the gradients, which have no registers for more channels.
     """
-    if (
-        _is_interpreted()
-    ):  # an instruction takes as long for many channels as for few, and all programs one after another
+    if is_interpreted():  # an instruction takes as long for many channels as for few, one program after another
         return Plan(64, 2, length + length % 2)
     unroll = 4  # with 8 a program has all of a thread's 255 registers
     is_wide = not is_backward and walks * math.ceil(channels / 16) >= PROGRAMS_THAT_FILL_A_GPU

@@ -21,7 +21,7 @@ try:  # in these words, which transformers skips when it looks what a Hub reposi
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("this module is for those who have asked for Triton, see `triton_scan.unavailable`") from error
+    raise ImportError("this module is for those who have asked for Triton, see `triton_backend.unavailable`") from error
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -4,7 +4,7 @@ it.
 
 A kernel is a module with two things: `unavailable(device_type)`, which says in a sentence why the kernel cannot be used
 for tensors on such a device, or None where it can; and one function for each operation that it speeds up
-(`selective_scan`, `depthwise_conv2d`), with the arguments of its plain counterpart.
+(`selective_scan`, `depthwise_conv2d`, `causal_conv1d`), with the arguments of its plain counterpart.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hf_vssm_prune import mamba_ssm_scan, triton_scan
+from hf_vssm_prune import mamba_ssm_scan, triton_backend
 from hf_vssm_prune.kernel_table import ON_GPU, choose_name
 from hf_vssm_prune.kernels import cpu
 
 
-KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton_scan, "mamba_ssm": mamba_ssm_scan}
+KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton_backend, "mamba_ssm": mamba_ssm_scan}
 
 # For each device type what `auto` tries, in this order.
 AUTO = {"cpu": ("cpu",), "cuda": ON_GPU}
@@ -37,7 +37,7 @@ def choose_kernel(operation: str, backend: str, device_type: str) -> Callable[..
     """The function that computes `operation` on `device_type`, or None for plain PyTorch.
 
     Args:
-        operation: `selective_scan` or `depthwise_conv2d`.
+        operation: `selective_scan`, `depthwise_conv2d` or `causal_conv1d`.
         backend: `torch`, the name of a kernel (plain PyTorch computes what that kernel does not have), or `auto`.
         device_type: of the tensors, as `torch.device.type` has it.
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_vssm_prune.convolution_torch import depthwise_conv2d_torch
+from hf_vssm_prune.convolution_operator import ConvolutionArguments, convolution_operator
+from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
 from hf_vssm_prune.environment import is_switched_on
 from hf_vssm_prune.kernels.build import BuildError, library_path
-from hf_vssm_prune.plain_fallback import left_to, plain_gradients, wants_plain_gradients
+from hf_vssm_prune.plain_fallback import left_to
 from hf_vssm_prune.scan_operator import ScanArguments, scan_operator
 from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
@@ -42,17 +43,18 @@ def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
 
 
 @left_to(depthwise_conv2d_torch)
-def depthwise_conv2d(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grid: tuple[int, int],
-    kept: Tensor | None = None,
-    silu: bool = False,
-    stand_ins: Tensor | None = None,
-) -> Tensor:
+def depthwise_conv2d(*args: Any, **kwargs: Any) -> Tensor:
     """Arguments and result as in `hf_vssm_prune.grid_convolution.depthwise_conv2d`."""
-    return _depthwise_conv2d(hidden_states, weight, bias, kept, stand_ins, *grid, silu)
+    return _depthwise_conv2d(*ConvolutionArguments.on_grid(*args, **kwargs))
+
+
+@left_to(causal_conv1d_torch)
+def causal_conv1d(hidden_states: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Arguments and result as in `hf_vssm_prune.causal_convolution.causal_conv1d`. More taps than fit into the grid's
+    kernel are left to plain PyTorch."""
+    if weight.shape[-1] > MOST_TAPS:
+        return causal_conv1d_torch(hidden_states, weight, *args, **kwargs)
+    return _depthwise_conv2d(*ConvolutionArguments.along_sequence(hidden_states, weight, *args, **kwargs))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,15 +155,6 @@ def _paths(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0) if tensor.shape[0] > 1 else 0)
 
 
-def _expect_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
-    if tensor is None:
-        return
-    if tensor.device.type != "cpu":
-        raise ValueError(f"`{name}` is on the device {tensor.device}, other tensors are on the CPU.")
-    if tuple(tensor.shape) not in shapes:
-        raise ValueError(f"`{name}` must have the shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}.")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Selective scan
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,118 +219,70 @@ def _scan_structure(arguments: ScanArguments) -> tuple[ctypes.Array[c_int64], li
     return structure, rows + parameters + indices
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Depthwise convolution on the grid
+# Depthwise convolution
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("hf_vssm_prune::depthwise_conv2d", mutates_args=(), device_types="cpu")
-def _depthwise_conv2d(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kept: Tensor | None,
-    stand_ins: Tensor | None,
-    height: int,
-    width: int,
-    silu: bool,
-) -> Tensor:
-    output = _new(hidden_states, hidden_states.dtype)
-    if output.numel():
-        arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, stand_ins, height, width, silu)
-        _call("depthwise_conv2d_forward", arguments, _structure(_place(output)))
+# Of a grid of one row, C++ looks at the middle row of a 7 x 7 kernel only. A causal kernel is its left half, reversed
+# its right one: as many taps as reach back from the middle, with the middle itself.
+MIDDLE = 3
+MOST_TAPS = MIDDLE + 1
+
+
+def _convolution_forward(arguments: ConvolutionArguments) -> Tensor:
+    output = _new(arguments.hidden_states, arguments.hidden_states.dtype)
+    structure, _keep = _convolution_structure(arguments)
+    _call("depthwise_conv2d_forward", structure, _structure(_place(output)))
     return output
 
 
-@_depthwise_conv2d.register_fake
-def _(hidden_states: Tensor, *_others: Any) -> Tensor:
-    return hidden_states.new_empty(hidden_states.shape)
-
-
-def _convolution_arguments(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kept: Tensor | None,
-    stand_ins: Tensor | None,
-    height: int,
-    width: int,
-    silu: bool,
-) -> tuple[ctypes.Array[c_int64], list[Tensor | None]]:
-    """The arguments as C++ takes them, and the tensors that they point into."""
-    batch, tokens, channels = hidden_states.shape
-    kernel = weight.shape[-1]
-    if kernel % 2 == 0:
-        raise ValueError(f"the kernel must have an odd size, got {kernel}.")
-    if kept is None and tokens != height * width:
-        raise ValueError(f"a grid of {height} x {width} has {height * width} tokens, got {tokens}; pass `kept`.")
-    _expect_shape("weight", weight, (channels, 1, kernel, kernel))
-    _expect_shape("bias", bias, (channels,))
-    _expect_shape("kept", kept, (batch, tokens))
-    _expect_shape("stand_ins", stand_ins, (batch, height * width))
-    rows = _contiguous_rows(hidden_states)
-    parameters = [_contiguous(weight), _contiguous(bias)]
-    indices = [_contiguous_int32(kept), _contiguous_int32(stand_ins)]
-    sizes = (batch, tokens, channels, kernel, height, width)
-    arguments = _structure(sizes, _rows(rows), *map(_place, parameters), *map(_pointer, indices), (int(silu),))
-    return arguments, [rows, *parameters, *indices]
-
-
-@torch.library.custom_op("hf_vssm_prune::depthwise_conv2d_backward", mutates_args=(), device_types="cpu")
-def _depthwise_conv2d_backward(
-    grad_output: Tensor,
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kept: Tensor | None,
-    stand_ins: Tensor | None,
-    height: int,
-    width: int,
-    silu: bool,
-) -> list[Tensor]:
-    """The gradients of `hidden_states`, `weight` and, if there is one, `bias`."""
-    wanted = (hidden_states, weight) if bias is None else (hidden_states, weight, bias)
-    if hidden_states.numel() == 0:
-        return [torch.zeros_like(tensor) for tensor in wanted]
-    gradients = [_new(hidden_states, hidden_states.dtype), *map(_new, wanted[1:])]
-    arguments, _keep = _convolution_arguments(hidden_states, weight, bias, kept, stand_ins, height, width, silu)
+def _convolution_backward(arguments: ConvolutionArguments, grad_output: Tensor) -> list[Tensor]:
+    hidden_states, weight, bias = arguments.hidden_states, arguments.weight, arguments.bias
+    gradients = [_new(hidden_states, hidden_states.dtype), _new(_on_square(weight, arguments.looks))]
+    gradients += [] if bias is None else [_new(bias)]
+    structure, _keep = _convolution_structure(arguments)
     grad_output = grad_output.contiguous()
     weights = [*map(_pointer, gradients[1:]), (0,)][:2]
     places = _structure(_place(gradients[0]), *weights)
-    _call("depthwise_conv2d_backward", arguments, _structure(_rows(grad_output)), places)
-    return [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, wanted, strict=True)]
+    _call("depthwise_conv2d_backward", structure, _structure(_rows(grad_output)), places)
+    gradients[1] = _from_square(gradients[1], weight, arguments.looks)
+    return gradients
 
 
-@_depthwise_conv2d_backward.register_fake
-def _(grad_output: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *_others: Any) -> list[Tensor]:
-    wanted = (hidden_states, weight) if bias is None else (hidden_states, weight, bias)
-    return [tensor.new_empty(tensor.shape) for tensor in wanted]
+_depthwise_conv2d = convolution_operator(
+    "depthwise_conv2d", _convolution_forward, _convolution_backward, device_types="cpu"
+)
 
 
-def _save_convolution_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.height, ctx.width, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
+def _on_square(weight: Tensor, looks: int) -> Tensor:
+    """A kernel as C++ takes it, whichever way it looks."""
+    if looks == 0:
+        return weight
+    square = weight.new_zeros(weight.shape[0], 1, 2 * MIDDLE + 1, 2 * MIDDLE + 1)
+    _taps(square, weight.shape[-1], looks).copy_(weight if looks > 0 else weight.flip(-1))
+    return square
 
 
-def _convolve_torch(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kept: Tensor | None,
-    stand_ins: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    height, width, silu = rest
-    return depthwise_conv2d_torch(hidden_states, weight, bias, (height, width), kept, silu, stand_ins)
+def _from_square(square: Tensor, weight: Tensor, looks: int) -> Tensor:
+    """What became of the taps of `weight`."""
+    if looks == 0:
+        return square
+    taps = _taps(square, weight.shape[-1], looks)
+    return taps.contiguous() if looks > 0 else taps.flip(-1)
 
 
-def _differentiate_convolution(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    if wants_plain_gradients(grad_output):
-        inputs = (*ctx.saved_tensors, ctx.height, ctx.width, ctx.silu)
-        return tuple(plain_gradients(_convolve_torch, inputs, grad_output))
-    gradients = _depthwise_conv2d_backward(grad_output, *ctx.saved_tensors, ctx.height, ctx.width, ctx.silu)
-    grad_bias = gradients[2] if len(gradients) > 2 else None
-    return gradients[0], gradients[1], grad_bias, None, None, None, None, None
+def _taps(square: Tensor, taps: int, looks: int) -> Tensor:
+    first = MOST_TAPS - taps if looks > 0 else MIDDLE
+    return square[:, :, MIDDLE, first : first + taps]
 
 
-_depthwise_conv2d.register_autograd(_differentiate_convolution, setup_context=_save_convolution_inputs)
+def _convolution_structure(arguments: ConvolutionArguments) -> tuple[ctypes.Array[c_int64], list[Tensor | None]]:
+    """The arguments as C++ takes them, and the tensors that they point into."""
+    a = arguments
+    rows = _contiguous_rows(a.hidden_states)
+    weight = _on_square(a.weight, a.looks)
+    parameters = [_contiguous(weight), _contiguous(a.bias)]
+    indices = [_contiguous_int32(a.kept), _contiguous_int32(a.stand_ins)]
+    sizes = (*a.hidden_states.shape, weight.shape[-1], a.height, a.width)
+    structure = _structure(sizes, _rows(rows), *map(_place, parameters), *map(_pointer, indices), (int(a.silu),))
+    return structure, [rows, *parameters, *indices]

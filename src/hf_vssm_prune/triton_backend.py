@@ -1,0 +1,117 @@
+"""The kernels for GPUs that are written in Triton, and whether they can be used: no CUDA compiler is needed.
+
+Under TRITON_INTERPRET=1 (set before torch is imported) they run on the CPU, slowly, to be tested.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
+from .selective_scan_torch import selective_scan_torch
+from .triton_convolution import causal_conv1d, depthwise_conv2d
+from .triton_scan import SHORTEST_CHUNK, is_interpreted, selective_scan
+
+
+__all__ = ["causal_conv1d", "depthwise_conv2d", "selective_scan", "unavailable"]
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why these kernels cannot be used for tensors on `device_type`, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if device_type == "cpu" and not is_interpreted():
+        return "it computes on a GPU only, or on the CPU under TRITON_INTERPRET=1"
+    if device_type not in ("cpu", "cuda"):
+        return "it computes on NVIDIA and AMD GPUs only"
+    if device_type == "cpu":
+        return None
+    return _self_check_on_gpu() if torch.cuda.is_available() else "PyTorch finds no GPU"
+
+
+@functools.cache
+def _self_check_on_gpu() -> str | None:
+    # The first forward pass asks, whatever it is part of: a new thread is in no mode, autocast or function transform.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(self_check, "cuda").result()
+
+
+def self_check(device_type: str) -> str | None:
+    """Why the kernels cannot be trusted on this device, or None where they can: Triton compiles them anew for each kind
+    of GPU, and this package has been tried on few. Compares small results and their gradients with plain PyTorch."""
+    try:
+        worst = max(error for check in (_scan_errors, _convolution_errors) for error in check(device_type))
+    except Exception as error:  # of the compiler, the driver or the launch: there is no end to their kinds
+        return f"Triton failed with {type(error).__name__}: {error}"
+    return None if worst < 1e-4 else f"Triton's results differ from plain PyTorch's by {worst:.1e}"
+
+
+def _scan_errors(device_type: str) -> Iterator[float]:
+    """With everything that a scan can have, and of one long path, which is divided into chunks."""
+    yield _scan_error(device_type, batch=2, paths=2, length=7, channels=40, states=8)
+    if not is_interpreted():  # there nothing is divided
+        yield _scan_error(device_type, batch=1, paths=None, length=4 * SHORTEST_CHUNK + 3, channels=8, states=16)
+
+
+def _scan_error(device_type: str, batch: int, paths: int | None, length: int, channels: int, states: int) -> float:
+    token, state, path = (batch, length, channels), (batch, length, states), (batch, paths or 1, length)
+    shapes = [token, token, (channels, states), state, state, (channels,), (channels,), token]
+    random = np.random.default_rng(0)
+    floats = [random.random(shape, np.float32) - 1 for shape in shapes]
+    integers = []
+    if paths is not None:
+        floats += [random.random(channels, np.float32), random.random((3, states), np.float32) - 1]
+        gaps, moves = (random.integers(low, high, path) for low, high in ((1, 9), (0, 3)))
+        integers = [random.random(path).argsort(-1), gaps, moves]
+
+    def scan_by(scan: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def compute(inputs: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+            return scan(*inputs[:8], *indices[:2], *inputs[8:], *indices[2:])
+
+        return compute
+
+    return _error(scan_by(selective_scan), scan_by(selective_scan_torch), floats, integers, device_type)
+
+
+def _convolution_errors(device_type: str) -> Iterator[float]:
+    """On a grid with stand-ins, and along a sequence."""
+    random = np.random.default_rng(0)
+    kept, stand_ins = np.array([[0, 3, 4]]), np.array([[0, 0, 1, 1, 2, 2]])
+
+    def on_grid(convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def compute(inputs: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+            return convolution(*inputs, (2, 3), indices[0], True, indices[1])
+
+        return compute
+
+    def along_sequence(convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda inputs, _: convolution(*inputs, True)
+
+    floats = [random.random(shape, np.float32) - 0.5 for shape in ((1, 3, 40), (40, 1, 3, 3), (40,))]
+    yield _error(on_grid(depthwise_conv2d), on_grid(depthwise_conv2d_torch), floats, (kept, stand_ins), device_type)
+    floats[1] = floats[1][:, :, 0]
+    yield _error(along_sequence(causal_conv1d), along_sequence(causal_conv1d_torch), floats, (), device_type)
+
+
+def _error(
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    floats: Sequence[np.ndarray],
+    integers: Sequence[np.ndarray],
+    device_type: str,
+) -> float:
+    """The largest of values and gradients, each relative to its largest entry; infinite where something is no number.
+    Both functions take a list of floating-point tensors and one of integers."""
+    results = []
+    for function in (ours, plain):
+        inputs = [torch.tensor(values, device=device_type).requires_grad_() for values in floats]
+        output = function(inputs, [torch.tensor(values, device=device_type) for values in integers])
+        output.square().sum().backward()
+        results.append([output.detach(), *(tensor.grad for tensor in inputs)])
+    errors = [(ours - theirs).abs().max() / theirs.abs().max() for ours, theirs in zip(*results, strict=True)]
+    return max(float(error.nan_to_num(nan=torch.inf)) for error in errors)

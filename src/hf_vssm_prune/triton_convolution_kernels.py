@@ -1,0 +1,205 @@
+# mypy: disable-error-code="no-untyped-def, assignment"
+# Parameters of a Triton kernel are pointers and numbers; Triton reads annotations as its own.
+"""What `triton_convolution` runs on a GPU. A module of its own for the reasons that `triton_scan_kernels` has.
+
+A program computes a strip of STRIP neighbouring cells of a row of the grid. Of each row of the kernel it loads the
+STRIP + COLUMNS - 1 cells that the strip's windows cover once, into registers, where every one of its cells uses them.
+
+Which token lies in a cell is read from a table (batch, cells), in which -1 is none; without one each cell has its own
+token. Rows of tokens are read through a stride for the batch and one for the row; everything else is contiguous.
+"""
+
+try:  # in these words, which transformers skips when it looks what a Hub repository's code needs
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("this module is for those who have asked for Triton, see `triton_backend.unavailable`") from error
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def list_places(
+    kept,  # (batch, tokens): the cell of each token
+    places,  # int32 (batch, cells): the token in each cell
+    tokens, cells,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program lists the tokens of one image."""
+    image = tl.program_id(0).to(tl.int64)
+    entry = tl.arange(0, BLOCK)
+    for first in range(0, cells, BLOCK):
+        tl.store(places + image * cells + first + entry, -1, mask=first + entry < cells)
+    tl.debug_barrier()
+    for first in range(0, tokens, BLOCK):
+        is_token = first + entry < tokens
+        cell = tl.load(kept + image * tokens + first + entry, mask=is_token, other=0)
+        tl.store(places + image * cells + cell, first + entry, mask=is_token)
+
+
+# How many tokens are left, and how many images there are, is not worth being compiled for.
+@triton.jit(do_not_specialize=["tokens"])
+def convolve(
+    hidden_states, weight, bias,
+    shown,  # None or (batch, cells): the token that windows see in each cell
+    places,  # None or (batch, cells): the token for whose result there is a row in the output
+    grad_output,  # None or (batch, tokens, channels): turns the output into the gradient of what SiLU is applied to
+    output,  # (batch, tokens, channels)
+    height, width, tokens, channels,
+    hidden_states_batch, hidden_states_row, grad_output_batch, grad_output_row, weight_channel, weight_tap,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_BEFORE: tl.constexpr, COLUMNS_BEFORE: tl.constexpr,
+    MIRRORED: tl.constexpr, SILU: tl.constexpr, STRIP: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One program computes one strip of one image, for one block of channels."""
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    is_channel = channel < channels
+    image, row, first = _strip(tl.program_id(0), height, width, STRIP)
+    hidden_states += image * hidden_states_batch
+    output += image * tokens * channels
+    if shown is not None:
+        shown += image * height * width
+    if places is not None:
+        places += image * height * width
+
+    start = tl.full((BLOCK_CHANNELS,), 0, tl.float32)
+    if bias is not None:
+        start += tl.load(bias + channel, mask=is_channel, other=0).to(tl.float32)
+    sums = (start,) * STRIP
+    for y in range(tl.maximum(ROWS_BEFORE - row, 0), tl.minimum(ROWS, height + ROWS_BEFORE - row)):
+        source = (row + y - ROWS_BEFORE) * width
+        window = ()
+        for i in tl.static_range(STRIP + COLUMNS - 1):
+            column = first + i - COLUMNS_BEFORE
+            is_there = (column >= 0) & (column < width)
+            cell = _cell(hidden_states, hidden_states_row, shown, source + column, is_there, channel, channels)
+            window = window + (cell,)  # noqa: RUF005 - Triton has no unpacking
+        for x in tl.static_range(COLUMNS):
+            tap = y * COLUMNS + x
+            if MIRRORED:
+                tap = ROWS * COLUMNS - 1 - tap
+            factor = tl.load(weight + channel * weight_channel + tap * weight_tap, mask=is_channel, other=0)
+            factor = factor.to(tl.float32)
+            new_sums = ()
+            for i in tl.static_range(STRIP):
+                new_sums = new_sums + (sums[i] + factor * window[i + x],)  # noqa: RUF005
+            sums = new_sums
+
+    for i in tl.static_range(STRIP):
+        token, is_there = _token(places, row * width + first + i, first + i < width)
+        is_entry = channel < tl.where(is_there, channels, 0)
+        value = sums[i]
+        if grad_output is not None:
+            from_row = grad_output + image * grad_output_batch + token * grad_output_row
+            gradient = tl.load(from_row + channel, mask=is_entry, other=0).to(tl.float32)
+            share = 1 / (1 + tl.exp(-value))
+            value = gradient * share * (1 + value * (1 - share))
+        elif SILU:
+            value = value / (1 + tl.exp(-value))
+        tl.store(output + token * channels + channel, value.to(output.dtype.element_ty), mask=is_entry)
+
+
+@triton.jit(do_not_specialize=["strips"])
+def sum_weight_gradients(
+    hidden_states, shown, places,
+    grad_sums,  # (batch, tokens, channels): the gradient of what SiLU is applied to
+    grad_weight,  # float32 (parts, ROWS * COLUMNS, channels), apart for each program, hence reproducible
+    grad_bias,  # None or float32 (parts, channels)
+    strips, height, width, channels,
+    hidden_states_batch, hidden_states_row, grad_sums_batch, grad_sums_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_BEFORE: tl.constexpr, COLUMNS_BEFORE: tl.constexpr,
+    MIRRORED: tl.constexpr, STRIP: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One program sums over a part of all images' strips, for one row of the kernel and one block of channels."""
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    y = tl.program_id(1)
+    channel = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    is_channel = channel < channels
+
+    zero = tl.full((BLOCK_CHANNELS,), 0, tl.float32)
+    sums = (zero,) * COLUMNS
+    sum_bias = zero
+    for strip in range(part, strips, parts):
+        image, row, first = _strip(strip, height, width, STRIP)
+        shown_here, places_here = shown, places
+        if shown is not None:
+            shown_here = shown + image * height * width
+        if places is not None:
+            places_here = places + image * height * width
+        gradients = ()
+        for i in tl.static_range(STRIP):
+            from_image = grad_sums + image * grad_sums_batch
+            is_there, cell = first + i < width, row * width + first + i
+            gradient = _cell(from_image, grad_sums_row, places_here, cell, is_there, channel, channels)
+            sum_bias += gradient
+            gradients = gradients + (gradient,)  # noqa: RUF005
+        source_row = row + y - ROWS_BEFORE
+        is_row = (source_row >= 0) & (source_row < height)
+        window = ()
+        for i in tl.static_range(STRIP + COLUMNS - 1):
+            column = first + i - COLUMNS_BEFORE
+            is_there = is_row & (column >= 0) & (column < width)
+            cell, from_image = source_row * width + column, hidden_states + image * hidden_states_batch
+            seen = _cell(from_image, hidden_states_row, shown_here, cell, is_there, channel, channels)
+            window = window + (seen,)  # noqa: RUF005
+        new_sums = ()
+        for x in tl.static_range(COLUMNS):
+            total = sums[x]
+            for i in tl.static_range(STRIP):
+                total += gradients[i] * window[i + x]
+            new_sums = new_sums + (total,)  # noqa: RUF005
+        sums = new_sums
+
+    for x in tl.static_range(COLUMNS):
+        tap = y * COLUMNS + x
+        if MIRRORED:
+            tap = ROWS * COLUMNS - 1 - tap
+        tl.store(grad_weight + (part * ROWS * COLUMNS + tap) * channels + channel, sums[x], mask=is_channel)
+    if grad_bias is not None:  # noqa: SIM102 - the outer condition is decided when the kernel is compiled
+        if y == 0:
+            tl.store(grad_bias + part * channels + channel, sum_bias, mask=is_channel)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def sum_cells(
+    cells,  # float32 (batch, cells, channels)
+    order,  # (batch, cells): cells in the order of the tokens that they show
+    starts,  # (batch, tokens + 1): where in this order those of each token begin
+    output,  # (batch, tokens, channels)
+    num_cells, tokens, channels,
+    BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One program sums, for one token and one block of channels, over the cells that show it."""
+    image, token = (tl.program_id(0) // tokens).to(tl.int64), tl.program_id(0) % tokens
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    is_channel = channel < channels
+    start = tl.load(starts + image * (tokens + 1) + token)
+    end = tl.load(starts + image * (tokens + 1) + token + 1)
+    total = tl.full((BLOCK_CHANNELS,), 0, tl.float32)
+    for i in range(start, end):
+        cell = tl.load(order + image * num_cells + i)
+        total += tl.load(cells + (image * num_cells + cell) * channels + channel, mask=is_channel, other=0)
+    target = output + (image * tokens + token) * channels + channel
+    tl.store(target, total.to(output.dtype.element_ty), mask=is_channel)
+
+
+@triton.jit
+def _strip(strip, height, width, STRIP: tl.constexpr):
+    """The image of a strip, its row and its first column."""
+    in_row = tl.cdiv(width, STRIP)
+    return (strip // (height * in_row)).to(tl.int64), strip // in_row % height, strip % in_row * STRIP
+
+
+@triton.jit
+def _token(table, cell, is_there):
+    """The token in a cell of the grid, and whether there is one."""
+    token = cell
+    if table is not None:
+        token = tl.load(table + cell, mask=is_there, other=-1)
+        is_there = token >= 0
+    return token, is_there
+
+
+@triton.jit
+def _cell(rows, stride, table, cell, is_there, channel, channels):
+    """What channels have in a cell, as float32; where there is no token, zeros."""
+    token, is_there = _token(table, cell, is_there)
+    is_entry = channel < tl.where(is_there, channels, 0)
+    return tl.load(rows + token * stride + channel, mask=is_entry, other=0).to(tl.float32)
