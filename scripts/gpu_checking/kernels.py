@@ -78,7 +78,7 @@ def time_kernels(options: argparse.Namespace, report: Report) -> None:
     """A layer's scan, forward and with its backward, by kernel."""
     names = [name for name in ("triton", "mamba_ssm") if is_there(name, options, report)]
     rows = report.table("Milliseconds", "case", "dtype", "batch", "kernel", "forward", "forward and backward")
-    options.seconds = 0.2 if options.small else 0.5
+    options.seconds = 0.2
     for case, sizes in list(SIZES_OF_MODELS.items())[: 1 if options.small else None]:
         for batch in (1,) if options.small else (1, 8, 64):
             shape = {**sizes, "batch": batch} | ({"length": 9, "channels": 32} if options.small else {})
