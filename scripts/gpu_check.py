@@ -3,8 +3,9 @@
     python scripts/gpu_check.py --output_dir gpu_check
     python scripts/gpu_check.py --output_dir rehearsal --device cpu --small      # interpreted kernels, tiny models
 
-Each part is a process with a time limit of its own, so that one that fails or hangs costs only itself, and what is done
-is on the disk. `results.json` has all figures, `gpu_check.md` the same as a page, `log.txt` what the parts printed.
+Each part is a process with a time limit of its own, so that one that fails or hangs costs only itself, and what it has
+found so far is kept. Parts that time something run alone, the others together before them. `results.json` has all
+figures, `gpu_check.md` the same as a page, and `log.<part>.txt` what a part printed.
 
 A bare machine may lack what the package needs (pyproject.toml): bring wheels along, and install them with `--no-index`.
 `--mamba_ssm` names an unpacked source of mamba-ssm; its scan is built for this one GPU while the first parts run.
@@ -17,12 +18,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from gpu_checking.distribution import check_distribution
 from gpu_checking.golden import check_golden_cases
-from gpu_checking.kernels import check_kernels, time_kernels
+from gpu_checking.kernels import check_kernel, time_kernels
 from gpu_checking.machine import describe, start_building
 from gpu_checking.models import time_compiled_models, time_models
 from gpu_checking.report import Report
@@ -32,62 +36,78 @@ from hf_vssm_prune.training.checkpoints import write_json, write_text
 
 
 class Part(NamedTuple):
-    """One question; its answer is a report."""
+    """One question."""
 
-    run: Callable[[argparse.Namespace], Report]
+    answer: Callable[[argparse.Namespace, Report], None]
     seconds: int  # after which it is ended
+    alone: bool  # because it times something
 
 
 PARTS = {
-    "machine": Part(describe, 40),
-    "kernels": Part(check_kernels, 120),
-    "golden cases": Part(check_golden_cases, 60),
-    "distribution": Part(check_distribution, 90),
-    "models": Part(time_models, 150),
-    "training": Part(time_training, 60),
-    "scan": Part(time_kernels, 60),
-    "compiled models": Part(time_compiled_models, 120),
+    "machine": Part(describe, 60, False),
+    "kernels in float32": Part(partial(check_kernel, "triton", torch.float32), 150, False),
+    "kernels in bfloat16": Part(partial(check_kernel, "triton", torch.bfloat16), 150, False),
+    "kernels in float16": Part(partial(check_kernel, "triton", torch.float16), 150, False),
+    "golden cases": Part(check_golden_cases, 150, False),
+    "distribution": Part(check_distribution, 120, False),
+    "models": Part(time_models, 150, True),
+    "training": Part(time_training, 60, True),
+    "scan": Part(time_kernels, 60, True),
+    "mamba-ssm": Part(partial(check_kernel, "mamba_ssm", torch.float32), 30, True),  # when it is built
+    "compiled models": Part(time_compiled_models, 120, True),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     if options.part is not None:
-        report = PARTS[options.part].run(options)
-        write_json(report.as_dict(), options.output_dir / f".{options.part}.json")
+        PARTS[options.part].answer(options, Report(report_file(options.part, options)))
         return 0
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    start, results = time.perf_counter(), {}
+    end = time.perf_counter() + options.seconds
     building = start_building(options)
+    results: dict[str, dict[str, Any]] = {}
+    together = [name for name in options.parts if not PARTS[name].alone]
+    with ThreadPoolExecutor(max(1, len(together))) as threads:
+        of_parts = threads.map(lambda name: run_part(name, end, len(together), options), together)
+        for name, result in zip(together, of_parts, strict=True):
+            keep(name, result, results, options)
     for name in options.parts:
-        left = options.seconds - (time.perf_counter() - start)
-        results[name] = run_part(name, min(PARTS[name].seconds * options.patience, left), options)
-        print(f"{name}: {results[name]['status']}, {results[name]['seconds']:.0f} s", flush=True)
-        write_json(results, options.output_dir / "results.json")
-        write_text(page(results), options.output_dir / "gpu_check.md")
+        if PARTS[name].alone:
+            keep(name, run_part(name, end, 1, options), results, options)
     if building is not None:
         building.kill()
     return 0 if all(result["status"] == "ok" for result in results.values()) else 1
 
 
-def run_part(name: str, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs a part in a process of its own; what it reports, its status ("ok", "wrong", "failed", "too slow", "no time
-    left") and its seconds."""
+def keep(name: str, result: dict[str, Any], results: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
+    print(f"{name}: {result['status']}, {result['seconds']:.0f} s", flush=True)
+    results[name] = result
+    write_json(results, options.output_dir / "results.json")
+    write_text(page(results), options.output_dir / "gpu_check.md")
+
+
+def report_file(name: str, options: argparse.Namespace) -> Path:
+    return options.output_dir / f".{name}.json"
+
+
+def run_part(name: str, end: float, beside: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Runs a part in a process of its own, one of `beside` at a time; what it reports, its status ("ok", "wrong",
+    "failed", "too slow", "no time left") and its seconds."""
+    start = time.perf_counter()
+    seconds = min(PARTS[name].seconds * options.patience, end - start)
     if seconds <= 1:
         return {"status": "no time left", "seconds": 0.0}
-    file = options.output_dir / f".{name}.json"
+    file = report_file(name, options)
     command = [sys.executable, __file__, "--part", name, "--output_dir", str(options.output_dir)]
     command += ["--device", options.device, *(["--small"] if options.small else [])]
     for option in ("golden", "mamba_ssm"):
         if (folder := getattr(options, option)) is not None:
             command += [f"--{option}", str(folder)]
-    environment = dict(os.environ)
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // beside)), **os.environ}
     if options.device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    start = time.perf_counter()
-    with (options.output_dir / "log.txt").open("a", encoding="utf-8") as log:
-        log.write(f"\n==== {name}\n")
-        log.flush()
+    with (options.output_dir / f"log.{name}.txt").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )

@@ -1,37 +1,94 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and prints the kind of machine code of each."""
+"""Compiles the Triton kernels for GPUs that need not be there, and prints the kind of machine code of each; where that
+is NVIDIA's, with its registers and what it spills."""
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from hf_vssm_prune import triton_scan_kernels as kernels
 
 
-TARGETS = (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64))
+TARGETS = (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))
 OPTIONAL = ("order", "gaps", "hole_time_step", "direction_B", "moves")
+GRADIENTS = (
+    "grad_hidden_states", "grad_time_step", "grad_A", "grad_B", "grad_C", "grad_D", "grad_hole_time_step",
+)  # fmt: skip
+HALVES = ("hidden_states", "time_step", "B", "C", "gate", "output")
+NUMBERS = ("paths", "length", "channels", "chunks", "chunk_length")
 
 
-def source(kernel, absent: tuple[str, ...], constants: dict[str, int]) -> ASTSource:
-    constants = constants | dict.fromkeys(absent)
-    signature = {}
-    for name in kernel.arg_names:
+def source(kernel, absent: tuple[str, ...], constants: dict[str, int], dtype: str = "fp32", paths: int = 4):
+    """As Triton sees a call with tensors from PyTorch's allocator and sizes that 16 divides, `paths` but for."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | dict.fromkeys(absent)
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name == "paths" and paths == 1:
+            constants[name] = 1
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("order", "gaps", "moves"):
+            continue
+        if name in ("order", "gaps", "moves"):
             signature[name] = "*i64"
-        elif name in ("length", "channels", "chunk_length") or name.endswith(("_batch", "_row")):
+        elif name in NUMBERS or name.endswith(("_batch", "_row")):
             signature[name] = "i32"
         else:
-            signature[name] = "*fp32"
+            signature[name] = f"*{dtype if name in HALVES else 'fp32'}"
+        # B and C are parts of a projection: neither where they begin nor their rows need be aligned.
+        if name not in ("paths", "length", "chunks", "chunk_length", "B", "C", "B_row", "C_row"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
     indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return ASTSource(fn=kernel, signature=signature, constexprs=indices)
+    return ASTSource(fn=kernel, signature=signature, constexprs=indices, attrs=attributes)
 
 
-sizes = {"STATES": 16, "BLOCK_STATES": 16, "BLOCK_CHANNELS": 32}
+def resources(machine_code: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return ""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        printed = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return " ".join(re.findall(r"(?:REG|STACK|SHARED|LOCAL):\d+", printed))
+
+
+def main_cases():
+    """With all options."""
+    yield "forward", source(kernels.scan_forward, (), MANY_CHANNELS)
+    yield "backward", source(kernels.scan_backward, (), FEW_CHANNELS)
+    yield "sum's gradient", source(kernels.gate_sum, (), SUM)
+
+
+def more_cases():
+    """What is launched for models, each with the most or the fewest options."""
+    whole = ("chunk_states", "chunk_times")
+    without_gap = ("chunk_grads", "grad_hole_time_step")
+    yield "forward, of paths", source(kernels.scan_forward, ("gate", "block_states", *whole), MANY_CHANNELS)
+    yield (
+        "forward, half precision",
+        source(kernels.scan_forward, ("gate", "block_states", *whole), MANY_CHANNELS, "bf16"),
+    )
+    yield "forward, one path", source(kernels.scan_forward, (*OPTIONAL, "block_states", *whole), FEW_CHANNELS, paths=1)
+    yield "forward, first walk", source(kernels.scan_forward, ("output", "block_states"), FEW_CHANNELS)
+    yield "carry", source(kernels.carry, (), {**FEW_CHANNELS, "FROM_LAST": 1})
+    yield "backward, half precision", source(kernels.scan_backward, ("chunk_grads",), FEW_CHANNELS, "bf16")
+    yield "backward, one path", source(kernels.scan_backward, (*OPTIONAL, *without_gap), FEW_CHANNELS, paths=1)
+    yield "backward, first walk", source(kernels.scan_backward, ("block_states", *GRADIENTS), FEW_CHANNELS)
+
+
+MANY_CHANNELS = {"STATES": 16, "BLOCK_STATES": 16, "BLOCK_CHANNELS": 16, "UNROLL": 4}
+FEW_CHANNELS = {**MANY_CHANNELS, "BLOCK_CHANNELS": 8}
+SUM = {"PATHS": 4, "BLOCK_TOKENS": 4, "BLOCK_CHANNELS": 256}
+
 for target in TARGETS:
-    for code in (
-        source(kernels.scan_forward, (), {**sizes, "PATHS": 4}),
-        source(kernels.scan_forward, (*OPTIONAL, "checkpoints"), {**sizes, "PATHS": 1}),
-        source(kernels.scan_backward, (), sizes),
-        source(kernels.scan_backward, (*OPTIONAL, "grad_hole_time_step"), sizes),
-    ):
-        print(list(compile(code, target=target, options={"num_warps": 1}).asm)[-1])
+    cases = (*main_cases(), *more_cases()) if target.arch == 90 else main_cases()
+    for name, code in cases:
+        compiled = compile(code, target=target, options={"num_warps": 4 if "sum" in name else 1})
+        kind = list(compiled.asm)[-1]
+        print(kind, target.arch, name, resources(compiled.asm[kind]) if kind == "cubin" else "", sep="; ", flush=True)

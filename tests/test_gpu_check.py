@@ -14,6 +14,7 @@ from hf_vssm_prune.kernels import KERNELS
 gpu_check = load_script("gpu_check")
 
 from gpu_checking import golden, kernels, models, training  # noqa: E402
+from gpu_checking.report import Report  # noqa: E402
 
 
 @pytest.fixture
@@ -22,12 +23,13 @@ def options(tmp_path: Path) -> argparse.Namespace:
 
 
 def test_models_and_training_steps_are_measured(options) -> None:
-    for part in (models.time_models, training.time_training):
-        report = part(options)
+    for time_them in (models.time_models, training.time_training):
+        report = Report(options.output_dir / "report.json")
+        time_them(options, report)
         assert report.wrong == []
-        ((title, rows),) = [(table["title"], table["rows"]) for table in report.tables]
-        assert len(rows) >= 3, title
-        assert all(float(row[-3]) > 0 and float(row[-2]) > 0 for row in rows)
+        (table,) = report.tables
+        assert len(table.rows) >= 3, table.title
+        assert all(float(row[-3]) > 0 and float(row[-2]) > 0 for row in table.rows)
 
 
 @pytest.fixture
@@ -37,23 +39,27 @@ def triton_is_there() -> None:
 
 
 def test_kernels_are_right(options, triton_is_there) -> None:
-    report = kernels.check_kernels(options)
+    report = Report(options.output_dir / "report.json")
+    for dtype in kernels.NAMES:
+        kernels.check_kernel("triton", dtype, options, report)
     assert report.wrong == []
-    assert {row[2] for row in report.tables[0]["rows"]} == {"float32", "bfloat16", "float16"}
+    assert [len(table.rows) for table in report.tables] == [3, 3, 3]
 
 
 def test_a_wrong_kernel_is_named(options, triton_is_there, monkeypatch) -> None:
     right = KERNELS["triton"].selective_scan
     monkeypatch.setattr(KERNELS["triton"], "selective_scan", lambda *arguments: right(*arguments) * 1.001)
-    report = kernels.check_kernels(options)
+    report = Report(options.output_dir / "report.json")
+    kernels.check_kernel("triton", torch.float32, options, report)
     assert any(line.startswith("triton, one path, float32: ") for line in report.wrong)
 
 
 def test_golden_cases(options, shared) -> None:
     options.golden = shared / "golden"
-    report = golden.check_golden_cases(options)
+    report = Report(options.output_dir / "report.json")
+    golden.check_golden_cases(options, report)
     assert report.wrong == []
-    assert report.tables[0]["rows"]
+    assert report.tables[0].rows
 
 
 def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path, monkeypatch) -> None:

@@ -22,6 +22,7 @@ from hf_vssm_prune.kernels import KERNELS, cpu
 from hf_vssm_prune.scan_operator import ScanArguments
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.selective_scan_torch import selective_scan_torch
+from hf_vssm_prune.triton_machine import PROGRAMS_THAT_FILL_A_GPU
 
 
 def mamba_scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -72,6 +73,31 @@ def test_values_and_gradients(case: str, scan):
     arguments = scan_arguments(**SCANS[case])
     reference = run(selective_scan_torch, arguments, torch.float64)
     assert_close_to_reference(run(scan, arguments), reference, value=1e-6, gradient=2e-6)
+
+
+@pytest.mark.parametrize("case", ["one path", "zero_input"])
+def test_triton_in_chunks(case: str, monkeypatch: pytest.MonkeyPatch):
+    """Several blocks of channels, chunks of several blocks of steps, and a last one that is shorter."""
+    if reason := triton_backend.unavailable("cuda" if HAS_GPU else "cpu"):
+        pytest.skip(reason)
+    monkeypatch.setattr(triton_scan, "plan_scan", lambda *_, **__: triton_scan.Plan(16, 2, chunk_length=4))
+    arguments = scan_arguments(**{**SCANS[case], "batch": 1})
+    reference = run(selective_scan_torch, arguments, torch.float64)
+    assert_close_to_reference(run(SCAN_KERNELS["triton"], arguments), reference, value=1e-6, gradient=2e-6)
+
+
+def test_plans_of_triton_fill_a_gpu_with_programs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    plan = triton_scan.plan_scan
+    assert plan(4, 196, 896).chunks(196) == plan(1, 197, 768).chunks(197) == 1  # too short to be walked twice
+    assert plan(4, 196, 896).block_channels == 8
+    assert plan(4 * 64, 196, 896).block_channels == 16
+    for images, length in ((1, 1569), (8, 1569), (1, 12545), (8, 12545), (64, 12545)):
+        chosen = plan(images, length, 384)
+        assert chosen.chunk_length % chosen.unroll == 0
+        programs = images * 384 / chosen.block_channels * chosen.chunks(length)
+        assert chosen.chunk_length == 68 or programs >= 0.9 * PROGRAMS_THAT_FILL_A_GPU
+    assert plan(64, 12545, 384).chunks(12545) == 1
 
 
 def test_values_and_gradients_at_the_size_of_a_model():
@@ -207,11 +233,9 @@ def test_triton_is_not_used_where_it_computes_something_else(monkeypatch: pytest
     if triton_backend.unavailable("cpu"):
         pytest.skip("Triton is not installed")
     assert triton_backend.self_check("cpu") is None
-    monkeypatch.setattr(
-        triton_scan, "_forward", lambda arguments, checkpoints=None: (arguments.hidden_states * 0, None)
-    )
+    monkeypatch.setattr(triton_scan, "_walk_forward", lambda _arguments, _plan, output, *_: output.zero_())
     assert "differ from plain PyTorch's" in triton_backend.self_check("cpu")
-    monkeypatch.setattr(triton_scan, "_forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(triton_scan, "_walk_forward", lambda *_: 1 / 0)
     assert "ZeroDivisionError" in triton_backend.self_check("cpu")
 
 
@@ -223,5 +247,7 @@ def test_triton_compiles_for_gpus_that_are_not_here(tmp_path: Path):
     script = Path(__file__).with_name("compile_triton_kernels.py")
     result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split().count("cubin") == 4
-    assert result.stdout.split().count("hsaco") == 4
+    lines = [line.split("; ") for line in result.stdout.splitlines()]
+    assert [kind for kind, *_ in lines] == ["cubin"] * 14 + ["hsaco"] * 3
+    spilling = [name for _, _, name, resources in lines if "STACK" in resources and "STACK:0" not in resources]
+    assert not spilling

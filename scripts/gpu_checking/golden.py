@@ -22,15 +22,14 @@ ALLOWED = 1e-4
 
 
 @torch.no_grad()
-def check_golden_cases(options: argparse.Namespace) -> Report:
+def check_golden_cases(options: argparse.Namespace, report: Report) -> None:
     """Logits and kept tokens, dense and pruned, in float32; with weights in bfloat16 how many tokens are kept alike."""
-    report = Report()
     if options.golden is None:
         report.say("the golden cases were not given (--golden)")
-        return report
+        return
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     rows = report.table(
-        "Beside the official models", ["case", "schedule", "logits off by", "tokens kept alike", "alike in bfloat16"]
+        "Beside the official models", "case", "schedule", "logits off by", "tokens kept alike", "alike in bfloat16"
     )
     for file in sorted(options.golden.glob("*.npz"))[: 1 if options.small else None]:
         case = GoldenCase.load(options.golden, file.stem)
@@ -49,10 +48,9 @@ def check_golden_cases(options: argparse.Namespace) -> Report:
             same = alike(outputs.kept_tokens, kept)
             half = copy.deepcopy(model).bfloat16()
             in_half = alike(half(pixel_values.bfloat16()).kept_tokens, kept)
-            rows.append([file.stem, name, f"{off:.1e}", f"{same:.2%}", f"{in_half:.2%}"])
+            rows.add(file.stem, name, f"{off:.1e}", f"{same:.2%}", f"{in_half:.2%}")
             if not (off <= ALLOWED * (1 + abs(float(outputs.logits.abs().max()))) and same == 1):
                 report.complain(f"{file.stem}, {name}: logits off by {off:.1e}, {same:.2%} of the tokens alike")
-    return report
 
 
 def schedule(variant: dict) -> dict | None:

@@ -32,37 +32,32 @@ ALLOWED = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (1.6e-2, 3.2e-2), torch.
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def kernels_to_check(options: argparse.Namespace, report: Report) -> list[str]:
-    if (reason := find_mamba_ssm(options)) is not None:
-        report.say(f"{reason}")
-    names = []
-    for name in ("triton", "mamba_ssm"):
-        if (reason := KERNELS[name].unavailable(options.device)) is None:
-            names.append(name)
-        elif name == "triton":
-            report.complain(f"{name} is not used: {reason}")
-    return names
+def is_there(name: str, options: argparse.Namespace, report: Report) -> bool:
+    """Whether a kernel can be used; why it cannot is wrong of ours, and said of mamba-ssm's."""
+    reason = find_mamba_ssm(options) if name == "mamba_ssm" else None
+    reason = reason or KERNELS[name].unavailable(options.device)
+    if reason is not None:
+        (report.say if name == "mamba_ssm" else report.complain)(f"{name} is not used: {reason}")
+    return reason is None
 
 
-def check_kernels(options: argparse.Namespace) -> Report:
-    """Values and gradients in all precisions, relative to the largest entry."""
-    report = Report()
-    names = kernels_to_check(options, report)
-    cases = {**SCANS, **({} if options.small else SIZES_OF_MODELS)}
-    rows = report.table("Largest errors against float64", ["kernel", "case", "dtype", "values", "gradients"])
+def check_kernel(name: str, dtype: torch.dtype, options: argparse.Namespace, report: Report) -> None:
+    """Values and gradients, relative to the largest entry."""
+    if not is_there(name, options, report):
+        return
+    rows = report.table(f"Largest errors of {name} in {NAMES[dtype]} against float64", "case", "values", "gradients")
+    cases = {**SCANS, **SIZES_OF_MODELS}
     for case in list(cases)[:3] if options.small else cases:
-        for dtype, (allowed_value, allowed_gradient) in ALLOWED.items():
-            arguments = rounded(scan_arguments(**cases[case]), dtype)
-            reference = run(selective_scan_torch, arguments, torch.float64)
-            for name in names:
-                found = run(partial(scan_on, options.device, name), arguments, dtype)
-                errors = {key: relative_error(found[key], expected) for key, expected in reference.items()}
-                value = errors.pop("output")
-                gradient, of = max((error, key) for key, error in errors.items())
-                rows.append([name, case, NAMES[dtype], f"{value:.1e}", f"{gradient:.1e} ({of})"])
-                if not (value <= allowed_value and gradient <= allowed_gradient):
-                    report.complain(f"{name}, {case}, {NAMES[dtype]}: {value:.1e}, {gradient:.1e} in {of}")
-    return report
+        arguments = rounded(scan_arguments(**cases[case]), dtype)
+        reference = run(selective_scan_torch, arguments, torch.float64)
+        found = run(partial(scan_on, options.device, name), arguments, dtype)
+        errors = {key: relative_error(found[key], expected) for key, expected in reference.items()}
+        value = errors.pop("output")
+        gradient, of = max((error, key) for key, error in errors.items())
+        rows.add(case, f"{value:.1e}", f"{gradient:.1e} ({of})")
+        allowed_value, allowed_gradient = ALLOWED[dtype]
+        if not (value <= allowed_value and gradient <= allowed_gradient):
+            report.complain(f"{name}, {case}, {NAMES[dtype]}: {value:.1e}, {gradient:.1e} in {of}")
 
 
 def scan_on(device: str, name: str, **arguments: Tensor) -> Tensor:
@@ -79,16 +74,16 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
-def time_kernels(options: argparse.Namespace) -> Report:
-    """A layer's scan, forward and with its backward, by kernel and beside one product of matrices."""
-    report = Report()
-    names = kernels_to_check(options, report)
-    rows = report.table("Milliseconds", ["case", "dtype", "batch", "kernel", "forward", "forward and backward"])
+def time_kernels(options: argparse.Namespace, report: Report) -> None:
+    """A layer's scan, forward and with its backward, by kernel."""
+    names = [name for name in ("triton", "mamba_ssm") if is_there(name, options, report)]
+    rows = report.table("Milliseconds", "case", "dtype", "batch", "kernel", "forward", "forward and backward")
     options.seconds = 0.2 if options.small else 0.5
     for case, sizes in list(SIZES_OF_MODELS.items())[: 1 if options.small else None]:
         for batch in (1,) if options.small else (1, 8, 64):
             shape = {**sizes, "batch": batch} | ({"length": 9, "channels": 32} if options.small else {})
             for dtype in (torch.float32, torch.bfloat16):
+                torch.set_default_device(None)  # the arguments' random numbers are the CPU's
                 arguments = {
                     name: tensor.to(options.device, dtype if tensor.is_floating_point() else tensor.dtype)
                     for name, tensor in scan_arguments(**shape).items()
@@ -96,8 +91,7 @@ def time_kernels(options: argparse.Namespace) -> Report:
                 for name in names:
                     forward = milliseconds(partial(without_gradient, arguments, name), options)
                     both = milliseconds(partial(with_gradient, arguments, name), options)
-                    rows.append([case, NAMES[dtype], batch, name, f"{forward:.3f}", f"{both:.3f}"])
-    return report
+                    rows.add(case, NAMES[dtype], batch, name, f"{forward:.3f}", f"{both:.3f}")
 
 
 def without_gradient(arguments: Arguments, backend: str) -> None:

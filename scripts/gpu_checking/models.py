@@ -10,7 +10,7 @@ from benchmarking.measuring import take_turns
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from gpu_checking.report import Report
+from gpu_checking.report import Report, Table
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
 
@@ -48,10 +48,9 @@ def make_transformers(options: argparse.Namespace) -> dict[str, nn.Module]:
     }
 
 
-def time_models(options: argparse.Namespace) -> Report:
+def time_models(options: argparse.Namespace, report: Report) -> None:
     """Eager, and replayed as a CUDA graph, in float32 and bfloat16; the cases of a batch take turns."""
-    report = Report()
-    rows = report.table("Forward", COLUMNS)
+    rows = report.table("Forward", *COLUMNS)
     ways: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]] = {"eager": partial}
     if options.device == "cuda":
         ways["CUDA graph"] = captured
@@ -60,20 +59,17 @@ def time_models(options: argparse.Namespace) -> Report:
         for dtype in (torch.bfloat16, torch.float32):
             for batch in BATCHES[:1] if options.small else BATCHES:
                 measure(models, dtype, batch, ways, rows, report, options)
-    return report
 
 
-def time_compiled_models(options: argparse.Namespace) -> Report:
+def time_compiled_models(options: argparse.Namespace, report: Report) -> None:
     """By torch.compile, which takes long to make: the paper's model, and Vim-S, in bfloat16."""
-    report = Report()
-    rows = report.table("Forward, compiled", COLUMNS)
+    rows = report.table("Forward, compiled", *COLUMNS)
     for which in MODELS[: 1 if options.small else 2]:
         models = make_models(*which, options)
         backend = {"backend": "aot_eager"} if options.small else {}
         compiled = {"compiled": lambda model, images, backend=backend: partial(torch.compile(model, **backend), images)}
         for batch in (1,) if options.small else (1, 64):
             measure(models, torch.bfloat16, batch, compiled, rows, report, options)
-    return report
 
 
 @torch.no_grad()
@@ -82,7 +78,7 @@ def measure(
     dtype: torch.dtype,
     batch: int,
     ways: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]],
-    rows: list[list[Any]],
+    rows: Table,
     report: Report,
     options: argparse.Namespace,
 ) -> None:
@@ -106,7 +102,7 @@ def measure(
         dense = next(iter(seconds.values()))
         for name, fastest in seconds.items():
             kind = str(dtype).removeprefix("torch.")
-            rows.append([name, kind, batch, way, f"{batch / fastest:.0f}", f"{dense / fastest:.2f}", memory[name]])
+            rows.add(name, kind, batch, way, f"{batch / fastest:.0f}", f"{dense / fastest:.2f}", memory[name])
 
 
 def captured(model: nn.Module, images: Tensor) -> Callable[[], Any]:

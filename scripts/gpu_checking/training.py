@@ -11,10 +11,9 @@ from gpu_checking.models import make_models, peak_memory
 from gpu_checking.report import Report
 
 
-def time_training(options: argparse.Namespace) -> Report:
+def time_training(options: argparse.Namespace, report: Report) -> None:
     """Forward and backward under autocast to bfloat16, no optimizer."""
-    report = Report()
-    rows = report.table("Training step, bfloat16 by autocast", ["model", "batch", "images/s", "dense / this", "MiB"])
+    rows = report.table("Training step, bfloat16 by autocast", "model", "batch", "images/s", "dense / this", "MiB")
     batch = 2 if options.small else 64
     side = 64 if options.small else 224
     for which in (("plainmamba", "L1"), ("plainmamba", "L3"), ("vim", "S"))[: 1 if options.small else None]:
@@ -33,8 +32,7 @@ def time_training(options: argparse.Namespace) -> Report:
         seconds = {name: min(runs) for name, runs in take_turns("", cases, {}, options).seconds.items()}
         dense = next(iter(seconds.values()))
         for name, fastest in seconds.items():
-            rows.append([name, batch, f"{batch / fastest:.0f}", f"{dense / fastest:.2f}", memory[name]])
-    return report
+            rows.add(name, batch, f"{batch / fastest:.0f}", f"{dense / fastest:.2f}", memory[name])
 
 
 def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, device: str) -> Callable[[], None]:

@@ -5,7 +5,6 @@ Under TRITON_INTERPRET=1 (set before torch is imported) they run on the CPU, slo
 
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +15,8 @@ from torch import Tensor
 from .convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
 from .selective_scan_torch import selective_scan_torch
 from .triton_convolution import causal_conv1d, depthwise_conv2d
-from .triton_scan import selective_scan
+from .triton_machine import is_interpreted
+from .triton_scan import SHORTEST_CHUNK, selective_scan
 
 
 __all__ = ["causal_conv1d", "depthwise_conv2d", "selective_scan", "unavailable"]
@@ -26,8 +26,7 @@ def unavailable(device_type: str) -> str | None:
     """Why these kernels cannot be used for tensors on `device_type`, or None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
-    is_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-    if device_type == "cpu" and not is_interpreted:
+    if device_type == "cpu" and not is_interpreted():
         return "it computes on a GPU only, or on the CPU under TRITON_INTERPRET=1"
     if device_type not in ("cpu", "cuda"):
         return "it computes on NVIDIA and AMD GPUs only"
@@ -54,22 +53,32 @@ def self_check(device_type: str) -> str | None:
 
 
 def _scan_errors(device_type: str) -> Iterator[float]:
-    batch, paths, length, channels, states = 2, 2, 7, 40, 8
-    token, state, path = (batch, length, channels), (batch, length, states), (batch, paths, length)
-    shapes = (token, token, (channels, states), state, state, (channels,), (channels,), token)
+    yield _error_of_scan(device_type, batch=2, paths=2, length=7, channels=40, states=8)
+    if not is_interpreted():  # where nothing is divided into chunks
+        length = 4 * SHORTEST_CHUNK + 3
+        yield _error_of_scan(device_type, batch=1, paths=None, length=length, channels=8, states=16)
+
+
+def _error_of_scan(device_type: str, batch: int, paths: int | None, length: int, channels: int, states: int) -> float:
+    """With everything that a scan can have where it has several paths."""
+    token, state, path = (batch, length, channels), (batch, length, states), (batch, paths or 1, length)
+    shapes = [token, token, (channels, states), state, state, (channels,), (channels,), token]
+    shapes += [(channels,), (3, states)] if paths else []
     random = np.random.default_rng(0)
-    floats = [random.random(shape, np.float32) - 1 for shape in (*shapes, (channels,), (3, states))]
-    floats[8] = -floats[8]  # time steps of holes are positive
+    floats = [random.random(shape, np.float32) - 1 for shape in shapes]
+    if paths:
+        floats[8] = -floats[8]  # time steps of holes are positive
     order = random.random(path).argsort(-1)
     gaps, moves = (random.integers(low, high, path) for low, high in ((1, 9), (0, 3)))
 
     def scan_by(scan: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def compute(inputs: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
-            return scan(*inputs[:8], *indices[:2], *inputs[8:], indices[2])
+            return scan(*inputs[:8], *indices[:2], *inputs[8:], *indices[2:])
 
         return compute
 
-    yield _error(scan_by(selective_scan), scan_by(selective_scan_torch), floats, (order, gaps, moves), device_type)
+    indices = (order, gaps, moves) if paths else ()
+    return _error(scan_by(selective_scan), scan_by(selective_scan_torch), floats, indices, device_type)
 
 
 def _convolution_errors(device_type: str) -> Iterator[float]:

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--flops_reduction", type=float)
     parser.add_argument("--method")
     parser.add_argument("--alignment")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
@@ -51,12 +52,12 @@ def main() -> None:
     )
     datasets = task.load_datasets(DataArguments(options.videos), seed=0)
     processor = load_image_processor(options.start)
-    train = _all(task, datasets.train, _with_margin(processor, options.shift))
-    test = _all(task, datasets.evaluation, processor)
-    model: Any = load_classifier(options.start)
+    train = _all(task, datasets.train, _with_margin(processor, options.shift), options.device)
+    test = _all(task, datasets.evaluation, processor, options.device)
+    model: Any = load_classifier(options.start).to(options.device)
     teacher: Any = None
     if options.flops_reduction is not None:
-        teacher = load_classifier(options.start)
+        teacher = load_classifier(options.start).to(options.device)
         choices = {"method": options.method, "alignment": options.alignment}
         given = {name: value for name, value in choices.items() if value is not None}
         model.set_token_pruning({"flops_reduction": options.flops_reduction, **given})
@@ -69,7 +70,7 @@ def main() -> None:
         for ids in np.array_split(generator.permutation(len(train["labels"])), steps // options.epochs):
             rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"], step = options.lr * rate, step + 1
-            batch = {name: values[torch.from_numpy(ids)].float() for name, values in train.items()}
+            batch = {name: values[torch.from_numpy(ids).to(options.device)].float() for name, values in train.items()}
             if options.shift or options.brightness:  # else nothing is drawn: earlier runs keep their random numbers
                 batch["pixel_values"] = _augment(batch["pixel_values"], options, generator)
             batch = task.mix({**batch, "labels": batch["labels"].long()}, model.config, generator)
@@ -100,21 +101,23 @@ def _augment(clips: torch.Tensor, options: argparse.Namespace, generator: np.ran
     places = generator.integers(0, 2 * options.shift + 1, (len(clips), 2))
     moved = [clip[..., top : top + side, left : left + side] for clip, (top, left) in zip(clips, places, strict=True)]
     factors = 1 + options.brightness * generator.uniform(-1, 1, (len(clips), 1, 1, 1, 1))
-    return torch.stack(moved) * torch.from_numpy(factors).float()
+    return torch.stack(moved) * torch.from_numpy(factors).float().to(clips.device)
 
 
-def _all(task: VideoClassification, rows: Any, processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
-    """Pixel values in half precision, and labels."""
+def _all(task: VideoClassification, rows: Any, processor: BaseImageProcessor, device: str) -> dict[str, torch.Tensor]:
+    """Pixel values in half precision, and labels, on the device."""
     items = task.evaluation_items(rows, processor)
     each = [items[index] for index in range(len(items))]
     pixel_values = torch.stack([item["pixel_values"][0].half() for item in each])
-    return {"pixel_values": pixel_values, "labels": torch.tensor([item["labels"] for item in each])}
+    labels = torch.tensor([item["labels"] for item in each])
+    return {"pixel_values": pixel_values.to(device), "labels": labels.to(device)}
 
 
 def _loss(task: VideoClassification, model: Any, teacher: Any, batch: Batch) -> torch.Tensor:
     weights = LossWeights(kd_weight=1.0, alignment_weight=1.0) if teacher else LossWeights()
     inputs = task.inputs(batch) | {"output_hidden_states": teacher is not None}
-    with torch.autocast("cpu", torch.bfloat16):
+    device = batch["pixel_values"].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cpu"):  # a GPU waits for calls, which casts add to
         outputs = model(**inputs)
         with torch.no_grad():
             targets = teacher(**inputs) if teacher else None
@@ -128,7 +131,7 @@ def _evaluate(task: VideoClassification, model: Any, test: Batch) -> dict[str, f
     scores = []
     for pixel_values, labels in zip(test["pixel_values"].split(64), test["labels"].split(64), strict=True):
         batch = {"pixel_values": pixel_values.float(), "labels": labels}
-        scores.append(task.scores(model(**task.inputs(batch)), batch))
+        scores.append(task.scores(model(**task.inputs(batch)), batch).cpu())
     return task.metrics(scores)
 
 
