@@ -188,7 +188,7 @@ def _sum_weight_gradients(
     return [weight_gradient] if grad_bias is None else [weight_gradient, grad_bias.sum(0)]
 
 
-def _sum_cells(cells: Tensor, stand_ins: Tensor, output: Tensor) -> None:
+def _sum_cells(grad_cells: Tensor, stand_ins: Tensor, output: Tensor) -> None:
     """Fills `output` (batch, tokens, channels) with the sums over the cells that show each token."""
     from .triton_convolution_kernels import sum_cells
 
@@ -199,5 +199,8 @@ def _sum_cells(cells: Tensor, stand_ins: Tensor, output: Tensor) -> None:
     block = 128
     with torch.cuda.device_of(output):
         sum_cells[(batch * tokens, math.ceil(channels / block))](
-            *(cells, order, starts, output), *(cells.shape[1], tokens, channels), BLOCK_CHANNELS=block, num_warps=1
+            *(grad_cells, order, starts, output),
+            *(grad_cells.shape[1], tokens, channels),
+            BLOCK_CHANNELS=block,
+            num_warps=1,
         )
