@@ -200,7 +200,6 @@ def test_a_backend_asked_for_is_the_one_that_computes(name: str, monkeypatch: py
 
 
 def test_a_whole_model_by_the_triton_kernel():
-    """Its convolution is PyTorch's: Triton's kernel has none."""
     if HAS_GPU or triton_backend.unavailable("cpu"):
         pytest.skip("Triton interprets its kernels on a CPU where it is installed, and where there is no GPU")
     config = make_plainmamba_config(token_pruning=dict(TOKEN_PRUNING))
