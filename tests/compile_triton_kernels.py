@@ -11,16 +11,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from hf_vssm_prune import triton_convolution_kernels as convolutions
 from hf_vssm_prune import triton_scan_kernels as kernels
 
 
-TARGETS = (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))
+TARGETS = (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))
+MORE_TARGETS = (GPUTarget("cuda", 80, 32),)
 OPTIONAL = ("order", "gaps", "hole_time_step", "direction_B", "moves")
 GRADIENTS = (
     "grad_hidden_states", "grad_time_step", "grad_A", "grad_B", "grad_C", "grad_D", "grad_hole_time_step",
 )  # fmt: skip
 HALVES = ("hidden_states", "time_step", "B", "C", "gate", "output")
-NUMBERS = ("paths", "length", "channels", "chunks", "chunk_length")
+# Nothing is known of these but that they are integers.
+ANY_NUMBERS = ("paths", "length", "chunks", "chunk_length", "height", "width", "tokens", "cells", "strips")
+ENDS_OF_STRIDES = ("_batch", "_row", "_channel", "_tap")
+INDICES = {"i64": ("order", "gaps", "moves", "kept", "starts"), "i32": ("shown", "places")}
 
 
 def source(kernel, absent: tuple[str, ...], constants: dict[str, int], dtype: str = "fp32", paths: int = 4):
@@ -33,14 +38,15 @@ def source(kernel, absent: tuple[str, ...], constants: dict[str, int], dtype: st
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name in ("order", "gaps", "moves"):
-            signature[name] = "*i64"
-        elif name in NUMBERS or name.endswith(("_batch", "_row")):
+        of_indices = [kind for kind, names in INDICES.items() if name in names]
+        if of_indices:
+            signature[name] = f"*{of_indices[0]}"
+        elif name == "channels" or name in ANY_NUMBERS or name.endswith(ENDS_OF_STRIDES):
             signature[name] = "i32"
         else:
             signature[name] = f"*{dtype if name in HALVES else 'fp32'}"
         # B and C are parts of a projection: neither where they begin nor their rows need be aligned.
-        if name not in ("paths", "length", "chunks", "chunk_length", "B", "C", "B_row", "C_row"):
+        if name not in (*ANY_NUMBERS, "B", "C", "B_row", "C_row"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return ASTSource(fn=kernel, signature=signature, constexprs=indices, attrs=attributes)
@@ -64,6 +70,8 @@ def main_cases():
     yield "forward", source(kernels.scan_forward, (), MANY_CHANNELS)
     yield "backward", source(kernels.scan_backward, (), FEW_CHANNELS)
     yield "sum's gradient", source(kernels.gate_sum, (), SUM)
+    yield "convolution", source(convolutions.convolve, (), {**GRID, "SILU": False})
+    yield "gradient of its weight", source(convolutions.sum_weight_gradients, (), {**GRID, "BLOCK_CHANNELS": 32})
 
 
 def more_cases():
@@ -81,13 +89,22 @@ def more_cases():
     yield "backward, half precision", source(kernels.scan_backward, ("chunk_grads",), FEW_CHANNELS, "bf16")
     yield "backward, one path", source(kernels.scan_backward, (*OPTIONAL, *without_gap), FEW_CHANNELS, paths=1)
     yield "backward, first walk", source(kernels.scan_backward, ("block_states", *GRADIENTS), FEW_CHANNELS)
+    whole = ("shown", "places", "grad_output")
+    yield "convolution, half precision", source(convolutions.convolve, (), {**GRID, "SILU": False}, "bf16")
+    yield "convolution, of a whole grid", source(convolutions.convolve, whole, {**GRID, "SILU": True})
+    yield "convolution, causal", source(convolutions.convolve, whole, {**ROW, "SILU": True}, "bf16")
+    yield "places", source(convolutions.list_places, (), {"BLOCK": 128})
+    yield "gradient by stand-ins", source(convolutions.sum_cells, (), {"BLOCK_CHANNELS": 128})
 
 
 MANY_CHANNELS = {"STATES": 16, "BLOCK_STATES": 16, "BLOCK_CHANNELS": 16, "UNROLL": 4}
 FEW_CHANNELS = {**MANY_CHANNELS, "BLOCK_CHANNELS": 8}
+TILE = {"STRIP": 7, "BLOCK_CHANNELS": 128, "MIRRORED": False}
+GRID = {**TILE, "ROWS": 7, "COLUMNS": 7, "ROWS_BEFORE": 3, "COLUMNS_BEFORE": 3, "weight_channel": 1}
+ROW = {**TILE, "ROWS": 1, "COLUMNS": 4, "ROWS_BEFORE": 0, "COLUMNS_BEFORE": 3, "weight_tap": 1}
 SUM = {"PATHS": 4, "BLOCK_TOKENS": 4, "BLOCK_CHANNELS": 256}
 
-for target in TARGETS:
+for target in (*TARGETS, *(MORE_TARGETS if "--all" in sys.argv else ())):
     cases = (*main_cases(), *more_cases()) if target.arch == 90 and "--all" in sys.argv else main_cases()
     for name, code in cases:
         compiled = compile(code, target=target, options={"num_warps": 4 if "sum" in name else 1})

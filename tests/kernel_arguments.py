@@ -1,7 +1,11 @@
 """Random arguments for the kernels, and how their results are compared."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+
+from hf_vssm_prune.token_pruning import nearest_tokens
 
 
 Arguments = dict[str, Tensor]
@@ -88,6 +92,75 @@ def convolution_arguments(
         scores = torch.rand(batch, cells, generator=generator)
         arguments["kept"] = scores.argsort(-1)[:, :tokens].sort(-1).values
     return arguments
+
+
+class Convolution(NamedTuple):
+    """A call of a convolution.
+
+    Attributes:
+        operation: `depthwise_conv2d` or `causal_conv1d`.
+        arguments: its tensors.
+        options: its other arguments.
+    """
+
+    operation: str
+    arguments: Arguments
+    options: dict[str, Any]
+
+
+CONVOLUTIONS = {
+    "7 x 7": {"grid": (2, 5), "channels": 35, "kernel": 7},
+    "7 x 7, kept cells": {"grid": (3, 4), "channels": 19, "kernel": 7, "keep_ratio": 0.6, "bias": False},
+    "3 x 3, without SiLU": {"grid": (3, 5), "channels": 35, "kernel": 3, "silu": False},
+    "3 x 3, kept cells": {"grid": (4, 3), "channels": 40, "kernel": 3, "keep_ratio": 0.6},
+    "3 x 3, stand-ins": {"grid": (4, 3), "channels": 35, "kernel": 3, "keep_ratio": 0.4, "stand_ins": True},
+    "3 x 3, one stand-in": {"grid": (2, 2), "channels": 8, "kernel": 3, "keep_ratio": 0.01, "stand_ins": True},
+    "1 x 1": {"grid": (2, 5), "channels": 24, "kernel": 1, "keep_ratio": 0.6},
+    "causal": {"length": 13, "channels": 35, "taps": 4},
+    "causal, reversed": {"length": 13, "channels": 35, "taps": 4, "reverse": True},
+    "causal, three taps, reversed": {"length": 2, "channels": 19, "taps": 3, "reverse": True},
+    "causal, five taps": {"length": 7, "channels": 24, "taps": 5},
+    "causal, one token": {"length": 1, "channels": 8, "taps": 4},
+    "causal, one tap": {"length": 5, "channels": 8, "taps": 1},
+    "causal, stand-ins": {"length": 15, "channels": 24, "taps": 4, "keep_ratio": 0.4},
+    "causal, stand-ins, reversed": {"length": 15, "channels": 24, "taps": 4, "keep_ratio": 0.4, "reverse": True},
+}  # fmt: skip
+
+
+def convolution(**sizes: Any) -> Convolution:
+    """One of `CONVOLUTIONS`."""
+    return (sequence_convolution if "taps" in sizes else grid_convolution)(**sizes)
+
+
+def grid_convolution(
+    grid: tuple[int, int],
+    channels: int,
+    kernel: int,
+    keep_ratio: float | None = None,
+    stand_ins: bool = False,
+    bias: bool = True,
+    silu: bool = True,
+    batch: int = 2,
+) -> Convolution:
+    arguments = convolution_arguments(batch, grid, channels, kernel, keep_ratio)
+    options: dict[str, Any] = {"grid": grid, "silu": silu}
+    if stand_ins:
+        arguments["stand_ins"] = nearest_tokens(arguments["kept"], grid)
+    if not bias:
+        del arguments["bias"]
+        options["bias"] = None
+    return Convolution("depthwise_conv2d", arguments, options)
+
+
+def sequence_convolution(
+    length: int, channels: int, taps: int, reverse: bool = False, keep_ratio: float | None = None, batch: int = 2
+) -> Convolution:
+    """With a ratio, there are stand-ins for what is not kept."""
+    arguments = convolution_arguments(batch, (1, length), channels, taps, keep_ratio)
+    arguments["weight"] = arguments["weight"][:, :, 0].contiguous()
+    if keep_ratio is not None:
+        arguments["stand_ins"] = nearest_tokens(arguments["kept"], (1, length))
+    return Convolution("causal_conv1d", arguments, {"reverse": reverse})
 
 
 def run(function, arguments: Arguments, dtype: torch.dtype = torch.float32, **options) -> dict[str, Tensor]:

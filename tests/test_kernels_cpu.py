@@ -1,4 +1,5 @@
-"""What only the C++ kernels have: the convolution, threads, operators, building. Their scan: test_scan_kernels.py."""
+"""What only the C++ kernels have: vectors, threads, operators, building. What they have in common with others:
+test_scan_kernels.py and test_convolution_kernels.py."""
 
 import multiprocessing
 import os
@@ -96,13 +97,6 @@ def test_convolution_of_many_channels():
 
 
 @needs_kernel
-def test_convolution_in_float64_keeps_its_precision():
-    doubles = {name: tensor.double() for name, tensor in convolution_arguments(1, (3, 3), 4, 3, None).items()}
-    expected = depthwise_conv2d_torch(**doubles, grid=(3, 3))
-    assert torch.equal(cpu.depthwise_conv2d(**doubles, grid=(3, 3)), expected)
-
-
-@needs_kernel
 @pytest.mark.parametrize("taps", [1, 3, 4, 5])
 @pytest.mark.parametrize("length", [1, 2, 30])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reversed"])
@@ -169,12 +163,6 @@ def test_int32_indices_are_read_where_they_lie():
         with torch.profiler.profile() as profile:
             function(**int32, **options)
         assert not {"aten::_to_copy", "aten::copy_"} & {event.key for event in profile.key_averages()}
-
-
-@needs_kernel
-def test_convolution_of_nothing():
-    arguments = {"hidden_states": torch.zeros(0, 4, 8), "weight": torch.zeros(8, 1, 3, 3), "bias": torch.zeros(8)}
-    assert run(cpu.depthwise_conv2d, arguments, grid=(2, 2))["output"].shape == (0, 4, 8)
 
 
 @needs_kernel

@@ -15,7 +15,8 @@ from torch import Tensor
 from .convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
 from .selective_scan_torch import selective_scan_torch
 from .triton_convolution import causal_conv1d, depthwise_conv2d
-from .triton_scan import SHORTEST_CHUNK, is_interpreted, selective_scan
+from .triton_machine import is_interpreted
+from .triton_scan import SHORTEST_CHUNK, selective_scan
 
 
 __all__ = ["causal_conv1d", "depthwise_conv2d", "selective_scan", "unavailable"]
@@ -31,43 +32,46 @@ def unavailable(device_type: str) -> str | None:
         return "it computes on NVIDIA and AMD GPUs only"
     if device_type == "cpu":
         return None
-    return _self_check_on_gpu() if torch.cuda.is_available() else "PyTorch finds no GPU"
+    return _self_check_on_gpu(torch.is_grad_enabled()) if torch.cuda.is_available() else "PyTorch finds no GPU"
 
 
 @functools.cache
-def _self_check_on_gpu() -> str | None:
+def _self_check_on_gpu(with_gradients: bool) -> str | None:
     # The first forward pass asks, whatever it is part of: a new thread is in no mode, autocast or function transform.
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(self_check, "cuda").result()
+        return thread.submit(self_check, "cuda", with_gradients).result()
 
 
-def self_check(device_type: str) -> str | None:
+def self_check(device_type: str, with_gradients: bool = True) -> str | None:
     """Why the kernels cannot be trusted on this device, or None where they can: Triton compiles them anew for each kind
-    of GPU, and this package has been tried on few. Compares small results and their gradients with plain PyTorch."""
+    of GPU, and this package has been tried on few. Compares small results with plain PyTorch, and their gradients where
+    these are needed: each kernel takes seconds to compile."""
     try:
-        worst = max(error for check in (_scan_errors, _convolution_errors) for error in check(device_type))
+        with torch.set_grad_enabled(with_gradients):
+            worst = max(error for check in (_scan_errors, _convolution_errors) for error in check(device_type))
     except Exception as error:  # of the compiler, the driver or the launch: there is no end to their kinds
         return f"Triton failed with {type(error).__name__}: {error}"
     return None if worst < 1e-4 else f"Triton's results differ from plain PyTorch's by {worst:.1e}"
 
 
 def _scan_errors(device_type: str) -> Iterator[float]:
-    """With everything that a scan can have, and of one long path, which is divided into chunks."""
-    yield _scan_error(device_type, batch=2, paths=2, length=7, channels=40, states=8)
-    if not is_interpreted():  # there nothing is divided
-        yield _scan_error(device_type, batch=1, paths=None, length=4 * SHORTEST_CHUNK + 3, channels=8, states=16)
+    yield _error_of_scan(device_type, batch=2, paths=2, length=7, channels=40, states=8)
+    if not is_interpreted():  # where nothing is divided into chunks
+        length = 4 * SHORTEST_CHUNK + 3
+        yield _error_of_scan(device_type, batch=1, paths=None, length=length, channels=8, states=16)
 
 
-def _scan_error(device_type: str, batch: int, paths: int | None, length: int, channels: int, states: int) -> float:
+def _error_of_scan(device_type: str, batch: int, paths: int | None, length: int, channels: int, states: int) -> float:
+    """With everything that a scan can have where it has several paths."""
     token, state, path = (batch, length, channels), (batch, length, states), (batch, paths or 1, length)
     shapes = [token, token, (channels, states), state, state, (channels,), (channels,), token]
+    shapes += [(channels,), (3, states)] if paths else []
     random = np.random.default_rng(0)
     floats = [random.random(shape, np.float32) - 1 for shape in shapes]
-    integers = []
-    if paths is not None:
-        floats += [random.random(channels, np.float32), random.random((3, states), np.float32) - 1]
-        gaps, moves = (random.integers(low, high, path) for low, high in ((1, 9), (0, 3)))
-        integers = [random.random(path).argsort(-1), gaps, moves]
+    if paths:
+        floats[8] = -floats[8]  # time steps of holes are positive
+    order = random.random(path).argsort(-1)
+    gaps, moves = (random.integers(low, high, path) for low, high in ((1, 9), (0, 3)))
 
     def scan_by(scan: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def compute(inputs: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
@@ -75,7 +79,8 @@ def _scan_error(device_type: str, batch: int, paths: int | None, length: int, ch
 
         return compute
 
-    return _error(scan_by(selective_scan), scan_by(selective_scan_torch), floats, integers, device_type)
+    indices = (order, gaps, moves) if paths else ()
+    return _error(scan_by(selective_scan), scan_by(selective_scan_torch), floats, indices, device_type)
 
 
 def _convolution_errors(device_type: str) -> Iterator[float]:
@@ -105,13 +110,14 @@ def _error(
     integers: Sequence[np.ndarray],
     device_type: str,
 ) -> float:
-    """The largest of values and gradients, each relative to its largest entry; infinite where something is no number.
-    Both functions take a list of floating-point tensors and one of integers."""
+    """The largest of values and, where they are enabled, gradients, each relative to its largest entry; infinite where
+    something is no number. Both functions take a list of floating-point tensors and one of integers."""
     results = []
     for function in (ours, plain):
         inputs = [torch.tensor(values, device=device_type).requires_grad_() for values in floats]
         output = function(inputs, [torch.tensor(values, device=device_type) for values in integers])
-        output.square().sum().backward()
-        results.append([output.detach(), *(tensor.grad for tensor in inputs)])
+        results.append([output.detach()])
+        if torch.is_grad_enabled():
+            results[-1] += torch.autograd.grad(output.square().sum(), inputs)
     errors = [(ours - theirs).abs().max() / theirs.abs().max() for ours, theirs in zip(*results, strict=True)]
     return max(float(error.nan_to_num(nan=torch.inf)) for error in errors)

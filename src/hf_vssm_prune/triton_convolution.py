@@ -14,6 +14,7 @@ from torch import Tensor
 from .convolution_operator import ConvolutionArguments, convolution_operator
 from .convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
 from .plain_fallback import left_to
+from .triton_machine import PROGRAMS_THAT_FILL_A_GPU, is_interpreted
 
 
 # A kernel with more taps is copied, so that neighbouring threads read neighbouring channels.
@@ -88,17 +89,20 @@ def _mirrored(window: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _tile(batch: int, height: int, width: int, channels: int) -> dict[str, int]:
+def _tile(batch: int, height: int, width: int, channels: int, most_channels: int = 128) -> dict[str, int]:
     """How many cells and channels a program computes. Four channels a thread are read at once; one each makes more
     programs, where there are few."""
+    if is_interpreted():
+        return {"STRIP": 4, "BLOCK_CHANNELS": 128, "num_warps": 1}
     strip = 7
-    wide = batch * height * math.ceil(width / strip) * math.ceil(channels / 128)
-    return {"STRIP": strip, "BLOCK_CHANNELS": 128 if wide >= 2048 else 32, "num_warps": 1}
+    wide_programs = batch * height * math.ceil(width / strip) * math.ceil(channels / most_channels)
+    block_channels = most_channels if wide_programs >= PROGRAMS_THAT_FILL_A_GPU else 32
+    return {"STRIP": strip, "BLOCK_CHANNELS": block_channels, "num_warps": 1}
 
 
-def _parts(strips: int, height: int, channels: int) -> int:
+def _parts(strips: int) -> int:
     """Into how many parts the sum over all strips is divided."""
-    return min(strips, 64)
+    return min(strips, 2 if is_interpreted() else 64)
 
 
 def _places(arguments: ConvolutionArguments) -> Tensor | None:
@@ -166,9 +170,9 @@ def _sum_weight_gradients(
     hidden_states, grad_sums = _with_rows(arguments.hidden_states), _with_rows(grad_sums)
     batch, _, channels = hidden_states.shape
     height, width, taps = arguments.height, arguments.width, window["ROWS"] * window["COLUMNS"]
-    tile = {**_tile(batch, height, width, channels), "BLOCK_CHANNELS": 32}
+    tile = _tile(batch, height, width, channels, most_channels=32)
     strips = batch * height * math.ceil(width / tile["STRIP"])
-    parts = _parts(strips, height, channels)
+    parts = _parts(strips)
     grad_weight = torch.empty(parts, taps, channels, dtype=torch.float32, device=hidden_states.device)
     grad_bias = None if arguments.bias is None else torch.empty_like(grad_weight[:, 0])
     with torch.cuda.device_of(hidden_states):
@@ -184,7 +188,7 @@ def _sum_weight_gradients(
     return [weight_gradient] if grad_bias is None else [weight_gradient, grad_bias.sum(0)]
 
 
-def _sum_cells(cells: Tensor, stand_ins: Tensor, output: Tensor) -> None:
+def _sum_cells(grad_cells: Tensor, stand_ins: Tensor, output: Tensor) -> None:
     """Fills `output` (batch, tokens, channels) with the sums over the cells that show each token."""
     from .triton_convolution_kernels import sum_cells
 
@@ -195,5 +199,8 @@ def _sum_cells(cells: Tensor, stand_ins: Tensor, output: Tensor) -> None:
     block = 128
     with torch.cuda.device_of(output):
         sum_cells[(batch * tokens, math.ceil(channels / block))](
-            *(cells, order, starts, output), *(cells.shape[1], tokens, channels), BLOCK_CHANNELS=block, num_warps=1
+            *(grad_cells, order, starts, output),
+            *(grad_cells.shape[1], tokens, channels),
+            BLOCK_CHANNELS=block,
+            num_warps=1,
         )

@@ -159,11 +159,11 @@ def sum_weight_gradients(
 
 @triton.jit(do_not_specialize=["tokens"])
 def sum_cells(
-    cells,  # float32 (batch, cells, channels)
+    grad_cells,  # float32 (batch, cells, channels)
     order,  # (batch, cells): cells in the order of the tokens that they show
     starts,  # (batch, tokens + 1): where in this order those of each token begin
     output,  # (batch, tokens, channels)
-    num_cells, tokens, channels,
+    cells, tokens, channels,
     BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program sums, for one token and one block of channels, over the cells that show it."""
@@ -174,8 +174,8 @@ def sum_cells(
     end = tl.load(starts + image * (tokens + 1) + token + 1)
     total = tl.full((BLOCK_CHANNELS,), 0, tl.float32)
     for i in range(start, end):
-        cell = tl.load(order + image * num_cells + i)
-        total += tl.load(cells + (image * num_cells + cell) * channels + channel, mask=is_channel, other=0)
+        cell = tl.load(order + image * cells + i)
+        total += tl.load(grad_cells + (image * cells + cell) * channels + channel, mask=is_channel, other=0)
     target = output + (image * tokens + token) * channels + channel
     tl.store(target, total.to(output.dtype.element_ty), mask=is_channel)
 

@@ -8,7 +8,6 @@ CPU, indices out of range are not noticed.
 """
 
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +16,10 @@ from torch import Tensor
 from .plain_fallback import left_to
 from .scan_operator import ScanArguments, scan_operator
 from .selective_scan_torch import selective_scan_torch
+from .triton_machine import PROGRAMS_THAT_FILL_A_GPU, is_interpreted
 
 
-# An H100 has 132 processors of four schedulers, and a scheduler needs about three warps to be busy.
-PROGRAMS_THAT_FILL_A_GPU = 132 * 4 * 3
 SHORTEST_CHUNK = 64
-
-
-def is_interpreted() -> bool:
-    """Whether Triton's kernels run on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @left_to(selective_scan_torch)
@@ -82,7 +75,7 @@ def plan_scan(walks: int, length: int, channels: int, is_backward: bool = False)
         channels: of a token.
         is_backward: for the gradients, which have no registers for more channels.
     """
-    if is_interpreted():  # an instruction takes as long for many channels as for few, one program after another
+    if is_interpreted():
         return Plan(64, 2, length + length % 2)
     unroll = 4  # with 8 a program has all of a thread's 255 registers
     is_wide = not is_backward and walks * math.ceil(channels / 16) >= PROGRAMS_THAT_FILL_A_GPU
