@@ -80,10 +80,10 @@ def main() -> None:
             optimizer.zero_grad()
         history.append({"epoch": epoch + 1, "cpu_seconds": time.process_time() - start, **_evaluate(task, model, test)})
         print(history[-1], flush=True)
-    flops = count_flops(model.config)
-    target = save_for_hub(model, Path(options.target), processor)
-    results = {"options": vars(options), "reduction": flops.reduction, "history": history}
-    (target / "results.json").write_text(json.dumps(results, indent=1))
+        # After every epoch: what is stopped leaves a model to go on from.
+        target = save_for_hub(model, Path(options.target), processor)
+        results = {"options": vars(options), "reduction": count_flops(model.config).reduction, "history": history}
+        (target / "results.json").write_text(json.dumps(results, indent=1))
 
 
 def _with_margin(processor: BaseImageProcessor, margin: int) -> BaseImageProcessor:
