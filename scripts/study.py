@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study = read_study(options.study)
         check_output_file("report", options.report)
         if options.results.is_dir():
-            raise ValueError(f"--results {options.results} is a folder: a file is needed.")
+            raise ValueError(f"--results {options.results} is a folder; it must be a file.")
         status = 0 if options.folder is None else run(study, options)
         if options.report is not None:
             results = read_results(options.results)

@@ -54,7 +54,7 @@ def animated_frames(
     """
     config = model.config
     if config.modality != "video":
-        raise ValueError("The model is one of images: `visualize` draws what it keeps.")
+        raise ValueError("This is an image model: use `visualize` to draw what it keeps.")
     if not frames:
         raise ValueError("`frames` is empty; at least one frame is needed.")
     pixel_values = clip_pixel_values(image_processor, frames)

@@ -166,12 +166,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         refused = re.search(r"Unsupported (?:global|operand|class).*", str(error))
         said = refused[0] if refused else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values. It is damaged, or it holds Python "
+            f"{path} cannot be read as a checkpoint of tensors and plain values. It is damaged, or it contains Python "
             "objects, which are not loaded because they could run code; if you trust its source, load it yourself "
-            f'and save {{"model": state_dict}} alone. The reader said: {said}. {see("checkpoint-cannot-be-read")}'
+            f'and save only {{"model": state_dict}}. The error was: {said}. {see("checkpoint-cannot-be-read")}'
         ) from error
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a dict of tensors is needed.")
+        raise ValueError(f"{path} contains a {type(checkpoint).__name__}; it must contain a dict of tensors.")
     return dict(checkpoint)
 
 
@@ -306,7 +306,7 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
     tensors = extract_state_dict(state_dict)
     found = _family_of(tensors, overrides) if family is None else FAMILIES.get(family)
     if found is None:
-        raise ValueError(f"`family` is {family!r}; allowed are {list(FAMILIES)}.")
+        raise ValueError(f"`family` is {family!r}; allowed values are {list(FAMILIES)}.")
     for option in overrides:
         owners = [each.config for each in FAMILIES.values() if hasattr(each.config, option)]
         if owners and found.config not in owners:
@@ -320,7 +320,7 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
 
 def _infer_upernet_config(family: Family, official: "OfficialTensors", overrides: dict[str, Any]) -> UperNetConfig:
     if not hasattr(family.base, "backbone_options_of_official"):
-        raise ValueError(f"{family.config.paper.name}'s checkpoints with a decode head are not known.")
+        raise ValueError(f"{family.config.paper.name}'s checkpoints with a decode head are not supported.")
     options = family.base.backbone_options_of_official(official, overrides)
     options |= upernet.options_of_levels(official, options["num_hidden_layers"])
     backbone = family.config(**{**options, **overrides})
@@ -339,7 +339,8 @@ def _family_of(tensors: Mapping[str, Tensor], options: Iterable[str]) -> Family:
         return best[0]
     if best:
         raise ValueError(
-            f"the checkpoint may be of any of {[each.config.model_type for each in best]}; name one, as `family`."
+            f"the checkpoint could be of any of the families {[each.config.model_type for each in best]}; choose one "
+            "with `family`."
         )
     known = (f"{each.config.paper.name} ({', '.join(each.base.official_marks)})" for each in FAMILIES.values())
     raise ValueError(
@@ -379,7 +380,7 @@ class OfficialTensors(dict[str, Tensor]):
             raise ValueError(f"the checkpoint is not a complete image classifier; missing: {name}.")
         if self[name].ndim != num_axes:
             raise ValueError(
-                f"shape: {name} is {list(self[name].shape)} in the checkpoint; {num_axes} axes are needed."
+                f"shape: {name} is {list(self[name].shape)} in the checkpoint; it must have {num_axes} axes."
             )
         return self[name].shape
 

@@ -69,7 +69,9 @@ def options_of_heads(official: Any) -> dict[str, Any]:
     poolings = {int(match[1]) for name in official if (match := re.match(r"decode_head\.psp_modules\.(\d+)\.", name))}
     if len(poolings) != len(UperNetConfig.pool_scales):
         known = len(UperNetConfig.pool_scales)
-        raise ValueError(f"the checkpoint's decode head pools {len(poolings)} maps; UPerNet with {known} is known.")
+        raise ValueError(
+            f"the checkpoint's decode head pools {len(poolings)} maps; only UPerNet with {known} is supported."
+        )
     options = {
         "hidden_size": official.shape("decode_head.bottleneck.conv.weight", 4)[0],
         "num_labels": official.shape("decode_head.conv_seg.weight", 4)[0],
@@ -98,8 +100,8 @@ def options_of_levels(official: Any, num_hidden_layers: int) -> dict[str, Any]:
     laterals = {match[1] for name in official if (match := re.match(r"decode_head\.lateral_convs\.(\d+)\.", name))}
     if len(normed) != len(laterals) or any(layer >= num_hidden_layers - 1 for layer in normed):
         raise ValueError(
-            f"the checkpoint norms the outputs of layers {normed} of {num_hidden_layers}, and its decode head uses "
-            f"{len(laterals)} levels in addition to the last."
+            f"the checkpoint has norms for the outputs of layers {normed} of {num_hidden_layers}, but its decode "
+            f"head uses {len(laterals)} levels in addition to the last."
         )
     return {"out_features": levels, "feature_norm": "per_level"}
 

@@ -66,9 +66,11 @@ def export_classifier(
     """
     folder, formats = Path(folder), list(formats)
     if unknown := [name for name in formats if name not in FORMATS]:
-        raise ValueError(f"unknown formats {unknown}; allowed are {list(FORMATS)}.")
+        raise ValueError(f"unknown formats {unknown}; allowed values are {list(FORMATS)}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not overwritten: remove it, or name another folder.")
+        raise FileExistsError(
+            f"{folder} already exists and will not be overwritten: remove it, or choose another folder."
+        )
     program = trace(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=folder.parent) as scratch:
@@ -108,13 +110,15 @@ def trace(model: ImageClassifier) -> ExportedProgram:
         ImportError: torch is too old.
     """
     if not hasattr(torch.compiler, "is_exporting"):
-        raise ImportError(f"exporting needs torch 2.7 or newer, this is {torch.__version__}.")
+        raise ImportError(f"exporting needs torch 2.7 or newer; the installed version is {torch.__version__}.")
     if model.training:
         raise ValueError("the model is in training mode; call its `eval()` first.")
     if model.dtype != torch.float32:
         raise ValueError(f"the model's weights are {model.dtype}; call its `float()` first.")
     if model.config.scan_backend not in ("auto", "torch"):
-        raise ValueError(f"`scan_backend` is {model.config.scan_backend!r}; a program has 'auto' or 'torch'.")
+        raise ValueError(
+            f"`scan_backend` is {model.config.scan_backend!r}; an exported program can only use 'auto' or 'torch'."
+        )
     # Two images: a batch of one would be taken for a constant.
     inputs = {"pixel_values": random_images(model, batch=2)}
     with torch.no_grad():
@@ -150,7 +154,8 @@ def check_answers(model: ImageClassifier, program: Program, name: str) -> None:
                 break
         else:
             raise RuntimeError(
-                f"the {name} file does not give the model's outputs on random images, {batch} at a time: {difference}."
+                f"the {name} file does not reproduce the model's outputs on random images, {batch} at a time: "
+                f"{difference}."
             )
 
 
@@ -163,7 +168,7 @@ def _difference(model: ImageClassifier, program: Program, images: Tensor) -> str
     if shapes != expected_shapes:
         return f"its kept tokens have shapes {shapes}, the model's {expected_shapes}"
     if not all(bool((kept == expected).all()) for kept, expected in zip(kept_tokens, expected_tokens, strict=True)):
-        return "it keeps other tokens"
+        return "it keeps different tokens"
     away = (logits - outputs.logits).abs().max().item()
     allowed = 1e-4 * max(1.0, outputs.logits.abs().max().item())
     return None if away <= allowed else f"its logits are up to {away:.1e} away, {allowed:.1e} are allowed"

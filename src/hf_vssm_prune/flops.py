@@ -181,8 +181,8 @@ def schedule_for_budget(
         return {"layers": stages, "keep_ratios": _ratios(num_patches, counts)}
     nearest = reduction(min(exact, key=distance))
     raise ValueError(
-        f"`flops_reduction` is {flops_reduction}; with {num_patches} tokens and stages at {stages} no schedule comes "
-        f"within half a point of it, the nearest removes {nearest:.3f}. {see('budget-out-of-reach')}"
+        f"`flops_reduction` is {flops_reduction}; with {num_patches} tokens and stages at {stages}, no schedule "
+        f"comes within half a point of this; the nearest one removes {nearest:.3f}. {see('budget-out-of-reach')}"
     )
 
 

@@ -73,7 +73,7 @@ def put_pretrained_backbone(model: nn.Module, pretrained: TokenPruningMixin) -> 
     own = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(OF_BACKBONES)}
     if pretrained.base_model_prefix != backbone.base_model_prefix:
         raise ValueError(
-            f"the pretrained model is of type {pretrained.config.model_type!r}, and the backbone "
+            f"the pretrained model is of type {pretrained.config.model_type!r}, but the backbone is of type "
             f"{backbone.config.model_type!r}."
         )
     differing = [

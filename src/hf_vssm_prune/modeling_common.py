@@ -119,7 +119,7 @@ class TokenPruningMixin(PreTrainedModel):
         """
         if unknown := [name for name in options if name not in FORWARD_OPTIONS]:
             raise TypeError(
-                f"{type(self).__name__} got unknown options {unknown}; allowed are its arguments and "
+                f"{type(self).__name__} got unknown options {unknown}; allowed options are its arguments and "
                 f"{list(FORWARD_OPTIONS)}."
             )
         given = options.get("token_pruning", self.config.token_pruning)
@@ -203,8 +203,8 @@ def check_pixel_values(pixel_values: Tensor, config: VisionMambaConfig) -> None:
     shape = tuple(pixel_values.shape)
     if pixel_values.ndim != len(config.input_size) + 2 or shape[-3] != config.num_channels:
         raise ValueError(
-            f"`pixel_values` has shape {shape}; expected is (batch, {frames}{config.num_channels}, height, width), "
-            "with the configuration's number of channels, `num_channels`."
+            f"`pixel_values` has shape {shape}; expected shape: (batch, {frames}{config.num_channels}, height, "
+            "width), with `num_channels` from the configuration."
         )
     if min(shape[1:]) < 1:
         raise ValueError(f"`pixel_values` has shape {shape}: {one} without pixels.")
@@ -219,7 +219,7 @@ def check_pixel_values(pixel_values: Tensor, config: VisionMambaConfig) -> None:
         finite = pixel_values.isfinite().flatten(1).all(1)
         if not finite.all():
             raise ValueError(
-                f"`pixel_values` holds NaN or infinity in samples {(~finite).nonzero().flatten().tolist()}."
+                f"`pixel_values` contains NaN or infinity in samples {(~finite).nonzero().flatten().tolist()}."
             )
 
 

@@ -139,8 +139,8 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
         if self.config.modality != expected:
             says = "a number of frames" if expected == "video" else "None"
             raise ValueError(
-                f"`num_frames` is {self.config.num_frames}: {type(self).__name__} needs {says}, as a model of "
-                f"{expected}s has."
+                f"`num_frames` is {self.config.num_frames}: {type(self).__name__} is a model for {expected}s and "
+                f"needs {says}."
             )
 
 

@@ -61,8 +61,8 @@ def keep_predicted(stage: Stage) -> Reduction:
     """
     if stage.module is None:
         raise ValueError(
-            "the pruning method 'dyvm' needs a predictor for each stage, and the model has none for this one: "
-            "`model.set_token_pruning` makes it."
+            "the pruning method 'dyvm' needs a predictor for each stage, but the model has none for this one: "
+            "`model.set_token_pruning` creates it."
         )
     log_probabilities = stage.module(stage.hidden_states)
     scores = log_probabilities.detach()

@@ -64,7 +64,7 @@ def mirrored_backward(stage: Stage) -> Tensor:
         ValueError: the model's mixer has no backward scan.
     """
     if stage.mixer.backward_gated is None:
-        raise ValueError("the importance 'mirrored_backward' needs a backward scan, and this model's mixer has none.")
+        raise ValueError("the importance 'mirrored_backward' needs a backward scan, but this model's mixer has none.")
     return stage.of_patches(at_least_float32(stage.mixer.backward_gated.detach()).mean(-1).flip(-1))
 
 

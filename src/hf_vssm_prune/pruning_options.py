@@ -76,9 +76,9 @@ def check_token_pruning(token_pruning: Mapping[str, Any], num_hidden_layers: int
             what is allowed.
     """
     if unknown := sorted(set(token_pruning) - set(OPTIONS)):
-        raise ValueError(f"`token_pruning` has unknown options {unknown}; allowed are {list(OPTIONS)}.")
+        raise ValueError(f"`token_pruning` has unknown options {unknown}; allowed options are {list(OPTIONS)}.")
     if missing := [name for name in OPTIONS[:2] if token_pruning.get(name) is None]:
-        raise ValueError(f"`token_pruning` needs {missing}, or `flops_reduction` in place of `keep_ratios`.")
+        raise ValueError(f"`token_pruning` needs {missing}, or `flops_reduction` instead of `keep_ratios`.")
     method = pruning_method(token_pruning)
     layers = check_layers(token_pruning["layers"], num_hidden_layers)
     options = {
@@ -118,7 +118,7 @@ def _method_name(token_pruning: Mapping[str, Any]) -> str:
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"`token_pruning[{name!r}]` is {value!r}; allowed are {list(choices)}.")
+        raise ValueError(f"`token_pruning[{name!r}]` is {value!r}; allowed values are {list(choices)}.")
 
 
 def plain_value(value: Any) -> Any:
@@ -131,7 +131,7 @@ def plain_value(value: Any) -> Any:
 def _as_list(name: str, values: object) -> list[Any]:
     values = plain_value(values)
     if not isinstance(values, Sequence) or isinstance(values, str):
-        raise ValueError(f"`token_pruning[{name!r}]` is {values!r}; a list is needed, with one entry for each stage.")
+        raise ValueError(f"`token_pruning[{name!r}]` is {values!r}; it must be a list with one entry for each stage.")
     return list(values)
 
 
@@ -151,14 +151,14 @@ def check_layers(layers: object, num_hidden_layers: int) -> list[int]:
     if not layers:
         raise ValueError(f"{given}; give at least one layer, or `token_pruning=None` for a dense model.")
     if not all(is_number(layer, numbers.Integral) for layer in layers):
-        raise ValueError(f"{given}; layers are whole numbers.")
+        raise ValueError(f"{given}; layers must be whole numbers.")
     if not all(1 <= layer < num_hidden_layers for layer in layers):
         raise ValueError(
-            f"{given}; tokens are scored by the layer before, so that 1 to {num_hidden_layers - 1} are allowed "
-            f"in a model of {num_hidden_layers} layers. {see('schedule-not-allowed')}"
+            f"{given}; tokens are scored by the previous layer, so the allowed layers are 1 to "
+            f"{num_hidden_layers - 1} in a model with {num_hidden_layers} layers. {see('schedule-not-allowed')}"
         )
     if any(later <= earlier for earlier, later in itertools.pairwise(layers)):
-        raise ValueError(f"{given}; layers must ascend, each given once.")
+        raise ValueError(f"{given}; layers must be in ascending order, without duplicates.")
     return layers
 
 
@@ -166,7 +166,7 @@ def _check_keep_ratios(keep_ratios: object, num_stages: int) -> list[float]:
     keep_ratios = _as_list("keep_ratios", keep_ratios)
     given = f"`token_pruning['keep_ratios']` is {keep_ratios}"
     if len(keep_ratios) != num_stages:
-        raise ValueError(f"{given}, {len(keep_ratios)} ratios for {num_stages} layers; one for each layer is needed.")
+        raise ValueError(f"{given}, {len(keep_ratios)} ratios for {num_stages} layers; give one ratio for each layer.")
     for ratio in keep_ratios:
         if not is_number(ratio) or not 0 < ratio <= 1:
             raise ValueError(f"{given}; {ratio!r} is not in (0, 1].")

@@ -51,8 +51,8 @@ def quantize_linears(model: Model) -> Model:
     for name, layer in layers.items():  # all are looked at before the first is replaced
         if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
             raise ValueError(
-                f"`{name}` is {layer.weight.dtype} on {layer.weight.device}; float32 on the CPU can be quantised: "
-                "load the model with `dtype=torch.float32` and `device_map=None`."
+                f"`{name}` is {layer.weight.dtype} on {layer.weight.device}; only float32 on the CPU can be "
+                "quantised: load the model with `dtype=torch.float32` and `device_map=None`."
             )
     for name, layer in layers.items():
         model.set_submodule(name, Int8Linear(layer))
@@ -115,4 +115,4 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
     def _save_to_state_dict(self, *args: object) -> None:
-        raise RuntimeError("a quantised model cannot be saved: save the float32 model, and quantise what was loaded.")
+        raise RuntimeError("a quantised model cannot be saved: save the float32 model, and quantise it after loading.")

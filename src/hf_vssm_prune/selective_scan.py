@@ -58,7 +58,7 @@ def selective_scan(
         ImportError: the backend is known but cannot be used here; the message says why.
     """
     if (direction_B is None) != (moves is None):
-        raise ValueError("`direction_B` and `moves` go together: one was given without the other.")
+        raise ValueError("`direction_B` and `moves` must be given together: one was given without the other.")
     scan = kernel_for("selective_scan", backend, hidden_states) or selective_scan_torch
     return scan(
         hidden_states, time_step, A, B, C, D, time_step_bias, gate, order, gaps, hole_time_step, direction_B, moves

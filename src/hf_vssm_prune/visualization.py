@@ -148,7 +148,7 @@ def image_from_pixel_values(pixel_values: Tensor, mean: Sequence[float], std: Se
         std: likewise.
     """
     if pixel_values.ndim != 3 or pixel_values.shape[0] not in (1, 3):
-        raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; (1 or 3, height, width) is needed.")
+        raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; it must be (1 or 3, height, width).")
     pixels = pixel_values.detach().cpu().float()
     pixels = pixels * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     pixels = (pixels * 255).round().clamp(0, 255).byte().expand(3, -1, -1)
@@ -196,7 +196,9 @@ def run_pruned(model: ImageClassifier, pixel_values: Tensor) -> Any:
         ValueError: the model is dense.
     """
     if pruned_config(model.config).token_pruning is None:
-        raise ValueError("The model is dense, so there is nothing to show: give it a schedule, set_token_pruning.")
+        raise ValueError(
+            "The model is dense, so there is nothing to show: give it a schedule with `set_token_pruning`."
+        )
     was_training = model.training
     model.eval()
     try:
@@ -340,8 +342,8 @@ def importance_maps(kept_tokens: Sequence[Tensor], token_scores: Sequence[Tensor
     shapes = [tuple(scores.shape) for scores in token_scores]
     if shapes != [tuple(ids.shape) for ids in candidates]:
         raise ValueError(
-            f"`token_scores` has shapes {shapes}; {[tuple(ids.shape) for ids in candidates]} are needed, one score for "
-            "each patch that is there before a stage."
+            f"`token_scores` has shapes {shapes}; {[tuple(ids.shape) for ids in candidates]} are expected, one score "
+            "for each patch that is left before the stage."
         )
     maps = []
     for ids, scores in zip(candidates, token_scores, strict=True):
@@ -396,11 +398,13 @@ def _check(
     if not kept_tokens:
         raise ValueError("`kept_tokens` is empty; a dense model keeps every token, so there is nothing to show.")
     if len(grid) < 2 or min(grid) < 1:
-        raise ValueError(f"`grid` is {grid}; (height, width) in patches is needed, or with dimensions before them.")
+        raise ValueError(
+            f"`grid` is {grid}; it must be (height, width) in patches, optionally with dimensions before them."
+        )
     for stage, kept in enumerate(kept_tokens):
         if kept.ndim != 2 or kept.shape[0] != len(images):
             raise ValueError(
-                f"`kept_tokens[{stage}]` has shape {tuple(kept.shape)}; ({len(images)}, tokens) is needed for "
+                f"`kept_tokens[{stage}]` has shape {tuple(kept.shape)}; it must be ({len(images)}, tokens) for "
                 f"{len(images)} images."
             )
         if kept.numel() and (kept.min() < 0 or kept.max() >= math.prod(grid)):

@@ -54,7 +54,7 @@ def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Any:
     except OSError as error:
         raise OSError(f"{name_or_path} cannot be opened: {error}") from error
     if not isinstance(pruned_config(config), VisionMambaConfig):
-        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a {family_names()} model is needed.")
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; it must be a {family_names()} model.")
     return config
 
 
@@ -80,7 +80,7 @@ def load_classifier(
     place = {name: options[name] for name in PLACE_OPTIONS if name in options}
     config = load_config(str(name_or_path), revision, **place)
     if pruned_config(config) is not config:
-        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; an image classifier is needed.")
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; it must be an image classifier.")
     return _load_whole(
         Family.auto_classifier(config), "image classifier", name_or_path, ignore_mismatched_sizes, revision, **options
     )
@@ -94,7 +94,7 @@ def load_dense_model(
     place = {name: options[name] for name in PLACE_OPTIONS if name in options}
     config = load_config(str(name_or_path), revision, **place)
     if pruned_config(config) is config:
-        raise ValueError(f"{name_or_path} is an image classifier; a model with a head on a backbone is needed.")
+        raise ValueError(f"{name_or_path} is an image classifier; it must be a model with a head on a backbone.")
     kind = f"{config.model_type} model"
     return _load_whole(auto_class_of(config), kind, name_or_path, ignore_mismatched_sizes, revision, **options)
 
@@ -132,10 +132,13 @@ def _load_whole(
     if any(wrong.values()):
         raise ValueError(f"{name_or_path} is not a complete {kind}: {wrong}.")
     if wrong_file := _wrongly_downloaded(name_or_path, revision, **place):
-        raise ValueError(f"{wrong_file} is not what the Hub has: its SHA-256 differs. Delete it, and load again.")
+        raise ValueError(
+            f"{wrong_file} differs from the file on the Hub: its SHA-256 is different. Delete it, and load the model "
+            "again."
+        )
     tensors = model.state_dict().items()
     if damaged := [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]:
-        raise ValueError(f"The weights of {name_or_path} are not finite in {damaged}.")
+        raise ValueError(f"The weights of {name_or_path} contain NaN or infinity in {damaged}.")
     return model
 
 

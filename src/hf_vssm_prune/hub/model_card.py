@@ -85,7 +85,7 @@ class Measurement:
     def __post_init__(self) -> None:
         for metric, value in {"top1": self.top1, "top5": self.top5, **self.others}.items():
             if value is not None and not 0 <= value <= 100:
-                raise ValueError(f"`{metric}` of {self.name!r} is {value}; a percentage from 0 to 100 is needed.")
+                raise ValueError(f"`{metric}` of {self.name!r} is {value}; it must be a percentage from 0 to 100.")
         if self.images_per_second is not None and not self.images_per_second > 0:
             raise ValueError(f"`images_per_second` of {self.name!r} is {self.images_per_second}; it must be above 0.")
 
@@ -149,7 +149,7 @@ class Evaluation:
             this_model = measured.pop("pruned" if "pruned" in measured else "dense")
             num_images = results[this_model.name]["num_images"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is not what `hf-vssm-prune evaluate --json` writes: {error!r}") from error
+            raise ValueError(f"{file} was not written by `hf-vssm-prune evaluate --json`: {error!r}") from error
         return cls(num_images=num_images, this_model=this_model, others=list(measured.values()), **about)
 
 
@@ -177,7 +177,8 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         if not isinstance(self.hyperparameters, Mapping):
             raise ValueError(
-                f"`hyperparameters` of a model card are {self.hyperparameters!r}; names and values are needed."
+                f"`hyperparameters` of a model card are {self.hyperparameters!r}; it must be a dict of names and "
+                "values."
             )
 
 
@@ -222,7 +223,7 @@ class ModelCardInfo:
         for name in ("datasets", "limits", "tags"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):
-                raise ValueError(f"`{name}` of a model card is {value!r}; a list is needed.")
+                raise ValueError(f"`{name}` of a model card is {value!r}; it must be a list.")
         if self.picture is not None and not Path(self.picture).is_file():
             raise FileNotFoundError(f"`picture` of the model card is missing: there is no file {self.picture}.")
 

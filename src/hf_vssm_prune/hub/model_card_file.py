@@ -32,7 +32,7 @@ def read_model_card_info(file: str | os.PathLike[str]) -> ModelCardInfo:
     try:
         fields = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
-            raise TypeError(f"names and values are needed, not {fields!r}")
+            raise TypeError(f"it must map names to values, but is {fields!r}")
         return ModelCardInfo(**_with_objects(fields, file.parent))
     except (yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{file} does not describe a model card: {error}") from error

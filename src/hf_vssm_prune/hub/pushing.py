@@ -93,13 +93,13 @@ def push_model(
 
     Raises:
         ValueError: the folder is not a complete model, or the name is not one.
-        PushError: the Hub refused, cannot be reached, or has changed in the meantime.
+        PushError: the Hub rejected the request, cannot be reached, or has changed in the meantime.
     """
     files = list_pushed_files(folder)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is not the name of a repository: user/name is needed.") from error
+        raise ValueError(f"{repo_id!r} is not a valid repository name: use user/name.") from error
     api = HfApi(token=token)
     with _explained(repo_id):
         if "/" not in repo_id:
@@ -110,7 +110,7 @@ def push_model(
                 patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         base = patiently(lambda: api.model_info(repo_id, revision=revision))
         if private and base.private is False:
-            raise PushError(f"{repo_id} already exists, and is public.")
+            raise PushError(f"{repo_id} already exists and is public, so `private` has no effect on it.")
         there = {sibling.rfilename for sibling in base.siblings or []}
         if keep_card and CARD in there:
             files = [file for file in files if file.path.name not in (CARD, NOTICE)]
@@ -140,7 +140,10 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _check_weights(folder: Path) -> None:
     index = folder / WEIGHTS_INDEX
     if (folder / "model.safetensors").is_file() and index.is_file():
-        raise ValueError(f"{folder} has weights in one file and, by {index.name}, in several: remove the older ones.")
+        raise ValueError(
+            f"{folder} has weights in a single file and also in several files (listed in {index.name}): remove the "
+            "older ones."
+        )
     if (folder / "model.safetensors").is_file():
         shards = {"model.safetensors"}
     elif index.is_file():
@@ -194,12 +197,14 @@ def _meaning(error: HfHubHTTPError) -> str:
     status = error.response.status_code
     detail = re.sub(r"\s+", " ", str(error)).strip()
     meanings = {
-        401: "the Hub does not know you: run `hf auth login`, or set HF_TOKEN to a token that may write",
-        403: "this account, or its token, may not write there",
-        409: "it is being changed or made by someone else: try again",
-        412: "someone else has changed it in the meantime: look at their change, then push again",
+        401: "you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN to a token with write access",
+        403: "this account or its token has no write access there",
+        409: "someone else is changing or creating it: try again",
+        412: "someone else has changed it in the meantime: look at their changes, then push again",
         413: "a file is larger than the Hub allows",
-        429: "the Hub asks for fewer requests: try again later",
+        429: "there were too many requests: try again later",
     }
-    meaning = meanings.get(status, "the Hub failed: try again later" if status >= 500 else "the Hub refused")
+    meaning = meanings.get(
+        status, "the Hub failed: try again later" if status >= 500 else "the Hub rejected the request"
+    )
     return f"{meaning} (HTTP {status}: {detail})"

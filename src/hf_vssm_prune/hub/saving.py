@@ -106,14 +106,13 @@ def code_files(config: VisionMambaConfig) -> list[Path]:
 def check_arguments(model: VisionMamba, image_processor: ImageProcessingMixin | None) -> None:
     if not any(isinstance(module, VisionMamba) for module in _modules(model)):
         raise TypeError(
-            f"A {family_names()} model of hf_vssm_prune is needed, got a {_name(model)}. Unwrap a compiled or "
-            "distributed model first; open a model that came with remote code again after `import hf_vssm_prune`. "
+            f"Expected a {family_names()} model of hf_vssm_prune, got a {_name(model)}. Unwrap a compiled or "
+            "distributed model first; if the model was loaded with remote code, load it again after `import "
+            "hf_vssm_prune`. "
             f"{see('a-model-of-this-package-is-needed')}"
         )
     if image_processor is not None and not isinstance(image_processor, ImageProcessingMixin):
-        raise TypeError(
-            f"`image_processor` is a {_name(image_processor)}; an image processor of transformers is needed."
-        )
+        raise TypeError(f"`image_processor` is a {_name(image_processor)}; it must be a transformers image processor.")
 
 
 def _modules(model: object) -> Iterator[object]:

@@ -14,7 +14,7 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
     """
     if device.type == "cpu":
         raise ValueError(
-            "--batch_norm sync needs GPUs: torch's SyncBatchNorm has no code for CPUs. Choose local or frozen."
+            "--batch_norm sync needs GPUs: torch's SyncBatchNorm does not support CPUs. Choose local or frozen."
         )
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
 

@@ -38,9 +38,9 @@ class BoxAugmentation:
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f"size is {self.size}: (height, width) in pixels is needed.")
+            raise ValueError(f"size is {self.size}: it must be (height, width) in pixels.")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise ValueError(f"scale is {self.scale}: 0 < smallest <= largest is needed.")
+            raise ValueError(f"scale is {self.scale}: it must satisfy 0 < smallest <= largest.")
         for name in ("horizontal_flip", "vertical_flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to 1.")

@@ -97,8 +97,8 @@ def find_resumed(output_dir: Path, resume: str) -> Path | None:
         return next(reversed(find_checkpoints(output_dir)), None)
     if not (Path(resume) / STATE).is_file():
         raise FileNotFoundError(
-            f"--resume {resume}: no checkpoint there (a folder with {STATE}); "
-            f"in {output_dir} are {[folder.name for folder in find_checkpoints(output_dir)]}."
+            f"--resume {resume} is not a checkpoint (a folder with {STATE}); the checkpoints in {output_dir} are "
+            f"{[folder.name for folder in find_checkpoints(output_dir)]}."
         )
     return Path(resume)
 
@@ -122,7 +122,7 @@ def check_output_dir(run: RunArguments) -> None:
         find_resumed(output_dir, run.resume)
     elif found := find_checkpoints(output_dir):
         raise FileExistsError(
-            f"--output_dir {output_dir} has the checkpoints of an earlier run, the last is {found[-1].name}: "
+            f"--output_dir {output_dir} contains checkpoints of an earlier run (the last is {found[-1].name}): "
             "resume it with --resume latest, or choose another folder."
         )
 
@@ -255,8 +255,8 @@ def _named_where_damaged(folder: Path) -> Iterator[None]:
     except Exception as error:  # JSON, zip, pickle, torch and safetensors each have their own
         others = [other.name for other in find_checkpoints(folder.parent) if other.name != folder.name]
         advice = (
-            f"remove it, then --resume latest goes on from an earlier one: there are {others}"
+            f"remove it, and --resume latest will resume from an earlier one: {others}"
             if others
-            else "there is no other in its folder"
+            else "there is no other checkpoint in its folder"
         )
         raise ValueError(f"The checkpoint {folder} is damaged: {error!r}; {advice}.") from error

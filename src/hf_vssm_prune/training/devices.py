@@ -15,7 +15,7 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # not known; not compiled in, not there; meta
-        raise ValueError(f"--device {name} is not there; this machine has {', '.join(_devices())}.") from error
+        raise ValueError(f"--device {name} is not available; this machine has {', '.join(_devices())}.") from error
     return device
 
 
@@ -28,7 +28,9 @@ def check_training_precision(mixed_precision: str | None, device: torch.device) 
     if mixed_precision == "fp16" and device.type == "cpu":  # no scale for its gradients there
         raise ValueError("--mixed_precision fp16 trains on a GPU only, and the device is the CPU: choose bf16 or no.")
     if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError(f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16; choose fp16.")
+        raise ValueError(
+            f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} does not support bfloat16; choose fp16."
+        )
 
 
 def launch_on_cores(device: torch.device, num_processes: int, batch_size: int) -> str | None:

@@ -204,6 +204,6 @@ def lost_processes_named(num_processes: int) -> Iterator[None]:
         if num_processes == 1 or not of_peer:
             raise
         raise ProcessLostError(
-            f"Another of the {num_processes} processes died or did not answer (its own message, if it had one, is "
-            f"above): {str(error).splitlines()[0]} Resume with --resume latest; --ddp_timeout sets how long to wait."
+            f"Another of the {num_processes} processes died or did not respond (its own message, if any, is above): "
+            f"{str(error).splitlines()[0]} Resume with --resume latest; --ddp_timeout sets how long to wait."
         ) from error

@@ -229,10 +229,10 @@ def estimate_text(estimate: RunEstimate, num_devices: int, batch_size: int) -> s
         f"{estimate.activation_bytes / gib:.1f} GiB of activations on a device, float32, batch {batch_size} "
         f"(extrapolated; measured in GiB by batch size: {measured})",
         "assumed": f"{estimate.assumed_tflops:g} TFLOP/s on each of {num_devices} devices: "
-        f"{estimate.device_hours:.4g} device-hours, {estimate.hours:.3g} hours by the clock",
+        f"{estimate.device_hours:.4g} device-hours, {estimate.hours:.3g} wall-clock hours",
         "measured": f"{estimate.measured_images_per_second:.3g} images/s, {estimate.measured_tflops:.3g} TFLOP/s on "
         f"this machine ({estimate.measured_on}): {estimate.hours_on_this_machine:,.0f} hours",
     }
     if estimate.faster_launch is not None:
-        lines["faster"] = f"one process of one thread on each core: {estimate.faster_launch}"
+        lines["faster"] = f"one single-threaded process per core: {estimate.faster_launch}"
     return "\n".join(f"{name:10}{line}" for name, line in lines.items())

@@ -118,7 +118,8 @@ def read_label_file(file: Path) -> list[str]:
         return names_by_id(json.loads(text))
     except ValueError as error:
         raise ValueError(
-            f"{file}: a JSON list of names is needed, or a dict between the ids 0, 1, ... and names: {error}"
+            f"{file} must be a JSON list of names, or a dict that maps ids (0, 1, ...) to names or names to ids: "
+            f"{error}"
         ) from error
 
 

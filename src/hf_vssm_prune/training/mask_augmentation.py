@@ -40,9 +40,9 @@ class MaskAugmentation:
 
     def __post_init__(self) -> None:
         if len(self.crop_size) != 2 or min(self.crop_size) < 1:
-            raise ValueError(f"crop_size is {self.crop_size}: (height, width) in pixels is needed.")
+            raise ValueError(f"crop_size is {self.crop_size}: it must be (height, width) in pixels.")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise ValueError(f"scale is {self.scale}: 0 < smallest <= largest is needed.")
+            raise ValueError(f"scale is {self.scale}: it must satisfy 0 < smallest <= largest.")
         for name in ("horizontal_flip", "most_of_a_class"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to 1.")

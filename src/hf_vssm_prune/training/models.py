@@ -51,13 +51,13 @@ def load_model(
     renew = match.kind is Match.DIFFERENT or (ignore_mismatched_sizes and match.kind is Match.ADOPTED)
     if renew and not ignore_mismatched_sizes:
         raise ValueError(
-            f"{name_or_path} classifies {say_labels(own_names)}, the data set has {say_labels(label_names)}: "
-            f"{say_difference(own_names, label_names)}. For a new classifier give --ignore_mismatched_sizes, and first "
-            f"train the dense model with `hf-vssm-prune train`. {see('other-labels-than-the-data-set')}"
+            f"{name_or_path} classifies {say_labels(own_names)}, but the data set has {say_labels(label_names)}: "
+            f"{say_difference(own_names, label_names)}. For a new classifier, add --ignore_mismatched_sizes, and "
+            f"first train the dense model with `hf-vssm-prune train`. {see('other-labels-than-the-data-set')}"
         )
     model = load_classifier(name_or_path, ignore_mismatched_sizes, dtype="float32", drop_path_rate=drop_path_rate)
     if renew:
-        logger.info("%s gets a new classifier of the data set's %s.", name_or_path, say_labels(label_names))
+        logger.info("%s gets a new classifier for the data set's %s.", name_or_path, say_labels(label_names))
         renew_classifier(model, label_names)
     else:
         _take_labels(model, match, name_or_path)
@@ -68,11 +68,13 @@ def _take_labels(model: ImageClassifier, match: LabelMatch, name_or_path: str) -
     own_names = model.config.label_names
     reorder_labels(model, match)
     if match.kind is Match.REORDERED:
-        logger.info("The classifier of %s has been reordered to the data set's labels, by name.", name_or_path)
+        logger.info(
+            "The classifier of %s has been reordered by name to match the labels of the data set.", name_or_path
+        )
     elif match.kind is Match.ADOPTED:
         logger.warning(
             "The labels of %s or of the data set are numbers without names: label 0 is treated as %r in one and "
-            "%r in the other, and the others likewise by id.",
+            "%r in the other, and all other labels are also matched by id.",
             *(name_or_path, own_names[0], match.names[0]),
         )
 
@@ -103,7 +105,7 @@ def load_teacher(
     match = match_labels(config.label_names, student.label_names) if losses.kd_weight > 0 else None
     if match is not None and match.kind is Match.DIFFERENT:
         raise ValueError(
-            f"The teacher {name_or_path} has {say_labels(config.label_names)}, the model "
+            f"The teacher {name_or_path} has {say_labels(config.label_names)}, but the model has "
             f"{say_labels(student.label_names)}: {say_difference(config.label_names, student.label_names)}. "
             "Set --kd_weight 0, or name a --teacher_name_or_path with these labels."
         )
@@ -111,8 +113,8 @@ def load_teacher(
     for name in compared if losses.alignment_weight > 0 else []:
         if getattr(config, name) != getattr(student, name):
             raise ValueError(
-                f"The teacher {name_or_path} has {name} {getattr(config, name)}, the model {getattr(student, name)}: "
-                "they cannot be compared."
+                f"The teacher {name_or_path} has {name} {getattr(config, name)}, but the model has "
+                f"{getattr(student, name)}: they cannot be compared."
             )
     teacher = load_classifier(name_or_path, dtype=dtype)
     if image_size is not None:

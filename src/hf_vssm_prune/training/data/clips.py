@@ -39,8 +39,8 @@ class _Clips(Items):
         num_frames = image_processor.to_dict().get("num_frames")
         if not isinstance(num_frames, int) or num_frames < 1:
             raise ValueError(
-                f"{type(image_processor).__name__} has num_frames={num_frames}: the processor of a model of videos "
-                "says how many frames a clip has."
+                f"{type(image_processor).__name__} has num_frames={num_frames}: the image processor of a video model "
+                "must say how many frames a clip has."
             )
         self._num_frames = num_frames
 

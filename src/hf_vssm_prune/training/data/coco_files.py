@@ -32,8 +32,8 @@ def read_coco(
         split = _split_of(file.relative_to(folder))
         if split in files_of_split:
             raise ValueError(
-                f"'{files_of_split[split]}' and '{file}' are both of split '{split}': name one of them by its split "
-                "(train, val, test), or leave it out."
+                f"'{files_of_split[split]}' and '{file}' both belong to split '{split}': rename one of them after "
+                "its own split (train, val, test), or remove it."
             )
         files_of_split[split] = file
     used = {each.get("category_id") for content in contents.values() for each in content["annotations"]}
@@ -73,10 +73,10 @@ def _rows(
     for each in content["annotations"]:
         label, number = each.get("category_id"), each.get("id")
         if label not in names:
-            raise ValueError(f"Annotation {number} of '{file}' has the category {label}, which is not among them.")
+            raise ValueError(f"Annotation {number} of '{file}' has the category {label}, which is not in the file.")
         if each.get("image_id") not in known:
             raise ValueError(
-                f"Annotation {number} of '{file}' is of image {each.get('image_id')}, which is not among them."
+                f"Annotation {number} of '{file}' belongs to image {each.get('image_id')}, which is not in the file."
             )
         if "bbox" not in each:
             raise ValueError(f"Annotation {number} of '{file}' has no 'bbox'.")
@@ -84,9 +84,7 @@ def _rows(
         objects[each["image_id"]].append({"bbox": each["bbox"], "category": names[label], "iscrowd": crowd})
     found = [(places.find(image["file_name"], file, split), objects[image["id"]]) for image in content["images"]]
     if missing := [image["file_name"] for image, (place, _) in zip(content["images"], found, strict=True) if not place]:
-        raise ValueError(
-            f"{len(missing)} of {len(found)} images of '{file}' are not there; the first is '{missing[0]}'."
-        )
+        raise ValueError(f"{len(missing)} of {len(found)} images of '{file}' are missing; the first is '{missing[0]}'.")
     return [(str(place), of_image) for place, of_image in found]
 
 

@@ -77,7 +77,7 @@ def standardize(
         dataset = dataset.cast_column("image", medium.feature(decode=False))
     except (NotImplementedError, TypeError, ValueError) as error:
         kind = dataset.features["image"]
-        raise ValueError(f"Column '{image_column}' holds no {medium.name}s; its type is {kind}.") from error
+        raise ValueError(f"Column '{image_column}' contains no {medium.name}s; its type is {kind}.") from error
     _check_stored(dataset, image_column, medium)
     labels, own_names = read_labels(dataset, label_column, say_numbers=label_names is None)
     label_names = label_names or own_names
@@ -107,8 +107,8 @@ def standardize_stream(
     kind = rows.features[label_column]
     if not isinstance(kind, ClassLabel):
         raise ValueError(
-            f"Column '{label_column}' has the type {kind}: a stream's labels need names (datasets.ClassLabel), because "
-            "they cannot all be looked at beforehand. Omit --streaming."
+            f"Column '{label_column}' has the type {kind}: in a stream, labels need names (datasets.ClassLabel), "
+            "because they cannot all be read beforehand. Omit --streaming."
         )
     rows = rows.select_columns([image_column, label_column])
     # Bytes and paths without a type of their own stay as they are: datasets would refuse rows without either, unnamed.
@@ -132,14 +132,15 @@ def read_rows(rows: IterableDataset, split: str) -> Iterator[dict[str, Any]]:
             yield row
             count += 1
     except ValueError as error:
-        raise ValueError(f"After {count} rows of split '{split}' one cannot be read: {error}") from error
+        raise ValueError(f"After {count} rows of split '{split}', a row cannot be read: {error}") from error
 
 
 def _find_column(dataset: Dataset | IterableDataset, name: str | None, kind: type, meaning: str) -> str:
     if name is not None:
         if name not in dataset.column_names:
             raise ValueError(
-                f"There is no column '{name}' in split '{dataset.split}'; there are {', '.join(dataset.column_names)}."
+                f"There is no column '{name}' in split '{dataset.split}'; the columns are "
+                f"{', '.join(dataset.column_names)}."
             )
         return name
     found = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
@@ -156,7 +157,7 @@ def _check_stored(dataset: Dataset, column: str, medium: Medium) -> None:
     stored = dataset.data.column("image")
     lengths = pc.fill_null(pc.binary_length(pc.struct_field(stored, "bytes")), -1).to_numpy()
     paths = pc.struct_field(stored, "path")
-    wrong = {int(row): "it holds 0 bytes" for row in np.flatnonzero(lengths == 0)}
+    wrong = {int(row): "it is empty (0 bytes)" for row in np.flatnonzero(lengths == 0)}
     without_bytes = np.flatnonzero(lengths < 0)
     for row, path in zip(without_bytes, paths.take(pa.array(without_bytes)).to_pylist(), strict=True):
         if problem := _problem_of_file(path):
@@ -179,5 +180,5 @@ def _problem_of_file(path: str | None) -> str | None:
     except (OSError, ValueError) as error:
         return f"its file '{path}' cannot be opened ({getattr(error, 'strerror', None) or error})"
     if not stat.S_ISREG(status.st_mode):
-        return f"'{path}' is no file"
+        return f"'{path}' is not a file"
     return None if status.st_size else f"its file '{path}' is empty"

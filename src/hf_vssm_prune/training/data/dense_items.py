@@ -80,7 +80,7 @@ def resized_size(image_processor: BaseImageProcessor, image: Image.Image) -> tup
     if size.keys() == {"height", "width"}:
         return size["height"], size["width"]
     if "shortest_edge" not in size:
-        raise ValueError(f"The image processor's size is {size}: height and width, or a shortest edge, are needed.")
+        raise ValueError(f"The image processor's size is {size}: it must have height and width, or a shortest edge.")
     height, width = get_size_with_aspect_ratio(
         (image.height, image.width), size["shortest_edge"], size.get("longest_edge")
     )

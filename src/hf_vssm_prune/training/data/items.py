@@ -148,8 +148,8 @@ class StreamedItems(AugmentedItems):
         label, count = row["label"], self._dataset.rows.features["label"].num_classes
         if label is None or not 0 <= label < count:
             raise ImageError(
-                f"The {self.kind} in place {place} of split '{self._dataset.split}' has the label {label}: allowed is "
-                f"0 to {count - 1}."
+                f"The {self.kind} in place {place} of split '{self._dataset.split}' has the label {label}: allowed "
+                f"labels are 0 to {count - 1}."
             )
         return label
 

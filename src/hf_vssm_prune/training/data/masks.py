@@ -25,10 +25,12 @@ def decode_mask(stored: Mapping[str, Any] | None, name: str) -> np.ndarray:
     if pixels.ndim == 3:
         pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1]
         if not (pixels == pixels[..., :1]).all():
-            raise ImageError(f"{name} has colours: a class id in each pixel is needed, grayscale or with a palette.")
+            raise ImageError(
+                f"{name} is a colour image: a mask must have a class id in each pixel, as a grayscale or palette image."
+            )
         pixels = pixels[..., 0]
     if pixels.dtype.kind == "f":
-        raise ImageError(f"{name} has pixels of type {pixels.dtype}: whole numbers are needed.")
+        raise ImageError(f"{name} has pixels of type {pixels.dtype}: they must be whole numbers.")
     return pixels.astype(np.int64)
 
 
@@ -56,13 +58,13 @@ def check_mask(ids: np.ndarray, image_size: tuple[int, int], num_labels: int, ig
     height, width = ids.shape
     if (width, height) != image_size:
         raise ImageError(
-            f"{name} is {width} x {height} pixels, and its image {image_size[0]} x {image_size[1]}: they must be of "
-            "one size."
+            f"{name} is {width} x {height} pixels, and its image {image_size[0]} x {image_size[1]}: they must have "
+            "the same size."
         )
     wrong = np.unique(ids[((ids < 0) | (ids >= num_labels)) & (ids != ignore_index)])
     if wrong.size:
         more = ", …" if wrong.size > SHOWN_IDS else ""
         raise ImageError(
-            f"{name} has the class ids {', '.join(map(str, wrong[:SHOWN_IDS]))}{more}: allowed are 0 to "
+            f"{name} has the class ids {', '.join(map(str, wrong[:SHOWN_IDS]))}{more}: allowed values are 0 to "
             f"{num_labels - 1}, and {ignore_index} for pixels of no class."
         )

@@ -63,13 +63,15 @@ def read_objects(stored: Any, fields: Fields, name: str) -> tuple[Objects, list[
         raise ImageError(f"{name}: there are {len(boxes)} boxes and {len(classes)} classes.")
     for number, box in enumerate(boxes):
         if box is None or len(box) != 4 or not np.isfinite(np.asarray(box, np.float64)).all():
-            raise ImageError(f"{name}: box {number} is {box}; four numbers are needed.")
+            raise ImageError(f"{name}: box {number} is {box}; it must be four numbers.")
     array = np.asarray(boxes, np.float32).reshape(-1, 4)
     if fields.corners:
         array = np.concatenate([array[:, :2], array[:, 2:] - array[:, :2]], axis=1)
     for number in np.flatnonzero((array[:, 2:] < 0).any(axis=1))[:1]:
         given = "left, top, right, bottom" if fields.corners else "left, top, width, height"
-        raise ImageError(f"{name}: box {number} is {boxes[number]}, of negative size; boxes are [{given}] in pixels.")
+        raise ImageError(
+            f"{name}: box {number} is {boxes[number]}, which has a negative size; boxes are [{given}] in pixels."
+        )
     crowd = np.array([bool(each) for each in (stored.get(fields.crowd) if fields.crowd else None) or [0] * len(boxes)])
     has_area = (array[:, 2:] > 0).all(axis=1)
     kept = np.flatnonzero(has_area)
@@ -95,8 +97,8 @@ def fit_boxes(boxes: np.ndarray, image_size: tuple[int, int], name: str) -> np.n
     for number in np.flatnonzero(~(inside >= LEAST_INSIDE))[:1]:
         raise ImageError(
             f"{name}: box {number} is {boxes[number].tolist()} (left, top, width, height), of which "
-            f"{max(0.0, inside[number]):.0%} are in the image of {image_size[0]} x {image_size[1]} pixels. Are boxes "
-            "given as corners (--box_format corners), or for another size?"
+            f"{max(0.0, inside[number]):.0%} are inside the image of {image_size[0]} x {image_size[1]} pixels. Are "
+            "boxes given as corners (--box_format corners), or for another image size?"
         )
     return cut / np.tile(sides, 2)
 
