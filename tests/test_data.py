@@ -529,7 +529,7 @@ def test_folders_without_images(tmp_path: Path):
 
 def test_other_files(tmp_path: Path):
     (tmp_path / "data.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"data.json' is a file of type '.json': a data set is a folder, a .parquet"):
+    with pytest.raises(ValueError, match=r"data.json' is a file of type '.json': a data set must be a folder, a .parquet"):
         load_image_dataset(tmp_path / "data.json")
 
 
@@ -561,8 +561,8 @@ def test_unknown_classes_in_evaluation(monkeypatch: pytest.MonkeyPatch):
         ({"image_column": "img"}, "There is no column 'img' in split 'train'; the columns are image, label"),
         ({"label_column": "class"}, "There is no column 'class' in split 'train'; the columns are image, label"),
         ({"image_column": "label"}, "image_column and label_column are both 'label'"),
-        ({"validation_share": 0.0}, "validation_share is 0.0: it must be between 0 and 1"),
-        ({"validation_share": 1.0}, "validation_share is 1.0: it must be between 0 and 1"),
+        ({"validation_share": 0.0}, "validation_share is 0.0: it must be greater than 0 and less than 1"),
+        ({"validation_share": 1.0}, "validation_share is 1.0: it must be greater than 0 and less than 1"),
         ({"max_train_samples": 28}, "max_train_samples is 28: it must be from 1 to 27"),
         ({"max_train_samples": 0}, "max_train_samples is 0"),
         ({"max_eval_samples": 4}, "max_eval_samples is 4: it must be from 1 to 3"),
@@ -597,7 +597,7 @@ def test_bad_options(parquet_file: Path, options: dict, message: str):
         (
             make_table(3).add_column("nothing", [None] * 3),
             {"label_column": "nothing"},
-            "Row 0 of split 'train' has no label in column 'nothing', as 3 of 3 rows",
+            "Row 0 of split 'train' has no label in column 'nothing' .3 of 3 rows",
         ),
         (make_table(0), {}, "Split 'train' of 'org/name' is empty"),
         (make_table(3).remove_columns("label"), {}, "No columns have the type ClassLabel .* with label_column"),
