@@ -1,4 +1,4 @@
-"""Pruning options: checked once, complete and then immutable, as configurations hold and layers are given them."""
+"""Pruning options: checked once, completed and then immutable, in configurations as well as in layers."""
 
 import copy
 import itertools
@@ -17,9 +17,9 @@ OPTIONS = ("layers", "keep_ratios", *METHOD_OPTIONS)
 
 
 class TokenPruning(dict[str, Any]):
-    """Complete pruning options, as `config.token_pruning` and `config.json` have them. It can't be changed.
+    """Complete pruning options, as in `config.token_pruning` and `config.json`. They cannot be changed in place.
 
-    It is made by `check_token_pruning`, or by a configuration's `complete_token_pruning`, which also takes a budget.
+    Created by `check_token_pruning`, or by a configuration's `complete_token_pruning`, which also accepts a budget.
     """
 
     @property
@@ -41,7 +41,7 @@ class TokenPruning(dict[str, Any]):
     clear = pop = popitem = setdefault = update = _refuse
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        """A plain dict, which may be changed."""
+        """A plain dict, which can be changed."""
         return copy.deepcopy(dict(self), memo)
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
@@ -49,12 +49,12 @@ class TokenPruning(dict[str, Any]):
 
 
 def method_options(token_pruning: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of pruning options those that say how a model prunes, whatever its budget."""
+    """The pruning options that say how a model prunes, regardless of its budget."""
     return {name: value for name, value in (token_pruning or {}).items() if name in METHOD_OPTIONS}
 
 
 def inherit_method(token_pruning: Any, own: Mapping[str, Any] | None) -> Any:
-    """Options that name no method, with those of the schedule that was in force; anything else as it is."""
+    """Completes options without a method with those of the previous schedule; other options are returned unchanged."""
     if not isinstance(token_pruning, dict) or "method" in token_pruning:
         return token_pruning
     return method_options(own) | token_pruning
@@ -67,8 +67,8 @@ def check_token_pruning(token_pruning: Mapping[str, Any], num_hidden_layers: int
         token_pruning: `layers`, before which tokens are dropped, ascending, each in 1 ... num_hidden_layers - 1;
             `keep_ratios`, for each of them the fraction of the tokens still there that is kept, in (0, 1]; `alignment`
             (default: the method's), one of `ALIGNMENTS`; `importance` (default: the method's), one of `IMPORTANCES`,
-            for a method that takes one; `method`, one of `METHODS` (default: `RECOMMENDED_METHOD`, or `top`, the
-            paper's, where an importance is named). Numbers and arrays of NumPy and torch are taken too.
+            for a method that uses one; `method`, one of `METHODS` (default: `RECOMMENDED_METHOD`, or the paper's `top`
+            if an importance is given). NumPy and torch numbers and arrays are accepted, too.
         num_hidden_layers: depth of the model.
 
     Raises:
@@ -101,10 +101,10 @@ def check_token_pruning(token_pruning: Mapping[str, Any], num_hidden_layers: int
 
 
 def pruning_method(token_pruning: Mapping[str, Any]) -> PruningMethod:
-    """The method that pruning options name, or mean.
+    """The method that pruning options name or imply.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no method of that name.
     """
     name = _method_name(token_pruning)
     _check_choice("method", name, tuple(METHODS))
@@ -112,7 +112,7 @@ def pruning_method(token_pruning: Mapping[str, Any]) -> PruningMethod:
 
 
 def _method_name(token_pruning: Mapping[str, Any]) -> str:
-    # The recommended method ranks tokens in its own way: who names an importance means the one that is defined by it.
+    # The recommended method ranks tokens in its own way: an importance without a method means the paper's method.
     return token_pruning.get("method", PAPERS_METHOD if "importance" in token_pruning else RECOMMENDED_METHOD)
 
 
@@ -122,7 +122,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def plain_value(value: Any) -> Any:
-    """A number or an array of NumPy or torch as Python's own; anything else as it is."""
+    """Converts a NumPy or torch number or array to plain Python; anything else is returned unchanged."""
     if isinstance(value, list | tuple):
         return [plain_value(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
@@ -136,15 +136,15 @@ def _as_list(name: str, values: object) -> list[Any]:
 
 
 def is_number(value: object, kind: type = numbers.Real) -> bool:
-    """Whether it is one, which True and False are not here."""
+    """Whether a value is a number; True and False do not count as numbers here."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def check_layers(layers: object, num_hidden_layers: int) -> list[int]:
-    """Layers before which a model of so many can drop tokens, as a list.
+    """Checks layers before which a model of this depth can drop tokens, and returns them as a list.
 
     Raises:
-        ValueError: these are none; the message says what was given and what is allowed.
+        ValueError: they are not allowed; the message says what was given and what is allowed.
     """
     layers = _as_list("layers", layers)
     given = f"`token_pruning['layers']` is {layers}"
