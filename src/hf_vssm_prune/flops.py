@@ -118,8 +118,8 @@ def count_scans(config: PreTrainedConfig, length: int, kernel_size: int, num_pat
 
 BUDGET_TOLERANCE = 0.005
 # Positions of the stages, as fractions of the depth. Later entries are used only if earlier ones cannot save enough.
-MOST_STAGES_OF_UNEQUAL_RATIOS = 3  # the search takes time proportional to the number of tokens to the power of this
-minus one STAGES = ((1 / 6, 1 / 3, 1 / 2), (1 / 12, 1 / 6, 1 / 4), (1 / 24, 1 / 12, 1 / 8))
+STAGES = ((1 / 6, 1 / 3, 1 / 2), (1 / 12, 1 / 6, 1 / 4), (1 / 24, 1 / 12, 1 / 8))
+MOST_STAGES_OF_UNEQUAL_RATIOS = 3  # the search tries (number of tokens) ** (this - 1) schedules
 
 
 def schedule_for_budget(
