@@ -216,7 +216,12 @@ def _budgets_table(group: Group) -> str:
         [variant, *(mean_and_spread(group.tuned_losses(variant, budget)) for budget in study.budgets)]
         for variant in study.every_budget
     ]
-    rows.append(["elastic (one checkpoint for all budgets)", *(mean_and_spread(group.elastic_losses(each)) for each in study.budgets)])
+    rows.append(
+        [
+            "elastic (one checkpoint for all budgets)",
+            *(mean_and_spread(group.elastic_losses(each)) for each in study.budgets),
+        ]
+    )
     gaps = [difference(group.elastic_losses(each), group.tuned_losses(elastic, each)) for each in study.budgets]
     rows.append([f"difference from {elastic}", *(mean_and_spread(gap, signed=True) for gap in gaps)])
     return _table(["", *(f"{budget:.1%}" for budget in study.budgets)], rows)
@@ -339,7 +344,9 @@ def _lines(group: Group) -> dict[str, list[Point]]:
         schedule = tuned_name("elastic", budget)
         seeds = group.compared_seeds("elastic compared", schedule)
         top1 = [group.compared_top1("elastic compared", schedule, seed) for seed in seeds]
-        lines["elastic (one checkpoint for all budgets)"].append(_point(group, "elastic compared", schedule, seeds, top1))
+        lines["elastic (one checkpoint for all budgets)"].append(
+            _point(group, "elastic compared", schedule, seeds, top1)
+        )
     return lines
 
 

@@ -529,7 +529,9 @@ def test_folders_without_images(tmp_path: Path):
 
 def test_other_files(tmp_path: Path):
     (tmp_path / "data.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"data.json' is a file of type '.json': a data set must be a folder, a .parquet"):
+    with pytest.raises(
+        ValueError, match=r"data.json' is a file of type '.json': a data set must be a folder, a .parquet"
+    ):
         load_image_dataset(tmp_path / "data.json")
 
 

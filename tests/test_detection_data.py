@@ -312,7 +312,7 @@ def test_what_is_random_depends_on_seed_epoch_and_index(tmp_path):
     ("options", "message"),
     [
         ({"size": (32,)}, r"size is \(32,\)"),
-        ({"scale": (2.0, 1.0)}, r"scale is \(2.0, 1.0\): 0 < smallest <= largest"),
+        ({"scale": (2.0, 1.0)}, r"scale is \(2.0, 1.0\): it must satisfy 0 < smallest <= largest"),
         ({"vertical_flip": 1.5}, "vertical_flip is 1.5: it must be from 0 to 1"),
     ],
 )

@@ -31,8 +31,10 @@ def animate(
     """Writes a looping GIF or WebP animation of what a pruned classifier keeps of a clip.
 
     Args:
-        model: a pruned video model. image_processor: the model's image processor. frames: frames of the clip, of any
-            size. file: the output file, whose name ends in .gif or .webp.
+        model: a pruned video model.
+        image_processor: the model's image processor.
+        frames: frames of the clip, of any size.
+        file: the output file, whose name ends in .gif or .webp.
 
     Raises:
         ValueError: the model is dense or an image model; there is no frame; or the file name has another suffix.

@@ -69,8 +69,9 @@ class OfficialFormat(Protocol):
         expects.
 
         Args:
-            config: configuration of the model. official: the tensors of a file, by their published names. expected: all
-                tensors of the model, on the meta device, by the same names.
+            config: configuration of the model.
+            official: the tensors of a file, by their published names.
+            expected: all tensors of the model, on the meta device, by the same names.
         """
 
 
@@ -89,7 +90,8 @@ def load_official_model(
     An mmsegmentation file with a decode head becomes transformers' `UperNetForSemanticSegmentation`.
 
     Args:
-        path: path of the file. ema: load the weights averaged over training instead of the last ones.
+        path: path of the file.
+        ema: load the weights averaged over training instead of the last ones.
         family: family of the checkpoint. None: the family whose model type is part of the file's name, if the tensors
             can be of that family; otherwise see `infer_config`.
         **overrides: options of the configuration that the tensors do not imply, see `infer_config`; for instance
@@ -182,7 +184,10 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
 
     Args:
         checkpoint: the file's content.
-        ema: return the weights averaged over training instead of the last ones. Raises: ValueError: there are none.
+        ema: return the weights averaged over training instead of the last ones.
+
+    Raises:
+        ValueError: there are none.
     """
     weight_keys = [*dict.fromkeys(key for family in FAMILIES.values() for key in family.base.official_weight_keys)]
     keys = list(EMA_KEYS) if ema else weight_keys

@@ -32,8 +32,9 @@ def official_name(config: Any, name: str, of_backbone: Callable[[str], str]) -> 
     """mmsegmentation's name of a tensor of the model.
 
     Args:
-        config: configuration of the model. name: name of its tensor. of_backbone: maps a tensor of the base model to
-            its published name in a classifier's file.
+        config: configuration of the model.
+        name: name of its tensor.
+        of_backbone: maps a tensor of the base model to its published name in a classifier's file.
 
     Raises:
         KeyError: there is no such tensor.

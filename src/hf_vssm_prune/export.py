@@ -51,8 +51,9 @@ def export_classifier(
 
     Args:
         model: in evaluation mode and float32.
-        folder: the folder to create; it may exist if it is empty. formats: one or more of `FORMATS`. image_processor:
-            the model's image processor. None: preprocessing is not described.
+        folder: the folder to create; it may exist if it is empty.
+        formats: one or more of `FORMATS`.
+        image_processor: the model's image processor. None: preprocessing is not described.
 
     Returns:
         The folder.

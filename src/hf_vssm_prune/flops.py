@@ -61,8 +61,8 @@ def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | No
     """Counts the FLOPs of one image, or of one clip.
 
     Args:
-        config: configuration of a model of this package. image_size: pixels, or (height, width); None for
-            `config.image_size`.
+        config: configuration of a model of this package.
+        image_size: pixels, or (height, width); None for `config.image_size`.
     """
     size = config.input_size if image_size is None else config.input_size_for(image_size)
     num_patches = math.prod(config.grid_size_for(*size))
@@ -102,8 +102,10 @@ def count_scans(config: PreTrainedConfig, length: int, kernel_size: int, num_pat
     """Selective scans with one set of parameters, and the layers before them.
 
     Args:
-        config: configuration of the model. length: number of tokens. kernel_size: number of weights of the depthwise
-            convolution per channel. num_paths: number of scan paths.
+        config: configuration of the model.
+        length: number of tokens.
+        kernel_size: number of weights of the depthwise convolution per channel.
+        num_paths: number of scan paths.
     """
     width, states = config.intermediate_size, config.state_size
     return Counter(

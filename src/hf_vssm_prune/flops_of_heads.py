@@ -22,8 +22,8 @@ def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | No
     backbone of this package. The part of such a head is called "dense_head" (including the pyramid, if there is one).
 
     Args:
-        config: configuration of the model. image_size: pixels, or (height, width); None for the configuration's
-            `image_size`.
+        config: configuration of the model.
+        image_size: pixels, or (height, width); None for the configuration's `image_size`.
     """
     backbone = pruned_config(config)
     count = flops.count_flops(backbone, image_size)

@@ -45,7 +45,8 @@ def new_dense_model(config: PreTrainedConfig, **options: Any) -> Any:
 
     Args:
         config: a transformers configuration such as `UperNetConfig`, with a configuration of this package as
-            `backbone_config`. options: options of transformers' `from_config`, such as `dtype`.
+            `backbone_config`.
+        options: options of transformers' `from_config`, such as `dtype`.
 
     Raises:
         ValueError: there is no such model, or its backbone is not of this package.

@@ -43,8 +43,8 @@ class Encoding(Generic[Layout]):
     """The result of the layers.
 
     Attributes:
-        hidden_states: hidden states of the remaining tokens, shape (batch, tokens left, hidden). layout: layout of
-            these tokens.
+        hidden_states: hidden states of the remaining tokens, shape (batch, tokens left, hidden).
+        layout: layout of these tokens.
         kept_tokens, token_scores, merged_tokens: as in `pruned_outputs.StageFields`.
         sizes: how many patches were merged into each remaining patch token, shape (batch, patches left). None: one
             each, or the method does not count them.
@@ -80,8 +80,9 @@ def encode(
         layers: each maps (hidden states, layout, whether a stage follows) to the next hidden states and, if a stage
             follows, the results of its mixer for the tokens.
         stage_modules: by layer, the parameters of the pruning method, if it has any.
-        hidden_states: all tokens, shape (batch, tokens, hidden). layout: layout of all tokens. token_pruning: the
-            schedule. None: no token is dropped.
+        hidden_states: all tokens, shape (batch, tokens, hidden).
+        layout: layout of all tokens.
+        token_pruning: the schedule. None: no token is dropped.
     """
     stages = {} if token_pruning is None else token_pruning.stages
     modules = dict(stage_modules.items())

@@ -45,8 +45,8 @@ def match_tokens(features: Tensor, count: int, split: Split) -> tuple[Tensor, Te
     once.
 
     Args:
-        features: tokens are matched by the cosine similarity of these, shape (batch, n, channels). count: how many
-            tokens to keep, at most n.
+        features: tokens are matched by the cosine similarity of these, shape (batch, n, channels).
+        count: how many tokens to keep, at most n.
         split: splits the tokens into two groups.
 
     Returns:

@@ -190,8 +190,8 @@ def prune_paths(full_paths: ScanPaths, kept: Tensor, alignment: str) -> ScanPath
     """The paths over the full grid, shortened to the cells that are left.
 
     Args:
-        full_paths: paths over the full grid, from `snake_paths`. kept: ids of the cells that are left, in raster order,
-            shape (batch, n).
+        full_paths: paths over the full grid, from `snake_paths`.
+        kept: ids of the cells that are left, in raster order, shape (batch, n).
         alignment: one of `ALIGNMENTS`; `none` omits the gaps.
     """
     position_of_cell = full_paths.order[0].argsort(dim=-1)  # (paths, cells): the inverse permutation

@@ -25,8 +25,8 @@ def read_model_card_info(file: str | os.PathLike[str]) -> ModelCardInfo:
     """Reads a YAML file as a `ModelCardInfo`.
 
     Raises:
-        ValueError: the file does not have this format; the message says what is wrong. OSError: the file, or a file
-            that it names, cannot be read.
+        ValueError: the file does not have this format; the message says what is wrong.
+        OSError: the file, or a file that it names, cannot be read.
     """
     file = Path(file)
     try:

@@ -34,9 +34,11 @@ def save_pretrained(
     model.
 
     Args:
-        model: a model of this package. save_directory: the folder. arguments, options: those of transformers'
-            `save_pretrained`. With `push_to_hub`, the model is pushed afterwards, with `repo_id` (default: the folder's
-            name), `commit_message`, `create_pr`, `private`, `revision` and `token`.
+        model: a model of this package.
+        save_directory: the folder.
+        arguments, options: those of transformers' `save_pretrained`. With `push_to_hub`, the model is pushed
+            afterwards, with `repo_id` (default: the folder's name), `commit_message`, `create_pr`, `private`,
+            `revision` and `token`.
         image_processor, model_card: as in `hub.save_for_hub`.
 
     Raises:
@@ -105,7 +107,8 @@ def push_to_hub(
         The commit.
 
     Raises:
-        TypeError: the model or the image processor has the wrong type. ValueError, PushError: as in `hub.push_model`.
+        TypeError: the model or the image processor has the wrong type.
+        ValueError, PushError: as in `hub.push_model`.
     """
     if has_adapters(model):
         return PreTrainedModel.push_to_hub(model, repo_id, max_shard_size=max_shard_size, tags=tags, **options)
