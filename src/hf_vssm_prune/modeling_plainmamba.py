@@ -149,8 +149,7 @@ class PlainMambaEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, tuple[int, int]]:
         check_pixel_values(pixel_values, self.config)
         pixel_values = pixel_values.to(self.projection.weight.dtype)
-        if pixel_values.device.type == "cpu" and not is_transformed():  # on a CPU, convolutions are fastest in this
-        layout
+        if pixel_values.device.type == "cpu" and not is_transformed():  # convolutions are fastest in this layout
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         pixels = self.stem(pixel_values)
         height, width = pixels.shape[2:]

@@ -51,9 +51,9 @@ def visualize(
 
     Args:
         model: a pruned model.
-        image_processor: the model's image processor, which resizes all images to the same size. images: one or more
-            images of any size; each gets a row. For a video model, one or more lists of frames. importance: also draw,
-            below each row, the importance by which each stage selected tokens.
+        image_processor: the model's image processor, which resizes all images to the same size.
+        images: one or more images of any size; each gets a row. For a video model, one or more lists of frames.
+        importance: also draw, below each row, the importance by which each stage selected tokens.
 
     Raises:
         ValueError: the model is dense, or there is no image.
@@ -169,8 +169,8 @@ def draw_classification(
         pixel_values: outputs of the image processor, shape (batch, channels, height, width), or (batch, frames,
             channels, height, width) for videos.
         mean: the image processor's mean for each channel.
-        std: its standard deviation for each channel. importance: also draw, below each row, the importance by which
-            each stage selected tokens.
+        std: its standard deviation for each channel.
+        importance: also draw, below each row, the importance by which each stage selected tokens.
 
     Raises:
         ValueError: the model is dense.
@@ -244,10 +244,10 @@ def draw_kept_tokens(
         grid: (height, width) in patches, which cover the image evenly, see `patched_area`; for videos, with other
             dimensions before these.
         captions: texts below the images, for instance label and prediction.
-        layers: layers of the stages, for the column headings (`config.token_pruning["layers"]`). token_scores: for each
-            stage, the importance of the patches before it, in raster order, shape (len(images), patches), as in a
-            model's output. It is drawn below the stage: brighter patches are more important, and each panel has its own
-            scale; patches that were dropped before are grey.
+        layers: layers of the stages, for the column headings (`config.token_pruning["layers"]`).
+        token_scores: for each stage, the importance of the patches before it, in raster order, shape (len(images),
+            patches), as in a model's output. It is drawn below the stage: brighter patches are more important, and each
+            panel has its own scale; patches that were dropped before are grey.
         merged: for each stage, the patch that each patch was merged into, shape (len(images), patches); see
             `merged_patches`.
 
