@@ -227,7 +227,7 @@ class Trainer:
         Raises:
             TrainingDivergedError: the loss, its gradient or a weight became NaN or infinite.
             TrainingInterruptedError: SIGINT or SIGTERM came; a checkpoint was saved.
-            ProcessLostError: another process of the run died or did not answer.
+            ProcessLostError: another process of the run died or did not respond.
         """
         with lost_processes_named(self.accelerator.num_processes):
             return self._train()
