@@ -1,4 +1,4 @@
-"""COCO's JSON: a file for each split, with "images", "annotations" and "categories"."""
+"""COCO's JSON format: one file per split, with "images", "annotations" and "categories"."""
 
 import json
 import re
@@ -16,15 +16,16 @@ PARTS = ("images", "annotations", "categories")
 def read_coco(
     folder: Path, files: Sequence[Path], images: Sequence[Path]
 ) -> tuple[dict[str, list[tuple[str, list[dict[str, Any]]]]], list[str]]:
-    """The images of each split with their objects, and the categories' names in the order of their ids; a category
-    without an object, as Roboflow has one above the others, is left out. Nothing where there is no such file.
+    """The images of each split with their objects, and the categories' names in the order of their ids. Categories
+    without objects, such as Roboflow's parent category, are left out. Returns nothing if there is no such file.
 
     Args:
-        folder: where they are.
-        files, images: in it.
+        folder: folder of the data set.
+        files, images: JSON files and images in it.
 
     Raises:
-        ValueError: a file cannot be read, two are of one split, an image is not there, or an object of no category.
+        ValueError: a file cannot be read, two files belong to the same split, an image is missing, or an object has no
+            category.
     """
     contents = {file: content for file in files if file.suffix.lower() == ".json" and (content := _read(file))}
     files_of_split: dict[str, Path] = {}
@@ -48,7 +49,7 @@ def read_coco(
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """The content of a file of COCO's form; None of another one."""
+    """The content of a file in COCO's format; None for other files."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -57,7 +58,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _split_of(file: Path) -> str:
-    """What the file's name says (`instances_train2017.json`, `val.json`), or a folder around it."""
+    """The split in the file's name (`instances_train2017.json`, `val.json`) or in that of a parent folder."""
     for part in (file.stem, *reversed(file.parts[:-1])):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in SPLIT_NAMES:
@@ -89,7 +90,7 @@ def _rows(
 
 
 class _Places:
-    """Image files by their names: what a `file_name` is relative to, no file says."""
+    """Image files by name, because the JSON does not say which folder a `file_name` is relative to."""
 
     def __init__(self, folder: Path, images: Sequence[Path]) -> None:
         self._folder = folder
@@ -98,7 +99,8 @@ class _Places:
             self._by_name[image.name].append(image)
 
     def find(self, file_name: str, beside: Path, split: str) -> Path | None:
-        """The file whose path ends like that; of several the one of the JSON file's split, or the nearest to it."""
+        """The file whose path ends with this name; if there are several, the one in the JSON file's split or the
+        nearest one."""
         wanted = Path(file_name).parts
         found = [
             image for image in self._by_name.get(Path(file_name).name, ()) if image.parts[-len(wanted) :] == wanted
@@ -111,7 +113,7 @@ class _Places:
 
 
 def _distance(image: Path, beside: Path) -> int:
-    """Steps up and down from one file's folder to the other's."""
+    """The number of folders to go up and down from one file to the other."""
     one, other = image.parent.parts, beside.parent.parts
     shared = 0
     while shared < min(len(one), len(other)) and one[shared] == other[shared]:

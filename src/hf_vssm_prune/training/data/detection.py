@@ -1,5 +1,5 @@
-"""Images with objects, a box and a class each: from any data set to one with the columns "image", "boxes", "labels",
-"crowd" and "row"."""
+"""Images with objects (a box and a class each): converts any data set to one with the columns "image", "boxes",
+"labels", "crowd" and "row"."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -57,16 +57,16 @@ class BoxedImages:
 
 
 class BoxedStream(ImageStream):
-    """The same of rows that are read one after the other, without "row"."""
+    """The same for rows that are read sequentially, without "row"."""
 
 
 @dataclass(frozen=True)
 class ObjectOptions:
-    """How objects are given.
+    """The format of objects.
 
     Attributes:
-        label_file: names the classes; None: the column's type, or a file beside the data.
-        corners: a box is left, top, right, bottom, and not left, top, width, height.
+        label_file: file with the class names. None: the column's type, or a file next to the data.
+        corners: boxes are left, top, right, bottom instead of left, top, width, height.
     """
 
     label_file: str | None = None
@@ -78,11 +78,12 @@ def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: i
 
     Args:
         data: which data, splits, columns and samples.
-        options: how objects are given.
-        seed: of what is drawn.
+        options: format of the objects.
+        seed: random seed.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such data, a column or a split is missing, or an object is refused.
+        FileNotFoundError, ValueError: the data set does not exist, a column or a split is missing, or an object is not
+            valid.
     """
     name = data.dataset_name
     splits = _load_splits(data, data.streaming)
@@ -138,7 +139,7 @@ def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
 
 
 def _stored(rows: IterableDataset, split: str) -> Dataset:
-    """A stream, read once into datasets' cache."""
+    """Reads a stream into the cache of `datasets`."""
     return Dataset.from_generator(
         read_rows, features=rows.features, gen_kwargs={"rows": rows, "split": split}, split=NamedSplit(split)
     )
@@ -154,10 +155,10 @@ class _ObjectReader:
     """Reads the rows of one split.
 
     Attributes:
-        image_column, object_column: of the split.
-        fields: of the objects.
-        own_names: the classes that the split's ids index; None: they are names, or ids of `names`.
-        names: the classes by their ids.
+        image_column, object_column: columns of the split.
+        fields: fields of the objects.
+        own_names: the classes that the split's ids refer to. None: classes are names, or ids of `names`.
+        names: class names in the order of their ids.
     """
 
     image_column: str
@@ -172,8 +173,8 @@ class _ObjectReader:
     ) -> "_ObjectReader":
         """
         Args:
-            rows: of a split, stored or streamed.
-            names: the training split's classes, for another split.
+            rows: rows of a split, stored or streamed.
+            names: for other splits, the classes of the training split.
         """
         features = rows.features if rows.features is not None else rows._resolve_features().features
         image_column, object_column = _find_columns(features, rows.split, data)
@@ -196,7 +197,7 @@ class _ObjectReader:
         """Rows with the columns of `BoxedImages`; streamed ones without "row".
 
         Raises:
-            ValueError: an object is refused, see `read_objects`, or of an unknown class.
+            ValueError: an object is not valid, see `read_objects`, or has an unknown class.
         """
         if isinstance(rows, IterableDataset):
             return self._read_stream(rows)
@@ -272,7 +273,7 @@ def _find_columns(features: Mapping[str, Any], split: Any, data: EvaluationDataA
 
 
 def _fields_of(kind: Any, column: str) -> dict[str, Any]:
-    """The fields of an objects column with the type that one object's value has: of a dict of lists, or a list of
+    """The fields of an objects column with the type of a single object's value, from a dict of lists or a list of
     dicts."""
     if isinstance(kind, Mapping):
         return {name: getattr(each, "feature", each) for name, each in kind.items()}
@@ -283,7 +284,7 @@ def _fields_of(kind: Any, column: str) -> dict[str, Any]:
 
 
 def _names_in(rows: Dataset, column: str, fields: Fields) -> list[str]:
-    """The classes that the objects of a split have: names in their order, or "class 0" to the highest id."""
+    """The classes of a split's objects: sorted names, or "class 0" up to the highest id."""
     found: set[Any] = set()
     for row, stored in enumerate(rows.select_columns([column])[column]):
         found |= set(read_objects(stored, fields, f"The objects in row {row} of split '{rows.split}'")[1])

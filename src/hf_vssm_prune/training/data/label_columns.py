@@ -1,4 +1,4 @@
-"""Labels of any type as indices into their names."""
+"""Converts labels of any type to indices into their names."""
 
 import logging
 import re
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 def read_labels(dataset: Dataset, column: str, say_numbers: bool = True) -> tuple[np.ndarray, list[str]]:
     """Returns the labels as indices, int64 (rows,), and the names that they index.
 
-    A `ClassLabel` has names. Of texts, numbers and truth values each that there is becomes a class, in their order, and
-    is its name.
+    A `ClassLabel` has names. For strings, numbers and booleans, each value that occurs becomes a class, in sorted
+    order, with the value as its name.
 
     Args:
-        dataset: labels in the column "label".
-        column: what errors call it.
-        say_numbers: whether to log which numbers there are, where they are not 0, 1, 2, ...
+        dataset: data set with labels in the column "label".
+        column: name of the column in error messages.
+        say_numbers: whether to log the numbers if they are not 0, 1, 2, ...
 
     Raises:
-        ValueError: a row has no label, or one that is not allowed; the column is of another type.
+        ValueError: a row has no label, or one that is not allowed; or the column has another type.
     """
     feature = dataset.features["label"]
     values = dataset.data.column("label")
@@ -69,10 +69,10 @@ def _refuse_rows(dataset: Dataset, column: str, wrong: np.ndarray) -> None:
 
 
 def translate_labels(labels: np.ndarray, names: list[str], target_names: list[str]) -> np.ndarray:
-    """Indices into `names` as indices into the training split's names.
+    """Converts indices into `names` to indices into the training split's names.
 
     Raises:
-        ValueError: some are not among these.
+        ValueError: some labels are not in the training split.
     """
     match = match_labels(target_names, names, some=True)
     if match.kind is Match.DIFFERENT:

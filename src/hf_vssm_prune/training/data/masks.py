@@ -1,4 +1,4 @@
-"""Masks, with a class id in each pixel: decoding, and what is refused."""
+"""Decodes and checks masks, which have a class id in each pixel."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +13,13 @@ SHOWN_IDS = 5
 
 
 def decode_mask(stored: Mapping[str, Any] | None, name: str) -> np.ndarray:
-    """Class ids, int64 (height, width), of a mask that `datasets.Image(decode=False)` stored.
+    """Class ids, int64 (height, width), of a mask stored by `datasets.Image(decode=False)`.
 
-    They are the pixels of a grayscale image, the indices of one with a palette, or what the three channels of a colour
-    image say alike.
+    These are the pixels of a grayscale image, the indices of a palette image, or the common value of the three channels
+    of a colour image.
 
     Raises:
-        ImageError: it is missing or damaged, or has colours in place of ids.
+        ImageError: it is missing or damaged, or has colours instead of ids.
     """
     pixels = read_stored(stored, name, np.asarray)
     if pixels.ndim == 3:
@@ -35,7 +35,8 @@ def decode_mask(stored: Mapping[str, Any] | None, name: str) -> np.ndarray:
 
 
 def reduced(ids: np.ndarray, reduce_labels: bool) -> np.ndarray:
-    """Classes counted from 1, where 0 is none of them, counted from 0: 0 becomes 255, as 255 stays."""
+    """Converts classes counted from 1, with 0 for no class, to classes counted from 0: 0 becomes 255, and 255 stays
+    255."""
     if not reduce_labels:
         return ids
     ignored = (ids == 0) | (ids == IGNORED_AFTER_REDUCTION)
@@ -43,17 +44,17 @@ def reduced(ids: np.ndarray, reduce_labels: bool) -> np.ndarray:
 
 
 def check_mask(ids: np.ndarray, image_size: tuple[int, int], num_labels: int, ignore_index: int, name: str) -> None:
-    """Refuses a mask that does not fit its image or the classes.
+    """Raises an error for a mask that does not fit its image or the classes.
 
     Args:
         ids: (height, width).
         image_size: (width, height) of the image.
-        num_labels: how many classes there are.
-        ignore_index: the id of no class.
-        name: what an error calls the mask.
+        num_labels: number of classes.
+        ignore_index: the id for no class.
+        name: name of the mask in error messages.
 
     Raises:
-        ImageError: it has another size, or ids of no class.
+        ImageError: it has another size, or ids that are no class.
     """
     height, width = ids.shape
     if (width, height) != image_size:
