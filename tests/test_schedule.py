@@ -183,7 +183,7 @@ def test_depth_changed_on_a_configuration(config) -> None:
     config.num_hidden_layers = 6
     assert config.token_pruning == TOKEN_PRUNING
     config.num_hidden_layers = 3
-    with pytest.raises(ValueError, match=r"'layers'.*\[1, 3\]; .*1 to 2 are allowed"):
+    with pytest.raises(ValueError, match=r"'layers'.*\[1, 3\]; .*the allowed layers are 1 to 2"):
         _ = config.token_pruning
 
 
