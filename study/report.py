@@ -288,7 +288,8 @@ def _authors_curves(groups: Mapping[tuple[str, str], Group]) -> str:
                 ]
             )
     table = _table(["", "dense", "pruned, not fine-tuned", "after one epoch", "best epoch"], rows)
-    return f"## Accuracy during fine-tuning, compared with the authors' logs\n\nTop-1 accuracy in %. The first rows are from the authors' logs.\n\n{table}\n"
+    title = "## Accuracy during fine-tuning, compared with the authors' logs"
+    return f"{title}\n\nTop-1 accuracy in %. The first rows are from the authors' logs.\n\n{table}\n"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

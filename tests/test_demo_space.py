@@ -192,7 +192,7 @@ def test_what_the_browser_sends_is_checked(app, model) -> None:
         with pytest.raises(app.gr.Error, match="There is no example"):
             next(page.choose_example(30, OWN, SimpleNamespace(name=name)))
     chosen, _ = next(page.choose_example(30, OWN, SimpleNamespace(name="cat")))
-    with pytest.raises(app.gr.Error, match="There is no method 'all'; there are As this model was saved"):
+    with pytest.raises(app.gr.Error, match="There is no method 'all'; the methods are As this model was saved"):
         next(page.show(chosen, 30, "all"))
     with pytest.raises(app.gr.Error, match=r"`flops_reduction` is 0\.99"):
         next(page.show(chosen, 99, OWN))
