@@ -1,4 +1,4 @@
-"""Checkpoints as models of a data set's labels: for training, as teachers, for evaluation."""
+"""Loads checkpoints as models for a data set's labels: for training, as teachers, and for evaluation."""
 
 import logging
 from collections.abc import Sequence
@@ -30,24 +30,24 @@ def load_model(
     ignore_mismatched_sizes: bool = False,
     some_labels: bool = False,
 ) -> ImageClassifier:
-    """A checkpoint as a classifier of the data set's labels in the data set's order, in float32.
+    """Loads a checkpoint as a float32 classifier for the data set's labels, in the data set's order.
 
-    Labels are compared by name: see `labels.match_labels`. Where the checkpoint has them in another order, the rows of
-    its classifier are reordered.
+    Labels are compared by name: see `labels.match_labels`. If the checkpoint has them in another order, the rows of its
+    classifier are reordered.
 
     Args:
         name_or_path: the checkpoint.
-        label_names: of the data set, in the order of its ids.
-        drop_path_rate: of the model.
-        ignore_mismatched_sizes: a checkpoint of other labels gets a new classifier, even of as many.
-        some_labels: the data set may have some of the checkpoint's labels only; the others come behind them.
+        label_names: names of the data set's labels, in the order of their ids.
+        drop_path_rate: drop path rate of the model.
+        ignore_mismatched_sizes: a checkpoint with other labels gets a new classifier, even if their number is the same.
+        some_labels: the data set may have only some of the checkpoint's labels; the others come last.
 
     Raises:
-        ValueError: it classifies other labels, and must not get a new classifier.
+        ValueError: it classifies other labels, and `ignore_mismatched_sizes` is not set.
     """
     own_names = load_config(name_or_path).label_names
     match = match_labels(own_names, label_names, some_labels)
-    # Names that are only ids say nothing against a new classifier for which somebody asks.
+    # Names that are just ids do not prevent a requested new classifier.
     renew = match.kind is Match.DIFFERENT or (ignore_mismatched_sizes and match.kind is Match.ADOPTED)
     if renew and not ignore_mismatched_sizes:
         raise ValueError(
@@ -86,15 +86,15 @@ def load_teacher(
     dtype: str = "float32",
     image_size: int | None = None,
 ) -> ImageClassifier:
-    """The dense, frozen model from which a student learns, with weights of the precision `dtype` and, where its logits
-    teach, its labels in the student's order.
+    """Loads the dense, frozen model from which a student learns, with weights in `dtype` and, if its logits are used,
+    with its labels in the student's order.
 
     Args:
         name_or_path: the checkpoint.
-        student: the model's configuration.
-        losses: what of the two is compared.
-        dtype: of the teacher's weights.
-        image_size: at which the student goes on, if it is not the checkpoint's.
+        student: configuration of the student.
+        losses: weights of the losses, which determine what is compared.
+        dtype: data type of the teacher's weights.
+        image_size: image size of the student, if it is not that of the checkpoint.
 
     Raises:
         ValueError: its labels, tokens or hidden states are not those of the student, and the losses compare them.
