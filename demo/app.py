@@ -256,9 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--video_model_name_or_path",
         default=os.environ.get("HF_VSSM_PRUNE_DEMO_VIDEO_MODEL"),
-        help="a model of videos, for a page of them (default: HF_VSSM_PRUNE_DEMO_VIDEO_MODEL, or no such page)",
+        help="a video model, for a page for videos (default: HF_VSSM_PRUNE_DEMO_VIDEO_MODEL, or no such page)",
     )
-    parser.add_argument("--port", type=int, help="to serve on (default: the first that is free from 7860 on)")
+    parser.add_argument("--port", type=int, help="port to serve on (default: the first free one from 7860 on)")
     options = parser.parse_args(arguments)
     try:
         model = PrunedModel(options.model_name_or_path)

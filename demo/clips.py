@@ -29,7 +29,7 @@ def open_clip(path: str, num_frames: int) -> list[Image.Image]:
 
     def choose(count: int) -> list[list[int]]:
         if count > MAX_FRAMES:
-            raise ValueError(f"{name} has {count} frames; at most {MAX_FRAMES} are taken: cut some seconds out of it.")
+            raise ValueError(f"{name} has {count} frames; at most {MAX_FRAMES} are accepted: shorten it.")
         return list(clips_of("uniform", count, num_frames, 1))
 
     return decode_frames({"bytes": None, "path": path}, choose, lambda frame: frame.convert("RGB"), name)[0]
@@ -43,7 +43,7 @@ def opener(model: Any) -> partial:
     """
     config = model.model.config
     if config.modality != "video":
-        raise ValueError("The model for the page of videos is one of images: name one of videos.")
+        raise ValueError("The model for the page for videos is an image model: name a video model.")
     return partial(open_clip, num_frames=config.input_size[0])
 
 

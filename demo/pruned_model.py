@@ -153,7 +153,7 @@ class PrunedModel:
 
     def _find_schedule(self, percent: int, method: str) -> dict[str, Any] | None:
         if method not in self.methods:
-            raise ValueError(f"There is no method {method!r}; there are {', '.join(self.methods)}.")
+            raise ValueError(f"There is no method {method!r}; the methods are {', '.join(self.methods)}.")
         if percent == 0:
             return None
         return self.model.config.complete_token_pruning({"flops_reduction": percent / 100, **self.methods[method]})

@@ -33,9 +33,7 @@ def open_upload(path: str) -> Image.Image:
         raise ValueError(f"{name} is larger than {MAX_BYTES // 1024**2} MB: send a smaller one.")
     width, height = _read_size(path, name)
     if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"{name} has {width} × {height} pixels; at most {MAX_PIXELS // 10**6} million are taken: make it smaller."
-        )
+        raise ValueError(f"{name} has {width} × {height} pixels; at most {MAX_PIXELS // 10**6} million are accepted.")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(f"{name} is {width} × {height}: at most {MAX_ASPECT_RATIO} times as long as wide; crop it.")
     return decode_image({"bytes": None, "path": path}, "RGB", name)
@@ -49,7 +47,7 @@ def _read_size(path: str, name: str) -> tuple[int, int]:
             with Image.open(path, formats=FORMATS) as image:
                 return image.size
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} has far too many pixels; at most {MAX_PIXELS // 10**6} million are taken.") from error
+        raise ValueError(f"{name} has too many pixels; at most {MAX_PIXELS // 10**6} million are accepted.") from error
     # Pillow's readers raise OSError, SyntaxError, ValueError, EOFError, struct.error, … for damaged files.
     except Exception as error:
         raise ValueError(f"{name} is not an image that can be read: JPEG, PNG and WebP are.") from error

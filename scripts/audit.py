@@ -21,11 +21,11 @@ def main() -> int:
         done = subprocess.run([sys.executable, *COMMAND], capture_output=True, text=True, timeout=LIMIT)
         packages = json.loads(done.stdout)["dependencies"]
     except subprocess.TimeoutExpired:
-        print(f"NOT AUDITED: PyPI's advisories did not answer within {LIMIT} s.")
+        print(f"NOT AUDITED: PyPI's advisories did not respond within {LIMIT} s.")
         return 0
     except ValueError:
         last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"NOT AUDITED: PyPI's advisories could not be asked: {last_line}")
+        print(f"NOT AUDITED: PyPI's advisories could not be queried: {last_line}")
         return 0
     return report(packages)
 

@@ -88,16 +88,18 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--sections",
         nargs="+",
         choices=SECTIONS,
-        help=f"default: all of the device and family but {', '.join(LONG_SECTIONS)}",
+        help=f"sections to run (default: all for this device and family except {', '.join(LONG_SECTIONS)})",
     )
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "torch"], help="of exported models")
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=["onnx", "torch"], help="formats of exported models"
+    )
     parser.add_argument("--family", choices=FAMILIES, default="plainmamba", help="default: %(default)s")
-    parser.add_argument("--preset", default="L3", help="of the whole models (default: %(default)s)")
+    parser.add_argument("--preset", default="L3", help="size of the whole models (default: %(default)s)")
     parser.add_argument("--flops_reduction", type=float, default=0.415, help="default: %(default)s")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="default: 1 8")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=20, help="for each group of cases (default: %(default)s)")
-    parser.add_argument("--plot", help="file to draw the time at growing budgets into (needs matplotlib)")
+    parser.add_argument("--seconds", type=float, default=20, help="time for each group of cases (default: %(default)s)")
+    parser.add_argument("--plot", help="file for a plot of time against the budget (needs matplotlib)")
     parser.add_argument("--json", help="file to write all runs and ratios to")
     options = parser.parse_args(arguments)
     try:

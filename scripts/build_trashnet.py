@@ -73,7 +73,7 @@ def encode(image: PILImage.Image) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="TrashNet, as any data set that the other scripts take")
+    parser.add_argument("source", help="TrashNet, in any form that the other scripts accept")
     parser.add_argument(
         "--output", type=Path, default=PACKAGED_DATA / "trashnet", help="folder (default: the package's)"
     )

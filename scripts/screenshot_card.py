@@ -44,8 +44,8 @@ thead tr { background: #f9fafb; }
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("card", type=Path, help="a model card, with its pictures beside it")
-    parser.add_argument("output", type=Path, help="the PNG to write")
+    parser.add_argument("card", type=Path, help="a model card, with its pictures next to it")
+    parser.add_argument("output", type=Path, help="PNG file to write")
     options = parser.parse_args(arguments)
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:

@@ -1,9 +1,10 @@
-"""Runs a study, or what is left of it, and writes STUDY.md and its plots from the results.
+"""Runs a study, or the rest of it, and writes STUDY.md and its plots from the results.
 
     python scripts/study.py --study recipes/study_small.yaml --results study/small.jsonl --folder runs/study/small
 
-Ctrl-C stops it; the same command goes on. Two workers of one thread each are faster on two cores than one of two.
-`--only 'cifar10/vim/*'` runs a part; the results of parts that several machines ran are the lines of all their files.
+Ctrl-C stops it, and the same command resumes it. On two cores, two workers with one thread each are faster than one
+worker with two.
+`--only 'cifar10/vim/*'` runs a part of it. To combine parts from several machines, concatenate their result files.
 """
 
 import argparse
@@ -27,27 +28,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, required=True, help="YAML file of the study")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines of the finished pieces")
-    parser.add_argument("--folder", type=Path, help="for the models and logs of the pieces; without it nothing is run")
-    parser.add_argument("--report", type=Path, help="Markdown file to write; its plots go beside the results")
     parser.add_argument(
-        "--data", nargs="+", default=[], metavar="NAME=FOLDER", help="folders in place of data sets on the Hub"
+        "--folder", type=Path, help="folder for the models and logs of the pieces; without it, nothing is run"
+    )
+    parser.add_argument("--report", type=Path, help="Markdown file to write; its plots are saved next to the results")
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="NAME=FOLDER", help="folders to use instead of data sets on the Hub"
     )
     parser.add_argument(
         "--only",
         nargs="+",
         default=["*"],
         metavar="PATTERN",
-        help="pieces to run, in this order, as 'cifar10/vim/*' or '*/dense'",
+        help="pieces to run, in this order, for instance 'cifar10/vim/*' or '*/dense'",
     )
-    parser.add_argument("--workers", type=int, default=1, help="pieces at a time")
-    parser.add_argument("--threads", type=int, help="of each worker; by default PyTorch's choice")
+    parser.add_argument("--workers", type=int, default=1, help="number of pieces to run at the same time")
+    parser.add_argument("--threads", type=int, help="threads of each worker; by default PyTorch's choice")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
     try:
         study = read_study(options.study)
         check_output_file("report", options.report)
         if options.results.is_dir():
-            raise ValueError(f"--results {options.results} is a folder: a file is needed.")
+            raise ValueError(f"--results {options.results} is a folder; it must be a file.")
         status = 0 if options.folder is None else run(study, options)
         if options.report is not None:
             results = read_results(options.results)

@@ -1,9 +1,9 @@
-"""Writes `model_cards/`: a page for each published model, as it is once converted, and for its pruned form; and for the
-small models that this project trained.
+"""Writes `model_cards/`: a card for each published model after conversion, for its pruned version, and for the small
+models that this project trained.
 
     python scripts/write_model_cards.py
 
-The project has no ImageNet weights of its own to publish; whoever converts or fine-tunes one finds its page here.
+The project has no ImageNet weights of its own to publish; these cards are for those who convert or fine-tune a model.
 """
 
 import argparse
@@ -27,21 +27,25 @@ SOURCES = Path(__file__).resolve().parents[1] / "model_cards"
 OWN_MODEL = "plainmamba-trashnet"
 LIMITS = {
     "ImageNet-1k": [
-        "This project has not evaluated it: ImageNet was not at hand. The papers' figures are not its own.",
-        "It tells the 1,000 classes of ImageNet-1k apart; any other image gets one of these labels all the same.",
-        "Whom and what ImageNet's photos show, and under which names, is skewed (arXiv 1912.07726), and a model that "
-        "learned from them has taken that over.",
+        "This project has not evaluated the model, because ImageNet was not available. The papers' figures are not "
+        "from this project.",
+        "The model distinguishes the 1,000 classes of ImageNet-1k, and assigns one of these labels to any other "
+        "image, too.",
+        "ImageNet is biased in whom and what its photos show, and in its labels (arXiv 1912.07726); a model trained on "
+        "it inherits these biases.",
     ],
     "Kinetics-400": [
-        "This project has not evaluated it: Kinetics was not at hand. The papers' figures are not its own.",
-        "It tells the 400 actions of Kinetics-400 apart; any other video gets one of these labels all the same.",
-        "Kinetics was collected from YouTube by search words: whom it shows doing what is skewed, and a model that "
-        "learned from it has taken that over.",
+        "This project has not evaluated the model, because Kinetics was not available. The papers' figures are not "
+        "from this project.",
+        "The model distinguishes the 400 actions of Kinetics-400, and assigns one of these labels to any other "
+        "video, too.",
+        "Kinetics was collected from YouTube by search terms, so it is biased in who is shown doing what; a model "
+        "trained on it inherits these biases.",
     ],
 }
 LIMIT_OF_PRUNING = (
-    "What a dropped token showed is lost to the later layers. Whether small objects or rare classes suffer more from "
-    "that than others was not measured."
+    "Later layers cannot see the content of dropped tokens. Whether small objects or rare classes suffer more from "
+    "this than others was not measured."
 )
 
 
@@ -66,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def own_card_text(name: str, token_pruning: dict[str, Any] | None) -> str:
-    """Of the model in the package, whose page lies beside its weights, and of what the demo makes from it."""
+    """The card of the package's model, which is also saved with its weights, and of the model that the demo creates "
+    "from it."""
     model = load_classifier(EXAMPLE_MODEL)
     model.set_token_pruning(token_pruning)
     info = read_model_card_info(SOURCES / f"{name}.yaml")
@@ -76,7 +81,7 @@ def own_card_text(name: str, token_pruning: dict[str, Any] | None) -> str:
 def published_card(
     family: type[VisionMambaConfig], preset: str, published: PublishedModel, pruned: bool
 ) -> tuple[str, str]:
-    """The name of a published model, once it is converted, and its page."""
+    """The name of a published model after conversion, and its card."""
     options = {**published.options, "token_pruning": published.token_pruning if pruned else None}
     config, dataset = family.from_preset(preset, **options), published.dataset.split(",")[0]
     base = f"{family.model_type}-{preset.lower()}" + ("-image" if published.options else "")
@@ -107,7 +112,10 @@ def finetuning(config: VisionMambaConfig, base: str, dataset: str) -> TrainingRe
             f"    --prune_method {pruning['method']} --prune_layers {layers} --keep_ratios {ratios} \\\n"
             f"    --output_dir {base}-pruned"
         ),
-        description="The command that makes it, with the paper's length, optimizer and rates. Nobody has run it yet.",
+        description=(
+            "This command trains the model with the paper's number of epochs, optimizer and learning rate. It has not "
+            "been run yet."
+        ),
     )
 
 

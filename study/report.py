@@ -136,7 +136,7 @@ def verdict(advantages: Mapping[int, float]) -> str:
         return "not decided yet"
     if min(advantages.values()) > 0:
         return "holds"
-    return "does not hold" if max(advantages.values()) < 0 else "the seeds disagree"
+    return "does not hold" if max(advantages.values()) < 0 else "differs between seeds"
 
 
 # ---- The page ----------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def write_report(study: Study, results: Mapping[str, dict[str, Any]], page: Path
     discussion.md of that folder is put before the figures."""
     groups = group_results(study, results)
     discussion = plots / "discussion.md"
-    parts = ["# The study: which pruning is best, measured\n"]
+    parts = ["# The study: which pruning method works best\n"]
     if discussion.exists():
         parts.append(discussion.read_text(encoding="utf-8"))
     parts += [_claims(groups), _authors_curves(groups)]
@@ -167,16 +167,16 @@ def _group_section(group: Group, dataset: str, family: str, picture: str) -> str
 ## {dataset}, {family}
 
 Dense: top-1 {mean_and_spread(dense)}% ({len(dense)} of {len(study.seeds)} seeds; {figures["num_parameters"]:,} \
-parameters, {figures["gflops"]:.4f} GFLOPs). After as many further updates as the pruned models get, without pruning: \
-{mean_and_spread(longer)}%.
+parameters, {figures["gflops"]:.4f} GFLOPs). After as many additional updates as the pruned \
+models get, but without pruning: {mean_and_spread(longer)}%.
 
-![accuracy against FLOPs and time]({picture})
+![Accuracy against FLOPs and time]({picture})
 
-Pruned by {study.main_budget:.1%} of the FLOPs:
+With {study.main_budget:.1%} fewer FLOPs:
 
 {_variants_table(group)}
 
-Points lost at each budget after fine-tuning:
+Points of top-1 accuracy lost at each budget, after fine-tuning:
 
 {_budgets_table(group)}
 """
@@ -202,9 +202,9 @@ def _variants_table(group: Group) -> str:
     titles = [
         "variant",
         "what differs",
-        "points lost, not trained",
+        "points lost, not fine-tuned",
         "points lost, fine-tuned",
-        f"more than {study.baseline}",
+        f"difference from {study.baseline}",
         "time / dense",
     ]
     return _table(titles, rows)
@@ -216,9 +216,14 @@ def _budgets_table(group: Group) -> str:
         [variant, *(mean_and_spread(group.tuned_losses(variant, budget)) for budget in study.budgets)]
         for variant in study.every_budget
     ]
-    rows.append(["elastic, one checkpoint", *(mean_and_spread(group.elastic_losses(each)) for each in study.budgets)])
+    rows.append(
+        [
+            "elastic (one checkpoint for all budgets)",
+            *(mean_and_spread(group.elastic_losses(each)) for each in study.budgets),
+        ]
+    )
     gaps = [difference(group.elastic_losses(each), group.tuned_losses(elastic, each)) for each in study.budgets]
-    rows.append([f"elastic, more than {elastic}", *(mean_and_spread(gap, signed=True) for gap in gaps)])
+    rows.append([f"difference from {elastic}", *(mean_and_spread(gap, signed=True) for gap in gaps)])
     return _table(["", *(f"{budget:.1%}" for budget in study.budgets)], rows)
 
 
@@ -238,7 +243,7 @@ def _advantages(group: Group) -> dict[str, dict[int, float]]:
     study, budget, baseline = group.study, group.study.main_budget, group.study.baseline
     claims: dict[str, dict[int, float]] = {}
     kinds: dict[str, Callable[[str, float], dict[int, float]]] = {
-        "not trained": group.untrained_losses,
+        "not fine-tuned": group.untrained_losses,
         "fine-tuned": group.tuned_losses,
     }
     for name, variant in study.all_variants.items():
@@ -249,14 +254,14 @@ def _advantages(group: Group) -> dict[str, dict[int, float]]:
             claims[f"{baseline} loses less than {name}, {kind}"] = lost_more
     for name in study.every_budget[1:]:
         own, base = group.tuned_losses(name, budget), group.tuned_losses(baseline, budget)
-        claims[f"{name} loses at most half of what {baseline} loses"] = difference(
+        claims[f"{name} loses at most half as much as {baseline}"] = difference(
             {seed: loss / 2 for seed, loss in base.items()}, own
         )
     elastic = study.elastic["variant"]
     for each in study.budgets:
         gap = difference(group.elastic_losses(each), group.tuned_losses(elastic, each))
         within = {seed: ELASTIC_TOLERANCE - lost for seed, lost in gap.items()}
-        claims[f"elastic at {each:.1%} within {ELASTIC_TOLERANCE} of {elastic}"] = within
+        claims[f"elastic loses at most {ELASTIC_TOLERANCE} points more than {elastic} at {each:.1%}"] = within
     return claims
 
 
@@ -282,8 +287,9 @@ def _authors_curves(groups: Mapping[tuple[str, str], Group]) -> str:
                     mean_and_spread([100 * max(curve) for curve in curves.values()]),
                 ]
             )
-    table = _table(["", "dense", "pruned, not trained", "after one epoch", "best"], rows)
-    return f"## Curves beside the authors' logs\n\nTop-1 in %. The first rows are the authors', not ours.\n\n{table}\n"
+    table = _table(["", "dense", "pruned, not fine-tuned", "after one epoch", "best epoch"], rows)
+    title = "## Accuracy during fine-tuning, compared with the authors' logs"
+    return f"{title}\n\nTop-1 accuracy in %. The first rows are from the authors' logs.\n\n{table}\n"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -334,12 +340,14 @@ def _lines(group: Group) -> dict[str, list[Point]]:
             seeds = group.compared_seeds("untrained", schedule, "dense", name)
             tuned = [group.top1(name, seed) for seed in seeds]
             lines[f"{variant}, fine-tuned"].append(_point(group, "untrained", schedule, seeds, tuned))
-    lines["elastic, one checkpoint"] = [dense]
+    lines["elastic (one checkpoint for all budgets)"] = [dense]
     for budget in study.budgets:
         schedule = tuned_name("elastic", budget)
         seeds = group.compared_seeds("elastic compared", schedule)
         top1 = [group.compared_top1("elastic compared", schedule, seed) for seed in seeds]
-        lines["elastic, one checkpoint"].append(_point(group, "elastic compared", schedule, seeds, top1))
+        lines["elastic (one checkpoint for all budgets)"].append(
+            _point(group, "elastic compared", schedule, seeds, top1)
+        )
     return lines
 
 

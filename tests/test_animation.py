@@ -87,7 +87,7 @@ def test_what_cannot_be_animated(tmp_path) -> None:
         AutoModelForImageClassification.from_config(config),
         new_image_processor(config, [0] * 3, [1] * 3),
     )
-    with pytest.raises(ValueError, match=r"The model is one of images"):
+    with pytest.raises(ValueError, match=r"This is an image model"):
         animate(images, processor, frames, tmp_path / "kept.gif")
 
 

@@ -294,5 +294,5 @@ def test_bad_mixing_is_refused(values: dict, message: str):
 
 @pytest.mark.parametrize("wrong", [-1, 3])
 def test_labels_out_of_range_are_refused(wrong: int):
-    with pytest.raises(ValueError, match="allowed is 0 to 2"):
+    with pytest.raises(ValueError, match="allowed labels are 0 to 2"):
         mix_batch(torch.zeros(2, 3, 4, 4), torch.tensor([1, wrong]), 3, MixConfig(), rng())

@@ -237,7 +237,7 @@ def test_tensor_that_tells_a_size_is_missing(model, official) -> None:
     without = {key: tensor for key, tensor in official.items() if key != name}
     with pytest.raises(ValueError, match=f"missing: {name}"):
         infer_config(without, family)
-    with pytest.raises(ValueError, match=rf"shape: {name} is \[4\] in the checkpoint; 3 axes are needed"):
+    with pytest.raises(ValueError, match=rf"shape: {name} is \[4\] in the checkpoint; it must have 3 axes"):
         infer_config(official | {name: torch.zeros(4)}, family)
 
 
@@ -317,7 +317,7 @@ def test_truncated_file(share, suffix, tmp_path) -> None:
 
 def test_file_with_something_else(tmp_path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match=r"list\.pth holds a list; a dict of tensors is needed"):
+    with pytest.raises(ValueError, match=r"list\.pth contains a list; it must contain a dict of tensors"):
         load_checkpoint(tmp_path / "list.pth")
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth: no such file"):
         load_checkpoint(tmp_path / "nothing.pth")
@@ -425,11 +425,11 @@ FILES = {
     ("arguments", "message"),
     [
         (["gone.pth", "new"], "gone.pth: no such file"),
-        (["model.pth", "taken"], "taken exists and is not overwritten"),
-        (["model.pth", "model.pth"], "model.pth exists and is not overwritten"),
-        (["folder", "taken.pth"], "taken.pth exists and is not overwritten"),
+        (["model.pth", "taken"], "taken already exists and will not be overwritten"),
+        (["model.pth", "model.pth"], "model.pth already exists and will not be overwritten"),
+        (["folder", "taken.pth"], "taken.pth already exists and will not be overwritten"),
         (["folder", "new.bin"], "new.bin: published checkpoints are .pth or .safetensors files"),
-        (["folder", "new.pth", "--ema"], "folder is a folder, and --ema is for checkpoint files"),
+        (["folder", "new.pth", "--ema"], "folder is a folder, and --ema can only be used with checkpoint files"),
         (["folder", "two.txt/new.pth"], "new.pth cannot be written"),
         (["nothing", "new.pth"], "nothing"),
         (["damaged", "new.pth"], "damaged"),
@@ -437,10 +437,10 @@ FILES = {
         (["incomplete", "new.pth"], "not a complete image classifier: {'missing_keys': ['classifier.bias']"),
         (["model.pth", "new", "--ema"], "no EMA weights"),
         (["model.pth", "new", "--image_size", "64"], "pos_embed is [1, 17, 16] in the checkpoint and [1, 65, 16]"),
-        (["model.pth", "new", "--image_size", "1", "2", "3"], "a number of pixels or (height, width) is needed"),
+        (["model.pth", "new", "--image_size", "1", "2", "3"], "it must be a number of pixels or (height, width)"),
         (["model.pth", "new", "--patch_stride", "0"], "`patch_stride` is 0"),
         (["model.pth", "new", "--id2label", "two.txt"], "two.txt names 2 labels; the checkpoint has 3"),
-        (["model.pth", "new", "--id2label", "labels.json"], "labels.json: a JSON list of names is needed"),
+        (["model.pth", "new", "--id2label", "labels.json"], "labels.json must be a JSON list of names"),
         (["model.pth", "new", "--id2label", "gone.txt"], "gone.txt"),
         (["model.pth", "new", "--image_mean", "0"], "image_mean has 1 and image_std 3 values"),
         (["model.pth", "new", "--image_std", "1", "1", "0"], "each must be greater than 0"),

@@ -262,7 +262,7 @@ def test_no_class_is_without_images(monkeypatch: pytest.MonkeyPatch, caplog, lab
     is_odd = type(labels[0]) is int and labels != [0, 1, 2]
     assert len(said) == is_odd
     if is_odd:
-        assert f"has the numbers {', '.join(names)} for labels: they become 3 classes" in said[0]
+        assert f"has the numbers {', '.join(names)} as labels: they become 3 classes" in said[0]
 
 
 def test_numbers_of_a_split_for_evaluation(monkeypatch: pytest.MonkeyPatch, caplog):
@@ -516,20 +516,22 @@ def test_malformed_name():
 
 
 def test_folders_without_images(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"holds neither Parquet files nor class folders"):
+    with pytest.raises(ValueError, match=r"contains neither Parquet files nor class folders"):
         load_image_dataset(tmp_path)
     picture(0).save(tmp_path / "loose.png")
-    with pytest.raises(ValueError, match=r"holds neither Parquet files nor class folders"):
+    with pytest.raises(ValueError, match=r"contains neither Parquet files nor class folders"):
         load_image_dataset(tmp_path)
     write_class_folders(tmp_path, {"cat": 3, "dog": 3})
     remove(tmp_path / "dog", "*.png")
-    with pytest.raises(ValueError, match=r"The class folder '.*dog' holds no images"):
+    with pytest.raises(ValueError, match=r"The class folder '.*dog' contains no images"):
         load_image_dataset(tmp_path)
 
 
 def test_other_files(tmp_path: Path):
     (tmp_path / "data.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"data.json' is a file of type '.json': a data set is a folder, a .parquet"):
+    with pytest.raises(
+        ValueError, match=r"data.json' is a file of type '.json': a data set must be a folder, a .parquet"
+    ):
         load_image_dataset(tmp_path / "data.json")
 
 
@@ -558,11 +560,11 @@ def test_unknown_classes_in_evaluation(monkeypatch: pytest.MonkeyPatch):
     [
         ({"train_split": "training"}, "'.*' has no split 'training'; it has train"),
         ({"eval_split": "val"}, "'.*' has no split 'val'; it has train"),
-        ({"image_column": "img"}, "There is no column 'img' in split 'train'; there are image, label"),
-        ({"label_column": "class"}, "There is no column 'class' in split 'train'; there are image, label"),
+        ({"image_column": "img"}, "There is no column 'img' in split 'train'; the columns are image, label"),
+        ({"label_column": "class"}, "There is no column 'class' in split 'train'; the columns are image, label"),
         ({"image_column": "label"}, "image_column and label_column are both 'label'"),
-        ({"validation_share": 0.0}, "validation_share is 0.0: it must be between 0 and 1"),
-        ({"validation_share": 1.0}, "validation_share is 1.0: it must be between 0 and 1"),
+        ({"validation_share": 0.0}, "validation_share is 0.0: it must be greater than 0 and less than 1"),
+        ({"validation_share": 1.0}, "validation_share is 1.0: it must be greater than 0 and less than 1"),
         ({"max_train_samples": 28}, "max_train_samples is 28: it must be from 1 to 27"),
         ({"max_train_samples": 0}, "max_train_samples is 0"),
         ({"max_eval_samples": 4}, "max_eval_samples is 4: it must be from 1 to 3"),
@@ -581,22 +583,23 @@ def test_bad_options(parquet_file: Path, options: dict, message: str):
         (
             make_table(5, labels=[0, None, 2, None, 1]),
             {},
-            "Row 1 of split 'train' has no label in column 'label', as 2 of 5 rows",
+            "Row 1 of split 'train' has no label in column 'label' .2 of 5 rows",
         ),
         (
             make_table(5, labels=[0, 1, -1, -1, 1]),
             {},
-            "Row 2 .* has the label -1 in column 'label', as 2 of 5 rows have one that is not allowed: allowed is 0",
+            "Row 2 .* has the label -1 in column 'label' .2 of 5 rows have a label that is not allowed.: allowed "
+            "labels are 0",
         ),
         (
             make_table(4).add_column("word", ["a", " ", "", "b"]),
             {"label_column": "word"},
-            "Row 1 of split 'train' has no label in column 'word', as 2 of 4 rows",
+            "Row 1 of split 'train' has no label in column 'word' .2 of 4 rows",
         ),
         (
             make_table(3).add_column("nothing", [None] * 3),
             {"label_column": "nothing"},
-            "Row 0 of split 'train' has no label in column 'nothing', as 3 of 3 rows",
+            "Row 0 of split 'train' has no label in column 'nothing' .3 of 3 rows",
         ),
         (make_table(0), {}, "Split 'train' of 'org/name' is empty"),
         (make_table(3).remove_columns("label"), {}, "No columns have the type ClassLabel .* with label_column"),
@@ -609,17 +612,17 @@ def test_bad_options(parquet_file: Path, options: dict, message: str):
         (
             make_table(3).add_column("score", [0.5, 1.0, 2.0]),
             {"label_column": "score"},
-            r"Column 'score' holds no labels .* its type is Value\('float64'\)",
+            r"Column 'score' contains no labels .* its type is Value\('float64'\)",
         ),
         (
             make_table(3).add_column("tags", [[0], [1], [2, 0]], feature=Sequence(Value("int64"))),
             {"label_column": "tags"},
-            "Column 'tags' holds no labels",
+            "Column 'tags' contains no labels",
         ),
         (
             make_table(3).add_column("score", [0.5, 1.0, 2.0]),
             {"image_column": "score"},
-            r"Column 'score' holds no images; its type is Value\('float64'\)",
+            r"Column 'score' contains no images; its type is Value\('float64'\)",
         ),
     ],
 )
@@ -632,9 +635,9 @@ def test_bad_tables(monkeypatch: pytest.MonkeyPatch, table: Dataset, options: di
 NO_IMAGE = {
     "null": (None, "it has neither bytes nor a path"),
     "neither": ({"bytes": None, "path": None}, "it has neither bytes nor a path"),
-    "no bytes": ({"bytes": b"", "path": "x.png"}, "it holds 0 bytes"),
+    "no bytes": ({"bytes": b"", "path": "x.png"}, "it is empty .0 bytes."),
     "no file": ({"bytes": None, "path": "gone.png"}, "its file 'gone.png' cannot be opened"),
-    "a folder": ({"bytes": None, "path": "/"}, "'/' is no file"),
+    "a folder": ({"bytes": None, "path": "/"}, "'/' is not a file"),
     "an empty text": ({"bytes": None, "path": ""}, "it has neither bytes nor a path"),
     "no path at all": ({"bytes": None, "path": "a\0b"}, "null byte"),
 }
@@ -669,7 +672,7 @@ def test_rows_without_an_image_are_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_empty_files_in_a_folder_are_named(tmp_path: Path):
     write_class_folders(tmp_path, {"cat": 3, "dog": 3})
     os.mkfifo(tmp_path / "dog" / "pipe.png")
-    with pytest.raises(ValueError, match=r"1 of 7 rows of split 'train' .* row 6: '.*dog/pipe.png' is no file"):
+    with pytest.raises(ValueError, match=r"1 of 7 rows of split 'train' .* row 6: '.*dog/pipe.png' is not a file"):
         load_image_dataset(tmp_path)
     (tmp_path / "dog" / "pipe.png").unlink()
     (tmp_path / "dog" / "1.png").write_bytes(b"")

@@ -43,7 +43,7 @@ def test_a_clip_is_classified_and_drawn(model, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda file: write_video(file, numbered_frames(601, 16, 22)), "has 601 frames; at most 600 are taken"),
+        (lambda file: write_video(file, numbered_frames(601, 16, 22)), "has 601 frames; at most 600 are accepted"),
         (lambda file: file.write_bytes(bytes(10 * 1024**2 + 1)), "is larger than 10 MB"),
         (lambda file: file.write_text("no video"), r"clip\.mp4 cannot be read"),
     ],
@@ -57,5 +57,5 @@ def test_a_bad_upload_is_refused_by_name(model, write, message, tmp_path: Path) 
 
 
 def test_a_model_of_images_is_refused() -> None:
-    with pytest.raises(ValueError, match="is one of images: name one of videos"):
+    with pytest.raises(ValueError, match="is an image model: name a video model"):
         clips.opener(app.PrunedModel(str(EXAMPLE_MODEL)))

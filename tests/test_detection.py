@@ -99,7 +99,9 @@ def test_labels_are_matched_by_name(kind, tmp_path):
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(other(images).logits, model(images).logits[..., [2, 0, 1]])
-    with pytest.raises(ValueError, match=r"detects 3 labels .*, the data set has 2 labels .*--ignore_mismatched_sizes"):
+    with pytest.raises(
+        ValueError, match=r"detects 3 labels .*, but the data set has 2 labels .*--ignore_mismatched_sizes"
+    ):
         dense_models.load_model(models, str(tmp_path), ["cat", "dog"])
     new = dense_models.load_model(models, str(tmp_path), ["cat", "dog"], ignore_mismatched_sizes=True)
     with torch.no_grad():
@@ -111,7 +113,7 @@ def test_labels_are_matched_by_name(kind, tmp_path):
 
 def test_a_model_of_another_task_is_named(tmp_path):
     save(make_models("rt_detr"), tmp_path)
-    with pytest.raises(ValueError, match="is a 'rt_detr' model; a segmentation model is needed"):
+    with pytest.raises(ValueError, match="is a 'rt_detr' model; it must be a segmentation model"):
         dense_models.load_model(SegmentationModels(), str(tmp_path), ["a", "b"])
 
 

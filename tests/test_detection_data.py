@@ -86,10 +86,13 @@ def test_folders_of_cocos_form(layout, tmp_path):
             {"image_id": 10, "category_id": 8, "bbox": BOX},
             "Annotation 0 of '.*' has the category 8, which is not",
         ),
-        ({"image_id": 99, "category_id": 7, "bbox": BOX}, "Annotation 0 of '.*' is of image 99, which is not among"),
+        ({"image_id": 99, "category_id": 7, "bbox": BOX}, "Annotation 0 of '.*' belongs to image 99, which is not in"),
         ({"image_id": 10, "category_id": 7}, "Annotation 0 of '.*' has no 'bbox'"),
-        ({"image_id": 10, "category_id": 7, "bbox": [1, 2, 3]}, "box 0 is .*; four numbers are needed"),
-        ({"image_id": 10, "category_id": 7, "bbox": [9, 9, -3, 4]}, "box 0 is .*, of negative size; boxes are"),
+        ({"image_id": 10, "category_id": 7, "bbox": [1, 2, 3]}, "box 0 is .*; it must be four numbers"),
+        (
+            {"image_id": 10, "category_id": 7, "bbox": [9, 9, -3, 4]},
+            "box 0 is .*, which has a negative size; boxes are",
+        ),
     ],
 )
 def test_what_a_coco_file_may_not_say(annotation, message, tmp_path):
@@ -105,7 +108,7 @@ def test_what_a_coco_file_may_not_say(annotation, message, tmp_path):
 def test_a_missing_image_is_named(tmp_path):
     write_image(tmp_path / "0.jpg")
     (tmp_path / "train.json").write_text(json.dumps(coco([{"image_id": 10, "category_id": 7, "bbox": BOX}])))
-    with pytest.raises(ValueError, match=r"2 of 3 images of '.*train.json' are not there; the first is '1.jpg'"):
+    with pytest.raises(ValueError, match=r"2 of 3 images of '.*train.json' are missing; the first is '1.jpg'"):
         load(tmp_path)
 
 
@@ -193,17 +196,17 @@ def test_boxes_without_area_are_left_out_and_counted(tmp_path, caplog):
         write_table(tmp_path / f"{split}.parquet", rows)
     with caplog.at_level(logging.WARNING):
         assert load(tmp_path).train.rows[0]["labels"] == [1]
-    assert "1 boxes of split 'train' have no area, and are left out" in caplog.text
+    assert "1 boxes of split 'train' have zero area and are left out" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("objects", "message"),
     [
         ({"bbox": [BOX], "category": []}, "The objects in row 0 of split 'train': there are 1 boxes and 0 classes"),
-        ({"bbox": [[float("nan")] * 4], "category": [0]}, "box 0 is .nan, nan, nan, nan.; four numbers are needed"),
+        ({"bbox": [[float("nan")] * 4], "category": [0]}, "box 0 is .nan, nan, nan, nan.; it must be four numbers"),
         (
             {"bbox": [[0.1, 0.1, 0.5, 0.5]], "category": [0]},
-            "within 1 pixel: they are needed in pixels",
+            "lie between 0 and 1: they must be in pixels",
         ),
         ({"bbox": [], "category": []}, "None of the 1 images of split 'train' has an object"),
     ],
@@ -219,7 +222,9 @@ def test_columns_that_are_not_there(tmp_path):
     write_table(tmp_path / "train.parquet", [{"place": [BOX]}], {"place": List(List(Value("float32")))})
     with pytest.raises(ValueError, match="Column 'objects' has the fields place: one of boxes"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="There is no column 'things' in split 'train'; there are image, objects"):
+    with pytest.raises(
+        ValueError, match="There is no column 'things' in split 'train'; the columns are image, objects"
+    ):
         load(tmp_path, label_column_name="things")
 
 
@@ -227,7 +232,7 @@ def test_a_class_of_another_split_is_named(tmp_path):
     features = {"bbox": List(List(Value("float32"))), "category": List(Value("string"))}
     write_table(tmp_path / "train.parquet", [{"bbox": [BOX], "category": ["cat"]}], features)
     write_table(tmp_path / "test.parquet", [{"bbox": [BOX], "category": ["cow"]}], features)
-    with pytest.raises(ValueError, match="row 0 of split 'test': the class 'cow' is unknown; there are cat"):
+    with pytest.raises(ValueError, match="row 0 of split 'test': the class 'cow' is unknown; the classes are cat"):
         load(tmp_path)
 
 
@@ -237,7 +242,7 @@ def test_a_class_of_another_split_is_named(tmp_path):
 def test_boxes_are_cut_at_the_edges_and_refused_outside():
     boxes = np.array([[-2, 0, 6, 10], [10, 5, 10, 5]], np.float32)
     np.testing.assert_allclose(fit_boxes(boxes, (20, 10), "objects"), [[0, 0, 0.2, 1], [0.5, 0.5, 1, 1]])
-    with pytest.raises(ImageError, match=r"box 0 is \[15.0, 5.0, 20.0, 10.0\] .* of which 12% are in the image"):
+    with pytest.raises(ImageError, match=r"box 0 is \[15.0, 5.0, 20.0, 10.0\] .* of which 12% are inside the image"):
         fit_boxes(np.array([[15, 5, 20, 10]], np.float32), (20, 10), "objects")
 
 
@@ -307,7 +312,7 @@ def test_what_is_random_depends_on_seed_epoch_and_index(tmp_path):
     ("options", "message"),
     [
         ({"size": (32,)}, r"size is \(32,\)"),
-        ({"scale": (2.0, 1.0)}, r"scale is \(2.0, 1.0\): 0 < smallest <= largest"),
+        ({"scale": (2.0, 1.0)}, r"scale is \(2.0, 1.0\): it must satisfy 0 < smallest <= largest"),
         ({"vertical_flip": 1.5}, "vertical_flip is 1.5: it must be from 0 to 1"),
     ],
 )

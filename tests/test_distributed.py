@@ -220,7 +220,7 @@ def test_a_process_that_hangs_ends_the_run_in_time(endless_run):
     processes[1].suspend()
     start = time.monotonic()
     for line in launcher.stderr:
-        if "error: Another of the 2 processes died or did not answer" in line:
+        if "error: Another of the 2 processes died or did not respond" in line:
             break
     else:
         pytest.fail("the process that is left said nothing")

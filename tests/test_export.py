@@ -162,7 +162,7 @@ def test_what_is_exported_has_no_operator_of_this_package(export_small_model):
 def test_bad_input(tmp_path):
     model = make_small_model("vim", None)
     with pytest.raises(
-        ValueError, match=r"unknown formats \['tflite'\]; allowed are \['onnx', 'torch', 'aotinductor'\]"
+        ValueError, match=r"unknown formats \['tflite'\]; allowed values are \['onnx', 'torch', 'aotinductor'\]"
     ):
         export_classifier(model, tmp_path / "exported", ["tflite"])
     with pytest.raises(ValueError, match="training mode"):
@@ -177,7 +177,7 @@ def test_bad_input(tmp_path):
 
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="is not overwritten"):
+    with pytest.raises(FileExistsError, match="will not be overwritten"):
         export_classifier(make_small_model("vim", None), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -190,7 +190,7 @@ def test_wrong_answers_are_not_kept(tmp_path, monkeypatch):
 
     monkeypatch.setitem(FORMATS, "damaged", FORMATS["torch"]._replace(load=load_damaged))
     with pytest.raises(
-        RuntimeError, match=r"the damaged file does not give .* 1 at a time: its logits are up to 1.0e-02 away"
+        RuntimeError, match=r"the damaged file does not reproduce .* 1 at a time: its logits are up to 1.0e-02 away"
     ):
         export_classifier(model, tmp_path / "exported", ["damaged"])
     assert not list(tmp_path.iterdir())
@@ -198,7 +198,7 @@ def test_wrong_answers_are_not_kept(tmp_path, monkeypatch):
 
 def test_other_kept_tokens_are_found():
     model = make_small_model("vim", "repeat")
-    with pytest.raises(RuntimeError, match="1 at a time: it keeps other tokens"):
+    with pytest.raises(RuntimeError, match="1 at a time: it keeps different tokens"):
         check_answers(model, lambda images: (model(images).logits, model(images).kept_tokens[0].flip(1)), "mirrored")
 
 
@@ -307,7 +307,7 @@ def test_script(tmp_path, capsys):
     assert all(name in printed for name in ("config.json", "preprocessor_config.json", "model.pt2"))
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["token_pruning"] is not None
     assert script.main(arguments) == 1
-    assert "is not overwritten" in capsys.readouterr().err
+    assert "will not be overwritten" in capsys.readouterr().err
 
 
 def test_without_a_compiler(tmp_path):

@@ -211,7 +211,7 @@ def test_corrupt_file_in_the_cache_is_found_and_named(hub, repo, tmp_path) -> No
     content[-1] ^= 1
     file.chmod(0o644)
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{file.name} is not what the Hub has: its SHA-256 differs"):
+    with pytest.raises(ValueError, match=rf"{file.name} differs from the file on the Hub: its SHA-256 is different"):
         load_classifier(repo)
 
 

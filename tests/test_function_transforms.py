@@ -149,7 +149,7 @@ def test_mamba_ssm(transform, mamba_package) -> None:
     found = along_directions(mamba_ssm.selective_scan, arguments, torch.float32)
     expected = along_directions(selective_scan_torch, arguments, torch.float64)
     if transform in WITHIN_AUTOGRAD:
-        with pytest.raises(RuntimeError, match=r"'mamba_ssm' can be computed once.*: use backend 'torch'"):
+        with pytest.raises(RuntimeError, match=r"'mamba_ssm' can only be computed once.*: use backend 'torch'"):
             TRANSFORMS[transform](found, torch.zeros(SIZE), torch.ones(SIZE))
     else:
         assert_transform_is_right(transform, found, expected, limit=1e-5)

@@ -265,7 +265,9 @@ def test_a_classifiers_weights_go_into_a_backbone(family):
 
 def test_a_classifier_of_another_shape_is_refused():
     model = make_model("plainmamba", "upernet")
-    with pytest.raises(ValueError, match="the pretrained model is of type 'vim', and the backbone 'plainmamba'"):
+    with pytest.raises(
+        ValueError, match="the pretrained model is of type 'vim', but the backbone is of type 'plainmamba'"
+    ):
         put_pretrained_backbone(model, FAMILIES["vim"].classifier(make_vim_config(**PATCHES)))
     wider = FAMILIES["plainmamba"].classifier(make_plainmamba_config(**{**PATCHES, "hidden_size": 32}))
     with pytest.raises(
@@ -361,8 +363,8 @@ def test_norms_of_levels(family):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"feature_norm": "batch"}, "`feature_norm` is 'batch'; allowed are"),
-        ({"feature_pyramid": "fpn"}, "`feature_pyramid` is 'fpn'; allowed are None, 'vim', 'simple'"),
+        ({"feature_norm": "batch"}, "`feature_norm` is 'batch'; allowed values are"),
+        ({"feature_pyramid": "fpn"}, "`feature_pyramid` is 'fpn'; allowed values are None, 'vim', 'simple'"),
         ({"feature_pyramid": "vim", "patch_size": 12, "image_size": 48}, "patches 12 pixels apart"),
         ({"feature_pyramid": "vim", "out_features": ["stem", *LEVELS]}, "at most 4 levels; `out_features` names 5"),
     ],

@@ -144,11 +144,11 @@ def test_a_lost_host_ends_the_run_which_goes_on_on_one(hosts, tmp_path):
     output = launchers[0].communicate(timeout=PATIENCE)[0]
     assert launchers[0].returncode != 0
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: Another of the 2 processes died or did not answer")
+    assert line.startswith("error: Another of the 2 processes died or did not respond")
     assert "--resume latest" in line
 
     saved = max(int(folder.name.partition("-")[2]) for folder in (tmp_path / "run").glob("checkpoint-*"))
     assert saved < 108
     said = on_one_host(*options, "--batch_size", "16", "--resume", "latest")
-    assert f"Going on from {tmp_path / 'run' / f'checkpoint-{saved}'}" in said
+    assert f"Resuming from {tmp_path / 'run' / f'checkpoint-{saved}'}" in said
     assert history(tmp_path / "run")[-1]["step"] == 108

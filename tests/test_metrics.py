@@ -103,8 +103,8 @@ def test_mean_iou_renames_labels():
     ("prediction", "reference", "message"),
     [
         ([[0, 1]], [[0]], r"A prediction is \(1, 2\) and its reference \(1, 1\)"),
-        ([[0, 2]], [[0, 1]], "A prediction holds label ids from 0 to 2; with num_labels 2"),
-        ([[0, 1]], [[0, 200]], "A reference holds label ids from 0 to 200"),
+        ([[0, 2]], [[0, 1]], "A prediction has label ids from 0 to 2; with num_labels 2"),
+        ([[0, 1]], [[0, 200]], "A reference has label ids from 0 to 200"),
     ],
 )
 def test_mean_iou_names_what_does_not_fit(prediction, reference, message):
@@ -115,7 +115,7 @@ def test_mean_iou_names_what_does_not_fit(prediction, reference, message):
 
 
 def test_unknown_metrics_are_named():
-    with pytest.raises(ValueError, match="no metric 'f1'; there are mean_iou, top_k_accuracy"):
+    with pytest.raises(ValueError, match="no metric 'f1'; the metrics are mean_iou, top_k_accuracy"):
         load_metric("f1")
 
 

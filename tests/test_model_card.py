@@ -210,7 +210,7 @@ def test_script_writes_the_page_of_a_folder(tiny_pruned_config, image_processor,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- a list", "names and values are needed"),
+        ("- a list", "it must map names to values"),
         ("name: [", "does not describe a model card"),
         ("license: mit", "name"),
         ("name: M\ntraining: {recipe: none}", "recipe"),
@@ -225,7 +225,7 @@ def test_wrong_descriptions_are_refused(content, message, tmp_path) -> None:
 
 @pytest.mark.parametrize("results", [[], {}, {"dense": {}}, {"dense": {"accuracy": {"top1": "high"}}}])
 def test_wrong_results_are_refused(results, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"results\.json is not what `hf-vssm-prune evaluate --json` writes"):
+    with pytest.raises(ValueError, match=r"results\.json was not written by `hf-vssm-prune evaluate --json`"):
         read_model_card_info(write_sources(tmp_path, results))
 
 

@@ -48,7 +48,7 @@ def test_metadata_is_valid(card: Path) -> None:
     assert "## Limits and biases" in card.read_text()
     # What was not measured may not stand there as measured.
     assert ("model-index" in yaml.safe_load(card.read_text().split("---")[1])) == (card in OWN_CARDS)
-    assert ("has not evaluated it" in card.read_text()) == (card not in OWN_CARDS)
+    assert ("has not evaluated the model" in card.read_text()) == (card not in OWN_CARDS)
     assert ("What papers report" in card.read_text()) <= ("none of them was measured" in card.read_text())
 
 

@@ -239,8 +239,8 @@ def test_laid_out_size_needs_no_interpolation(model, pixel_values) -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(2, 1, 32, 32), r"\(2, 1, 32, 32\); expected is \(batch, 3, height, width\)"),
-        (torch.zeros(3, 32, 32), r"\(3, 32, 32\); expected is"),
+        (torch.zeros(2, 1, 32, 32), r"\(2, 1, 32, 32\); expected shape: \(batch, 3, height, width\)"),
+        (torch.zeros(3, 32, 32), r"\(3, 32, 32\); expected shape:"),
         (torch.zeros(1, 3, 0, 32), "an image without pixels"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "dtype torch.uint8; normalised floating-point"),
         (

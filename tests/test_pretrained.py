@@ -174,7 +174,7 @@ def test_a_name_alone_is_of_ones_own_account(hub, plainmamba, repo) -> None:
 
 def test_private_is_not_pushed_to_where_everybody_sees_it(hub, plainmamba, repo) -> None:
     plainmamba.push_to_hub(repo)
-    with pytest.raises(PushError, match="already exists, and is public"):
+    with pytest.raises(PushError, match="already exists and is public"):
         plainmamba.push_to_hub(repo, private=True)
 
 

@@ -612,7 +612,7 @@ def test_training_draws_by_probability() -> None:
 
 def test_missing_predictor() -> None:
     stage = make_stage("vim", (2, 2), 4, 2)._replace(module=None)
-    with pytest.raises(ValueError, match=r"needs a predictor .* `model.set_token_pruning` makes it"):
+    with pytest.raises(ValueError, match=r"needs a predictor .* `model.set_token_pruning` creates it"):
         METHODS["dyvm"].reduce(stage)
 
 

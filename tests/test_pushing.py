@@ -215,7 +215,7 @@ def test_checkpoints_logs_and_pickles_stay_at_home(folder, tmp_path):
     [
         ({"token": None}, None, ["401"]),
         ({"token": "hf_other"}, None, ["401"]),
-        ({}, ("POST", "/commit/", 403), ["may not write there", "403"]),
+        ({}, ("POST", "/commit/", 403), ["has no write access there", "403"]),
         ({}, ("POST", "/commit/", 409), ["try again", "409"]),
         ({}, ("POST", "/preupload/", 400), ["refused", "400"]),
         ({}, ("POST", "objects/batch", 413), ["larger than the Hub allows"]),
@@ -272,7 +272,7 @@ def test_a_download_that_is_cut_off_is_made_whole(hub, client, folder):
 def test_wrong_bytes_of_the_right_size_are_found_and_named(revision, hub, client, folder):
     assert_ok(client.push(folder, REPO, "--revision", revision))
     hub.fail("GET", "/resolve/.*safetensors", times=1, wrong_bytes=True)
-    assert_refused(client.load(revision=revision), "is not what the Hub has", "SHA-256", "blobs")
+    assert_refused(client.load(revision=revision), "differs from the file on the Hub", "SHA-256", "blobs")
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_the_trainers_way_to_the_hub(hub, client, folder, tmp_path):
     )
     shutil.copytree(folder, tmp_path / "run" / "best")
     hub.fail("POST", "/commit/", times=9, status=403)
-    assert_refused(client.run("-c", program, tmp_path / "run"), "may not write there", str(tmp_path / "run"))
+    assert_refused(client.run("-c", program, tmp_path / "run"), "has no write access there", str(tmp_path / "run"))
     hub.state.faults.clear()
     assert_ok(client.run("-c", program, tmp_path / "run"))
     assert "model.safetensors" in hub.files(REPO)

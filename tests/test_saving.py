@@ -292,7 +292,7 @@ def test_folder_that_no_one_can_make(model) -> None:
 
 @pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), None, "plainmamba", torch.nn.Sequential(make_classifier())])
 def test_other_models_are_refused(other, tmp_path) -> None:
-    with pytest.raises(TypeError, match="PlainMamba, Vim or VideoMamba model of hf_vssm_prune is needed"):
+    with pytest.raises(TypeError, match="Expected a PlainMamba, Vim or VideoMamba model of hf_vssm_prune"):
         save_for_hub(other, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 

@@ -42,37 +42,46 @@ def schedule(**changes) -> dict:
 WRONG = [
     *((schedule(keep_ratios=[0.7, ratio]), rf"{ratio!r} is not in \(0, 1\]") for ratio in (0, -0.1, 1.1, True, "half")),
     *((schedule(keep_ratios=[ratio, 0.5]), r"is not in \(0, 1\]") for ratio in (math.nan, math.inf, None)),
-    (schedule(keep_ratios=[0.7]), "1 ratios for 2 layers; one for each layer is needed"),
+    (schedule(keep_ratios=[0.7]), "1 ratios for 2 layers; give one ratio for each layer"),
     (schedule(keep_ratios=[0.7, 0.7, 0.7]), "3 ratios for 2 layers"),
-    (schedule(keep_ratios=0.7), "0.7; a list is needed, with one entry for each stage"),
-    (schedule(layers=[3, 1]), r"\[3, 1\]; layers must ascend, each given once"),
-    (schedule(layers=[2, 2]), r"\[2, 2\]; layers must ascend, each given once"),
-    (schedule(layers=[0, 1]), r"\[0, 1\]; .*1 to 3 are allowed in a model of 4 layers"),
-    (schedule(layers=[1, 4]), r"\[1, 4\]; .*1 to 3 are allowed in a model of 4 layers"),
-    (schedule(layers=[-1, 2]), r"\[-1, 2\]; .*1 to 3 are allowed"),
-    (schedule(layers=[1.0, 2.0]), r"\[1\.0, 2\.0\]; layers are whole numbers"),
-    (schedule(layers=[True, 2]), r"\[True, 2\]; layers are whole numbers"),
-    (schedule(layers="12"), "'12'; a list is needed"),
-    (schedule(layers=1, keep_ratios=0.5), "1; a list is needed"),
+    (schedule(keep_ratios=0.7), "0.7; it must be a list with one entry for each stage"),
+    (schedule(layers=[3, 1]), r"\[3, 1\]; layers must be in ascending order, without duplicates"),
+    (schedule(layers=[2, 2]), r"\[2, 2\]; layers must be in ascending order, without duplicates"),
+    (schedule(layers=[0, 1]), r"\[0, 1\]; .*the allowed layers are 1 to 3 in a model with 4 layers"),
+    (schedule(layers=[1, 4]), r"\[1, 4\]; .*the allowed layers are 1 to 3 in a model with 4 layers"),
+    (schedule(layers=[-1, 2]), r"\[-1, 2\]; .*the allowed layers are 1 to 3"),
+    (schedule(layers=[1.0, 2.0]), r"\[1\.0, 2\.0\]; layers must be whole numbers"),
+    (schedule(layers=[True, 2]), r"\[True, 2\]; layers must be whole numbers"),
+    (schedule(layers="12"), "'12'; it must be a list"),
+    (schedule(layers=1, keep_ratios=0.5), "1; it must be a list"),
     (schedule(layers=[], keep_ratios=[]), "give at least one layer, or `token_pruning=None`"),
     (schedule(layers=...), r"needs \['layers'\], or `flops_reduction`"),
     (schedule(keep_ratios=None), r"needs \['keep_ratios'\]"),
     ({}, r"needs \['layers', 'keep_ratios'\]"),
-    (schedule(alignment="Repeat"), r"'alignment'.*'Repeat'; allowed are \['repeat', 'zero_input', 'none', 'learned'\]"),
-    (schedule(alignment=None), r"'alignment'.*None; allowed are"),
-    (schedule(importance="norm"), r"'importance'.*'norm'; allowed are \['clip', 'mean', 'l1', 'l2', 'random', 'infl"),
-    (schedule(importance=["clip"]), r"'importance'.*\['clip'\]; allowed are"),
-    (schedule(method="ToMe"), r"'method'.*'ToMe'; allowed are \['top', 'evit', 'tome', 'r_meeto', 'utr', 'mtr', "),
-    (schedule(method=None), r"'method'.*None; allowed are"),
+    (
+        schedule(alignment="Repeat"),
+        r"'alignment'.*'Repeat'; allowed values are \['repeat', 'zero_input', 'none', 'learned'\]",
+    ),
+    (schedule(alignment=None), r"'alignment'.*None; allowed values are"),
+    (
+        schedule(importance="norm"),
+        r"'importance'.*'norm'; allowed values are \['clip', 'mean', 'l1', 'l2', 'random', 'infl",
+    ),
+    (schedule(importance=["clip"]), r"'importance'.*\['clip'\]; allowed values are"),
+    (
+        schedule(method="ToMe"),
+        r"'method'.*'ToMe'; allowed values are \['top', 'evit', 'tome', 'r_meeto', 'utr', 'mtr', ",
+    ),
+    (schedule(method=None), r"'method'.*None; allowed values are"),
     (
         schedule(method="tome", importance="l1"),
         r"'importance'.*'l1', but the method 'tome' does not use an importance; .* \['top', 'evit', 'utr'",
     ),
-    ({"flops_reduction": 0.3, "method": "best"}, r"'method'.*'best'; allowed are"),
-    (schedule(ratio=0.5), r"unknown options \['ratio'\]; allowed are \['layers', 'keep_ratios', 'alignment'"),
+    ({"flops_reduction": 0.3, "method": "best"}, r"'method'.*'best'; allowed values are"),
+    (schedule(ratio=0.5), r"unknown options \['ratio'\]; allowed options are \['layers', 'keep_ratios', 'alignment'"),
     (schedule(flops_reduction=0.4), "both `flops_reduction` and `keep_ratios`; give one of them"),
-    ({"flops_reduction": 0.3, "layers": [9]}, r"'layers'.*\[9\]; .*1 to 3 are allowed"),
-    ({"flops_reduction": 0.3, "layers": 2}, r"'layers'.*2; a list is needed"),
+    ({"flops_reduction": 0.3, "layers": [9]}, r"'layers'.*\[9\]; .*the allowed layers are 1 to 3"),
+    ({"flops_reduction": 0.3, "layers": 2}, r"'layers'.*2; it must be a list"),
     ({"flops_reduction": 0.9, "layers": [3]}, r"dropping all but one token at \[3\] removes 0\.\d+"),
     *(
         ({"flops_reduction": share}, rf"`flops_reduction` is {share!r}; it must be between 0 and 1")
@@ -80,7 +89,7 @@ WRONG = [
     ),
     ({"flops_reduction": 0.99}, r"`flops_reduction` is 0\.99; dropping all but one token at \[1\b.*\] removes 0\.\d+"),
     ({"flops_reduction": 0.3, "ratio": 0.5}, r"unknown options \['ratio'\]"),
-    ({"flops_reduction": 0.3, "alignment": "no"}, r"'alignment'.*'no'; allowed are"),
+    ({"flops_reduction": 0.3, "alignment": "no"}, r"'alignment'.*'no'; allowed values are"),
 ]
 
 
@@ -101,14 +110,14 @@ def test_not_a_dict(token_pruning, config) -> None:
     # The check of the fields' types speaks first when a configuration is made.
     with pytest.raises(StrictDataclassFieldValidationError, match=r"token_pruning.*\n.*expected"):
         type(config)(token_pruning=token_pruning)
-    with pytest.raises(ValueError, match="None or a dict is needed"):
+    with pytest.raises(ValueError, match="it must be None or a dict"):
         FAMILIES[config.model_type].classifier(config).set_token_pruning(token_pruning)
 
 
 def test_attribute_set_behind_the_checks_is_refused_in_use(config, pixel_values) -> None:
     model = FAMILIES[config.model_type].classifier(config)
     model.config.token_pruning = {"layers": [9], "keep_ratios": [0.5]}
-    with pytest.raises(ValueError, match=r"\[9\]; .*1 to 3 are allowed"):
+    with pytest.raises(ValueError, match=r"\[9\]; .*the allowed layers are 1 to 3"):
         model(pixel_values)
 
 
@@ -165,7 +174,7 @@ def test_options_of_from_pretrained_in_any_order(config, tmp_path) -> None:
         assert opened.token_pruning["layers"] == [1]
         assert opened.token_pruning["method"] == "local_top"
         assert count_flops(opened).reduction == pytest.approx(0.24, abs=0.005)
-    with pytest.raises(ValueError, match=r"'layers'.*\[1, 3\]; .*1 to 1 are allowed"):
+    with pytest.raises(ValueError, match=r"'layers'.*\[1, 3\]; .*the allowed layers are 1 to 1"):
         AutoConfig.from_pretrained(tmp_path, num_hidden_layers=2)
 
 
@@ -174,7 +183,7 @@ def test_depth_changed_on_a_configuration(config) -> None:
     config.num_hidden_layers = 6
     assert config.token_pruning == TOKEN_PRUNING
     config.num_hidden_layers = 3
-    with pytest.raises(ValueError, match=r"'layers'.*\[1, 3\]; .*1 to 2 are allowed"):
+    with pytest.raises(ValueError, match=r"'layers'.*\[1, 3\]; .*the allowed layers are 1 to 2"):
         _ = config.token_pruning
 
 
@@ -188,7 +197,7 @@ def test_schedule_of_one_call(config, pixel_values) -> None:
         assert torch.equal(model(pixel_values).logits, pruned.logits)
         assert torch.equal(model(pixel_values, token_pruning=None).logits, dense)
         assert model.config.token_pruning == TOKEN_PRUNING
-        with pytest.raises(ValueError, match="1 to 3 are allowed"):
+        with pytest.raises(ValueError, match="the allowed layers are 1 to 3"):
             model(pixel_values, token_pruning={"layers": [9], "keep_ratios": [0.5]})
 
 
@@ -285,7 +294,9 @@ def test_budget_near_the_paper_needs_the_papers_layers() -> None:
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 def test_budget_that_few_tokens_cannot_meet(family) -> None:
     """Four tokens: the possible cuts lie far apart."""
-    with pytest.raises(ValueError, match=r"`flops_reduction` is 0\.05; with 4 tokens .* the nearest removes 0\.\d+"):
+    with pytest.raises(
+        ValueError, match=r"`flops_reduction` is 0\.05; with 4 tokens .* the nearest one removes 0\.\d+"
+    ):
         make_config(family, image_size=16, token_pruning={"flops_reduction": 0.05})
     with pytest.raises(ValueError, match="a model of 1 layer has no layer before which"):
         make_config(family, num_hidden_layers=1, token_pruning={"flops_reduction": 0.3})

@@ -139,7 +139,7 @@ def test_killed_and_resumed_runs_end_with_the_same_weights_to_the_bit(image_fold
     assert not (broken / "last").exists()
 
     result = run("finetune.py", *arguments, "--output_dir", broken, "--resume", "latest")
-    assert "Going on from" in result.stderr
+    assert "Resuming from" in result.stderr
     assert_same_weights(whole, broken)
     assert not list(broken.glob(".*"))
     histories = [json.loads((folder / "all_results.json").read_text())["history"] for folder in (whole, broken)]
@@ -233,7 +233,7 @@ TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
     [
         ("finetune", [], "required: --dataset_name"),
         ("finetune", [*FINETUNE, "--nonsense", "1"], "--nonsense"),
-        ("finetune", [*FINETUNE, "--prune_layers", "6"], "--prune_layers and --keep_ratios go together"),
+        ("finetune", [*FINETUNE, "--prune_layers", "6"], "--prune_layers and --keep_ratios must be given together"),
         ("finetune", [*FINETUNE, "--prune_layers", "6", "--keep_ratios", "1", "1"], "differ in length"),
         ("finetune", [*FINETUNE, "--prune_layers", "6", "--keep_ratios", "1.5"], "--keep_ratios has [1.5]"),
         ("finetune", [*FINETUNE, *SCHEDULE, "--flops_reduction", "0.4"], "cannot be combined"),
@@ -265,8 +265,8 @@ TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
         ("train", [*TRAIN, "--model_name_or_path", "m"], "Give either --family"),
         ("train", [*TRAIN, "--preset", "S"], "unknown preset 'S' of PlainMambaConfig"),
         ("train", [*TRAIN, "--patch_size", "7"], "`patch_size` is 7"),
-        ("train", [*TRAIN, "--config_overrides", "hidden_size"], "key=value is needed"),
-        ("train", [*TRAIN, "--config_overrides", "width=3"], "'width', which PlainMambaConfig does not know"),
+        ("train", [*TRAIN, "--config_overrides", "hidden_size"], "it must be key=value"),
+        ("train", [*TRAIN, "--config_overrides", "width=3"], "'width', which PlainMambaConfig does not have"),
         ("train", [*TRAIN, "--config_overrides", "num_channels=1"], "the model's images have 1 channels"),
         ("train", [*TRAIN[:4], "--model_name_or_path", "m", "--preset", "L1"], "--preset is for a new model"),
         ("evaluate", [*FINETUNE[:2], "--model_name_or_path", "m", "--json", "/nowhere/out.json"], "does not exist"),
@@ -403,7 +403,7 @@ def test_help(script, capsys):
     [
         ([], "has no pruning schedule, and none was given"),
         (["--prune_layers", "9", "--keep_ratios", "0.5"], "a model of 4 layers"),
-        ([*SCHEDULE, "--resume", "nowhere"], "--resume nowhere: no checkpoint there"),
+        ([*SCHEDULE, "--resume", "nowhere"], "--resume nowhere is not a checkpoint"),
         ([*SCHEDULE, "--batch_size", "51"], "do not fill one batch of 51"),
         ([*SCHEDULE, "--alignment_layers", "7"], "the model has layers 0 to 3"),
     ],

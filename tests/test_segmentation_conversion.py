@@ -185,7 +185,7 @@ def test_options_are_read_off_the_tensors(changes):
         ),
         (
             lambda official: [official.pop(f"backbone.norm_layer0.{part}") for part in ("weight", "bias")],
-            r"norms the outputs of layers \[2\] of 4, and its decode head uses 2 levels",
+            r"norms for the outputs of layers \[2\] of 4, but its decode head uses 2 levels",
         ),
     ],
 )

@@ -85,7 +85,7 @@ def test_an_image_without_a_mask_is_named(tmp_path):
 def test_a_folder_without_masks_is_refused(tmp_path):
     write_pair(tmp_path / "images" / "a.png", tmp_path / "elsewhere.png")
     (tmp_path / "elsewhere.png").unlink()
-    with pytest.raises(ValueError, match="holds 1 images and 0 masks: for each image a mask is needed"):
+    with pytest.raises(ValueError, match="contains 1 images and 0 masks: each image needs a mask"):
         load(tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_columns_that_are_not_clear_are_asked_for(tmp_path):
     write_parquet(tmp_path, ("left", "right"))
     with pytest.raises(ValueError, match="name them with --image_column_name and --label_column_name"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="There is no column 'depth' in split 'train'; there are left, right"):
+    with pytest.raises(ValueError, match="There is no column 'depth' in split 'train'; the columns are left, right"):
         load(tmp_path, label_column_name="depth")
     assert len(load(tmp_path, image_column_name="left", label_column_name="right").train) == 4
 
@@ -137,7 +137,7 @@ def test_names_of_classes(tmp_path):
 
 def test_streams(tmp_path):
     write_parquet(tmp_path)
-    with pytest.raises(ValueError, match="does not name its classes, and masks are streamed"):
+    with pytest.raises(ValueError, match="does not name its classes, and the masks are streamed"):
         load(tmp_path, streaming=True)
     (tmp_path / "classes.txt").write_text("air\nground\n")
     datasets = load(tmp_path, streaming=True, shuffle_buffer_size=2)
@@ -179,13 +179,16 @@ def test_reduced_labels():
         ),
         (
             lambda file: PILImage.new("L", (12, 9)).save(file),
-            r"The mask in row 0 .* is 12 x 9 pixels, and its image 12 x 8: they must be of one size",
+            r"The mask in row 0 .* is 12 x 9 pixels, and its image 12 x 8: they must have the same size",
         ),
         (
             lambda file: PILImage.new("L", (12, 8), 7).save(file),
-            r"The mask in row 0 .* has the class ids 7: allowed are 0 to 1, and 255 for pixels of no class",
+            r"The mask in row 0 .* has the class ids 7: allowed values are 0 to 1, and 255 for pixels of no class",
         ),
-        (lambda file: PILImage.new("RGB", (12, 8), (1, 2, 3)).save(file), "has colours: a class id in each pixel"),
+        (
+            lambda file: PILImage.new("RGB", (12, 8), (1, 2, 3)).save(file),
+            "is a colour image: a mask must have a class id in each pixel",
+        ),
     ],
     ids=["damaged", "size", "ids", "colours"],
 )

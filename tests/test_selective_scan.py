@@ -165,7 +165,7 @@ def test_auto_agrees_with_it() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match=r"unknown backend 'cuda11'; known are 'auto', 'torch', 'cpu'"):
+    with pytest.raises(ValueError, match=r"unknown backend 'cuda11'; known backends are 'auto', 'torch', 'cpu'"):
         selective_scan(**make_arguments([]), backend="cuda11")
 
 
@@ -182,5 +182,5 @@ def test_unavailable_backend(monkeypatch) -> None:
 def test_moves_and_their_additions_go_together(missing) -> None:
     arguments = make_arguments(OPTIONS["moves"])
     del arguments[missing]
-    with pytest.raises(ValueError, match="`direction_B` and `moves` go together"):
+    with pytest.raises(ValueError, match="`direction_B` and `moves` must be given together"):
         selective_scan(**arguments)

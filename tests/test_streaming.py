@@ -91,7 +91,7 @@ def test_a_part_of_the_stream(parquet_folder):
 def test_a_stream_that_ends_too_soon_says_so(parquet_folder):
     stream = load_image_stream(parquet_folder).train
     longer = ImageStream(stream.rows, 32, stream.buffer_size, "train")
-    with pytest.raises(ValueError, match="'train' has 30 images, fewer than the 32"):
+    with pytest.raises(ValueError, match="'train' has 30 images, fewer than the expected 32"):
         list(StreamSampler(longer, seed=0))
 
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, parquet_folder):
     with pytest.raises(ValueError, match="omit --streaming"):
         load_image_stream(tmp_path / "pictures")
     write(tmp_path / "train.parquet", range(4), label=Value("int64"))
-    with pytest.raises(ValueError, match="a stream's labels need names"):
+    with pytest.raises(ValueError, match="in a stream, labels need names"):
         load_image_stream(tmp_path / "train.parquet", label_column="kind")
     with pytest.raises(ValueError, match="no split to evaluate on"):
         load_image_stream(parquet_folder / "train-0.parquet")
@@ -113,8 +113,8 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, parquet_folder):
         (None, 1, "The image in place 1 of epoch 0 of split 'train' has neither bytes nor a path"),
         ({"bytes": None, "path": None}, 1, "The image in place 1 of epoch 0 of split 'train' has neither bytes nor a"),
         ({"bytes": b"", "path": None}, 1, "The image in place 1 of epoch 0 of split 'train' cannot be read"),
-        ("a picture", None, "The image in place 1 of split 'train' has the label None: allowed is 0 to 2"),
-        ("a picture", -1, "The image in place 1 of split 'train' has the label -1: allowed is 0 to 2"),
+        ("a picture", None, "The image in place 1 of split 'train' has the label None: allowed labels are 0 to 2"),
+        ("a picture", -1, "The image in place 1 of split 'train' has the label -1: allowed labels are 0 to 2"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(image, label, message, tmp_path):
@@ -142,5 +142,5 @@ def test_rows_that_datasets_cannot_read_are_named(tmp_path):
         return row
 
     broken = ImageStream(stream.rows.map(fail), 4, buffer_size=1, split="train")
-    with pytest.raises(ValueError, match=r"After [0-2] rows of split 'train' one cannot be read: An image"):
+    with pytest.raises(ValueError, match=r"After [0-2] rows of split 'train', a row cannot be read: An image"):
         list(StreamSampler(broken, seed=0))

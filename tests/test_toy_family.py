@@ -137,7 +137,7 @@ def test_a_family_that_is_named_is_taken() -> None:
     assert infer_config(official, family="toy").grid_size == (3, 4, 4)
     with pytest.raises(ValueError, match=r"not a complete image classifier; missing: patch_embed\.proj\.weight"):
         infer_config(official, family="vim")
-    with pytest.raises(ValueError, match=r"`family` is 'top'; allowed are .*'toy'"):
+    with pytest.raises(ValueError, match=r"`family` is 'top'; allowed values are .*'toy'"):
         infer_config(official, family="top")
     with pytest.raises(ValueError, match="`depthwise_layers` is an option of PlainMamba, not of Toy"):
         infer_config(official, depthwise_layers=[0])

@@ -66,7 +66,7 @@ def test_folders_by_class(class_folders):
     datasets = load_image_dataset(class_folders, medium=VIDEOS)
     assert datasets.label_names == ["blue", "green", "red"]
     assert (len(datasets.train), len(datasets.evaluation)) == (12, 6)
-    with pytest.raises(ValueError, match=r"The class folder '.*blue' holds no images"):
+    with pytest.raises(ValueError, match=r"The class folder '.*blue' contains no images"):
         load_image_dataset(class_folders)
 
 
@@ -107,9 +107,9 @@ def test_tables_of_paths_and_labels(kind, numbered, absolute, class_folders, tmp
     ("text", "message"),
     [
         ("", r"val\.csv' is empty: a path and a label"),
-        ("path,label\na.mp4\n", r"Line 2 of '.*val\.csv' is \['a\.mp4'\]: a path and a label are needed"),
-        ("path,label\na.mp4,\n", r"Line 2 of .*: a path and a label are needed"),
-        ("a.mp4 1\nb.mp4 2 3\n", r"Line 2 of .*\['b\.mp4', '2', '3'\]: a path and a label are needed"),
+        ("path,label\na.mp4\n", r"Line 2 of '.*val\.csv' is \['a\.mp4'\]: it must have a path and a label"),
+        ("path,label\na.mp4,\n", r"Line 2 of .*: it must have a path and a label"),
+        ("a.mp4 1\nb.mp4 2 3\n", r"Line 2 of .*\['b\.mp4', '2', '3'\]: it must have a path and a label"),
         (
             "path,label\na.mp4,x\nb.mp4,y\n",
             r"2 of 2 rows of split 'validation' have no video .* the first is row 0: its",
@@ -137,7 +137,7 @@ def test_parquet_with_videos_and_none_in_a_row(class_folders, tmp_path):
         tmp_path / "train.parquet"
     )
     with pytest.raises(
-        ValueError, match=r"1 of 12 rows .* have no video in column 'clip'; the first is row 7: it holds 0"
+        ValueError, match=r"1 of 12 rows .* have no video in column 'clip'; the first is row 7: it is empty"
     ):
         load_image_dataset(tmp_path / "train.parquet", medium=VIDEOS)
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_read_is_named_by_its_row(tmp_path):
 
 def test_a_processor_for_images_is_refused(wide_videos):
     processor = new_image_processor(make_vim_config(), [0.5] * 3, [0.5] * 3)
-    with pytest.raises(ValueError, match=r"has num_frames=None: the processor of a model of videos says"):
+    with pytest.raises(ValueError, match=r"has num_frames=None: the image processor of a video model must say"):
         EvaluationClips(wide_videos, processor, Views())
 
 
@@ -298,10 +298,14 @@ def test_models_of_images_are_named(class_folders, checkpoint, tmp_path, capsys)
     data = ["--dataset_name", str(class_folders), "--device", "cpu", "--workers", "0"]
     arguments = ["--task", "video-classification", "--model_name_or_path", str(images), *data]
     assert load_script("evaluate").main(arguments) == 1
-    assert "has num_frames=None: the processor of a model of videos says" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"is a model of images; --task video-classification needs one of videos"):
+    assert "has num_frames=None: the image processor of a video model must say" in capsys.readouterr().err
+    with pytest.raises(
+        ValueError, match=r"is a model for images; --task video-classification needs a model for videos"
+    ):
         VideoClassification().load_model(str(images), ["a"])
-    with pytest.raises(ValueError, match=r"is a model of videos; --task image-classification needs one of images"):
+    with pytest.raises(
+        ValueError, match=r"is a model for videos; --task image-classification needs a model for images"
+    ):
         ImageClassification().load_model(str(checkpoint), ["a"])
 
 

@@ -283,12 +283,12 @@ def list_of_files(file: Path) -> None:
 
 
 WRONG = {
-    "empty": (lambda file: file.touch(), "holds 0 bytes"),
+    "empty": (lambda file: file.touch(), "is empty"),
     "missing": (lambda file: None, "cannot be read: No such file or directory"),
     "a folder": (lambda file: file.mkdir(), "cannot be read: Is a directory"),
     "text": (lambda file: file.write_text("hello " * 100), "cannot be read: Invalid data"),
     "noise": (lambda file: file.write_bytes(np.random.default_rng(0).bytes(20000)), "cannot be read: Invalid data"),
-    "sound alone": (sound_alone, "has no video stream: there is audio in it"),
+    "sound alone": (sound_alone, "has no video stream: it contains audio"),
     "no frames": (without_frames, "has no frames"),
     "cut off": (cut, "cannot be read: Invalid data"),
     "overwritten": (overwritten, "cannot be read: "),
@@ -313,7 +313,7 @@ def test_what_is_no_video_is_named_in_one_line(kind, tmp_path):
 
 @pytest.mark.parametrize("stored", [None, {"bytes": None, "path": None}, {"bytes": b"", "path": None}])
 def test_nothing_stored(stored):
-    with pytest.raises(VideoError, match=r"^Row 3 (has neither bytes nor a path|holds 0 bytes)"):
+    with pytest.raises(VideoError, match=r"^Row 3 (has neither bytes nor a path|is empty)"):
         decode_frames(stored, lambda count: [[0]], lambda frame: frame, "Row 3")
 
 
@@ -334,7 +334,7 @@ def test_frames_that_are_too_large_are_not_decoded(tmp_path, monkeypatch):
 
 def test_pyav_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ValueError, match=r"PyAV, which is missing: pip install 'hf_vssm_prune\[video\]'"):
+    with pytest.raises(ValueError, match=r"PyAV, which is not installed: pip install 'hf_vssm_prune\[video\]'"):
         read_clip(tmp_path / "video.mp4", 2)
 
 

@@ -142,8 +142,8 @@ def test_times_are_resized_linearly_and_places_bicubically(model) -> None:
 @pytest.mark.parametrize(
     ("clips", "message"),
     [
-        (torch.zeros(2, 3, 4, 32, 32), r"\(2, 3, 4, 32, 32\); expected is \(batch, frames, 3, height, width\)"),
-        (torch.zeros(2, 3, 32, 32), r"expected is \(batch, frames, 3, height, width\)"),
+        (torch.zeros(2, 3, 4, 32, 32), r"\(2, 3, 4, 32, 32\); expected shape: \(batch, frames, 3, height, width\)"),
+        (torch.zeros(2, 3, 32, 32), r"expected shape: \(batch, frames, 3, height, width\)"),
         (torch.zeros(2, 0, 3, 32, 32), "a video without pixels"),
         (torch.full((1, 3, 3, 32, 32), torch.nan), r"NaN or infinity in samples \[0\]"),
         (None, r"of shape \(batch, frames, channels, height, width\)"),
@@ -167,10 +167,10 @@ def test_models_of_the_other_kind_of_input_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_frames": 0}, "`num_frames` is 0; a whole number of at least 1"),
+        ({"num_frames": 0}, "`num_frames` is 0; it must be a whole number of at least 1"),
         ({"num_frames": 1, "tubelet_size": 2}, "`num_frames` is 1; a whole number of at least 2"),
-        ({"tubelet_size": 0}, "`tubelet_size` is 0; a whole number of at least 1"),
-        ({"patch_stride": 4}, "`patch_stride` is 4 and `patch_size` 8; those of a video are the same"),
+        ({"tubelet_size": 0}, "`tubelet_size` is 0; it must be a whole number of at least 1"),
+        ({"patch_stride": 4}, "`patch_stride` is 4 and `patch_size` 8; for a video model, they must be equal"),
     ],
 )
 def test_wrong_options(options, message) -> None:

@@ -126,7 +126,7 @@ def test_pretrained_weights_without_their_class_token():
     [
         ({"rotary_embeddings": True}, "`rotary_embeddings` with `use_cls_token=True`"),
         ({**ROTARY, "hidden_size": 18}, "`hidden_size=18`"),
-        ({"feature_source": "layers"}, r"`feature_source` is 'layers'; allowed are \['stream', 'mixer'\]"),
+        ({"feature_source": "layers"}, r"`feature_source` is 'layers'; allowed values are \['stream', 'mixer'\]"),
         ({"feature_source": "mixer", "out_features": ["stem", "stage4"]}, "'stem', before which there is no mixer"),
     ],
 )

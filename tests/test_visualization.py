@@ -239,7 +239,9 @@ def test_importance_is_where_the_scores_belong() -> None:
     assert pixels[1, 1].tolist() == list(VIRIDIS[-1])
     equal = np.asarray(draw_importance(torch.full((2, 2), 0.5), (8, 8)))
     assert (equal == VIRIDIS[0]).all()
-    with pytest.raises(ValueError, match=r"`token_scores` has shapes \[\(1, 4\)\]; \[\(1, 4\), \(1, 3\)\] are needed"):
+    with pytest.raises(
+        ValueError, match=r"`token_scores` has shapes \[\(1, 4\)\]; \[\(1, 4\), \(1, 3\)\] are expected"
+    ):
         importance_maps(kept, [torch.ones(1, 4)], 4)
 
 

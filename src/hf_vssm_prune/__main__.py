@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     if words and verb in REPOSITORY_SCRIPTS:
         parser.error(
-            f"{words[0]} is a script of the repository, not of the package; it needs {REPOSITORY_SCRIPTS[verb]}. "
+            f"{words[0]} is a script in the repository, not part of the package, because it needs "
+            f"{REPOSITORY_SCRIPTS[verb]}. "
             f"There: python scripts/{verb}.py"
         )
     if not words:

@@ -1,4 +1,4 @@
-"""Moving pictures of what a model keeps of a video: each frame, and beside it what is left of it after each stage.
+"""Animations of what a model keeps of a video: each frame, next to what is left of it after each stage.
 
 animate(model, image_processor, frames, "kept_tokens.webp")
 """
@@ -22,22 +22,22 @@ from .visualization import (
 
 FORMATS = (".gif", ".webp")
 PANEL_SIZE = 160  # pixels along the longer side of a panel
-SECONDS = 0.25  # of each picture
+SECONDS = 0.25  # duration of each picture
 
 
 def animate(
     model: ImageClassifier, image_processor: BaseImageProcessor, frames: Sequence[Image.Image], file: str | Path
 ) -> None:
-    """Writes a GIF or a WebP that shows again and again what a pruned classifier keeps of a clip.
+    """Writes a looping GIF or WebP animation of what a pruned classifier keeps of a clip.
 
     Args:
-        model: a pruned one, of videos.
-        image_processor: the model's.
-        frames: of the clip, of any size.
-        file: what is written, whose name ends in .gif or .webp.
+        model: a pruned video model.
+        image_processor: the model's image processor.
+        frames: frames of the clip, of any size.
+        file: the output file, whose name ends in .gif or .webp.
 
     Raises:
-        ValueError: the model is dense, or one of images; there is no frame; or the name ends in something else.
+        ValueError: the model is dense or an image model; there is no frame; or the file name has another suffix.
     """
     if Path(file).suffix.lower() not in FORMATS:
         raise ValueError(f"{file} does not end in {' or '.join(FORMATS)}, the formats of animations.")
@@ -48,13 +48,13 @@ def animate(
 def animated_frames(
     model: ImageClassifier, image_processor: BaseImageProcessor, frames: Sequence[Image.Image]
 ) -> list[Image.Image]:
-    """The pictures of such an animation, all of one size: one for each place in time of the model's grid.
+    """The pictures of such an animation, all of the same size: one for each position in time of the model's grid.
 
     Args and errors: as of `animate`.
     """
     config = model.config
     if config.modality != "video":
-        raise ValueError("The model is one of images: `visualize` draws what it keeps.")
+        raise ValueError("This is an image model: use `visualize` to draw what it keeps.")
     if not frames:
         raise ValueError("`frames` is empty; at least one frame is needed.")
     pixel_values = clip_pixel_values(image_processor, frames)

@@ -15,19 +15,19 @@ def causal_conv1d(
     stand_ins: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """SiLU of a depthwise convolution of each token with the ones before it, and zeros before the first.
+    """A depthwise convolution of each token with the ones before it (zeros before the first), followed by SiLU.
 
-    The sequence is that of the tokens that are left, or, with stand-ins, the full one, of which the result is needed at
-    the kept places only.
+    The sequence is that of the remaining tokens or, with stand-ins, the full sequence, for which the result is needed
+    at the kept positions only.
 
     Args:
-        hidden_states: the tokens that are left, shape (batch, tokens, channels).
-        weight: shape (channels, 1, taps), the last of which is for the token itself.
+        hidden_states: the remaining tokens, shape (batch, tokens, channels).
+        weight: shape (channels, 1, taps); the last tap is for the token itself.
         bias: shape (channels,), or None.
-        reverse: go through the sequence from its end: each token with the ones behind it.
-        kept: with `stand_ins` the place of each token in the full sequence, integers of shape (batch, tokens).
-        stand_ins: the token seen at each place of the full sequence, its own in a kept one, integers of shape (batch,
-            places). None: there is no sequence but that of the tokens that are left.
+        reverse: process the sequence from its end: each token with the ones after it.
+        kept: with `stand_ins`, the position of each token in the full sequence, integers of shape (batch, tokens).
+        stand_ins: the token seen at each position of the full sequence (a kept token at its own), integers of shape
+            (batch, positions). None: only the sequence of the remaining tokens is used.
         backend: as in `selective_scan`.
 
     Returns:

@@ -35,7 +35,7 @@ class BidirectionalConfig(VisionMambaConfig):
         if self.patch_stride is None:
             self.patch_stride = self.patch_size
         if self.patch_stride < 1:
-            raise ValueError(f"`patch_stride` is {self.patch_stride}; a whole number of at least 1 is needed.")
+            raise ValueError(f"`patch_stride` is {self.patch_stride}; it must be a whole number of at least 1.")
         super()._check_sizes()
 
     @property

@@ -110,7 +110,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> "VisionMambaConfig":
         """The configuration of a published model by name; `overrides` replace options."""
         if name not in cls.presets:
-            raise ValueError(f"unknown preset {name!r} of {cls.__name__}; known are {list(cls.presets)}.")
+            raise ValueError(f"unknown preset {name!r} of {cls.__name__}; known presets are {list(cls.presets)}.")
         num_labels = {} if {"id2label", "label2id"} & overrides.keys() else {"num_labels": 1000}
         return cls(**{**num_labels, **cls.presets[name], **overrides})
 
@@ -124,7 +124,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         if self.feature_source == "mixer" and "stem" in self.out_features:
             raise ValueError(
-                "`feature_source` is 'mixer' and `out_features` has 'stem', before which there is no mixer."
+                "`feature_source` is 'mixer', but `out_features` has 'stem', before which there is no mixer."
             )
         check_pyramid(self.feature_pyramid, self.patch_spacing, len(self.out_features))
         for name, labels in complete_label_maps({"id2label": self.id2label, "label2id": self.label2id}).items():
@@ -159,14 +159,16 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             ("feature_source", FEATURE_SOURCES),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {list(allowed)}.")
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed values are {list(allowed)}.")
         if min(self.grid_size) < 1:
-            raise ValueError(f"`image_size` is {self.image_size}: too small for a patch of {self.patch_size} pixels.")
+            raise ValueError(
+                f"`image_size` is {self.image_size}, which is too small for a patch of {self.patch_size} pixels."
+            )
 
     def _check_whole_number(self, name: str, least: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or value < least:
-            raise ValueError(f"`{name}` is {value!r}; a whole number of at least {least} is needed.")
+            raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least {least}.")
 
     @property
     def keys_to_ignore_at_inference(self) -> list[str]:
@@ -195,7 +197,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         if token_pruning is None:
             return None
         if not isinstance(token_pruning, dict):
-            raise ValueError(f"`token_pruning` is {token_pruning!r}; None or a dict is needed.")
+            raise ValueError(f"`token_pruning` is {token_pruning!r}; it must be None or a dict.")
         if "flops_reduction" in token_pruning:
             token_pruning = dict(token_pruning)
             budget = plain_value(token_pruning.pop("flops_reduction"))
@@ -273,7 +275,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         """An image size as (height, width) in pixels."""
         height_width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(height_width) != 2 or not all(isinstance(size, int) and size >= 1 for size in height_width):
-            raise ValueError(f"`image_size` is {image_size!r}; a number of pixels or (height, width) is needed.")
+            raise ValueError(f"`image_size` is {image_size!r}; it must be a number of pixels or (height, width).")
         return height_width
 
     def grid_size_for(self, *input_size: int) -> tuple[int, ...]:

@@ -89,12 +89,12 @@ class PlainMambaConfig(VisionMambaConfig):
         self._check_whole_number("stem_channels", least=1)
         if self.patch_size % 2:
             raise ValueError(
-                f"`patch_size` is {self.patch_size}; PlainMamba's stem halves the image first: it must be even."
+                f"`patch_size` is {self.patch_size}; it must be even, because PlainMamba's stem first halves the image."
             )
         if self.conv_kernel % 2 == 0:
             raise ValueError(f"`conv_kernel` is {self.conv_kernel}; it must be odd, so that a patch has a centre.")
         if outside := [layer for layer in self.depthwise_layers if not 0 <= layer < self.num_hidden_layers]:
-            raise ValueError(f"`depthwise_layers` has {outside}; allowed are 0 to {self.num_hidden_layers - 1}.")
+            raise ValueError(f"`depthwise_layers` has {outside}; allowed values are 0 to {self.num_hidden_layers - 1}.")
 
     def grid_size_for(self, *input_size: int) -> tuple[int, int]:
         """(height, width) in patches: the last row and column are padded with zeros where they are not full."""

@@ -134,8 +134,8 @@ class VideoMambaConfig(BidirectionalConfig):
             self._check_whole_number("num_frames", least=self.tubelet_size)
             if self.patch_stride != self.patch_size:
                 raise ValueError(
-                    f"`patch_stride` is {self.patch_stride} and `patch_size` {self.patch_size}; those of a video are "
-                    "the same. `num_frames=None` makes a model of images."
+                    f"`patch_stride` is {self.patch_stride} and `patch_size` {self.patch_size}; for a video model, "
+                    "they must be equal. `num_frames=None` makes an image model."
                 )
         super()._check_sizes()
 

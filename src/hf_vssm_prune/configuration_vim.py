@@ -96,9 +96,10 @@ class VimConfig(BidirectionalConfig):
         super()._check_sizes()
         if self.rotary_embeddings and (self.use_cls_token or self.hidden_size % 4):
             raise ValueError(
-                f"`rotary_embeddings` with `use_cls_token={self.use_cls_token}` and `hidden_size={self.hidden_size}`: "
-                "a class token has no place on the grid, and the channels of each of its axes turn in pairs; "
-                "`use_cls_token=False` and a multiple of 4 are needed."
+                f"`rotary_embeddings` with `use_cls_token={self.use_cls_token}` and "
+                f"`hidden_size={self.hidden_size}`: rotary embeddings need `use_cls_token=False` and a `hidden_size` "
+                "that is a multiple of 4, because a class token has no position on the grid, and the channels of "
+                "each axis are rotated in pairs."
             )
 
     @property

@@ -1,7 +1,7 @@
-"""Published checkpoints to ours, and back.
+"""Converts published checkpoints to ours, and back.
 
-Both ways go through one table, of the family: the published name of each of our tensors. Tensors are renamed, not
-changed, but for what a family's own `complete_official` does.
+Both directions use one table per family, with the published name of each of our tensors. Tensors are renamed and not
+changed, except by a family's own `complete_official`.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from .families import FAMILIES, Family, ImageClassifier
 
 
 class OfficialFormat(Protocol):
-    """What the classes of a family's models tell of the files in which its authors published weights.
+    """How a family's authors published their weights, as defined by the classes of its models.
 
     Attributes:
-        official_names: our names of an image classifier's tensors -> published names, a text or a function of the
-            match; the first pattern that matches the whole name counts.
-        official_marks: names of tensors that every file of the family's has, and by which it is known.
-        official_signs: likewise, of tensors that some of the files have.
-        official_weight_keys: under which files have weights.
-        official_prefixes: beginnings of all names that some files have and the model has not.
-        official_ignored: beginnings of names, behind such prefixes, that are no part of the model.
-        official_last_weights: likewise of a second set of weights, the last ones, beside those of the model's names,
-            which then hold averaged ones.
+        official_names: maps patterns for our tensor names in an image classifier to published names, each a string or a
+            function of the match; the first pattern that matches the whole name is used.
+        official_marks: names of tensors that every file of the family has, by which it is recognised.
+        official_signs: the same for tensors that only some of the files have.
+        official_weight_keys: keys under which files store weights.
+        official_prefixes: prefixes of all names in some files, which the model does not have.
+        official_ignored: beginnings of names (after such prefixes) that are not part of the model.
+        official_last_weights: beginnings of the names of a second set of weights, the last ones; those under the
+            model's own names are then the averaged ones.
     """
 
     official_names: ClassVar[Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]]
@@ -50,53 +50,56 @@ class OfficialFormat(Protocol):
 
     @classmethod
     def official_weight_key(cls, config: VisionMambaConfig) -> str | None:
-        """Under which the family's own training code saves the weights of such a model. None: a file is the weights."""
+        """The key under which the family's own training code saves the weights of such a model. None: the file contains
+        only the weights."""
 
     @classmethod
     def options_of_official(cls, official: "OfficialTensors", overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of the configuration that published tensors imply, where overrides leave them open."""
+        """Options of the configuration that published tensors imply, unless overridden."""
 
     @classmethod
     def backbone_options_of_official(cls, official: "OfficialTensors", overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """The same of a file whose head is another than a classifier's; a family of whose there are none lacks it."""
+        """The same for a file whose head is not a classifier; missing in families that have no such files."""
 
     @classmethod
     def complete_official(
         cls, config: VisionMambaConfig, official: "OfficialTensors", expected: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Published tensors, with what a file may lack, or have in another layout than the model expects, made right.
+        """Adds published tensors that a file may lack, and converts those that have another layout than the model
+        expects.
 
         Args:
-            config: of the model.
-            official: of a file, by their published names.
-            expected: all that the model has, without memory, by the same names.
+            config: configuration of the model.
+            official: the tensors of a file, by their published names.
+            expected: all tensors of the model, on the meta device, by the same names.
         """
 
 
-# Of a classifier, or of UPerNet on a backbone of this package.
+# For a classifier, or for UPerNet with a backbone of this package.
 ModelConfig: TypeAlias = Any
-# Where published files keep weights averaged over training.
+# Keys under which published files store weights averaged over training.
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict")
 
 
 def load_official_model(
     path: str | Path, ema: bool = False, family: str | None = None, **overrides: Any
 ) -> ImageClassifier:
-    """A published `.pth` or `.safetensors` file as an image classifier, in evaluation mode, its tensors as they are.
+    """Loads a published `.pth` or `.safetensors` file as an image classifier in evaluation mode, without changing its
+    tensors.
 
-    A file of mmsegmentation's with a decode head becomes transformers' `UperNetForSemanticSegmentation`.
+    An mmsegmentation file with a decode head becomes transformers' `UperNetForSemanticSegmentation`.
 
     Args:
-        path: of the file.
-        ema: the weights averaged over training, in place of the last ones.
-        family: whose checkpoint it is. None: the one whose model type the file's name has in it, if its tensors may be
-            that family's; else see `infer_config`.
+        path: path of the file.
+        ema: load the weights averaged over training instead of the last ones.
+        family: family of the checkpoint. None: the family whose model type is part of the file's name, if the tensors
+            can be of that family; otherwise see `infer_config`.
         **overrides: options of the configuration that the tensors do not imply, see `infer_config`; for instance
             `token_pruning`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of a known family, or not a whole one; the message names what is wrong.
+        ValueError: it is not a complete checkpoint of a known family; the message says what is wrong.
     """
     state_dict = extract_state_dict(load_checkpoint(path), ema)
     config = infer_config(state_dict, family or _family_named(path, state_dict), **overrides)
@@ -107,9 +110,10 @@ def load_official_model(
 
 
 def save_official_model(model: ImageClassifier, path: str | Path) -> None:
-    """Saves a classifier the way its family's weights were published, as `.pth` or, bare, as `.safetensors`.
+    """Saves a classifier in the format in which its family's weights were published, as `.pth` or, with the tensors
+    alone, as `.safetensors`.
 
-    The file appears at once and complete. A pruning schedule is no part of it.
+    The file appears in one step, complete. It does not include the pruning schedule.
 
     Raises:
         ValueError: the file has another suffix.
@@ -124,7 +128,7 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if path.suffix == ".safetensors":
-                # `save_file` would make a file that nobody else may read.
+                # `save_file` would create a file that nobody else can read.
                 temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in official.items()}))
             else:
                 backbone = _backbone_config(model.config)
@@ -146,13 +150,13 @@ def official_name(model_type: str, name: str) -> str:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a published `.pth` or `.safetensors` file. Nothing but tensors and plain values is unpickled.
+    """Reads a published `.pth` or `.safetensors` file. Only tensors and plain values are unpickled.
 
-    `argparse.Namespace` counts as one: Vim's training script saves its options in one.
+    This includes `argparse.Namespace`, in which Vim's training script saves its options.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or a pickle that wants more than tensors and plain values.
+        ValueError: it is damaged, or a pickle that contains more than tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():
@@ -162,25 +166,25 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has exceptions of its own
+    except Exception as error:  # each reader has its own exceptions
         refused = re.search(r"Unsupported (?:global|operand|class).*", str(error))
         said = refused[0] if refused else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values. It is damaged, or it holds Python "
+            f"{path} cannot be read as a checkpoint of tensors and plain values. It is damaged, or it contains Python "
             "objects, which are not loaded because they could run code; if you trust its source, load it yourself "
-            f'and save {{"model": state_dict}} alone. The reader said: {said}. {see("checkpoint-cannot-be-read")}'
+            f'and save only {{"model": state_dict}}. The error was: {said}. {see("checkpoint-cannot-be-read")}'
         ) from error
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a dict of tensors is needed.")
+        raise ValueError(f"{path} contains a {type(checkpoint).__name__}; it must contain a dict of tensors.")
     return dict(checkpoint)
 
 
 def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
-    """The weights in a published file's layout: under a key that some family has them under, or the file itself.
+    """The weights in a published file: under a key that some family uses, or the file itself.
 
     Args:
         checkpoint: the file's content.
-        ema: the weights averaged over training, in place of the last ones.
+        ema: return the weights averaged over training instead of the last ones.
 
     Raises:
         ValueError: there are none.
@@ -209,7 +213,7 @@ def _has_swapped_ema(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def _as_of(family: Family, tensors: Mapping[str, Tensor]) -> "OfficialTensors":
-    """Tensors by a family's published names, without what is no part of its models."""
+    """Tensors by a family's published names, without those that are not part of its models."""
     prefix = "|".join(map(re.escape, family.base.official_prefixes))
     names = {re.sub(f"^({prefix})", "", name): name for name in tensors}
     ignored = (*family.base.official_ignored, *family.base.official_last_weights)
@@ -219,16 +223,18 @@ def _as_of(family: Family, tensors: Mapping[str, Tensor]) -> "OfficialTensors":
 def convert_official_state_dict(
     config: ModelConfig, state_dict: Mapping[str, Any], ema: bool = False
 ) -> dict[str, Tensor]:
-    """A published checkpoint under our names, complete, for `load_state_dict(strict=True)` of the image classifier.
+    """Converts a published checkpoint to our names, complete, for `load_state_dict(strict=True)` of the image
+    classifier.
 
     Args:
-        config: of the model to load it into, see `infer_config`; with a `UperNetConfig` whose backbone is of this
-            package, mmsegmentation's tensors become those of transformers' `UperNetForSemanticSegmentation`.
-        state_dict: what `torch.load` gave: `{"state_dict": ...}`, `{"model": ...}`, or the tensors themselves.
-        ema: take the weights averaged over training.
+        config: configuration of the model to load it into, see `infer_config`; with a `UperNetConfig` whose backbone is
+            of this package, mmsegmentation's tensors become those of transformers' `UperNetForSemanticSegmentation`.
+        state_dict: what `torch.load` returned: `{"state_dict": ...}`, `{"model": ...}`, or the tensors themselves.
+        ema: use the weights averaged over training.
 
     Raises:
-        ValueError: tensors are missing, unexpected, or of another shape than the configuration says; each is named.
+        ValueError: tensors are missing, unexpected, or do not have the shape that the configuration implies; each is
+            named.
     """
     tensors = _tensors_of(config)
     names = {_official_name(config, name): name for name in tensors}
@@ -281,32 +287,32 @@ def _make_model(config: ModelConfig) -> Any:
 
 
 def _tensors_of(config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict, as tensors without memory."""
+    """Our state dict, with tensors on the meta device."""
     with torch.device("meta"):
         return _make_model(config).state_dict()
 
 
 def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **overrides: Any) -> ModelConfig:
-    """The configuration that a published checkpoint's tensors imply: of a classifier or, where there is a decode head,
-    a `UperNetConfig` with the backbone's options, and mmsegmentation's, in `backbone_config`.
+    """The configuration that a published checkpoint's tensors imply: for a classifier or, if there is a decode head, a
+    `UperNetConfig` with the backbone's options (and mmsegmentation's) in `backbone_config`.
 
-    A grid is taken to be square, and patches not to overlap: give `image_size` or `patch_stride` where it is otherwise.
+    The grid is assumed to be square, and patches not to overlap: give `image_size` or `patch_stride` otherwise.
 
     Args:
         state_dict: as for `convert_official_state_dict`.
-        family: its model type. None: the one whose marks it bears, and that has the options in `overrides`; of two
-            that both fit, the one of whose marks and signs most are there, then the one of which fewer are missing.
-            VideoMamba's files of image models are taken for Vim's, which have the same tensors: name the family.
-        **overrides: options of the configuration, put over the inferred ones.
+        family: its model type. None: the family whose marks the tensors have, and which has the options in `overrides`.
+            If several fit, the one with the most marks and signs present, then the one with the fewest missing.
+            VideoMamba's image models have the same tensors as Vim's and are taken for these: name the family.
+        **overrides: options of the configuration that override the inferred ones.
 
     Raises:
-        ValueError: it is of no known family, or of several, a tensor that tells a size is missing, an option is another
-            family's, or the grid is not square and `image_size` is not given.
+        ValueError: the checkpoint fits no known family, or several; a tensor that determines a size is missing; an
+            option belongs to another family; or the grid is not square and `image_size` is not given.
     """
     tensors = extract_state_dict(state_dict)
     found = _family_of(tensors, overrides) if family is None else FAMILIES.get(family)
     if found is None:
-        raise ValueError(f"`family` is {family!r}; allowed are {list(FAMILIES)}.")
+        raise ValueError(f"`family` is {family!r}; allowed values are {list(FAMILIES)}.")
     for option in overrides:
         owners = [each.config for each in FAMILIES.values() if hasattr(each.config, option)]
         if owners and found.config not in owners:
@@ -320,7 +326,7 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
 
 def _infer_upernet_config(family: Family, official: "OfficialTensors", overrides: dict[str, Any]) -> UperNetConfig:
     if not hasattr(family.base, "backbone_options_of_official"):
-        raise ValueError(f"{family.config.paper.name}'s checkpoints with a decode head are not known.")
+        raise ValueError(f"{family.config.paper.name}'s checkpoints with a decode head are not supported.")
     options = family.base.backbone_options_of_official(official, overrides)
     options |= upernet.options_of_levels(official, options["num_hidden_layers"])
     backbone = family.config(**{**options, **overrides})
@@ -328,7 +334,7 @@ def _infer_upernet_config(family: Family, official: "OfficialTensors", overrides
 
 
 def _family_of(tensors: Mapping[str, Tensor], options: Iterable[str]) -> Family:
-    """The family that a file is of, see `infer_config`."""
+    """The family of a file, see `infer_config`."""
     fitting = [each for each in FAMILIES.values() if _fits(each, tensors)]
     known_options = [each for each in options if any(hasattr(family.config, each) for family in FAMILIES.values())]
     having = [family for family in fitting if all(hasattr(family.config, option) for option in known_options)]
@@ -339,7 +345,8 @@ def _family_of(tensors: Mapping[str, Tensor], options: Iterable[str]) -> Family:
         return best[0]
     if best:
         raise ValueError(
-            f"the checkpoint may be of any of {[each.config.model_type for each in best]}; name one, as `family`."
+            f"the checkpoint could be of any of the families {[each.config.model_type for each in best]}; choose one "
+            "with `family`."
         )
     known = (f"{each.config.paper.name} ({', '.join(each.base.official_marks)})" for each in FAMILIES.values())
     raise ValueError(
@@ -353,38 +360,38 @@ def _fits(family: Family, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _rank(family: Family, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How many marks and signs of a family are there, and, as a negative number, how many are not."""
+    """The number of a family's marks and signs that are present, and (negative) the number that are missing."""
     official = _as_of(family, tensors)
     there = [mark in official for mark in (*family.base.official_marks, *family.base.official_signs)]
     return sum(there), sum(there) - len(there)
 
 
 def _family_named(path: str | Path, tensors: Mapping[str, Tensor]) -> str | None:
-    """The model type in a file's name, where the tensors may be that family's; the longest of several."""
+    """The model type in a file's name, if the tensors can be of that family; the longest one if there are several."""
     name = Path(path).name.lower()
     named = [known for known, family in FAMILIES.items() if known in name and _fits(family, tensors)]
     return max(named, key=len, default=None)
 
 
 class OfficialTensors(dict[str, Tensor]):
-    """Published tensors by name, and what they say about sizes."""
+    """Published tensors by name, and the sizes that they imply."""
 
     def shape(self, name: str, num_axes: int) -> torch.Size:
-        """The shape of a tensor that tells a size of the model.
+        """The shape of a tensor that determines a size of the model.
 
         Raises:
-            ValueError: it is missing, or has not so many axes.
+            ValueError: it is missing, or has another number of axes.
         """
         if name not in self:
             raise ValueError(f"the checkpoint is not a complete image classifier; missing: {name}.")
         if self[name].ndim != num_axes:
             raise ValueError(
-                f"shape: {name} is {list(self[name].shape)} in the checkpoint; {num_axes} axes are needed."
+                f"shape: {name} is {list(self[name].shape)} in the checkpoint; it must have {num_axes} axes."
             )
         return self[name].shape
 
     def mixer_options(self, prefix: str) -> dict[str, Any]:
-        """Depth and sizes of mixers by the names of Mamba's tensors, which start with `prefix`, its {} the layer.
+        """Depth and mixer sizes, from tensors with Mamba's names; these start with `prefix`, in which {} is the layer.
 
         Raises:
             ValueError: layers or tensors are missing.
@@ -411,7 +418,7 @@ class OfficialTensors(dict[str, Tensor]):
         """The side of a square grid.
 
         Raises:
-            ValueError: so many patches are none.
+            ValueError: this number of patches does not form a square.
         """
         side = math.isqrt(num_patches)
         if side * side != num_patches:

@@ -1,8 +1,9 @@
-"""mmsegmentation's files of a backbone with UPerNet, in terms of transformers' `UperNetForSemanticSegmentation`.
+"""Converts mmsegmentation's files of a backbone with UPerNet to transformers' `UperNetForSemanticSegmentation`.
 
-The heads of the two compute the same. What transformers cannot say: the level from which the auxiliary head reads, see
-`set_auxiliary_level`; the dropout of a tenth of the channels before both classifiers, which is left out; and the scales
-of the pooled maps, which are in no file and taken to be 1, 2, 3 and 6, as mmsegmentation has them.
+The heads of the two compute the same. Three things cannot be expressed in transformers: the level that the auxiliary
+head reads, see `set_auxiliary_level`; the dropout of a tenth of the channels before both classifiers, which is left
+out; and the scales of the pooled maps, which are not in the files and assumed to be 1, 2, 3 and 6, as in
+mmsegmentation.
 """
 
 import re
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
 
-# The first pattern that matches a whole name counts. What stands before them is the backbone's.
+# The first pattern that matches a whole name is used. Other names belong to the backbone.
 HEAD_NAMES = [
     (r"((?:decode|auxiliary)_head)\.classifier\.(.+)", r"\1.conv_seg.\2"),
     (r"((?:decode|auxiliary)_head\..+)\.batch_norm\.(.+)", r"\1.bn.\2"),
@@ -23,7 +24,7 @@ DECODE_HEAD, AUXILIARY_HEAD = "decode_head.", "auxiliary_head."
 
 
 def is_upernet(config: Any) -> bool:
-    """Whether a configuration is that of UPerNet on a backbone of this package."""
+    """Whether a configuration is for UPerNet with a backbone of this package."""
     return isinstance(config, UperNetConfig) and hasattr(config.backbone_config, "token_pruning")
 
 
@@ -31,9 +32,9 @@ def official_name(config: Any, name: str, of_backbone: Callable[[str], str]) -> 
     """mmsegmentation's name of a tensor of the model.
 
     Args:
-        config: of the model.
-        name: of its tensor.
-        of_backbone: the published name, in a classifier's file, of a tensor of the base model.
+        config: configuration of the model.
+        name: name of its tensor.
+        of_backbone: maps a tensor of the base model to its published name in a classifier's file.
 
     Raises:
         KeyError: there is no such tensor.
@@ -53,23 +54,25 @@ def official_name(config: Any, name: str, of_backbone: Callable[[str], str]) -> 
 
 
 def has_upernet(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file's tensors are a segmentation model's, and no classifier's."""
+    """Whether a file's tensors are those of a segmentation model rather than a classifier."""
     return any(name.startswith(DECODE_HEAD) for name in tensors)
 
 
 def options_of_heads(official: Any) -> dict[str, Any]:
-    """Options of `UperNetConfig`, but for the backbone's, that mmsegmentation's tensors imply.
+    """Options of `UperNetConfig`, except those of the backbone, that mmsegmentation's tensors imply.
 
     Args:
         official: `conversion.OfficialTensors`.
 
     Raises:
-        ValueError: a tensor that tells a size is missing.
+        ValueError: a tensor that determines a size is missing.
     """
     poolings = {int(match[1]) for name in official if (match := re.match(r"decode_head\.psp_modules\.(\d+)\.", name))}
     if len(poolings) != len(UperNetConfig.pool_scales):
         known = len(UperNetConfig.pool_scales)
-        raise ValueError(f"the checkpoint's decode head pools {len(poolings)} maps; UPerNet with {known} is known.")
+        raise ValueError(
+            f"the checkpoint's decode head pools {len(poolings)} maps; only UPerNet with {known} is supported."
+        )
     options = {
         "hidden_size": official.shape("decode_head.bottleneck.conv.weight", 4)[0],
         "num_labels": official.shape("decode_head.conv_seg.weight", 4)[0],
@@ -88,26 +91,28 @@ def options_of_heads(official: Any) -> dict[str, Any]:
 
 
 def options_of_levels(official: Any, num_hidden_layers: int) -> dict[str, Any]:
-    """Options of the backbone's maps that PlainMamba's norms of its levels imply.
+    """Options of the backbone's feature maps that PlainMamba's per-level norms imply.
 
     Raises:
-        ValueError: there are other norms than layers, or not as many as the decode head has levels.
+        ValueError: there are norms for layers that do not exist, or their number is not that of the decode head's
+            levels.
     """
     normed = sorted({int(match[1]) for name in official if (match := re.match(r"backbone\.norm_layer(\d+)\.", name))})
     levels = [f"stage{layer + 1}" for layer in (*normed, num_hidden_layers - 1)]
     laterals = {match[1] for name in official if (match := re.match(r"decode_head\.lateral_convs\.(\d+)\.", name))}
     if len(normed) != len(laterals) or any(layer >= num_hidden_layers - 1 for layer in normed):
         raise ValueError(
-            f"the checkpoint norms the outputs of layers {normed} of {num_hidden_layers}, and its decode head uses "
-            f"{len(laterals)} levels in addition to the last."
+            f"the checkpoint has norms for the outputs of layers {normed} of {num_hidden_layers}, but its decode "
+            f"head uses {len(laterals)} levels in addition to the last."
         )
     return {"out_features": levels, "feature_norm": "per_level"}
 
 
 def set_auxiliary_level(model: UperNetForSemanticSegmentation) -> UperNetForSemanticSegmentation:
-    """Lets the auxiliary head read the last level, as PlainMamba's does, in place of the third.
+    """Makes the auxiliary head read the last level, as in PlainMamba, instead of the third.
 
-    No configuration says so: a model that is saved and opened reads the third again. Only the loss in training differs.
+    The configuration cannot store this: a model that is saved and loaded reads the third level again. Only the training
+    loss is affected.
     """
     if model.auxiliary_head is not None:
         model.auxiliary_head.in_index = len(model.backbone.out_features) - 1

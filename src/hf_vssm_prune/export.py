@@ -1,9 +1,9 @@
 """Exports a classifier to files that run without this package: ONNX, torch.export and AOTInductor.
 
-All start from one traced program, in which the scan is one loop and all else is plain PyTorch (`is_exporting` in
-`function_transforms.py`). Its input is `pixel_values`, any number of images of the size that the configuration names;
-its outputs are `logits`, and for each stage of pruning the ids of the tokens left after it, as the model's
-`kept_tokens`.
+All formats start from one traced program, in which the scan is a single loop and everything else is plain PyTorch
+(`is_exporting` in `function_transforms.py`). Its input is `pixel_values`, any number of images of the size in the
+configuration. Its outputs are `logits` and, for each pruning stage, the ids of the tokens left after it, like the
+model's `kept_tokens`.
 """
 
 import os
@@ -25,12 +25,12 @@ Program = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Format(NamedTuple):
-    """A kind of file.
+    """A file format.
 
     Attributes:
-        file: where it lies in the folder; transformers.js looks for ONNX there.
-        write: from the traced program, the folder that has `config.json` already, and the file.
-        load: from the file and the number of threads (None: the runtime's own choice).
+        file: its path in the folder; transformers.js looks for ONNX there.
+        write: writes the file, given the traced program, the folder (which already has `config.json`) and the file.
+        load: loads the file, given its path and the number of threads (None: the runtime's default).
     """
 
     file: str
@@ -44,31 +44,33 @@ def export_classifier(
     formats: Iterable[str] = ("onnx",),
     image_processor: ImageProcessingMixin | None = None,
 ) -> Path:
-    """Writes a classifier, dense or pruned as its configuration says, as files that other runtimes open.
+    """Exports a classifier, dense or pruned as its configuration says, to files for other runtimes.
 
-    Beside them lie `config.json`, which has the labels, and `preprocessor_config.json`. The folder appears at once and
-    complete, and only if every file in it gives the model's answers on random images.
+    The folder also contains `config.json`, which has the labels, and `preprocessor_config.json`. It appears in one
+    step, complete, and only if every file in it reproduces the model's outputs on random images.
 
     Args:
         model: in evaluation mode and float32.
-        folder: to make; it may exist if it is empty.
-        formats: some of `FORMATS`.
-        image_processor: of the model. None: what prepares the images is not told.
+        folder: the folder to create; it may exist if it is empty.
+        formats: one or more of `FORMATS`.
+        image_processor: the model's image processor. None: preprocessing is not described.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: a format is unknown, or the model is in training mode or half precision.
-        FileExistsError: the folder has something in it.
-        ImportError: what a format needs is not installed; the message names it.
-        RuntimeError: a file's answers are not the model's.
+        FileExistsError: the folder is not empty.
+        ImportError: a library that a format needs is not installed; the message names it.
+        RuntimeError: the outputs of a file differ from the model's.
     """
     folder, formats = Path(folder), list(formats)
     if unknown := [name for name in formats if name not in FORMATS]:
-        raise ValueError(f"unknown formats {unknown}; allowed are {list(FORMATS)}.")
+        raise ValueError(f"unknown formats {unknown}; allowed values are {list(FORMATS)}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not overwritten: remove it, or name another folder.")
+        raise FileExistsError(
+            f"{folder} already exists and will not be overwritten: remove it, or choose another folder."
+        )
     program = trace(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=folder.parent) as scratch:
@@ -101,21 +103,23 @@ class _Outputs(nn.Module):
 
 
 def trace(model: ImageClassifier) -> ExportedProgram:
-    """The classifier as a program of torch's own operators, for any number of images of one size.
+    """Traces the classifier to a program of torch's own operators, for any number of images of one size.
 
     Raises:
         ValueError: it is in training mode or half precision, or its configuration names a kernel.
         ImportError: torch is too old.
     """
     if not hasattr(torch.compiler, "is_exporting"):
-        raise ImportError(f"exporting needs torch 2.7 or newer, this is {torch.__version__}.")
+        raise ImportError(f"exporting needs torch 2.7 or newer; the installed version is {torch.__version__}.")
     if model.training:
         raise ValueError("the model is in training mode; call its `eval()` first.")
     if model.dtype != torch.float32:
         raise ValueError(f"the model's weights are {model.dtype}; call its `float()` first.")
     if model.config.scan_backend not in ("auto", "torch"):
-        raise ValueError(f"`scan_backend` is {model.config.scan_backend!r}; a program has 'auto' or 'torch'.")
-    # Two images: a batch of one would be taken for a constant.
+        raise ValueError(
+            f"`scan_backend` is {model.config.scan_backend!r}; an exported program can only use 'auto' or 'torch'."
+        )
+    # Two images: a batch size of 1 would be taken for a constant.
     inputs = {"pixel_values": random_images(model, batch=2)}
     with torch.no_grad():
         return torch.export.export(
@@ -128,20 +132,20 @@ def random_images(model: ImageClassifier, batch: int) -> Tensor:
     return torch.randn(model.config.pixel_values_shape(batch), device=model.device)
 
 
-# An image on which rounding decides what is kept, or what a token is merged into, has other answers in every runtime.
-# Such images are rare, and a file that is wrong is wrong on all of them.
+# For an image on which rounding decides which tokens are kept or merged, the outputs differ between runtimes. Such
+# images are rare, whereas a wrong file is wrong on all images.
 TRIES = 2
 
 
 @torch.no_grad()
 def check_answers(model: ImageClassifier, program: Program, name: str) -> None:
-    """Compares logits and kept tokens on random images, in batches of one and three.
+    """Compares logits and kept tokens with the model's on random images, in batches of one and three.
 
-    Where two tokens score nearly the same, rounding decides which is kept, or merged: a batch has two tries, each of
-    new images, and one of them must agree throughout.
+    If two tokens have nearly the same score, rounding decides which one is kept or merged. Each batch size therefore
+    has two attempts with new images, and one of them must agree completely.
 
     Raises:
-        RuntimeError: they are not the model's.
+        RuntimeError: they differ from the model's.
     """
     for batch in (1, 3):
         for _ in range(TRIES):
@@ -150,12 +154,13 @@ def check_answers(model: ImageClassifier, program: Program, name: str) -> None:
                 break
         else:
             raise RuntimeError(
-                f"the {name} file does not give the model's outputs on random images, {batch} at a time: {difference}."
+                f"the {name} file does not reproduce the model's outputs on random images, {batch} at a time: "
+                f"{difference}."
             )
 
 
 def _difference(model: ImageClassifier, program: Program, images: Tensor) -> str | None:
-    """What a program says otherwise than the model, in words; None: nothing."""
+    """How a program's outputs differ from the model's, in words. None: they do not."""
     outputs = model(images)
     logits, *kept_tokens = program(images)
     expected_tokens = outputs.kept_tokens or ()
@@ -163,7 +168,7 @@ def _difference(model: ImageClassifier, program: Program, images: Tensor) -> str
     if shapes != expected_shapes:
         return f"its kept tokens have shapes {shapes}, the model's {expected_shapes}"
     if not all(bool((kept == expected).all()) for kept, expected in zip(kept_tokens, expected_tokens, strict=True)):
-        return "it keeps other tokens"
+        return "it keeps different tokens"
     away = (logits - outputs.logits).abs().max().item()
     allowed = 1e-4 * max(1.0, outputs.logits.abs().max().item())
     return None if away <= allowed else f"its logits are up to {away:.1e} away, {allowed:.1e} are allowed"
@@ -173,7 +178,8 @@ def _difference(model: ImageClassifier, program: Program, images: Tensor) -> str
 
 
 def write_onnx(program: ExportedProgram, folder: Path, file: Path) -> None:
-    """Writes one ONNX file, weights included; its metadata has the folder's JSON files under their names."""
+    """Writes a single ONNX file that includes the weights; its metadata has the folder's JSON files under their
+    names."""
     try:
         import onnxruntime  # noqa: F401  (checks the file)
         import onnxscript  # noqa: F401  (torch's exporter)
@@ -187,7 +193,7 @@ def write_onnx(program: ExportedProgram, folder: Path, file: Path) -> None:
         verbose=False,
     )
     for node in onnx_program.model.graph.all_nodes():
-        node.metadata_props.clear()  # where in the source it comes from, with this machine's paths
+        node.metadata_props.clear()  # the source location of each node, with this machine's paths
     for sidecar in sorted(folder.glob("*.json")):
         onnx_program.model.metadata_props[sidecar.name] = sidecar.read_text(encoding="utf-8")
     onnx_program.save(file)
@@ -212,12 +218,12 @@ def load_onnx(file: Path, threads: int | None) -> Program:
 
 
 def write_torch_export(program: ExportedProgram, folder: Path, file: Path) -> None:
-    """Writes the program as it is; torch opens it on any machine."""
+    """Writes the program as it is; torch can load it on any machine."""
     torch.export.save(program, file)
 
 
 def load_torch_export(file: Path, threads: int | None) -> Program:
-    """The program of a torch.export file, in the eager mode of torch, whose threads are torch's."""
+    """The program of a torch.export file, in eager mode and with torch's threads."""
     module = torch.export.load(file).module()
     return lambda pixel_values: module(pixel_values=pixel_values)
 
@@ -240,7 +246,7 @@ def write_aotinductor(program: ExportedProgram, folder: Path, file: Path) -> Non
 
 
 def compilers_paths() -> dict[str, str]:
-    """Places that PyTorch's inductor writes into its commands unquoted."""
+    """Paths that PyTorch's inductor writes into its commands without quotes."""
     return {
         "PyTorch's folder": str(Path(torch.__file__).parent),
         "the temporary folder (TMPDIR)": tempfile.gettempdir(),
@@ -249,7 +255,7 @@ def compilers_paths() -> dict[str, str]:
 
 
 def load_aotinductor(file: Path, threads: int | None) -> Program:
-    """The program of an AOTInductor package, whose threads are torch's."""
+    """The program of an AOTInductor package, with torch's threads."""
     compiled = torch._inductor.aoti_load_package(str(file))
     return lambda pixel_values: tuple(compiled(pixel_values=pixel_values))
 

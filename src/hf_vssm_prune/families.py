@@ -1,6 +1,6 @@
-"""The families of models: one line each. Whoever wants to know something about one asks its own two files.
+"""The model families: one line each. Everything specific to a family is in its own two files.
 
-This table stays at home: code that travels in a Hub repository knows its own family alone.
+This table is not copied into Hub repositories: the code there knows only its own family.
 """
 
 from dataclasses import dataclass
@@ -27,11 +27,12 @@ from .configuration_common import VisionMambaConfig
 from .modeling_common import TokenPruningMixin
 
 
-# A model of this package, and one of its classifiers: the package's own, not one from code of a Hub repository.
+# A model of this package, and one of its classifiers: the package's own classes, not those from code in a Hub
+# repository.
 VisionMamba: TypeAlias = TokenPruningMixin
 ImageClassifier: TypeAlias = TokenPruningMixin
 
-# By the end of a class's name, the Auto class that makes it from a configuration.
+# By the suffix of a class's name, the Auto class that creates it from a configuration.
 AUTO_CLASSES: dict[str, Any] = {
     "Model": AutoModel,
     "ForImageClassification": AutoModelForImageClassification,
@@ -42,13 +43,13 @@ AUTO_CLASSES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """One family of models.
+    """One model family.
 
     Attributes:
-        config: its configuration's class, which also tells what is to be known of the family.
-        classes: its models' classes, by the end of their names as in `AUTO_CLASSES`.
-        base: what they all derive from, which also is an `OfficialFormat`: see `conversion`.
-        public_names: everything that its two files offer, by name.
+        config: the class of its configuration, which also defines what the package needs to know about the family.
+            classes: the classes of its models, by the suffixes in `AUTO_CLASSES`.
+        base: their base class, which is also an `OfficialFormat`: see `conversion`.
+        public_names: all public objects of its two files, by name.
     """
 
     config: type[VisionMambaConfig]
@@ -57,16 +58,16 @@ class Family:
     public_names: dict[str, Any]
 
     def classifier(self, config: VisionMambaConfig) -> Any:
-        """A new classifier, of images or of videos as the configuration says."""
+        """A new classifier, for images or for videos as the configuration says."""
         return self.classes[f"For{config.modality.capitalize()}Classification"](config)
 
     @staticmethod
     def auto_classifier(config: VisionMambaConfig) -> Any:
-        """The Auto class of such classifiers."""
+        """The Auto class for such classifiers."""
         return AUTO_CLASSES[f"For{config.modality.capitalize()}Classification"]
 
     def auto_map(self) -> dict[str, str]:
-        """Where transformers finds the classes in a folder's code files, by the names of the Auto classes."""
+        """Where transformers finds the classes in a folder's code files, by Auto class name."""
         classes = {AutoConfig: self.config} | {AUTO_CLASSES[end]: found for end, found in self.classes.items()}
         return {
             auto_class.__name__: f"{found.__module__.rpartition('.')[2]}.{found.__name__}"
@@ -75,7 +76,7 @@ class Family:
 
 
 def register(configuration: ModuleType, modeling: ModuleType) -> Family:
-    """Makes a family known to this package and to transformers' Auto classes.
+    """Registers a family with this package and with transformers' Auto classes.
 
     Args:
         configuration: the module of its configuration's class, `NameConfig`.

@@ -106,11 +106,11 @@ def check_pyramid(kind: str | None, spacing: int, num_levels: int) -> None:
     if kind is None:
         return
     if kind not in PYRAMIDS:
-        raise ValueError(f"`feature_pyramid` is {kind!r}; allowed are None, {', '.join(map(repr, PYRAMIDS))}.")
+        raise ValueError(f"`feature_pyramid` is {kind!r}; allowed values are None, {', '.join(map(repr, PYRAMIDS))}.")
     if spacing & (spacing - 1):
         raise ValueError(
-            f"`feature_pyramid` {kind!r} halves and doubles maps: patches {spacing} pixels apart give no strides of "
-            f"{', '.join(map(str, PYRAMID_STRIDES))}; a power of two is needed."
+            f"`feature_pyramid` {kind!r} halves and doubles feature maps: patches {spacing} pixels apart cannot give "
+            f"strides of {', '.join(map(str, PYRAMID_STRIDES))}; their distance must be a power of two."
         )
     if num_levels > len(PYRAMID_STRIDES):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""How much a model computes, dense and pruned, counted from its configuration; and a schedule found from a budget.
+"""Counts how much a model computes, dense and pruned, from its configuration, and finds a schedule for a budget.
 
-One multiply-add counts as one FLOP, as the field has it. Counted are linear layers, convolutions, for each scan over L
-tokens with E channels and N states 9 L E N, and the matrix products of a pruning method. What a forward consists of,
-and what the figures count that were published for a family, its configuration's `count_flops` tells.
+One multiply-add counts as one FLOP, as is usual in this field. The count includes linear layers, convolutions, 9 L E N
+for each scan over L tokens with E channels and N states, and the matrix products of a pruning method. A configuration's
+`count_flops` defines the parts of a forward pass, and which of them the published figures of the family count.
 """
 
 import itertools
@@ -30,7 +30,7 @@ class FlopCount:
 
     Attributes:
         total: everything counted.
-        published: by the convention of the model's published figures.
+        published: counted in the same way as the model's published figures.
         breakdown: `total` by part.
     """
 
@@ -40,20 +40,20 @@ class FlopCount:
 
     @classmethod
     def of_parts(cls, parts: Counter[str], unpublished: int = 0) -> "FlopCount":
-        """The sum of the parts, of which published figures leave so many multiply-adds out."""
+        """The sum of the parts; published figures leave out the given number of multiply-adds."""
         return cls(parts.total(), parts.total() - unpublished, dict(parts))
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """The counts of a model without its pruning schedule, and with it (the same where it has none)."""
+    """The counts of a model without and with its pruning schedule (equal if it has none)."""
 
     dense: FlopCount
     pruned: FlopCount
 
     @property
     def reduction(self) -> float:
-        """The share of the published FLOPs that pruning removes, 0 to 1."""
+        """The fraction of the published FLOPs that pruning removes, 0 to 1."""
         return 1 - self.pruned.published / self.dense.published
 
 
@@ -61,7 +61,7 @@ def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | No
     """Counts the FLOPs of one image, or of one clip.
 
     Args:
-        config: of a model of this package.
+        config: configuration of a model of this package.
         image_size: pixels, or (height, width); None for `config.image_size`.
     """
     size = config.input_size if image_size is None else config.input_size_for(image_size)
@@ -78,7 +78,7 @@ def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | No
 
 
 def _count_pruning(config: PreTrainedConfig, method: PruningMethod, stages: list[tuple[int, int]]) -> int:
-    """What a method computes in stages with so many tokens before and after them."""
+    """The FLOPs of a method in stages with these numbers of tokens before and after."""
     return sum(method.count_flops(there, kept, config) for there, kept in stages)
 
 
@@ -94,18 +94,18 @@ def tokens_per_layer(num_patches: int, num_hidden_layers: int, token_pruning: di
 
 
 def count_projections(config: PreTrainedConfig, length: int) -> Counter[str]:
-    """A mixer's projections of so many tokens into its channels and out of them."""
+    """A mixer's input and output projections for this number of tokens."""
     return Counter(in_and_out_projections=length * 3 * config.hidden_size * config.intermediate_size)
 
 
 def count_scans(config: PreTrainedConfig, length: int, kernel_size: int, num_paths: int = 1) -> Counter[str]:
-    """Selective scans with one set of parameters, and what comes before them.
+    """Selective scans with one set of parameters, and the layers before them.
 
     Args:
-        config: of the model.
-        length: tokens.
-        kernel_size: weights of the depthwise convolution in a channel.
-        num_paths: along which the scans go.
+        config: configuration of the model.
+        length: number of tokens.
+        kernel_size: number of weights of the depthwise convolution per channel.
+        num_paths: number of scan paths.
     """
     width, states = config.intermediate_size, config.state_size
     return Counter(
@@ -119,9 +119,9 @@ def count_scans(config: PreTrainedConfig, length: int, kernel_size: int, num_pat
 # ---- A schedule from a budget ------------------------------------------------------------------------------------
 
 BUDGET_TOLERANCE = 0.005
-# Where the stages are, as shares of the depth; the later ones of the list only where the earlier cannot save enough.
-MOST_STAGES_OF_UNEQUAL_RATIOS = 3  # the search takes the number of tokens to this power, less one
+# Positions of the stages, as fractions of the depth. Later entries are used only if earlier ones cannot save enough.
 STAGES = ((1 / 6, 1 / 3, 1 / 2), (1 / 12, 1 / 6, 1 / 4), (1 / 24, 1 / 12, 1 / 8))
+MOST_STAGES_OF_UNEQUAL_RATIOS = 3  # the search tries (number of tokens) ** (this - 1) schedules
 
 
 def schedule_for_budget(
@@ -130,23 +130,24 @@ def schedule_for_budget(
     method: PruningMethod = METHODS[RECOMMENDED_METHOD],
     layers: Sequence[int] | None = None,
 ) -> dict[str, list]:
-    """Finds the pruning schedule that removes a share of the published FLOPs, at `config.image_size`.
+    """Finds the pruning schedule that removes a fraction of the published FLOPs, at `config.image_size`.
 
-    Tokens go in three stages, at a sixth, a third and half of the depth (the paper's model of 36 layers: 6, 12, 18),
-    earlier where that cannot save enough; with one keep ratio for all where one meets the budget, else with ratios that
-    differ. Of the schedules that remove at least what was asked for, the one that removes least is taken.
+    Tokens are dropped in three stages, at a sixth, a third and half of the depth (layers 6, 12 and 18 in the paper's
+    model of 36 layers), or earlier if that cannot save enough. All stages have the same keep ratio if one meets the
+    budget, and different ratios otherwise. Among the schedules that remove at least the requested fraction, the one
+    that removes least is chosen.
 
     Args:
         config: of a model of this package.
         flops_reduction: in (0, 1), for instance 0.416.
-        method: whose own FLOPs count as well.
-        layers: ascending, before which tokens are to go, in place of those above.
+        method: the pruning method, whose own FLOPs count as well.
+        layers: layers before which tokens are dropped, ascending, instead of those above.
 
     Returns:
         `layers` and `keep_ratios`.
 
     Raises:
-        ValueError: no schedule comes within half a point of the share; the message says what is possible.
+        ValueError: no schedule comes within half a point of the fraction; the message says what is possible.
     """
     if not is_number(flops_reduction) or not 0 < flops_reduction < 1:
         raise ValueError(f"`flops_reduction` is {flops_reduction!r}; it must be between 0 and 1, for instance 0.416.")
@@ -167,7 +168,7 @@ def schedule_for_budget(
         return abs(reduction(counts) - flops_reduction)
 
     def best(candidates: Iterable[Counts], least: Callable[[Counts], float]) -> Counts | None:
-        """Of those within the tolerance; none that removes too little where others do not."""
+        """The best schedule within the tolerance; one that removes too little only if there is no other."""
         fitting = [counts for counts in candidates if distance(counts) <= BUDGET_TOLERANCE]
         return min(fitting, key=lambda counts: (reduction(counts) < flops_reduction, least(counts)), default=None)
 
@@ -181,8 +182,8 @@ def schedule_for_budget(
         return {"layers": stages, "keep_ratios": _ratios(num_patches, counts)}
     nearest = reduction(min(exact, key=distance))
     raise ValueError(
-        f"`flops_reduction` is {flops_reduction}; with {num_patches} tokens and stages at {stages} no schedule comes "
-        f"within half a point of it, the nearest removes {nearest:.3f}. {see('budget-out-of-reach')}"
+        f"`flops_reduction` is {flops_reduction}; with {num_patches} tokens and stages at {stages}, no schedule "
+        f"comes within half a point of this; the nearest one removes {nearest:.3f}. {see('budget-out-of-reach')}"
     )
 
 
@@ -192,8 +193,8 @@ Counts = tuple[int, ...]
 def _stages_in_reach(
     config: PreTrainedConfig, flops_reduction: float, layers: Sequence[int] | None
 ) -> tuple[list[int], list[float]]:
-    """Layers before which so much can be dropped, those given or the first that do of the standard ones, and what they
-    save per token."""
+    """Layers before which this much can be dropped (the given ones, or the first sufficient ones of the standard
+    positions), and what they save per token."""
     depth = config.num_hidden_layers
     if depth < 2:
         raise ValueError(f"a model of {depth} layer has no layer before which tokens could be dropped.")
@@ -215,7 +216,7 @@ def _standard_layers(depth: int) -> list[list[int]]:
 
 
 def _savings_per_token(config: PreTrainedConfig, layers: Sequence[int]) -> list[float]:
-    """For each stage, the share of the dense FLOPs that goes with one token, from its layer to the next stage's."""
+    """For each stage, the fraction of the dense FLOPs that one token takes from its layer to that of the next stage."""
     dense = tokens_per_layer(math.prod(config.grid_size), config.num_hidden_layers, None)
     cost = config.count_flops(config.input_size, dense).published
     savings = []
@@ -226,7 +227,7 @@ def _savings_per_token(config: PreTrainedConfig, layers: Sequence[int]) -> list[
 
 
 def _chain(num_patches: int, keep_ratios: tuple[float, ...]) -> Counts:
-    """Tokens left after each stage."""
+    """The number of tokens left after each stage."""
     return tuple(itertools.accumulate(keep_ratios, count_kept, initial=num_patches))[1:]
 
 
@@ -241,7 +242,8 @@ def _spread(num_patches: int, counts: Counts) -> float:
 
 
 def _counts_near(flops_reduction: float, savings: list[float], num_patches: int) -> list[Counts]:
-    """For all counts of the stages but the last, the two of the last that come nearest to the reduction."""
+    """For all token counts of the stages except the last, the two counts of the last stage that come closest to the
+    reduction."""
     found = []
     for counts in itertools.combinations_with_replacement(range(num_patches, 0, -1), len(savings) - 1):
         saved = sum(saving * (num_patches - count) for saving, count in zip(savings, counts, strict=False))

@@ -1,5 +1,5 @@
-"""How much a model computes with whatever is on its backbone: `flops.count_flops`, and the head's convolutions and
-products beside it, as PyTorch's counter sees them when the head runs on maps without memory."""
+"""Counts how much a model with a head on its backbone computes: `flops.count_flops` plus the head's convolutions and
+matrix products, as counted by PyTorch when the head runs on meta tensors."""
 
 import copy
 from typing import Any
@@ -18,12 +18,12 @@ from .pruned_outputs import PrunedBackboneOutput
 
 
 def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | None = None) -> ModelFlops:
-    """Counts the FLOPs of one image, or of one clip: of a model of this package, or of one of transformers' models on a
-    backbone of it, whose part is then called "dense_head" (with the pyramid, if there is one).
+    """Counts the FLOPs of one image, or of one clip, for a model of this package or for a transformers model with a
+    backbone of this package. The part of such a head is called "dense_head" (including the pyramid, if there is one).
 
     Args:
-        config: of the model.
-        image_size: pixels, or (height, width); None for the `image_size` for which it is laid out.
+        config: configuration of the model.
+        image_size: pixels, or (height, width); None for the configuration's `image_size`.
     """
     backbone = pruned_config(config)
     count = flops.count_flops(backbone, image_size)
@@ -35,7 +35,7 @@ def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | No
 
 
 def _with_head(count: FlopCount, head: int) -> FlopCount:
-    """With a head in place of the classifier, which a backbone has not."""
+    """Replaces the classifier, which a backbone does not have, by a head."""
     parts = dict(count.breakdown)
     more = head - parts.pop("head", 0)
     return FlopCount(count.total + more, count.published + more, parts | {"dense_head": head})

@@ -1,4 +1,4 @@
-"""Depthwise convolution on the patch grid when only some of its cells still hold a token."""
+"""Depthwise convolution on the patch grid, when only some of its cells still have a token."""
 
 from torch import Tensor
 
@@ -16,18 +16,19 @@ def depthwise_conv2d(
     stand_ins: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Same-size depthwise convolution over the full grid, evaluated at kept cells only. A dropped cell counts as zero,
-    or as the token that stands in for it.
+    """Same-size depthwise convolution over the full grid, evaluated at kept cells only. A dropped cell is treated as
+    zero, or as the token that stands in for it.
 
     Args:
-        hidden_states: the tokens that are left, in raster order, shape (batch, tokens, channels).
+        hidden_states: the remaining tokens, in raster order, shape (batch, tokens, channels).
         weight: shape (channels, 1, kernel, kernel), kernel odd.
         bias: shape (channels,), or None.
         grid: (height, width) of the full grid.
-        kept: the cell of each token, height * width at most, integers of shape (batch, tokens). None: every cell.
+        kept: the cell of each token, at most height * width of them, integers of shape (batch, tokens). None: every
+            cell.
         silu: apply SiLU to the result.
-        stand_ins: the token seen in each cell, its own in a kept one, integers of shape (batch, height * width). None:
-            zero in dropped cells.
+        stand_ins: the token seen in each cell (a kept token in its own), integers of shape (batch, height * width).
+            None: zero in dropped cells.
         backend: as in `selective_scan`.
 
     Returns:

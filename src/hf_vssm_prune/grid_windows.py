@@ -1,4 +1,4 @@
-"""The grid in small windows: choosing tokens so that every part of the input keeps some."""
+"""Small windows of the grid, for choosing tokens so that every part of the input keeps some."""
 
 import itertools
 import math
@@ -13,8 +13,8 @@ from .precision import at_least_float32
 def default_window(grid: tuple[int, ...]) -> tuple[int, ...]:
     """The sides of a window in cells: two along each axis of the grid.
 
-    On clips, windows of 2 x 2 x 2 beat those of 1 x 2 x 2: what goes into a neighbour was more like it, at every keep
-    ratio that was tried, as neighbours in time are the most alike.
+    On clips, windows of 2 x 2 x 2 are better than 1 x 2 x 2: merged tokens were more similar to the neighbour at every
+    keep ratio that was tried, because neighbours in time are the most similar.
     """
     return (2,) * len(grid)
 
@@ -22,12 +22,12 @@ def default_window(grid: tuple[int, ...]) -> tuple[int, ...]:
 def score_in_turns(
     importance: Tensor, cells: Tensor, grid: tuple[int, ...], window: tuple[int, ...] | None = None
 ) -> Tensor:
-    """Scores by which the most important token of every window is chosen first, then the second of every window, as far
-    as the count allows; where not all windows get their next token, those with the more important one do.
+    """Scores that select the most important token of every window first, then the second of every window, and so on. If
+    there are not enough for the next token of every window, the windows with the more important tokens come first.
 
     Args:
         importance: shape (batch, n).
-        cells: of the tokens, ascending, shape (batch, n).
+        cells: cells of the tokens, ascending, shape (batch, n).
         grid: shape of the full grid, any number of axes.
         window: sides of a window in cells, one for each axis; None for `default_window`.
 
@@ -40,16 +40,16 @@ def score_in_turns(
 def distance_in_window(
     features: Tensor, cells: Tensor, grid: tuple[int, ...], window: tuple[int, ...] | None = None
 ) -> Tensor:
-    """How far each token is from the others of its window: the mean square of the differences, after a layer norm
-    without parameters. In a window, the one that is furthest is also furthest from their mean; two alone are equally
-    far, to the last bit.
+    """The distance of each token from the others in its window: the mean square of the differences, after a layer norm
+    without parameters. The token that is furthest from the others is also furthest from their mean; if there are only
+    two, their distances are exactly equal.
 
     Args:
         features: shape (batch, n, channels).
         cells, grid, window: as in `score_in_turns`.
 
     Returns:
-        float32 (float64 where the features are) of shape (batch, n); 0 for a token that is alone in its window.
+        float32 (float64 if the features are) of shape (batch, n); 0 for a token that is alone in its window.
     """
     features = F.layer_norm(at_least_float32(features), features.shape[-1:])
     window = window or default_window(grid)
@@ -68,7 +68,7 @@ def distance_in_window(
 
 
 def _window_places(cells: Tensor, grid: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
-    """The places of cells when the grid is read window by window."""
+    """The positions of cells when the grid is read window by window."""
     of_window, within = torch.zeros_like(cells), torch.zeros_like(cells)
     strides = [*itertools.accumulate(grid[:0:-1], lambda a, b: a * b, initial=1)][::-1]
     for size, stride, side in zip(grid, strides, window, strict=True):
@@ -79,12 +79,13 @@ def _window_places(cells: Tensor, grid: tuple[int, ...], window: tuple[int, ...]
 
 
 def _count_places(grid: tuple[int, ...], window: tuple[int, ...]) -> int:
-    """Those of all windows, whole ones at the edges too."""
+    """The number of these positions, with complete windows at the edges."""
     return math.prod([-(-size // side) * side for size, side in zip(grid, window, strict=True)])
 
 
 def _rank_in_window(importance: Tensor, cells: Tensor, grid: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
-    """How many tokens of its window come before each token: more important ones, or equal ones in an earlier cell."""
+    """The number of tokens in the same window that come before each token: more important ones, or equally important
+    ones in an earlier cell."""
     places = _window_places(cells, grid, window)
     empty = importance.new_full((importance.shape[0], _count_places(grid, window)), -torch.inf)
     in_window = empty.scatter(1, places, importance).unflatten(1, (-1, math.prod(window)))
@@ -94,6 +95,6 @@ def _rank_in_window(importance: Tensor, cells: Tensor, grid: tuple[int, ...], wi
 
 
 def _relative(importance: Tensor) -> Tensor:
-    """Importance from 0 to less than 1, in the same order."""
+    """Importance rescaled to [0, 1), in the same order."""
     low, high = importance.amin(-1, keepdim=True), importance.amax(-1, keepdim=True)
     return (importance - low) / ((high - low) * 1.001).clamp(min=torch.finfo(importance.dtype).tiny)

@@ -1,4 +1,5 @@
-"""transformers' models of dense prediction on backbones of this package: made, opened, given pretrained weights."""
+"""transformers' dense prediction models with backbones of this package: creating and loading them, and giving them
+pretrained weights."""
 
 import math
 from typing import Any
@@ -17,18 +18,18 @@ from .pruned_heads import backbone_of, prunable
 from .token_pruning import split_token
 
 
-# In the order in which they are asked for a model of a configuration.
+# In the order in which they are tried for a configuration.
 DENSE_AUTO_CLASSES: tuple[Any, ...] = (
     AutoModelForSemanticSegmentation,
     AutoModelForUniversalSegmentation,
     AutoModelForObjectDetection,
 )
-# What a backbone has and a classifier has not.
+# Parts that a backbone has and a classifier does not.
 OF_BACKBONES = ("hidden_states_norms.", "feature_pyramid.")
 
 
 def auto_class_of(config: PreTrainedConfig) -> Any:
-    """transformers' Auto class of dense prediction that has models of a configuration.
+    """transformers' Auto class for dense prediction models of a configuration.
 
     Raises:
         ValueError: there is none.
@@ -40,32 +41,32 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
 
 
 def new_dense_model(config: PreTrainedConfig, **options: Any) -> Any:
-    """A new model with a head, of random weights, as `pruned_heads.prunable` makes it.
+    """A new model with a head and random weights, passed through `pruned_heads.prunable`.
 
     Args:
-        config: of transformers, such as `UperNetConfig`, with a configuration of this package as `backbone_config`.
-        options: of transformers' `from_config`, such as `dtype`.
+        config: a transformers configuration such as `UperNetConfig`, with a configuration of this package as
+            `backbone_config`.
+        options: options of transformers' `from_config`, such as `dtype`.
 
     Raises:
-        ValueError: there is no such model, or its backbone is another.
+        ValueError: there is no such model, or its backbone is not of this package.
     """
     return prunable(auto_class_of(config).from_config(config, **options))
 
 
 @torch.no_grad()
 def put_pretrained_backbone(model: nn.Module, pretrained: TokenPruningMixin) -> Any:
-    """Puts the weights of a classifier, or of another model of this package, into the backbone of a model with a head:
-    transformers makes it with random ones.
+    """Puts the weights of a classifier, or of another model of this package, into the backbone of a model with a head,
+    which transformers creates with random weights.
 
-    Norms of levels and a pyramid, which a classifier has not, stay as they are. A class token that the backbone is
-    without is left out, with the embedding of its place.
+    Norms of levels and a pyramid, which a classifier does not have, are unchanged. If the backbone has no class token,
+    that of the classifier is left out, with its position embedding.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the two are of different shapes, or laid out for another image size; the first tensors that differ
-            are named.
+        ValueError: the two have different shapes or image sizes; the first tensors that differ are named.
     """
     backbone, weights = backbone_of(model), pretrained.base_model.state_dict()
     if getattr(backbone.config, "use_cls_token", True) is False:
@@ -73,7 +74,7 @@ def put_pretrained_backbone(model: nn.Module, pretrained: TokenPruningMixin) -> 
     own = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(OF_BACKBONES)}
     if pretrained.base_model_prefix != backbone.base_model_prefix:
         raise ValueError(
-            f"the pretrained model is of type {pretrained.config.model_type!r}, and the backbone "
+            f"the pretrained model is of type {pretrained.config.model_type!r}, but the backbone is of type "
             f"{backbone.config.model_type!r}."
         )
     differing = [
@@ -89,7 +90,7 @@ def put_pretrained_backbone(model: nn.Module, pretrained: TokenPruningMixin) -> 
 
 
 def _leave_out_class_token(weights: dict[str, torch.Tensor], config: Any) -> None:
-    """Takes from a base model's tensors what belongs to its class token, if it has one."""
+    """Removes from a base model's tensors those of its class token, if it has one."""
     if weights.pop("embeddings.class_token", None) is not None:
         name, place = "embeddings.position_embeddings", config.cls_token_id(math.prod(config.grid_size))
         weights[name], _ = split_token(weights[name], place)

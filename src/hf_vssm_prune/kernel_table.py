@@ -26,7 +26,7 @@ def choose_name(
     if backend != "auto":
         if backend not in kernels:
             raise ValueError(
-                f"unknown backend {backend!r}; known are 'auto', 'torch', {', '.join(map(repr, kernels))}."
+                f"unknown backend {backend!r}; known backends are 'auto', 'torch', {', '.join(map(repr, kernels))}."
             )
         if reason := kernels[backend].unavailable(device_type):
             raise ImportError(
@@ -55,7 +55,7 @@ def _warn_once(device_type: str, reasons: str) -> None:
     if device_type not in _WARNED:
         _WARNED.add(device_type)
         warnings.warn(
-            f"no fast kernel for {device_type}, plain PyTorch is used and is slower ({reasons}). "
+            f"no fast kernel for {device_type}: falling back to plain PyTorch, which is slower ({reasons}). "
             f"{see('no-fast-kernel')}",
             stacklevel=5,
         )

@@ -28,7 +28,7 @@ def names_by_id(maps: Mapping[Any, Any] | Sequence[Any], option: str = "id2label
     if isinstance(maps, Sequence) and not isinstance(maps, str):
         return [_as_name(name, option) for name in maps]
     if not isinstance(maps, Mapping):
-        raise ValueError(f"`{option}` is {maps!r}; a list of names or a dict from ids to names is needed.")
+        raise ValueError(f"`{option}` is {maps!r}; it must be a list of names or a dict from ids to names.")
     forwards, backwards = list(maps.items()), [(value, key) for key, value in maps.items()]
     for pairs in (backwards, forwards) if option == "label2id" else (forwards, backwards):
         ids = [_as_id(key) for key, _ in pairs]
@@ -36,8 +36,8 @@ def names_by_id(maps: Mapping[Any, Any] | Sequence[Any], option: str = "id2label
         if None not in ids:
             if sorted(names) != list(range(len(pairs))):
                 raise ValueError(
-                    f"`{option}` has the ids {sorted(names)[:10]} for {len(pairs)} labels; each of 0 to "
-                    f"{len(pairs) - 1} is needed once."
+                    f"`{option}` has the ids {sorted(names)[:10]} for {len(pairs)} labels; each id from 0 to "
+                    f"{len(pairs) - 1} must occur exactly once."
                 )
             return [names[i] for i in range(len(names))]
     raise ValueError(f"`{option}` has ids neither as keys nor as values: {dict(forwards[:3])}.")
@@ -54,5 +54,5 @@ def _as_id(value: Any) -> int | None:
 
 def _as_name(value: Any, option: str) -> str:
     if (isinstance(value, (Mapping, Sequence)) and not isinstance(value, str)) or value is None:
-        raise ValueError(f"`{option}` has {value!r} for a name.")
+        raise ValueError(f"`{option}` has {value!r} as a name.")
     return str(value)

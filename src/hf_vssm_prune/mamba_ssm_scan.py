@@ -29,7 +29,7 @@ INTERFACE = "mamba_ssm.ops.selective_scan_interface"
 def unavailable(device_type: str) -> str | None:
     """Why this kernel cannot be used for tensors on `device_type`, or None where it can."""
     if device_type != "cuda":
-        return "it computes on NVIDIA and AMD GPUs only"
+        return "it runs on NVIDIA and AMD GPUs only"
     if importlib.util.find_spec("mamba_ssm") is None:
         return "the mamba-ssm package is not installed: pip install mamba-ssm"
     try:

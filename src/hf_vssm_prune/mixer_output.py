@@ -1,6 +1,6 @@
-"""What a mixer tells of its tokens, for a pruning method to choose by: its output, and the scans' steps, B and C.
+"""A mixer's results for its tokens, which pruning methods can use: its output, and the scans' time steps, B and C.
 
-All of it lies at hand when a mixer has run; nothing is computed until a method asks.
+All of these exist after a mixer has run; nothing else is computed until a method asks for it.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,14 @@ class ScanInputs(NamedTuple):
     """One scan's time steps, B and C, as `selective_scan` was given them, without gradient.
 
     Attributes:
-        time_step: before bias and softplus, shape (batch, tokens, channels). Row t belongs to step t of every path.
+        time_step: time steps before bias and softplus, shape (batch, tokens, channels). Row t belongs to step t of
+            every path.
         time_step_bias: shape (channels,).
         B, C: shape (batch, tokens, state_size).
-        reversed: the rows were made from the tokens from the last to the first, and visit them so (Vim's second scan).
-        order, direction_B, moves: of a scan along several paths, see `selective_scan`; its rows were made from the
-            tokens as they lie. None: one path, which visits the token that a row was made from.
+        reversed: the rows were computed from the tokens in reverse order, and visit them in this order (Vim's second
+            scan).
+        order, direction_B, moves: for a scan along several paths, see `selective_scan`; its rows were computed from the
+            tokens in raster order. None: a single path, which visits the token that a row was computed from.
     """
 
     time_step: Tensor
@@ -35,7 +37,8 @@ class ScanInputs(NamedTuple):
     moves: Tensor | None = None
 
     def detach(self) -> "ScanInputs":
-        """Without gradient. Parameters are copied: sharded or offloaded ones are there during the mixer's call only."""
+        """Without gradient. Parameters are copied, because sharded or offloaded ones exist only during the mixer's
+        call."""
         return self._replace(
             time_step=self.time_step.detach(),
             time_step_bias=self.time_step_bias.detach().clone(),
@@ -46,13 +49,13 @@ class ScanInputs(NamedTuple):
 
 
 class MixerOutput(NamedTuple):
-    """A mixer's tokens, in raster order, without gradient.
+    """A mixer's results, in raster order, without gradient.
 
     Attributes:
         gated: the output y of the scans, gated, before the output projection, shape (batch, tokens, channels).
         projected: the mixer's result, shape (batch, tokens, hidden).
-        scans: PlainMamba's one, along four paths; Vim's forward and backward one.
-        backward_gated: the backward scan's part of `gated`, shape as there. None: there is no such scan.
+        scans: for PlainMamba, one scan along four paths; for Vim, the forward and the backward scan.
+        backward_gated: the backward scan's part of `gated`, of the same shape. None: there is no such scan.
     """
 
     gated: Tensor
@@ -72,9 +75,9 @@ class MixerOutput(NamedTuple):
 def token_influence(scans: Sequence[ScanInputs]) -> Tensor:
     """How much each direction can carry from a token to its output: (batch, directions, tokens).
 
-    That is step size · ‖B‖ · ‖C‖ at the step at which the direction visits the token: the first two are what the token
-    is multiplied by on its way into the state, the last what the state is multiplied by on its way out. The step size
-    is the mean over channels; the norms are Euclidean.
+    This is step size · ‖B‖ · ‖C‖ at the step in which the direction visits the token: the token is multiplied by the
+    first two when it enters the state, and the state by the last for the output. The step size is the mean over
+    channels; the norms are Euclidean.
     """
     influences = []
     for scan in scans:
@@ -87,20 +90,20 @@ def token_influence(scans: Sequence[ScanInputs]) -> Tensor:
 
 
 def own_inputs(scans: Sequence[ScanInputs]) -> tuple[Tensor, Tensor]:
-    """What the scans made from each token itself: step sizes, mean over channels (batch, scans, tokens), and B
-    (batch, scans, tokens, state_size). Without `direction_B`, which belongs to a path."""
+    """What the scans computed from each token itself: step sizes, averaged over channels (batch, scans, tokens), and B
+    (batch, scans, tokens, state_size), without `direction_B`, which belongs to a path."""
     steps = [_steps(scan).flip(-1) if scan.reversed else _steps(scan) for scan in scans]
     B = [at_least_float32(scan.B.flip(1) if scan.reversed else scan.B) for scan in scans]
     return torch.stack(steps, dim=1), torch.stack(B, dim=1)
 
 
 def _steps(scan: ScanInputs) -> Tensor:
-    """Step sizes, mean over channels (batch, steps)."""
+    """Step sizes, averaged over channels (batch, steps)."""
     return F.softplus(at_least_float32(scan.time_step) + at_least_float32(scan.time_step_bias)).mean(-1)
 
 
 def _visited(scan: ScanInputs, steps: Tensor) -> Tensor:
-    """Values (batch, paths or 1, steps) of steps, as values (batch, paths, tokens) of the tokens visited in them."""
+    """Converts values per step (batch, paths or 1, steps) to values of the visited tokens (batch, paths, tokens)."""
     if scan.order is None:
         return steps.flip(-1) if scan.reversed else steps
     order = scan.order.long().expand(steps.shape[0], -1, -1)

@@ -1,4 +1,4 @@
-"""Models of all families as backbones for dense prediction."""
+"""Backbones for dense prediction, for all model families."""
 
 import copy
 from typing import Any
@@ -19,10 +19,10 @@ from .token_pruning import split_token
 class FeatureMaps(BackboneMixin):
     """Turns a model into a backbone, which returns maps of the full grid for images of any size.
 
-    It stands before the model's class: `class NameBackbone(FeatureMaps, NameModel)`. Which layers' outputs are maps
-    `config.out_features` and `config.feature_source` say, what a dropped cell shows `config.feature_fill`, how they are
-    normed `config.feature_norm`, and what becomes of their resolution `config.feature_pyramid`. A class token is in no
-    map.
+    It comes before the model's class: `class NameBackbone(FeatureMaps, NameModel)`. `config.out_features` and
+    `config.feature_source` say which layers' outputs become feature maps, `config.feature_fill` what the cell of a
+    dropped token contains, `config.feature_norm` how maps are normalised, and `config.feature_pyramid` how their
+    resolution changes. The class token is in no map.
     """
 
     has_attentions = False
@@ -32,7 +32,7 @@ class FeatureMaps(BackboneMixin):
         model: Any = self
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         if config.feature_norm == "per_level":
-            # The last layer's output has the model's own.
+            # For the last layer's output, the model's own norm is used.
             levels = [name for name in self.out_features if name != self.stage_names[-1]]
             model.hidden_states_norms = nn.ModuleDict({name: copy.deepcopy(model.norm) for name in levels})
         if config.feature_pyramid is not None:
@@ -58,7 +58,7 @@ class FeatureMaps(BackboneMixin):
         )
 
     def with_pyramid(self: Any, maps: list[Tensor]) -> list[Tensor]:
-        """The maps of the levels, from those that have the resolution of the patches."""
+        """The maps of the levels, from maps at the resolution of the patches."""
         return maps if self.config.feature_pyramid is None else self.feature_pyramid(maps)
 
     def _feature_map(self: Any, level: str, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -68,7 +68,7 @@ class FeatureMaps(BackboneMixin):
         norm = self.norm
         unnormed = self.config.feature_norm == "last" and level != self.stage_names[-1]
         if unnormed or self.config.feature_norm == "none":
-            hidden_states = hidden_states.to(norm.weight.dtype)  # a residual stream may be of higher precision
+            hidden_states = hidden_states.to(norm.weight.dtype)  # the residual stream may have a higher precision
         elif self.config.feature_norm == "per_level" and level in self.hidden_states_norms:
             hidden_states = self.hidden_states_norms[level](hidden_states)
         else:

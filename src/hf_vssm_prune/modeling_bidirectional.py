@@ -1,7 +1,8 @@
-"""What the models of bidirectional vision Mambas share (Vim, VideoMamba): all but their names, and what an input is.
+"""Everything that the bidirectional vision Mambas (Vim, VideoMamba) share: all except their names and the form of their
+inputs.
 
-Each mixer scans the tokens from the first to the last and from the last to the first, with parameters of their own;
-among the tokens is one for the class, by which classifiers answer.
+Each mixer scans the tokens in both directions, with separate parameters for each; the tokens include a class token,
+which classifiers use.
 """
 
 import math
@@ -44,22 +45,22 @@ from .token_pruning import gather_tokens, path_gaps, split_token
 
 
 class BidirectionalTokenLayout(NamedTuple):
-    """Where the tokens that are left lie in the full sequence, patches with the class token among them.
+    """The positions of the remaining tokens in the full sequence of patches and class token.
 
-    Indices of the layers' are int32, as the kernels take them, so that no layer converts them.
+    Indices for the layers are int32, which the kernels expect, so that no layer has to convert them.
 
     Attributes:
         grid: shape of the full grid, in patches: (height, width), of a video (time, height, width).
-        cls_id: the class token's place in the full sequence. None: there is none.
-        cls_row: its row among the tokens that are left, int64 (batch, 1).
-        backward_order: the tokens that are left as the backward direction visits them, shape (1, 1, n).
-        kept: the place of each token in the full sequence, shape (batch, n). None: all are there.
+        cls_id: the class token's position in the full sequence. None: there is no class token.
+        cls_row: its row among the remaining tokens, int64 (batch, 1).
+        backward_order: the remaining tokens in the order of the backward direction, shape (1, 1, n).
+        kept: the position of each token in the full sequence, shape (batch, n). None: no token was dropped.
         gaps: for the forward and the backward direction the distances between tokens, each (batch, 1, n), in the order
             of the direction. None: no alignment, or nothing was dropped.
         alignment: how the scans cross the gaps.
-        view: see `TokenLayout`; its stand-ins are of shape (batch, places of the full sequence). Without, convolutions
-            see the tokens that are left, side by side.
-        rotation: by which layers turn all tokens of the full sequence, see `rotary_embedding`. None: they do not.
+        view: see `TokenLayout`; its stand-ins have the shape (batch, positions of the full sequence). Without
+            stand-ins, convolutions run over the sequence of remaining tokens.
+        rotation: the rotary embedding of all tokens of the full sequence, see `rotary_embedding`. None: no rotation.
     """
 
     grid: tuple[int, ...]
@@ -96,15 +97,15 @@ class BidirectionalTokenLayout(NamedTuple):
         )
 
     def rotate(self, hidden_states: Tensor) -> Tensor:
-        """Tokens that are left (batch, n, hidden), turned by their places."""
+        """The remaining tokens (batch, n, hidden), rotated by their positions."""
         if self.rotation is None:
             return hidden_states
         return rotate(hidden_states, self.rotation if self.kept is None else self.rotation[self.kept.long()])
 
     @staticmethod
     def _in_sequence(stand_ins: Tensor, cls_id: int | None, cls_row: Tensor | None) -> Tensor:
-        """Stand-ins in the grid's cells, counted among patches, to those at all places, counted among all tokens: the
-        class token is seen at its own place."""
+        """Converts stand-ins for grid cells, as indices of patches, to stand-ins for all positions, as indices of all
+        tokens: the class token stands in for itself."""
         if cls_id is None or cls_row is None:
             return stand_ins
         rows = stand_ins + (stand_ins >= cls_row).long()
@@ -125,7 +126,7 @@ class BidirectionalEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.projection = self._make_projection(config)
-        # Saved models call it so; elsewhere it is `cls_token`.
+        # The name in saved models; elsewhere it is called `cls_token`.
         num_patches = math.prod(config.grid_size[-2:])  # of one image or frame
         if config.cls_token_id(num_patches) is None:
             self.class_token = None
@@ -163,11 +164,12 @@ class BidirectionalEmbeddings(nn.Module):
         return self._insert(resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), cls_token)
 
     def _positions_on_grid(self, positions: Tensor) -> Tensor:
-        """From the embeddings of an image's patches those of all patches of the laid-out grid, (1, patches, hidden)."""
+        """From the embeddings of an image's patches, those of all patches of the configuration's grid, (1, patches,
+        hidden)."""
         return positions
 
     def _insert(self, patches: Tensor, cls_token: Tensor | None) -> Tensor:
-        """All tokens: the class token, where there is one, at its place among the patches."""
+        """All tokens: the patches with the class token, if there is one, at its position."""
         cls_id = self.config.cls_token_id(patches.shape[1])
         if cls_id is None or cls_token is None:
             return patches
@@ -176,9 +178,10 @@ class BidirectionalEmbeddings(nn.Module):
 
 
 class CausalConvolution(nn.Module):
-    """Depthwise convolution of each token with those that its direction visits before it, and SiLU.
+    """Depthwise convolution of each token with those visited before it in this direction, followed by SiLU.
 
-    It is no `nn.Conv1d`, because what wraps those (PEFT, quantisation) takes them to map sequences to sequences.
+    It is not an `nn.Conv1d`, because libraries that wrap these (PEFT, quantisation) expect them to map sequences to
+    sequences.
     """
 
     def __init__(self, config: BidirectionalConfig, reverse: bool) -> None:
@@ -199,8 +202,7 @@ class CausalConvolution(nn.Module):
 class DirectedScan(nn.Module):
     """One direction of the mixer: causal depthwise convolution, then the selective scan.
 
-    All tokens stay in raster order. What the reversed direction makes for its steps, from the last token to the first,
-    is turned around while it is narrow.
+    All tokens stay in raster order. For the reversed direction, only the narrow projections for its steps are reversed.
     """
 
     def __init__(self, config: BidirectionalConfig, reverse: bool) -> None:
@@ -240,7 +242,7 @@ class DirectedScan(nn.Module):
 
 
 class BidirectionalMixer(nn.Module):
-    """A scan in each direction between projections that the two share."""
+    """A scan in each direction, between projections shared by both."""
 
     def __init__(self, config: BidirectionalConfig) -> None:
         super().__init__()
@@ -253,13 +255,13 @@ class BidirectionalMixer(nn.Module):
     def forward(
         self, hidden_states: Tensor, layout: BidirectionalTokenLayout, with_output: bool
     ) -> tuple[Tensor, MixerOutput | None]:
-        """Returns the mixed tokens (batch, n, hidden) and, where it is wanted, what pruning may choose by."""
+        """Returns the mixed tokens (batch, n, hidden) and, if requested, the results that pruning methods can use."""
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         forward_gated, forward = self.forward_scan(x, gate, layout)
         backward_gated, backward = self.backward_scan(x, gate, layout)
         gated = forward_gated + backward_gated
         mixed = self.out_proj(gated)
-        if self.averages_directions:  # behind the projection, which has no bias, tokens are narrower
+        if self.averages_directions:  # after the projection, which has no bias, tokens are narrower
             mixed = mixed / 2
         if not with_output:
             return mixed, None
@@ -268,7 +270,7 @@ class BidirectionalMixer(nn.Module):
 
 
 class StreamRMSNorm(nn.RMSNorm):
-    """Normalises the float32 residual stream as it is; the result has the precision of the weights."""
+    """Normalises the residual stream in float32; the result has the precision of the weights."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         normalized = F.rms_norm(hidden_states, self.normalized_shape, eps=self.eps)
@@ -276,7 +278,7 @@ class StreamRMSNorm(nn.RMSNorm):
 
 
 class BidirectionalLayer(GradientCheckpointingLayer):
-    """A mixer behind a norm, and the turn that is due before the next layer."""
+    """A norm and a mixer, and the rotation before the next layer, if any."""
 
     def __init__(self, config: BidirectionalConfig, layer_idx: int, drop_path_rate: float) -> None:
         super().__init__()
@@ -288,10 +290,9 @@ class BidirectionalLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, layout: BidirectionalTokenLayout, with_output: bool
     ) -> tuple[Tensor, MixerOutput | None]:
-        """Returns the layer's output and, where it is wanted, what its mixer tells of the tokens, by which pruning may
-        choose.
+        """Returns the layer's output and, if requested, the results of its mixer that pruning methods can use.
 
-        `hidden_states` is the residual stream, float32 in every precision (float64 where the weights are).
+        `hidden_states` is the residual stream, which is float32 in every precision (float64 if the weights are).
         """
         mixed, mixer_output = self.mixer(scale_tokens(self.norm(hidden_states), layout), layout, with_output)
         hidden_states = hidden_states + self.drop_path(mixed).to(hidden_states.dtype)
@@ -299,10 +300,10 @@ class BidirectionalLayer(GradientCheckpointingLayer):
 
 
 class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
-    """What all of a family's models derive from.
+    """Base class of all models of a family.
 
     Attributes:
-        embeddings_class: makes tokens of the family's inputs.
+        embeddings_class: creates tokens from the family's inputs.
     """
 
     embeddings_class: ClassVar[type[BidirectionalEmbeddings]] = BidirectionalEmbeddings

@@ -21,11 +21,11 @@ from .pruning_stage import StageModule
 
 
 class VisionMambaKwargs(TransformersKwargs, total=False):
-    """Further options of the models' forward.
+    """Additional options of the models' forward pass.
 
     Attributes:
-        token_pruning: the schedule of this call, in place of the configuration's: options as `config.token_pruning`, or
-            None for all tokens.
+        token_pruning: the schedule for this call, instead of the configuration's: options as in `config.token_pruning`,
+            or None to keep all tokens.
         output_mixer_states: also return what each layer's mixer adds, see `PrunedModelOutput`.
     """
 
@@ -44,10 +44,10 @@ FORWARD_OPTIONS = (
 
 
 class HoleTimeStep(nn.Module):
-    """The step size of a dropped token, where it does not depend on the tokens that are left.
+    """The step size of dropped tokens, for alignments in which it does not depend on the remaining tokens.
 
-    `zero_input`: that of a token whose features are all 0. `learned`, ours: an offset in each channel is added to it
-    before the softplus; it begins at 0, as `zero_input`, and is trained with the model.
+    `zero_input`: that of a token whose features are all 0. `learned` (ours): an offset per channel is added before the
+        softplus; it starts at 0, like `zero_input`, and is trained with the model.
     """
 
     offset: nn.Parameter | None
@@ -58,7 +58,8 @@ class HoleTimeStep(nn.Module):
         self.register_parameter("offset", None)  # see `TokenPruningMixin.add_pruning_parameters`
 
     def forward(self, bias: Tensor, alignment: str) -> Tensor | None:
-        """Step sizes (channels,), from what the scan adds to time steps before the softplus. None: other alignments."""
+        """Step sizes (channels,), from the bias that the scan adds to time steps before the softplus. None: other
+        alignments."""
         if alignment == "zero_input":
             return F.softplus(at_least_float32(bias))
         if alignment == "learned":
@@ -78,22 +79,23 @@ class TokenPruningMixin(PreTrainedModel):
 
     config: VisionMambaConfig
     hub_module: ClassVar[str | None] = None
-    # A model whose pruning was turned off, or changed, keeps its parameters of pruning, for when it is turned on again.
+    # A model whose pruning is turned off or changed keeps its pruning parameters, in case it is turned on again.
     _keys_to_ignore_on_load_unexpected: Any = [r"hole_time_step\.offset$", r"token_predictors\."]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> Any:
-        """As `hf_vssm_prune.hub.pretrained.save_pretrained` where that is installed, else as transformers has it."""
+        """Like `hf_vssm_prune.hub.pretrained.save_pretrained` if the package is installed, otherwise as in
+        transformers."""
         if self.hub_module is None:
             return super().save_pretrained(save_directory, *arguments, **options)
         return importlib.import_module(self.hub_module).save_pretrained(self, save_directory, *arguments, **options)
 
     def _push_to_hub(self, *arguments: Any, **options: Any) -> Any:
-        """As `hf_vssm_prune.hub.pretrained.push_to_hub` where that is installed, else as transformers has it."""
+        """Like `hf_vssm_prune.hub.pretrained.push_to_hub` if the package is installed, otherwise as in transformers."""
         if self.hub_module is None:
             return super().push_to_hub(*arguments, **options)
         return importlib.import_module(self.hub_module).push_to_hub(self, *arguments, **options)
 
-    push_to_hub: Any = _push_to_hub  # transformers has an attribute there, and no method
+    push_to_hub: Any = _push_to_hub  # in transformers, this is an attribute and not a method
 
     def set_token_pruning(self, token_pruning: dict[str, Any] | None) -> None:
         """Changes the pruning schedule of a loaded model; None makes it dense. The weights do not change.
@@ -111,7 +113,7 @@ class TokenPruningMixin(PreTrainedModel):
         self.add_pruning_parameters(self.config.token_pruning)
 
     def _pruning_of_call(self, options: Mapping[str, Any]) -> TokenPruning | None:
-        """The schedule of a call of the model, from the options that it was given.
+        """The schedule for a call of the model, from the given options.
 
         Raises:
             TypeError: the model does not know an option.
@@ -119,17 +121,17 @@ class TokenPruningMixin(PreTrainedModel):
         """
         if unknown := [name for name in options if name not in FORWARD_OPTIONS]:
             raise TypeError(
-                f"{type(self).__name__} got unknown options {unknown}; allowed are its arguments and "
+                f"{type(self).__name__} got unknown options {unknown}; allowed options are its arguments and "
                 f"{list(FORWARD_OPTIONS)}."
             )
         given = options.get("token_pruning", self.config.token_pruning)
         return given if isinstance(given, TokenPruning) else self.config.complete_token_pruning(given)
 
     def add_pruning_parameters(self, token_pruning: dict[str, Any] | None) -> None:
-        """Makes the parameters that pruning options need and the model lacks; those that it has stay as they are.
+        """Creates the parameters that pruning options need and the model lacks; existing ones are unchanged.
 
-        They are the modules of a method that has some, one for each stage, and, for the `learned` alignment, the
-        offsets of the layers behind the first stage.
+        These are the modules of the method, if it has any (one for each stage), and, for the `learned` alignment, the
+        offsets of the layers after the first stage.
 
         Args:
             token_pruning: complete options; None: nothing is needed.
@@ -150,8 +152,8 @@ class TokenPruningMixin(PreTrainedModel):
                     module.offset = nn.Parameter(torch.zeros(module.channels, device=like.device, dtype=like.dtype))
 
     def freeze_pruning_parameters(self, schedules: Sequence[TokenPruning | None]) -> None:
-        """Of the parameters that `add_pruning_parameters` made, only those are trained from here on that one of these
-        schedules uses, complete options each."""
+        """Freezes the parameters created by `add_pruning_parameters`, except those that one of the given schedules
+        (complete options) uses."""
         base: Any = self.base_model
         pruning = [schedule for schedule in schedules if schedule is not None]
         in_use = {str(layer) for each in pruning if each.method.module is not None for layer in each.stages}
@@ -165,7 +167,7 @@ class TokenPruningMixin(PreTrainedModel):
 
     @property
     def has_pruning_parameters(self) -> bool:
-        """Whether `add_pruning_parameters` has made any."""
+        """Whether `add_pruning_parameters` has created any parameters."""
         base: Any = self.base_model
         holes = [module for module in base.modules() if isinstance(module, HoleTimeStep)]
         return len(base.token_predictors) > 0 or any(hole.offset is not None for hole in holes)
@@ -179,7 +181,7 @@ class TokenPruningMixin(PreTrainedModel):
 
 
 def mean_over_patches(tokens: Tensor, sizes: Tensor | None) -> Tensor:
-    """The mean of tokens (batch, n, channels), each as often as it has patches in it, sizes (batch, n)."""
+    """The mean of tokens (batch, n, channels), weighted by the number of patches in each, sizes (batch, n)."""
     if sizes is None:
         return tokens.mean(dim=1)
     weights = (sizes / sizes.sum(dim=1, keepdim=True)).to(tokens.dtype)
@@ -187,15 +189,16 @@ def mean_over_patches(tokens: Tensor, sizes: Tensor | None) -> Tensor:
 
 
 def image_classifier(config: VisionMambaConfig) -> nn.Module:
-    """A linear layer from pooled features to logits; where there are no labels, the features themselves."""
+    """A linear layer from pooled features to logits; the identity if there are no labels."""
     return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
 
 
 def check_pixel_values(pixel_values: Tensor, config: VisionMambaConfig) -> None:
-    """Refuses what is not a batch of images, or of videos for a model of them, before a layer deep inside does.
+    """Rejects inputs that are not a batch of images (or of videos, for a video model), before a layer deep inside the
+    model does.
 
-    Values are looked at in eager mode on the CPU only: elsewhere the look would wait for the device, or be traced, and
-    a function transform forbids it.
+    Values are checked in eager mode on the CPU only: elsewhere, the check would wait for the device or be traced, and
+    function transforms do not allow it.
     """
     frames, one = ("frames, ", "a video") if config.modality == "video" else ("", "an image")
     if pixel_values is None:
@@ -203,8 +206,8 @@ def check_pixel_values(pixel_values: Tensor, config: VisionMambaConfig) -> None:
     shape = tuple(pixel_values.shape)
     if pixel_values.ndim != len(config.input_size) + 2 or shape[-3] != config.num_channels:
         raise ValueError(
-            f"`pixel_values` has shape {shape}; expected is (batch, {frames}{config.num_channels}, height, width), "
-            "with the configuration's number of channels, `num_channels`."
+            f"`pixel_values` has shape {shape}; expected shape: (batch, {frames}{config.num_channels}, height, "
+            "width), with `num_channels` from the configuration."
         )
     if min(shape[1:]) < 1:
         raise ValueError(f"`pixel_values` has shape {shape}: {one} without pixels.")
@@ -215,18 +218,18 @@ def check_pixel_values(pixel_values: Tensor, config: VisionMambaConfig) -> None:
     if pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
         return
     if not pixel_values.sum().isfinite():
-        # The sum is the quick look. It may overflow where every value is finite, hence the thorough one.
+        # The sum is a quick check. It may overflow even if every value is finite, hence the thorough check.
         finite = pixel_values.isfinite().flatten(1).all(1)
         if not finite.all():
             raise ValueError(
-                f"`pixel_values` holds NaN or infinity in samples {(~finite).nonzero().flatten().tolist()}."
+                f"`pixel_values` contains NaN or infinity in samples {(~finite).nonzero().flatten().tolist()}."
             )
 
 
 def resize_position_embeddings(
     position_embeddings: Tensor, grid: tuple[int, ...], new_grid: tuple[int, ...], interpolate: bool
 ) -> Tensor:
-    """Position embeddings (1, cells, hidden) of one grid, resized to another where they differ.
+    """Position embeddings (1, cells, hidden) of one grid, resized to another grid if they differ.
 
     The last two axes of a grid, height and width, are resized bicubically; a third before them, time, linearly.
 
@@ -252,15 +255,16 @@ def resize_position_embeddings(
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does what its class does and no more, so that its weights may be used without a call:
-    not where a hook, an adapter, a parametrisation or a quantiser has changed it."""
+    """Whether calling a module does exactly what its class does, so that its weights can be used without a call. This
+    is not the case if a hook, an adapter, a parametrisation or a quantiser has changed it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     changed = any(hooks) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
     return type(module) is kind and not changed
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample (arXiv 1603.09382): training leaves out a residual branch with this probability."""
+    """Stochastic depth per sample (arXiv 1603.09382): in training, a residual branch is dropped with this
+    probability."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -283,10 +287,11 @@ def drop_path_rates(config: VisionMambaConfig) -> list[float]:
 
 
 class TimeStepProjection(nn.Module):
-    """Projects to time steps before bias and softplus, and hands out the bias, which the scan adds.
+    """Projects to time steps before bias and softplus, and returns the bias, which the scan adds.
 
-    The layer is called, its bias not read from outside: weights that were offloaded are there during a call only. It is
-    no `nn.Linear`, because what wraps those (PEFT, quantisation) takes them to return one tensor.
+    The bias is returned by the call rather than read from outside, because offloaded weights exist only during a call.
+    The layer is not an `nn.Linear`, because libraries that wrap these (PEFT, quantisation) expect them to return one
+    tensor.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:

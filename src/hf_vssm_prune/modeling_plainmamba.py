@@ -47,14 +47,14 @@ from .token_pruning import ScanPaths, prune_paths, snake_paths
 
 
 class PlainMambaTokenLayout(NamedTuple):
-    """Where the tokens that are left lie on the grid.
+    """The positions of the remaining tokens on the grid.
 
-    All indices are int32, as the kernels take them, so that no layer converts them.
+    All indices are int32, which the kernels expect, so that no layer has to convert them.
 
     Attributes:
         grid: (height, width) of the full grid.
-        full_paths: the scans' paths over it, int64.
-        paths: the paths over the cells of the tokens that are left.
+        full_paths: the scan paths over the full grid, int64.
+        paths: the paths over the cells of the remaining tokens.
         kept: the cell of each token, shape (batch, n). None: every cell has its token.
         alignment: how the scans cross the gaps.
         view: see `TokenLayout`; without stand-ins, convolutions see zeros in dropped cells.
@@ -104,7 +104,7 @@ class PlainMambaConvNorm(nn.Module):
         return plain and not self.normalization.training and self.normalization.track_running_stats
 
     def _folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution with the batch norm in it, from its running statistics."""
+        """Weight and bias of the convolution with the batch norm folded in, from its running statistics."""
         norm, weight = self.normalization, self.convolution.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
@@ -117,7 +117,7 @@ def project_patches(convolution: nn.Conv2d, pixels: Tensor) -> Tensor:
     """A convolution whose stride is its kernel size, as one matrix product with the patches, which do not overlap.
 
     Args:
-        convolution: called where calling it does more than that.
+        convolution: called as a module if calling it does more than that.
         pixels: shape (batch, channels, height, width), multiples of the patch.
 
     Returns:
@@ -149,7 +149,7 @@ class PlainMambaEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, tuple[int, int]]:
         check_pixel_values(pixel_values, self.config)
         pixel_values = pixel_values.to(self.projection.weight.dtype)
-        if pixel_values.device.type == "cpu" and not is_transformed():  # where convolutions are fastest in this layout
+        if pixel_values.device.type == "cpu" and not is_transformed():  # convolutions are fastest in this layout
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         pixels = self.stem(pixel_values)
         height, width = pixels.shape[2:]
@@ -162,9 +162,10 @@ class PlainMambaEmbeddings(nn.Module):
 
 
 class PlainMambaGridConvolution(nn.Module):
-    """Depthwise convolution over the cells of the grid that still hold a token.
+    """Depthwise convolution over the cells of the grid that still have a token.
 
-    It is no `nn.Conv2d`, because what wraps those (PEFT, quantisation) takes them to map images to images.
+    It is not an `nn.Conv2d`, because libraries that wrap these (PEFT, quantisation) expect them to map images to
+    images.
     """
 
     def __init__(self, config: PlainMambaConfig, channels: int, kernel_size: int, bias: bool = True) -> None:
@@ -209,7 +210,7 @@ class PlainMambaMixer(nn.Module):
     def forward(
         self, hidden_states: Tensor, layout: PlainMambaTokenLayout, with_output: bool
     ) -> tuple[Tensor, MixerOutput | None]:
-        """Returns the mixed tokens (batch, n, hidden) and, where it is wanted, what pruning may choose by."""
+        """Returns the mixed tokens (batch, n, hidden) and, if requested, the results that pruning methods can use."""
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         x = self.conv2d(x, layout, silu=True)
         features, B, C = self.x_proj(x).split(self.sizes, dim=-1)
@@ -264,8 +265,7 @@ class PlainMambaLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, layout: PlainMambaTokenLayout, with_output: bool
     ) -> tuple[Tensor, MixerOutput | None]:
-        """Returns the layer's output and, where it is wanted, what its mixer tells of the tokens, by which pruning may
-        choose."""
+        """Returns the layer's output and, if requested, the results of its mixer that pruning methods can use."""
         mixed, mixer_output = self.mixer(scale_tokens(self.norm(hidden_states), layout), layout, with_output)
         hidden_states = hidden_states + self.drop_path(mixed)
         if self.depthwise is not None:
@@ -314,8 +314,8 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     official_weight_keys = ("state_dict",)
     official_prefixes = ()
     official_ignored = ()
-    # Training keeps a second set of weights as buffers of these names beside the model's. It swaps the two before it
-    # saves: in a file the model's own names hold the averaged weights, and these the last ones.
+    # Training keeps a second set of weights as buffers with these names, and swaps the two before saving: in a file,
+    # the averaged weights are under the model's own names, and the last weights are under these.
     official_last_weights = ("ema_backbone_", "ema_head_")
 
     @torch.no_grad()
@@ -367,7 +367,7 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     def complete_official(
         cls, config: PlainMambaConfig, official: Any, expected: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Adds the counters of batch norm that old checkpoints lack, and that no forward pass reads."""
+        """Adds batch norm's counters, which old checkpoints lack and no forward pass reads."""
         counters = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}
         return {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in counters.items()} | official
 

@@ -24,8 +24,8 @@ from .modeling_common import image_classifier, resize_position_embeddings
 
 
 class VideoMambaEmbeddings(BidirectionalEmbeddings):
-    """Pixel values to tokens: the projection of patches, or of tubelets, the class token before them all, and
-    embeddings of their places in the frame and, of videos, of their times."""
+    """Pixel values to tokens: the projection of patches or tubelets, a class token before all of them, and embeddings
+    of their positions in the frame and, for videos, in time."""
 
     config: VideoMambaConfig
 
@@ -75,7 +75,7 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the official code: temporal embeddings begin at 0."""
+        """As in the official code, temporal embeddings start at 0."""
         super()._init_weights(module)
         if isinstance(module, VideoMambaEmbeddings) and module.config.num_frames is not None:
             init.zeros_(module.temporal_embeddings)
@@ -86,7 +86,8 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
 
     @classmethod
     def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Of an image model's tensors and a number of frames: those of a video model, see `complete_official`."""
+        """For an image model's tensors and a number of frames, the options of a video model; see
+        `complete_official`."""
         projection = official.get("patch_embed.proj.weight")
         is_video = projection is not None and projection.ndim == 5
         _, num_channels, *tubelet, _, patch_size = official.shape("patch_embed.proj.weight", 5 if is_video else 4)
@@ -101,11 +102,12 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
     def complete_official(  # type: ignore[override]
         cls, config: VideoMambaConfig, official: Any, expected: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Published tensors as the configuration wants them.
+        """Published tensors, adapted to the configuration.
 
-        The weights of an image model become a video model's as in the official code: the middle frame of a tubelet is
-        what the image was, the temporal embeddings are 0, and the head is a new one, as it is where a file has none.
-        Position embeddings are resized to the configuration's image size, temporal ones to its number of frames.
+        The weights of an image model are converted to those of a video model as in the official code: the image's
+        projection is used for the middle frame of a tubelet, the temporal embeddings are 0, and the head is new, as it
+        is if a file has none. Position embeddings are resized to the configuration's image size, temporal ones to its
+        number of frames.
         """
         official = type(official)(official)
         if "norm.weight" in official:  # of masked pretraining
@@ -135,17 +137,18 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
         return torch.cat([cls_token, resize_position_embeddings(patches, (side, side), grid, True)], dim=1)
 
     def _check_modality(self, expected: str) -> None:
-        """Refuses a configuration that was made for another kind of input."""
+        """Rejects a configuration for another kind of input."""
         if self.config.modality != expected:
             says = "a number of frames" if expected == "video" else "None"
             raise ValueError(
-                f"`num_frames` is {self.config.num_frames}: {type(self).__name__} needs {says}, as a model of "
-                f"{expected}s has."
+                f"`num_frames` is {self.config.num_frames}: {type(self).__name__} is a model for {expected}s and "
+                f"needs {says}."
             )
 
 
 def _in_middle_frame(weight: Tensor, tubelet_size: int) -> Tensor:
-    """A projection of images, (hidden, channels, height, width), as one of tubelets that sees their middle frame."""
+    """Converts a projection of images, (hidden, channels, height, width), to a projection of tubelets that sees only
+    their middle frame."""
     weights = [torch.zeros_like(weight) for _ in range(tubelet_size)]
     weights[tubelet_size // 2] = weight
     return torch.stack(weights, dim=2)

@@ -1,5 +1,5 @@
-"""How pictures of kept tokens are put together: panels of images whose dropped patches are covered, in rows and columns
-with headings and captions."""
+"""Layout of pictures of kept tokens: panels of images whose dropped patches are covered, in rows and columns with
+headings and captions."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ MARGIN = 12
 FRAME_GAP = 4  # pixels between the frames of a sheet
 FONT_SIZE = 15
 BACKGROUND, TEXT = (255, 255, 255), (38, 38, 38)
-# Blue of Okabe and Ito's palette: in images of any brightness, and to any kind of colour vision, unlike grey and black.
+# The blue of Okabe and Ito's palette: unlike grey and black, it is visible in images of any brightness and for any kind
+# of colour vision.
 DROPPED = (0, 114, 178)
 DROPPED_OPACITY = 0.72
 OUTLINE = (240, 228, 66)  # the palette's yellow
@@ -26,7 +27,7 @@ def num_columns(num_frames: int) -> int:
 
 
 def sheet(frames: Sequence[Image.Image]) -> Image.Image:
-    """Frames of one size in rows, about as many as in a column; a single one as it is."""
+    """Arranges frames of the same size in a roughly square sheet; a single frame is returned unchanged."""
     if len(frames) == 1:
         return frames[0]
     columns = num_columns(len(frames))
@@ -51,7 +52,7 @@ def kept_mask(kept: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 def fit(image: Image.Image, panel_size: int) -> Image.Image:
-    """The image at a panel's size: enlarged by a whole factor, so that pixels stay crisp, or made smaller."""
+    """Resizes the image to a panel: enlarges it by a whole factor, so that pixels stay crisp, or shrinks it."""
     longer = max(image.size)
     if longer <= panel_size:
         factor = panel_size // longer
@@ -72,7 +73,7 @@ def draw_mask(panel: Image.Image, mask: Tensor, groups: Tensor | None = None) ->
 
 
 def _borders(values: Tensor, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
-    """The sides between patches of different values, as lines (x0, y0, x1, y1) in pixels."""
+    """The borders between patches of different values, as lines (x0, y0, x1, y1) in pixels."""
     height, width = size[1] / values.shape[0], size[0] / values.shape[1]
     beside = (values[:, 1:] != values[:, :-1]).nonzero().tolist()
     below = (values[1:] != values[:-1]).nonzero().tolist()

@@ -68,7 +68,7 @@ class DifferentiatedOnce(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         if wants_plain_gradients(grad_output):
             raise RuntimeError(
-                f"the gradient of backend {ctx.kernel!r} can be computed once and for one gradient at a time, without "
-                "`create_graph=True` and `vmap`: use backend 'torch' (`model.config.scan_backend = \"torch\"`)."
+                f"the gradient of backend {ctx.kernel!r} can only be computed once and one at a time, without "
+                "`create_graph=True` or `vmap`: use backend 'torch' (`model.config.scan_backend = \"torch\"`)."
             )
         return grad_output, None

@@ -1,4 +1,4 @@
-"""transformers' models for dense prediction on a backbone of this package: pruned by one line."""
+"""Makes transformers' dense prediction models with a backbone of this package prunable."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from .pruned_outputs import StageFields, stage_fields
 
 
 def backbone_of(model: nn.Module) -> Any:
-    """The model of this package in a model, a `TokenPruningMixin`: itself, or the backbone of a head.
+    """The model of this package (a `TokenPruningMixin`) in a model: the model itself, or its backbone.
 
     Raises:
         ValueError: there is none.
@@ -25,15 +25,16 @@ def backbone_of(model: nn.Module) -> Any:
 
 
 class PrunedHead:
-    """Lets a model with a backbone be treated as the models of this package are; it stands before the model's class.
+    """Lets a model with a backbone be used like the models of this package; this class comes before the model's own
+    class.
 
-    What pruning tells, `kept_tokens`, `token_scores` and `merged_tokens`, is in the outputs beside what the model puts
-    out itself, and `backbone_hidden_states` where hidden states are asked for. `forward` also takes
-    `token_pruning`, the schedule of the call.
+    In addition to the model's own outputs, there are `kept_tokens`, `token_scores` and `merged_tokens`, and
+    `backbone_hidden_states` if hidden states are requested. `forward` also accepts `token_pruning`, the schedule for
+    this call.
     """
 
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
-        """As the model's own, with the option `token_pruning`."""
+        """The model's own `forward`, with the additional option `token_pruning`."""
         of_backbone = {name: options.pop(name) for name in ("token_pruning",) if name in options}
         if options.get("output_hidden_states"):
             of_backbone["output_hidden_states"] = True
@@ -58,7 +59,7 @@ class PrunedHead:
         return outputs
 
     def get_input_embeddings(self: Any) -> nn.Module:
-        """The backbone's, which is what sharding asks for."""
+        """The backbone's input embeddings, which sharding needs."""
         return backbone_of(self).get_input_embeddings()
 
     def set_token_pruning(self: Any, token_pruning: dict[str, Any] | None) -> None:
@@ -81,27 +82,27 @@ class PrunedHead:
 
 @functools.cache
 def _with_stages(kind: type) -> type[Any]:
-    """Outputs of a kind, with what pruning tells of the stages and the backbone's hidden states."""
+    """Outputs with the results of the pruning stages and the backbone's hidden states."""
     added = {"backbone_hidden_states": None, "added_entries": ("backbone_hidden_states",)}
     return dataclass(init=False)(type(f"Pruned{kind.__name__}", (StageFields, kind), added))
 
 
 @functools.cache
 def pruned_class(kind: type) -> type[Any]:
-    """A model's class as `PrunedHead` has it; the name stays, as it is what configurations say."""
+    """A model's class combined with `PrunedHead`; the name is unchanged, because configurations contain it."""
     return kind if issubclass(kind, PrunedHead) else type(kind.__name__, (PrunedHead, kind), {})
 
 
 def prunable(model: Any) -> Any:
-    """Lets one of transformers' models with a backbone of this package be treated as the models of this package: it
-    gets `set_token_pruning`, and its outputs tell what was pruned, see `PrunedHead`. Models of this package stay as
-    they are.
+    """Lets a transformers model with a backbone of this package be used like the models of this package: it gets
+    `set_token_pruning`, and its outputs contain the kept tokens, see `PrunedHead`. Models of this package are returned
+    unchanged.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: its backbone is another one.
+        ValueError: its backbone is not of this package.
     """
     if backbone_of(model) is not model:
         kind: Any = type(model)

@@ -1,4 +1,4 @@
-"""Runs a model's layers, between which tokens are dropped: the glue between families, pruning methods and schedules."""
+"""Runs a model's layers and drops tokens between them: this connects families, pruning methods and schedules."""
 
 import math
 from collections.abc import Iterable
@@ -17,22 +17,22 @@ from .token_pruning import count_kept, fill_dropped_tokens, gather_tokens
 
 
 class TokenLayout(Protocol):
-    """What a family's layers need to know of the tokens that are left."""
+    """What a family's layers need to know about the remaining tokens."""
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """The full grid's shape, in patches."""
+        """Shape of the full grid, in patches."""
 
     @property
     def cls_row(self) -> Tensor | None:
-        """The row of the class token in each sample, shape (batch, 1). None: there is none."""
+        """Row of the class token in each sample, shape (batch, 1). None: there is no class token."""
 
     @property
     def view(self) -> TokenView:
         """How the layers see the tokens: its `scale` covers the class token too, its stand-ins are rows of patches."""
 
     def keep(self: "Layout", kept: Tensor, alignment: str, view: TokenView) -> "Layout":
-        """The layout when only the tokens `kept` of the full sequence, int64 (batch, n), are left."""
+        """The layout with only the tokens `kept` of the full sequence, int64 (batch, n)."""
 
 
 Layout = TypeVar("Layout", bound=TokenLayout)
@@ -40,13 +40,13 @@ Layout = TypeVar("Layout", bound=TokenLayout)
 
 @dataclass(frozen=True)
 class Encoding(Generic[Layout]):
-    """What the layers make of the tokens.
+    """The result of the layers.
 
     Attributes:
-        hidden_states: of the tokens that are left, shape (batch, tokens left, hidden).
-        layout: of these tokens.
+        hidden_states: hidden states of the remaining tokens, shape (batch, tokens left, hidden).
+        layout: layout of these tokens.
         kept_tokens, token_scores, merged_tokens: as in `pruned_outputs.StageFields`.
-        sizes: how many patches were merged into each patch token that is left, shape (batch, patches left). None: one
+        sizes: how many patches were merged into each remaining patch token, shape (batch, patches left). None: one
             each, or the method does not count them.
     """
 
@@ -59,7 +59,7 @@ class Encoding(Generic[Layout]):
 
     @property
     def stages(self) -> dict[str, tuple[Tensor, ...]]:
-        """What there is to tell of each stage, as a model's output takes it."""
+        """The results of each stage, in the form of a model's output."""
         return {
             "kept_tokens": self.kept_tokens,
             "token_scores": self.token_scores,
@@ -74,15 +74,15 @@ def encode(
     layout: Layout,
     token_pruning: TokenPruning | None,
 ) -> Encoding[Layout]:
-    """Runs the layers; at the input of those in the pruning schedule the pruning method leaves fewer tokens.
+    """Runs the layers; the pruning method reduces the tokens at the input of those in the schedule.
 
     Args:
-        layers: each maps (hidden states, layout, whether a stage follows) to the next hidden states and, where one
-            does, what its mixer tells of the tokens.
-        stage_modules: by layer the parameters of a pruning method that has some.
+        layers: each maps (hidden states, layout, whether a stage follows) to the next hidden states and, if a stage
+            follows, the results of its mixer for the tokens.
+        stage_modules: by layer, the parameters of the pruning method, if it has any.
         hidden_states: all tokens, shape (batch, tokens, hidden).
-        layout: of all tokens.
-        token_pruning: the schedule; None: no token is dropped.
+        layout: layout of all tokens.
+        token_pruning: the schedule. None: no token is dropped.
     """
     stages = {} if token_pruning is None else token_pruning.stages
     modules = dict(stage_modules.items())
@@ -102,7 +102,7 @@ def _reduce(
     token_pruning: TokenPruning,
     module: nn.Module | None,
 ) -> Encoding[Layout]:
-    """One stage: the method leaves fewer tokens, and they are put where they belong."""
+    """One stage: the method reduces the tokens, and the layout is updated."""
     stage, tokens = _make_stage(encoding, mixer, keep_ratio)
     importance = IMPORTANCES.get(token_pruning.get("importance", ""))
     reduction = token_pruning.method.reduce(stage._replace(importance=importance, module=module))
@@ -122,7 +122,7 @@ def _reduce(
 
 
 def _make_stage(encoding: Encoding, mixer: MixerOutput, keep_ratio: float) -> tuple[Stage, Tensor]:
-    """The patch tokens among all tokens, and which tokens of the full sequence all of them are, (batch, n)."""
+    """The patch tokens as a `Stage`, and the index of every remaining token in the full sequence, (batch, n)."""
     hidden_states, layout = encoding.hidden_states, encoding.layout
     batch, num_tokens, _ = hidden_states.shape
     rows = torch.arange(num_tokens, device=hidden_states.device).expand(batch, -1)
@@ -149,10 +149,10 @@ def _make_stage(encoding: Encoding, mixer: MixerOutput, keep_ratio: float) -> tu
 
 
 def _with_cls_token(stage: Stage, reduction: Reduction) -> tuple[Tensor, Tensor, TokenView]:
-    """Puts the class token, where there is one, back between the patch tokens that are left.
+    """Puts the class token, if there is one, back among the remaining patch tokens.
 
     Returns:
-        The rows of all tokens that are left, ascending, (batch, n), their hidden states, and how layers see them.
+        The rows of all remaining tokens, ascending, (batch, n), their hidden states, and how layers see them.
     """
     if stage.patch_rows is None or stage.cls_row is None or stage.cls_token is None:
         return reduction.rows, reduction.hidden_states, reduction.view
@@ -166,7 +166,7 @@ def _with_cls_token(stage: Stage, reduction: Reduction) -> tuple[Tensor, Tensor,
 
 
 def _merge_tokens(encoding: Encoding, stage: Stage, tokens: Tensor, merged_into: Tensor) -> Tensor:
-    """For each token of the full sequence the one that it was merged into by now, (batch, all tokens)."""
+    """For each token of the full sequence, the token that it has been merged into so far, (batch, all tokens)."""
     patches = stage.of_patches(tokens)
     num_tokens = math.prod(stage.grid) + int(stage.cls_row is not None)
     everything = torch.arange(num_tokens, device=tokens.device).expand(tokens.shape[0], -1)
@@ -175,7 +175,7 @@ def _merge_tokens(encoding: Encoding, stage: Stage, tokens: Tensor, merged_into:
 
 
 def scale_tokens(tokens: Tensor, layout: TokenLayout) -> Tensor:
-    """Tokens (batch, n, hidden) as mixers are to see them."""
+    """Tokens (batch, n, hidden) as the mixers see them."""
     scale = layout.view.scale
     return tokens if scale is None else tokens * scale.unsqueeze(-1).to(tokens.dtype)
 
@@ -184,9 +184,9 @@ def full_states(backbone: Any, outputs: PrunedModelOutput, token_pruning: TokenP
     """The hidden states that a backbone's `out_features` name, for all tokens: each (batch, all tokens, hidden).
 
     Args:
-        backbone: whose `config.feature_fill` says what a token that is gone shows.
-        outputs: of its model, with hidden states and, where maps are made of them, mixer states.
-        token_pruning: the schedule by which it ran.
+        backbone: its `config.feature_fill` says what the cell of a dropped token contains.
+        outputs: outputs of its model, with hidden states and, if feature maps are made from them, mixer states.
+            token_pruning: the schedule that was used.
     """
     hidden_states, kept_tokens = outputs.hidden_states or (), outputs.kept_tokens or ()
     if backbone.config.feature_source == "mixer":

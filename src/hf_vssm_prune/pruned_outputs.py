@@ -1,4 +1,4 @@
-"""Outputs of models that can drop tokens on the way."""
+"""Outputs of models that can drop tokens."""
 
 import re
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ _STAGE_ENTRY = re.compile(rf"({'|'.join(STAGE_FIELDS)})_\d+")
 
 
 class StageFields:
-    """What a pruned model tells of each stage, for a `ModelOutput`.
+    """The results of each pruning stage, for a `ModelOutput`.
 
-    Each stage's tensor is an entry of its own, `kept_tokens_0`, `kept_tokens_1`, ...: whatever cuts a batch's output
-    into samples, or gathers it from several devices, takes each entry for a tensor with one row for each sample
-    (transformers' pipelines and Trainer, Accelerate, `DataParallel`). As attributes, and by their names as keys, they
-    are tuples with one tensor for each stage; None without pruning.
+    Each stage's tensor is a separate entry, `kept_tokens_0`, `kept_tokens_1`, ..., because code that splits the output
+    of a batch into samples, or gathers it from several devices (transformers' pipelines and Trainer, Accelerate,
+    `DataParallel`), expects every entry to be a tensor with one row per sample. The attributes `kept_tokens` etc., and
+    the keys of the same names, are tuples with one tensor per stage; None without pruning.
 
     Attributes:
-        kept_tokens: the tokens that are left after the stage, in raster order, int64 of shape (batch, n). A class token
-            counts and is always there.
-        token_scores: the scores by which the method compared the patch tokens that were there, in many methods their
-            importance, shape (batch, candidates).
-        merged_tokens: for each token of the full sequence the one that it was merged into, at this stage or before, its
-            own where it is left or was dropped, int64 of shape (batch, all tokens). None: the method merges nothing.
-        added_entries: what else a class adds to transformers' own, whose constructor does not know it. Outputs are made
-            anew from their entries, by DDP for one.
+        kept_tokens: the tokens that are left after the stage, in raster order, int64 of shape (batch, n). The class
+            token is counted and always kept.
+        token_scores: the scores by which the method compared the current patch tokens (in many methods, their
+            importance), shape (batch, candidates).
+        merged_tokens: for each token of the full sequence, the token that it was merged into, at this stage or before,
+            or itself if it was kept or dropped, int64 of shape (batch, all tokens). None: the method does not merge.
+        added_entries: other entries that a class adds to those of transformers, whose constructor does not know them.
+            Outputs can be recreated from their entries, for instance by DDP.
     """
 
     added_entries: ClassVar[tuple[str, ...]] = ()
@@ -65,11 +65,11 @@ class StageFields:
 
 @dataclass(init=False)
 class PrunedModelOutput(StageFields, BaseModelOutputWithPooling):
-    """Output of a model that can drop tokens on the way; see `StageFields`.
+    """Output of a model that can drop tokens; see `StageFields`.
 
     Attributes:
-        mixer_states: with `output_mixer_states=True` what each layer's mixer adds to the residual stream, shapes
-            (batch, tokens that are there, hidden).
+        mixer_states: with `output_mixer_states=True`, what each layer's mixer adds to the residual stream, shapes
+            (batch, current tokens, hidden).
     """
 
     mixer_states: tuple[Tensor, ...] | None = None
@@ -78,14 +78,14 @@ class PrunedModelOutput(StageFields, BaseModelOutputWithPooling):
 
 @dataclass(init=False)
 class PrunedImageClassifierOutput(StageFields, ImageClassifierOutput):
-    """Output of an image classifier that can drop tokens on the way; see `StageFields`."""
+    """Output of an image classifier that can drop tokens; see `StageFields`."""
 
 
 @dataclass(init=False)
 class PrunedBackboneOutput(StageFields, BackboneOutput):
-    """Feature maps of a model that can drop tokens on the way; see `StageFields`."""
+    """Feature maps of a model that can drop tokens; see `StageFields`."""
 
 
 def stage_fields(output: StageFields) -> dict[str, tuple[Tensor, ...] | None]:
-    """What an output tells of the stages, to hand it on to another."""
+    """The entries of an output for the stages, to pass them on to another output."""
     return {field: getattr(output, field) for field in STAGE_FIELDS}

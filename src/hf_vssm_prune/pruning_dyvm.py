@@ -1,4 +1,4 @@
-"""`dyvm`: a small network, trained with the model, decides token by token who stays."""
+"""`dyvm`: a small network, trained with the model, decides which tokens to keep."""
 
 import math
 
@@ -14,10 +14,10 @@ from .token_pruning import gather_tokens, select_tokens
 
 
 class TokenPredictor(StageModule):
-    """The probability that a token stays, from its features and the mean of all tokens' features.
+    """Predicts the probability that a token is kept, from its features and the mean of all tokens' features.
 
     Args:
-        hidden_size: of the model, at least 4.
+        hidden_size: hidden size of the model, at least 4.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -30,14 +30,14 @@ class TokenPredictor(StageModule):
         self.output = nn.Linear(hidden_size // 4, 2)
 
     def init_weights(self) -> None:
-        """PyTorch's own for linear layers, as the authors have it: the small weights of the models would let nothing
-        through four of them."""
+        """PyTorch's default for linear layers, as in the authors' code: with the small initial weights of the models,
+        almost nothing would pass through four of them."""
         for linear in (self.input, self.first, self.second, self.output):
             init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
             init.zeros_(linear.bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Log-probability of staying (batch, n), from hidden states (batch, n, hidden)."""
+        """Log-probability of being kept (batch, n), from hidden states (batch, n, hidden)."""
         features = F.gelu(self.input(self.norm(hidden_states.to(self.input.weight.dtype))))
         local, shared = features[..., : self.local_size], features[..., self.local_size :]
         features = torch.cat([local, shared.mean(dim=1, keepdim=True).expand_as(shared)], dim=-1)
@@ -48,21 +48,21 @@ class TokenPredictor(StageModule):
 def keep_predicted(stage: Stage) -> Reduction:
     """Token pruning of "Dynamic Vision Mamba" (DyVM, arXiv 2504.04787, section 3), with a fixed number of tokens.
 
-    The predictor is that of the authors' code. The paper draws each token's decision with the Gumbel-softmax trick, so
-    that images keep different numbers of tokens in training, and a loss holds their mean at the ratio. Here the number
-    is fixed: the `num_kept` most probable tokens stay, in training after Gumbel noise from torch's generator was added
-    to the log-probabilities, which draws them without replacement (Gumbel-top-k, arXiv 1903.06059). As in the paper the
-    decisions multiply the tokens inside the layers, straight-through: by 1, with the probability's gradient, so that
-    the loss trains the predictor, here by the tokens that stay alone. DyVM's selection of blocks is not part of it. A
-    predictor that was not trained chooses at random.
+    The predictor is that of the authors' code. In the paper, each token's decision is drawn with the Gumbel-softmax
+    trick, so images keep different numbers of tokens in training, and a loss holds their mean at the keep ratio. Here
+    the number is fixed: the `num_kept` most probable tokens are kept. In training, Gumbel noise from torch's generator
+    is first added to the log-probabilities, which draws tokens without replacement (Gumbel-top-k, arXiv 1903.06059). As
+    in the paper, tokens are multiplied by the decisions inside the layers with a straight-through estimator (a factor
+    of 1 with the gradient of the probability), so that the loss trains the predictor; here only kept tokens contribute.
+    DyVM's selection of blocks is not included. An untrained predictor chooses at random.
 
     Raises:
         ValueError: the model has no predictor for this stage.
     """
     if stage.module is None:
         raise ValueError(
-            "the pruning method 'dyvm' needs a predictor for each stage, and the model has none for this one: "
-            "`model.set_token_pruning` makes it."
+            "the pruning method 'dyvm' needs a predictor for each stage, but the model has none for this one: "
+            "`model.set_token_pruning` creates it."
         )
     log_probabilities = stage.module(stage.hidden_states)
     scores = log_probabilities.detach()
@@ -80,6 +80,6 @@ def keep_predicted(stage: Stage) -> Reduction:
 
 
 def count_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:
-    """Multiply-adds of the predictor, which runs where nothing is dropped, too."""
+    """Multiply-adds of the predictor, which also runs if nothing is dropped."""
     hidden, half, quarter = config.hidden_size, config.hidden_size // 2, config.hidden_size // 4
     return num_tokens * (hidden * hidden + hidden * half + half * quarter + quarter * 2)

@@ -1,22 +1,22 @@
-"""`evit`: the important tokens stay, all others are fused into one token."""
+"""`evit`: keeps the important tokens, and fuses all others into one token."""
 
 from .pruning_stage import Reduction, Stage
 from .token_merging import merge_tokens
 from .token_pruning import rank_tokens, select_tokens
 
 
-# So small that it decides where no token of the fused ones has any importance, and nowhere else.
+# So small that it only matters if none of the fused tokens has any importance.
 LEAST_WEIGHT = 1e-12
 
 
 def fuse_unimportant(stage: Stage) -> Reduction:
     """Token reorganisation of "Not All Patches Are What You Need" (EViT, arXiv 2202.07800, section 3.2).
 
-    EViT fuses the tokens that it does not keep into one more token, their sum weighted by the class token's attention.
-    A Mamba has no attention. Here the weights are the importance (below 0 it counts as 0), and add up to 1, as
-    attention over these tokens would. EViT appends the fused token to the k kept ones; here it is one of the
-    `num_kept`, so that every method leaves as many tokens, and it lies where the most important of the fused tokens
-    lay, because a Mamba's tokens have an order.
+    EViT fuses the tokens that it does not keep into one additional token, their sum weighted by the attention of the
+    class token. A Mamba has no attention; here the weights are the importance (negative values count as 0), normalised
+    to sum to 1, like attention over these tokens. EViT appends the fused token to the k kept ones. Here it is one of
+    the `num_kept` tokens, so that every method leaves the same number of tokens, and it takes the position of the most
+    important fused token, because a Mamba's tokens have an order.
     """
     scores = stage.scores()
     ranking = rank_tokens(scores)

@@ -1,7 +1,8 @@
-"""Measures of a token's importance by name: one function, one entry each. `importance` in `token_pruning` chooses one.
+"""Measures of a token's importance, by name: each is one function and one table entry. `importance` in `token_pruning`
+selects one.
 
-Each maps a stage to float32 scores (float64 where the model is) of its patch tokens, shape (batch, n), without
-gradient; the higher, the rather a token stays.
+Each maps a stage to the scores of its patch tokens, float32 (float64 if the model is) of shape (batch, n), without
+gradient. Tokens with higher scores are kept.
 """
 
 from collections.abc import Callable
@@ -47,24 +48,26 @@ def influence(stage: Stage) -> Tensor:
 
 
 def worst_influence(stage: Stage) -> Tensor:
-    """Ours: the 4-norm over the directions, near the highest, so that a token goes only if no direction needs it. The
-    highest alone would tie: PlainMamba's paths visit several tokens with one step size, B and C."""
+    """Ours: the 4-norm over the directions, which is close to the maximum, so that a token is dropped only if no
+    direction needs it. The maximum itself would cause ties: PlainMamba's paths visit several tokens with the same step
+    size, B and C."""
     influences = token_influence(stage.mixer.scans)
     highest = influences.amax(1, keepdim=True).clamp(min=torch.finfo(influences.dtype).tiny)
     return stage.of_patches((highest * (influences / highest).pow(4).sum(1, keepdim=True).pow(0.25)).squeeze(1))
 
 
 def mirrored_backward(stage: Stage) -> Tensor:
-    """What the code of ToP's authors ranks tokens by (ZLKong/ToP-ViM), for checking their logs of Vim; not their paper.
+    """The score in the published code of ToP's authors (ZLKong/ToP-ViM), which differs from their paper; for checking
+    their logs of Vim.
 
     The mean over channels of the backward scan's gated output, in the order of that scan: a token gets the value of the
-    one that lies as far from the sequence's other end. Only Vim and VideoMamba have that scan.
+    token at the mirrored position in the sequence. Only Vim and VideoMamba have that scan.
 
     Raises:
         ValueError: the model's mixer has no backward scan.
     """
     if stage.mixer.backward_gated is None:
-        raise ValueError("the importance 'mirrored_backward' needs a backward scan, and this model's mixer has none.")
+        raise ValueError("the importance 'mirrored_backward' needs a backward scan, but this model's mixer has none.")
     return stage.of_patches(at_least_float32(stage.mixer.backward_gated.detach()).mean(-1).flip(-1))
 
 

@@ -1,4 +1,5 @@
-"""`local_merge`: of every part of the image the most distinct tokens stay, and the others go into a neighbour. Ours."""
+"""`local_merge`: keeps the most distinct tokens of every part of the image, and merges the others into a neighbour.
+Ours."""
 
 from .grid_windows import distance_in_window, score_in_turns
 from .pruning_stage import Reduction, Stage, TokenView
@@ -7,11 +8,12 @@ from .token_pruning import select_tokens
 
 
 def merge_into_nearest(stage: Stage) -> Reduction:
-    """Of every window of the grid, 2 x 2 of an image and 2 x 2 x 2 of a clip, the token furthest from the others
-    stays, then the second, as far as the count allows, as in `local_top`. Each one that does not stay goes into the
-    nearest that does, which becomes the mean of them and stands in for them (see `stand_in`).
+    """In every window of the grid (2 x 2 for images, 2 x 2 x 2 for clips), keeps the token furthest from the others,
+    then the second furthest, as far as the count allows, as in `local_top`. Each of the other tokens is merged into the
+    nearest kept token, which becomes their mean and stands in for them (see `stand_in`).
 
-    Each token counts once, whatever was merged into it at stages before. It lies where it lay.
+    Each token counts once, regardless of what was merged into it at earlier stages. Kept tokens stay at their
+    positions.
     """
     distance = distance_in_window(stage.hidden_states.detach(), stage.cells, stage.grid)
     rows = select_tokens(score_in_turns(distance, stage.cells, stage.grid), stage.num_kept)

@@ -1,4 +1,4 @@
-"""The pruning methods by name: one file each, one entry each. `method` in `token_pruning` chooses one."""
+"""The pruning methods, by name: each is one file and one table entry. `method` in `token_pruning` selects one."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,15 +30,16 @@ def _no_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:
 
 
 class PruningMethod(NamedTuple):
-    """A way to leave fewer tokens.
+    """A way to reduce the number of tokens.
 
     Attributes:
-        reduce: leaves as many of a stage's tokens as it says.
-        alignment: the default; what the method's own paper does about the gaps, for those of other papers nothing.
-        importance: the default of what it ranks tokens by, where the schedule may choose. None: it may not.
+        reduce: reduces a stage to the number of tokens that it asks for.
+        alignment: the default alignment: that of the method's paper, and none for methods from other papers than ToP.
+        importance: the default measure of importance, if the schedule can choose one. None: it cannot.
         count_flops: from the number of tokens before and after, and the model's configuration, to the multiply-adds of
-            its matrix products. Scores, sorting and means are not counted, as norms and activations are not.
-        module: from the hidden size to the parameters that it has at each stage. None: it has none.
+            its matrix products. Scores, sorting and means are not counted, just as norms and activations are not.
+        module: from the hidden size to the module with the method's parameters at each stage. None: it has no
+            parameters.
     """
 
     reduce: Callable[[Stage], Reduction]
@@ -63,6 +64,6 @@ METHODS = {
     "local_merge": PruningMethod(merge_into_nearest, "none"),
 }
 
-# What a schedule means that names none: what lost least in this project's study, see STUDY.md.
+# The method of a schedule that names none: the one that lost least in this project's study, see STUDY.md.
 RECOMMENDED_METHOD = "local_merge"
 PAPERS_METHOD = "top"

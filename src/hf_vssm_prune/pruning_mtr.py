@@ -1,4 +1,4 @@
-"""`mtr`: the tokens that the scans let in with the smallest steps are merged into those that come next."""
+"""`mtr`: merges the tokens with the smallest time steps into those with the next larger ones."""
 
 import torch
 from transformers import PreTrainedConfig
@@ -12,12 +12,13 @@ from .token_pruning import rank_tokens, select_tokens
 def merge_small_steps(stage: Stage) -> Reduction:
     """Mamba token reduction of "Training-free Token Reduction for Vision Mamba" (MTR, arXiv 2507.14042).
 
-    A token's score is the step size that the scans made from it, mean over channels and summed over the scans: the
-    scan's input gate. The least tokens (the paper's *source*) are each merged into the most similar one of those that
-    rank next (*target*), to the mean of all that meet there; the first (*keep*) stay as they are. Not taken from the
-    paper, but ours: there are as many targets as sources, or as many as are left; and tokens are alike by the cosine of
-    their hidden states. In PlainMamba, which the paper does not have, a path lets a token in with the step size of
-    another one; the sum of these over the four paths would be the same for tokens that lie point-symmetrically.
+    A token's score is the time step that the scans computed from it (the scan's input gate), averaged over channels and
+    summed over the scans. Each of the tokens with the lowest scores (the paper's *source*) is merged into the most
+    similar of the tokens that rank next (*target*), which becomes the mean of all tokens merged into it; the tokens
+    with the highest scores (*keep*) are unchanged. Two choices are ours rather than the paper's: there are as many
+    targets as sources (or as many as there are tokens left), and similarity is the cosine of the hidden states. In
+    PlainMamba, which the paper does not cover, a path reads a token with the time step of another one; the sum of these
+    over the four paths would be the same for point-symmetric tokens.
     """
     scores = stage.of_patches(own_inputs(stage.mixer.scans)[0].sum(dim=1))
     num_sources, num_targets = _group_sizes(scores.shape[1], stage.num_kept)

@@ -1,4 +1,4 @@
-"""Pruning options: checked once, complete and then immutable, as configurations hold and layers are given them."""
+"""Pruning options: checked once, completed and then immutable, in configurations as well as in layers."""
 
 import copy
 import itertools
@@ -17,9 +17,9 @@ OPTIONS = ("layers", "keep_ratios", *METHOD_OPTIONS)
 
 
 class TokenPruning(dict[str, Any]):
-    """Complete pruning options, as `config.token_pruning` and `config.json` have them. It can't be changed.
+    """Complete pruning options, as in `config.token_pruning` and `config.json`. They cannot be changed in place.
 
-    It is made by `check_token_pruning`, or by a configuration's `complete_token_pruning`, which also takes a budget.
+    Created by `check_token_pruning`, or by a configuration's `complete_token_pruning`, which also accepts a budget.
     """
 
     @property
@@ -41,7 +41,7 @@ class TokenPruning(dict[str, Any]):
     clear = pop = popitem = setdefault = update = _refuse
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        """A plain dict, which may be changed."""
+        """A plain dict, which can be changed."""
         return copy.deepcopy(dict(self), memo)
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
@@ -49,12 +49,12 @@ class TokenPruning(dict[str, Any]):
 
 
 def method_options(token_pruning: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of pruning options those that say how a model prunes, whatever its budget."""
+    """The pruning options that say how a model prunes, regardless of its budget."""
     return {name: value for name, value in (token_pruning or {}).items() if name in METHOD_OPTIONS}
 
 
 def inherit_method(token_pruning: Any, own: Mapping[str, Any] | None) -> Any:
-    """Options that name no method, with those of the schedule that was in force; anything else as it is."""
+    """Completes options without a method with those of the previous schedule; other options are returned unchanged."""
     if not isinstance(token_pruning, dict) or "method" in token_pruning:
         return token_pruning
     return method_options(own) | token_pruning
@@ -67,8 +67,8 @@ def check_token_pruning(token_pruning: Mapping[str, Any], num_hidden_layers: int
         token_pruning: `layers`, before which tokens are dropped, ascending, each in 1 ... num_hidden_layers - 1;
             `keep_ratios`, for each of them the fraction of the tokens still there that is kept, in (0, 1]; `alignment`
             (default: the method's), one of `ALIGNMENTS`; `importance` (default: the method's), one of `IMPORTANCES`,
-            for a method that takes one; `method`, one of `METHODS` (default: `RECOMMENDED_METHOD`, or `top`, the
-            paper's, where an importance is named). Numbers and arrays of NumPy and torch are taken too.
+            for a method that uses one; `method`, one of `METHODS` (default: `RECOMMENDED_METHOD`, or the paper's `top`
+            if an importance is given). NumPy and torch numbers and arrays are accepted, too.
         num_hidden_layers: depth of the model.
 
     Raises:
@@ -76,9 +76,9 @@ def check_token_pruning(token_pruning: Mapping[str, Any], num_hidden_layers: int
             what is allowed.
     """
     if unknown := sorted(set(token_pruning) - set(OPTIONS)):
-        raise ValueError(f"`token_pruning` has unknown options {unknown}; allowed are {list(OPTIONS)}.")
+        raise ValueError(f"`token_pruning` has unknown options {unknown}; allowed options are {list(OPTIONS)}.")
     if missing := [name for name in OPTIONS[:2] if token_pruning.get(name) is None]:
-        raise ValueError(f"`token_pruning` needs {missing}, or `flops_reduction` in place of `keep_ratios`.")
+        raise ValueError(f"`token_pruning` needs {missing}, or `flops_reduction` instead of `keep_ratios`.")
     method = pruning_method(token_pruning)
     layers = check_layers(token_pruning["layers"], num_hidden_layers)
     options = {
@@ -101,10 +101,10 @@ def check_token_pruning(token_pruning: Mapping[str, Any], num_hidden_layers: int
 
 
 def pruning_method(token_pruning: Mapping[str, Any]) -> PruningMethod:
-    """The method that pruning options name, or mean.
+    """The method that pruning options name or imply.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no method of that name.
     """
     name = _method_name(token_pruning)
     _check_choice("method", name, tuple(METHODS))
@@ -112,17 +112,17 @@ def pruning_method(token_pruning: Mapping[str, Any]) -> PruningMethod:
 
 
 def _method_name(token_pruning: Mapping[str, Any]) -> str:
-    # The recommended method ranks tokens in its own way: who names an importance means the one that is defined by it.
+    # The recommended method ranks tokens in its own way: an importance without a method means the paper's method.
     return token_pruning.get("method", PAPERS_METHOD if "importance" in token_pruning else RECOMMENDED_METHOD)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"`token_pruning[{name!r}]` is {value!r}; allowed are {list(choices)}.")
+        raise ValueError(f"`token_pruning[{name!r}]` is {value!r}; allowed values are {list(choices)}.")
 
 
 def plain_value(value: Any) -> Any:
-    """A number or an array of NumPy or torch as Python's own; anything else as it is."""
+    """Converts a NumPy or torch number or array to plain Python; anything else is returned unchanged."""
     if isinstance(value, list | tuple):
         return [plain_value(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
@@ -131,34 +131,34 @@ def plain_value(value: Any) -> Any:
 def _as_list(name: str, values: object) -> list[Any]:
     values = plain_value(values)
     if not isinstance(values, Sequence) or isinstance(values, str):
-        raise ValueError(f"`token_pruning[{name!r}]` is {values!r}; a list is needed, with one entry for each stage.")
+        raise ValueError(f"`token_pruning[{name!r}]` is {values!r}; it must be a list with one entry for each stage.")
     return list(values)
 
 
 def is_number(value: object, kind: type = numbers.Real) -> bool:
-    """Whether it is one, which True and False are not here."""
+    """Whether a value is a number; True and False do not count as numbers here."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def check_layers(layers: object, num_hidden_layers: int) -> list[int]:
-    """Layers before which a model of so many can drop tokens, as a list.
+    """Checks layers before which a model of this depth can drop tokens, and returns them as a list.
 
     Raises:
-        ValueError: these are none; the message says what was given and what is allowed.
+        ValueError: they are not allowed; the message says what was given and what is allowed.
     """
     layers = _as_list("layers", layers)
     given = f"`token_pruning['layers']` is {layers}"
     if not layers:
         raise ValueError(f"{given}; give at least one layer, or `token_pruning=None` for a dense model.")
     if not all(is_number(layer, numbers.Integral) for layer in layers):
-        raise ValueError(f"{given}; layers are whole numbers.")
+        raise ValueError(f"{given}; layers must be whole numbers.")
     if not all(1 <= layer < num_hidden_layers for layer in layers):
         raise ValueError(
-            f"{given}; tokens are scored by the layer before, so that 1 to {num_hidden_layers - 1} are allowed "
-            f"in a model of {num_hidden_layers} layers. {see('schedule-not-allowed')}"
+            f"{given}; tokens are scored by the previous layer, so the allowed layers are 1 to "
+            f"{num_hidden_layers - 1} in a model with {num_hidden_layers} layers. {see('schedule-not-allowed')}"
         )
     if any(later <= earlier for earlier, later in itertools.pairwise(layers)):
-        raise ValueError(f"{given}; layers must ascend, each given once.")
+        raise ValueError(f"{given}; layers must be in ascending order, without duplicates.")
     return layers
 
 
@@ -166,7 +166,7 @@ def _check_keep_ratios(keep_ratios: object, num_stages: int) -> list[float]:
     keep_ratios = _as_list("keep_ratios", keep_ratios)
     given = f"`token_pruning['keep_ratios']` is {keep_ratios}"
     if len(keep_ratios) != num_stages:
-        raise ValueError(f"{given}, {len(keep_ratios)} ratios for {num_stages} layers; one for each layer is needed.")
+        raise ValueError(f"{given}, {len(keep_ratios)} ratios for {num_stages} layers; give one ratio for each layer.")
     for ratio in keep_ratios:
         if not is_number(ratio) or not 0 < ratio <= 1:
             raise ValueError(f"{given}; {ratio!r} is not in (0, 1].")

@@ -1,4 +1,4 @@
-"""`r_meeto`: similar tokens are merged in the Mamba's order; made for re-training."""
+"""`r_meeto`: merges similar tokens, keeping their order in the sequence; meant to be followed by re-training."""
 
 from transformers import PreTrainedConfig
 
@@ -11,10 +11,10 @@ def merge_similar_outputs(stage: Stage) -> Reduction:
     """The merging of "Faster Vision Mamba is Rebuilt in Minutes via Merged Token Re-training" (R-MeeTo, arXiv
     2412.12496).
 
-    ToMe's matching and means over patches (`pruning_tome`), by the similarity of what the mixer before put out, and
-    with the tokens put back into the order of the scan. Its other half is re-training: `hf-vssm-prune finetune`. The
-    authors' code merges before every second layer and moves the class token in proportion to the tokens that are gone;
-    here the schedule says where, and the class token stays between the tokens that were its neighbours.
+    Uses ToMe's matching and means over patches (`pruning_tome`), with the similarity of the previous mixer's outputs,
+    and restores the scan order of the tokens. The second half of the method is re-training: `hf-vssm-prune finetune`.
+    The authors' code merges before every second layer, and moves the class token in proportion to the number of removed
+    tokens. Here the schedule says where to merge, and the class token stays between its former neighbours.
     """
     return merge_alternating(stage, stage.of_patches(stage.mixer.projected))
 

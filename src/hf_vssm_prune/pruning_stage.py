@@ -1,8 +1,8 @@
-"""The contract of a pruning method: what it gets at a stage, and what it gives back.
+"""The interface of a pruning method: what it receives at a stage, and what it returns.
 
-Three spaces have indices, and each has one name everywhere. A *token* is a place in the full sequence, class token
-included. A *cell* is a place on the full grid of patches. A *row* is a place among the tokens that are still there, in
-the tensor that it belongs to.
+There are three kinds of indices, which have the same names everywhere. A *token* is a position in the full sequence,
+including the class token. A *cell* is a position on the full grid of patches. A *row* is a position among the remaining
+tokens, in the tensor in question.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,14 @@ from .token_pruning import nearest_tokens
 
 
 class TokenView(NamedTuple):
-    """How the layers behind a stage see the tokens that are left, beside their hidden states.
+    """How the layers after a stage see the remaining tokens, in addition to their hidden states.
 
     Attributes:
-        scale: mixers see each token multiplied by it, behind the norm, which would hide a factor; shape (batch, n).
-            None: by 1.
-        stand_ins: the row of the token that convolutions see in each cell, int64 of shape (batch, cells). None: they
-            see nothing where a token is gone.
+        scale: factor by which each token is multiplied for the mixers, after the norm (which would cancel it); shape
+            (batch, n).
+        None: 1.
+        stand_ins: the row of the token that convolutions see in each cell, int64 of shape (batch, cells).
+        None: they see nothing in the cell of a dropped token.
     """
 
     scale: Tensor | None = None
@@ -29,29 +30,29 @@ class TokenView(NamedTuple):
 
 
 class StageModule(nn.Module):
-    """Parameters that a method has at each of its stages."""
+    """The parameters of a method at one of its stages."""
 
     def init_weights(self) -> None:
-        """Initialises them, by `transformers.initialization` only."""
+        """Initializes the parameters, with `transformers.initialization` only."""
         raise NotImplementedError
 
 
 class Stage(NamedTuple):
-    """The n patch tokens before a layer that is to see fewer of them. A class token may be looked at; it stays.
+    """The n patch tokens before a layer that will see fewer of them. The class token can be read, but is never dropped.
 
     Attributes:
-        hidden_states: of the patch tokens that are there, in raster order, shape (batch, n, hidden).
-        num_kept: how many are to be left.
-        cells: of these tokens, ascending, shape (batch, n).
+        hidden_states: hidden states of the current patch tokens, in raster order, shape (batch, n, hidden).
+        num_kept: how many tokens to keep.
+        cells: cells of these tokens, ascending, shape (batch, n).
         grid: shape of the full grid, in patches: (height, width), of a video (time, height, width).
-        mixer: what the mixer of the layer before tells of all tokens, see `of_patches` and `of_cls_token`.
+        mixer: results of the previous layer's mixer for all tokens, see `of_patches` and `of_cls_token`.
         patch_rows: the patch tokens' rows among all tokens, shape (batch, n). None: there is no class token.
         cls_row: the class token's row among all tokens, shape (batch, 1). None: there is none.
         cls_token: hidden state of the class token, shape (batch, hidden). None: there is none.
         sizes: how many patches were merged into each token, float of shape (batch, n). None: one each, or not counted.
-        view: how the layers before saw these tokens. Its stand-ins are rows among all tokens of the stage before.
-        importance: the measure that the schedule asks for, see `pruning_importances`.
-        module: the method's parameters at this stage, where it has some.
+        view: how the previous layers saw these tokens. Its stand-ins are rows among all tokens of the previous stage.
+        importance: the measure of importance in the schedule, see `pruning_importances`.
+        module: the method's parameters at this stage, if it has any.
     """
 
     hidden_states: Tensor
@@ -88,7 +89,7 @@ class Stage(NamedTuple):
         return self.importance(self)
 
     def nearest(self, rows: Tensor) -> Tensor:
-        """For each cell of the grid which of the tokens in `rows` is nearest: as `TokenView.stand_ins`."""
+        """For each cell of the grid, the nearest of the tokens in `rows`, in the form of `TokenView.stand_ins`."""
         return nearest_tokens(self.cells.gather(1, rows), self.grid)
 
 
@@ -97,19 +98,19 @@ def _take(values: Tensor, rows: Tensor) -> Tensor:
 
 
 class Reduction(NamedTuple):
-    """What a method makes of a stage.
+    """The result of a method for a stage.
 
     Attributes:
-        rows: of the stage's tokens that are left, ascending, int64 (batch, num_kept). A token that others were merged
-            into keeps its place.
-        hidden_states: of these tokens, shape (batch, num_kept, hidden).
-        scores: what the method compared tokens by, in all of the image or in a part of it, higher for one that rather
-            stays, shape (batch, n).
-        merged_into: for each of the stage's tokens the row of the one that it was merged into, its own if it stays or
-            is dropped, int64 (batch, n). None: the tokens that are not left were dropped.
-        sizes: as in `Stage`, shape (batch, num_kept), where the method counts them: heads that take a mean over tokens
-            then take it over patches. None: not counted.
-        view: how the layers behind the stage see the tokens that are left.
+        rows: rows of the remaining tokens, ascending, int64 (batch, num_kept). A token that others were merged into
+            keeps its position.
+        hidden_states: hidden states of these tokens, shape (batch, num_kept, hidden).
+        scores: the scores by which the method compared tokens, in the whole image or in parts of it; higher scores are
+            preferred; shape (batch, n).
+        merged_into: for each of the stage's tokens, the row of the token that it was merged into, or its own row if it
+            is kept or dropped, int64 (batch, n). None: the other tokens were dropped.
+        sizes: as in `Stage`, shape (batch, num_kept), if the method counts them: heads that average over tokens then
+            average over patches. None: not counted.
+        view: how the layers after the stage see the remaining tokens.
     """
 
     rows: Tensor

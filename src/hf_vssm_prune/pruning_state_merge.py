@@ -1,4 +1,4 @@
-"""`state_merge`: what a dropped token would have put into the scan's state goes in with its neighbour. Ours."""
+"""`state_merge`: adds the input of a dropped token to the scan's state together with that of its neighbour. Ours."""
 
 import torch
 from torch import Tensor
@@ -10,15 +10,15 @@ from .token_pruning import select_tokens
 
 
 def merge_into_state(stage: Stage) -> Reduction:
-    """The most important tokens stay; each dropped token is merged into the kept token nearest to it in raster order,
-    of two equally near ones the earlier.
+    """Keeps the most important tokens; each dropped token is merged into the kept token nearest to it in raster order
+    (the earlier one if two are equally near).
 
-    A token i puts Δ_i B_i u_i into the state. The sum of two such products is no product, and a scan takes one for each
-    token, so that the dropped token's share w of the merged input u_i + w u_j is the best in the sense of least
-    squares: Δ_i B_i w = Δ_j B_j in the direction of B_i gives w = (Δ_j B_j · B_i) / (Δ_i B_i · B_i). Δ and B are those
-    of the layer before, Δ the mean over channels, w the mean over Vim's two scans, and 0 where it would be negative.
-    The merged token is (x_i + Σ w x_j) / (1 + Σ w), a mean, because a norm comes before the scan. The decay between the
-    two neighbours is left out.
+    A token i adds Δ_i B_i u_i to the state. The sum of two such products is not such a product, but a scan takes one
+    product per token. The share w of the dropped token in the merged input u_i + w u_j is therefore the least-squares
+    solution: projecting Δ_i B_i w = Δ_j B_j onto B_i gives w = (Δ_j B_j · B_i) / (Δ_i B_i · B_i). Δ and B are those of
+    the previous layer; Δ is averaged over channels, and w over Vim's two scans; negative values of w are set to 0.
+    Since a norm comes before the scan, the merged token is a mean, (x_i + Σ w x_j) / (1 + Σ w). The decay between the
+    two neighbours is neglected.
     """
     scores = stage.scores()
     rows = select_tokens(scores, stage.num_kept)

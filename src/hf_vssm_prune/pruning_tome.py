@@ -1,4 +1,4 @@
-"""`tome`: similar tokens are merged, matched by their keys."""
+"""`tome`: merges similar tokens, which are matched by their keys."""
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -11,19 +11,20 @@ from .token_merging import alternate, count_matching, match_tokens, merge_tokens
 def merge_similar_keys(stage: Stage) -> Reduction:
     """Bipartite soft matching of "Token Merging: Your ViT But Faster" (ToMe, arXiv 2210.09461, section 3).
 
-    ToMe matches tokens by their attention keys. In a state space model B has the key's part (Dao and Gu, "Transformers
-    are SSMs", arXiv 2405.21060): here the key of a token is the B that the scans of the layer before made from it, both
-    of them side by side in Vim. A merged token is the mean of its patches, for which sizes are carried along, and they
-    weigh the tokens where a model's head takes their mean, as in the authors' code. ToMe's proportional attention has
-    no counterpart. ToMe lets the tokens' order go; here a merged token lies where the token lay that others were merged
-    into.
+    ToMe matches tokens by their attention keys. In a state space model, B plays the role of the key (Dao and Gu,
+    "Transformers are SSMs", arXiv 2405.21060). Here the key of a token is the B that the scans of the previous layer
+    computed from it; for Vim, the B of both scans are concatenated. A merged token is the mean of its patches, for
+    which the sizes of tokens are tracked. As in the authors' code, tokens are weighted by their sizes if a model's head
+    takes their mean. ToMe's proportional attention has no counterpart. ToMe does not preserve the order of tokens; here
+    a merged token takes the position of the token that others were merged into.
     """
     _, B = own_inputs(stage.mixer.scans)
     return merge_alternating(stage, stage.of_patches(B.transpose(1, 2).flatten(2)))
 
 
 def merge_alternating(stage: Stage, features: Tensor) -> Reduction:
-    """Merges every second token into one of the others by the similarity of their features (batch, n, channels)."""
+    """Merges tokens by the similarity of their features (batch, n, channels): every second token can be merged into one
+    of the others."""
     rows, into, scores = match_tokens(features, stage.num_kept, alternate)
     sizes = unit_weights(stage.hidden_states) if stage.sizes is None else stage.sizes
     tokens, sizes = merge_tokens(stage.hidden_states, sizes, into, rows)

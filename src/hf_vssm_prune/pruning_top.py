@@ -1,4 +1,4 @@
-"""`top`: the paper's pruning. The most important tokens stay as they are."""
+"""`top`: the paper's method. Keeps the most important tokens unchanged."""
 
 from .pruning_stage import Reduction, Stage
 from .token_pruning import gather_tokens, select_tokens
@@ -7,8 +7,8 @@ from .token_pruning import gather_tokens, select_tokens
 def keep_most_important(stage: Stage) -> Reduction:
     """Token pruning of "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962, section 4).
 
-    The paper's importance is `clip`; `random` gives random pruning. What the paper does about the gaps is the
-    alignment, see `token_pruning`.
+    The paper's importance is `clip`; `random` gives random pruning. The paper accounts for the gaps by alignment, see
+    `token_pruning`.
     """
     scores = stage.scores()
     rows = select_tokens(scores, stage.num_kept)

@@ -1,4 +1,4 @@
-"""`uniform`: tokens spread evenly over the image stay, whatever they show. The control for methods that look."""
+"""`uniform`: keeps evenly spaced tokens regardless of the image, as a control for the other methods."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from .token_pruning import gather_tokens, select_tokens
 
 
 def keep_evenly_spread(stage: Stage) -> Reduction:
-    """Spatial subsampling by ordered dithering (Bayer, 1973): any number of cells, spread as evenly as it allows.
+    """Spatial subsampling by ordered dithering (Bayer, 1973): any number of cells, spread as evenly as possible.
 
-    Each cell has its place in a fixed order, in which every beginning covers the image evenly, and the first cells
-    stay. Later stages keep a part of what earlier ones kept.
+    Cells are kept in a fixed order whose first cells, however many, always cover the image evenly. Later stages keep
+    some of the cells that earlier stages kept.
     """
     ranks = dither_ranks(stage.grid, stage.cells.device)
     scores = -ranks[stage.cells].float()

@@ -1,4 +1,4 @@
-"""`utr`: the unimportant tokens that are most like an important one are merged into it."""
+"""`utr`: merges the unimportant tokens that are most similar to an important one into it."""
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -14,8 +14,9 @@ def merge_unimportant(stage: Stage) -> Reduction:
 
     The paper's importance is `clip`. The less important half of the tokens is matched with the more important half by
     the similarity of the mixer's gated outputs, and the most similar pairs are merged to their mean. The authors reduce
-    the mixer's branch and the residual stream apart, part of the former by pruning; these models have one stream
-    between their layers, and all of it is merged. Where more than half is to go, the rest is split and matched again.
+    the mixer's branch and the residual stream separately, the former partly by pruning; these models have a single
+    stream between their layers, and all of it is merged. If more than half of the tokens have to be removed, the rest
+    is split and matched again.
     """
     scores = stage.scores()
 

@@ -1,7 +1,7 @@
-"""int8 matrix products for inference on a CPU: weights are quantised once, activations as they come.
+"""int8 matrix products for inference on a CPU: weights are quantised once, activations dynamically.
 
-PyTorch's own operators do the work (those behind its `quantize_dynamic`); torchao's eager CPU path was measured at half
-their speed and less.
+PyTorch's own operators are used (those of its `quantize_dynamic`); torchao's CPU code in eager mode was measured at
+half their speed or less.
 """
 
 import warnings
@@ -23,14 +23,15 @@ QUANTIZED_LAYERS = ("in_proj", "out_proj")
 
 
 def quantize_linears(model: Model) -> Model:
-    """Puts int8 layers in the place of a model's wide linear layers, for inference on a CPU.
+    """Replaces a model's wide linear layers by int8 layers, for inference on a CPU.
 
-    Each row of a weight has its own scale, and so has each token in each call: the gated outputs that `out_proj` takes
-    have outliers up to 200 times their standard deviation, and one image's would blur all others in its batch. Results
-    are float32. The model is changed in place, and cannot be trained or saved afterwards: save it before.
+    Each row of a weight has its own scale, and so does each token in each call: the input of `out_proj` has outliers of
+    up to 200 times its standard deviation, and those of one image would reduce the precision of all others in the
+    batch. Results are float32. The model is changed in place, and cannot be trained or saved afterwards, so save it
+    first.
 
     Args:
-        model: float32, on the CPU, of either family.
+        model: a float32 model of any family, on the CPU.
 
     Returns:
         The model, in evaluation mode and without gradients.
@@ -48,11 +49,11 @@ def quantize_linears(model: Model) -> Model:
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layers called {' or '.join(QUANTIZED_LAYERS)}.")
-    for name, layer in layers.items():  # all are looked at before the first is replaced
+    for name, layer in layers.items():  # all are checked before the first is replaced
         if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
             raise ValueError(
-                f"`{name}` is {layer.weight.dtype} on {layer.weight.device}; float32 on the CPU can be quantised: "
-                "load the model with `dtype=torch.float32` and `device_map=None`."
+                f"`{name}` is {layer.weight.dtype} on {layer.weight.device}; only float32 on the CPU can be "
+                "quantised: load the model with `dtype=torch.float32` and `device_map=None`."
             )
     for name, layer in layers.items():
         model.set_submodule(name, Int8Linear(layer))
@@ -61,7 +62,7 @@ def quantize_linears(model: Model) -> Model:
 
 @contextmanager
 def _fastest_engine() -> Iterator[None]:
-    """oneDNN is faster than FBGEMM where the processor multiplies int8 itself (VNNI, AMX), slower where it does not."""
+    """oneDNN is faster than FBGEMM if the processor has int8 instructions (VNNI, AMX), and slower otherwise."""
     default = torch.backends.quantized.engine
     if default in ("x86", "fbgemm") and torch.cpu._is_vnni_supported():
         torch.backends.quantized.engine = "onednn"
@@ -115,4 +116,4 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
     def _save_to_state_dict(self, *args: object) -> None:
-        raise RuntimeError("a quantised model cannot be saved: save the float32 model, and quantise what was loaded.")
+        raise RuntimeError("a quantised model cannot be saved: save the float32 model, and quantise it after loading.")

@@ -17,7 +17,7 @@ def scatter_along_paths(steps: Tensor, order: Tensor) -> Tensor:
     """Sum over paths of (batch, paths, length, channels), each step's row at the token it visited."""
     batch, _, length, channels = steps.shape
     if is_exporting():
-        # onnxruntime adds rows to one place in several threads at once, and loses some of them.
+        # If several threads of onnxruntime add rows at the same index, some additions are lost.
         visits = order.argsort(dim=-1).expand(batch, -1, -1)
         return gather_tokens(steps.flatten(0, 1), visits.flatten(0, 1)).unflatten(0, visits.shape[:2]).sum(1)
     tokens = steps.new_zeros(batch * length, channels)

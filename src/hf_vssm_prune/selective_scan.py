@@ -1,4 +1,5 @@
-"""The pruning-aware selective scan, by the kernel that is chosen; its mathematics: `selective_scan_torch.py`."""
+"""The pruning-aware selective scan, computed by the selected kernel. For its mathematics, see
+`selective_scan_torch.py`."""
 
 from torch import Tensor
 
@@ -39,16 +40,16 @@ def selective_scan(
         gate: z; the result is multiplied by SiLU(z), shape (batch, length, channels). None: no gate.
         order: for each path, the token visited at each step, integers of shape (batch or 1, paths, length). None: one
             path that visits the tokens as they come.
-        gaps: for each path, the distance of each step from the one before it on the full path, integers >= 1 of shape
-            (batch or 1, paths, length); 1 where nothing was dropped in between. None: no holes (`none` alignment).
+        gaps: for each path, the distance of each step from the previous one on the full path, integers >= 1 of shape
+            (batch or 1, paths, length); 1 if nothing was dropped in between. None: no holes (`none` alignment).
         hole_time_step: step size of a dropped token, shape (channels,), already positive (`zero_input` alignment:
-            e_i = (gap_i - 1) * hole_time_step). None: a hole repeats the step of the token behind it (`repeat`
+            e_i = (gap_i - 1) * hole_time_step). None: a hole repeats the step of the token after it (`repeat`
             alignment: e_i = (gap_i - 1) * time_step_i).
         direction_B: what each kind of move adds to B, shape (moves, state_size). Needs `moves`.
         moves: for each path and step the row of `direction_B`, integers of shape (batch or 1, paths, length).
         backend: `torch` (`selective_scan_torch`), the name of a kernel in `hf_vssm_prune.kernels`, or `auto`: the
-            fastest that works on the tensors' device, and `torch` in an exported program, which so runs without this
-            package.
+            fastest that works on the tensors' device, and `torch` in an exported program, which therefore runs without
+            this package.
 
     Returns:
         (batch, length, channels), in the dtype of `hidden_states`.
@@ -58,7 +59,7 @@ def selective_scan(
         ImportError: the backend is known but cannot be used here; the message says why.
     """
     if (direction_B is None) != (moves is None):
-        raise ValueError("`direction_B` and `moves` go together: one was given without the other.")
+        raise ValueError("`direction_B` and `moves` must be given together: one was given without the other.")
     scan = kernel_for("selective_scan", backend, hidden_states) or selective_scan_torch
     return scan(
         hidden_states, time_step, A, B, C, D, time_step_bias, gate, order, gaps, hole_time_step, direction_B, moves

@@ -1,12 +1,12 @@
 """The pruning-aware selective scan in plain PyTorch: the mathematics that every kernel is checked against.
 
-For one direction, over the tokens that are left (Mamba, arXiv 2312.00752, eq. 2; ToP, arXiv 2409.18962):
+For one direction, over the remaining tokens (Mamba, arXiv 2312.00752, eq. 2; ToP, arXiv 2409.18962):
 
     h_i = exp((time_step_i + e_i) A) * h_{i-1} + time_step_i B_i u_i
     y_i = C_i h_i + D u_i
 
-`e_i` is the time that passes in the hole before token i, where tokens were dropped: the state decays across the hole
-and nothing enters it. Without holes e_i = 0 and this is the scan of a dense model.
+`e_i` is the time that passes in the hole before token i, where tokens were dropped: the state decays across the hole,
+and nothing is added to it. Without holes, e_i = 0, and this is the scan of a dense model.
 """
 
 from typing import NamedTuple
@@ -109,8 +109,9 @@ def _recurrence(steps: Steps, A: Tensor) -> Tensor:
 
 
 def _exported_recurrence(steps: Steps, A: Tensor) -> Tensor:
-    """As `_recurrence`: in an exported program one loop (in ONNX one `Scan`), not a copy of its body for each token."""
-    # torch calls it a prototype, and models that are not exported do without it.
+    """Like `_recurrence`, but as a single loop in an exported program (in ONNX a single `Scan`), not a copy of its body
+    for each token."""
+    # torch calls it a prototype; models that are not exported do not need it.
     from torch._higher_order_ops.scan import scan
 
     batch, paths, _, channels = steps.input.shape
@@ -127,7 +128,7 @@ def _exported_recurrence(steps: Steps, A: Tensor) -> Tensor:
 
 
 # A state has the shape (batch, paths, state_size, channels): a row of channels is long enough for the processor's
-# vectors, one of states is not. A is (state_size, channels), too.
+# vector instructions, a row of states is not. A is (state_size, channels), too.
 
 
 def _first_state(steps: Steps, A: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def _first_state(steps: Steps, A: Tensor) -> Tensor:
 
 
 def _spread(steps: Steps) -> Steps:
-    """With the axis of the state that each tensor lacks, so that the loop need not insert it."""
+    """Inserts the state axis that each tensor lacks, so that the loop does not have to."""
     return Steps(
         steps.decay_step.unsqueeze(-2), steps.input.unsqueeze(-2), steps.B.unsqueeze(-1), steps.C.unsqueeze(-1)
     )
@@ -147,7 +148,7 @@ def _next_state(state: Tensor, step: Steps, A: Tensor) -> Tensor:
 
 
 def _wants_values_only(*tensors: Tensor | None) -> bool:
-    """Whether nobody asks for more than the values, and looking at the gaps waits for no device."""
+    """Whether only the values are needed, and reading the gaps does not have to wait for a device."""
     given = [tensor for tensor in tensors if tensor is not None]
     if torch.compiler.is_compiling() or is_exporting() or is_transformed() or given[0].device.type != "cpu":
         return False

@@ -1,10 +1,10 @@
-"""The selective scan in plain PyTorch where nobody asks for more than the values: what `selective_scan_torch.py` says,
-several times as fast.
+"""The selective scan in plain PyTorch if only its values are needed: the same as `selective_scan_torch.py`, but several
+times as fast.
 
-- exp(time_step A) is computed once for all paths, and what a hole adds to the decay for the paths that have one.
-- The state changes in place. Channels are its last axis: a row of them is long enough for the processor's vectors.
-- What is at work at one time fits into the processor's cache: some samples, and of these some steps. Its buffers are
-  used again and again, since fresh memory costs more than what is written to it.
+- exp(time_step A) is computed once for all paths, and the additional decay in a hole only for the paths that have
+holes. - The state changes in place. Channels are its last axis: a row of them is long enough for the processor's vector
+instructions. - The computation runs in chunks of samples and steps that fit into the processor's cache. Buffers are
+reused, since allocating new memory costs more than writing to it.
 """
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 from .token_pruning import batch_rows
 
 
-# Entries of the state at work at one time, and of exp(time_step A).
+# Number of entries of the state, and of exp(time_step A), that are processed at a time.
 _STATE_ENTRIES = 2**17
 _DECAY_ENTRIES = 2**17
-# Up to this gap the decay across a hole is multiplied out, which is cheaper than another exp.
+# Up to this gap, the decay across a hole is computed by multiplications, which are cheaper than another exp.
 _LARGEST_POWER = 6
 
 
@@ -33,8 +33,9 @@ def scan_values(
 ) -> Tensor:
     """The sum of the paths' outputs, (batch, length, channels), before the gate.
 
-    All of one floating-point dtype, none of which needs a gradient. `time_step` is behind bias and softplus, `A` of
-    shape (state_size, channels), `B` (batch, paths or 1, length, state_size); the rest as in `selective_scan`.
+    All arguments have the same floating-point dtype, and none needs a gradient. `time_step` is after bias and softplus,
+    `A` has the shape (state_size, channels), `B` (batch, paths or 1, length, state_size); the others are as in
+    `selective_scan`.
     """
     batch, length, _ = u.shape
     if order is None:
@@ -65,7 +66,7 @@ def _scan_samples(
     """Adds the outputs of all paths to `output`, zeros of the shape of `u`."""
     batch, paths, length = order.shape
     states, channels = A.shape
-    # From here on steps come first. A step is (batch, state_size, paths, channels), or 1 where it is shared.
+    # From here on, steps are the first axis. A step is (batch, state_size, paths, channels), with 1 for shared axes.
     rows = batch_rows(order, length).view(order.shape).permute(2, 0, 1).flatten(1)
     tokens, time_step = u.flatten(0, 1), time_step.transpose(0, 1).unsqueeze(2)
     Bs = B.permute(2, 0, 3, 1).unsqueeze(-1).unbind(0)
@@ -95,7 +96,7 @@ def _scan_samples(
 
 
 class _Holes:
-    """What the states lose in the holes before the steps.
+    """The decay of the states in the holes before the steps.
 
     Args:
         gaps: shape (batch, paths, length), see `selective_scan`.
@@ -115,8 +116,8 @@ class _Holes:
             self.by_step[place].append((hole[0], hole[1], hole[2]))
 
     def cross(self, step: int, states: list[tuple[Tensor, ...]], decay: Tensor) -> None:
-        """Before a step: each sample's and path's state (state_size, 1, channels), and the decay of the step itself, of
-        all paths (batch, state_size, 1, channels)."""
+        """Called before a step with the state of each sample and path (state_size, 1, channels), and the decay of the
+        step itself for all paths (batch, state_size, 1, channels)."""
         for sample, path, gap in self.by_step[step]:
             state = states[sample][path]
             if self.hole_rate is not None:

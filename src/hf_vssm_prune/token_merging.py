@@ -1,4 +1,4 @@
-"""Merging tokens: who goes into whom, by similarity, and the weighted means that come of it.
+"""Merging tokens: matching them by similarity, and computing weighted means.
 
 The matching is that of ToMe (arXiv 2210.09461, section 3): tokens are split into two groups, each token of the first is
 matched with the most similar one of the second, and the most similar pairs are merged.
@@ -15,13 +15,13 @@ from .precision import at_least_float32
 from .token_pruning import gather_tokens, select_tokens
 
 
-# From the rows of the tokens that are left (batch, m) to those of the two groups.
+# From the rows of the remaining tokens (batch, m) to those of the two groups.
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def most_similar(features: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosine similarity of each source to the target that it is most similar to, and that target's row; of equal
-    ones the first target given.
+    """The cosine similarity of each source to its most similar target, and the row of this target. If several are
+    equally similar, the first one.
 
     Args:
         features: shape (batch, n, channels).
@@ -40,18 +40,19 @@ def most_similar(features: Tensor, sources: Tensor, targets: Tensor) -> tuple[Te
 def match_tokens(features: Tensor, count: int, split: Split) -> tuple[Tensor, Tensor, Tensor]:
     """Merges the most similar pairs until `count` tokens are left.
 
-    One round of the matching takes away half of the tokens at most. Where more are to go, the tokens that are left are
-    matched again, by their own features. That is ours: the published methods never merge more than half at once.
+    One round of matching removes at most half of the tokens. If more have to be removed, the remaining tokens are
+    matched again, by their own features. This is our addition: the published methods never merge more than half at
+    once.
 
     Args:
-        features: by whose cosine similarity tokens are matched, shape (batch, n, channels).
-        count: how many are to be left, at most n.
-        split: makes the two groups.
+        features: tokens are matched by the cosine similarity of these, shape (batch, n, channels).
+        count: how many tokens to keep, at most n.
+        split: splits the tokens into two groups.
 
     Returns:
-        The rows of the tokens that are left, ascending (batch, count); for each token the row of the one that it
-        was merged into, its own if it is left (batch, n); and scores (batch, n): minus the similarity by which a token
-        was last up for merging, 1, the highest there is, if it never was.
+        The rows of the remaining tokens, ascending (batch, count); for each token, the row of the token that it was
+        merged into, or its own if it is kept (batch, n); and scores (batch, n): minus the similarity with which the
+        token was last considered for merging, or 1, the highest score, if it never was.
     """
     batch, num_tokens, _ = features.shape
     scores = unit_weights(features)
@@ -81,24 +82,24 @@ def count_matching(num_tokens: int, count: int, channels: int) -> int:
 
 
 def alternate(left: Tensor) -> tuple[Tensor, Tensor]:
-    """ToMe's groups: every second token goes into one of the others."""
+    """ToMe's groups: every second token can be merged into one of the others."""
     return left[:, ::2], left[:, 1::2]
 
 
 def merge_tokens(tokens: Tensor, weights: Tensor, into: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted means of the tokens that were merged into the same one.
+    """Weighted means of the tokens that are merged into the same token.
 
     Args:
         tokens: shape (batch, n, channels).
-        weights: not negative, those in `rows` positive, shape (batch, n).
-        into: for each token the row of the one that it is merged into, its own if it stays, shape (batch, n).
-        rows: of the tokens that stay, shape (batch, count).
+        weights: non-negative weights, positive for the tokens in `rows`, shape (batch, n).
+        into: for each token, the row of the token that it is merged into, or its own if it is kept, shape (batch, n).
+            rows: rows of the kept tokens, shape (batch, count).
 
     Returns:
         The means (batch, count, channels), in the dtype of `tokens`, and the sums of the weights (batch, count).
     """
     if is_exporting():
-        # onnxruntime adds rows to one place in several threads at once, and loses some of them.
+        # If several threads of onnxruntime add rows at the same index, some additions are lost.
         assignment = weights.unsqueeze(1) * (into.unsqueeze(1) == rows.unsqueeze(2))
         totals = assignment.sum(-1)
         return (assignment @ at_least_float32(tokens) / totals.unsqueeze(-1)).to(tokens.dtype), totals
@@ -109,5 +110,5 @@ def merge_tokens(tokens: Tensor, weights: Tensor, into: Tensor, rows: Tensor) ->
 
 
 def unit_weights(tokens: Tensor) -> Tensor:
-    """Weight 1 for each of the tokens (batch, n, channels): (batch, n), float32 at least."""
+    """A weight of 1 for each of the tokens (batch, n, channels): (batch, n), at least float32."""
     return torch.ones_like(at_least_float32(tokens[..., 0]))

@@ -1,9 +1,9 @@
 """Token pruning for vision state space models, as pure functions in the order of the method.
 
 "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962): a *schedule* says before which layers
-tokens are dropped and what fraction is kept; the *importance* of a token is read off the output of the mixer before
-(`pruning_importances`); the most important tokens are *selected*; and the *alignment* tells the scans that follow how
-far apart the tokens left over are, so that the hidden state goes on decaying across the gaps between them.
+tokens are dropped and what fraction is kept; the *importance* of a token is computed from the output of the previous
+mixer (`pruning_importances`); the most important tokens are *selected*; and the *alignment* tells the following scans
+how far apart the remaining tokens are, so that the hidden state keeps decaying across the gaps between them.
 """
 
 import math
@@ -23,10 +23,11 @@ ALIGNMENTS = ("repeat", "zero_input", "none", "learned")
 
 
 def count_kept(num_tokens: int, keep_ratio: float) -> int:
-    """How many of `num_tokens` stay: max(1, ceil(keep_ratio * num_tokens)).
+    """How many of `num_tokens` are kept: max(1, ceil(keep_ratio * num_tokens)).
 
-    What the product is above a whole number by less than 1e-8 is floating point's: 0.55 * 100 means 55, and is
-    55.00000000000001. It is counted in whole numbers, which `torch.compile` with dynamic shapes follows fastest.
+    If the product exceeds a whole number by less than 1e-8, this is a rounding error: 0.55 * 100 should be 55, but is
+    55.00000000000001. Integers are used for the computation, because `torch.compile` with dynamic shapes handles them
+    fastest.
     """
     return max(1, -((_TOLERANCE - round(keep_ratio * _SCALE) * num_tokens) // _SCALE))
 
@@ -40,7 +41,7 @@ _TOLERANCE = 10**5
 
 
 def select_tokens(scores: Tensor, count: int) -> Tensor:
-    """Rows of the `count` best scores of each sample, ascending; of equal scores the earlier token is better.
+    """Rows of the `count` highest scores of each sample, ascending. If scores are equal, the earlier token comes first.
 
     Args:
         scores: shape (batch, tokens).
@@ -53,9 +54,10 @@ def select_tokens(scores: Tensor, count: int) -> Tensor:
 
 
 def rank_tokens(scores: Tensor) -> Tensor:
-    """Rows (batch, tokens) in the order of their scores, best first; of equal scores the earlier token is better."""
+    """Rows (batch, tokens) in the order of their scores, highest first. If scores are equal, the earlier token comes
+    first."""
     if is_exporting():
-        # ONNX knows no stable sort. Its own, and that of the programs that torch exports, put the earlier one first.
+        # ONNX has no stable sort. Its own sort, and that of exported torch programs, put the earlier one first.
         return scores.sort(dim=-1, descending=True).indices
     return scores.argsort(dim=-1, descending=True, stable=True)
 
@@ -66,14 +68,15 @@ def gather_tokens(tokens: Tensor, rows: Tensor) -> Tensor:
 
 
 def batch_rows(rows: Tensor, length: int) -> Tensor:
-    """Rows (batch, ...) of a sample's tokens as rows of all samples' tokens, `length` of each one behind the other: one
-    axis. Whole rows are copied several times as fast as PyTorch gathers single entries."""
+    """Converts rows (batch, ...) of each sample's tokens to rows of all samples' tokens concatenated (`length` per
+    sample) along one axis. Copying whole rows is several times as fast as gathering single entries in PyTorch."""
     first = torch.arange(0, rows.shape[0] * length, length, device=rows.device)
     return (rows.flatten(1).long() + first.unsqueeze(1)).flatten()
 
 
 def split_token(tokens: Tensor, place: int) -> tuple[Tensor, Tensor]:
-    """Tokens (batch, length, channels) without the one at a place, such as the class token, and that one."""
+    """Splits tokens (batch, length, channels) into those without the token at one position, such as the class token,
+    and that token."""
     before, token, after = tokens.tensor_split([place, place + 1], dim=1)
     return torch.cat([before, after], dim=1), token
 
@@ -83,14 +86,15 @@ def fill_dropped_tokens(
 ) -> Tensor:
     """A hidden state for every token of the full sequence.
 
-    A token that is gone has the state with which it left; with `merged_tokens`, that of the token that it was merged
-    into.
+    A dropped token has its last hidden state; with `merged_tokens`, a merged token has the state of the token that it
+    was merged into.
 
     Args:
-        hidden_states: one tensor (batch, n, channels) before each stage and one after the last; n tokens still there.
-        kept_tokens: for each stage the tokens (batch, n) that are left after it.
-        merged_tokens: for each token the one that it was merged into over all stages, its own where it was not, shape
-            (batch, all tokens).
+        hidden_states: one tensor (batch, n, channels) before each stage and one after the last, with the n tokens
+            remaining there.
+        kept_tokens: for each stage, the tokens (batch, n) that are left after it.
+        merged_tokens: for each token, the token that it was merged into over all stages, or itself if it was not
+            merged, shape (batch, all tokens).
 
     Returns:
         (batch, all tokens, channels).
@@ -102,11 +106,11 @@ def fill_dropped_tokens(
 
 
 def nearest_tokens(kept: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """For each cell of the grid the kept token nearest to it, in steps along the grid's axes; of equally near ones the
-    first in raster order.
+    """For each cell of the grid, the nearest kept token, measured in steps along the grid's axes. If several are
+    equally near, the first in raster order.
 
     Args:
-        kept: cells that are left, in raster order, shape (batch, n).
+        kept: cells of the kept tokens, in raster order, shape (batch, n).
         grid: the full grid's shape, any number of axes.
 
     Returns:
@@ -127,7 +131,7 @@ def nearest_tokens(kept: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 def _distances(size: int, device: torch.device) -> Tensor:
-    """Between the places 0, ..., size - 1 of a line: int32 of shape (size, size)."""
+    """Distances between the positions 0, ..., size - 1 of a line: int32 of shape (size, size)."""
     places = torch.arange(size, dtype=torch.int32, device=device)
     return (places.unsqueeze(1) - places).abs()
 
@@ -136,7 +140,7 @@ def _distances(size: int, device: torch.device) -> Tensor:
 
 
 def path_gaps(positions: Tensor) -> Tensor:
-    """The distance g_i = p_i - p_(i-1) of each kept token from the one before it on a scan path; g_1 = 1.
+    """The distance g_i = p_i - p_(i-1) of each kept token from the previous one on a scan path; g_1 = 1.
 
     Args:
         positions: ascending positions on the full path, shape (..., n).
@@ -152,7 +156,7 @@ class ScanPaths(NamedTuple):
     """The scan paths of tokens on a grid, each tensor int64 of shape (batch or 1, paths, tokens).
 
     Attributes:
-        order: the token (its row among those that are left) that a path visits at each step.
+        order: the token (its row among the remaining ones) that a path visits at each step.
         gaps: the distance on the full path from the token visited before. None: no alignment, or nothing was dropped.
         moves: the move that enters the token's cell on the full path: 0 start, 1 right, 2 left, 3 up, 4 down.
     """
@@ -183,12 +187,12 @@ def _snake(cells: Tensor) -> Tensor:
 
 
 def prune_paths(full_paths: ScanPaths, kept: Tensor, alignment: str) -> ScanPaths:
-    """The full grid's paths, shortened to the cells that are left.
+    """The paths over the full grid, shortened to the cells that are left.
 
     Args:
-        full_paths: of the full grid, from `snake_paths`.
+        full_paths: paths over the full grid, from `snake_paths`.
         kept: ids of the cells that are left, in raster order, shape (batch, n).
-        alignment: one of `ALIGNMENTS`; `none` leaves out the gaps.
+        alignment: one of `ALIGNMENTS`; `none` omits the gaps.
     """
     position_of_cell = full_paths.order[0].argsort(dim=-1)  # (paths, cells): the inverse permutation
     positions, order = position_of_cell[:, kept].transpose(0, 1).sort(dim=-1)  # (batch, paths, n)

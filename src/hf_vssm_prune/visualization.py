@@ -1,9 +1,9 @@
-"""Pictures of which tokens a model keeps: each image, and beside it what is left of it after each pruning stage.
+"""Pictures of which tokens a model keeps: each image, next to what is left of it after each pruning stage.
 
 visualize(model, image_processor, images).save("kept_tokens.png")
 
-An input is drawn by its frames: an image is the one frame of a grid (height, width); of a grid with more dimensions
-before these each place has a frame of its own, and a panel is a sheet of them.
+An input is drawn frame by frame: an image is the single frame of a grid (height, width). If a grid has more dimensions
+before these, each position in them has its own frame, and a panel is a sheet of frames.
 """
 
 import math
@@ -33,10 +33,10 @@ from .panels import (
 )
 
 
-# What a model saw: an image, or one frame for each place of the grid's dimensions before height and width, in order.
+# What a model saw: an image, or one frame for each position in the grid's dimensions before height and width, in order.
 Frames: TypeAlias = Image.Image | Sequence[Image.Image]
 
-# Of importance, from low to high: Matplotlib's viridis. Tokens that an earlier stage dropped have none.
+# Colours of importance, from low to high: Matplotlib's viridis. Tokens that an earlier stage dropped have no colour.
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 NO_IMPORTANCE = (225, 225, 225)
 
@@ -47,13 +47,13 @@ def visualize(
     images: Frames | Sequence[Frames],
     importance: bool = False,
 ) -> Image.Image:
-    """Draws what a pruned classifier keeps of each image, stage by stage, with what it takes the image for.
+    """Draws what a pruned classifier keeps of each image, stage by stage, with the predicted label.
 
     Args:
-        model: a pruned one.
-        image_processor: the model's; all of the images come out of it at one size.
-        images: one or more, of any size; each gets a row. For a model of videos one or more lists of frames.
-        importance: below each row, also the importance by which each stage chose.
+        model: a pruned model.
+        image_processor: the model's image processor, which resizes all images to the same size.
+        images: one or more images of any size; each gets a row. For a video model, one or more lists of frames.
+        importance: also draw, below each row, the importance by which each stage selected tokens.
 
     Raises:
         ValueError: the model is dense, or there is no image.
@@ -71,13 +71,12 @@ def visualize(
 
 
 def clip_pixel_values(image_processor: BaseImageProcessor, frames: Sequence[Image.Image]) -> Tensor:
-    """Frames as an image processor prepares them, be it one of videos or of images: (frames, channels, height,
-    width)."""
+    """Frames prepared by an image processor, for videos or for images: (frames, channels, height, width)."""
     return image_processor(list(frames), return_tensors="pt")["pixel_values"].flatten(0, -4)
 
 
 def image_statistics(image_processor: BaseImageProcessor) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation by which an image processor normalises; 0 and 1 where it does not."""
+    """Mean and standard deviation with which an image processor normalises; 0 and 1 if it does not."""
     values = image_processor.to_dict()
     return (values["image_mean"], values["image_std"]) if values["do_normalize"] else ([0.0], [1.0])
 
@@ -85,16 +84,16 @@ def image_statistics(image_processor: BaseImageProcessor) -> tuple[Sequence[floa
 def kept_patches(
     kept_tokens: Sequence[Tensor], config: VisionMambaConfig, input_size: tuple[int, ...] | None = None
 ) -> list[Tensor]:
-    """The patches among the tokens that a model kept, which counts a class token, where it has one, too.
+    """The patches among the tokens that a model kept. (A model's tokens include the class token, if there is one.)
 
     Args:
         kept_tokens: `kept_tokens` of a model's output, for each stage ids of shape (batch, n).
-        config: the model's.
-        input_size: (height, width) of the pixel values, before them frames where there are any; None for those of the
+        config: the model's configuration.
+        input_size: (height, width) of the pixel values, or (frames, height, width). None: the size in the
             configuration.
 
     Returns:
-        For each stage ids of patches in raster order, shape (batch, n), without a class token (batch, n - 1).
+        For each stage, ids of patches in raster order, shape (batch, n), or (batch, n - 1) if there was a class token.
     """
     grid = config.grid_size_for(*(config.input_size if input_size is None else input_size))
     cls_token_id = config.cls_token_id(math.prod(grid))
@@ -107,28 +106,29 @@ def kept_patches(
 def merged_patches(
     merged_tokens: Sequence[Tensor], config: VisionMambaConfig, input_size: tuple[int, ...] | None = None
 ) -> list[Tensor]:
-    """For each patch the one that it was merged into, from a model's output.
+    """For each patch, the patch that it was merged into, from a model's output.
 
     Args:
-        merged_tokens: of the output, for each stage ids of shape (batch, tokens).
+        merged_tokens: `merged_tokens` of the output, for each stage ids of shape (batch, tokens).
         config, input_size: as in `kept_patches`.
 
     Returns:
-        For each stage ids of patches, shape (batch, patches), their own where they are left or were dropped.
+        For each stage, ids of patches, shape (batch, patches): a patch's own id if it was kept or dropped.
     """
-    return kept_patches(merged_tokens, config, input_size)  # the class token goes into itself, and no other into it
+    # The class token is never merged, and nothing is merged into it.
+    return kept_patches(merged_tokens, config, input_size)
 
 
 def frames_from_pixel_values(
     pixel_values: Tensor, mean: Sequence[float], std: Sequence[float], config: VisionMambaConfig
 ) -> list[Image.Image]:
-    """What the model saw of one input, the part that its patches share evenly: a frame for each place of its grid
-    before height and width. Of frames that a place takes together, the first.
+    """What the model saw of one input (the part covered by its patches): one frame for each position in the grid's
+    dimensions before height and width. If a position combines several frames, the first of them.
 
     Args:
-        pixel_values: normalised, shape (channels, height, width), of a video (frames, channels, height, width).
-        mean, std: of the image processor, for each channel.
-        config: the model's.
+        pixel_values: normalised, shape (channels, height, width), or (frames, channels, height, width) for a video.
+            mean, std: those of the image processor, for each channel.
+        config: the model's configuration.
     """
     leading = config.grid_size_for(*config.input_size_of((1, *pixel_values.shape)))[:-2]
     images = pixel_values.flatten(0, -4) if leading else pixel_values.unsqueeze(0)
@@ -144,11 +144,11 @@ def image_from_pixel_values(pixel_values: Tensor, mean: Sequence[float], std: Se
 
     Args:
         pixel_values: one image, normalised, shape (channels, height, width), with 1 or 3 channels.
-        mean: of the image processor, for each channel.
-        std: likewise.
+        mean: the image processor's mean for each channel.
+        std: its standard deviation for each channel.
     """
     if pixel_values.ndim != 3 or pixel_values.shape[0] not in (1, 3):
-        raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; (1 or 3, height, width) is needed.")
+        raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; it must be (1 or 3, height, width).")
     pixels = pixel_values.detach().cpu().float()
     pixels = pixels * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     pixels = (pixels * 255).round().clamp(0, 255).byte().expand(3, -1, -1)
@@ -162,15 +162,15 @@ def draw_classification(
     std: Sequence[float],
     importance: bool = False,
 ) -> Image.Image:
-    """Draws what a classifier keeps of each image, with what it takes the image for below it.
+    """Draws what a classifier keeps of each image, with the predicted label below it.
 
     Args:
-        model: a pruned one. It is run in evaluation mode, and left in the mode that it was in.
-        pixel_values: as the image processor gives them, shape (batch, channels, height, width), of videos (batch,
-            frames, channels, height, width).
-        mean: of the image processor, for each channel.
-        std: likewise.
-        importance: below each row, also the importance by which each stage chose.
+        model: a pruned model. It runs in evaluation mode, and is left in its previous mode.
+        pixel_values: outputs of the image processor, shape (batch, channels, height, width), or (batch, frames,
+            channels, height, width) for videos.
+        mean: the image processor's mean for each channel.
+        std: its standard deviation for each channel.
+        importance: also draw, below each row, the importance by which each stage selected tokens.
 
     Raises:
         ValueError: the model is dense.
@@ -190,13 +190,15 @@ def draw_classification(
 
 @torch.no_grad()
 def run_pruned(model: ImageClassifier, pixel_values: Tensor) -> Any:
-    """The output of a pruned model in evaluation mode; it is left in the mode that it was in.
+    """The output of a pruned model in evaluation mode; the model is left in its previous mode.
 
     Raises:
         ValueError: the model is dense.
     """
     if pruned_config(model.config).token_pruning is None:
-        raise ValueError("The model is dense, so there is nothing to show: give it a schedule, set_token_pruning.")
+        raise ValueError(
+            "The model is dense, so there is nothing to show: give it a schedule with `set_token_pruning`."
+        )
     was_training = model.training
     model.eval()
     try:
@@ -206,14 +208,14 @@ def run_pruned(model: ImageClassifier, pixel_values: Tensor) -> Any:
 
 
 def patched_area(image: Image.Image, config: VisionMambaConfig) -> Image.Image:
-    """The part of an image that its patches share evenly.
+    """The part of an image that its patches cover evenly.
 
-    Where a family's last patches reach beyond an image whose size is no multiple of theirs, the area is black; where
-    the rest of such an image is left out, it is not in the area. Where patches overlap, each stands for its middle.
+    If the size of the image is not a multiple of the patch size, some families pad the image, and the padding is black;
+    others ignore the rest of the image, which is cropped here. If patches overlap, each stands for its center.
 
     Args:
         image: what the model saw, or one frame of it.
-        config: the model's.
+        config: the model's configuration.
     """
     rows, columns = config.grid_size_for(*config.input_size[:-2], image.height, image.width)[-2:]
     spacing = config.patch_spacing
@@ -230,23 +232,23 @@ def draw_kept_tokens(
     token_scores: Sequence[Tensor] | None = None,
     merged: Sequence[Tensor] | None = None,
 ) -> Image.Image:
-    """Draws one row for each image: the image, then for each stage the patches that are left.
+    """Draws one row for each image: the image, then the patches that are left after each stage.
 
-    Dropped patches are covered with blue, the border between them and those that are left is yellow. Where tokens were
-    merged, a second row has in one colour, the mean of what they show, what has become one token.
+    Dropped patches are covered in blue, with a yellow border between them and the remaining ones. If tokens were
+    merged, a second row shows all patches of one token in the same colour, their mean.
 
     Args:
         images: what the model saw, any size; small ones are enlarged without blurring.
-        kept_tokens: for each stage the ids of the patches that are left, in raster order, shape (len(images), n);
-            see `kept_patches`.
-        grid: (height, width) in patches, which share the image evenly, see `patched_area`; for videos and the like
-            with other dimensions before them.
-        captions: below each image, for instance its label and the prediction.
-        layers: of the stages, for the columns' headings (`config.token_pruning["layers"]`).
-        token_scores: for each stage the importance of the patches that were there before it, in raster order, shape
-            (len(images), patches), as a model's output has it. It is drawn below the stage: the brighter the more
-            important, each panel from its own least to its own greatest; what was dropped before is grey.
-        merged: for each stage the patch that each patch was merged into, shape (len(images), patches); see
+        kept_tokens: for each stage, the ids of the remaining patches, in raster order, shape (len(images), n); see
+            `kept_patches`.
+        grid: (height, width) in patches, which cover the image evenly, see `patched_area`; for videos, with other
+            dimensions before these.
+        captions: texts below the images, for instance label and prediction.
+        layers: layers of the stages, for the column headings (`config.token_pruning["layers"]`).
+        token_scores: for each stage, the importance of the patches before it, in raster order, shape (len(images),
+            patches), as in a model's output. It is drawn below the stage: brighter patches are more important, and each
+            panel has its own scale; patches that were dropped before are grey.
+        merged: for each stage, the patch that each patch was merged into, shape (len(images), patches); see
             `merged_patches`.
 
     Raises:
@@ -273,15 +275,15 @@ def draw_kept_tokens(
 
 
 def draw_stages(image: Frames, kept_tokens: Sequence[Tensor], grid: tuple[int, ...]) -> list[Image.Image]:
-    """Panels of one image: itself, then for each stage with dropped patches covered.
+    """Panels of one image: the image itself, then one panel per stage with dropped patches covered.
 
     Args:
         image: what the model saw.
-        kept_tokens: for each stage the ids of the patches that are left, shape (n,).
-        grid: (height, width) in patches, other dimensions before them.
+        kept_tokens: for each stage, the ids of the remaining patches, shape (n,).
+        grid: (height, width) in patches, with other dimensions before these.
 
     Raises:
-        ValueError: there is not one frame for each place of the grid before height and width.
+        ValueError: the number of frames is not that of the grid's positions before height and width.
     """
     frames = _fit_frames(image)
     if len(frames) != math.prod(grid[:-2]):
@@ -291,13 +293,13 @@ def draw_stages(image: Frames, kept_tokens: Sequence[Tensor], grid: tuple[int, .
 
 
 def draw_merges(image: Frames, into: Tensor, kept: Tensor, grid: tuple[int, ...]) -> Image.Image:
-    """A panel of one image in which the patches of one token have one colour, the mean of what they show, and yellow
-    borders; patches that were dropped are covered with blue.
+    """A panel of one image in which all patches of a token have the same colour, their mean, with yellow borders;
+    dropped patches are covered in blue.
 
     Args:
         image: what the model saw.
-        into: for each patch the one that it was merged into, shape (patches,).
-        kept: the patches that are left, shape (n,).
+        into: for each patch, the patch that it was merged into, shape (patches,).
+        kept: the remaining patches, shape (n,).
         grid: as in `draw_stages`.
     """
     frames, into = _fit_frames(image), into.cpu()
@@ -315,22 +317,22 @@ def draw_merges(image: Frames, into: Tensor, kept: Tensor, grid: tuple[int, ...]
 
 
 def _fit_frames(image: Frames) -> list[Image.Image]:
-    """The frames, as large as fit into one panel."""
+    """Resizes the frames to fit into one panel."""
     frames = [image] if isinstance(image, Image.Image) else list(image)
     size = PANEL_SIZE if len(frames) == 1 else SHEET_SIZE // num_columns(len(frames))
     return [fit(frame.convert("RGB"), size) for frame in frames]
 
 
 def importance_maps(kept_tokens: Sequence[Tensor], token_scores: Sequence[Tensor], num_patches: int) -> list[Tensor]:
-    """Where on the grid a stage's scores belong.
+    """Puts the scores of each stage at their positions on the grid.
 
     Args:
-        kept_tokens: for each stage ids of patches, shape (batch, n).
-        token_scores: for each stage scores of the patches that were there before it, in the order of their ids.
-        num_patches: of the whole grid.
+        kept_tokens: for each stage, ids of patches, shape (batch, n).
+        token_scores: for each stage, scores of the patches before it, in the order of their ids.
+        num_patches: number of patches on the whole grid.
 
     Returns:
-        For each stage scores of shape (batch, num_patches), NaN at patches that an earlier stage dropped.
+        For each stage, scores of shape (batch, num_patches), NaN at patches that an earlier stage dropped.
 
     Raises:
         ValueError: there is not one score for each patch.
@@ -340,8 +342,8 @@ def importance_maps(kept_tokens: Sequence[Tensor], token_scores: Sequence[Tensor
     shapes = [tuple(scores.shape) for scores in token_scores]
     if shapes != [tuple(ids.shape) for ids in candidates]:
         raise ValueError(
-            f"`token_scores` has shapes {shapes}; {[tuple(ids.shape) for ids in candidates]} are needed, one score for "
-            "each patch that is there before a stage."
+            f"`token_scores` has shapes {shapes}; {[tuple(ids.shape) for ids in candidates]} are expected, one score "
+            "for each patch that is left before the stage."
         )
     maps = []
     for ids, scores in zip(candidates, token_scores, strict=True):
@@ -351,12 +353,12 @@ def importance_maps(kept_tokens: Sequence[Tensor], token_scores: Sequence[Tensor
 
 
 def draw_importance(scores: Tensor, size: tuple[int, int], extremes: tuple[float, float] | None = None) -> Image.Image:
-    """A map of importance, from the least (dark violet) to the greatest (yellow).
+    """A map of importance, from the lowest (dark violet) to the highest (yellow).
 
     Args:
-        scores: shape (height, width) in patches, NaN where there is none.
+        scores: shape (height, width) in patches, NaN where there is no score.
         size: (width, height) of the picture in pixels.
-        extremes: the least and the greatest importance; None: those of these scores.
+        extremes: the lowest and the highest importance. None: those of these scores.
     """
     low, high = _extremes(scores) if extremes is None else extremes
     levels = ((scores - low) / max(high - low, 1e-12)).numpy()
@@ -368,7 +370,7 @@ def draw_importance(scores: Tensor, size: tuple[int, int], extremes: tuple[float
 
 
 def _draw_importance_of_frames(scores: Tensor, image: Frames) -> Image.Image:
-    """A map of importance (…, height, width) as the image is drawn, with the same colours in all of its frames."""
+    """A map of importance (…, height, width), laid out like the image, with the same colour scale in all frames."""
     of_frames = zip(scores.view(-1, *scores.shape[-2:]), _fit_frames(image), strict=True)
     extremes = _extremes(scores)
     return sheet([draw_importance(of_frame, frame.size, extremes) for of_frame, frame in of_frames])
@@ -396,11 +398,13 @@ def _check(
     if not kept_tokens:
         raise ValueError("`kept_tokens` is empty; a dense model keeps every token, so there is nothing to show.")
     if len(grid) < 2 or min(grid) < 1:
-        raise ValueError(f"`grid` is {grid}; (height, width) in patches is needed, or with dimensions before them.")
+        raise ValueError(
+            f"`grid` is {grid}; it must be (height, width) in patches, optionally with dimensions before them."
+        )
     for stage, kept in enumerate(kept_tokens):
         if kept.ndim != 2 or kept.shape[0] != len(images):
             raise ValueError(
-                f"`kept_tokens[{stage}]` has shape {tuple(kept.shape)}; ({len(images)}, tokens) is needed for "
+                f"`kept_tokens[{stage}]` has shape {tuple(kept.shape)}; it must be ({len(images)}, tokens) for "
                 f"{len(images)} images."
             )
         if kept.numel() and (kept.min() < 0 or kept.max() >= math.prod(grid)):

@@ -1,5 +1,4 @@
-"""Pictures of what pruned models with heads make of images: label maps or
-boxes over them, beside the tokens that are kept."""
+"""Pictures of the results of pruned models with heads: label maps or boxes over the images, next to the kept tokens."""
 
 import colorsys
 from collections.abc import Callable, Sequence
@@ -26,8 +25,8 @@ from .visualization import (
 
 LABEL_OPACITY = 0.6
 LEGEND_LINES = 10
-LEAST_SCORE = 0.5  # of a box that is drawn, as in transformers' pipeline
-# Of a circle: hues of successive ids lie far apart, however many there are.
+LEAST_SCORE = 0.5  # minimum score of a box that is drawn, as in transformers' pipeline
+# As a fraction of a circle: the hues of successive ids are far apart, however many there are.
 GOLDEN_SECTION = 0.618034
 
 
@@ -39,12 +38,12 @@ def class_colour(label: int) -> tuple[int, int, int]:
 
 
 def draw_label_map(image: Image.Image, labels: Tensor) -> Image.Image:
-    """An image under the colours of its pixels' classes.
+    """An image overlaid with the colours of its pixels' classes.
 
     Args:
-        image: of any size.
-        labels: class ids (height, width), resized to the image where they differ; an id without a name, 255 for
-            instance, has a colour like any other.
+        image: an image of any size.
+        labels: class ids (height, width), resized to the image if necessary; an id without a name, 255 for instance,
+            has a colour like any other.
     """
     palette = np.array([class_colour(label) for label in range(int(labels.max()) + 1)], np.uint8)
     colours = Image.fromarray(palette[labels.cpu().numpy()]).resize(image.size, Image.Resampling.NEAREST)
@@ -52,7 +51,7 @@ def draw_label_map(image: Image.Image, labels: Tensor) -> Image.Image:
 
 
 def draw_legend(entries: Sequence[tuple[int, str]]) -> Image.Image:
-    """Names of classes, each by its colour: `LEGEND_LINES` at most."""
+    """Names of classes next to their colours, at most `LEGEND_LINES`."""
     entries = entries[:LEGEND_LINES]
     line = PANEL_SIZE // LEGEND_LINES
     panel = Image.new("RGB", (PANEL_SIZE, line * max(1, len(entries))), "white")
@@ -65,24 +64,24 @@ def draw_legend(entries: Sequence[tuple[int, str]]) -> Image.Image:
 
 
 def shares_of_classes(labels: Tensor, names: Sequence[str]) -> list[tuple[int, str]]:
-    """For the legend of a label map its classes, the largest first, with their shares of it."""
+    """For the legend of a label map: its classes, the largest first, with the fractions that they cover."""
     counts = torch.bincount(labels.flatten().cpu(), minlength=len(names))
     present = [label for label in counts.argsort(descending=True).tolist() if counts[label] > 0]
     return [(label, f"{names[label]}  {100 * int(counts[label]) / labels.numel():.0f}%") for label in present]
 
 
 def draw_boxes(image: Image.Image, found: Detections, names: Sequence[str]) -> Image.Image:
-    """An image at a panel's size with the boxes on it that are found with a score of `LEAST_SCORE` or more.
+    """An image at a panel's size, with the boxes whose score is at least `LEAST_SCORE`.
 
     Args:
-        image: of any size.
-        found: boxes in pixels of it.
-        names: the classes'.
+        image: an image of any size.
+        found: boxes, in pixels of the image.
+        names: names of the classes.
     """
     panel = fit(image.convert("RGB"), PANEL_SIZE)
     factor = panel.width / image.width
     draw = ImageDraw.Draw(panel)
-    # The surest are drawn last, over the others.
+    # The most confident boxes are drawn last, over the others.
     for box, score, label in reversed(list(zip(*(each.tolist() for each in found), strict=True))):
         if score >= LEAST_SCORE:
             draw.rectangle([factor * side for side in box], outline=class_colour(label), width=2)
@@ -90,7 +89,7 @@ def draw_boxes(image: Image.Image, found: Detections, names: Sequence[str]) -> I
 
 
 def counts_of_classes(found: Detections, names: Sequence[str]) -> list[tuple[int, str]]:
-    """For the legend of a picture of boxes its classes, with how many of each there are."""
+    """For the legend of a picture with boxes: its classes, with the number of boxes of each."""
     counts = torch.bincount(found.labels[found.scores >= LEAST_SCORE].cpu(), minlength=len(names)).tolist()
     return [(label, f"{count} {names[label]}") for label, count in enumerate(counts) if count]
 
@@ -98,7 +97,7 @@ def counts_of_classes(found: Detections, names: Sequence[str]) -> list[tuple[int
 def visualize_dense(
     model: Any, image_processor: BaseImageProcessor, images: Sequence[Image.Image], importance: bool = False
 ) -> Image.Image:
-    """Draws how a pruned model segments images of any size, or what it detects in them, one below the other; see
+    """Draws how a pruned model segments images of any size, or what it detects in them, one image below the other; see
     `draw_segmentation` and `draw_detection`.
 
     Raises:
@@ -122,7 +121,7 @@ def visualize_dense(
     return whole
 
 
-# What a model makes of an image, as a panel, and the entries of a legend for it.
+# A panel with a model's result for an image, and the entries of its legend.
 Answer = tuple[Image.Image, list[tuple[int, str]]]
 
 
@@ -130,10 +129,10 @@ def draw_segmentation(model: Any, pixel_values: Tensor, mean: Sequence[float], s
     """Draws how a pruned model segments each image, and which tokens its backbone keeps for it, stage by stage.
 
     Args:
-        model: that `pruned_heads.prunable` made, pruned. It is run in evaluation mode, and left in the mode that it was
-            in.
-        pixel_values: as the image processor gives them, shape (batch, channels, height, width).
-        mean, std: of the image processor, for each channel.
+        model: a pruned model from `pruned_heads.prunable`. It runs in evaluation mode, and is left in its previous
+            mode.
+        pixel_values: outputs of the image processor, shape (batch, channels, height, width).
+        mean, std: those of the image processor, for each channel.
 
     Raises:
         ValueError: the model is dense.

@@ -36,10 +36,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     options = parser.parse_args(arguments)
     try:
         if options.target.exists() and not is_empty_folder(options.target):
-            raise FileExistsError(f"{options.target} exists and is not overwritten: remove it, or name another target.")
+            raise FileExistsError(
+                f"{options.target} already exists and will not be overwritten: remove it, or choose another target."
+            )
         if options.source.is_dir():
             if given := [f"--{name}" for name in OF_FILES if getattr(options, name) != parser.get_default(name)]:
-                raise ValueError(f"{options.source} is a folder, and {', '.join(given)} is for checkpoint files.")
+                raise ValueError(
+                    f"{options.source} is a folder, and {', '.join(given)} can only be used with checkpoint files."
+                )
             model = to_checkpoint(options)
         else:
             model = to_folder(options)
@@ -83,10 +87,10 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     group.add_argument(
         "--patch_stride",
         type=int,
-        help="patch stride if patches overlap, as in published Vims (8), and in VideoMamba for images",
+        help="patch stride, if patches overlap, as in the published Vim (8) and VideoMamba image models",
     )
     group.add_argument(
-        "--num_frames", type=int, help="number of frames of VideoMamba; turns an image model into a video model"
+        "--num_frames", type=int, help="number of frames for VideoMamba; converts an image model to a video model"
     )
     group.add_argument("--id2label", type=Path, help="label names: JSON (list or dict), or text with one name per line")
     # All families were evaluated with ImageNet's statistics, images after a bicubic resize of the shortest edge to 256.

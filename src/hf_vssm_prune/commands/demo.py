@@ -76,11 +76,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         jobs.prepare_finetuning(*recipe(options, folder, pruning)).train()
         models[name] = load_classifier(folder / "last")
 
-    say(f"Evaluating on {len(images)} test images, every batch with all models in turn")
+    say(f"Evaluating on {len(images)} test images; all models run on each batch in turn")
     loader = DataLoader(images, batch_size=50, collate_fn=collate)
     evaluations = compare_models(ImageClassification(), models, loader, torch.device("cpu"))
 
-    say("Saving the pruned model, and opening it again in a fresh process")
+    say("Saving the pruned model, and loading it in a new process")
     output.mkdir(parents=True, exist_ok=True)
     shown = torch.stack([images[index]["pixel_values"] for index in range(0, 12, 2)])
     picture = output / "kept_tokens.png"
@@ -94,8 +94,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     faster = evaluations[FINETUNED].images_per_second / evaluations[DENSE].images_per_second
     reduction = count_flops(models[FINETUNED].config).reduction
     print(f"{reduction:.1%} fewer FLOPs, {faster:.2f}× the speed, {100 * gained:+.2f} points of accuracy.")
-    print(f"The saved model, opened in a fresh process, gives {'the same' if reopened else 'OTHER'} answers: {folder}")
-    print(f"Which tokens it keeps: {picture}")
+    print(
+        f"The saved model, loaded in a new process, gives {'the same' if reopened else 'OTHER'} predictions: {folder}"
+    )
+    print(f"Picture of the kept tokens: {picture}")
     print(f"This took {time.perf_counter() - start:.0f} s.")
     return 0 if reopened else 1
 
@@ -157,7 +159,7 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
     ]
     return ModelCardInfo(
         name="plainmamba-trashnet-pruned",
-        summary="A small PlainMamba that classifies waste into six kinds, and merges the patches that matter least.",
+        summary="A small PlainMamba that sorts photographs of waste into six classes, and merges similar patches.",
         license="apache-2.0",
         license_notice="TrashNet is by Gary Thung and Mindy Yang, under the MIT licence.",
         datasets=["garythung/trashnet"],
@@ -172,7 +174,7 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
             hardware=f"a CPU with {torch.get_num_threads()} threads",
         ),
         picture=picture,
-        limits=["It was trained on single pieces of waste on a white board, and nothing else."],
+        limits=["It was trained only on single pieces of waste on a white board."],
     )
 
 

@@ -1,5 +1,5 @@
-"""The code that lies beside a model with a head, so that it opens with `trust_remote_code=True`: a file that makes the
-backbone known to transformers, and puts the head on it."""
+"""The code that is saved next to a model with a head, so that it can be loaded with `trust_remote_code=True`: a file
+that registers the backbone with transformers and puts the head on it."""
 
 from typing import Any
 
@@ -35,12 +35,12 @@ class {model}(PrunedHead, transformers.{model}):
 
 
 def module_name(config: Any) -> str:
-    """Of the file, without its suffix."""
+    """The name of the file, without its suffix."""
     return f"modeling_{pruned_config(config).model_type}_{config.model_type}"
 
 
 def auto_map(config: Any) -> dict[str, str]:
-    """Where transformers finds the classes, by the names of the Auto classes."""
+    """Where transformers finds the classes, by Auto class name."""
     auto_class = auto_class_of(config)
     classes = {"AutoConfig": type(config), auto_class.__name__: auto_class._model_mapping[type(config)]}
     return {name: f"{module_name(config)}.{found.__name__}" for name, found in classes.items()}

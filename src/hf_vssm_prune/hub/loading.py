@@ -1,4 +1,4 @@
-"""Opens a checkpoint's configuration and its whole classifier, and makes the image processor of one without."""
+"""Loads a checkpoint's configuration and its complete classifier, and creates an image processor if it has none."""
 
 import hashlib
 import re
@@ -18,30 +18,31 @@ from hf_vssm_prune.hub.retrying import patiently
 from hf_vssm_prune.pruned_heads import prunable
 
 
-# Options of `from_pretrained` that say where on the Hub, or in which copy of it, a model is.
+# Options of `from_pretrained` that say where on the Hub, or in which local copy of it, a model is.
 PLACE_OPTIONS = ("token", "cache_dir", "subfolder", "local_files_only")
 _PACKAGED_MODELS = Path(__file__).resolve().parents[1] / "data"
 
 
 def packaged_model(name_or_path: str | Path) -> str:
-    """The folder of a model that comes with the package, of which the name is enough; any other place as it is."""
+    """The folder of a model that comes with the package, given its name; any other name or path is returned
+    unchanged."""
     folder = _PACKAGED_MODELS / name_or_path
     is_name = len(Path(name_or_path).parts) == 1 and not Path(name_or_path).exists()
     return str(folder if is_name and (folder / "config.json").exists() else name_or_path)
 
 
 def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Any:
-    """A checkpoint's configuration: of a model of this package, or of one of transformers' models on a backbone of it.
-    Code that lies beside it is not run.
+    """A checkpoint's configuration: for a model of this package, or for a transformers model with a backbone of this
+    package. Code in the checkpoint's folder is not run.
 
     Args:
         name_or_path: a folder, or a model on the Hub.
         revision: branch, tag or commit of a model on the Hub.
-        place: of `PLACE_OPTIONS`.
+        place: `PLACE_OPTIONS` for `from_pretrained`.
 
     Raises:
-        ValueError: it is of no family of this package, or has a value that is not allowed.
-        OSError: there is none.
+        ValueError: the model is of no family of this package, or the configuration has a value that is not allowed.
+            OSError: there is no such checkpoint.
     """
     try:
         config = patiently(
@@ -54,7 +55,7 @@ def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Any:
     except OSError as error:
         raise OSError(f"{name_or_path} cannot be opened: {error}") from error
     if not isinstance(pruned_config(config), VisionMambaConfig):
-        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a {family_names()} model is needed.")
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; it must be a {family_names()} model.")
     return config
 
 
@@ -63,24 +64,25 @@ def load_classifier(
 ) -> ImageClassifier:
     """An image classifier of this package with all its weights, in evaluation mode.
 
-    transformers draws at random what a checkpoint lacks, and warns: right for a new classifier, and elsewhere an
-    accuracy that means nothing. Weights are read from safetensors alone: a pickle is not opened.
+    transformers initializes missing weights randomly and only warns. This is right for a new classifier; otherwise it
+    gives a meaningless accuracy, so missing weights are an error here. Weights are read from safetensors only; pickle
+    files are not opened.
 
     Args:
         name_or_path: a folder, or a model on the Hub.
-        ignore_mismatched_sizes: a classifier that is missing, or of another number of labels, is replaced by a new one.
+        ignore_mismatched_sizes: replace a missing classifier, or one with another number of labels, by a new one.
         revision: branch, tag or commit of a model on the Hub.
         options: for `from_pretrained`, such as `dtype`.
 
     Raises:
-        ValueError: the weights are damaged, not finite, or not those that the Hub recorded; some are missing, of
-            another shape or not the model's own; or see `load_config`.
+        ValueError: the weights are damaged, not finite, or differ from those that the Hub recorded; some are missing,
+            unexpected or of the wrong shape; or see `load_config`.
         OSError: there is none.
     """
     place = {name: options[name] for name in PLACE_OPTIONS if name in options}
     config = load_config(str(name_or_path), revision, **place)
     if pruned_config(config) is not config:
-        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; an image classifier is needed.")
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; it must be an image classifier.")
     return _load_whole(
         Family.auto_classifier(config), "image classifier", name_or_path, ignore_mismatched_sizes, revision, **options
     )
@@ -89,18 +91,18 @@ def load_classifier(
 def load_dense_model(
     name_or_path: str | Path, ignore_mismatched_sizes: bool = False, revision: str = "main", **options: Any
 ) -> Any:
-    """One of transformers' models for segmentation or detection on a backbone of this package, with all its weights, in
-    evaluation mode; arguments and errors are those of `load_classifier`."""
+    """A transformers model for segmentation or detection with a backbone of this package, with all its weights, in
+    evaluation mode. Arguments and errors are those of `load_classifier`."""
     place = {name: options[name] for name in PLACE_OPTIONS if name in options}
     config = load_config(str(name_or_path), revision, **place)
     if pruned_config(config) is config:
-        raise ValueError(f"{name_or_path} is an image classifier; a model with a head on a backbone is needed.")
+        raise ValueError(f"{name_or_path} is an image classifier; it must be a model with a head on a backbone.")
     kind = f"{config.model_type} model"
     return _load_whole(auto_class_of(config), kind, name_or_path, ignore_mismatched_sizes, revision, **options)
 
 
 def load_any_model(name_or_path: str | Path, **options: Any) -> Any:
-    """An image classifier, or a model with a head that `pruned_heads.prunable` made; arguments and errors are those of
+    """An image classifier, or a model with a head created by `pruned_heads.prunable`. Arguments and errors are those of
     `load_classifier` and `load_dense_model`."""
     config = load_config(str(name_or_path))
     if pruned_config(config) is config:
@@ -132,15 +134,19 @@ def _load_whole(
     if any(wrong.values()):
         raise ValueError(f"{name_or_path} is not a complete {kind}: {wrong}.")
     if wrong_file := _wrongly_downloaded(name_or_path, revision, **place):
-        raise ValueError(f"{wrong_file} is not what the Hub has: its SHA-256 differs. Delete it, and load again.")
+        raise ValueError(
+            f"{wrong_file} differs from the file on the Hub: its SHA-256 is different. Delete it, and load the model "
+            "again."
+        )
     tensors = model.state_dict().items()
     if damaged := [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]:
-        raise ValueError(f"The weights of {name_or_path} are not finite in {damaged}.")
+        raise ValueError(f"The weights of {name_or_path} contain NaN or infinity in {damaged}.")
     return model
 
 
 def _wrongly_downloaded(name_or_path: str | Path, revision: str, **place: Any) -> Path | None:
-    """Weights in the Hub's cache whose bytes are not those that the Hub recorded: files there are named by SHA-256."""
+    """A weights file in the Hub's cache whose bytes differ from those that the Hub recorded: files there are named by
+    their SHA-256."""
     if Path(packaged_model(name_or_path)).exists():
         return None
     snapshot = Path(str(cached_file(name_or_path, "config.json", revision=revision, **place))).parent
@@ -161,10 +167,10 @@ def sha256_of_file(file: Path) -> str:
 
 
 def load_image_processor(name_or_path: str | Path, revision: str = "main") -> BaseImageProcessor:
-    """The image processor that was saved beside a model. Code that lies beside it is not run.
+    """The image processor that was saved with a model. Code in the folder is not run.
 
     Raises:
-        ValueError: it is of no kind that transformers has.
+        ValueError: transformers does not have its class.
         OSError: there is none.
     """
     return patiently(
@@ -177,20 +183,21 @@ def load_image_processor(name_or_path: str | Path, revision: str = "main") -> Ba
 def new_image_processor(
     config: VisionMambaConfig, image_mean: Sequence[float], image_std: Sequence[float], crop_pct: float | None = None
 ) -> BaseImageProcessor:
-    """Resizes bicubically, of videos bilinearly, crops the center to the model's image size, and normalises.
+    """A new image processor: resizes bicubically (for videos bilinearly), center-crops to the model's image size, and
+    normalises.
 
-    For a model of square images the shortest edge is resized, so that the aspect ratio stays; for one of rectangular
-    images both sides are, each to the model's divided by `crop_pct`, so that the model sees `crop_pct` of the height
-    and of the width whatever the image's aspect ratio.
+    For a model with square images, the shortest edge is resized, which keeps the aspect ratio. For rectangular images,
+    both sides are resized, each to the model's size divided by `crop_pct`, so that the model sees the fraction
+    `crop_pct` of the height and of the width, regardless of the image's aspect ratio.
 
     Args:
-        config: of the model.
-        image_mean, image_std: of each channel, of pixels from 0 to 1.
-        crop_pct: each side of the crop as a fraction of that side of the resized image, as timm has it. None: 0.875 of
-            images, all of a video's frames, as the published models were evaluated.
+        config: configuration of the model.
+        image_mean, image_std: mean and standard deviation of each channel, for pixels from 0 to 1.
+        crop_pct: each side of the crop as a fraction of that side of the resized image, as in timm. None: 0.875 for
+            images and 1 for videos, as the published models were evaluated.
 
     Raises:
-        ValueError: a value is not allowed, or there is not one for each channel.
+        ValueError: a value is not allowed, or the number of values is not the number of channels.
     """
     if not len(image_mean) == len(image_std) == config.num_channels:
         raise ValueError(
@@ -203,7 +210,8 @@ def new_image_processor(
         crop_pct = 1.0 if config.modality == "video" else 0.875
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct is {crop_pct}: it must be greater than 0 and at most 1.")
-    # Without torchvision transformers warns as soon as one of them is looked up, so that it is not before it is needed.
+    # Without torchvision, transformers warns as soon as one of these classes is looked up, so it is not done before it
+    # is needed.
     import transformers
 
     height, width = config.image_height_width(config.image_size)
@@ -215,7 +223,7 @@ def new_image_processor(
         "image_std": list(image_std),
     }
     if config.modality == "video":
-        # Which frames there are to be is beyond an image processor: `num_frames` tells those who choose them.
+        # An image processor does not choose frames: `num_frames` is for the code that does.
         options["num_frames"] = config.input_size[0]
         return transformers.VideoMAEImageProcessor(**options)
     return transformers.BitImageProcessor(**options, do_convert_rgb=config.num_channels == 3)

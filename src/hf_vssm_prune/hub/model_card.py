@@ -1,7 +1,7 @@
-"""Model cards: what a checkpoint is, how to use it, what was pruned, and how good it is.
+"""Model cards: what a checkpoint is, how to use it, how it was pruned, and how accurate it is.
 
-Parameters, FLOPs and the pruning schedule are taken from the model. The rest comes in as a `ModelCardInfo`, and a
-section about which nothing is known is left out.
+Parameters, FLOPs and the pruning schedule are taken from the model. Everything else comes from a `ModelCardInfo`;
+sections without information are left out.
 """
 
 import json
@@ -64,15 +64,15 @@ METRIC_NAMES = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """How one variant of the model did on the evaluation's images.
+    """The results of one variant of the model on the evaluation images.
 
     Args:
-        name: of the variant, for instance "dense" or "pruned, fine-tuned".
+        name: name of the variant, for instance "dense" or "pruned, fine-tuned".
         top1: accuracy in percent.
-        top5: accuracy in percent, None where it was not measured.
-        images_per_second: None where it was not measured.
-        pruned: whether this model's pruning schedule was on; it decides which FLOPs stand beside it.
-        others: of a task that is not classification, its metrics in percent, by the names that the Hub has for them.
+        top5: accuracy in percent; None if it was not measured.
+        images_per_second: None if it was not measured.
+        pruned: whether this model's pruning schedule was used; this determines which FLOPs are shown.
+        others: metrics of other tasks than classification, in percent, by their names on the Hub.
     """
 
     name: str
@@ -85,28 +85,28 @@ class Measurement:
     def __post_init__(self) -> None:
         for metric, value in {"top1": self.top1, "top5": self.top5, **self.others}.items():
             if value is not None and not 0 <= value <= 100:
-                raise ValueError(f"`{metric}` of {self.name!r} is {value}; a percentage from 0 to 100 is needed.")
+                raise ValueError(f"`{metric}` of {self.name!r} is {value}; it must be a percentage from 0 to 100.")
         if self.images_per_second is not None and not self.images_per_second > 0:
             raise ValueError(f"`images_per_second` of {self.name!r} is {self.images_per_second}; it must be above 0.")
 
     @property
     def metrics(self) -> dict[str, float | None]:
-        """In percent, by the names that the Hub has for them; None: not measured."""
+        """Metrics in percent, by their names on the Hub; None: not measured."""
         return dict(self.others) or {"accuracy": self.top1, "top_5_accuracy": self.top5}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on one data set.
+    """The results on one data set.
 
     Args:
-        dataset_name: for people, "Fashion-MNIST".
-        dataset_id: on the Hub, or a short name where it is not there.
-        split: of the data set.
-        num_images: that were classified.
+        dataset_name: display name, for instance "Fashion-MNIST".
+        dataset_id: id on the Hub, or a short name if it is not on the Hub.
+        split: split of the data set.
+        num_images: number of classified images.
         this_model: the checkpoint of the card.
-        others: what it is compared with, for instance the dense model.
-        hardware: on which images per second were measured.
+        others: models that it is compared with, for instance the dense model.
+        hardware: hardware on which images per second were measured.
     """
 
     dataset_name: str
@@ -119,15 +119,15 @@ class Evaluation:
 
     @classmethod
     def from_results(cls, file: str | os.PathLike[str], **about: Any) -> "Evaluation":
-        """What `hf-vssm-prune evaluate` wrote, by `--json` or `--save_results`. The pruned model is this one, or the
-        dense one where that is alone.
+        """Reads what `hf-vssm-prune evaluate` wrote with `--json` or `--save_results`. The pruned model is taken as the
+        card's model, or the dense one if there is no other.
 
         Args:
             file: the JSON.
-            about: the other fields, `num_images` excepted.
+            about: the other fields except `num_images`.
 
         Raises:
-            ValueError: the file is not what that script writes.
+            ValueError: the file was not written by that command.
             OSError: it cannot be read.
         """
         try:
@@ -149,7 +149,7 @@ class Evaluation:
             this_model = measured.pop("pruned" if "pruned" in measured else "dense")
             num_images = results[this_model.name]["num_images"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is not what `hf-vssm-prune evaluate --json` writes: {error!r}") from error
+            raise ValueError(f"{file} was not written by `hf-vssm-prune evaluate --json`: {error!r}") from error
         return cls(num_images=num_images, this_model=this_model, others=list(measured.values()), **about)
 
 
@@ -165,8 +165,8 @@ class TrainingRecipe:
     """How the checkpoint was trained.
 
     Args:
-        command: the command line that trained it; None: it was trained in a program.
-        description: what was done, in a sentence or two.
+        command: the command line that trained it; None if it was trained from Python.
+        description: how it was trained, in a sentence or two.
         hyperparameters: by name.
     """
 
@@ -177,29 +177,30 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         if not isinstance(self.hyperparameters, Mapping):
             raise ValueError(
-                f"`hyperparameters` of a model card are {self.hyperparameters!r}; names and values are needed."
+                f"`hyperparameters` of a model card are {self.hyperparameters!r}; it must be a dict of names and "
+                "values."
             )
 
 
 @dataclass(frozen=True)
 class ModelCardInfo:
-    """What a model card says beside what the model itself tells; None or empty leaves it out.
+    """The information for a model card that cannot be read from the model itself. None or empty fields are left out.
 
     Args:
-        name: of the model, the card's title.
-        model_id: what the code in the card loads, `organisation/name` on the Hub or a folder. None: the folder that the
+        name: name of the model, used as the card's title.
+        model_id: what the example code loads: `organisation/name` on the Hub, or a folder. None: the folder that the
             model is saved to.
         summary: what the model is for, a sentence or two.
-        license: of the weights, an identifier of the Hub such as "apache-2.0".
-        license_notice: what the weights' licence asks to be said, and which licences the data has.
+        license: licence of the weights, as an identifier of the Hub such as "apache-2.0".
+        license_notice: notices that the weights' licence requires, and the licences of the data.
         base_model: Hub id of the checkpoint that was fine-tuned or pruned.
         original_weights: where the weights were first published.
         datasets: Hub ids of the data sets that the model was trained on.
         training: how it was trained.
         evaluation: what was measured.
-        picture: an image file of the tokens that are kept; it goes into the model's folder.
-        limits: what the model cannot do or was not tested for, a sentence each.
-        tags: to find the model by, beside the card's own.
+        picture: an image file that shows the kept tokens; it is copied to the model's folder.
+        limits: what the model cannot do or was not tested for, one sentence each.
+        tags: additional tags for searching.
     """
 
     name: str
@@ -222,7 +223,7 @@ class ModelCardInfo:
         for name in ("datasets", "limits", "tags"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):
-                raise ValueError(f"`{name}` of a model card is {value!r}; a list is needed.")
+                raise ValueError(f"`{name}` of a model card is {value!r}; it must be a list.")
         if self.picture is not None and not Path(self.picture).is_file():
             raise FileNotFoundError(f"`picture` of the model card is missing: there is no file {self.picture}.")
 
@@ -235,12 +236,12 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 def create_model_card(
     model: VisionMamba, info: ModelCardInfo, image_processor: ImageProcessingMixin | None = None
 ) -> ModelCard:
-    """The model card of a model of this package.
+    """Creates the model card for a model of this package.
 
     Args:
-        model: tells parameters, FLOPs, image size and pruning schedule.
+        model: provides parameters, FLOPs, image size and pruning schedule.
         info: everything else.
-        image_processor: the one that is saved beside the model. None: the card shows no code that needs it.
+        image_processor: the image processor that is saved with the model. None: the card has no code that needs one.
     """
     config, flops = pruned_config(model.config), count_flops(model.config)
     return ModelCard.from_template(
@@ -274,7 +275,7 @@ def _papers(config: VisionMambaConfig) -> list[Paper]:
 
 
 def format_flops(count: int) -> str:
-    """A number of multiply-adds for people: 14.41 G, 86.3 M."""
+    """Formats a number of multiply-adds: 14.41 G, 86.3 M."""
     return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
@@ -284,12 +285,12 @@ def _is_classifier(model: VisionMamba) -> bool:
 
 @dataclass(frozen=True)
 class _Head:
-    """What is on a backbone.
+    """The head on a backbone.
 
     Attributes:
         kind: its model type.
         auto_class: transformers' Auto class of such models, by name.
-        pipeline: transformers' pipeline for it, which is also the Hub's task.
+        pipeline: name of transformers' pipeline for it, which is also the task on the Hub.
     """
 
     kind: str
@@ -310,7 +311,7 @@ class _Head:
 
 @dataclass(frozen=True)
 class _Stage:
-    """One stage of a pruning schedule: of `num_tokens` patch tokens at the input of `layer`, `num_kept` stay."""
+    """One stage of a pruning schedule: at the input of `layer`, `num_kept` of `num_tokens` patch tokens are kept."""
 
     layer: int
     keep_ratio: float

@@ -1,15 +1,15 @@
-"""Reads what a model card says beside what the model itself tells from a YAML file.
+"""Reads the information for a model card from a YAML file.
 
 ```yaml
 name: plainmamba-clothes
 license: apache-2.0
 training: {command: hf-vssm-prune finetune ..., description: Two epochs.}
 evaluation: {results: results.json, dataset_name: Clothes, dataset_id: someone/clothes, split: test}
-limits: [It knows ten kinds of clothes.]
+limits: [It knows only ten kinds of clothes.]
 ```
 
-The names are those of `ModelCardInfo`, `TrainingRecipe` and `Evaluation`; `results` is what `hf-vssm-prune evaluate
---json` wrote, and stands for the measurements. Files are named as they are seen from the YAML file.
+The names are those of `ModelCardInfo`, `TrainingRecipe` and `Evaluation`; `results` is a file written by
+`hf-vssm-prune evaluate --json`, from which the measurements are taken. Paths are relative to the YAML file.
 """
 
 import os
@@ -22,17 +22,17 @@ from hf_vssm_prune.hub.model_card import Evaluation, ModelCardInfo, TrainingReci
 
 
 def read_model_card_info(file: str | os.PathLike[str]) -> ModelCardInfo:
-    """A YAML file as a `ModelCardInfo`.
+    """Reads a YAML file as a `ModelCardInfo`.
 
     Raises:
-        ValueError: it is not such a file; the message says what is wrong.
-        OSError: it, or a file that it names, cannot be read.
+        ValueError: the file does not have this format; the message says what is wrong.
+        OSError: the file, or a file that it names, cannot be read.
     """
     file = Path(file)
     try:
         fields = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
-            raise TypeError(f"names and values are needed, not {fields!r}")
+            raise TypeError(f"it must map names to values, but is {fields!r}")
         return ModelCardInfo(**_with_objects(fields, file.parent))
     except (yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{file} does not describe a model card: {error}") from error

@@ -1,4 +1,5 @@
-"""`save_pretrained` and `push_to_hub` of the models: transformers' own, and all that a model's page needs beside."""
+"""The models' `save_pretrained` and `push_to_hub`: like those of transformers, plus everything else that a model's page
+needs."""
 
 import inspect
 import os
@@ -27,15 +28,17 @@ def save_pretrained(
 ) -> None:
     """Saves a model with transformers' `save_pretrained`, and adds its code, image processor, card and notices.
 
-    It writes into the folder at once, as transformers does, and takes all its options, by position, too;
-    `hub.save_for_hub` writes everything or nothing. Of a model with adapters (PEFT) it saves these alone, as
-    transformers does: the folder opens where the model's own folder or repository is there.
+    Like transformers, it writes directly into the folder, and accepts all of transformers' options, including
+    positional ones; by contrast, `hub.save_for_hub` writes everything or nothing. For a model with adapters (PEFT), it
+    saves only the adapters, as transformers does: loading the folder then needs the folder or repository of the base
+    model.
 
     Args:
-        model: of this package.
+        model: a model of this package.
         save_directory: the folder.
-        arguments, options: of transformers' `save_pretrained`. With `push_to_hub` a push follows, with `repo_id`
-            (default: the folder's name), `commit_message`, `create_pr`, `private`, `revision` and `token`.
+        arguments, options: those of transformers' `save_pretrained`. With `push_to_hub`, the model is pushed
+            afterwards, with `repo_id` (default: the folder's name), `commit_message`, `create_pr`, `private`,
+            `revision` and `token`.
         image_processor, model_card: as in `hub.save_for_hub`.
 
     Raises:
@@ -58,7 +61,8 @@ def save_pretrained(
     PreTrainedModel.save_pretrained(model, folder, **options)
     if options.get("is_main_process", True):
         if "variant" not in options:
-            # One file and several, from saving in other sizes, do not go together: the first would be loaded.
+            # A single weights file and shards of an earlier save must not be in the same folder: the single file would
+            # be loaded.
             for outdated, _ in earlier.items() & _weights_in(folder).items():
                 outdated.unlink()
         complete_folder(model, folder, image_processor, card_for(folder, model_card))
@@ -67,11 +71,11 @@ def save_pretrained(
 
 
 def _weights_in(folder: Path) -> dict[Path, int]:
-    """Files of weights, and when each was written."""
+    """The weights files and their modification times."""
     return {file: file.stat().st_mtime_ns for pattern in WEIGHTS for file in folder.glob(pattern)}
 
 
-# Those of transformers' `save_pretrained` behind the folder, in their order.
+# The parameters of transformers' `save_pretrained` after the folder, in their order.
 SAVE_ARGUMENTS = [*inspect.signature(PreTrainedModel.save_pretrained).parameters][2:-1]
 PUSH_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "revision")
 
@@ -86,25 +90,25 @@ def push_to_hub(
     tags: list[str] | None = None,
     **options: Any,
 ) -> CommitInfo:
-    """Puts a model on the Hub in one commit: weights, configuration, code, image processor, card and notices.
+    """Pushes a model to the Hub in one commit: weights, configuration, code, image processor, card and notices.
 
-    Of a model with adapters (PEFT) it pushes these alone, as transformers does.
+    For a model with adapters (PEFT), it pushes only the adapters, as transformers does.
 
     Args:
         model: of this package.
         repo_id: `user/name`.
-        image_processor: None: the repository gets none, and keeps one that it has.
-        model_card: None: the repository keeps the card that it has, and gets one of the model itself where it has none.
-        max_shard_size: of a file of weights.
-        tags: for the card, where it is written anew.
+        image_processor: None: no image processor is pushed; one that is already in the repository is kept.
+        model_card: None: the repository's card is kept; if it has none, one is created from the model itself.
+        max_shard_size: maximum size of a weights file.
+        tags: tags for the card, if a new one is written.
         options: `revision`, `private`, `commit_message`, `create_pr` and `token` of `hub.push_model`.
 
     Returns:
         The commit.
 
     Raises:
-        TypeError: the model or the image processor is not one.
-        ValueError, PushError: as `hub.push_model`.
+        TypeError: the model or the image processor has the wrong type.
+        ValueError, PushError: as in `hub.push_model`.
     """
     if has_adapters(model):
         return PreTrainedModel.push_to_hub(model, repo_id, max_shard_size=max_shard_size, tags=tags, **options)

@@ -1,15 +1,16 @@
-"""What papers report for the published models, to put beside one's own. None of it was measured by this project."""
+"""The results that papers report for the published models, for comparison. None of them were measured by this
+project."""
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.publication import PublishedModel
 
 
-# What makes two configurations the same model for the same task.
+# The options that determine whether two configurations are the same model for the same task.
 ARCHITECTURE = ("patch_size", "grid_size", "num_channels", "hidden_size", "num_hidden_layers", "state_size", "expand")
 
 
 def published_model(config: VisionMambaConfig) -> PublishedModel | None:
-    """The published model with this architecture, for what papers report about it; None where there is none."""
+    """The published model with this architecture and its reported results; None if there is none."""
     family = type(config)
     models = [*family.published.items(), *family.published_images.items()]
     found = (model for name, model in models if _same(config, family.from_preset(name, **model.options)))
@@ -17,7 +18,7 @@ def published_model(config: VisionMambaConfig) -> PublishedModel | None:
 
 
 def preset_of(config: VisionMambaConfig) -> str | None:
-    """The name of the preset that has this architecture and number of labels, None where there is none."""
+    """The name of the preset with this architecture and number of labels; None if there is none."""
     family = type(config)
     return next((name for name in family.presets if _same(config, family.from_preset(name))), None)
 

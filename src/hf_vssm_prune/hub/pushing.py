@@ -1,8 +1,8 @@
-"""Puts a saved model on the Hub, whole or not at all.
+"""Pushes a saved model to the Hub, completely or not at all.
 
-All files go up in one commit on top of the state that was looked at before, so that nobody ever loads half of a model,
-and a push that someone else overtook is refused. What the Hub has already, from before or from a push that was
-interrupted, is not sent again.
+All files are uploaded in a single commit on top of the state that was checked before, so that nobody can ever load half
+a model, and a push is refused if someone else has pushed in the meantime. Files that the Hub already has, for instance
+from an interrupted push, are not sent again.
 """
 
 import json
@@ -24,13 +24,13 @@ from hf_vssm_prune.hub.saving import CARD, CONFIG, NOTICE, WEIGHTS
 
 
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.svg", "*.webp", "*.gif")
-# What belongs to a model: not checkpoints, logs, optimizer states, or pickles.
+# The files that belong to a model: no checkpoints, logs, optimizer states or pickles.
 PUSHED = (CONFIG, CARD, *WEIGHTS, "preprocessor_config.json", "*.py", *PICTURES, "LICENSE*", "NOTICE*")
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
 class PushError(OSError):
-    """The Hub refused, or could not be reached; the model there is as it was."""
+    """The Hub rejected a request or could not be reached; the model on the Hub is unchanged."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class PushedFile:
     """A file of a model.
 
     Attributes:
-        path: on the disk.
-        size: bytes.
+        path: path on the disk.
+        size: size in bytes.
     """
 
     path: Path
@@ -47,11 +47,11 @@ class PushedFile:
 
 
 def list_pushed_files(folder: str | Path) -> list[PushedFile]:
-    """The files of a saved model that belong on the Hub, after a look that it is whole.
+    """The files of a saved model that belong on the Hub, after checking that the model is complete.
 
     Raises:
         ValueError: the folder is not a complete model of this package; the message names what is wrong.
-        OSError: something cannot be read.
+        OSError: a file cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -76,30 +76,30 @@ def push_model(
     token: str | None = None,
     keep_card: bool = False,
 ) -> CommitInfo:
-    """Puts a saved model on the Hub in one commit; the repository, and the branch, are made where they are missing.
+    """Pushes a saved model to the Hub in one commit. The repository and the branch are created if they are missing.
 
     Args:
-        folder: that `save_for_hub` or a training script wrote.
-        repo_id: `user/name`; of the token's own account where no user is given.
-        revision: branch; None: `main`.
-        private: whether nobody else may see the repository; None: as the account has it for one that is made.
-        commit_message: its title.
-        create_pr: open a pull request with the commit, in place of changing the branch.
-        token: of the account; None: that of `hf auth login` or `HF_TOKEN`.
-        keep_card: a card that the repository has stays, with its notices.
+        folder: folder written by `save_for_hub` or a training run.
+        repo_id: `user/name`; without a user, the account of the token is used.
+        revision: branch. None: `main`.
+        private: whether a new repository is private. None: the default of the account.
+        commit_message: title of the commit.
+        create_pr: open a pull request with the commit instead of changing the branch.
+        token: token of the account. None: that of `hf auth login` or `HF_TOKEN`.
+        keep_card: keep the repository's model card, if it has one, with its notices.
 
     Returns:
-        The commit, or the last one where nothing has changed.
+        The commit, or the last one if nothing has changed.
 
     Raises:
-        ValueError: the folder is not a complete model, or the name is not one.
-        PushError: the Hub refused, cannot be reached, or has changed in the meantime.
+        ValueError: the folder is not a complete model, or the repository name is not valid.
+        PushError: the Hub rejected the request, cannot be reached, or has changed in the meantime.
     """
     files = list_pushed_files(folder)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is not the name of a repository: user/name is needed.") from error
+        raise ValueError(f"{repo_id!r} is not a valid repository name: use user/name.") from error
     api = HfApi(token=token)
     with _explained(repo_id):
         if "/" not in repo_id:
@@ -110,7 +110,7 @@ def push_model(
                 patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         base = patiently(lambda: api.model_info(repo_id, revision=revision))
         if private and base.private is False:
-            raise PushError(f"{repo_id} already exists, and is public.")
+            raise PushError(f"{repo_id} already exists and is public, but `private` was requested.")
         there = {sibling.rfilename for sibling in base.siblings or []}
         if keep_card and CARD in there:
             files = [file for file in files if file.path.name not in (CARD, NOTICE)]
@@ -129,7 +129,8 @@ def push_model(
                 parent_commit=base.sha,
             )
 
-        # Of a commit that went through unheard nothing is left to change. A pull request would be opened twice.
+        # If a commit succeeded but its response was lost, nothing is left to change. A pull request would be opened
+        # twice.
         return commit() if create_pr else patiently(commit)
 
 
@@ -140,7 +141,10 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _check_weights(folder: Path) -> None:
     index = folder / WEIGHTS_INDEX
     if (folder / "model.safetensors").is_file() and index.is_file():
-        raise ValueError(f"{folder} has weights in one file and, by {index.name}, in several: remove the older ones.")
+        raise ValueError(
+            f"{folder} has weights in a single file and also in several files (listed in {index.name}): remove the "
+            "older ones."
+        )
     if (folder / "model.safetensors").is_file():
         shards = {"model.safetensors"}
     elif index.is_file():
@@ -171,7 +175,7 @@ def _check_card(file: Path) -> None:
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Says in a sentence what the Hub's answer means here."""
+    """Explains an error of the Hub in one sentence."""
     try:
         yield
     except RepositoryNotFoundError as error:
@@ -183,7 +187,7 @@ def _explained(repo_id: str) -> Iterator[None]:
     except PushError:
         raise
     except (OSError, RuntimeError, TransportError) as error:
-        # Connections that failed too often; an upload that ended with an error of a thread.
+        # Connections that failed too often, or an upload that ended with an error in a thread.
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             raise PushError(f"{repo_id}: {_meaning(cause)}") from error
@@ -194,12 +198,14 @@ def _meaning(error: HfHubHTTPError) -> str:
     status = error.response.status_code
     detail = re.sub(r"\s+", " ", str(error)).strip()
     meanings = {
-        401: "the Hub does not know you: run `hf auth login`, or set HF_TOKEN to a token that may write",
-        403: "this account, or its token, may not write there",
-        409: "it is being changed or made by someone else: try again",
-        412: "someone else has changed it in the meantime: look at their change, then push again",
+        401: "you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN to a token with write access",
+        403: "this account or its token has no write access there",
+        409: "someone else is changing or creating it: try again",
+        412: "someone else has changed it in the meantime: look at their changes, then push again",
         413: "a file is larger than the Hub allows",
-        429: "the Hub asks for fewer requests: try again later",
+        429: "there were too many requests: try again later",
     }
-    meaning = meanings.get(status, "the Hub failed: try again later" if status >= 500 else "the Hub refused")
+    meaning = meanings.get(
+        status, "the Hub failed: try again later" if status >= 500 else "the Hub rejected the request"
+    )
     return f"{meaning} (HTTP {status}: {detail})"

@@ -1,4 +1,4 @@
-"""Asks a Hub once more that was busy, or failed for a moment; huggingface_hub does so for some requests alone."""
+"""Retries requests if the Hub is busy or fails temporarily; huggingface_hub does this only for some requests."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from typing import TypeVar
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 
-# Of a connection that is not there or breaks, of the library below huggingface_hub, which has had several names.
+# Errors for missing or broken connections, from the library that huggingface_hub uses, which has had several names.
 _HTTP = next(base.__module__.partition(".")[0] for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 TransportError: type[Exception] = sys.modules[_HTTP].TransportError
 WAITS = (1.0, 3.0)  # seconds before the second and the third attempt
@@ -18,7 +18,7 @@ Answer = TypeVar("Answer")
 
 
 def patiently(ask: Callable[[], Answer]) -> Answer:
-    """What `ask` returns, at its third attempt at the latest."""
+    """Returns what `ask` returns, after at most three attempts."""
     for wait in WAITS:
         try:
             return ask()
@@ -31,7 +31,7 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
 
 def _is_worth_another_attempt(error: BaseException) -> bool:
     causes = list(_causes(error))
-    # This one huggingface_hub raises after attempts of its own.
+    # huggingface_hub raises this one after its own retries.
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         return False
     if any(isinstance(cause, TransportError) for cause in causes):

@@ -1,9 +1,9 @@
-"""Writes a model as a folder for the Hub: weights, configuration, the code that it needs, image processor, model card,
-and the notices of licences.
+"""Saves a model as a folder for the Hub: weights, configuration, the code that it needs, image processor, model card
+and licence notices.
 
-The folder opens with transformers' Auto classes after `import hf_vssm_prune`, and with `trust_remote_code=True` where
-the package is not installed. Both read the same code: the flat files of the package's root that the model's module
-imports, copied byte for byte.
+The folder can be loaded with transformers' Auto classes after `import hf_vssm_prune`, or with `trust_remote_code=True`
+where the package is not installed. Both use the same code: the files in the package's root that the model's module
+imports are copied unchanged.
 """
 
 import inspect
@@ -29,9 +29,9 @@ from hf_vssm_prune.pruned_heads import PrunedHead
 
 
 CARD, CONFIG = "README.md", "config.json"
-# The code's licence asks to come along; a file named LICENSE would be taken for that of the weights.
+# The code's licence has to be included; a file named LICENSE would be taken for the licence of the weights.
 CODE_LICENSE, NOTICE = Path(__file__).with_name("LICENSE-CODE"), "NOTICE"
-# transformers prefers a single weight file to shards, so that those of an earlier save must not stay beside new ones.
+# transformers prefers a single weights file to shards, so weights of an earlier save must not remain next to new ones.
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
 
@@ -41,26 +41,27 @@ def save_for_hub(
     image_processor: ImageProcessingMixin | None = None,
     model_card: ModelCardInfo | None = None,
 ) -> Path:
-    """Saves a model as a folder that can be put on the Hub as it is.
+    """Saves a model as a folder that can be pushed to the Hub as it is.
 
-    Everything is written to a temporary folder first. A new folder then appears at once and complete. In an existing
-    one the new files take the place of their predecessors, `config.json` last, so that a folder which opens is never
-    half old and half new; files that are not part of the model stay as they are.
+    Everything is first written to a temporary folder. A new folder then appears in one step, complete. In an existing
+    folder, the new files replace the old ones, `config.json` last, so that a mixture of old and new files can never be
+    loaded. Files that are not part of the model are left unchanged.
 
     Args:
-        model: of this package, with any head.
-        folder: where to save it; made, with its parents, where it is missing.
-        image_processor: prepares the images of this model. None: the folder gets none, and keeps one that it has.
-        model_card: what is known about the model beside what the model itself tells. None: a card of the latter alone,
-            unless the folder has a card already.
+        model: a model of this package, with any head.
+        folder: where to save it; created with its parents if it is missing.
+        image_processor: prepares the images for this model. None: none is saved; one that is already in the folder is
+            kept.
+        model_card: information that cannot be read from the model itself. None: a card is created from the model alone,
+            unless the folder already has one.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: the model or the image processor is not one.
-        NotADirectoryError: `folder`, or a parent of it, is a file.
-        OSError: the files cannot be written, and what was there before is unchanged; or cannot be moved into place.
+        TypeError: the model or the image processor has the wrong type.
+        NotADirectoryError: `folder` or one of its parents is a file.
+        OSError: the files cannot be written (what was there before is unchanged), or cannot be moved into place.
     """
     check_arguments(model, image_processor)
     if has_adapters(model):
@@ -73,7 +74,7 @@ def save_for_hub(
     model_card = card_for(folder, model_card)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # On the same file system as the folder, for the moves to be atomic.
+        # On the same file system as the folder, so that moves are atomic.
         with tempfile.TemporaryDirectory(
             prefix=".saving-", dir=folder if folder.exists() else folder.parent
         ) as scratch:
@@ -88,13 +89,13 @@ def save_for_hub(
 
 
 def auto_map(config: VisionMambaConfig) -> dict[str, str]:
-    """Where transformers finds a model's classes in its flat code files, by the names of the Auto classes."""
+    """Where transformers finds a model's classes in its code files, by Auto class name."""
     own = pruned_config(config) is config
     return FAMILIES[config.model_type].auto_map() if own else heads_code.auto_map(config)
 
 
 def code_files(config: VisionMambaConfig) -> list[Path]:
-    """The modules of this package that a model needs, found the way transformers finds them on loading."""
+    """The modules of this package that a model needs, found in the same way as transformers finds them when loading."""
     family = FAMILIES[pruned_config(config).model_type]
     modules = {Path(inspect.getfile(found)) for found in (family.config, *family.classes.values())}
     if pruned_config(config) is not config:
@@ -106,14 +107,13 @@ def code_files(config: VisionMambaConfig) -> list[Path]:
 def check_arguments(model: VisionMamba, image_processor: ImageProcessingMixin | None) -> None:
     if not any(isinstance(module, VisionMamba) for module in _modules(model)):
         raise TypeError(
-            f"A {family_names()} model of hf_vssm_prune is needed, got a {_name(model)}. Unwrap a compiled or "
-            "distributed model first; open a model that came with remote code again after `import hf_vssm_prune`. "
+            f"Expected a {family_names()} model of hf_vssm_prune, got a {_name(model)}. Unwrap a compiled or "
+            "distributed model first; if the model was loaded with remote code, load it again after `import "
+            "hf_vssm_prune`. "
             f"{see('a-model-of-this-package-is-needed')}"
         )
     if image_processor is not None and not isinstance(image_processor, ImageProcessingMixin):
-        raise TypeError(
-            f"`image_processor` is a {_name(image_processor)}; an image processor of transformers is needed."
-        )
+        raise TypeError(f"`image_processor` is a {_name(image_processor)}; it must be a transformers image processor.")
 
 
 def _modules(model: object) -> Iterator[object]:
@@ -121,7 +121,7 @@ def _modules(model: object) -> Iterator[object]:
 
 
 def has_adapters(model: VisionMamba) -> bool:
-    """Whether transformers' `add_adapter` gave it some: weights beside its own, which are saved alone."""
+    """Whether the model has adapters from transformers' `add_adapter`: additional weights that are saved alone."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
@@ -136,7 +136,7 @@ def check_folder(folder: Path) -> None:
 
 
 def card_for(folder: Path, model_card: ModelCardInfo | None) -> ModelCardInfo | None:
-    """What to write a folder's card from. None: it has one already, and nothing was said about a new one."""
+    """The information for a folder's card. None: the folder already has a card, and no new one was requested."""
     if model_card is None:
         return None if (folder / CARD).exists() else ModelCardInfo(name=folder.name, model_id=folder.name)
     return model_card if model_card.model_id is not None else replace(model_card, model_id=folder.name)
@@ -145,9 +145,9 @@ def card_for(folder: Path, model_card: ModelCardInfo | None) -> ModelCardInfo | 
 def complete_folder(
     model: VisionMamba, folder: Path, image_processor: ImageProcessingMixin | None, model_card: ModelCardInfo | None
 ) -> None:
-    """Adds to weights and configuration what they need beside them: see `save_for_hub`."""
+    """Adds everything else that a folder with weights and configuration needs: see `save_for_hub`."""
     for weights in folder.glob("*.safetensors"):
-        shutil.copymode(folder / CONFIG, weights)  # safetensors lets nobody but their owner read them
+        shutil.copymode(folder / CONFIG, weights)  # safetensors makes files readable only by their owner
     _complete_config(folder / CONFIG, auto_map(model.config))
     for file in (*code_files(model.config), CODE_LICENSE):
         shutil.copyfile(file, folder / file.name)
@@ -179,8 +179,8 @@ def _notice(model_card: ModelCardInfo) -> str:
 
 def _complete_config(file: Path, classes: dict[str, str]) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["auto_map"] = classes  # the ids of labels stay in their order, which is not that of text
-    # Which kernel scans is a choice of the machine: the next one may not have it.
+    config["auto_map"] = classes  # keeps label ids in numerical order, which is not the order of text
+    # The scan's kernel is a choice for this machine: the next one may not have it.
     pruned = config.get("backbone_config", config)
     pruned.pop("scan_backend", None)
     file.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ def load_metric(name: str) -> Any:
         ValueError: there is no such metric.
     """
     if name not in METRICS:
-        raise ValueError(f"There is no metric {name!r}; there are {', '.join(METRICS)}.")
+        raise ValueError(f"There is no metric {name!r}; the metrics are {', '.join(METRICS)}.")
     import evaluate  # takes a second, and only the training extra has it
 
     return evaluate.load(METRICS[name], keep_in_memory=True)

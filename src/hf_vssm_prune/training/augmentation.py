@@ -45,7 +45,9 @@ class AugmentationConfig:
     def __post_init__(self) -> None:
         scale = self.random_resized_crop_scale
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
-            raise ValueError(f"random_resized_crop_scale is {scale}: it must be None or 0 < smallest <= largest <= 1.")
+            raise ValueError(
+                f"random_resized_crop_scale is {scale}: it must be None, or satisfy 0 < smallest <= largest <= 1."
+            )
         if self.random_crop_padding < 0:
             raise ValueError(f"random_crop_padding is {self.random_crop_padding}: it must not be negative.")
         if self.random_crop_padding and scale is not None:
@@ -291,7 +293,7 @@ def mix_batch(
     """
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
         raise ValueError(
-            f"labels go from {int(labels.min())} to {int(labels.max())}: allowed is 0 to {num_labels - 1}."
+            f"labels go from {int(labels.min())} to {int(labels.max())}: allowed labels are 0 to {num_labels - 1}."
         )
     mixed, weight = _mix_pixel_values(pixel_values, config, generator)
     spread = config.label_smoothing / num_labels

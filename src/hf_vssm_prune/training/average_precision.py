@@ -1,6 +1,6 @@
-"""Average precision of detections as COCO defines it, by pycocotools.
+"""Average precision of detections as defined by COCO, computed by pycocotools.
 
-torchmetrics, which wraps it, asks for torchvision.
+torchmetrics, which wraps pycocotools, needs torchvision.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 
-# By the places in pycocotools' summary: at IoU 0.5 to 0.95, at 0.5, at 0.75; by size; recall of 100 boxes.
+# Positions in pycocotools' summary: at IoU 0.5 to 0.95, at 0.5, at 0.75; by size; recall with 100 boxes.
 METRICS = {"map": 0, "map_50": 1, "map_75": 2, "map_small": 3, "map_medium": 4, "map_large": 5, "mar_100": 8}
 
 
@@ -31,12 +31,12 @@ def coco() -> Any:
 def average_precision(
     detections: Sequence[np.ndarray], objects: Sequence[np.ndarray], num_labels: int
 ) -> dict[str, float]:
-    """COCO's metrics by name, from 0 to 1, without those of sizes that no object has.
+    """COCO's metrics by name, from 0 to 1, except those for sizes that no object has.
 
     Args:
-        detections: of each image (n, 6): left, top, right and bottom in pixels, score, class id.
-        objects: of each image (n, 6): left, top, right and bottom in pixels, class id, whether it is a crowd.
-        num_labels: how many classes there are.
+        detections: for each image, (n, 6): left, top, right and bottom in pixels, score, class id.
+        objects: for each image, (n, 6): left, top, right and bottom in pixels, class id, whether it is a crowd.
+        num_labels: number of classes.
 
     Raises:
         ValueError: pycocotools is not installed.

@@ -1,5 +1,5 @@
-"""Where the statistics of batch norm come from in training. PlainMamba has it in its stem and behind a layer with a
-depthwise convolution (L1), Vim has none."""
+"""Which statistics batch norm uses in training. PlainMamba has batch norm in its stem and after a layer with a
+depthwise convolution (L1); Vim has none."""
 
 import torch
 from torch import nn
@@ -7,20 +7,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Lets the batch norm layers of a model, not yet wrapped, take the statistics of all devices' batches together.
+    """Makes the batch norm layers of a model that is not yet wrapped compute their statistics over the batches of all
+    devices.
 
     Raises:
-        ValueError: on a CPU, for which torch has no code.
+        ValueError: on a CPU, which torch does not support.
     """
     if device.type == "cpu":
         raise ValueError(
-            "--batch_norm sync needs GPUs: torch's SyncBatchNorm has no code for CPUs. Choose local or frozen."
+            "--batch_norm sync needs GPUs: torch's SyncBatchNorm does not support CPUs. Choose local or frozen."
         )
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
-    """Lets the batch norm layers of a model in training use the statistics that they have, and leave them as they are.
+    """Makes the batch norm layers of a model in training mode use their existing statistics without changing them.
 
     `model.train()` undoes it.
     """

@@ -1,6 +1,6 @@
-"""Random changes of an image that its boxes go through alike: scale, crop, mirroring, colours.
+"""Random augmentation of an image together with its boxes: scale, crop, flips, colours.
 
-No library is asked, for the reasons in `mask_augmentation`.
+No library is used, for the reasons given in `mask_augmentation`.
 """
 
 import math
@@ -17,13 +17,13 @@ CROP_TRIES = 10
 
 @dataclass(frozen=True)
 class BoxAugmentation:
-    """What is done to a training image and its boxes.
+    """The augmentation of a training image and its boxes.
 
     Attributes:
-        size: (height, width) that all of them have in the end.
-        scale: by which factors of this size an image is resized, from the smallest to the largest; of a larger one a
-            part is taken, a smaller one is put somewhere on the mean colour.
-        horizontal_flip, vertical_flip: probabilities of mirroring.
+        size: (height, width) of the results.
+        scale: smallest and largest factor of this size to which an image is resized; larger images are cropped, and
+            smaller ones placed at random on the mean colour.
+        horizontal_flip, vertical_flip: probabilities of flips.
         photometric_distortion: whether brightness, contrast, saturation and hue are changed.
 
     Raises:
@@ -38,9 +38,9 @@ class BoxAugmentation:
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f"size is {self.size}: (height, width) in pixels is needed.")
+            raise ValueError(f"size is {self.size}: it must be (height, width) in pixels.")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise ValueError(f"scale is {self.scale}: 0 < smallest <= largest is needed.")
+            raise ValueError(f"scale is {self.scale}: it must satisfy 0 < smallest <= largest.")
         for name in ("horizontal_flip", "vertical_flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to 1.")
@@ -54,17 +54,17 @@ def augment_boxes(
     augmentation: BoxAugmentation,
     generator: np.random.Generator,
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """An image of the final size, the boxes in it, and which ones of the given these are.
+    """An augmented image of the final size, the boxes in it, and the indices of these boxes.
 
-    A box stays where its middle does, cut at the edges, as in SSD and RT-DETR.
+    A box is kept if its center is, and clipped at the edges, as in SSD and RT-DETR.
 
     Args:
         image: of mode "L" or "RGB".
         boxes: (n, 4), left, top, right and bottom as fractions of the image's sides.
-        resample: filter of the resizing.
+        resample: filter for resizing.
         fill: the colour around a smaller image, for each channel.
-        augmentation: what to do.
-        generator: of all that is random.
+        augmentation: what to apply.
+        generator: source of all randomness.
 
     Returns:
         The image; boxes (m, 4) as fractions of its sides; and their ids (m,) among the given.
@@ -91,8 +91,8 @@ def augment_boxes(
 def _choose_corner(
     boxes: np.ndarray, resized: tuple[int, int], size: tuple[int, int], generator: np.random.Generator
 ) -> tuple[int, int]:
-    """Top and left of the window in the resized image, negative where the image is the smaller one. Another window is
-    tried where this one has no box, though the image has some."""
+    """Top and left of the window in the resized image; negative if the image is smaller. If the window has no box
+    although the image has some, another one is tried."""
     for _ in range(CROP_TRIES):
         top, left = (
             int(generator.integers(min(0, before - after), max(0, before - after) + 1))
@@ -116,7 +116,7 @@ def _part(
     resample: Image.Resampling,
     fill: tuple[int, ...],
 ) -> Image.Image:
-    """The window of a size at a corner of the resized image, of which the rest need not be resized."""
+    """The window of a given size at a position in the resized image; the rest of the image is not resized."""
     (top, left), (height, width) = corner, size
     box = (max(0, top), max(0, left), min(resized[0], top + height), min(resized[1], left + width))
     part = resize_part(image, resized, box, resample)

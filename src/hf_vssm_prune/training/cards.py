@@ -1,4 +1,4 @@
-"""What the cards of a run's models say beside what a model itself tells."""
+"""The information in the model cards of a run that cannot be read from the model itself."""
 
 import shlex
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from hf_vssm_prune.training.saved_models import WriteCard
 
 
 def card_writer(data: DataArguments, recipe: Recipe, base_model: str | None, pruned: bool) -> WriteCard:
-    """What a `Trainer` needs to write model cards: the command, the options, and where the model came from."""
+    """Creates what a `Trainer` needs to write model cards: the command, the options, and the origin of the model."""
     options = {**asdict(recipe.optimization), **asdict(recipe.task.arguments), "seed": recipe.run.seed}
     if recipe.elastic.elastic_budgets:
         options |= asdict(recipe.elastic)
@@ -22,7 +22,7 @@ def card_writer(data: DataArguments, recipe: Recipe, base_model: str | None, pru
         command=shlex.join(map(_without_folders, command_line())),
         hyperparameters={name: value for name, value in options.items() if value is not None},
     )
-    # The card's metadata links to the Hub; what is a folder here is not there.
+    # The card's metadata links to the Hub, so local folders are left out.
     dataset_on_hub = not Path(data.dataset_name).expanduser().exists()
     dataset_name = data.dataset_name if dataset_on_hub else Path(data.dataset_name).name
     if base_model is not None and Path(base_model).expanduser().exists():
@@ -44,7 +44,7 @@ def card_writer(data: DataArguments, recipe: Recipe, base_model: str | None, pru
 
 
 def _without_folders(word: str) -> str:
-    """A word of the command line, of an absolute path the name alone: cards are published."""
+    """A word of the command line; absolute paths are reduced to the file name, because cards are published."""
     option, equals, value = word.rpartition("=")
     path = Path(value).expanduser()
     return f"{option}{equals}{path.name}" if path.is_absolute() else word

@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: written whole or not at all, found again, and thinned out.
+"""Checkpoints of a training run: writing them completely or not at all, finding them, and removing old ones.
 
-A checkpoint has the whole model, average and optimizer as safetensors, with the plain model's names: it does not matter
-over how many processes, and whether by DDP or FSDP, the run was spread that wrote it. There is no random state in it,
-because what is random in a step depends on the seed and the place in the run alone.
+A checkpoint has the complete model, EMA weights and optimizer state as safetensors, under the plain model's names,
+regardless of the number of processes of the run that wrote it and of whether it used DDP or FSDP. It has no random
+state, because all randomness in a step depends only on the seed and the position in the run.
 """
 
 import json
@@ -31,11 +31,11 @@ from hf_vssm_prune.training.distribution import (
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 
 
-RESULTS = "all_results.json"  # of a run that has ended
+RESULTS = "all_results.json"  # from a run that has ended
 STATE, MODEL, EMA, OPTIMIZER = "training_state.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"
-# These change the random draws of mixing and drop path, which each process makes for its own batch, and no more.
+# These only change the random numbers for mixup, CutMix and drop path, which each process draws for its own batch.
 SPREAD = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
-# What checkpoints of version 0.1 called "updates"; they have no task, because there was one.
+# Checkpoints of version 0.1 called this "updates"; they have no task, because there was only one.
 NEW_NAMES = {
     "update": "step",
     "updates": "steps",
@@ -47,11 +47,11 @@ FIRST_TASK = "image-classification"
 
 @dataclass
 class TrainingState:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        steps: of the optimizer, so far.
-        evaluated_epochs: epochs that are over, with their evaluation.
+        steps: number of optimizer steps so far.
+        evaluated_epochs: number of finished and evaluated epochs.
         best: the metrics of the best evaluation, empty before the first.
         history: the metrics of every evaluation.
     """
@@ -63,32 +63,32 @@ class TrainingState:
 
 
 def write_text(text: str, file: Path) -> None:
-    """Writes a file at once."""
+    """Writes a file atomically."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
 
 
 def write_json(content: Any, file: Path) -> None:
-    """Writes a JSON file at once."""
+    """Writes a JSON file atomically."""
     write_text(json.dumps(content, indent=2) + "\n", file)
 
 
 def find_checkpoints(output_dir: Path, after: int = -1) -> list[Path]:
-    """All whole checkpoints of a run, or those after a number of steps, the oldest first."""
+    """All complete checkpoints of a run, or those after a number of steps, the oldest first."""
     folders = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in output_dir.glob("checkpoint-*")}
     steps = {folder: int(match[1]) for folder, match in folders.items() if match and (folder / STATE).is_file()}
     return sorted((folder for folder in steps if steps[folder] > after), key=lambda folder: steps[folder])
 
 
 def say_last(output_dir: Path) -> str:
-    """In a sentence, which checkpoint is the last."""
+    """A sentence that names the last checkpoint."""
     checkpoints = find_checkpoints(output_dir)
     return f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
 
 
 def find_resumed(output_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: the newest for "latest" (None where there is none yet), else the folder named.
+    """The checkpoint to resume from: the newest for "latest" (None if there is none yet), otherwise the given folder.
 
     Raises:
         FileNotFoundError: the folder is not a complete checkpoint.
@@ -97,20 +97,20 @@ def find_resumed(output_dir: Path, resume: str) -> Path | None:
         return next(reversed(find_checkpoints(output_dir)), None)
     if not (Path(resume) / STATE).is_file():
         raise FileNotFoundError(
-            f"--resume {resume}: no checkpoint there (a folder with {STATE}); "
-            f"in {output_dir} are {[folder.name for folder in find_checkpoints(output_dir)]}."
+            f"--resume {resume} is not a checkpoint (a folder with {STATE}); the checkpoints in {output_dir} are "
+            f"{[folder.name for folder in find_checkpoints(output_dir)]}."
         )
     return Path(resume)
 
 
 def check_output_dir(run: RunArguments) -> None:
-    """Refuses to mix two runs in a folder.
+    """Raises an error if two runs would be mixed in a folder.
 
     Raises:
-        FileExistsError: the folder has checkpoints, and the run is not to go on from one.
-        NotADirectoryError: the folder, or one that it is in, is a file.
-        PermissionError: nothing may be written there.
-        FileNotFoundError: the checkpoint to go on from is not there.
+        FileExistsError: the folder has checkpoints, and the run does not resume from one.
+        NotADirectoryError: the folder or one of its parents is a file.
+        PermissionError: there is no permission to write there.
+        FileNotFoundError: the checkpoint to resume from does not exist.
     """
     output_dir = Path(run.output_dir)
     existing = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
@@ -122,14 +122,14 @@ def check_output_dir(run: RunArguments) -> None:
         find_resumed(output_dir, run.resume)
     elif found := find_checkpoints(output_dir):
         raise FileExistsError(
-            f"--output_dir {output_dir} has the checkpoints of an earlier run, the last is {found[-1].name}: "
+            f"--output_dir {output_dir} contains checkpoints of an earlier run (the last is {found[-1].name}): "
             "resume it with --resume latest, or choose another folder."
         )
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Removes what a killed run was writing or replacing: a checkpoint, or a model that `save_for_hub` had not yet
-    moved."""
+    """Removes what a killed run was writing or replacing: a checkpoint, or a model that `save_for_hub` had not moved
+    into place yet."""
     for pattern in (".unfinished-*", ".replaced-*", ".saving-*", "*/.saving-*"):
         for folder in output_dir.glob(pattern):
             shutil.rmtree(folder)
@@ -137,12 +137,12 @@ def remove_unfinished(output_dir: Path) -> None:
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What a checkpoint holds, beside how far the run is.
+    """The parts of a checkpoint, apart from the progress of the run.
 
     Attributes:
-        model: as Accelerate prepared it.
-        optimizer: torch's own, of that model.
-        ema: the average of the weights, where there is one.
+        model: the model prepared by Accelerate.
+        optimizer: torch's optimizer for that model.
+        ema: the moving average of the weights, if there is one.
     """
 
     model: nn.Module
@@ -158,12 +158,13 @@ def save_checkpoint(
     settings: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Saves everything that an exact continuation needs as `checkpoint-<steps>`; all but the newest `keep` go.
+    """Saves everything that is needed to resume exactly as `checkpoint-<steps>`, and removes all but the newest `keep`
+    checkpoints.
 
-    It is called on every process. `settings` are those that a continuation has to share.
+    It is called on every process. `settings` are those that a resumed run has to share.
 
     Raises:
-        OSError: it cannot be written; earlier checkpoints are as they were.
+        OSError: it cannot be written; earlier checkpoints are unchanged.
     """
     folder = output_dir / f"checkpoint-{state.steps}"
     unfinished = output_dir / f".unfinished-{folder.name}"
@@ -195,7 +196,7 @@ def save_checkpoint(
 
 
 def _replace_folder(folder: Path, by: Path) -> None:
-    """Moves another folder into a folder's place. What was there is removed only then."""
+    """Moves another folder into a folder's place, and only then removes the old one."""
     replaced = folder.with_name(f".replaced-{folder.name}")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -210,10 +211,10 @@ def load_checkpoint(
     """Loads what `save_checkpoint` wrote.
 
     Returns:
-        How far the run was; and which of the settings in `SPREAD` differ, in words.
+        The progress of the run, and a description of the settings in `SPREAD` that differ.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of a run with other settings.
+        ValueError: the checkpoint is damaged, or from a run with other settings.
     """
     settings = json.loads(json.dumps(settings))  # tuples became lists in the file, too
     with _named_where_damaged(folder):
@@ -255,8 +256,8 @@ def _named_where_damaged(folder: Path) -> Iterator[None]:
     except Exception as error:  # JSON, zip, pickle, torch and safetensors each have their own
         others = [other.name for other in find_checkpoints(folder.parent) if other.name != folder.name]
         advice = (
-            f"remove it, then --resume latest goes on from an earlier one: there are {others}"
+            f"remove it, and --resume latest will resume from an earlier one: {others}"
             if others
-            else "there is no other in its folder"
+            else "there is no other checkpoint in its folder"
         )
         raise ValueError(f"The checkpoint {folder} is damaged: {error!r}; {advice}.") from error

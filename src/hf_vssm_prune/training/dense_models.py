@@ -140,8 +140,8 @@ def load_model(
     renew = match.kind is Match.DIFFERENT or (ignore_mismatched_sizes and match.kind is Match.ADOPTED)
     if renew and not ignore_mismatched_sizes:
         raise ValueError(
-            f"{name_or_path} {models.verb} {say_labels(names)}, the data set has {say_labels(label_names)}: "
-            f"{say_difference(names, label_names)}. For new classifiers give --ignore_mismatched_sizes, and first "
+            f"{name_or_path} {models.verb} {say_labels(names)}, but the data set has {say_labels(label_names)}: "
+            f"{say_difference(names, label_names)}. For new classifiers, add --ignore_mismatched_sizes, and first "
             "train the dense model with `hf-vssm-prune train`."
         )
     config.backbone_config.drop_path_rate = drop_path_rate
@@ -159,7 +159,7 @@ def check_kind(models: DenseModels, config: Any, name_or_path: str) -> None:
         ValueError: it is one.
     """
     if type(config) not in models.auto_class._model_mapping:
-        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; a {models.kind} is needed.")
+        raise ValueError(f"{name_or_path} is a {config.model_type!r} model; it must be a {models.kind}.")
 
 
 def names_of(config: Any) -> list[str]:
@@ -189,7 +189,7 @@ def _take_labels(models: DenseModels, model: Any, match: LabelMatch, name_or_pat
             # A row behind those of the classes stands for none of them.
             rows = [*order, *range(len(own), len(parameter))]
             parameter.copy_(parameter[rows].clone())
-        logger.info("The classes of %s have been reordered to the data set's, by name.", name_or_path)
+        logger.info("The classes of %s have been reordered by name to match those of the data set.", name_or_path)
     name_labels(model.config, [*match.names, *(own[label] for label in rest)])
 
 
@@ -219,13 +219,13 @@ def load_teacher(
     """
     config = load_config(name_or_path)
     if pruned_config(config) is config:
-        raise ValueError(f"The teacher {name_or_path} is an image classifier; a {models.kind} is needed.")
+        raise ValueError(f"The teacher {name_or_path} is an image classifier; it must be a {models.kind}.")
     check_kind(models, config, f"The teacher {name_or_path}")
     names, wanted = names_of(config), names_of(student)
     match = match_labels(names, wanted)
     if losses.kd_weight > 0 and match.kind is Match.DIFFERENT:
         raise ValueError(
-            f"The teacher {name_or_path} has {say_labels(names)}, the model {say_labels(wanted)}: "
+            f"The teacher {name_or_path} has {say_labels(names)}, but the model has {say_labels(wanted)}: "
             f"{say_difference(names, wanted)}. Set --kd_weight 0, or name a --teacher_name_or_path with these classes."
         )
     own, students = config.backbone_config, student.backbone_config
@@ -233,8 +233,8 @@ def load_teacher(
     for name in compared if losses.alignment_weight > 0 else ():
         if getattr(own, name) != getattr(students, name):
             raise ValueError(
-                f"The teacher {name_or_path} has {name} {getattr(own, name)}, the model {getattr(students, name)}: "
-                "they cannot be compared."
+                f"The teacher {name_or_path} has {name} {getattr(own, name)}, but the model has "
+                f"{getattr(students, name)}: they cannot be compared."
             )
     teacher = models.prepare(load_dense_model(name_or_path, config=config, dtype=dtype))
     teacher.set_token_pruning(None)

@@ -1,13 +1,13 @@
-"""The device that a person names, or the one that there is."""
+"""The device that the user names, or the one that is available."""
 
 import torch
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of a `--device` option; without one a GPU where there is one, else the CPU.
+    """The device of a `--device` option; without one, a GPU if there is one, otherwise the CPU.
 
     Raises:
-        ValueError: torch does not know it, or it is not on this machine.
+        ValueError: torch does not know the device, or this machine does not have it.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -15,12 +15,12 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # not known; not compiled in, not there; meta
-        raise ValueError(f"--device {name} is not there; this machine has {', '.join(_devices())}.") from error
+        raise ValueError(f"--device {name} is not available; this machine has {', '.join(_devices())}.") from error
     return device
 
 
 def check_training_precision(mixed_precision: str | None, device: torch.device) -> None:
-    """Refuses a precision that a device cannot train in.
+    """Raises an error for a precision in which a device cannot train.
 
     Raises:
         ValueError: it cannot.
@@ -28,15 +28,17 @@ def check_training_precision(mixed_precision: str | None, device: torch.device) 
     if mixed_precision == "fp16" and device.type == "cpu":  # no scale for its gradients there
         raise ValueError("--mixed_precision fp16 trains on a GPU only, and the device is the CPU: choose bf16 or no.")
     if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError(f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16; choose fp16.")
+        raise ValueError(
+            f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} does not support bfloat16; choose fp16."
+        )
 
 
 def launch_on_cores(device: torch.device, num_processes: int, batch_size: int) -> str | None:
-    """How to start a run with one process of one thread on each core, which is the faster way to train on a CPU: two
-    threads meet after each operator, two processes once a step. None: it is not for this run.
+    """The command to start a run with one single-threaded process per core, which is faster on a CPU: threads
+    synchronize after each operator, processes once per step. None: it does not apply to this run.
 
     Args:
-        batch_size: of a process, now.
+        batch_size: current batch size per process.
     """
     cores = torch.get_num_threads()
     if device.type != "cpu" or num_processes > 1 or cores == 1 or batch_size % cores:

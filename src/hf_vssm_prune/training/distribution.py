@@ -1,7 +1,7 @@
-"""How a run is spread over processes, with Accelerate: DDP, or FSDP2 where weights are to be sharded.
+"""Distributes a run over processes with Accelerate: DDP, or FSDP2 to shard the weights.
 
-States leave the processes whole and with the plain model's names, whatever the run was spread over: a checkpoint of one
-process opens in two, one of DDP in FSDP, and the reverse.
+States are always gathered completely and under the plain model's names, regardless of how the run is distributed: a
+checkpoint of one process can be loaded in two, one of DDP in FSDP, and vice versa.
 """
 
 import os
@@ -37,7 +37,8 @@ from hf_vssm_prune.pruned_heads import backbone_of
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-# What gloo, NCCL and torch's store say when a peer is gone or does not answer. Most of these are plain RuntimeErrors.
+# The messages of gloo, NCCL and torch's store when a peer is gone or does not respond. Most of these errors are plain
+# RuntimeErrors.
 LOST_PEER = re.compile(
     r"connection (?:was )?(?:closed|reset|refused)|timed? ?out|broken pipe|socket|recvvalue|remote process"
     r"|gloo|nccl|process ?group",
@@ -46,7 +47,7 @@ LOST_PEER = re.compile(
 
 
 class ProcessLostError(RuntimeError):
-    """Another process of the run died, or did not answer in time."""
+    """Another process of the run died, or did not respond in time."""
 
 
 def make_accelerator(
@@ -62,10 +63,9 @@ def make_accelerator(
     """An accelerator for the processes that `accelerate launch` or `torch.distributed.run` started.
 
     Args:
-        fsdp: shard by FSDP2; with one process there is nothing to shard, and it changes nothing. `accelerate launch
-            --use_fsdp` asks for it as well.
-        timeout: seconds after which a process that does not answer is given up.
-        find_unused_parameters: some parameters have no part in some steps, which DDP must be told.
+        fsdp: shard with FSDP2 (no effect with a single process). `accelerate launch --use_fsdp` has the same effect.
+        timeout: seconds to wait for a process that does not respond.
+        find_unused_parameters: tells DDP that some steps do not use all parameters.
         The rest: as for `Accelerator`.
     """
     fsdp = fsdp or is_switched_on("ACCELERATE_USE_FSDP")
@@ -77,7 +77,7 @@ def make_accelerator(
         project_dir=project_dir,
         cpu=cpu,
         fsdp_plugin=plugin,
-        # Each process takes its own part of a stream, and prepares its own images.
+        # Each process reads its own part of a stream, and prepares its own images.
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
@@ -97,16 +97,16 @@ def _fsdp2_plugin() -> FullyShardedDataParallelPlugin:
         # Weights stay float32 and autocast chooses where to compute in half precision, as with DDP. Accelerate's own
         # choice would round `A_log` and the norms' weights, too.
         mixed_precision_policy=MixedPrecisionPolicy(),
-        # Every process has read the weights: they are not sent around once more.
+        # Every process has read the weights, so they are not broadcast again.
         cpu_ram_efficient_loading=False,
     )
 
 
 def _let_cpus_shard(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Turns on FSDP2 over gloo, which Accelerate leaves out.
+    """Enables FSDP2 with gloo, which Accelerate does not support.
 
     `AcceleratorState.__init__` (accelerate 1.15) looks at an FSDP plugin only if the distributed type is one in a list
-    of GPUs and other accelerators. MULTI_CPU is not in that list: the plugin is dropped without a word, and DDP runs.
+    of GPUs and other accelerators. MULTI_CPU is not in that list, so the plugin is silently ignored and DDP is used.
     torch's `fully_shard` works on CPUs. These are the assignments of that branch.
     """
     accelerator.state.distributed_type = DistributedType.FSDP
@@ -115,7 +115,7 @@ def _let_cpus_shard(accelerator: Accelerator, plugin: FullyShardedDataParallelPl
 
 
 def choose_deterministic_algorithms() -> None:
-    """Lets torch use no other, on CPUs and GPUs."""
+    """Makes torch use deterministic algorithms only, on CPUs and GPUs."""
     # cuBLAS reads it when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
@@ -123,7 +123,7 @@ def choose_deterministic_algorithms() -> None:
 
 
 def shard_by_layers(accelerator: Accelerator, model: PreTrainedModel) -> None:
-    """Says where FSDP2 shall cut the models that are prepared next: each layer by itself, and the rest together.
+    """Sets how FSDP2 shards the models that are prepared next: each layer separately, and the rest together.
 
     A model's `_no_split_modules` would name its embeddings, too. Accelerate (1.15) shards the projection in them on its
     own account afterwards, and torch refuses to shard a parameter twice.
@@ -135,28 +135,29 @@ def shard_by_layers(accelerator: Accelerator, model: PreTrainedModel) -> None:
 
 
 def spread_frozen(accelerator: Accelerator, model: Model) -> Model:
-    """Shards a model that is not trained (a teacher, an average) as the trained one is; without FSDP it stays whole.
+    """Shards a model that is not trained (a teacher, EMA weights) like the trained model; without FSDP, it is not
+    changed.
 
-    `Accelerator.prepare` takes one model, with its optimizer; this is what it calls for that one.
+    `Accelerator.prepare` accepts only one model, with its optimizer; this calls the same function as it does.
     """
     shard_by_layers(accelerator, model)
     return fsdp2_prepare_model(accelerator, model) if accelerator.is_fsdp2 else model
 
 
 def whole_model_state(model: nn.Module) -> dict[str, Any]:
-    """A model's weights and buffers on the CPU, as the plain model has them. All processes call it; sharded weights
-    come together on the main process, and the others get nothing."""
+    """A model's weights and buffers on the CPU, under the plain model's names. All processes call it; sharded weights
+    are gathered on the main process, and the others get nothing."""
     return get_model_state_dict(model, options=WHOLE)
 
 
 def load_whole_model_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Loads what `whole_model_state` gave, the same on all processes."""
+    """Loads what `whole_model_state` returned, the same on all processes."""
     set_model_state_dict(model, state, options=WHOLE)
 
 
 def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list]:
     """An optimizer's tensors, named `<parameter of the plain model>/<moment>`, and its parameter groups, which list
-    parameters by these names. As with `whole_model_state`, what is sharded comes together on the main process."""
+    parameters by these names. As with `whole_model_state`, sharded tensors are gathered on the main process."""
     whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
     states = whole.get("state", {})
     tensors = {f"{name}/{moment}": value for name, state in states.items() for moment, value in state.items()}
@@ -166,8 +167,8 @@ def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 def load_whole_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list
 ) -> None:
-    """Loads what `whole_optimizer_state` gave, the same on all processes. A parameter that it has nothing of begins
-    afresh: it had no gradient yet, as the parts of a schedule that elastic training has not drawn so far."""
+    """Loads what `whole_optimizer_state` returned, the same on all processes. Parameters without a state start anew:
+    they have had no gradient yet, such as the parameters of schedules that elastic training has not drawn so far."""
     states: dict[str, Any] = {}
     for key, value in tensors.items():
         name, moment = key.rsplit("/", 1)
@@ -177,23 +178,23 @@ def load_whole_optimizer_state(
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Gives every process the main process's buffers: batch norm's statistics are of each process's own images."""
+    """Copies the main process's buffers to all processes: each process has batch norm statistics of its own images."""
     if torch.distributed.is_initialized():
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor that may be sharded."""
+    """This process's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
 def lost_processes_named(num_processes: int) -> Iterator[None]:
-    """Within this context an error of the communication between processes says what it means.
+    """In this context, communication errors between processes get a clear message.
 
     Raises:
-        ProcessLostError: another process died or did not answer.
+        ProcessLostError: another process died or did not respond.
     """
     try:
         yield
@@ -204,6 +205,6 @@ def lost_processes_named(num_processes: int) -> Iterator[None]:
         if num_processes == 1 or not of_peer:
             raise
         raise ProcessLostError(
-            f"Another of the {num_processes} processes died or did not answer (its own message, if it had one, is "
-            f"above): {str(error).splitlines()[0]} Resume with --resume latest; --ddp_timeout sets how long to wait."
+            f"Another of the {num_processes} processes died or did not respond (its own message, if any, is above): "
+            f"{str(error).splitlines()[0]} Resume with --resume latest; --ddp_timeout sets how long to wait."
         ) from error

@@ -1,4 +1,4 @@
-"""Where a number stopped being finite: the layer, in the forward or in the backward pass."""
+"""Finds where a value stopped being finite: the layer, in the forward or backward pass."""
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +17,8 @@ class TrainingDivergedError(RuntimeError):
 class ForwardWatch:
     """Watches the outputs of a model's layers, and of the parts of each layer, in training.
 
-    A hook adds up each output: the sum is finite exactly if its values are (unless they are so large that they overflow
-    together). Nothing waits for the device before `first_not_finite` asks.
+    A hook sums up each output: the sum is finite exactly if all values are (unless they are so large that the sum
+    overflows). Nothing waits for the device until `first_not_finite` is called.
 
     Args:
         model: with a backbone of this package; its embeddings, layers, last norm and head. Watched while it is in
@@ -45,7 +45,7 @@ class ForwardWatch:
         return add_up
 
     def clear(self) -> None:
-        """Forgets what was seen: call it after each step."""
+        """Clears the recorded outputs: call it after each step."""
         self._sums.clear()
 
     def first_not_finite(self, accelerator: Accelerator) -> str | None:
@@ -55,7 +55,7 @@ class ForwardWatch:
         if not names:
             return None
         finite = torch.stack([total.isfinite() for total in self._sums.values()]).float()
-        finite = accelerator.reduce(finite, reduction="mean")  # 1 where it is finite on all processes
+        finite = accelerator.reduce(finite, reduction="mean")  # 1 if it is finite on all processes
         bad = (finite < 1).nonzero().flatten().tolist()
         return names[bad[0]] if bad else None
 
@@ -74,9 +74,9 @@ def _is_head(child: nn.Module) -> bool:
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
-    """The norm of each parameter's gradient, of this process's part of it.
+    """The norm of each parameter's gradient (this process's part of it).
 
-    To be taken before clipping, which multiplies all gradients by NaN if one of them is not finite.
+    Compute it before clipping, which multiplies all gradients by NaN if one of them is not finite.
     """
     named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     norms = torch._foreach_norm([local_part(gradient) for gradient in named.values()])
@@ -86,7 +86,7 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
 def last_not_finite(named: dict[str, Tensor], accelerator: Accelerator) -> str | None:
     """The last name whose tensor is not finite on some process; None if there is none. All processes call it.
 
-    Of gradients it is the parameter nearest to the output: the first in the backward pass.
+    For gradients, this is the parameter closest to the output, which is the first in the backward pass.
     """
     finite = torch.stack([local_part(value).detach().isfinite().all() for value in named.values()]).float()
     finite = accelerator.reduce(finite, reduction="mean")
@@ -113,12 +113,12 @@ def describe_divergence(
     """What stopped being finite at a step, and what to try. All processes call it.
 
     Args:
-        watch: of the step's forward passes.
+        watch: the watch over the step's forward passes.
         values: loss terms and the gradient's norm.
-        norms: of each gradient, before clipping.
+        norms: norm of each gradient, before clipping.
         step, num_steps: the first is 1, the last `num_steps`.
-        options: of the run.
-        last_checkpoint: a sentence that says where it is.
+        options: options of the run.
+        last_checkpoint: a sentence that names the last checkpoint.
     """
     terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
     if layer := watch.first_not_finite(accelerator):

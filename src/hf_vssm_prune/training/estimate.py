@@ -1,4 +1,4 @@
-"""What a training run will take, before it is started: steps, FLOPs, memory, hours.
+"""Estimates what a training run will need before it is started: steps, FLOPs, memory and hours.
 
 Steps and FLOPs are counted. Memory and this machine's speed are measured on synthetic images with the real model. The
 hours on other devices follow from an assumed speed.
@@ -33,23 +33,23 @@ from hf_vssm_prune.training.tasks.task import Task
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What one run takes; FLOPs are floating-point operations, of which a multiply-add is two.
+    """The estimate for one run. FLOPs are floating-point operations; a multiply-add counts as two.
 
     Attributes:
-        images_per_step, steps_per_epoch, num_steps, num_epochs: of the run.
-        flops_per_image: of training on one image, the teacher included.
-        total_flops: of the run, evaluation included.
-        state_bytes: on each device: weights, gradients, Adam's moments, average, teacher.
-        activation_bytes: on each device at the peak, extrapolated to its batch from two that were measured.
-        measured_activation_bytes: what was measured, by batch size.
-        assumed_tflops: of a device.
-        device_hours: at that speed, all devices' hours together.
-        hours: at that speed, by the clock.
+        images_per_step, steps_per_epoch, num_steps, num_epochs: size and length of the run.
+        flops_per_image: FLOPs of training on one image, including the teacher.
+        total_flops: FLOPs of the run, including evaluation.
+        state_bytes: bytes per device for weights, gradients, Adam's moments, EMA weights and teacher.
+        activation_bytes: peak bytes per device for activations, extrapolated from two measured batch sizes.
+        measured_activation_bytes: the measured bytes, by batch size.
+        assumed_tflops: assumed speed of a device.
+        device_hours: total hours of all devices at that speed.
+        hours: wall-clock hours at that speed.
         measured_on: this machine's device.
-        measured_images_per_second: of training on it, at the larger of the two batch sizes, float32.
+        measured_images_per_second: training speed on it, with the larger of the two batch sizes, in float32.
         measured_tflops: the same in 1e12 FLOPs per second.
-        hours_on_this_machine: of the whole run at that speed.
-        faster_launch: how to start it faster on this machine. None: no way is known.
+        hours_on_this_machine: hours of the whole run at that speed.
+        faster_launch: command for a faster run on this machine. None: there is none.
     """
 
     images_per_step: int
@@ -80,10 +80,10 @@ def estimate_run(
     scale: ScaleArguments,
     options: EstimateArguments,
 ) -> RunEstimate:
-    """Estimates the training of a model, pruned as its configuration says; a dense one has no teacher.
+    """Estimates the training of a model, pruned as its configuration says; a dense model has no teacher.
 
     Args:
-        config: of a model of the task, or of what the task makes one of.
+        config: configuration of a model for the task, or of a model that the task can convert to one.
     """
     with torch.device("meta"):
         config = task.auto_class.from_config(config).config
@@ -107,7 +107,7 @@ def estimate_run(
     size = tuple(task.example_batch(config, 1, torch.device("cpu"))["pixel_values"].shape[-2:])
     forward = 2 * statistics.mean(_multiply_adds(config, schedule, size) for schedule in _schedules(pruned, elastic))
     dense = 2 * count_flops(config, size).dense.total
-    # A backward pass is two forward passes; checkpointing makes the forward pass again.
+    # A backward pass counts as two forward passes; checkpointing repeats the forward pass.
     flops_per_image = forward * (4 if scale.gradient_checkpointing else 3) + dense * has_teacher
     evaluated = 2 * count_flops(config, size).pruned.total * options.num_eval_images * (1 + optimization.model_ema)
     total = flops_per_image * images_per_step * length.num_steps + evaluated * length.num_epochs
@@ -229,10 +229,10 @@ def estimate_text(estimate: RunEstimate, num_devices: int, batch_size: int) -> s
         f"{estimate.activation_bytes / gib:.1f} GiB of activations on a device, float32, batch {batch_size} "
         f"(extrapolated; measured in GiB by batch size: {measured})",
         "assumed": f"{estimate.assumed_tflops:g} TFLOP/s on each of {num_devices} devices: "
-        f"{estimate.device_hours:.4g} device-hours, {estimate.hours:.3g} hours by the clock",
+        f"{estimate.device_hours:.4g} device-hours, {estimate.hours:.3g} wall-clock hours",
         "measured": f"{estimate.measured_images_per_second:.3g} images/s, {estimate.measured_tflops:.3g} TFLOP/s on "
         f"this machine ({estimate.measured_on}): {estimate.hours_on_this_machine:,.0f} hours",
     }
     if estimate.faster_launch is not None:
-        lines["faster"] = f"one process of one thread on each core: {estimate.faster_launch}"
+        lines["faster"] = f"one single-threaded process per core: {estimate.faster_launch}"
     return "\n".join(f"{name:10}{line}" for name, line in lines.items())

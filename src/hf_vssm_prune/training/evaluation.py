@@ -1,4 +1,4 @@
-"""How good a model is and how fast: the metrics of its task, FLOPs, images per second."""
+"""Measures how good and how fast a model is: the metrics of its task, FLOPs, images per second."""
 
 import statistics
 import time
@@ -28,7 +28,7 @@ def evaluate_model(
     accelerator: Accelerator,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Evaluates a model on all processes, and leaves it in the mode (training or evaluation) that it was in.
+    """Evaluates a model on all processes, and leaves it in its previous mode (training or evaluation).
 
     Args:
         task: has the metrics.

@@ -1,4 +1,4 @@
-"""A checkpoint that was trained at one image size goes on at another: model, configuration and image processor."""
+"""Continues training at another image size than that of the checkpoint: model, configuration and image processor."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from hf_vssm_prune.token_pruning import split_token
 
 
 def config_at_size(config: VisionMambaConfig, image_size: int | tuple[int, int]) -> VisionMambaConfig:
-    """A configuration for images of a size, pixels or (height, width): budgets are counted, and grids compared, there.
+    """A configuration for another image size, in pixels or (height, width): budgets and grids then refer to this size.
 
     Raises:
         ValueError: it is too small for a patch.
@@ -23,8 +23,8 @@ def config_at_size(config: VisionMambaConfig, image_size: int | tuple[int, int])
 
 
 def resize_model(model: nn.Module, image_size: int | tuple[int, int]) -> None:
-    """Lays a model out for images of a size, pixels or (height, width). Position embeddings are resized bicubically, as
-    a forward pass at that size does it; a class token's stays as it is.
+    """Adapts a model to another image size, in pixels or (height, width). Position embeddings are resized bicubically,
+    as in a forward pass at that size; that of the class token is unchanged.
 
     Raises:
         ValueError: it is too small for a patch.
@@ -47,11 +47,11 @@ def resize_model(model: nn.Module, image_size: int | tuple[int, int]) -> None:
 
 
 def resize_image_processor(image_processor: BaseImageProcessor, image_size: int) -> BaseImageProcessor:
-    """An image processor that crops to `image_size` × `image_size` pixels, or resizes to them where it crops nothing,
-    and otherwise does what the given one does: the crop is as large a part of the image as before.
+    """An image processor that crops to `image_size` × `image_size` pixels, or resizes to this size if it does not crop,
+    and is otherwise like the given one. The crop is the same fraction of the image as before.
 
     Raises:
-        ValueError: it does not say to what size it crops or resizes.
+        ValueError: it does not specify the size to which it crops or resizes.
     """
     options = image_processor.to_dict()
     size, crop = options.get("size") or {}, options.get("crop_size") or {}

@@ -30,7 +30,7 @@ class TrainingInterruptedError(Exception):
 
     def __init__(self, received: signal.Signals, checkpoint: Path) -> None:
         super().__init__(
-            f"Stopped by {received.name}; everything is saved in {checkpoint}. Go on with --resume latest."
+            f"Stopped by {received.name}; everything is saved in {checkpoint}. Resume with --resume latest."
         )
         self.signal = received
         self.checkpoint = checkpoint

@@ -142,9 +142,11 @@ def evaluate(
     task = task or default_task()
     device = find_device(options.device)
     if beside.int8 and device.type != "cpu":
-        raise ValueError(f"--int8 computes on the CPU only, and the device is {device}: give --device cpu.")
+        raise ValueError(f"--int8 runs on the CPU only, but the device is {device}: give --device cpu.")
     if beside.int8 and options.mixed_precision != "no":
-        raise ValueError(f"--int8 needs float32 around it; --mixed_precision is {options.mixed_precision}.")
+        raise ValueError(
+            f"--int8 needs the rest of the model in float32, but --mixed_precision is {options.mixed_precision}."
+        )
     config = pruned_config(load_config(options.model_name_or_path))
     schedule = pruning.schedule(config)
     loader, label_names = _load_evaluation(task, data, options)

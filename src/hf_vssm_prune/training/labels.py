@@ -1,4 +1,4 @@
-"""Labels are compared by their names: which of a data set's are which of a model's."""
+"""Matches the labels of a data set and a model by name."""
 
 import json
 import re
@@ -18,13 +18,13 @@ from hf_vssm_prune.label_maps import complete_label_maps, names_by_id
 from hf_vssm_prune.modeling_common import image_classifier
 
 
-# "3", "LABEL_3", "class 03": a name that says no more than an id.
+# "3", "LABEL_3", "class 03": a name that is just an id.
 ID_AS_NAME = re.compile(r"(?:(?:label|class)[ _-]?)?(-?\d+)", re.IGNORECASE)
 SHOWN_NAMES = 4
 
 
 class Match(Enum):
-    """How the names of two sets of labels go together."""
+    """How the names of two sets of labels match."""
 
     SAME = "the same names in the same order"
     REORDERED = "the same names in another order, or some of them"
@@ -34,12 +34,12 @@ class Match(Enum):
 
 @dataclass(frozen=True)
 class LabelMatch:
-    """What a data set's (or a student's) labels are among a model's.
+    """How a data set's (or a student's) labels match those of a model.
 
     Attributes:
-        kind: how the names go together.
-        ids: for each of the data set's labels its id in the model; empty where the names are different.
-        names: for each of the data set's labels the name to keep.
+        kind: how the names match.
+        ids: for each of the data set's labels, its id in the model; empty if the names are different.
+        names: for each of the data set's labels, the name to keep.
     """
 
     kind: Match
@@ -48,15 +48,15 @@ class LabelMatch:
 
 
 def match_labels(model_names: Sequence[str], data_names: Sequence[str], some: bool = False) -> LabelMatch:
-    """Finds a data set's labels among a model's.
+    """Finds a data set's labels among those of a model.
 
-    Names are the same where they differ in nothing but case, white space, underscores for spaces and the way in which
-    Unicode composes characters. Names that say only an id (`LABEL_0`, `0`) are taken to be the other side's ids.
+    Names match if they differ only in case, white space, underscores for spaces and Unicode normalisation. Names that
+    are just ids (`LABEL_0`, `0`) are treated as ids of the other side's labels.
 
     Args:
         model_names: in the order of the model's ids.
         data_names: in the order of the data set's ids.
-        some: whether the data set may lack some of the model's labels, as a split for evaluation may.
+        some: whether the data set may lack some of the model's labels, like an evaluation split.
     """
     model_names, data_names = list(model_names), list(data_names)
     if model_names == data_names:
@@ -68,7 +68,7 @@ def match_labels(model_names: Sequence[str], data_names: Sequence[str], some: bo
         same = ids == list(range(len(model_names)))
         return LabelMatch(Match.SAME if same else Match.REORDERED, ids, data_names)
     own_ids, data_ids = ids_as_names(model_names), ids_as_names(data_names)
-    # Ids without a 0 may as well be counted from 1.
+    # Ids without a 0 might be counted from 1.
     if own_ids is None and data_ids is not None and min(data_ids) == 0 and max(data_ids) < len(model_names):
         return LabelMatch(Match.ADOPTED, data_ids, [model_names[i] for i in data_ids])
     if data_ids is None and own_ids == list(range(len(data_names))):
@@ -77,8 +77,8 @@ def match_labels(model_names: Sequence[str], data_names: Sequence[str], some: bo
 
 
 def _ids_by_name(model_names: list[str], data_names: list[str]) -> list[int] | None:
-    """The ids of the data set's names in the model, compared exactly or else leniently; None where one is missing, or
-    stands for two labels."""
+    """The ids of the data set's names in the model, compared exactly or otherwise leniently; None if a name is missing
+    or matches two labels."""
     for key in (str, _lenient, _id_or_name):
         ids = {key(name): i for i, name in enumerate(model_names)}
         wanted = [key(name) for name in data_names]
@@ -98,17 +98,18 @@ def _id_or_name(name: str) -> str:
 
 
 def ids_as_names(names: Sequence[str]) -> list[int] | None:
-    """The ids that names say, where all of them say one and no two the same; else None."""
+    """The ids in the names, if all of them are ids and no two are the same; otherwise None."""
     found = [ID_AS_NAME.fullmatch(name) for name in names]
     ids = [int(match[1]) for match in found if match is not None]
     return ids if ids and len(set(ids)) == len(names) else None
 
 
 def read_label_file(file: Path) -> list[str]:
-    """Label names in the order of their ids: JSON in any form that `label_maps` knows, or one name a line.
+    """Label names in the order of their ids, from JSON in any form that `label_maps` supports, or text with one name
+    per line.
 
     Raises:
-        ValueError: it is a JSON file of something else.
+        ValueError: it is a JSON file with other content.
         OSError: it cannot be read.
     """
     text = file.read_text(encoding="utf-8-sig")
@@ -118,18 +119,19 @@ def read_label_file(file: Path) -> list[str]:
         return names_by_id(json.loads(text))
     except ValueError as error:
         raise ValueError(
-            f"{file}: a JSON list of names is needed, or a dict between the ids 0, 1, ... and names: {error}"
+            f"{file} must be a JSON list of names, or a dict that maps ids (0, 1, ...) to names or names to ids: "
+            f"{error}"
         ) from error
 
 
 def say_labels(names: Sequence[str]) -> str:
-    """Names for a message: how many there are, and the first ones."""
+    """Names for a message: their number, and the first few."""
     shown = ", ".join(repr(name) for name in names[:SHOWN_NAMES])
     return f"{len(names)} labels ({shown}{', …' if len(names) > SHOWN_NAMES else ''})"
 
 
 def say_difference(model_names: Sequence[str], data_names: Sequence[str]) -> str:
-    """For a message, what one side has and the other lacks; nothing where they differ in other ways."""
+    """For a message, the labels that one side has and the other lacks; empty if they differ in other ways."""
     parts = []
     for whose, own, others in (("the model", model_names, data_names), ("the data set", data_names, model_names)):
         if twice := [name for name, count in Counter(own).items() if count > 1]:
@@ -141,11 +143,11 @@ def say_difference(model_names: Sequence[str], data_names: Sequence[str]) -> str
 
 @torch.no_grad()
 def reorder_labels(model: ImageClassifier, match: LabelMatch) -> None:
-    """Gives a classifier the data set's labels in the data set's order; labels that it lacks come behind them.
+    """Reorders a classifier's labels to the data set's order; labels that the data set lacks come last.
 
     Args:
         model: changed in place, with its configuration.
-        match: what `match_labels` found, of any kind but `DIFFERENT`.
+        match: result of `match_labels`, of any kind except `DIFFERENT`.
     """
     own = model.config.label_names
     rest = [i for i in range(len(own)) if i not in set(match.ids)]
@@ -158,7 +160,7 @@ def reorder_labels(model: ImageClassifier, match: LabelMatch) -> None:
 
 
 def renew_classifier(model: ImageClassifier, label_names: Sequence[str]) -> None:
-    """Gives a model a freshly initialised classifier of other labels, of whatever number."""
+    """Gives a model a newly initialized classifier for other labels, of any number."""
     name_labels(model.config, label_names)
     old = next(model.parameters())
     classifier = image_classifier(model.config).to(old.device, old.dtype)

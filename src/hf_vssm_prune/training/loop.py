@@ -227,7 +227,7 @@ class Trainer:
         Raises:
             TrainingDivergedError: the loss, its gradient or a weight became NaN or infinite.
             TrainingInterruptedError: SIGINT or SIGTERM came; a checkpoint was saved.
-            ProcessLostError: another process of the run died or did not answer.
+            ProcessLostError: another process of the run died or did not respond.
         """
         with lost_processes_named(self.accelerator.num_processes):
             return self._train()
@@ -264,18 +264,21 @@ class Trainer:
             self.state, differing = load_checkpoint(self.accelerator, folder, self._parts(), self._settings())
             if later := find_checkpoints(self.output_dir, after=self.state.steps):
                 raise ValueError(
-                    f"{folder} is of step {self.state.steps}, and {self.output_dir} has later checkpoints, up to "
+                    f"{folder} is from step {self.state.steps}, but {self.output_dir} has later checkpoints, up to "
                     f"{later[-1].name}, from which --resume latest would resume: remove them, or copy {folder.name} to "
                     "another --output_dir."
                 )
             if differing:
-                self.log.write(f"The same images make each step, but mixing and drop path draw anew: {differing}.")
+                self.log.write(
+                    "Each step has the same images as before, but mixup, CutMix and drop path use other random "
+                    f"numbers: {differing}."
+                )
             if not (self.output_dir / "best").is_dir():
                 # The checkpoint was copied from another folder: the best model so far did not come along.
                 self.state.best = {}
-            self.log.write(f"Going on from {folder}, after {self.state.steps} steps.")
+            self.log.write(f"Resuming from {folder}, after {self.state.steps} steps.")
         elif resume is not None:
-            self.log.write(f"No checkpoint in {self.output_dir} yet: starting afresh.")
+            self.log.write(f"No checkpoint in {self.output_dir} yet: starting a new run.")
 
     def _describe(self) -> None:
         flops = count_flops(self.plain_model.config)
@@ -287,7 +290,7 @@ class Trainer:
         )
         device, batch_size = self.accelerator.device, self.recipe.optimization.per_device_train_batch_size
         if launch := launch_on_cores(device, self.accelerator.num_processes, batch_size):
-            self.log.write(f"On this CPU one process of one thread on each core trains faster: {launch}")
+            self.log.write(f"On this CPU, training is faster with one single-threaded process per core: {launch}")
 
     def _train_epoch(self, epoch: int, progress: tqdm) -> None:
         length = self.length

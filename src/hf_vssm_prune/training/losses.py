@@ -64,13 +64,13 @@ def alignment_loss(
     layers: Sequence[int],
     distance: str = "mse",
 ) -> Tensor:
-    """The distance between the student's and the teacher's hidden states at the tokens that the student kept, mean over
-    layers. No gradient flows into the teacher.
+    """The distance between the student's and the teacher's hidden states at the tokens that the student kept, averaged
+    over layers. No gradient flows into the teacher.
 
     Args:
         student_hidden_states: a model's `hidden_states`: the embeddings' output, then each layer's, (batch, n, hidden)
             with the n tokens that were still there.
-        teacher_hidden_states: the same of the dense model, with all tokens.
+        teacher_hidden_states: the same for the dense model, with all tokens.
         kept_tokens: for each stage of pruning the original ids (batch, n) of the tokens left after it.
         pruning_layers: the layers at whose input these stages drop tokens, ascending.
         layers: the layers whose outputs are compared.
@@ -95,12 +95,12 @@ def segment_ends(pruning_layers: Sequence[int], num_hidden_layers: int) -> list[
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How the terms add up.
+    """The weights of the loss terms.
 
     Attributes:
-        kd_weight: of the distillation loss; 0 leaves it out.
+        kd_weight: weight of the distillation loss; 0 turns it off.
         kd_temperature: T.
-        alignment_weight: of the alignment loss; 0 leaves it out.
+        alignment_weight: weight of the alignment loss; 0 turns it off.
         alignment_layers: layers whose outputs are compared; None for `segment_ends`.
         alignment_distance: one of `ALIGNMENT_DISTANCES`.
     """
@@ -116,7 +116,7 @@ class LossWeights:
         return self.kd_weight > 0 or self.alignment_weight > 0
 
     def check_layers(self, num_hidden_layers: int) -> None:
-        """Refuses to align layers that a model does not have.
+        """Raises an error for layers that a model does not have.
 
         Raises:
             ValueError: there are some.
@@ -126,7 +126,7 @@ class LossWeights:
 
 
 class TaskLoss(Protocol):
-    """What the loss takes from a task, see `tasks.task.Task`."""
+    """The part of a task that the loss uses, see `tasks.task.Task`."""
 
     def losses(self, outputs: Any, batch: dict[str, Any]) -> dict[str, Tensor]: ...
 
@@ -141,15 +141,15 @@ def training_loss(
     weights: LossWeights,
     pruning_layers: Sequence[int] = (),
 ) -> dict[str, Tensor]:
-    """The whole loss of one batch, under "loss", and beside it its unweighted terms by name, each a scalar: the task's
-    own, "distillation" and "alignment", as far as they are on.
+    """The total loss of a batch, under "loss", and its unweighted terms by name, each a scalar: those of the task,
+    "distillation" and "alignment", if they are on.
 
     Args:
-        task: has the terms that need no teacher, and the distance of two outputs.
-        student: output of the model in training; the alignment needs its `hidden_states` and `kept_tokens`.
-        teacher: the same of the dense model; None where neither distillation nor alignment is on.
-        batch: as the task mixed it.
-        weights: of the terms.
+        task: defines the terms that need no teacher, and the distance between two outputs.
+        student: output of the trained model; the alignment needs its `hidden_states` and `kept_tokens`.
+        teacher: output of the dense model; None if neither distillation nor alignment is on.
+        batch: the batch after mixing by the task.
+        weights: weights of the terms.
         pruning_layers: the student's schedule.
     """
     terms = task.losses(student, batch)

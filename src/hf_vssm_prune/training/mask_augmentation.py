@@ -1,7 +1,7 @@
-"""Random changes of an image that its mask goes through alike, as mmsegmentation trains: scale, crop, flip, colours.
+"""Random augmentation of an image together with its mask, as in mmsegmentation: scale, crop, flip, colours.
 
-No library is asked: albumentations is no longer maintained, and its successor's licence is the AGPL; kornia resizes
-tensors without antialiasing, and its masks as floating-point numbers.
+No library is used: albumentations is no longer maintained, and its successor is licensed under the AGPL; kornia resizes
+tensors without antialiasing, and masks as floating-point numbers.
 """
 
 import math
@@ -18,15 +18,15 @@ CROP_TRIES = 10
 
 @dataclass(frozen=True)
 class MaskAugmentation:
-    """What is done to a training image and its mask.
+    """The augmentation of a training image and its mask.
 
     Attributes:
-        crop_size: (height, width) that all of them have in the end; what an image lacks is filled.
-        scale: by which factors of its size an image is resized, from the smallest to the largest.
-        horizontal_flip: probability of mirroring.
+        crop_size: (height, width) of the results; smaller images are padded.
+        scale: smallest and largest factor by which an image is resized.
+        horizontal_flip: probability of a horizontal flip.
         photometric_distortion: whether brightness, contrast, saturation and hue are changed.
-        most_of_a_class: the largest share of a crop's labelled pixels that one class should have; another crop is tried
-            then, ten times at most.
+        most_of_a_class: the largest fraction of a crop's labelled pixels that a single class should cover; otherwise
+            another crop is drawn, at most ten times.
 
     Raises:
         ValueError: a value is outside its range.
@@ -40,9 +40,9 @@ class MaskAugmentation:
 
     def __post_init__(self) -> None:
         if len(self.crop_size) != 2 or min(self.crop_size) < 1:
-            raise ValueError(f"crop_size is {self.crop_size}: (height, width) in pixels is needed.")
+            raise ValueError(f"crop_size is {self.crop_size}: it must be (height, width) in pixels.")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise ValueError(f"scale is {self.scale}: 0 < smallest <= largest is needed.")
+            raise ValueError(f"scale is {self.scale}: it must satisfy 0 < smallest <= largest.")
         for name in ("horizontal_flip", "most_of_a_class"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to 1.")
@@ -57,20 +57,20 @@ def augment(
     ignore_index: int,
     generator: np.random.Generator,
 ) -> tuple[Image.Image, np.ndarray]:
-    """A part of an image, and that of its mask, both at most of the crop's size.
+    """A part of an image and the same part of its mask, both of at most the crop's size.
 
     Args:
         image: of mode "L" or "RGB".
         mask: class ids (height, width).
-        size: (height, width) that the image is resized to before its random scale.
-        resample: filter of the image's resizing.
-        augmentation: what to do.
-        ignore_index: of the pixels that count in no class.
-        generator: of all that is random.
+        size: (height, width) to which the image is resized before it is scaled randomly.
+        resample: filter for resizing the image.
+        augmentation: what to apply.
+        ignore_index: id of pixels that belong to no class.
+        generator: source of all randomness.
     """
     factor = generator.uniform(*augmentation.scale)
     height, width = (max(1, round(side * factor)) for side in size)
-    # Where in the resized image: the rest need not be resized.
+    # The position in the resized image: the rest does not have to be resized.
     box = _choose_box(mask, (height, width), augmentation, ignore_index, generator)
     image, mask = resize_part(image, (height, width), box, resample), part_of_mask(mask, (height, width), box)
     if generator.random() < augmentation.horizontal_flip:
@@ -102,7 +102,7 @@ def _choose_box(
 
 
 def part_of_mask(mask: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarray:
-    """The same of a mask, each pixel with the id of the nearest one."""
+    """The same part of a mask, with nearest-neighbour interpolation."""
     top, left, bottom, right = box
     rows, columns = (
         np.minimum((np.arange(first, last) + 0.5) * before / after, before - 1).astype(np.int64)

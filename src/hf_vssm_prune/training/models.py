@@ -1,4 +1,4 @@
-"""Checkpoints as models of a data set's labels: for training, as teachers, for evaluation."""
+"""Loads checkpoints as models for a data set's labels: for training, as teachers, and for evaluation."""
 
 import logging
 from collections.abc import Sequence
@@ -30,34 +30,34 @@ def load_model(
     ignore_mismatched_sizes: bool = False,
     some_labels: bool = False,
 ) -> ImageClassifier:
-    """A checkpoint as a classifier of the data set's labels in the data set's order, in float32.
+    """Loads a checkpoint as a float32 classifier for the data set's labels, in the data set's order.
 
-    Labels are compared by name: see `labels.match_labels`. Where the checkpoint has them in another order, the rows of
-    its classifier are reordered.
+    Labels are compared by name: see `labels.match_labels`. If the checkpoint has them in another order, the rows of its
+    classifier are reordered.
 
     Args:
         name_or_path: the checkpoint.
-        label_names: of the data set, in the order of its ids.
-        drop_path_rate: of the model.
-        ignore_mismatched_sizes: a checkpoint of other labels gets a new classifier, even of as many.
-        some_labels: the data set may have some of the checkpoint's labels only; the others come behind them.
+        label_names: names of the data set's labels, in the order of their ids.
+        drop_path_rate: drop path rate of the model.
+        ignore_mismatched_sizes: a checkpoint with other labels gets a new classifier, even if their number is the same.
+        some_labels: the data set may have only some of the checkpoint's labels; the others come last.
 
     Raises:
-        ValueError: it classifies other labels, and must not get a new classifier.
+        ValueError: it classifies other labels, and `ignore_mismatched_sizes` is not set.
     """
     own_names = load_config(name_or_path).label_names
     match = match_labels(own_names, label_names, some_labels)
-    # Names that are only ids say nothing against a new classifier for which somebody asks.
+    # Names that are just ids do not prevent a requested new classifier.
     renew = match.kind is Match.DIFFERENT or (ignore_mismatched_sizes and match.kind is Match.ADOPTED)
     if renew and not ignore_mismatched_sizes:
         raise ValueError(
-            f"{name_or_path} classifies {say_labels(own_names)}, the data set has {say_labels(label_names)}: "
-            f"{say_difference(own_names, label_names)}. For a new classifier give --ignore_mismatched_sizes, and first "
-            f"train the dense model with `hf-vssm-prune train`. {see('other-labels-than-the-data-set')}"
+            f"{name_or_path} classifies {say_labels(own_names)}, but the data set has {say_labels(label_names)}: "
+            f"{say_difference(own_names, label_names)}. For a new classifier, add --ignore_mismatched_sizes, and "
+            f"first train the dense model with `hf-vssm-prune train`. {see('other-labels-than-the-data-set')}"
         )
     model = load_classifier(name_or_path, ignore_mismatched_sizes, dtype="float32", drop_path_rate=drop_path_rate)
     if renew:
-        logger.info("%s gets a new classifier of the data set's %s.", name_or_path, say_labels(label_names))
+        logger.info("%s gets a new classifier for the data set's %s.", name_or_path, say_labels(label_names))
         renew_classifier(model, label_names)
     else:
         _take_labels(model, match, name_or_path)
@@ -68,11 +68,13 @@ def _take_labels(model: ImageClassifier, match: LabelMatch, name_or_path: str) -
     own_names = model.config.label_names
     reorder_labels(model, match)
     if match.kind is Match.REORDERED:
-        logger.info("The classifier of %s has been reordered to the data set's labels, by name.", name_or_path)
+        logger.info(
+            "The classifier of %s has been reordered by name to match the labels of the data set.", name_or_path
+        )
     elif match.kind is Match.ADOPTED:
         logger.warning(
             "The labels of %s or of the data set are numbers without names: label 0 is treated as %r in one and "
-            "%r in the other, and the others likewise by id.",
+            "%r in the other, and all other labels are also matched by id.",
             *(name_or_path, own_names[0], match.names[0]),
         )
 
@@ -84,15 +86,15 @@ def load_teacher(
     dtype: str = "float32",
     image_size: int | None = None,
 ) -> ImageClassifier:
-    """The dense, frozen model from which a student learns, with weights of the precision `dtype` and, where its logits
-    teach, its labels in the student's order.
+    """Loads the dense, frozen model from which a student learns, with weights in `dtype` and, if its logits are used,
+    with its labels in the student's order.
 
     Args:
         name_or_path: the checkpoint.
-        student: the model's configuration.
-        losses: what of the two is compared.
-        dtype: of the teacher's weights.
-        image_size: at which the student goes on, if it is not the checkpoint's.
+        student: configuration of the student.
+        losses: weights of the losses, which determine what is compared.
+        dtype: data type of the teacher's weights.
+        image_size: image size of the student, if it is not that of the checkpoint.
 
     Raises:
         ValueError: its labels, tokens or hidden states are not those of the student, and the losses compare them.
@@ -103,7 +105,7 @@ def load_teacher(
     match = match_labels(config.label_names, student.label_names) if losses.kd_weight > 0 else None
     if match is not None and match.kind is Match.DIFFERENT:
         raise ValueError(
-            f"The teacher {name_or_path} has {say_labels(config.label_names)}, the model "
+            f"The teacher {name_or_path} has {say_labels(config.label_names)}, but the model has "
             f"{say_labels(student.label_names)}: {say_difference(config.label_names, student.label_names)}. "
             "Set --kd_weight 0, or name a --teacher_name_or_path with these labels."
         )
@@ -111,8 +113,8 @@ def load_teacher(
     for name in compared if losses.alignment_weight > 0 else []:
         if getattr(config, name) != getattr(student, name):
             raise ValueError(
-                f"The teacher {name_or_path} has {name} {getattr(config, name)}, the model {getattr(student, name)}: "
-                "they cannot be compared."
+                f"The teacher {name_or_path} has {name} {getattr(config, name)}, but the model has "
+                f"{getattr(student, name)}: they cannot be compared."
             )
     teacher = load_classifier(name_or_path, dtype=dtype)
     if image_size is not None:

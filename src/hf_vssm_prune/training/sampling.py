@@ -72,8 +72,8 @@ class StreamSampler(Sampler[tuple[int, dict[str, Any]]]):
             yield place, row
         if place + 1 < len(self.stream):
             raise ValueError(
-                f"Split '{self.stream.split}' has {place + 1} images, fewer than the {len(self.stream)} that it was "
-                "said to have: give --max_train_samples."
+                f"Split '{self.stream.split}' has {place + 1} images, fewer than the expected {len(self.stream)}: "
+                "give --max_train_samples."
             )
 
     def __len__(self) -> int:

@@ -80,7 +80,9 @@ def pyav() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ValueError("Videos are decoded by PyAV, which is missing: pip install 'hf_vssm_prune[video]'.") from error
+        raise ValueError(
+            "Videos are decoded by PyAV, which is not installed: pip install 'hf_vssm_prune[video]'."
+        ) from error
     return av
 
 
@@ -172,19 +174,19 @@ def _opened(stored: Mapping[str, Any] | None, name: str) -> Iterator[tuple[Any, 
     if stored["bytes"] is None and stored["path"] is None:
         raise VideoError(f"{name} has neither bytes nor a path.")
     if stored["bytes"] is not None and not stored["bytes"]:
-        raise VideoError(f"{name} holds 0 bytes.")
+        raise VideoError(f"{name} is empty (0 bytes).")
     # Opened here: to FFmpeg a name may be an address, or several files.
     with io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else open(stored["path"], "rb") as file:
         if not file.read(1):
-            raise VideoError(f"{name} holds 0 bytes.")
+            raise VideoError(f"{name} is empty (0 bytes).")
         file.seek(0)
         with av.open(file, metadata_errors="replace", options=NO_OTHER_FILES) as container:
             stream = container.streams.best("video")
             if stream is None:
                 kinds = ", ".join(sorted({each.type for each in container.streams})) or "nothing"
-                raise VideoError(f"{name} has no video stream: there is {kinds} in it.")
+                raise VideoError(f"{name} has no video stream: it contains {kinds}.")
             if stream.disposition & av.stream.Disposition.attached_pic:
-                raise VideoError(f"{name} has no video stream: the one picture in it is a cover.")
+                raise VideoError(f"{name} has no video stream: its only picture is a cover image.")
             _check_size(stream.codec_context, name)
             stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             stream.codec_context.thread_count = 1  # a data loader has processes

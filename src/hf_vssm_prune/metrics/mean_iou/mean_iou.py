@@ -58,7 +58,7 @@ def label_areas(prediction: np.ndarray, reference: np.ndarray, num_labels: int, 
     for name, values in (("prediction", prediction), ("reference", reference)):
         if values.size and not 0 <= values.min() <= values.max() < num_labels:
             raise ValueError(
-                f"A {name} holds label ids from {values.min()} to {values.max()}; with num_labels {num_labels} they "
+                f"A {name} has label ids from {values.min()} to {values.max()}; with num_labels {num_labels} they "
                 f"must be from 0 to {num_labels - 1}, or in a reference ignore_index {ignore_index}."
             )
     maps = (prediction[prediction == reference], prediction, reference)

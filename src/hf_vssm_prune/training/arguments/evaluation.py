@@ -79,5 +79,5 @@ class EstimateArguments:
             raise ValueError(f"--device_tflops is {self.device_tflops}: it must be greater than 0.")
         sizes = self.measured_batch_sizes
         if len(sizes) != 2 or not 0 < sizes[0] < sizes[1]:
-            raise ValueError(f"--measured_batch_sizes is {sizes}: two sizes are needed, the smaller one first.")
+            raise ValueError(f"--measured_batch_sizes is {sizes}: give two sizes, the smaller one first.")
         check_output_file("json", self.json)

@@ -89,7 +89,7 @@ class _Help(argparse.Action):
         elif values in parser.groups:
             text = parser.format_group(values)
         else:
-            parser.error(f"--help {values}: there are the groups {', '.join(parser.groups)} and {ALL}.")
+            parser.error(f"--help {values}: the groups are {', '.join(parser.groups)} and {ALL}.")
         print(text, end="")
         parser.exit()
 

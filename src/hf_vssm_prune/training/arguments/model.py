@@ -40,7 +40,7 @@ class LossArguments:
     )
     alignment_distance: str = field(
         default="mse",
-        metadata=describe("distance that the alignment loss measures", choices=tuple(ALIGNMENT_DISTANCES)),
+        metadata=describe("distance measure of the alignment loss", choices=tuple(ALIGNMENT_DISTANCES)),
     )
 
     def __post_init__(self) -> None:
@@ -161,11 +161,11 @@ def _parse_overrides(overrides: Sequence[str], family: type[VisionMambaConfig]) 
     for override in overrides:
         name, separator, value = override.partition("=")
         if not separator:
-            raise ValueError(f"--config_overrides has {override!r}: key=value is needed.")
+            raise ValueError(f"--config_overrides has {override!r}: it must be key=value.")
         if name in ("token_pruning", "drop_path_rate", "image_size", "patch_size") or name.startswith("_"):
-            raise ValueError(f"--config_overrides has {name!r}, which is not set this way; see --help.")
+            raise ValueError(f"--config_overrides has {name!r}, which cannot be set this way; see --help.")
         if name not in family.__dataclass_fields__:
-            raise ValueError(f"--config_overrides has {name!r}, which {family.__name__} does not know.")
+            raise ValueError(f"--config_overrides has {name!r}, which {family.__name__} does not have.")
         options[name] = _parse_value(value)
     return options
 

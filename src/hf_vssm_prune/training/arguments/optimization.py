@@ -32,7 +32,7 @@ class OptimizationArguments:
     weight_decay: float = field(default=1e-8, metadata=describe("AdamW's weight decay"))
     layer_decay: float | None = field(
         default=None,
-        metadata=describe("factor by which the learning rate decreases from each layer to the one before it"),
+        metadata=describe("factor by which the learning rate decreases from each layer to the previous one"),
     )
     adam_beta1: float = field(default=0.9, metadata=describe("AdamW's first beta"))
     adam_beta2: float = field(default=0.999, metadata=describe("AdamW's second beta"))
@@ -84,8 +84,8 @@ class OptimizationArguments:
         for name in ("warmup_lr", "min_lr"):
             if getattr(self, name) > self.learning_rate:
                 raise ValueError(
-                    f"--{name} is {getattr(self, name)}, above --learning_rate {self.learning_rate}: "
-                    "lower it, to 0 if need be."
+                    f"--{name} is {getattr(self, name)}, above --learning_rate {self.learning_rate}: lower it, to 0 "
+                    "if necessary."
                 )
         exclude("num_warmup_steps", self.num_warmup_steps, "warmup_epochs", self.warmup_epochs)
 

@@ -45,7 +45,7 @@ def check_output_file(name: str, file: str | Path | None) -> None:
     if file is None:
         return
     if Path(file).is_dir():
-        raise ValueError(f"--{name} {file} is a folder: a file is needed.")
+        raise ValueError(f"--{name} {file} is a folder; it must be a file.")
     if not (folder := Path(file).absolute().parent).is_dir():
         raise ValueError(f"--{name} {file}: its folder does not exist.")
     if not os.access(file if Path(file).exists() else folder, os.W_OK):

@@ -50,11 +50,13 @@ class PruningArguments:
     def __post_init__(self) -> None:
         exclude("keep_ratios", self.keep_ratios, "flops_reduction", self.flops_reduction)
         if self.flops_reduction is None and (self.prune_layers is None) != (self.keep_ratios is None):
-            raise ValueError("--prune_layers and --keep_ratios go together: give both, or --flops_reduction.")
+            raise ValueError(
+                "--prune_layers and --keep_ratios must be given together: give both, or use --flops_reduction."
+            )
         if self.keep_ratios is not None and len(self.prune_layers or ()) != len(self.keep_ratios):
             raise ValueError(
-                f"--prune_layers {self.prune_layers} and --keep_ratios {self.keep_ratios} differ in length: "
-                "one ratio for each layer is needed."
+                f"--prune_layers {self.prune_layers} and --keep_ratios {self.keep_ratios} differ in length: give one "
+                "ratio for each layer."
             )
         if outside := [ratio for ratio in self.keep_ratios or () if not 0 < ratio <= 1]:
             raise ValueError(f"--keep_ratios has {outside}: each must be greater than 0 and at most 1.")

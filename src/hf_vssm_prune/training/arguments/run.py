@@ -24,7 +24,8 @@ class RunArguments:
     resume: str | None = field(
         default=None,
         metadata=describe(
-            "checkpoint folder to resume from, or 'latest' (starts afresh if there is none)", "--resume_from_checkpoint"
+            "checkpoint folder to resume from, or 'latest' (starts a new run if there is none)",
+            "--resume_from_checkpoint",
         ),
     )
     logging_steps: int = field(default=50, metadata=describe("steps between log lines", "--log_interval"))
@@ -47,7 +48,7 @@ class RunArguments:
             self.checkpointing_steps.isdecimal() and int(self.checkpointing_steps) > 0
         ):
             raise ValueError(
-                f"--checkpointing_steps is {self.checkpointing_steps!r}: a number of steps or 'epoch' is needed."
+                f"--checkpointing_steps is {self.checkpointing_steps!r}: it must be a number of steps or 'epoch'."
             )
         check_range("save_total_limit", self.save_total_limit, 1, math.inf)
         check_range("logging_steps", self.logging_steps, 1, math.inf)

@@ -1,7 +1,7 @@
-"""What a data loader reads for detection: images of one size and boxes, decoded and augmented when they are asked for.
+"""Data sets for detection: images of one size and boxes, decoded and augmented on access.
 
-Every image has one size in the end, as in RT-DETR, whatever its aspect ratio: these backbones have no mask, so that
-they would scan the padding of a smaller image, and keep of it what pruning leaves of an image.
+As in RT-DETR, all images are resized to the same size, regardless of their aspect ratio: these backbones have no
+padding mask, so they would scan the padding of a smaller image and keep some of its tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class _BoxedItems(DenseItems):
 
 
 class EvaluationBoxes(_BoxedItems):
-    """Images as the image processor gives them.
+    """Images prepared by the image processor.
 
     Each item is {"pixel_values": float32 (channels, height, width), "objects": {"boxes": float32 (n, 4), left, top,
     right and bottom in pixels of the image as it was; "labels": int64 (n,); "crowd": bool (n,); "size": int64 (2,),
@@ -58,16 +58,16 @@ class EvaluationBoxes(_BoxedItems):
 
 
 class TrainingBoxes(_BoxedItems):
-    """Augmented images and boxes. What is random in one depends on the seed, the epoch and the index alone.
+    """Augmented images and boxes. Randomness depends only on the seed, the epoch and the index.
 
     Each item is {"pixel_values": float32 (channels, height, width), "labels": {"class_labels": int64 (n,), "boxes":
     float32 (n, 4), middle, width and height as fractions of the image's sides}}, which transformers' detectors take.
     Crowds are left out.
 
     Args:
-        images: as `load_detection_datasets` gives them.
-        image_processor: that of the model, which says the size.
-        augmentation: what to do to them; its size is the image processor's.
+        images: images from `load_detection_datasets`.
+        image_processor: the model's image processor, which determines the size.
+        augmentation: the augmentation, whose size is that of the image processor.
         seed: not negative.
     """
 
@@ -84,7 +84,7 @@ class TrainingBoxes(_BoxedItems):
         self._fill = tuple(round(255 * float(value)) for value in mean)
 
     def set_epoch(self, epoch: int) -> None:
-        """Call it before the data loader's iterator is made: workers read ahead."""
+        """Call this before creating the data loader's iterator, because workers read ahead."""
         self._epoch.set(epoch)
 
     def _prepare(
@@ -104,7 +104,7 @@ class TrainingBoxes(_BoxedItems):
 
 
 class StreamedTrainingBoxes(TrainingBoxes):
-    """The same of a `BoxedStream`, whose "index" is the place in the epoch's order together with the row itself."""
+    """The same for a `BoxedStream`, whose "index" is the position in the epoch's order together with the row itself."""
 
     def __getitem__(self, numbered_row: Any) -> dict[str, Any]:
         place, row = numbered_row
@@ -112,7 +112,7 @@ class StreamedTrainingBoxes(TrainingBoxes):
 
 
 def collate_boxes(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | list[Any]]:
-    """A batch: {"pixel_values": (batch, channels, height, width)}, and lists of what else the items have."""
+    """A batch: {"pixel_values": (batch, channels, height, width)}, and lists of the other fields of the items."""
     batch: dict[str, Tensor | list[Any]] = {name: [item[name] for item in items] for name in items[0]}
     batch["pixel_values"] = torch.stack([item["pixel_values"] for item in items])
     return batch

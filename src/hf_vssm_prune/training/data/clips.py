@@ -1,4 +1,4 @@
-"""What a data loader reads of videos: clips of frames, decoded and augmented when they are asked for."""
+"""Data sets of videos: clips of frames, decoded and augmented on access."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from hf_vssm_prune.training.video_decoding import decode_frames, pyav
 
 @dataclass(frozen=True)
 class Views:
-    """What of a video is evaluated: so many clips, each cropped in so many places.
+    """The clips and crops of a video that are evaluated.
 
     Attributes:
-        sampling: which frames a clip has, a name in `frame_sampling.SAMPLINGS`.
-        num_clips, num_crops: how many; one crop is the middle of the frames.
+        sampling: how frames of a clip are sampled, a name in `frame_sampling.SAMPLINGS`.
+        num_clips, num_crops: number of clips per video and crops per clip; a single crop is the center.
     """
 
     sampling: str = "uniform"
@@ -34,27 +34,27 @@ class _Clips(Items):
     kind = "video"
 
     def __init__(self, dataset: Dataset | ImageStream, image_processor: BaseImageProcessor, *options: Any) -> None:
-        pyav()  # missing, it is named before anything is read
+        pyav()  # raises an error before anything is read if the library is missing
         super().__init__(dataset, image_processor, *options)
         num_frames = image_processor.to_dict().get("num_frames")
         if not isinstance(num_frames, int) or num_frames < 1:
             raise ValueError(
-                f"{type(image_processor).__name__} has num_frames={num_frames}: the processor of a model of videos "
-                "says how many frames a clip has."
+                f"{type(image_processor).__name__} has num_frames={num_frames}: the image processor of a video model "
+                "must say how many frames a clip has."
             )
         self._num_frames = num_frames
 
 
 class EvaluationClips(_Clips):
-    """Views of videos, as the image processor gives their frames.
+    """Views of videos, with frames prepared by the image processor.
 
     Each item is {"pixel_values": float32 (views, frames, channels, height, width), "labels": int}: crops of the first
     clip, then of the second.
 
     Args:
-        dataset: One of videos that `load_image_dataset` or `load_evaluation_dataset` gave.
-        image_processor: One of plain steps, see `ImageProcessorSteps`, that says `num_frames`.
-        views: Of each video.
+        dataset: A video data set from `load_image_dataset` or `load_evaluation_dataset`.
+        image_processor: An image processor supported by `ImageProcessorSteps`, with `num_frames`.
+        views: The views of each video.
     """
 
     def __init__(self, dataset: Dataset, image_processor: BaseImageProcessor, views: Views) -> None:
@@ -77,11 +77,11 @@ class EvaluationClips(_Clips):
 
 
 class TrainingClips(_Clips, AugmentedItems):
-    """Augmented clips of random frames: what is done to one frame is done to all of a clip.
+    """Augmented clips of random frames, with the same augmentation for all frames of a clip.
 
     Each item is {"pixel_values": float32 (frames, channels, height, width), "labels": int}.
 
-    Args: those of `AugmentedItems`; the image processor says `num_frames`.
+    Args: those of `AugmentedItems`; the image processor has `num_frames`.
     """
 
     def _pixel_values(self, stored: Mapping[str, Any] | None, index: int, name: str) -> torch.Tensor:
@@ -89,7 +89,9 @@ class TrainingClips(_Clips, AugmentedItems):
 
         def prepare(frame: Image.Image) -> torch.Tensor:
             size.append(frame.size)
-            if frame.size != size[0]:  # of another size than those before it, so that the same crop has another place
+            if (
+                frame.size != size[0]
+            ):  # of another size than the previous frames, so that the same crop is at another position
                 frame = frame.resize(size[0], self._steps.resample)
             frame = self._augment(frame.convert(self._steps.mode), self._generator(index, 1))
             return self._steps.normalize(frame)
@@ -98,7 +100,7 @@ class TrainingClips(_Clips, AugmentedItems):
             stored, lambda count: [random_frames(count, self._num_frames, self._generator(index, 0))], prepare, name
         )
         clip = torch.stack(frames[0])
-        # One rectangle through all frames, of other noise in each.
+        # The same rectangle in all frames, with different noise in each.
         random_erasing(clip.flatten(0, 1), self._augmentation.random_erasing, self._generator(index, 2))
         return clip
 

@@ -1,4 +1,4 @@
-"""COCO's JSON: a file for each split, with "images", "annotations" and "categories"."""
+"""COCO's JSON format: one file per split, with "images", "annotations" and "categories"."""
 
 import json
 import re
@@ -16,15 +16,16 @@ PARTS = ("images", "annotations", "categories")
 def read_coco(
     folder: Path, files: Sequence[Path], images: Sequence[Path]
 ) -> tuple[dict[str, list[tuple[str, list[dict[str, Any]]]]], list[str]]:
-    """The images of each split with their objects, and the categories' names in the order of their ids; a category
-    without an object, as Roboflow has one above the others, is left out. Nothing where there is no such file.
+    """The images of each split with their objects, and the categories' names in the order of their ids. Categories
+    without objects, such as Roboflow's parent category, are left out. Returns nothing if there is no such file.
 
     Args:
-        folder: where they are.
-        files, images: in it.
+        folder: folder of the data set.
+        files, images: JSON files and images in it.
 
     Raises:
-        ValueError: a file cannot be read, two are of one split, an image is not there, or an object of no category.
+        ValueError: a file cannot be read, two files belong to the same split, an image is missing, or an object has no
+            category.
     """
     contents = {file: content for file in files if file.suffix.lower() == ".json" and (content := _read(file))}
     files_of_split: dict[str, Path] = {}
@@ -32,8 +33,8 @@ def read_coco(
         split = _split_of(file.relative_to(folder))
         if split in files_of_split:
             raise ValueError(
-                f"'{files_of_split[split]}' and '{file}' are both of split '{split}': name one of them by its split "
-                "(train, val, test), or leave it out."
+                f"'{files_of_split[split]}' and '{file}' both belong to split '{split}': rename one of them after "
+                "its own split (train, val, test), or remove it."
             )
         files_of_split[split] = file
     used = {each.get("category_id") for content in contents.values() for each in content["annotations"]}
@@ -48,7 +49,7 @@ def read_coco(
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """The content of a file of COCO's form; None of another one."""
+    """The content of a file in COCO's format; None for other files."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -57,7 +58,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _split_of(file: Path) -> str:
-    """What the file's name says (`instances_train2017.json`, `val.json`), or a folder around it."""
+    """The split in the file's name (`instances_train2017.json`, `val.json`) or in that of a parent folder."""
     for part in (file.stem, *reversed(file.parts[:-1])):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in SPLIT_NAMES:
@@ -73,10 +74,10 @@ def _rows(
     for each in content["annotations"]:
         label, number = each.get("category_id"), each.get("id")
         if label not in names:
-            raise ValueError(f"Annotation {number} of '{file}' has the category {label}, which is not among them.")
+            raise ValueError(f"Annotation {number} of '{file}' has the category {label}, which is not in the file.")
         if each.get("image_id") not in known:
             raise ValueError(
-                f"Annotation {number} of '{file}' is of image {each.get('image_id')}, which is not among them."
+                f"Annotation {number} of '{file}' belongs to image {each.get('image_id')}, which is not in the file."
             )
         if "bbox" not in each:
             raise ValueError(f"Annotation {number} of '{file}' has no 'bbox'.")
@@ -84,14 +85,12 @@ def _rows(
         objects[each["image_id"]].append({"bbox": each["bbox"], "category": names[label], "iscrowd": crowd})
     found = [(places.find(image["file_name"], file, split), objects[image["id"]]) for image in content["images"]]
     if missing := [image["file_name"] for image, (place, _) in zip(content["images"], found, strict=True) if not place]:
-        raise ValueError(
-            f"{len(missing)} of {len(found)} images of '{file}' are not there; the first is '{missing[0]}'."
-        )
+        raise ValueError(f"{len(missing)} of {len(found)} images of '{file}' are missing; the first is '{missing[0]}'.")
     return [(str(place), of_image) for place, of_image in found]
 
 
 class _Places:
-    """Image files by their names: what a `file_name` is relative to, no file says."""
+    """Image files by name, because the JSON does not say which folder a `file_name` is relative to."""
 
     def __init__(self, folder: Path, images: Sequence[Path]) -> None:
         self._folder = folder
@@ -100,7 +99,8 @@ class _Places:
             self._by_name[image.name].append(image)
 
     def find(self, file_name: str, beside: Path, split: str) -> Path | None:
-        """The file whose path ends like that; of several the one of the JSON file's split, or the nearest to it."""
+        """The file whose path ends with this name; if there are several, the one in the JSON file's split or the
+        nearest one."""
         wanted = Path(file_name).parts
         found = [
             image for image in self._by_name.get(Path(file_name).name, ()) if image.parts[-len(wanted) :] == wanted
@@ -113,7 +113,7 @@ class _Places:
 
 
 def _distance(image: Path, beside: Path) -> int:
-    """Steps up and down from one file's folder to the other's."""
+    """The number of folders to go up and down from one file to the other."""
     one, other = image.parent.parts, beside.parent.parts
     shared = 0
     while shared < min(len(one), len(other)) and one[shared] == other[shared]:

@@ -1,4 +1,4 @@
-"""From any data set to one with the columns "image", "label" and "row"."""
+"""Converts any data set to one with the columns "image", "label" and "row"."""
 
 import os
 import stat
@@ -28,13 +28,13 @@ class ImageDatasets:
 
 @dataclass(frozen=True)
 class ImageStream:
-    """Training images that are read one after the other.
+    """Training images that are read sequentially.
 
     Attributes:
-        rows: with the columns "image" and "label" of `ImageDatasets`, in the order in which they are stored.
-        num_images: how many there are.
-        buffer_size: images from which the next one is drawn.
-        split: its name.
+        rows: rows with the columns "image" and "label" of `ImageDatasets`, in stored order.
+        num_images: number of images.
+        buffer_size: size of the buffer from which the next image is drawn.
+        split: name of the split.
     """
 
     rows: IterableDataset
@@ -46,7 +46,7 @@ class ImageStream:
         return self.num_images
 
     def shuffled(self, seed: int, epoch: int) -> IterableDataset:
-        """The rows in the order of an epoch: files change places, and a buffer mixes what they hold."""
+        """The rows in the order of an epoch: the files are shuffled, and so are their rows, with a buffer."""
         rows = self.rows.shuffle(seed=seed, buffer_size=self.buffer_size)
         rows.set_epoch(epoch)
         return rows
@@ -63,7 +63,7 @@ def standardize(
     where given, and then the data set's own must be among them.
 
     Raises:
-        ValueError: a column is missing or holds something else; a row has no image or no label.
+        ValueError: a column is missing or has another type; a row has no image or no label.
     """
     image_column = _find_column(dataset, image_column, medium.feature, "image")
     label_column = _find_column(dataset, label_column, ClassLabel, "label")
@@ -77,13 +77,13 @@ def standardize(
         dataset = dataset.cast_column("image", medium.feature(decode=False))
     except (NotImplementedError, TypeError, ValueError) as error:
         kind = dataset.features["image"]
-        raise ValueError(f"Column '{image_column}' holds no {medium.name}s; its type is {kind}.") from error
+        raise ValueError(f"Column '{image_column}' contains no {medium.name}s; its type is {kind}.") from error
     _check_stored(dataset, image_column, medium)
     labels, own_names = read_labels(dataset, label_column, say_numbers=label_names is None)
     label_names = label_names or own_names
     if own_names != label_names:
         labels = translate_labels(labels, own_names, label_names)
-    # Joined and not cast: a cast would copy all images.
+    # Concatenated rather than cast: a cast would copy all images.
     columns = Dataset.from_dict(
         {"label": labels, "row": np.arange(len(labels))},
         features=Features({"label": ClassLabel(names=label_names), "row": Value("int64")}),
@@ -107,11 +107,11 @@ def standardize_stream(
     kind = rows.features[label_column]
     if not isinstance(kind, ClassLabel):
         raise ValueError(
-            f"Column '{label_column}' has the type {kind}: a stream's labels need names (datasets.ClassLabel), because "
-            "they cannot all be looked at beforehand. Omit --streaming."
+            f"Column '{label_column}' has the type {kind}: in a stream, labels need names (datasets.ClassLabel), "
+            "because they cannot all be read beforehand. Omit --streaming."
         )
     rows = rows.select_columns([image_column, label_column])
-    # Bytes and paths without a type of their own stay as they are: datasets would refuse rows without either, unnamed.
+    # Bytes and paths are not given a type: `datasets` would reject rows that have neither, without naming the row.
     if not isinstance(rows.features[image_column], dict):
         rows = rows.cast_column(image_column, medium.feature(decode=False))  # before renaming, which decodes
     rows = rows.rename_columns(
@@ -124,7 +124,7 @@ def read_rows(rows: IterableDataset, split: str) -> Iterator[dict[str, Any]]:
     """The rows of a stream.
 
     Raises:
-        ValueError: datasets cannot read one; the message says how many it gave before.
+        ValueError: `datasets` cannot read a row; the message says how many rows were read before.
     """
     count = 0
     try:
@@ -132,14 +132,15 @@ def read_rows(rows: IterableDataset, split: str) -> Iterator[dict[str, Any]]:
             yield row
             count += 1
     except ValueError as error:
-        raise ValueError(f"After {count} rows of split '{split}' one cannot be read: {error}") from error
+        raise ValueError(f"After {count} rows of split '{split}', a row cannot be read: {error}") from error
 
 
 def _find_column(dataset: Dataset | IterableDataset, name: str | None, kind: type, meaning: str) -> str:
     if name is not None:
         if name not in dataset.column_names:
             raise ValueError(
-                f"There is no column '{name}' in split '{dataset.split}'; there are {', '.join(dataset.column_names)}."
+                f"There is no column '{name}' in split '{dataset.split}'; the columns are "
+                f"{', '.join(dataset.column_names)}."
             )
         return name
     found = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
@@ -152,11 +153,11 @@ def _find_column(dataset: Dataset | IterableDataset, name: str | None, kind: typ
 
 
 def _check_stored(dataset: Dataset, column: str, medium: Medium) -> None:
-    """Refuses rows in which there is nothing to decode. Whether the rest can be decoded shows when it is."""
+    """Rejects rows that have nothing to decode. Whether the others can be decoded is found out when they are."""
     stored = dataset.data.column("image")
     lengths = pc.fill_null(pc.binary_length(pc.struct_field(stored, "bytes")), -1).to_numpy()
     paths = pc.struct_field(stored, "path")
-    wrong = {int(row): "it holds 0 bytes" for row in np.flatnonzero(lengths == 0)}
+    wrong = {int(row): "it is empty (0 bytes)" for row in np.flatnonzero(lengths == 0)}
     without_bytes = np.flatnonzero(lengths < 0)
     for row, path in zip(without_bytes, paths.take(pa.array(without_bytes)).to_pylist(), strict=True):
         if problem := _problem_of_file(path):
@@ -172,12 +173,12 @@ def _check_stored(dataset: Dataset, column: str, medium: Medium) -> None:
 def _problem_of_file(path: str | None) -> str | None:
     if not path:
         return "it has neither bytes nor a path"
-    if "://" in path:  # what datasets opens where it is
+    if "://" in path:  # files that `datasets` opens itself
         return None
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
         return f"its file '{path}' cannot be opened ({getattr(error, 'strerror', None) or error})"
     if not stat.S_ISREG(status.st_mode):
-        return f"'{path}' is no file"
+        return f"'{path}' is not a file"
     return None if status.st_size else f"its file '{path}' is empty"

@@ -1,5 +1,5 @@
-"""What the items of segmentation and detection have in common: images of any size, and an image processor's steps that
-are taken one by one."""
+"""What data sets for segmentation and detection have in common: images of any size, and the separate steps of an image
+processor."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +15,11 @@ from hf_vssm_prune.training.image_steps import decode_image
 
 
 class DenseItems(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of images, each with more to be said of it.
+    """Rows of images with additional annotations.
 
     Args:
-        dataset: has its rows in `rows`, stored or streamed, and its split's name in `split`.
-        image_processor: that of the model.
+        dataset: has its rows in `rows`, stored or streamed, and the name of its split in `split`.
+        image_processor: the model's image processor.
     """
 
     def __init__(self, dataset: Any, image_processor: BaseImageProcessor) -> None:
@@ -40,7 +40,7 @@ class DenseItems(torch.utils.data.Dataset[dict[str, Any]]):
         raise NotImplementedError
 
     def _name(self, kind: str, place: str, stored: Mapping[str, Any] | None) -> str:
-        """What errors call it."""
+        """Its name in error messages."""
         name = f"The {kind} in {place} of split '{self._dataset.split}'"
         return name if stored is None or stored["path"] is None else f"{name} ('{stored['path']}')"
 
@@ -49,7 +49,7 @@ class DenseItems(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class Epochs:
-    """What is random in an item depends on the seed, the epoch and the index alone."""
+    """Randomness depends only on the seed, the epoch and the index."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -63,15 +63,15 @@ class Epochs:
         return int(self._epoch)
 
     def generator(self, index: int) -> np.random.Generator:
-        """Of all that is random in an item."""
+        """The generator for all randomness in an item."""
         return np.random.default_rng((self._seed, int(self), index))
 
 
 def resized_size(image_processor: BaseImageProcessor, image: Image.Image) -> tuple[int, int]:
-    """(height, width) to which an image processor resizes an image; its own where it does not resize.
+    """(height, width) to which an image processor resizes an image; the image's own size if it does not resize.
 
     Raises:
-        ValueError: the image processor does not say it by height and width or by a shortest edge.
+        ValueError: the image processor's size is neither height and width nor a shortest edge.
     """
     values = image_processor.to_dict()
     if not values.get("do_resize"):
@@ -80,7 +80,7 @@ def resized_size(image_processor: BaseImageProcessor, image: Image.Image) -> tup
     if size.keys() == {"height", "width"}:
         return size["height"], size["width"]
     if "shortest_edge" not in size:
-        raise ValueError(f"The image processor's size is {size}: height and width, or a shortest edge, are needed.")
+        raise ValueError(f"The image processor's size is {size}: it must have height and width, or a shortest edge.")
     height, width = get_size_with_aspect_ratio(
         (image.height, image.width), size["shortest_edge"], size.get("longest_edge")
     )
@@ -88,13 +88,13 @@ def resized_size(image_processor: BaseImageProcessor, image: Image.Image) -> tup
 
 
 def resampling(image_processor: BaseImageProcessor) -> Image.Resampling:
-    """The filter of an image processor's resizing."""
+    """The filter with which an image processor resizes."""
     resample = image_processor.to_dict().get("resample")
     return Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
 
 
 def normalize(image_processor: BaseImageProcessor, image: Image.Image) -> Tensor:
-    """Pixel values (channels, height, width) of an image as large as it is."""
+    """Pixel values (channels, height, width) of an image, without resizing it."""
     return image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"][0]
 
 
@@ -102,7 +102,7 @@ def fixed_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
     """(height, width) to which an image processor resizes all images.
 
     Raises:
-        ValueError: images keep their aspect ratio, or are not resized.
+        ValueError: the image processor keeps the aspect ratio, or does not resize.
     """
     values = image_processor.to_dict()
     size = values.get("size") or {}

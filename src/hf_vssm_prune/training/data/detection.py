@@ -1,5 +1,5 @@
-"""Images with objects, a box and a class each: from any data set to one with the columns "image", "boxes", "labels",
-"crowd" and "row"."""
+"""Images with objects (a box and a class each): converts any data set to one with the columns "image", "boxes",
+"labels", "crowd" and "row"."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -57,16 +57,16 @@ class BoxedImages:
 
 
 class BoxedStream(ImageStream):
-    """The same of rows that are read one after the other, without "row"."""
+    """The same for rows that are read sequentially, without "row"."""
 
 
 @dataclass(frozen=True)
 class ObjectOptions:
-    """How objects are given.
+    """The format of objects.
 
     Attributes:
-        label_file: names the classes; None: the column's type, or a file beside the data.
-        corners: a box is left, top, right, bottom, and not left, top, width, height.
+        label_file: file with the class names. None: the column's type, or a file next to the data.
+        corners: boxes are left, top, right, bottom instead of left, top, width, height.
     """
 
     label_file: str | None = None
@@ -78,11 +78,12 @@ def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: i
 
     Args:
         data: which data, splits, columns and samples.
-        options: how objects are given.
-        seed: of what is drawn.
+        options: format of the objects.
+        seed: random seed.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such data, a column or a split is missing, or an object is refused.
+        FileNotFoundError, ValueError: the data set does not exist, a column or a split is missing, or an object is not
+            valid.
     """
     name = data.dataset_name
     splits = _load_splits(data, data.streaming)
@@ -97,7 +98,7 @@ def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: i
             evaluation = _stored(evaluation, eval_split)
         evaluation_rows = _ObjectReader.of_rows(evaluation, data, options, reader.names).read(evaluation)
     elif data.streaming:
-        raise ValueError(f"'{name}' has no split to evaluate on; with --streaming it must have one: name --eval_split.")
+        raise ValueError(f"'{name}' has no split to evaluate on, which --streaming needs: name one with --eval_split.")
     else:
         train_rows, evaluation_rows = set_apart(train_rows, data.train_val_split, seed)
     evaluation_rows = draw_samples(evaluation_rows, data.max_eval_samples, "max_eval_samples", seed, IMAGES)
@@ -108,7 +109,7 @@ def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: i
         return ImageDatasets(BoxedImages(train_rows), BoxedImages(evaluation_rows), reader.names)
     if count is None:
         raise ValueError(
-            f"'{name}' does not say how many images split '{data.train_split}' has: say it with --max_train_samples."
+            f"'{name}' does not say how many images split '{data.train_split}' has: give it with --max_train_samples."
         )
     taken = train_rows if data.max_train_samples is None else train_rows.take(count)
     stream = BoxedStream(taken, count, data.shuffle_buffer_size, data.train_split)
@@ -133,12 +134,12 @@ def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
     if not holds_object_files(folder):
         return load_splits(data.dataset_name, data.dataset_config_name, streaming)
     if streaming:
-        raise ValueError(f"The images in '{folder}' are read as they are needed anyway: leave out --streaming.")
+        raise ValueError(f"The images in '{folder}' are read only when needed in any case: omit --streaming.")
     return load_object_files(folder)
 
 
 def _stored(rows: IterableDataset, split: str) -> Dataset:
-    """A stream, read once into datasets' cache."""
+    """Reads a stream into the cache of `datasets`."""
     return Dataset.from_generator(
         read_rows, features=rows.features, gen_kwargs={"rows": rows, "split": split}, split=NamedSplit(split)
     )
@@ -146,7 +147,7 @@ def _stored(rows: IterableDataset, split: str) -> Dataset:
 
 def _refuse_without_objects(rows: Dataset) -> None:
     if all(all(crowd) for crowd in rows["crowd"]):
-        raise ValueError(f"None of the {len(rows)} images of split '{rows.split}' has an object that is no crowd.")
+        raise ValueError(f"None of the {len(rows)} images of split '{rows.split}' has an object that is not a crowd.")
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,10 @@ class _ObjectReader:
     """Reads the rows of one split.
 
     Attributes:
-        image_column, object_column: of the split.
-        fields: of the objects.
-        own_names: the classes that the split's ids index; None: they are names, or ids of `names`.
-        names: the classes by their ids.
+        image_column, object_column: columns of the split.
+        fields: fields of the objects.
+        own_names: the classes that the split's ids refer to. None: classes are names, or ids of `names`.
+        names: class names in the order of their ids.
     """
 
     image_column: str
@@ -172,8 +173,8 @@ class _ObjectReader:
     ) -> "_ObjectReader":
         """
         Args:
-            rows: of a split, stored or streamed.
-            names: the training split's classes, for another split.
+            rows: rows of a split, stored or streamed.
+            names: for other splits, the classes of the training split.
         """
         features = rows.features if rows.features is not None else rows._resolve_features().features
         image_column, object_column = _find_columns(features, rows.split, data)
@@ -187,7 +188,8 @@ class _ObjectReader:
             own_names = _names_in(rows, object_column, fields)
         if own_names is None:
             raise ValueError(
-                f"Column '{object_column}' does not name its classes, and is streamed: name them with --label_file."
+                f"Column '{object_column}' does not name its classes, and the data set is streamed: name them with "
+                "--label_file."
             )
         return cls(image_column, object_column, fields, own_names, names or own_names)
 
@@ -195,7 +197,7 @@ class _ObjectReader:
         """Rows with the columns of `BoxedImages`; streamed ones without "row".
 
         Raises:
-            ValueError: an object is refused, see `read_objects`, or of an unknown class.
+            ValueError: an object is not valid, see `read_objects`, or has an unknown class.
         """
         if isinstance(rows, IterableDataset):
             return self._read_stream(rows)
@@ -205,7 +207,7 @@ class _ObjectReader:
         ]
         _refuse_fractions([each["boxes"] for each in objects], str(rows.split))
         if left_out := sum(each.pop("without_area") for each in objects):
-            logger.warning("%d boxes of split '%s' have no area, and are left out.", left_out, rows.split)
+            logger.warning("%d boxes of split '%s' have zero area and are left out.", left_out, rows.split)
         images = rows.select_columns([self.image_column])
         if self.image_column != "image":
             images = images.rename_column(self.image_column, "image")
@@ -249,40 +251,40 @@ class _ObjectReader:
         elif stored is not None and 0 <= stored < len(own):
             text = own[stored]
         else:
-            raise ValueError(f"{name}: the class id {stored} is not allowed; allowed are 0 to {len(own) - 1}.")
+            raise ValueError(f"{name}: the class id {stored} is not allowed; allowed values are 0 to {len(own) - 1}.")
         if text not in self.names:
-            raise ValueError(f"{name}: the class {text!r} is unknown; there are {', '.join(self.names)}.")
+            raise ValueError(f"{name}: the class {text!r} is unknown; the classes are {', '.join(self.names)}.")
         return self.names.index(text)
 
 
 def _find_columns(features: Mapping[str, Any], split: Any, data: EvaluationDataArguments) -> tuple[str, str]:
     for name in (data.image_column_name, data.label_column_name):
         if name is not None and name not in features:
-            raise ValueError(f"There is no column '{name}' in split '{split}'; there are {', '.join(features)}.")
+            raise ValueError(f"There is no column '{name}' in split '{split}'; the columns are {', '.join(features)}.")
     images = [name for name, kind in features.items() if isinstance(kind, Image)]
     image_column = data.image_column_name or (images[0] if len(images) == 1 else None)
     object_column = data.label_column_name or next((name for name in OBJECT_COLUMNS if name in features), None)
     if image_column is None or object_column is None:
         raise ValueError(
-            f"Split '{split}' has the columns {dict(features)}: one of images and one of objects are needed; name them "
-            "with --image_column_name and --label_column_name."
+            f"Split '{split}' has the columns {dict(features)}: a column of images and a column of objects are "
+            "needed; name them with --image_column_name and --label_column_name."
         )
     return image_column, object_column
 
 
 def _fields_of(kind: Any, column: str) -> dict[str, Any]:
-    """The fields of an objects column with the type that one object's value has: of a dict of lists, or a list of
+    """The fields of an objects column with the type of a single object's value, from a dict of lists or a list of
     dicts."""
     if isinstance(kind, Mapping):
         return {name: getattr(each, "feature", each) for name, each in kind.items()}
     inner = getattr(kind, "feature", None)
     if isinstance(inner, Mapping):
         return dict(inner)
-    raise ValueError(f"Column '{column}' holds no objects with boxes and classes; its type is {kind}.")
+    raise ValueError(f"Column '{column}' contains no objects with boxes and classes; its type is {kind}.")
 
 
 def _names_in(rows: Dataset, column: str, fields: Fields) -> list[str]:
-    """The classes that the objects of a split have: names in their order, or "class 0" to the highest id."""
+    """The classes of a split's objects: sorted names, or "class 0" up to the highest id."""
     found: set[Any] = set()
     for row, stored in enumerate(rows.select_columns([column])[column]):
         found |= set(read_objects(stored, fields, f"The objects in row {row} of split '{rows.split}'")[1])
@@ -294,6 +296,4 @@ def _names_in(rows: Dataset, column: str, fields: Fields) -> list[str]:
 def _refuse_fractions(boxes: Sequence[np.ndarray], split: str) -> None:
     given = [each for each in boxes if len(each)]
     if given and max(float(each.max()) for each in given) <= 1:
-        raise ValueError(
-            f"All boxes of split '{split}' are within 1 pixel: they are needed in pixels, not as fractions."
-        )
+        raise ValueError(f"All boxes of split '{split}' lie between 0 and 1: they must be in pixels, not fractions.")

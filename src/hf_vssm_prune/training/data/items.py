@@ -1,4 +1,4 @@
-"""What a data loader reads: images, decoded and augmented when they are asked for. Videos are in `clips`."""
+"""Data sets of images, decoded and augmented on access. For videos, see `clips`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from hf_vssm_prune.training.image_steps import ImageError, ImageProcessorSteps, 
 
 
 class Items(torch.utils.data.Dataset[dict[str, Any]]):
-    """Images, or what else it is that `load_image_dataset` gave, decoded when they are asked for."""
+    """Images (or other media) from `load_image_dataset`, decoded on access."""
 
     kind = "image"
 
@@ -38,7 +38,7 @@ class Items(torch.utils.data.Dataset[dict[str, Any]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """What a data loader calls for a whole batch: one look-up in the table is faster than many."""
+        """Called by a data loader for a whole batch: a single look-up in the table is faster than many."""
         rows = self._dataset[indices]
         return [
             self._item(index, stored, label, f"row {row}")
@@ -56,12 +56,12 @@ class Items(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class EvaluationImages(Items):
-    """Images as the image processor gives them.
+    """Images prepared by the image processor.
 
     Each item is {"pixel_values": float32 (channels, height, width), "labels": int}.
 
     Args:
-        dataset: One that `load_image_dataset` or `load_evaluation_dataset` gave.
+        dataset: A data set from `load_image_dataset` or `load_evaluation_dataset`.
         image_processor: One of plain steps: see `ImageProcessorSteps`.
     """
 
@@ -70,13 +70,13 @@ class EvaluationImages(Items):
 
 
 class AugmentedItems(Items):
-    """Items for training. What is random in one depends on the seed, the epoch and the index alone: not on the number
-    of workers or processes, nor on what was read before.
+    """Items for training. Randomness depends only on the seed, the epoch and the index, not on the number of workers or
+    processes or on what was read before.
 
     Args:
-        dataset: One that `load_image_dataset` gave.
+        dataset: A data set from `load_image_dataset`.
         image_processor: One of plain steps: see `ImageProcessorSteps`.
-        augmentation: What to do to the images.
+        augmentation: The augmentation to apply.
         seed: Not negative.
     """
 
@@ -96,7 +96,7 @@ class AugmentedItems(Items):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Call it before the data loader's iterator is made: workers read ahead."""
+        """Call this before creating the data loader's iterator, because workers read ahead."""
         self._epoch.fill_(epoch)
 
     def _generator(self, index: int, *purpose: int) -> np.random.Generator:
@@ -128,10 +128,10 @@ class TrainingImages(AugmentedItems):
 
 
 class StreamedItems(AugmentedItems):
-    """Those of an `ImageStream`.
+    """Items of an `ImageStream`.
 
-    An "index" is the place in the epoch's order together with the row itself, as `sampling.StreamSampler` gives them:
-    the process that trains reads the rows, and its workers decode and augment them.
+    An "index" is the position in the epoch's order together with the row itself, as returned by
+    `sampling.StreamSampler`: the training process reads the rows, and its workers decode and augment them.
     """
 
     def __getitem__(self, numbered_row: tuple[int, dict[str, Any]]) -> dict[str, Any]:  # type: ignore[override]
@@ -148,8 +148,8 @@ class StreamedItems(AugmentedItems):
         label, count = row["label"], self._dataset.rows.features["label"].num_classes
         if label is None or not 0 <= label < count:
             raise ImageError(
-                f"The {self.kind} in place {place} of split '{self._dataset.split}' has the label {label}: allowed is "
-                f"0 to {count - 1}."
+                f"The {self.kind} in place {place} of split '{self._dataset.split}' has the label {label}: allowed "
+                f"labels are 0 to {count - 1}."
             )
         return label
 

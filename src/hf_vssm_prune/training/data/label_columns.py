@@ -1,4 +1,4 @@
-"""Labels of any type as indices into their names."""
+"""Converts labels of any type to indices into their names."""
 
 import logging
 import re
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 def read_labels(dataset: Dataset, column: str, say_numbers: bool = True) -> tuple[np.ndarray, list[str]]:
     """Returns the labels as indices, int64 (rows,), and the names that they index.
 
-    A `ClassLabel` has names. Of texts, numbers and truth values each that there is becomes a class, in their order, and
-    is its name.
+    A `ClassLabel` has names. For strings, numbers and booleans, each value that occurs becomes a class, in sorted
+    order, with the value as its name.
 
     Args:
-        dataset: labels in the column "label".
-        column: what errors call it.
-        say_numbers: whether to log which numbers there are, where they are not 0, 1, 2, ...
+        dataset: data set with labels in the column "label".
+        column: name of the column in error messages.
+        say_numbers: whether to log the numbers if they are not 0, 1, 2, ...
 
     Raises:
-        ValueError: a row has no label, or one that is not allowed; the column is of another type.
+        ValueError: a row has no label, or one that is not allowed; or the column has another type.
     """
     feature = dataset.features["label"]
     values = dataset.data.column("label")
@@ -35,7 +35,7 @@ def read_labels(dataset: Dataset, column: str, say_numbers: bool = True) -> tupl
         return _check_named_labels(dataset, column, feature.names), list(feature.names)
     kind = getattr(feature, "dtype", None)
     if not isinstance(kind, str) or not re.fullmatch(r"u?int\d+|bool|string|large_string|string_view", kind):
-        raise ValueError(f"Column '{column}' holds no labels (integers or strings); its type is {feature}.")
+        raise ValueError(f"Column '{column}' contains no labels (integers or strings); its type is {feature}.")
     found, indices = np.unique(values.to_numpy(), return_inverse=True)
     names = [str(name) for name in found]
     if not all(name.strip() for name in names):
@@ -43,8 +43,8 @@ def read_labels(dataset: Dataset, column: str, say_numbers: bool = True) -> tupl
         _refuse_rows(dataset, column, np.isin(indices, blank))
     if say_numbers and "int" in kind and names != [str(i) for i in range(len(names))]:
         logger.warning(
-            "Column '%s' of split '%s' has the numbers %s for labels: they become %d classes that are named by them. "
-            "Numbers in between become none.",
+            "Column '%s' of split '%s' has the numbers %s as labels: they become %d classes, named by these numbers. "
+            "Numbers in between get no class.",
             *(column, dataset.split, _shown(names), len(names)),
         )
     return indices.astype(np.int64), names
@@ -54,25 +54,25 @@ def _check_named_labels(dataset: Dataset, column: str, names: Sequence[str]) -> 
     labels = dataset.data.column("label").to_numpy().astype(np.int64)
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if wrong.size:
-        others = f", as {len(wrong)} of {len(labels)} rows have one that is not allowed" if wrong.size > 1 else ""
+        others = f" ({len(wrong)} of {len(labels)} rows have a label that is not allowed)" if wrong.size > 1 else ""
         raise ValueError(
             f"Row {wrong[0]} of split '{dataset.split}' has the label {labels[wrong[0]]} in column '{column}'{others}: "
-            f"allowed is 0 to {len(names) - 1}."
+            f"allowed labels are 0 to {len(names) - 1}."
         )
     return labels
 
 
 def _refuse_rows(dataset: Dataset, column: str, wrong: np.ndarray) -> None:
     rows = np.flatnonzero(wrong)
-    others = f", as {len(rows)} of {len(wrong)} rows" if len(rows) > 1 else ""
+    others = f" ({len(rows)} of {len(wrong)} rows have none)" if len(rows) > 1 else ""
     raise ValueError(f"Row {rows[0]} of split '{dataset.split}' has no label in column '{column}'{others}.")
 
 
 def translate_labels(labels: np.ndarray, names: list[str], target_names: list[str]) -> np.ndarray:
-    """Indices into `names` as indices into the training split's names.
+    """Converts indices into `names` to indices into the training split's names.
 
     Raises:
-        ValueError: some are not among these.
+        ValueError: some labels are not in the training split.
     """
     match = match_labels(target_names, names, some=True)
     if match.kind is Match.DIFFERENT:

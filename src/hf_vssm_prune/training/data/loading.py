@@ -57,7 +57,7 @@ def load_image_dataset(
             labels are missing, out of range or all the same; there are fewer images than asked for.
     """
     if not 0 < validation_share < 1:
-        raise ValueError(f"validation_share is {validation_share}: it must be between 0 and 1, both excluded.")
+        raise ValueError(f"validation_share is {validation_share}: it must be greater than 0 and less than 1.")
     splits = load_splits(name_or_path, config_name, medium=medium)
     rows = choose_split(splits, train_split, name_or_path)
     train, label_names = standardize(rows, image_column, label_column, medium=medium)
@@ -210,8 +210,6 @@ def draw_samples(dataset: Dataset, count: int | None, argument: str, seed: int, 
     if count is None:
         return dataset
     if not 1 <= count <= len(dataset):
-        raise ValueError(
-            f"{argument} is {count}: it must be from 1 to {len(dataset)}, the number of {medium.name}s there are."
-        )
+        raise ValueError(f"{argument} is {count}: it must be from 1 to {len(dataset)}, the number of {medium.name}s.")
     rows = np.random.default_rng(seed).choice(len(dataset), count, replace=False)
     return dataset.select(np.sort(rows), keep_in_memory=True)

@@ -1,4 +1,4 @@
-"""What a data loader reads for segmentation: images and masks, decoded and augmented when they are asked for."""
+"""Data sets for segmentation: images and masks, decoded and augmented on access."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +18,8 @@ class _MaskedImages(DenseItems):
     """Pairs of images and masks.
 
     Args:
-        pairs: as `load_segmentation_datasets` gives them.
-        image_processor: that of the model.
+        pairs: pairs from `load_segmentation_datasets`.
+        image_processor: the model's image processor.
         ignore_index, reduce_labels: see `load_segmentation_datasets`.
     """
 
@@ -41,7 +41,7 @@ class _MaskedImages(DenseItems):
 
 
 class EvaluationMasks(_MaskedImages):
-    """Images as the image processor gives them, with their masks as they are.
+    """Images prepared by the image processor, with unchanged masks.
 
     Each item is {"pixel_values": float32 (channels, height, width), "labels": int64 (height, width) of the mask}.
 
@@ -68,13 +68,12 @@ class EvaluationMasks(_MaskedImages):
 
 
 class TrainingMasks(_MaskedImages):
-    """Augmented images and masks, all of one size. What is random in one depends on the seed, the epoch and the index
-    alone.
+    """Augmented images and masks, all of the same size. Randomness depends only on the seed, the epoch and the index.
 
     Each item is {"pixel_values": float32 (channels, height, width), "labels": int64 (height, width)}.
 
     Args:
-        augmentation: what to do to them.
+        augmentation: the augmentation to apply.
         seed: not negative.
     """
 
@@ -91,7 +90,7 @@ class TrainingMasks(_MaskedImages):
         self._augmentation, self._epoch = augmentation, Epochs(seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Call it before the data loader's iterator is made: workers read ahead."""
+        """Call this before creating the data loader's iterator, because workers read ahead."""
         self._epoch.set(epoch)
 
     def _prepare(self, image: Image.Image, mask: np.ndarray, index: int) -> dict[str, Any]:
@@ -107,7 +106,7 @@ class TrainingMasks(_MaskedImages):
 
 
 class StreamedTrainingMasks(TrainingMasks):
-    """The same of a `PairStream`, whose "index" is the place in the epoch's order together with the row itself."""
+    """The same for a `PairStream`, whose "index" is the position in the epoch's order together with the row itself."""
 
     def __getitem__(self, numbered_row: Any) -> dict[str, Any]:
         place, row = numbered_row
@@ -115,8 +114,8 @@ class StreamedTrainingMasks(TrainingMasks):
 
 
 def collate_masks(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch: {"pixel_values": (batch, channels, height, width), "labels": (batch, height, width)}, and lists in place
-    of tensors where the images differ in size."""
+    """A batch: {"pixel_values": (batch, channels, height, width), "labels": (batch, height, width)}, with lists instead
+    of tensors if the images differ in size."""
     batch: dict[str, Any] = {}
     for name in ("pixel_values", "labels"):
         tensors = [item[name] for item in items]

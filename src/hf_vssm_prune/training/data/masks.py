@@ -1,4 +1,4 @@
-"""Masks, with a class id in each pixel: decoding, and what is refused."""
+"""Decodes and checks masks, which have a class id in each pixel."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,27 +13,30 @@ SHOWN_IDS = 5
 
 
 def decode_mask(stored: Mapping[str, Any] | None, name: str) -> np.ndarray:
-    """Class ids, int64 (height, width), of a mask that `datasets.Image(decode=False)` stored.
+    """Class ids, int64 (height, width), of a mask stored by `datasets.Image(decode=False)`.
 
-    They are the pixels of a grayscale image, the indices of one with a palette, or what the three channels of a colour
-    image say alike.
+    These are the pixels of a grayscale image, the indices of a palette image, or the common value of the three channels
+    of a colour image.
 
     Raises:
-        ImageError: it is missing or damaged, or has colours in place of ids.
+        ImageError: it is missing or damaged, or has colours instead of ids.
     """
     pixels = read_stored(stored, name, np.asarray)
     if pixels.ndim == 3:
         pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1]
         if not (pixels == pixels[..., :1]).all():
-            raise ImageError(f"{name} has colours: a class id in each pixel is needed, grayscale or with a palette.")
+            raise ImageError(
+                f"{name} is a colour image: a mask must have a class id in each pixel, as a grayscale or palette image."
+            )
         pixels = pixels[..., 0]
     if pixels.dtype.kind == "f":
-        raise ImageError(f"{name} has pixels of type {pixels.dtype}: whole numbers are needed.")
+        raise ImageError(f"{name} has pixels of type {pixels.dtype}: they must be whole numbers.")
     return pixels.astype(np.int64)
 
 
 def reduced(ids: np.ndarray, reduce_labels: bool) -> np.ndarray:
-    """Classes counted from 1, where 0 is none of them, counted from 0: 0 becomes 255, as 255 stays."""
+    """Converts classes counted from 1, with 0 for no class, to classes counted from 0: 0 becomes 255, and 255 stays
+    255."""
     if not reduce_labels:
         return ids
     ignored = (ids == 0) | (ids == IGNORED_AFTER_REDUCTION)
@@ -41,28 +44,28 @@ def reduced(ids: np.ndarray, reduce_labels: bool) -> np.ndarray:
 
 
 def check_mask(ids: np.ndarray, image_size: tuple[int, int], num_labels: int, ignore_index: int, name: str) -> None:
-    """Refuses a mask that does not fit its image or the classes.
+    """Raises an error for a mask that does not fit its image or the classes.
 
     Args:
         ids: (height, width).
         image_size: (width, height) of the image.
-        num_labels: how many classes there are.
-        ignore_index: the id of no class.
-        name: what an error calls the mask.
+        num_labels: number of classes.
+        ignore_index: the id for no class.
+        name: name of the mask in error messages.
 
     Raises:
-        ImageError: it has another size, or ids of no class.
+        ImageError: it has another size, or ids that are no class.
     """
     height, width = ids.shape
     if (width, height) != image_size:
         raise ImageError(
-            f"{name} is {width} x {height} pixels, and its image {image_size[0]} x {image_size[1]}: they must be of "
-            "one size."
+            f"{name} is {width} x {height} pixels, and its image {image_size[0]} x {image_size[1]}: they must have "
+            "the same size."
         )
     wrong = np.unique(ids[((ids < 0) | (ids >= num_labels)) & (ids != ignore_index)])
     if wrong.size:
         more = ", …" if wrong.size > SHOWN_IDS else ""
         raise ImageError(
-            f"{name} has the class ids {', '.join(map(str, wrong[:SHOWN_IDS]))}{more}: allowed are 0 to "
+            f"{name} has the class ids {', '.join(map(str, wrong[:SHOWN_IDS]))}{more}: allowed values are 0 to "
             f"{num_labels - 1}, and {ignore_index} for pixels of no class."
         )

@@ -41,8 +41,8 @@ def load_object_files(folder: Path) -> DatasetDict:
         splits, names = read_voc(folder, files, images)
     if not splits:
         raise ValueError(
-            f"The folder '{folder}' holds neither a JSON file of COCO's form (with 'images', 'annotations' and "
-            "'categories') nor XML files of Pascal VOC's."
+            f"The folder '{folder}' contains neither a JSON file in COCO's format (with 'images', 'annotations' and "
+            "'categories') nor XML files in Pascal VOC's format."
         )
     objects = {
         "bbox": Repeated(Repeated(Value("float32"))),

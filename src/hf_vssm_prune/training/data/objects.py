@@ -1,4 +1,4 @@
-"""The objects of one image, with a box and a class each: as data sets store them, and what is refused."""
+"""Reads and checks the objects of one image, each with a box and a class."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ import numpy as np
 from hf_vssm_prune.training.image_steps import ImageError
 
 
-# What the fields are called, in data sets on the Hub.
+# Names of the fields in data sets on the Hub.
 BOX_FIELDS = ("bbox", "boxes", "box", "bboxes")
 CLASS_FIELDS = ("category", "categories", "category_id", "label", "labels", "class", "classes", "class_labels")
 CROWD_FIELDS = ("iscrowd", "is_crowd", "crowd", "ignore")
-# Of a box, the share that must lie in the image: a smaller one is most likely given in another way.
+# The fraction of a box that must be inside the image: if it is smaller, the box is most likely in another format.
 LEAST_INSIDE = 0.5
 
 
 class Fields(NamedTuple):
-    """The fields of a data set's objects: their names, and how a box is given."""
+    """The fields of a data set's objects: their names and the box format."""
 
     box: str
     label: str
@@ -28,14 +28,14 @@ class Fields(NamedTuple):
 
 @dataclass(frozen=True)
 class Objects:
-    """Those of one image.
+    """The objects of one image.
 
     Attributes:
         boxes: float32 (n, 4), left, top, width and height in pixels.
         labels: class ids, int64 (n,).
-        crowd: bool (n,): a box around many, or one that is too hard: nothing is learned from it, and what is found in
-            it is not counted.
-        without_area: how many boxes were left out, because they have no area.
+        crowd: bool (n,): a box around many objects, or one that is too difficult: it is not used for training, and
+            detections in it are not counted.
+        without_area: number of boxes that were left out because they have zero area.
     """
 
     boxes: np.ndarray
@@ -45,15 +45,15 @@ class Objects:
 
 
 def read_objects(stored: Any, fields: Fields, name: str) -> tuple[Objects, list[Any]]:
-    """The objects of an image, all of label 0, and their classes as they are stored.
+    """The objects of an image, all with label 0, and their classes as stored.
 
     Args:
-        stored: a dict of lists, or a list of dicts; None: there are none.
-        fields: of them.
-        name: what errors call them.
+        stored: a dict of lists, or a list of dicts. None: there are no objects.
+        fields: fields of the objects.
+        name: name of the objects in error messages.
 
     Raises:
-        ImageError: there are not as many classes as boxes, or a box is not four numbers, or of negative size.
+        ImageError: the numbers of classes and boxes differ, or a box is not four numbers or has a negative size.
     """
     if not isinstance(stored, Mapping):
         rows = list(stored or ())
@@ -63,13 +63,15 @@ def read_objects(stored: Any, fields: Fields, name: str) -> tuple[Objects, list[
         raise ImageError(f"{name}: there are {len(boxes)} boxes and {len(classes)} classes.")
     for number, box in enumerate(boxes):
         if box is None or len(box) != 4 or not np.isfinite(np.asarray(box, np.float64)).all():
-            raise ImageError(f"{name}: box {number} is {box}; four numbers are needed.")
+            raise ImageError(f"{name}: box {number} is {box}; it must be four numbers.")
     array = np.asarray(boxes, np.float32).reshape(-1, 4)
     if fields.corners:
         array = np.concatenate([array[:, :2], array[:, 2:] - array[:, :2]], axis=1)
     for number in np.flatnonzero((array[:, 2:] < 0).any(axis=1))[:1]:
         given = "left, top, right, bottom" if fields.corners else "left, top, width, height"
-        raise ImageError(f"{name}: box {number} is {boxes[number]}, of negative size; boxes are [{given}] in pixels.")
+        raise ImageError(
+            f"{name}: box {number} is {boxes[number]}, which has a negative size; boxes are [{given}] in pixels."
+        )
     crowd = np.array([bool(each) for each in (stored.get(fields.crowd) if fields.crowd else None) or [0] * len(boxes)])
     has_area = (array[:, 2:] > 0).all(axis=1)
     kept = np.flatnonzero(has_area)
@@ -78,15 +80,15 @@ def read_objects(stored: Any, fields: Fields, name: str) -> tuple[Objects, list[
 
 
 def fit_boxes(boxes: np.ndarray, image_size: tuple[int, int], name: str) -> np.ndarray:
-    """Boxes as left, top, right and bottom, fractions of the image's sides, cut at its edges.
+    """Converts boxes to left, top, right and bottom as fractions of the image's sides, clipped to the image.
 
     Args:
         boxes: (n, 4), left, top, width and height in pixels.
         image_size: (width, height).
-        name: what errors call the image's objects.
+        name: name of the image's objects in error messages.
 
     Raises:
-        ImageError: less than half of a box is in the image.
+        ImageError: less than half of a box is inside the image.
     """
     sides = np.array(image_size, np.float64)
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float64)
@@ -95,17 +97,17 @@ def fit_boxes(boxes: np.ndarray, image_size: tuple[int, int], name: str) -> np.n
     for number in np.flatnonzero(~(inside >= LEAST_INSIDE))[:1]:
         raise ImageError(
             f"{name}: box {number} is {boxes[number].tolist()} (left, top, width, height), of which "
-            f"{max(0.0, inside[number]):.0%} are in the image of {image_size[0]} x {image_size[1]} pixels. Are boxes "
-            "given as corners (--box_format corners), or for another size?"
+            f"{max(0.0, inside[number]):.0%} are inside the image of {image_size[0]} x {image_size[1]} pixels. Are "
+            "boxes given as corners (--box_format corners), or for another image size?"
         )
     return cut / np.tile(sides, 2)
 
 
 def find_fields(names: Sequence[str], corners: bool, column: str) -> Fields:
-    """Which of an objects column's fields are boxes, classes and marks of crowds.
+    """Finds the fields of an objects column for boxes, classes and crowd flags.
 
     Raises:
-        ValueError: there is none of boxes, or none of classes.
+        ValueError: there is no field for boxes or for classes.
     """
     found = [next((each for each in known if each in names), None) for known in (BOX_FIELDS, CLASS_FIELDS)]
     if None in found:

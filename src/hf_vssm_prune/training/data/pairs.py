@@ -67,8 +67,8 @@ def load_pair_folder(folder: Path) -> DatasetDict:
             masks.setdefault((file.split, file.key), []).append(file.path)
     if not images or not masks:
         raise ValueError(
-            f"The folder '{folder}' holds {len(images)} images and {len(masks)} masks: for each image a mask is "
-            "needed, in a folder 'masks' next to 'images', or next to the image ('a.jpg' and 'a.png', or 'a_mask.png')."
+            f"The folder '{folder}' contains {len(images)} images and {len(masks)} masks: each image needs a mask, "
+            "in a folder 'masks' next to 'images', or next to the image ('a.jpg' and 'a.png', or 'a_mask.png')."
         )
     for problem, wrong in (
         ("no mask", [image for place, image in images.items() if place not in masks]),

@@ -74,14 +74,14 @@ def load_segmentation_datasets(
         if data.streaming:
             evaluation_rows = _stored(evaluation_rows, eval_split)
     elif data.streaming:
-        raise ValueError(f"'{name}' has no split to evaluate on; with --streaming it must have one: name --eval_split.")
+        raise ValueError(f"'{name}' has no split to evaluate on, which --streaming needs: name one with --eval_split.")
     else:
         train_rows, evaluation_rows = set_apart(train_rows, data.train_val_split, seed)
     label_names = read_label_names(name, label_file)
     if label_names is None:
         if data.streaming:
             raise ValueError(
-                f"'{name}' does not name its classes, and masks are streamed: name them with --label_file."
+                f"'{name}' does not name its classes, and the masks are streamed: name them with --label_file."
             )
         label_names = _names_of_ids(train_rows, ignore_index, reduce_labels)
     if data.streaming:
@@ -144,7 +144,7 @@ def standardize_pairs(rows: Any, image_column: str | None, mask_column: str | No
     for name in (image_column, mask_column):
         if name is not None and name not in rows.column_names:
             raise ValueError(
-                f"There is no column '{name}' in split '{rows.split}'; there are {', '.join(rows.column_names)}."
+                f"There is no column '{name}' in split '{rows.split}'; the columns are {', '.join(rows.column_names)}."
             )
     if mask_column is None:
         mask_column = next((name for name in MASK_COLUMNS if name in found and name != image_column), None)
@@ -153,8 +153,8 @@ def standardize_pairs(rows: Any, image_column: str | None, mask_column: str | No
         image_column = others[0] if len(others) == 1 else next((name for name in others if name == "image"), None)
     if image_column is None or mask_column is None or image_column == mask_column:
         raise ValueError(
-            f"Split '{rows.split}' has the columns {dict(rows.features)}: one of images and one of masks are needed; "
-            "name them with --image_column_name and --label_column_name."
+            f"Split '{rows.split}' has the columns {dict(rows.features)}: a column of images and a column of masks "
+            "are needed; name them with --image_column_name and --label_column_name."
         )
     rows = rows.select_columns([image_column, mask_column])
     rows = rows.rename_columns(
@@ -173,7 +173,7 @@ def standardize_pairs(rows: Any, image_column: str | None, mask_column: str | No
 def set_apart(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Sets a share apart for evaluation, at least one image and not all."""
     if len(rows) < 2:
-        raise ValueError(f"{len(rows)} training images cannot be split into some to train on and some to evaluate.")
+        raise ValueError(f"{len(rows)} training images cannot be split into training and evaluation images.")
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
     order = np.random.default_rng(seed).permutation(len(rows))
     parts = (np.sort(order[count:]), np.sort(order[:count]))
@@ -218,7 +218,7 @@ def _names_of_ids(rows: Dataset, ignore_index: int, reduce_labels: bool) -> list
         highest = max(highest, int(ids.max(initial=-1)))
     if highest < 1:
         raise ValueError(
-            f"The masks of split '{rows.split}' have no class id above {max(highest, 0)}: two classes are needed at "
-            "least."
+            f"The masks of split '{rows.split}' have no class id above {max(highest, 0)}: at least two classes are "
+            "needed."
         )
     return [f"class {label}" for label in range(highest + 1)]

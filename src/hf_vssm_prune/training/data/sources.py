@@ -61,8 +61,8 @@ def load_splits(
             return _load_tables([path], streaming, medium)
         if path.suffix != ".parquet":
             raise ValueError(
-                f"'{path}' is a file of type '{path.suffix}': a data set is a folder, a .parquet file or a .csv table "
-                "of paths and labels."
+                f"'{path}' is a file of type '{path.suffix}': a data set must be a folder, a .parquet file or a .csv "
+                "table of paths and labels."
             )
         return _load_parquet([path], streaming)
     if path.is_dir():
@@ -191,8 +191,8 @@ def _load_class_folders(folder: Path, medium: Medium) -> DatasetDict:
     label_names = sorted({child.name for split in split_folders.values() for child in _subfolders(split)})
     if not label_names:
         raise ValueError(
-            f"The folder '{folder}' holds neither Parquet files nor class folders (such as "
-            f"'{folder}/cat/1{medium.example}'), nor what datasets' save_to_disk writes."
+            f"The folder '{folder}' contains neither Parquet files nor class folders (such as "
+            f"'{folder}/cat/1{medium.example}'), and was not written by datasets' save_to_disk."
         )
     if "train" in split_folders:
         trained = {child.name for child in _subfolders(split_folders["train"])}
@@ -227,11 +227,11 @@ def _find_labelled(folder: Path, label_names: list[str], medium: Medium) -> tupl
         files, links = find_files(class_folder)
         found = sorted(str(file) for file in files if file.suffix.lower() in medium.suffixes())
         if not found:
-            raise ValueError(f"The class folder '{class_folder}' holds no {medium.name}s.")
+            raise ValueError(f"The class folder '{class_folder}' contains no {medium.name}s.")
         if links:
             logger.warning(
-                "%d links in '%s' are not followed, because they lead to a folder around it, or to one that is read "
-                "already; the first is '%s'.",
+                "%d links in '%s' are not followed, because they lead to a parent folder or to a folder that has "
+                "already been read; the first is '%s'.",
                 *(len(links), class_folder, links[0]),
             )
         paths += found
@@ -245,8 +245,8 @@ def _warn_of_others(folder: Path, found: Collection[str], medium: Medium) -> Non
     if others := sorted(file for file in files if str(file) not in found):
         kinds = Counter(file.suffix.lower() or "without a suffix" for file in others)
         logger.warning(
-            "%d files in '%s' are not among its %ss: %s; the first is '%s'. %ss are files of a kind that %s reads, in "
-            "class folders; where there are folders for train and test, in class folders in these.",
+            "%d files in '%s' are not among its %ss: %s; the first is '%s'. %ss must be in a format that %s can "
+            "read, and in class folders (inside the split folders, if there are any).",
             *(len(others), folder, medium.name, ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())),
             *(others[0], medium.name.capitalize(), medium.reader),
         )

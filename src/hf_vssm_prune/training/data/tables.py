@@ -55,14 +55,14 @@ def _read(file: Path) -> list[tuple[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"'{file}' cannot be read: {error}") from error
     if not lines:
-        raise ValueError(f"'{file}' is empty: a path and a label on each line are needed.")
+        raise ValueError(f"'{file}' is empty: each line must have a path and a label.")
     separator = next((each for each in SEPARATORS if each in lines[0]), ",")
     cells = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)]
     path, label, first = _find_columns(cells[0])
     rows = []
     for number, row in enumerate(cells[first:], first + 1):
         if len(row) <= max(path, label) or not (row[path] and row[label]) or (not first and len(row) != 2):
-            raise ValueError(f"Line {number} of '{file}' is {row}: a path and a label are needed.")
+            raise ValueError(f"Line {number} of '{file}' is {row}: it must have a path and a label.")
         rows.append((str(file.parent / Path(row[path]).expanduser()), row[label]))
     return rows
 

@@ -36,7 +36,7 @@ def read_voc(
         found = [beside] if beside else by_name.get(Path(root.findtext("filename") or file.stem).stem, [])
         found = found or by_name.get(file.stem, [])
         if not found:
-            raise ValueError(f"The image of '{file}' is not there: '{root.findtext('filename')}'.")
+            raise ValueError(f"The image of '{file}' is missing: '{root.findtext('filename')}'.")
         image = min(found, key=lambda each: _split_of(folder, each) != _split_of(folder, file))
         rows[file] = (str(image), [_object(each, file) for each in root.iter("object")])
     names = sorted({each["category"] for _, objects in rows.values() for each in objects})
@@ -61,7 +61,7 @@ def _object(element: ElementTree.Element, file: Path) -> dict[str, Any]:
     try:
         left, top, right, bottom = (float(side or "") for side in corners)
     except ValueError as error:
-        raise ValueError(f"An object of '{file}' has the box {corners}: four numbers are needed.") from error
+        raise ValueError(f"An object of '{file}' has the box {corners}: it must have four numbers.") from error
     if not name:
         raise ValueError(f"An object of '{file}' has no name.")
     # Pixels are counted from 1, and the last one belongs to the box.
@@ -98,5 +98,5 @@ def _stems(file: Path) -> list[str]:
 
 def _listed(stem: str, by_stem: dict[str, Path], file: Path) -> Path:
     if stem not in by_stem:
-        raise ValueError(f"'{file}' lists '{stem}', of which there is no XML file.")
+        raise ValueError(f"'{file}' lists '{stem}', for which there is no XML file.")
     return by_stem[stem]

@@ -71,7 +71,7 @@ class AugmentationArguments:
         if self.no_random_crop and self.random_crop_padding:
             raise ValueError("--no_random_crop and --random_crop_padding cannot be combined: give one of them.")
         if len(self.scale) != 2:
-            raise ValueError(f"--scale is {self.scale}: the smallest and the largest fraction are needed.")
+            raise ValueError(f"--scale is {self.scale}: give the smallest and the largest fraction.")
         self.image_augmentation()
         self.mix()
 
@@ -172,7 +172,7 @@ class ImageClassification:
         modality = load_config(name_or_path).modality
         if modality != self.medium.name:
             raise ValueError(
-                f"{name_or_path} is a model of {modality}s; --task {self.name} needs one of {self.medium.name}s."
+                f"{name_or_path} is a model for {modality}s; --task {self.name} needs a model for {self.medium.name}s."
             )
 
     # Training

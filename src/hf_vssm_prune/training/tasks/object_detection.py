@@ -47,7 +47,7 @@ class BoxArguments:
     label_file: str | None = field(
         default=None,
         metadata=describe(
-            "names of the classes, JSON or a line each; found in or beside the data by default", "--id2label"
+            "class names: JSON, or text with one name per line; by default those in the data set", "--id2label"
         ),
     )
     box_format: str = field(
@@ -69,45 +69,58 @@ class DetectionArguments(BoxArguments):
     input_size: list[int] | None = field(
         default=None,
         metadata=describe(
-            "height and width to which all images are resized, or one number; default: a detector's own, else 640"
+            "height and width to which all images are resized, or one number; default: the detector's, or 640 for a "
+            "new one"
         ),
     )
     scale: list[float] = field(
         default_factory=lambda: [0.5, 2.0],
         metadata=describe(
-            "smallest and largest factor of this size before a training image is cropped or padded to it"
+            "smallest and largest factor by which training images are scaled before they are cropped or padded to "
+            "--input_size"
         ),
     )
-    hflip: float = field(default=0.5, metadata=describe("probability of mirroring an image"))
-    vflip: float = field(default=0.0, metadata=describe("probability of turning an image upside down"))
+    hflip: float = field(default=0.5, metadata=describe("probability of a horizontal flip"))
+    vflip: float = field(default=0.0, metadata=describe("probability of a vertical flip"))
     no_photometric_distortion: bool = field(
-        default=False, metadata=describe("leave brightness, contrast, saturation and hue as they are")
+        default=False, metadata=describe("do not change brightness, contrast, saturation and hue")
     )
-    head: str = field(default="rt_detr", metadata=describe("a new model's head", choices=tuple(HEADS)))
-    head_channels: int = field(default=256, metadata=describe("width of a new head"))
-    head_ffn_channels: int = field(default=1024, metadata=describe("width of its feed-forward layers"))
-    head_attention_heads: int = field(default=8, metadata=describe("number of its attention heads"))
+    head: str = field(default="rt_detr", metadata=describe("head of a new model", choices=tuple(HEADS)))
+    head_channels: int = field(default=256, metadata=describe("number of channels of a new head"))
+    head_ffn_channels: int = field(
+        default=1024, metadata=describe("number of channels in a new head's feed-forward layers")
+    )
+    head_attention_heads: int = field(default=8, metadata=describe("number of attention heads of a new head"))
     encoder_layers: int | None = field(
-        default=None, metadata=describe("layers of its encoder; default: 1 of RT-DETR, 6 of Deformable DETR")
+        default=None, metadata=describe("encoder layers of a new head; default: 1 for RT-DETR, 6 for Deformable DETR")
     )
-    decoder_layers: int = field(default=6, metadata=describe("layers of its decoder"))
-    num_queries: int = field(default=300, metadata=describe("the most objects that it finds in an image"))
+    decoder_layers: int = field(default=6, metadata=describe("decoder layers of a new head"))
+    num_queries: int = field(
+        default=300,
+        metadata=describe("queries of a new head: the maximum number of objects that it detects in an image"),
+    )
     num_denoising: int = field(
-        default=100, metadata=describe("noisy copies of labelled boxes that RT-DETR learns to restore, too; 0: none")
+        default=100,
+        metadata=describe(
+            "number of noisy copies of labelled boxes that RT-DETR also learns to restore; 0 turns this off"
+        ),
     )
     levels: list[int] | None = field(
         default=None,
         metadata=describe(
-            "layers, counted from 1, whose outputs a new head takes; default: three for RT-DETR, the last for "
+            "layers, counted from 1, whose outputs a new head uses; default: three for RT-DETR, the last for "
             "Deformable DETR"
         ),
     )
     feature_norm: str = field(
-        default="final", metadata=describe("how the backbone norms these outputs", choices=FEATURE_NORMS)
+        default="final", metadata=describe("how the outputs of --levels are normalised", choices=FEATURE_NORMS)
     )
     feature_pyramid: str | None = field(
         default=None,
-        metadata=describe("what makes maps of several sizes of them; RT-DETR's default: simple", choices=(*PYRAMIDS,)),
+        metadata=describe(
+            "how feature maps of several sizes are computed from --levels; default for RT-DETR: simple",
+            choices=(*PYRAMIDS,),
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -123,9 +136,9 @@ class DetectionArguments(BoxArguments):
         if self.head == "deformable_detr" and self.head_channels % 32:
             raise ValueError(f"--head_channels is {self.head_channels}: deformable_detr needs a multiple of 32.")
         if self.head == "deformable_detr" and self.decoder_layers == 1:
-            raise ValueError("--decoder_layers is 1: deformable_detr, as transformers has it, needs 2 at least.")
+            raise ValueError("--decoder_layers is 1: transformers' deformable_detr needs at least 2.")
         if self.levels is not None and (sorted(set(self.levels)) != self.levels or self.levels[0] < 1):
-            raise ValueError(f"--levels is {self.levels}: ascending numbers of layers from 1 are needed.")
+            raise ValueError(f"--levels is {self.levels}: it must be ascending layer numbers, counted from 1.")
         size, divisor = self.size(), SIZE_DIVISOR[self.head]
         if size is not None and any(side % divisor for side in size):
             raise ValueError(f"--input_size is {self.input_size}: {self.head} needs multiples of {divisor}.")
@@ -135,7 +148,7 @@ class DetectionArguments(BoxArguments):
         if self.input_size is None:
             return None
         if len(self.input_size) not in (1, 2) or min(self.input_size) < 1:
-            raise ValueError(f"--input_size is {self.input_size}: a number of pixels, or height and width, are needed.")
+            raise ValueError(f"--input_size is {self.input_size}: it must be a number of pixels, or height and width.")
         return self.input_size[0], self.input_size[-1]
 
     def augmentation(self, size: tuple[int, int]) -> BoxAugmentation:

@@ -44,22 +44,29 @@ class MaskArguments:
 
     label_file: str | None = field(
         default=None,
-        metadata=describe("names of the classes, JSON or a line each; found beside the data by default", "--id2label"),
+        metadata=describe(
+            "class names: JSON, or text with one name per line; by default those in the data set", "--id2label"
+        ),
     )
-    ignore_index: int = field(default=255, metadata=describe("id of the pixels that belong to no class"))
+    ignore_index: int = field(default=255, metadata=describe("mask value of pixels that belong to no class"))
     reduce_labels: bool = field(
         default=False,
-        metadata=describe("0 is no class, and classes are counted from 1 (as in ADE20K)", "--do_reduce_labels"),
+        metadata=describe(
+            "treat mask value 0 as no class, and count classes from 1 (as in ADE20K)", "--do_reduce_labels"
+        ),
     )
     window: list[int] | None = field(
         default=None,
-        metadata=describe("height and width of a window that slides over each image; by default it is seen whole"),
+        metadata=describe(
+            "height and width of a window that slides over each image; by default, images are evaluated as a whole"
+        ),
     )
     window_stride: list[int] | None = field(
-        default=None, metadata=describe("steps of the window; by default two thirds of it")
+        default=None, metadata=describe("stride of the sliding window; by default, two thirds of --window")
     )
     size_divisor: int = field(
-        default=1, metadata=describe("stretch images so that their sides are multiples of this, as PlainMamba does: 32")
+        default=1,
+        metadata=describe("stretch images so that their sides are multiples of this number (PlainMamba uses 32)"),
     )
 
     def __post_init__(self) -> None:
@@ -87,7 +94,7 @@ class MaskArguments:
 
 def _height_width(name: str, value: Sequence[int]) -> tuple[int, int]:
     if len(value) not in (1, 2) or min(value) < 1:
-        raise ValueError(f"--{name} is {value}: a number of pixels, or height and width, are needed.")
+        raise ValueError(f"--{name} is {value}: it must be a number of pixels, or height and width.")
     return value[0], value[-1]
 
 
@@ -99,30 +106,39 @@ class SegmentationArguments(MaskArguments):
         default_factory=lambda: [512], metadata=describe("height and width of training crops, or one number")
     )
     scale: list[float] = field(
-        default_factory=lambda: [0.5, 2.0], metadata=describe("smallest and largest factor of a training image's size")
+        default_factory=lambda: [0.5, 2.0],
+        metadata=describe("smallest and largest factor by which training images are scaled"),
     )
-    hflip: float = field(default=0.5, metadata=describe("probability of mirroring an image"))
+    hflip: float = field(default=0.5, metadata=describe("probability of a horizontal flip"))
     no_photometric_distortion: bool = field(
-        default=False, metadata=describe("leave brightness, contrast, saturation and hue as they are")
+        default=False, metadata=describe("do not change brightness, contrast, saturation and hue")
     )
     most_of_a_class: float = field(
-        default=0.75, metadata=describe("try another crop where one class has more of it than this")
+        default=0.75, metadata=describe("draw another crop if one class covers more than this fraction of it")
     )
     short_side: int | None = field(
         default=None,
-        metadata=describe("pixels to which images are resized, the long side at most 4 times as many; default: not"),
+        metadata=describe(
+            "resize the shorter side to this many pixels (longer side: at most 4 times as many); by default, do not "
+            "resize"
+        ),
     )
-    head_channels: int = field(default=512, metadata=describe("width of a new decode head"))
-    auxiliary_channels: int = field(default=256, metadata=describe("width of its auxiliary head"))
+    head_channels: int = field(default=512, metadata=describe("number of channels of a new decode head"))
+    auxiliary_channels: int = field(default=256, metadata=describe("number of channels of a new auxiliary head"))
     levels: list[int] | None = field(
         default=None,
-        metadata=describe("layers, counted from 1, whose outputs it takes; default: at each quarter of the depth"),
+        metadata=describe(
+            "layers, counted from 1, whose outputs a new head uses; default: at each quarter of the depth"
+        ),
     )
     feature_norm: str = field(
-        default="per_level", metadata=describe("how the backbone norms these outputs", choices=FEATURE_NORMS)
+        default="per_level", metadata=describe("how the outputs of --levels are normalised", choices=FEATURE_NORMS)
     )
     feature_pyramid: str | None = field(
-        default=None, metadata=describe("what makes maps of several sizes of them; default: none", choices=(*PYRAMIDS,))
+        default=None,
+        metadata=describe(
+            "how feature maps of several sizes are computed from --levels; default: none", choices=(*PYRAMIDS,)
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -130,7 +146,7 @@ class SegmentationArguments(MaskArguments):
         for name in ("short_side", "head_channels", "auxiliary_channels"):
             check_range(name, getattr(self, name), 1, 2**16)
         if self.levels is not None and (sorted(set(self.levels)) != self.levels or self.levels[0] < 1):
-            raise ValueError(f"--levels is {self.levels}: ascending numbers of layers from 1 are needed.")
+            raise ValueError(f"--levels is {self.levels}: it must be ascending layer numbers, counted from 1.")
         self.augmentation()
 
     def augmentation(self) -> MaskAugmentation:

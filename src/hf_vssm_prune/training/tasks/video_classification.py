@@ -24,13 +24,15 @@ class ViewArguments:
     frame_sampling: str = field(
         default="uniform",
         metadata=describe(
-            "frames of an evaluated clip: `uniform` over the video (Kinetics), or one of each of as many segments "
-            "(Something-Something)",
+            "how evaluation samples frames: `uniform` over the video (Kinetics), or one from each of as many "
+            "segments (Something-Something)",
             choices=tuple(SAMPLINGS),
         ),
     )
-    num_clips: int = field(default=1, metadata=describe("clips of a video, of which the predictions are averaged"))
-    num_crops: int = field(default=1, metadata=describe("crops of a clip, likewise; the published models took 3"))
+    num_clips: int = field(default=1, metadata=describe("clips per video, whose predictions are averaged"))
+    num_crops: int = field(
+        default=1, metadata=describe("crops per clip, whose predictions are averaged; the published models used 3")
+    )
 
     def __post_init__(self) -> None:
         check_range("num_clips", self.num_clips, 1, 100)
