@@ -202,7 +202,7 @@ def test_a_backend_asked_for_is_the_one_that_computes(name: str, monkeypatch: py
 def test_a_whole_model_by_the_triton_kernel():
     if HAS_GPU or triton_backend.unavailable("cpu"):
         pytest.skip("Triton interprets its kernels on a CPU where it is installed, and where there is no GPU")
-    config = make_plainmamba_config(token_pruning=dict(TOKEN_PRUNING))
+    config = make_plainmamba_config(conv_kernel=3, token_pruning=dict(TOKEN_PRUNING))
     model = PlainMambaForImageClassification(config).eval()
     images = torch.randn(1, 3, 32, 32)
     expected = model(images).logits
