@@ -28,7 +28,7 @@ def time_training(options: argparse.Namespace, report: Report) -> None:
                 cases[name] = case
             except torch.OutOfMemoryError as error:
                 report.complain(f"{name}, batch {batch}: {str(error)[:200]}")
-        options.seconds = 0.2 if options.small else 4
+        options.seconds = 0.2 if options.small else 2
         seconds = {name: min(runs) for name, runs in take_turns("", cases, {}, options).seconds.items()}
         dense = next(iter(seconds.values()))
         for name, fastest in seconds.items():
