@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from gpu_checking.distribution import check_distribution
 from gpu_checking.golden import check_golden_cases
-from gpu_checking.kernels import check_kernel, time_kernels
+from gpu_checking.kernels import check_kernel, time_convolutions, time_scans
 from gpu_checking.machine import describe, start_building
 from gpu_checking.models import time_compiled_models, time_models
 from gpu_checking.report import Report
@@ -52,7 +52,8 @@ PARTS = {
     "distribution": Part(check_distribution, 120, False),
     "models": Part(time_models, 150, True),
     "training": Part(time_training, 60, True),
-    "scan": Part(time_kernels, 60, True),
+    "scan": Part(time_scans, 60, True),
+    "convolution": Part(time_convolutions, 60, True),
     "mamba-ssm": Part(partial(check_kernel, "mamba_ssm", torch.float32), 30, True),  # when it is built
     "compiled models": Part(time_compiled_models, 120, True),
 }

@@ -71,7 +71,6 @@ def main_cases():
     yield "backward", source(kernels.scan_backward, (), FEW_CHANNELS)
     yield "sum's gradient", source(kernels.gate_sum, (), SUM)
     yield "convolution", source(convolutions.convolve, (), {**GRID, "SILU": False})
-    yield "gradient of its weight", source(convolutions.sum_weight_gradients, (), {**GRID, "BLOCK_CHANNELS": 32})
 
 
 def more_cases():
@@ -93,6 +92,8 @@ def more_cases():
     yield "convolution, half precision", source(convolutions.convolve, (), {**GRID, "SILU": False}, "bf16")
     yield "convolution, of a whole grid", source(convolutions.convolve, whole, {**GRID, "SILU": True})
     yield "convolution, causal", source(convolutions.convolve, whole, {**ROW, "SILU": True}, "bf16")
+    weight_gradient = source(convolutions.sum_weight_gradients, (), {**GRID, "BLOCK_CHANNELS": 32})
+    yield "convolution, gradient of its weight", weight_gradient
     yield "places", source(convolutions.list_places, (), {"BLOCK": 128})
     yield "gradient by stand-ins", source(convolutions.sum_cells, (), {"BLOCK_CHANNELS": 128})
 

@@ -43,15 +43,29 @@ def test_kernels_are_right(options, triton_is_there) -> None:
     for dtype in kernels.NAMES:
         kernels.check_kernel("triton", dtype, options, report)
     assert report.wrong == []
-    assert [len(table.rows) for table in report.tables] == [3, 3, 3]
+    assert [len(table.rows) for table in report.tables] == [5, 5, 5]
 
 
-def test_a_wrong_kernel_is_named(options, triton_is_there, monkeypatch) -> None:
-    right = KERNELS["triton"].selective_scan
-    monkeypatch.setattr(KERNELS["triton"], "selective_scan", lambda *arguments: right(*arguments) * 1.001)
+@pytest.mark.parametrize(
+    ("operation", "case"),
+    [("selective_scan", "one path"), ("depthwise_conv2d", "convolution, 3 x 3, one stand-in")],
+    ids=["scan", "convolution"],
+)
+def test_a_wrong_kernel_is_named(operation: str, case: str, options, triton_is_there, monkeypatch) -> None:
+    right = getattr(KERNELS["triton"], operation)
+    monkeypatch.setattr(KERNELS["triton"], operation, lambda *arguments: right(*arguments) * 1.001)
+    calls = [call for call in kernels.calls_to_check("triton", small=True) if call[0] == case]
+    monkeypatch.setattr(kernels, "calls_to_check", lambda *_, **__: calls)
     report = Report(options.output_dir / "report.json")
     kernels.check_kernel("triton", torch.float32, options, report)
-    assert any(line.startswith("triton, one path, float32: ") for line in report.wrong)
+    assert any(line.startswith(f"triton, {case}, float32: ") for line in report.wrong)
+
+
+def test_convolutions_are_timed_beside_plain_pytorch(options, triton_is_there) -> None:
+    report = Report(options.output_dir / "report.json")
+    kernels.time_convolutions(options, report)
+    assert report.wrong == []
+    assert {row[3] for row in report.tables[0].rows} == {"triton", "torch"}
 
 
 def test_golden_cases(options, shared) -> None:

@@ -202,7 +202,7 @@ def test_a_backend_asked_for_is_the_one_that_computes(name: str, monkeypatch: py
 def test_a_whole_model_by_the_triton_kernel():
     if HAS_GPU or triton_backend.unavailable("cpu"):
         pytest.skip("Triton interprets its kernels on a CPU where it is installed, and where there is no GPU")
-    config = make_plainmamba_config(token_pruning=dict(TOKEN_PRUNING))
+    config = make_plainmamba_config(conv_kernel=3, token_pruning=dict(TOKEN_PRUNING))
     model = PlainMambaForImageClassification(config).eval()
     images = torch.randn(1, 3, 32, 32)
     expected = model(images).logits
@@ -251,6 +251,6 @@ def test_triton_compiles_for_gpus_that_are_not_here(tmp_path: Path):
     result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [line.split("; ") for line in result.stdout.splitlines()]
-    assert [kind for kind, *_ in lines] == ["cubin"] * 5 + ["hsaco"] * 5
+    assert [kind for kind, *_ in lines] == ["cubin"] * 4 + ["hsaco"] * 4
     spilling = [name for _, _, name, resources in lines if "STACK" in resources and "STACK:0" not in resources]
     assert not spilling

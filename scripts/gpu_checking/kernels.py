@@ -1,9 +1,11 @@
-"""The scan's kernels: whether they compute what plain PyTorch does in float64, and how fast they are."""
+"""The kernels of scans and convolutions: whether they compute what plain PyTorch does in float64, and how fast."""
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarking.measuring import Case, take_turns
@@ -11,6 +13,9 @@ from torch import Tensor
 
 from gpu_checking.machine import find_mamba_ssm
 from gpu_checking.report import Report
+from hf_vssm_prune.causal_convolution import causal_conv1d
+from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
+from hf_vssm_prune.grid_convolution import depthwise_conv2d
 from hf_vssm_prune.kernels import KERNELS
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.selective_scan_torch import selective_scan_torch
@@ -18,14 +23,30 @@ from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 
-from kernel_arguments import SCANS, Arguments, run, scan_arguments
+from kernel_arguments import CONVOLUTIONS, SCANS, Arguments, convolution, run, scan_arguments
 
+
+Function = Callable[..., Tensor]
+# What is computed: the operation's name, its tensors, its other arguments.
+Call = tuple[str, Arguments, dict[str, Any]]
 
 # Of a layer of PlainMamba-L3, of Vim-S's with holes, and of VideoMamba-Ti on eight frames.
 SIZES_OF_MODELS = {
     "PlainMamba-L3": {"batch": 2, "length": 196, "channels": 896, "states": 16, "paths": 4, "direction_B": True},
     "Vim-S, repeat": {"batch": 2, "length": 158, "channels": 768, "states": 16, "largest_gap": 9},
     "VideoMamba-Ti": {"batch": 1, "length": 1569, "channels": 384, "states": 16},
+}
+CONVOLUTIONS_OF_MODELS = {
+    "PlainMamba-L3's": {"grid": (14, 14), "channels": 896, "kernel": 7},
+    "PlainMamba-L3's, 60% of cells": {"grid": (14, 14), "channels": 896, "kernel": 7, "keep_ratio": 0.6},
+    "Vim-S's": {"length": 197, "channels": 768, "taps": 4},
+    "VideoMamba-Ti's": {"length": 1569, "channels": 384, "taps": 4, "reverse": True},
+}
+# By operation: what is asked for a backend, and what it is checked against.
+OPERATIONS: dict[str, tuple[Function, Function]] = {
+    "selective_scan": (selective_scan, selective_scan_torch),
+    "depthwise_conv2d": (depthwise_conv2d, depthwise_conv2d_torch),
+    "causal_conv1d": (causal_conv1d, causal_conv1d_torch),
 }
 # Of the largest entry: what the sums in float32 may lose; in half precision what rounding the results costs, twice.
 ALLOWED = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (1.6e-2, 3.2e-2), torch.float16: (2e-3, 4e-3)}
@@ -46,11 +67,10 @@ def check_kernel(name: str, dtype: torch.dtype, options: argparse.Namespace, rep
     if not is_there(name, options, report):
         return
     rows = report.table(f"Largest errors of {name} in {NAMES[dtype]} against float64", "case", "values", "gradients")
-    cases = {**SCANS, **SIZES_OF_MODELS}
-    for case in list(cases)[:3] if options.small else cases:
-        arguments = rounded(scan_arguments(**cases[case]), dtype)
-        reference = run(selective_scan_torch, arguments, torch.float64)
-        found = run(partial(scan_on, options.device, name), arguments, dtype)
+    for case, (operation, arguments, settings) in calls_to_check(name, options.small):
+        arguments = rounded(arguments, dtype)
+        reference = run(OPERATIONS[operation][1], arguments, torch.float64, **settings)
+        found = run(partial(compute_on, options.device, name, operation), arguments, dtype, **settings)
         errors = {key: relative_error(found[key], expected) for key, expected in reference.items()}
         value = errors.pop("output")
         gradient, of = max((error, key) for key, error in errors.items())
@@ -60,9 +80,19 @@ def check_kernel(name: str, dtype: torch.dtype, options: argparse.Namespace, rep
             report.complain(f"{name}, {case}, {NAMES[dtype]}: {value:.1e}, {gradient:.1e} in {of}")
 
 
-def scan_on(device: str, name: str, **arguments: Tensor) -> Tensor:
-    there = {key: tensor.to(device) for key, tensor in arguments.items()}
-    return selective_scan(**there, backend=name).cpu()
+def calls_to_check(name: str, small: bool) -> Iterator[tuple[str, Call]]:
+    scans, convolutions = {**SCANS, **SIZES_OF_MODELS}, {**CONVOLUTIONS, **CONVOLUTIONS_OF_MODELS}
+    for case in list(scans)[:3] if small else scans:
+        yield case, ("selective_scan", scan_arguments(**scans[case]), {})
+    for case in ("3 x 3, one stand-in", "causal, one token") if small else convolutions:
+        call = convolution(**convolutions[case])
+        if hasattr(KERNELS[name], call.operation):
+            yield f"convolution, {case}", call
+
+
+def compute_on(device: str, name: str, operation: str, **arguments: Any) -> Tensor:
+    there = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    return OPERATIONS[operation][0](**there, backend=name).cpu()
 
 
 def rounded(arguments: Arguments, dtype: torch.dtype) -> Arguments:
@@ -74,34 +104,64 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
-def time_kernels(options: argparse.Namespace, report: Report) -> None:
+def time_scans(options: argparse.Namespace, report: Report) -> None:
     """A layer's scan, forward and with its backward, by kernel."""
     names = [name for name in ("triton", "mamba_ssm") if is_there(name, options, report)]
+    cases = {
+        case: lambda batch, sizes=sizes: ("selective_scan", scan_arguments(**{**sizes, "batch": batch}), {})
+        for case, sizes in sizes_to_time(SIZES_OF_MODELS, {"length": 9, "channels": 32}, options.small).items()
+    }
+    time_kernels(cases, names, options, report)
+
+
+def time_convolutions(options: argparse.Namespace, report: Report) -> None:
+    """A layer's convolution, by Triton and by what PyTorch has: zeros in dropped cells, cuDNN, and a gathering."""
+    names = [name for name in ("triton", "torch") if name == "torch" or is_there(name, options, report)]
+    cases = {
+        case: lambda batch, sizes=sizes: convolution(**{**sizes, "batch": batch})
+        for case, sizes in sizes_to_time(
+            CONVOLUTIONS_OF_MODELS, {"grid": (2, 2), "channels": 8, "kernel": 3}, options.small
+        ).items()
+    }
+    time_kernels(cases, names, options, report)
+
+
+def sizes_to_time(sizes: dict[str, Any], smaller: dict[str, Any], small: bool) -> dict[str, Any]:
+    """All, or the first one made smaller."""
+    first = next(iter(sizes))
+    return {first: {**sizes[first], **smaller}} if small else sizes
+
+
+def time_kernels(
+    cases: dict[str, Callable[[int], Call]], names: list[str], options: argparse.Namespace, report: Report
+) -> None:
+    """Calls by batch, with each kernel."""
     rows = report.table("Milliseconds", "case", "dtype", "batch", "kernel", "forward", "forward and backward")
     options.seconds = 0.2
-    for case, sizes in list(SIZES_OF_MODELS.items())[: 1 if options.small else None]:
+    for case, make in cases.items():
         for batch in (1,) if options.small else (1, 8, 64):
-            shape = {**sizes, "batch": batch} | ({"length": 9, "channels": 32} if options.small else {})
             for dtype in (torch.float32, torch.bfloat16):
                 torch.set_default_device(None)  # the arguments' random numbers are the CPU's
+                operation, arguments, settings = make(batch)
                 arguments = {
                     name: tensor.to(options.device, dtype if tensor.is_floating_point() else tensor.dtype)
-                    for name, tensor in scan_arguments(**shape).items()
+                    for name, tensor in arguments.items()
                 }
                 for name in names:
-                    forward = milliseconds(partial(without_gradient, arguments, name), options)
-                    both = milliseconds(partial(with_gradient, arguments, name), options)
+                    compute = partial(OPERATIONS[operation][0], **settings, backend=name)
+                    forward = milliseconds(partial(without_gradient, compute, arguments), options)
+                    both = milliseconds(partial(with_gradient, compute, arguments), options)
                     rows.add(case, NAMES[dtype], batch, name, f"{forward:.3f}", f"{both:.3f}")
 
 
-def without_gradient(arguments: Arguments, backend: str) -> None:
+def without_gradient(compute: Function, arguments: Arguments) -> None:
     with torch.no_grad():
-        selective_scan(**arguments, backend=backend)
+        compute(**arguments)
 
 
-def with_gradient(arguments: Arguments, backend: str) -> None:
+def with_gradient(compute: Function, arguments: Arguments) -> None:
     inputs = {name: t.detach().requires_grad_() if t.is_floating_point() else t for name, t in arguments.items()}
-    selective_scan(**inputs, backend=backend).sum().backward()
+    compute(**inputs).sum().backward()
 
 
 def milliseconds(case: Case, options: argparse.Namespace) -> float:

@@ -55,23 +55,22 @@ def self_check(device_type: str, with_gradients: bool = True) -> str | None:
 
 
 def _scan_errors(device_type: str) -> Iterator[float]:
-    yield _error_of_scan(device_type, batch=2, paths=2, length=7, channels=40, states=8)
-    if not is_interpreted():  # where nothing is divided into chunks
-        length = 4 * SHORTEST_CHUNK + 3
-        yield _error_of_scan(device_type, batch=1, paths=None, length=length, channels=8, states=16)
+    """With everything that a scan can have, and of one long path, which is divided into chunks."""
+    yield _scan_error(device_type, batch=2, paths=2, length=7, channels=40, states=8)
+    if not is_interpreted():  # there nothing is divided
+        yield _scan_error(device_type, batch=1, paths=None, length=4 * SHORTEST_CHUNK + 3, channels=8, states=16)
 
 
-def _error_of_scan(device_type: str, batch: int, paths: int | None, length: int, channels: int, states: int) -> float:
-    """With everything that a scan can have where it has several paths."""
+def _scan_error(device_type: str, batch: int, paths: int | None, length: int, channels: int, states: int) -> float:
     token, state, path = (batch, length, channels), (batch, length, states), (batch, paths or 1, length)
     shapes = [token, token, (channels, states), state, state, (channels,), (channels,), token]
-    shapes += [(channels,), (3, states)] if paths else []
     random = np.random.default_rng(0)
     floats = [random.random(shape, np.float32) - 1 for shape in shapes]
-    if paths:
-        floats[8] = -floats[8]  # time steps of holes are positive
-    order = random.random(path).argsort(-1)
-    gaps, moves = (random.integers(low, high, path) for low, high in ((1, 9), (0, 3)))
+    integers = []
+    if paths is not None:
+        floats += [random.random(channels, np.float32), random.random((3, states), np.float32) - 1]
+        gaps, moves = (random.integers(low, high, path) for low, high in ((1, 9), (0, 3)))
+        integers = [random.random(path).argsort(-1), gaps, moves]
 
     def scan_by(scan: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def compute(inputs: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
@@ -79,8 +78,7 @@ def _error_of_scan(device_type: str, batch: int, paths: int | None, length: int,
 
         return compute
 
-    indices = (order, gaps, moves) if paths else ()
-    return _error(scan_by(selective_scan), scan_by(selective_scan_torch), floats, indices, device_type)
+    return _error(scan_by(selective_scan), scan_by(selective_scan_torch), floats, integers, device_type)
 
 
 def _convolution_errors(device_type: str) -> Iterator[float]:
