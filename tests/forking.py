@@ -1,0 +1,67 @@
+"""Programs as a user starts them, in a process of their own, without the seconds that importing torch and transformers
+takes: the process is a copy of this one, where all that is loaded. What is tested of the start itself (what is
+imported, what the environment does before) needs a fresh process."""
+
+import logging
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from conftest import PATIENCE
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+def run_forked(
+    *command: str | Path, environment: Mapping[str, str] | None = None, prepare: Callable[[], None] = lambda: None
+) -> subprocess.CompletedProcess:
+    """What `subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)` returns.
+
+    Args:
+        command: a script, `-m` and a module, or `-c` and a program, with the words that follow.
+        environment: its variables; None: those of this process.
+        prepare: called in the new process first, for what libraries read from their environment when they are imported.
+    """
+    words = [str(word) for word in command]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        arguments = (words, dict(os.environ if environment is None else environment), files, prepare)
+        process = FORK.Process(target=_run, args=arguments)
+        process.start()
+        process.join(PATIENCE)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(words, PATIENCE)
+        output, errors = (file.read_text() for file in files)
+    return subprocess.CompletedProcess(words, process.exitcode, output, errors)
+
+
+def _run(words: list[str], environment: dict[str, str], files: list[Path], prepare: Callable[[], None]) -> None:
+    """In the new process, whose status `multiprocessing` makes of what is raised, as Python does."""
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdin = open(os.devnull)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+    logging.root.handlers.clear()  # pytest's
+    prepare()
+    os.environ.clear()
+    os.environ.update(environment)
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec"), vars(sys.modules["__main__"]))
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
