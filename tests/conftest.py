@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread for each pytest worker, fixed seeds, tiny configurations."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -10,6 +11,8 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
+
+STARTED_WITH = dict(os.environ)
 
 # Libraries read these when they are imported, hence before anything else.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="hf_vssm_prune-tests-")
@@ -38,6 +41,8 @@ from hf_vssm_prune.configuration_common import VisionMambaConfig  # noqa: E402
 from hf_vssm_prune.export import compilers_paths  # noqa: E402
 
 
+# The collector need not look at what the imports made, half a second each time, and forks share it.
+gc.freeze()
 if IS_XDIST_WORKER:
     torch.set_num_threads(1)
 

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from conftest import PATIENCE
 
 
@@ -48,12 +49,14 @@ def _run(words: list[str], environment: dict[str, str], files: list[Path], prepa
     """In the new process, whose status `multiprocessing` makes of what is raised, as Python does."""
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-    sys.stdin = open(os.devnull)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+    sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     logging.root.handlers.clear()  # pytest's
     prepare()
     os.environ.clear()
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         sys.modules["__main__"] = types.ModuleType("__main__")
