@@ -20,29 +20,43 @@ from conftest import PATIENCE
 FORK = multiprocessing.get_context("fork")
 
 
-def run_forked(
-    *command: str | Path, environment: Mapping[str, str] | None = None, prepare: Callable[[], None] = lambda: None
-) -> subprocess.CompletedProcess:
-    """What `subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)` returns.
+class Forked:
+    """What `subprocess.Popen([sys.executable, *command], env=environment)` starts, its output kept.
 
     Args:
         command: a script, `-m` and a module, or `-c` and a program, with the words that follow.
         environment: its variables; None: those of this process.
         prepare: called in the new process first, for what libraries read from their environment when they are imported.
     """
-    words = [str(word) for word in command]
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("stdout", "stderr")]
-        arguments = (words, dict(os.environ if environment is None else environment), files, prepare)
-        process = FORK.Process(target=_run, args=arguments)
-        process.start()
-        process.join(PATIENCE)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(words, PATIENCE)
-        output, errors = (file.read_text() for file in files)
-    return subprocess.CompletedProcess(words, process.exitcode, output, errors)
+
+    def __init__(
+        self,
+        *command: str | Path,
+        environment: Mapping[str, str] | None = None,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.words = [str(word) for word in command]
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name) / name for name in ("stdout", "stderr")]
+        arguments = (self.words, dict(os.environ if environment is None else environment), self.files, prepare)
+        self.process = FORK.Process(target=_run, args=arguments)
+        self.process.start()
+
+    def wait(self) -> subprocess.CompletedProcess:
+        """What `subprocess.run` returns of it."""
+        self.process.join(PATIENCE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise subprocess.TimeoutExpired(self.words, PATIENCE)
+        with self.folder:
+            output, errors = (file.read_text() for file in self.files)
+        return subprocess.CompletedProcess(self.words, self.process.exitcode, output, errors)
+
+
+def run_forked(*command: str | Path, **options) -> subprocess.CompletedProcess:
+    """Starts a `Forked` and waits for its end."""
+    return Forked(*command, **options).wait()
 
 
 def _run(words: list[str], environment: dict[str, str], files: list[Path], prepare: Callable[[], None]) -> None:
