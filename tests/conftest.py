@@ -1,5 +1,7 @@
 """What all tests share: no network, one thread for each pytest worker, fixed seeds, tiny configurations."""
 
+import atexit
+import gc
 import importlib.util
 import os
 import random
@@ -10,6 +12,8 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
+
+STARTED_WITH = dict(os.environ)
 
 # Libraries read these when they are imported, hence before anything else.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="hf_vssm_prune-tests-")
@@ -28,6 +32,7 @@ IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IS_XDIST_WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import datasets  # noqa: E402
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -38,6 +43,11 @@ from hf_vssm_prune.configuration_common import VisionMambaConfig  # noqa: E402
 from hf_vssm_prune.export import compilers_paths  # noqa: E402
 
 
+# After each pass over a stream datasets waits so long for threads that read remote files.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+# The collector need not look at what the imports made, half a second each time, and forks share it.
+gc.freeze()
+atexit.register(gc.unfreeze)  # or Triton's bindings report leaks
 if IS_XDIST_WORKER:
     torch.set_num_threads(1)
 

@@ -376,6 +376,7 @@ class HubServer:
             "HF_HUB_DISABLE_XET": True,
         }.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", self.endpoint)  # of functions, made when imported
         monkeypatch.setenv("HF_TOKEN", TOKEN)
 
     def host(self, name: str, folder: Path) -> None:

@@ -2,13 +2,12 @@
 
 import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from forking import run_forked
 from hub_server import HubServer
 from test_training import fresh_accelerator  # noqa: F401
 from transformers import AutoModelForImageClassification, TrainingArguments
@@ -92,8 +91,13 @@ def test_adapters_are_pushed_and_loaded_by_name(tmp_path):
     with HubServer() as hub:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment |= {**hub.environment(tmp_path / "home", "hf_test"), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "base")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        done = run_forked(
+            "-c",
+            PROGRAM,
+            tmp_path / "base",
+            environment=environment,
+            prepare=lambda: hub.use_in_this_process(pytest.MonkeyPatch(), tmp_path / "home"),
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.splitlines()[-1] == "same"
         files = hub.files("user/adapters")

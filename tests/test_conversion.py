@@ -5,13 +5,12 @@ import json
 import os
 import pickle
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG, PATIENCE, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from forking import run_forked
 from golden import GoldenCase
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -327,8 +326,7 @@ def test_file_with_something_else(tmp_path) -> None:
 
 
 def run_script(*arguments: Path | str) -> str:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    result = run_forked(SCRIPT, *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

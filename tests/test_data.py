@@ -466,7 +466,7 @@ def test_workers_give_the_same_samples_and_see_the_epoch(dataset: Dataset, conte
         images,
         batch_size=8,
         collate_fn=collate,
-        num_workers=2,
+        num_workers=2 if context == "fork" else 1,  # of which each starts Python anew
         persistent_workers=True,
         multiprocessing_context=context,
     )

@@ -1,24 +1,19 @@
 """The demo, made short: from the shipped model to a folder that a fresh process opens."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from conftest import PATIENCE
+import pytest
+from conftest import load_script
 from PIL import Image
+from test_training import fresh_accelerator  # noqa: F401
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def test_demo(tmp_path: Path):
-    command = [sys.executable, "scripts/demo.py", "--output_dir", str(tmp_path), "--max_train_samples", "64"]
-    result = subprocess.run(
-        [*command, "--epochs", "1"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    rows = [line.split(" | ")[0] for line in result.stdout.splitlines() if line.startswith("| ")]
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    short = ["--max_train_samples", "64", "--max_eval_samples", "50", "--epochs", "1"]
+    assert load_script("demo").main(["--output_dir", str(tmp_path), *short]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")]
     assert rows[2:] == [
         "| dense",
         "| top, naive",
@@ -27,7 +22,7 @@ def test_demo(tmp_path: Path):
         "| top, aligned, fine-tuned",
         "| local_merge, fine-tuned",
     ]
-    assert "gives the same answers" in result.stdout
+    assert "gives the same answers" in printed
 
     folder = tmp_path / "model"
     assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "kept_tokens.png"} <= {

@@ -3,13 +3,12 @@ arguments. The scripts themselves need torchvision, which has to match torch, an
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from forking import run_forked
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
@@ -129,11 +128,8 @@ def test_what_the_example_scripts_do_with_a_model(make_config, script, images, t
     config = make_config(token_pruning=dict(TOKEN_PRUNING))
     processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
     folder = save_for_hub(AutoModelForImageClassification.from_config(config), tmp_path / "model", processor)
-    command = [sys.executable, "-c", START + script, str(folder), str(images), str(tmp_path / "out")]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    command = ["-c", START + script, folder, images, tmp_path / "out"]
+    done = run_forked(*command, prepare=lambda: os.chdir(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     opened = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert opened.config.id2label == {0: "cat", 1: "dog"}

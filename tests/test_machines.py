@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE
+from forking import run_forked
 from test_distributed import write_images
 
 
@@ -105,9 +106,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 def on_one_host(*words: str) -> str:
-    command = [sys.executable, "-m", "hf_vssm_prune", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = run_forked("-m", "hf_vssm_prune", *words, environment={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 

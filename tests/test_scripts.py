@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import PATIENCE, SCRIPTS, hear_signals, load_script, make_plainmamba_config, make_vim_config
+from conftest import PATIENCE, SCRIPTS, free_port, hear_signals, load_script, make_plainmamba_config, make_vim_config
+from forking import Forked, run_forked
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -73,23 +73,34 @@ def fresh_accelerator():
     GradientState._reset_state()
 
 
-def command(script: str, *arguments: str | Path, num_processes: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if num_processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        # `accelerate launch` knows several processes on a CPU as several GPUs; the script's --use_cpu is what counts.
-        launcher += ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={num_processes}"]
-        launcher += [f"--main_process_port={port}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    return [*launcher, str(SCRIPTS / script), *map(str, arguments)]
+def command(script: str, *arguments: str | Path) -> list[str]:
+    return [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
 
 
-def run(script: str, *arguments: str | Path, num_processes: int = 1) -> subprocess.CompletedProcess:
-    full = command(script, *arguments, num_processes=num_processes)
-    result = subprocess.run(full, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    result = run_forked(SCRIPTS / script, *arguments, environment=ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+def launch_on_two(script: str, *arguments: str | Path) -> None:
+    """By `accelerate launch`, which knows several processes on a CPU as several GPUs; the script's --use_cpu is what
+    counts."""
+    python, *words = command(script, *arguments)
+    launcher = [python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    launcher += [f"--main_process_port={free_port()}", "--mixed_precision=no", "--dynamo_backend=no"]
+    result = subprocess.run([*launcher, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def run_on_two(script: str, *arguments: str | Path) -> None:
+    """On two processes as a launcher would start them, without it."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environments = [{**ENVIRONMENT, **shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    processes = [Forked(SCRIPTS / script, *arguments, environment=environment) for environment in environments]
+    for process in processes:
+        result = process.wait()
+        assert result.returncode == 0, result.stderr[-3000:]
 
 
 def stop(full: list[str], awaited: Path, number: signal.Signals) -> subprocess.Popen:
@@ -149,13 +160,13 @@ def test_killed_and_resumed_runs_end_with_the_same_weights_to_the_bit(image_fold
 def test_two_processes_train_and_resume_to_the_bit(image_folder, checkpoint, tmp_path):
     arguments = [*finetuning(image_folder, checkpoint), "--save_total_limit", "20"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    run("finetune.py", *arguments, "--output_dir", whole, num_processes=2)
+    launch_on_two("finetune.py", *arguments, "--output_dir", whole)
     results = json.loads((whole / "all_results.json").read_text())
     assert [entry["step"] for entry in results["history"]] == [2, 4, 6, 8, 10, 12]
 
     resumed.mkdir()
     shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
-    run("finetune.py", *arguments, "--output_dir", resumed, "--resume", "latest", num_processes=2)
+    run_on_two("finetune.py", *arguments, "--output_dir", resumed, "--resume", "latest")
     assert_same_weights(whole, resumed)
 
 

@@ -1,14 +1,13 @@
 """transformers' Trainer with this package's losses: the same as our loop's, resumed to the bit, pushed and opened."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from forking import run_forked
 from hub_server import HubServer
 from safetensors.torch import load_file
 from test_training import (  # noqa: F401
@@ -237,8 +236,13 @@ def test_push_and_load_by_name(tmp_path):
     with HubServer() as hub:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment |= {**hub.environment(tmp_path / "home", "hf_test"), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        done = run_forked(
+            "-c",
+            PROGRAM,
+            tmp_path / "run",
+            environment=environment,
+            prepare=lambda: hub.use_in_this_process(pytest.MonkeyPatch(), tmp_path / "home"),
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.splitlines()[-2:] == ["3", "[1, 3]"]
         files = hub.files("user/trained")

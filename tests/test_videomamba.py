@@ -262,9 +262,9 @@ def test_export(clips) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["top", "local_merge"])
-def test_onnx(method, clips, tmp_path) -> None:
-    schedule = {"layers": [1], "keep_ratios": [0.6], "method": method}
+def test_onnx(clips, tmp_path) -> None:
+    """By the method that has most to write; test_export.py has the others."""
+    schedule = {"layers": [1], "keep_ratios": [0.6], "method": "local_merge"}
     model = make_model(make_video_config(num_hidden_layers=2, token_pruning=schedule))
     processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3)
     folder = export_classifier(model, tmp_path / "exported", ["onnx"], processor)

@@ -1,8 +1,6 @@
 """Pictures of kept tokens: the right patches bright, for both families and any size; bad input refused."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +9,11 @@ import torch
 from conftest import (
     MAKE_CONFIG,
     NUM_CLS_TOKENS,
-    PATIENCE,
     TOKEN_PRUNING,
     make_plainmamba_config,
     make_vim_config,
 )
+from forking import run_forked
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -218,8 +216,8 @@ def test_script(tmp_path: Path, options: list[str]) -> None:
     image, output = tmp_path / "image.png", tmp_path / "kept.png"
     Image.new("RGB", (40, 30), GREY).save(image)
     script = Path(__file__).resolve().parents[1] / "scripts" / "visualize.py"
-    command = [sys.executable, script, image, "--output", output, *options]
-    subprocess.run(command, timeout=PATIENCE, check=True)
+    done = run_forked(script, image, "--output", output, *options)
+    assert done.returncode == 0, done.stderr
     model = AutoModelForImageClassification.from_pretrained(EXAMPLE_MODEL)
     model.set_token_pruning({"flops_reduction": 0.3 if options else 0.416})
     processor = AutoImageProcessor.from_pretrained(EXAMPLE_MODEL)

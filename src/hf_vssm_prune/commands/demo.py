@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     options = make_parser(prog).parse_args(arguments)
     start = time.perf_counter()
     output = Path(options.output_dir)
-    dataset, _ = load_evaluation_dataset(DATASET)
+    dataset, _ = load_evaluation_dataset(DATASET, max_samples=options.max_eval_samples)
     image_processor = load_image_processor(EXAMPLE_MODEL)
     images = EvaluationImages(dataset, image_processor)
 
@@ -109,6 +109,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--num_train_epochs", "--epochs", type=int, default=2, help="epochs of fine-tuning (default: %(default)s)"
     )
     parser.add_argument("--max_train_samples", type=int, help="maximum number of training images")
+    parser.add_argument("--max_eval_samples", type=int, help="maximum number of evaluation images")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     return parser
 
@@ -121,7 +122,8 @@ def recipe(
     options: argparse.Namespace, folder: Path, token_pruning: dict[str, Any]
 ) -> tuple[DataArguments, FinetuneArguments, PruningArguments, Recipe]:
     """The paper's fine-tuning, made short: few epochs at a higher rate, augmented as the dense model's training was."""
-    data = DataArguments(DATASET, max_train_samples=options.max_train_samples, dataloader_num_workers=0)
+    limits = {"max_train_samples": options.max_train_samples, "max_eval_samples": options.max_eval_samples}
+    data = DataArguments(DATASET, dataloader_num_workers=0, **limits)
     model = FinetuneArguments(model_name_or_path=str(EXAMPLE_MODEL))
     optimization = OptimizationArguments(
         num_train_epochs=options.num_train_epochs,

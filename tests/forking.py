@@ -1,0 +1,84 @@
+"""Programs as a user starts them, in a process of their own, without the seconds that importing torch and transformers
+takes: the process is a copy of this one, where all that is loaded. What is tested of the start itself (what is
+imported, what the environment does before) needs a fresh process."""
+
+import logging
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from conftest import PATIENCE
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Forked:
+    """What `subprocess.Popen([sys.executable, *command], env=environment)` starts, its output kept.
+
+    Args:
+        command: a script, `-m` and a module, or `-c` and a program, with the words that follow.
+        environment: its variables; None: those of this process.
+        prepare: called in the new process first, for what libraries read from their environment when they are imported.
+    """
+
+    def __init__(
+        self,
+        *command: str | Path,
+        environment: Mapping[str, str] | None = None,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.words = [str(word) for word in command]
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name) / name for name in ("stdout", "stderr")]
+        arguments = (self.words, dict(os.environ if environment is None else environment), self.files, prepare)
+        self.process = FORK.Process(target=_run, args=arguments)
+        self.process.start()
+
+    def wait(self) -> subprocess.CompletedProcess:
+        """What `subprocess.run` returns of it."""
+        self.process.join(PATIENCE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise subprocess.TimeoutExpired(self.words, PATIENCE)
+        with self.folder:
+            output, errors = (file.read_text() for file in self.files)
+        return subprocess.CompletedProcess(self.words, self.process.exitcode, output, errors)
+
+
+def run_forked(*command: str | Path, **options) -> subprocess.CompletedProcess:
+    """Starts a `Forked` and waits for its end."""
+    return Forked(*command, **options).wait()
+
+
+def _run(words: list[str], environment: dict[str, str], files: list[Path], prepare: Callable[[], None]) -> None:
+    """In the new process, whose status `multiprocessing` makes of what is raised, as Python does."""
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    logging.root.handlers.clear()  # pytest's
+    prepare()
+    os.environ.clear()
+    os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec"), vars(sys.modules["__main__"]))
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
