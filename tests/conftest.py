@@ -43,6 +43,8 @@ from hf_vssm_prune.configuration_common import VisionMambaConfig  # noqa: E402
 from hf_vssm_prune.export import compilers_paths  # noqa: E402
 
 
+IMPORTED_WITH = dict(os.environ)  # later, tests run commands in this process
+
 # After each pass over a stream datasets waits so long for threads that read remote files.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 # The collector need not look at what the imports made, half a second each time, and forks share it.

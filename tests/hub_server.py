@@ -377,6 +377,7 @@ class HubServer:
         }.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", self.endpoint)  # of functions, made when imported
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made at its first use, for the Hub of that time
         monkeypatch.setenv("HF_TOKEN", TOKEN)
 
     def host(self, name: str, folder: Path) -> None:

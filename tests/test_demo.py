@@ -22,7 +22,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         "| top, aligned, fine-tuned",
         "| local_merge, fine-tuned",
     ]
-    assert "gives the same answers" in printed
+    assert "gives the same predictions" in printed
 
     folder = tmp_path / "model"
     assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "kept_tokens.png"} <= {

@@ -124,7 +124,7 @@ def test_a_model_of_another_task_is_named(tmp_path):
         ({"input_size": [32, 32, 32]}, "a number of pixels, or height and width"),
         ({"head_channels": 12}, "--head_channels is 12: it must be a multiple of --head_attention_heads 8"),
         ({"head_channels": 48, "head": "deformable_detr"}, "--head_channels is 48: deformable_detr needs a multiple"),
-        ({"levels": [3, 1]}, "--levels is .3, 1.: ascending"),
+        ({"levels": [3, 1]}, "--levels is .3, 1.: it must be ascending"),
         ({"scale": [2.0, 1.0]}, "scale is .2.0, 1.0."),
         ({"num_queries": 0}, "--num_queries is 0"),
     ],

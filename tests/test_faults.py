@@ -302,7 +302,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_at_resume(damage, trained, datasets) -> None:  # noqa: F811
     DAMAGES[damage](trained / "checkpoint-3")
-    with pytest.raises(ValueError, match=r"checkpoint-3 is damaged: .*there are \['checkpoint-2'\]"):
+    with pytest.raises(ValueError, match=r"checkpoint-3 is damaged: .*an earlier one: \['checkpoint-2'\]"):
         make_trainer(make_vim_config(), datasets, recipe_for(trained, "latest"))
     reset_accelerator()
     shutil.rmtree(trained / "checkpoint-3")

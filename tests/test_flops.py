@@ -133,5 +133,5 @@ def tokens_of_each_layer(model: torch.nn.Module, height: int, width: int) -> lis
 def test_image_sizes(tiny_config) -> None:
     assert count_flops(tiny_config, 32) == count_flops(tiny_config, (32, 32)) == count_flops(tiny_config)
     assert count_flops(tiny_config, 64).dense.total > count_flops(tiny_config, (64, 32)).dense.total
-    with pytest.raises(ValueError, match=r"`image_size` is \(1, 2, 3\); a number of pixels or \(height, width\)"):
+    with pytest.raises(ValueError, match=r"is \(1, 2, 3\); it must be a number of pixels or \(height, width\)"):
         count_flops(tiny_config, (1, 2, 3))

@@ -240,7 +240,7 @@ def test_checkpoints_logs_and_pickles_stay_at_home(folder, tmp_path):
         ({"token": "hf_other"}, None, ["401"]),
         ({}, ("POST", "/commit/", 403), ["has no write access there", "403"]),
         ({}, ("POST", "/commit/", 409), ["try again", "409"]),
-        ({}, ("POST", "/preupload/", 400), ["refused", "400"]),
+        ({}, ("POST", "/preupload/", 400), ["rejected", "400"]),
         ({}, ("POST", "objects/batch", 413), ["larger than the Hub allows"]),
         ({}, ("POST", "/commit/", 500), ["the Hub failed", "500"]),
     ],

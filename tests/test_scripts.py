@@ -413,7 +413,7 @@ def test_help(script, capsys):
     ("changes", "message"),
     [
         ([], "has no pruning schedule, and none was given"),
-        (["--prune_layers", "9", "--keep_ratios", "0.5"], "a model of 4 layers"),
+        (["--prune_layers", "9", "--keep_ratios", "0.5"], "a model with 4 layers"),
         ([*SCHEDULE, "--resume", "nowhere"], "--resume nowhere is not a checkpoint"),
         ([*SCHEDULE, "--batch_size", "51"], "do not fill one batch of 51"),
         ([*SCHEDULE, "--alignment_layers", "7"], "the model has layers 0 to 3"),

@@ -106,7 +106,7 @@ def test_tables_of_paths_and_labels(kind, numbered, absolute, class_folders, tmp
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"val\.csv' is empty: a path and a label"),
+        ("", r"val\.csv' is empty: each line must have a path and a label"),
         ("path,label\na.mp4\n", r"Line 2 of '.*val\.csv' is \['a\.mp4'\]: it must have a path and a label"),
         ("path,label\na.mp4,\n", r"Line 2 of .*: it must have a path and a label"),
         ("a.mp4 1\nb.mp4 2 3\n", r"Line 2 of .*\['b\.mp4', '2', '3'\]: it must have a path and a label"),

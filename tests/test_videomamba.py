@@ -156,11 +156,14 @@ def test_wrong_clips(clips, message, model) -> None:
 
 
 def test_models_of_the_other_kind_of_input_are_refused() -> None:
-    with pytest.raises(ValueError, match="`num_frames` is 3: VideoMambaForImageClassification needs None"):
+    with pytest.raises(ValueError, match="is 3: VideoMambaForImageClassification is a model for images and needs None"):
         VideoMambaForImageClassification(make_video_config())
-    with pytest.raises(ValueError, match="`num_frames` is 3: VideoMambaBackbone needs None"):
+    with pytest.raises(ValueError, match="`num_frames` is 3: VideoMambaBackbone is a model for images and needs None"):
         VideoMambaBackbone(make_video_config())
-    with pytest.raises(ValueError, match="`num_frames` is None: VideoMambaForVideoClassification needs a number"):
+    with pytest.raises(
+        ValueError,
+        match="is None: VideoMambaForVideoClassification is a model for videos and needs a number",
+    ):
         VideoMambaForVideoClassification(make_videomamba_config())
 
 
@@ -168,7 +171,7 @@ def test_models_of_the_other_kind_of_input_are_refused() -> None:
     ("options", "message"),
     [
         ({"num_frames": 0}, "`num_frames` is 0; it must be a whole number of at least 1"),
-        ({"num_frames": 1, "tubelet_size": 2}, "`num_frames` is 1; a whole number of at least 2"),
+        ({"num_frames": 1, "tubelet_size": 2}, "`num_frames` is 1; it must be a whole number of at least 2"),
         ({"tubelet_size": 0}, "`tubelet_size` is 0; it must be a whole number of at least 1"),
         ({"patch_stride": 4}, "`patch_stride` is 4 and `patch_size` 8; for a video model, they must be equal"),
     ],

@@ -270,7 +270,7 @@ class Trainer:
                 )
             if differing:
                 self.log.write(
-                    "Each step has the same images as before, but mixup, CutMix and drop path use other random "
+                    "Each step has the same images as before, but drop path and the mixing of images use other random "
                     f"numbers: {differing}."
                 )
             if not (self.output_dir / "best").is_dir():
