@@ -1,5 +1,7 @@
 """Random arguments for the kernels, and how their results are compared."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -184,3 +186,32 @@ def assert_close_to_reference(ours: dict[str, Tensor], reference: dict[str, Tens
         error = (ours[name].double() - expected).abs().max()
         limit = value if name == "output" else gradient
         assert error <= limit * expected.abs().max(), f"{name}: {error / expected.abs().max():.1e}"
+
+
+def assert_rounded_once(
+    kernel: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    arguments: Arguments,
+    options: Mapping[str, Any],
+    half_units: Mapping[torch.dtype, int] = MappingProxyType({}),
+) -> None:
+    """Values and gradients are those of `plain` in float64, rounded to the type of the tensor that they are of.
+
+    Args:
+        half_units: of the last place, by which a result may be off; one where nothing is said.
+    """
+    inputs = {name: t.clone().requires_grad_() if t.is_floating_point() else t for name, t in arguments.items()}
+    doubles = {name: t.double().requires_grad_() if t.is_floating_point() else t for name, t in arguments.items()}
+    dtype = inputs["hidden_states"].dtype
+    output, expected = kernel(**inputs, **options), plain(**doubles, **options)
+    weighting = torch.randn(output.shape).to(dtype)
+    output.backward(weighting)
+    expected.backward(weighting.double())
+    pairs = [(output, expected)]
+    pairs += [(inputs[name].grad, doubles[name].grad) for name in inputs if inputs[name].requires_grad]
+    for ours, reference in pairs:
+        unit = half_units.get(ours.dtype, 1) * torch.finfo(ours.dtype).eps / 2
+        limit = unit * reference.abs() * 1.01 + 2e-6 * reference.abs().max()
+        assert ((ours.double() - reference).abs() <= limit).all()
+    assert output.dtype == dtype
+    assert all(tensor.grad.dtype == tensor.dtype for tensor in inputs.values() if tensor.requires_grad)

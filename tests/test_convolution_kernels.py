@@ -6,7 +6,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernel_arguments import CONVOLUTIONS, Arguments, Convolution, assert_close_to_reference, convolution, run
+from kernel_arguments import (
+    CONVOLUTIONS,
+    Arguments,
+    Convolution,
+    assert_close_to_reference,
+    assert_rounded_once,
+    convolution,
+    run,
+)
 from torch import Tensor
 
 from hf_vssm_prune import convolution_torch, triton_backend
@@ -70,22 +78,9 @@ def test_half_precision_is_rounded_once(case: str, dtype: torch.dtype, weights_t
     rounded = floating(arguments, lambda tensor: tensor.to(dtype))
     if not weights_too:
         rounded |= {name: arguments[name] for name in ("weight", "bias")}
-    inputs = floating(rounded, lambda tensor: tensor.clone().requires_grad_())
-    doubles = floating(rounded, lambda tensor: tensor.double().requires_grad_())
-    output, expected = by(kernel, operation)(**inputs, **options), PLAIN[operation](**doubles, **options)
-    weighting = torch.randn(output.shape).to(dtype)
-    output.backward(weighting)
-    expected.backward(weighting.double())
-    pairs = [(output, expected)]
-    pairs += [(inputs[name].grad, doubles[name].grad) for name in inputs if inputs[name].requires_grad]
-    for ours, reference in pairs:
-        unit = torch.finfo(ours.dtype).eps / 2
-        if kernel is triton_backend and not HAS_GPU and ours.dtype == torch.bfloat16:
-            unit *= 2  # what is interpreted is cut off, not rounded
-        limit = unit * reference.abs() * 1.01 + 2e-6 * reference.abs().max()
-        assert ((ours.double() - reference).abs() <= limit).all()
-    assert output.dtype == dtype
-    assert all(tensor.grad.dtype == tensor.dtype for tensor in inputs.values() if tensor.requires_grad)
+    is_cut_off = kernel is triton_backend and not HAS_GPU  # what is interpreted is not rounded
+    half_units = {torch.bfloat16: 2} if is_cut_off else {}
+    assert_rounded_once(by(kernel, operation), PLAIN[operation], rounded, options, half_units)
 
 
 @pytest.mark.parametrize("operation", PLAIN)

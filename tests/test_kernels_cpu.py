@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PATIENCE
-from kernel_arguments import Arguments, assert_close_to_reference, convolution_arguments, run, scan_arguments
+from kernel_arguments import (
+    Arguments,
+    assert_close_to_reference,
+    assert_rounded_once,
+    convolution_arguments,
+    run,
+    scan_arguments,
+)
 from torch import Tensor
 
 from hf_vssm_prune.causal_convolution import causal_conv1d
@@ -540,20 +547,7 @@ def test_half_precision_is_rounded_once(operation: str, dtype: torch.dtype, weig
         name: tensor.to(dtype) if tensor.is_floating_point() and (weights_too or name not in OF_WEIGHTS) else tensor
         for name, tensor in arguments.items()
     }
-    inputs = {n: t.clone().requires_grad_() if t.is_floating_point() else t for n, t in rounded.items()}
-    doubles = {n: t.double().requires_grad_() if t.is_floating_point() else t for n, t in rounded.items()}
-    output, expected = kernel(**inputs, **options), plain(**doubles, **options)
-    weighting = torch.randn(output.shape).to(dtype)
-    output.backward(weighting)
-    expected.backward(weighting.double())
-    pairs = [(output, expected)]
-    pairs += [(inputs[name].grad, doubles[name].grad) for name in inputs if inputs[name].requires_grad]
-    for ours, reference in pairs:
-        unit = torch.finfo(ours.dtype).eps / 2
-        limit = unit * reference.abs() * 1.01 + 2e-6 * reference.abs().max()
-        assert ((ours.double() - reference).abs() <= limit).all()
-    assert output.dtype == dtype
-    assert all(tensor.grad.dtype == tensor.dtype for tensor in inputs.values() if tensor.requires_grad)
+    assert_rounded_once(kernel, plain, rounded, options)
 
 
 @needs_kernel

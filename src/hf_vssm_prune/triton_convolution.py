@@ -34,8 +34,7 @@ def causal_conv1d(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _forward(arguments: ConvolutionArguments) -> Tensor:
-    places = _places(arguments)
-    shown = places if arguments.stand_ins is None else arguments.stand_ins.contiguous()
+    shown, places = _tables(arguments)
     hidden_states = arguments.hidden_states
     output = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
     _convolve(arguments, hidden_states, shown, places, output, _window(arguments), arguments.bias, arguments.silu)
@@ -43,8 +42,7 @@ def _forward(arguments: ConvolutionArguments) -> Tensor:
 
 
 def _backward(arguments: ConvolutionArguments, grad_output: Tensor) -> list[Tensor]:
-    places = _places(arguments)
-    shown = places if arguments.stand_ins is None else arguments.stand_ins.contiguous()
+    shown, places = _tables(arguments)
     hidden_states, window = arguments.hidden_states, _window(arguments)
     grad_sums = grad_output
     if arguments.silu:
@@ -103,6 +101,12 @@ def _tile(batch: int, height: int, width: int, channels: int, most_channels: int
 def _parts(strips: int) -> int:
     """Into how many parts the sum over all strips is divided."""
     return min(strips, 2 if is_interpreted() else 64)
+
+
+def _tables(arguments: ConvolutionArguments) -> tuple[Tensor | None, Tensor | None]:
+    """The token that is seen in each cell, and the one that lies there; as the kernels take them."""
+    places = _places(arguments)
+    return places if arguments.stand_ins is None else arguments.stand_ins.contiguous(), places
 
 
 def _places(arguments: ConvolutionArguments) -> Tensor | None:
