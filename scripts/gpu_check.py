@@ -26,12 +26,14 @@ from typing import Any, NamedTuple
 import torch
 from gpu_checking.distribution import check_distribution
 from gpu_checking.golden import check_golden_cases
-from gpu_checking.kernels import check_kernel, time_convolutions, time_scans
+from gpu_checking.kernels import TIMED, check_kernel, compile_kernels, time_kernels
 from gpu_checking.machine import describe, start_building
-from gpu_checking.models import time_compiled_models, time_models
+from gpu_checking.models import MODELS, MODELS_IN_FLOAT32, compile_models, time_compiled_models, time_models
 from gpu_checking.report import Report
-from gpu_checking.training import time_training
+from gpu_checking.training import MODELS as MODELS_TO_TRAIN
+from gpu_checking.training import compile_training, time_training
 
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.training.checkpoints import write_json, write_text
 
 
@@ -43,17 +45,32 @@ class Part(NamedTuple):
     alone: bool  # because it times something
 
 
+# A new machine compiles each kernel in seconds, one after another in a process, and there are dozens: many processes do
+# so beside the checks, and what is timed finds them in Triton's cache.
+COMPILING: dict[str, Callable[[argparse.Namespace, Report], None]] = {
+    **{
+        f"{family} {preset} in bfloat16": partial(compile_models, family, preset, torch.bfloat16)
+        for family, preset in MODELS
+    },
+    **{
+        f"{family} {preset} in float32": partial(compile_models, family, preset, torch.float32)
+        for family, preset in MODELS_IN_FLOAT32
+    },
+    **{f"training {family} {preset}": partial(compile_training, family, preset) for family, preset in MODELS_TO_TRAIN},
+    **{what: partial(compile_kernels, what) for what in TIMED},
+}
 PARTS = {
     "machine": Part(describe, 60, False),
-    "kernels in float32": Part(partial(check_kernel, "triton", torch.float32), 150, False),
-    "kernels in bfloat16": Part(partial(check_kernel, "triton", torch.bfloat16), 150, False),
-    "kernels in float16": Part(partial(check_kernel, "triton", torch.float16), 150, False),
-    "golden cases": Part(check_golden_cases, 240, False),
-    "distribution": Part(check_distribution, 120, False),
+    "kernels in float32": Part(partial(check_kernel, "triton", torch.float32), 200, False),
+    "kernels in bfloat16": Part(partial(check_kernel, "triton", torch.bfloat16), 200, False),
+    "kernels in float16": Part(partial(check_kernel, "triton", torch.float16), 200, False),
+    **{f"golden cases of {family}": Part(partial(check_golden_cases, family), 200, False) for family in FAMILIES},
+    "distribution": Part(check_distribution, 150, False),
+    **{f"compiling {what}": Part(compile_it, 200, False) for what, compile_it in COMPILING.items()},
     "models": Part(time_models, 150, True),
-    "training": Part(time_training, 120, True),
-    "scan": Part(time_scans, 90, True),
-    "convolution": Part(time_convolutions, 60, True),
+    "training": Part(time_training, 90, True),
+    "scans": Part(partial(time_kernels, "scans"), 60, True),
+    "convolutions": Part(partial(time_kernels, "convolutions"), 60, True),
     "mamba-ssm": Part(partial(check_kernel, "mamba_ssm", torch.float32), 30, True),  # when it is built
     "compiled models": Part(time_compiled_models, 120, True),
 }

@@ -32,6 +32,11 @@ def test_models_and_training_steps_are_measured(options) -> None:
         assert all(float(row[-3]) > 0 and float(row[-2]) > 0 for row in table.rows)
 
 
+@pytest.mark.parametrize("what", gpu_check.COMPILING)
+def test_what_is_compiled_before_runs(what: str, options, triton_is_there) -> None:
+    gpu_check.COMPILING[what](options, Report(options.output_dir / "report.json"))
+
+
 @pytest.fixture
 def triton_is_there() -> None:
     if reason := KERNELS["triton"].unavailable("cpu"):
@@ -63,15 +68,25 @@ def test_a_wrong_kernel_is_named(operation: str, case: str, options, triton_is_t
 
 def test_convolutions_are_timed_beside_plain_pytorch(options, triton_is_there) -> None:
     report = Report(options.output_dir / "report.json")
-    kernels.time_convolutions(options, report)
+    kernels.time_kernels("convolutions", options, report)
     assert report.wrong == []
     assert {row[3] for row in report.tables[0].rows} == {"triton", "torch"}
+
+
+def test_arguments_are_drawn_on_the_cpu(options) -> None:
+    """Whatever is the default, which is the GPU after the first case was timed: the generators are the CPU's."""
+    torch.set_default_device("meta")
+    try:
+        calls = [next(kernels.calls_to_time(what, ["torch"], options)) for what in kernels.TIMED]
+    finally:
+        torch.set_default_device(None)
+    assert {tensor.device.type for call in calls for tensor in call.forward.args[1].values()} == {"cpu"}
 
 
 def test_golden_cases(options, shared) -> None:
     options.golden = shared / "golden"
     report = Report(options.output_dir / "report.json")
-    golden.check_golden_cases(options, report)
+    golden.check_golden_cases("plainmamba", options, report)
     assert report.wrong == []
     assert report.tables[0].rows
 

@@ -22,8 +22,8 @@ ALLOWED = 1e-4
 
 
 @torch.no_grad()
-def check_golden_cases(options: argparse.Namespace, report: Report) -> None:
-    """Logits and kept tokens, dense and pruned, in float32; with weights in bfloat16 how many tokens are kept alike."""
+def check_golden_cases(family: str, options: argparse.Namespace, report: Report) -> None:
+    """Of a family: logits and kept tokens, dense and pruned, in float32; how many tokens are kept alike in bfloat16."""
     if options.golden is None:
         report.say("the golden cases were not given (--golden)")
         return
@@ -31,7 +31,7 @@ def check_golden_cases(options: argparse.Namespace, report: Report) -> None:
     rows = report.table(
         "Beside the official models", "case", "schedule", "logits off by", "tokens kept alike", "alike in bfloat16"
     )
-    for file in sorted(options.golden.glob("*.npz"))[: 1 if options.small else None]:
+    for file in sorted(options.golden.glob(f"{family}_*.npz"))[: 1 if options.small else None]:
         case = GoldenCase.load(options.golden, file.stem)
         config = infer_config(case.state_dict(), case.recipe["family"], **case.overrides())
         model = FAMILIES[config.model_type].classifier(config).eval()

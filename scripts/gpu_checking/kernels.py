@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from benchmarking.measuring import Case, take_turns
@@ -104,26 +104,22 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
-def time_scans(options: argparse.Namespace, report: Report) -> None:
-    """A layer's scan, forward and with its backward, by kernel."""
-    names = [name for name in ("triton", "mamba_ssm") if is_there(name, options, report)]
-    cases = {
+def scans_to_time(small: bool) -> dict[str, Callable[[int], Call]]:
+    """A layer's scan, by the batch."""
+    sizes_of_cases = sizes_to_time(SIZES_OF_MODELS, {"length": 9, "channels": 32}, small)
+    return {
         case: lambda batch, sizes=sizes: ("selective_scan", scan_arguments(**{**sizes, "batch": batch}), {})
-        for case, sizes in sizes_to_time(SIZES_OF_MODELS, {"length": 9, "channels": 32}, options.small).items()
+        for case, sizes in sizes_of_cases.items()
     }
-    time_kernels(cases, names, options, report)
 
 
-def time_convolutions(options: argparse.Namespace, report: Report) -> None:
-    """A layer's convolution, by Triton and by what PyTorch has: zeros in dropped cells, cuDNN, and a gathering."""
-    names = [name for name in ("triton", "torch") if name == "torch" or is_there(name, options, report)]
-    cases = {
+def convolutions_to_time(small: bool) -> dict[str, Callable[[int], Call]]:
+    """A layer's convolution, by the batch."""
+    sizes_of_cases = sizes_to_time(CONVOLUTIONS_OF_MODELS, {"grid": (2, 2), "channels": 8, "kernel": 3}, small)
+    return {
         case: lambda batch, sizes=sizes: convolution(**{**sizes, "batch": batch})
-        for case, sizes in sizes_to_time(
-            CONVOLUTIONS_OF_MODELS, {"grid": (2, 2), "channels": 8, "kernel": 3}, options.small
-        ).items()
+        for case, sizes in sizes_of_cases.items()
     }
-    time_kernels(cases, names, options, report)
 
 
 def sizes_to_time(sizes: dict[str, Any], smaller: dict[str, Any], small: bool) -> dict[str, Any]:
@@ -132,26 +128,49 @@ def sizes_to_time(sizes: dict[str, Any], smaller: dict[str, Any], small: bool) -
     return {first: {**sizes[first], **smaller}} if small else sizes
 
 
-def time_kernels(
-    cases: dict[str, Callable[[int], Call]], names: list[str], options: argparse.Namespace, report: Report
-) -> None:
-    """Calls by batch, with each kernel."""
-    rows = report.table("Milliseconds", "case", "dtype", "batch", "kernel", "forward", "forward and backward")
-    options.seconds = 0.2
-    for case, make in cases.items():
+# What is timed, and beside which kernel. PyTorch's convolution: zeros in dropped cells, cuDNN, and a gathering.
+TIMED = {"scans": (scans_to_time, ("triton", "mamba_ssm")), "convolutions": (convolutions_to_time, ("triton", "torch"))}
+
+
+class TimedCall(NamedTuple):
+    """A call as a row of the table names it, without and with its gradients."""
+
+    row: tuple[str, str, int, str]
+    forward: Case
+    both: Case
+
+
+def calls_to_time(what: str, names: Sequence[str], options: argparse.Namespace) -> Iterator[TimedCall]:
+    """By batch and precision, with each kernel."""
+    for case, make in TIMED[what][0](options.small).items():
         for batch in (1,) if options.small else (1, 8, 64):
             for dtype in (torch.float32, torch.bfloat16):
-                torch.set_default_device(None)  # the arguments' random numbers are the CPU's
-                operation, arguments, settings = make(batch)
+                with torch.device("cpu"):  # the arguments' random numbers are the CPU's
+                    operation, arguments, settings = make(batch)
                 arguments = {
                     name: tensor.to(options.device, dtype if tensor.is_floating_point() else tensor.dtype)
                     for name, tensor in arguments.items()
                 }
                 for name in names:
                     compute = partial(OPERATIONS[operation][0], **settings, backend=name)
-                    forward = milliseconds(partial(without_gradient, compute, arguments), options)
-                    both = milliseconds(partial(with_gradient, compute, arguments), options)
-                    rows.add(case, NAMES[dtype], batch, name, f"{forward:.3f}", f"{both:.3f}")
+                    cases = (partial(each, compute, arguments) for each in (without_gradient, with_gradient))
+                    yield TimedCall((case, NAMES[dtype], batch, name), *cases)
+
+
+def time_kernels(what: str, options: argparse.Namespace, report: Report) -> None:
+    """Milliseconds of calls, forward and with their backward."""
+    names = [name for name in TIMED[what][1] if name == "torch" or is_there(name, options, report)]
+    rows = report.table("Milliseconds", "case", "dtype", "batch", "kernel", "forward", "forward and backward")
+    options.seconds = 0.2
+    for call in calls_to_time(what, names, options):
+        rows.add(*call.row, *(f"{milliseconds(case, options):.3f}" for case in (call.forward, call.both)))
+
+
+def compile_kernels(what: str, options: argparse.Namespace, _: Report) -> None:
+    """Every call of Triton's kernels that is timed, once."""
+    for call in calls_to_time(what, ["triton"], options):
+        call.forward()
+        call.both()
 
 
 def without_gradient(compute: Function, arguments: Arguments) -> None:

@@ -16,6 +16,7 @@ from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
 
 
 MODELS = (("plainmamba", "L3"), ("vim", "S"), ("plainmamba", "L1"), ("vim", "B"))
+MODELS_IN_FLOAT32 = MODELS[:2]
 TRANSFORMERS = {
     "ViT-S/16": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
     "ViT-B/16": {},
@@ -54,11 +55,20 @@ def time_models(options: argparse.Namespace, report: Report) -> None:
     ways: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]] = {"eager": partial}
     if options.device == "cuda":
         ways["CUDA graph"] = captured
-    groups = [make_transformers(options), *(make_models(*which, options) for which in MODELS)]
-    for models in groups[:2] if options.small else groups:
-        for dtype in (torch.bfloat16, torch.float32):
+    for dtype, families in ((torch.bfloat16, MODELS), (torch.float32, MODELS_IN_FLOAT32)):
+        for which in (None, *families)[: 2 if options.small else None]:
+            models = make_transformers(options) if which is None else make_models(*which, options)
             for batch in BATCHES[:1] if options.small else BATCHES:
                 measure(models, dtype, batch, ways, rows, report, options)
+
+
+@torch.no_grad()
+def compile_models(family: str, preset: str, dtype: torch.dtype, options: argparse.Namespace, _: Report) -> None:
+    """Every forward that `time_models` times, once."""
+    for batch in BATCHES[:1] if options.small else BATCHES:
+        for model in make_models(family, preset, options).values():
+            side = model.config.image_size
+            model.to(options.device, dtype)(torch.randn(batch, 3, side, side, device=options.device, dtype=dtype))
 
 
 def time_compiled_models(options: argparse.Namespace, report: Report) -> None:

@@ -11,18 +11,16 @@ from gpu_checking.models import make_models, peak_memory
 from gpu_checking.report import Report
 
 
+MODELS = (("plainmamba", "L1"), ("plainmamba", "L3"), ("vim", "S"))
+
+
 def time_training(options: argparse.Namespace, report: Report) -> None:
     """Forward and backward under autocast to bfloat16, no optimizer."""
     rows = report.table("Training step, bfloat16 by autocast", "model", "batch", "images/s", "dense / this", "MiB")
-    batch = 2 if options.small else 64
-    side = 64 if options.small else 224
-    for which in (("plainmamba", "L1"), ("plainmamba", "L3"), ("vim", "S"))[: 1 if options.small else None]:
-        images = torch.randn(batch, 3, side, side, device=options.device)
-        labels = torch.randint(1000, (batch,), device=options.device)
-        models = {name: model.to(options.device).train() for name, model in make_models(*which, options).items()}
+    batch = batch_size(options)
+    for which in MODELS[: 1 if options.small else None]:
         cases, memory = {}, {}
-        for name, model in models.items():
-            case = step(model, images, labels, options.device)
+        for name, case in make_steps(*which, options).items():
             try:
                 memory[name] = peak_memory(case, options.device)
                 cases[name] = case
@@ -35,10 +33,29 @@ def time_training(options: argparse.Namespace, report: Report) -> None:
             rows.add(name, batch, f"{batch / fastest:.0f}", f"{dense / fastest:.2f}", memory[name])
 
 
-def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, device: str) -> Callable[[], None]:
+def compile_training(family: str, preset: str, options: argparse.Namespace, _: Report) -> None:
+    """Every step that `time_training` times, once."""
+    for case in make_steps(family, preset, options).values():
+        case()
+
+
+def batch_size(options: argparse.Namespace) -> int:
+    return 2 if options.small else 64
+
+
+def make_steps(family: str, preset: str, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """A training step of each model."""
+    batch, side = batch_size(options), 64 if options.small else 224
+    images = torch.randn(batch, 3, side, side, device=options.device)
+    labels = torch.randint(1000, (batch,), device=options.device)
+    models = make_models(family, preset, options)
+    return {name: step(model.to(options.device).train(), images, labels) for name, model in models.items()}
+
+
+def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
     def run() -> None:
         model.zero_grad()
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16):
             loss = model(images, labels=labels).loss
         loss.backward()
 

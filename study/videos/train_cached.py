@@ -12,11 +12,13 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
 from hf_vssm_prune.flops import count_flops
@@ -64,17 +66,20 @@ def main() -> None:
     history: list[dict[str, float]] = [_evaluate(task, model, test)] if teacher else []
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
     steps, step = options.epochs * (len(train["labels"]) // options.batch_size), 0
+    compute_loss: Callable[[Tensor, Tensor], Tensor] = _Loss(task, model, teacher).train()
     start = time.process_time()
     for epoch in range(options.epochs):
         model.train()
-        for ids in np.array_split(generator.permutation(len(train["labels"])), steps // options.epochs):
+        for ids in _batches(generator.permutation(len(train["labels"])), options):
             rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"], step = options.lr * rate, step + 1
             batch = {name: values[torch.from_numpy(ids).to(options.device)].float() for name, values in train.items()}
             if options.shift or options.brightness:  # else nothing is drawn: earlier runs keep their random numbers
                 batch["pixel_values"] = _augment(batch["pixel_values"], options, generator)
             batch = task.mix({**batch, "labels": batch["labels"].long()}, model.config, generator)
-            _loss(task, model, teacher, batch).backward()
+            if step == 1 and options.device == "cuda":
+                compute_loss = _captured(compute_loss, batch)
+            compute_loss(batch["pixel_values"], batch["labels"]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -95,7 +100,7 @@ def _with_margin(processor: BaseImageProcessor, margin: int) -> BaseImageProcess
     return type(processor)(**options)
 
 
-def _augment(clips: torch.Tensor, options: argparse.Namespace, generator: np.random.Generator) -> torch.Tensor:
+def _augment(clips: Tensor, options: argparse.Namespace, generator: np.random.Generator) -> Tensor:
     """Cuts the margins off, so that each clip is moved, and changes its brightness."""
     side = clips.shape[-1] - 2 * options.shift
     places = generator.integers(0, 2 * options.shift + 1, (len(clips), 2))
@@ -104,7 +109,7 @@ def _augment(clips: torch.Tensor, options: argparse.Namespace, generator: np.ran
     return torch.stack(moved) * torch.from_numpy(factors).float().to(clips.device)
 
 
-def _all(task: VideoClassification, rows: Any, processor: BaseImageProcessor, device: str) -> dict[str, torch.Tensor]:
+def _all(task: VideoClassification, rows: Any, processor: BaseImageProcessor, device: str) -> dict[str, Tensor]:
     """Pixel values in half precision, and labels, on the device."""
     items = task.evaluation_items(rows, processor)
     each = [items[index] for index in range(len(items))]
@@ -113,16 +118,38 @@ def _all(task: VideoClassification, rows: Any, processor: BaseImageProcessor, de
     return {"pixel_values": pixel_values.to(device), "labels": labels.to(device)}
 
 
-def _loss(task: VideoClassification, model: Any, teacher: Any, batch: Batch) -> torch.Tensor:
-    weights = LossWeights(kd_weight=1.0, alignment_weight=1.0) if teacher else LossWeights()
-    inputs = task.inputs(batch) | {"output_hidden_states": teacher is not None}
-    device = batch["pixel_values"].device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cpu"):  # a GPU waits for calls, which casts add to
-        outputs = model(**inputs)
-        with torch.no_grad():
-            targets = teacher(**inputs) if teacher else None
-    layers = model.config.token_pruning["layers"] if teacher else []
-    return training_loss(task, outputs, targets, batch, weights, layers)["loss"]
+class _Loss(nn.Module):
+    """The loss of a batch."""
+
+    def __init__(self, task: VideoClassification, model: Any, teacher: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.rest = task, None if teacher is None else teacher.requires_grad_(False)  # a tuple: not to be trained
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Tensor:
+        task, teacher = self.rest
+        batch = {"pixel_values": pixel_values, "labels": labels}
+        weights = LossWeights(kd_weight=1.0, alignment_weight=1.0) if teacher else LossWeights()
+        inputs = task.inputs(batch) | {"output_hidden_states": teacher is not None}
+        device = pixel_values.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cpu"):  # small models gain nothing on a GPU
+            outputs = self.model(**inputs)
+            with torch.no_grad():
+                targets = teacher(**inputs) if teacher else None
+        layers = self.model.config.token_pruning["layers"] if teacher else []
+        return training_loss(task, outputs, targets, batch, weights, layers)["loss"]
+
+
+def _captured(loss: Any, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss and its gradients as CUDA graphs: called operator by operator, so small a model waits for Python."""
+    samples = (batch["pixel_values"].clone(), batch["labels"].clone())
+    return torch.cuda.make_graphed_callables(loss, samples, allow_unused_input=True)
+
+
+def _batches(ids: np.ndarray, options: argparse.Namespace) -> list[np.ndarray]:
+    """All clips in batches of nearly the same size; for a CUDA graph of one size, without the rest."""
+    batches = len(ids) // options.batch_size
+    return np.array_split(ids[: batches * options.batch_size] if options.device == "cuda" else ids, batches)
 
 
 @torch.no_grad()
