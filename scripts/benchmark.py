@@ -23,6 +23,7 @@ from benchmarking.heads import heads_section
 from benchmarking.int8 import int8_section
 from benchmarking.measuring import describe_machine, make_tensors_on
 from benchmarking.models import model_section, parts_section, resolution_section, transformer_section
+from benchmarking.peers import peers_section
 from benchmarking.roofline import roofline_section
 from benchmarking.scan import convolution_section, scan_section
 from benchmarking.training import training_section
@@ -51,11 +52,12 @@ SECTIONS = {
     "video": video_section,
     "heads": heads_section,
     "busy": busy_section,
+    "peers": peers_section,
 }
 # Only where they are asked for.
-LONG_SECTIONS = ("int8", "export", "video", "heads", "busy")
+LONG_SECTIONS = ("int8", "export", "video", "heads", "busy", "peers")
 
-CPU_SECTIONS = ("roofline", "parts", "int8", "export", "busy")
+CPU_SECTIONS = ("roofline", "parts", "int8", "export", "busy", "peers")
 PLAINMAMBA_SECTIONS = ("blocks", "heads")
 
 
@@ -99,6 +101,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="default: 1 8")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=20, help="time for each group of cases (default: %(default)s)")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=Path("build/peers"),
+        help="folder in which other projects are installed for the section `peers` (default: %(default)s)",
+    )
     parser.add_argument("--plot", help="file for a plot of time against the budget (needs matplotlib)")
     parser.add_argument("--json", help="file to write all runs and ratios to")
     options = parser.parse_args(arguments)

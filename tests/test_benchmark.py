@@ -15,7 +15,17 @@ from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 
 benchmark = load_script("benchmark")
 
-from benchmarking import baselines, blocks, budgets, int8, measuring, scan, training  # noqa: E402
+from benchmarking import (  # noqa: E402
+    baselines,
+    blocks,
+    budgets,
+    int8,
+    measuring,
+    peer_worker,
+    peers,
+    scan,
+    training,
+)
 
 
 def test_baselines_compute_the_scan():
@@ -39,6 +49,32 @@ def test_the_reference_kernel_computes_a_dense_model():
             torch.testing.assert_close(model(images).logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="unknown backend 'reference'"):
         model(images)
+
+
+def test_the_frame_of_other_projects_scans_computes_ours():
+    inputs = scan.one_direction(scan.scan_inputs(2)) | {"gate": None, "D": torch.zeros(scan.CHANNELS)}
+
+    def states(decay: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
+        for step in range(1, decay.shape[1]):
+            entering[:, step] += decay[:, step] * entering[:, step - 1]
+        return entering
+
+    arguments = {name: tensor.numpy() for name, tensor in inputs.items() if tensor is not None}
+    found = peer_worker.in_torch(arguments, torch.get_num_threads(), states)()
+    torch.testing.assert_close(torch.from_numpy(found), selective_scan(**inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_project_that_cannot_be_installed_or_run_is_left_out(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    one, other = "mambapy's pscan", "ggml's SSM_SCAN"
+    monkeypatch.setattr(peers, "PEERS", {one: peers.Peer(("no-such-project==1",)), other: peers.Peer(())})
+    arguments = ["--sections", "peers", "--batch_sizes", "1", "--seconds", "0.1", "--peers", str(tmp_path)]
+    assert benchmark.main(arguments) == 0
+    output = capfd.readouterr().out
+    assert f"{one} is left out" in output
+    assert f"{other} is left out" in output
+    assert list(tmp_path.rglob(".installed")) == []
 
 
 def test_int8_beside_torchao():

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarking.measuring import Case, Group, take_turns
+from benchmarking.workers import Worker, run_all
 from hf_vssm_prune.environment import PATIENT_THREADS, WAITING
 
 
@@ -50,9 +51,6 @@ def busy_section(options: argparse.Namespace) -> list[Group]:
     return groups
 
 
-Worker = subprocess.Popen[str]
-
-
 @contextmanager
 def started(ways: Sequence[dict[str, str]], threads: int, batch: int) -> Iterator[list[Worker]]:
     """Processes that wait for work, each with environment variables of its own beside this process's."""
@@ -68,18 +66,6 @@ def started(ways: Sequence[dict[str, str]], threads: int, batch: int) -> Iterato
     finally:
         for worker in workers:
             worker.communicate()  # closes its standard input, at which it ends
-
-
-def run_all(workers: Sequence[Worker], work: str) -> None:
-    """The same work in all processes at once."""
-    for worker in workers:
-        assert worker.stdin is not None
-        worker.stdin.write(work + "\n")
-        worker.stdin.flush()
-    for worker in workers:
-        assert worker.stdout is not None
-        if worker.stdout.readline() != "done\n":
-            raise RuntimeError("a process of the benchmark ended; its message is above.")
 
 
 @contextmanager
