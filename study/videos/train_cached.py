@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,28 @@ from hf_vssm_prune.training.tasks.video_classification import VideoClassificatio
 
 
 def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    task = VideoClassification(
+        VideoTrainingArguments(frame_sampling="segments", mixup=options.mixup, cutmix=0.0, smoothing=0.1)
+    )
+    datasets = task.load_datasets(DataArguments(options.videos), seed=0)
+    processor = load_image_processor(options.start)
+    train = _all(task, datasets.train, _with_margin(processor, options.shift), options.device)
+    test = _all(task, datasets.evaluation, processor, options.device)
+    model, teacher = _load_models(options)
+    history: list[dict[str, float]] = [_evaluate(task, model, test)] if teacher else []
+    for result in _epochs(task, model, teacher, train, test, options):
+        history.append(result)
+        print(result, flush=True)
+        # After every epoch: what is stopped leaves a model to go on from.
+        target = save_for_hub(model, Path(options.target), processor)
+        results = {"options": vars(options), "reduction": count_flops(model.config).reduction, "history": history}
+        (target / "results.json").write_text(json.dumps(results, indent=1))
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("videos", "start", "target"):
         parser.add_argument(name)
@@ -45,28 +67,28 @@ def main() -> None:
     parser.add_argument("--method")
     parser.add_argument("--alignment")
     parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(options.seed)
+    return parser.parse_args()
+
+
+def _load_models(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, pruned if there is a budget, and then the same model without pruning as its teacher."""
+    model = load_classifier(options.start).to(options.device)
+    if options.flops_reduction is None:
+        return model, None
+    choices = {"method": options.method, "alignment": options.alignment}
+    given = {name: value for name, value in choices.items() if value is not None}
+    model.set_token_pruning({"flops_reduction": options.flops_reduction, **given})
+    return model, load_classifier(options.start).to(options.device)
+
+
+def _epochs(
+    task: VideoClassification, model: Any, teacher: Any, train: Batch, test: Batch, options: argparse.Namespace
+) -> Iterator[dict[str, float]]:
+    """Trains, and yields the results of every epoch on the test clips."""
     generator = np.random.default_rng(options.seed)
-    task = VideoClassification(
-        VideoTrainingArguments(frame_sampling="segments", mixup=options.mixup, cutmix=0.0, smoothing=0.1)
-    )
-    datasets = task.load_datasets(DataArguments(options.videos), seed=0)
-    processor = load_image_processor(options.start)
-    train = _all(task, datasets.train, _with_margin(processor, options.shift), options.device)
-    test = _all(task, datasets.evaluation, processor, options.device)
-    model: Any = load_classifier(options.start).to(options.device)
-    teacher: Any = None
-    if options.flops_reduction is not None:
-        teacher = load_classifier(options.start).to(options.device)
-        choices = {"method": options.method, "alignment": options.alignment}
-        given = {name: value for name, value in choices.items() if value is not None}
-        model.set_token_pruning({"flops_reduction": options.flops_reduction, **given})
-    history: list[dict[str, float]] = [_evaluate(task, model, test)] if teacher else []
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
-    steps, step = options.epochs * (len(train["labels"]) // options.batch_size), 0
     compute_loss: Callable[[Tensor, Tensor], Tensor] = _Loss(task, model, teacher).train()
+    steps, step = options.epochs * (len(train["labels"]) // options.batch_size), 0
     start = time.process_time()
     for epoch in range(options.epochs):
         model.train()
@@ -83,12 +105,7 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        history.append({"epoch": epoch + 1, "cpu_seconds": time.process_time() - start, **_evaluate(task, model, test)})
-        print(history[-1], flush=True)
-        # After every epoch: what is stopped leaves a model to go on from.
-        target = save_for_hub(model, Path(options.target), processor)
-        results = {"options": vars(options), "reduction": count_flops(model.config).reduction, "history": history}
-        (target / "results.json").write_text(json.dumps(results, indent=1))
+        yield {"epoch": epoch + 1, "cpu_seconds": time.process_time() - start, **_evaluate(task, model, test)}
 
 
 def _with_margin(processor: BaseImageProcessor, margin: int) -> BaseImageProcessor:
