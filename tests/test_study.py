@@ -166,7 +166,7 @@ def test_pieces_without_a_model_to_start_from_are_named(tmp_path) -> None:
     )
     assert finished.returncode == 1
     assert (
-        "1 pieces were not run, the first 'images/plainmamba/0/dense tuned': there is no model of "
+        "1 pieces were not run, the first of them 'images/plainmamba/0/dense tuned': there is no model of "
         "'images/plainmamba/0/dense'" in finished.stderr
     )
 
