@@ -1,7 +1,7 @@
-"""Puts compiled CPU kernels into the wheel where the environment variable HF_VSSM_PRUNE_PREBUILT is 1.
+"""Adds compiled CPU kernels to the wheel if the environment variable HF_VSSM_PRUNE_PREBUILT is 1.
 
-Such a wheel is for one platform and needs no compiler where it is installed. Without the variable the wheel is for any
-platform, and the kernels are compiled at their first use.
+Such a wheel is for one platform and can be used without a compiler. Without the variable, the wheel is for all
+platforms, and the kernels are compiled on first use.
 """
 
 import importlib.util
@@ -36,7 +36,8 @@ class PrebuiltKernelsHook(BuildHookInterface):
 
 
 def load(file: Path) -> ModuleType:
-    """A module by itself: the package around it needs torch, which a wheel is built without."""
+    """Loads a module on its own: importing its package would need torch, which is not installed where wheels are
+    built."""
     spec = importlib.util.spec_from_file_location(f"build_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None

@@ -1,9 +1,9 @@
-"""A page on which anybody can try token pruning: choose an image and a budget of FLOPs, and see what a model drops.
+"""A page for trying out token pruning: choose an image and a FLOPs budget, and see which patches a model drops.
 
     python demo/app.py                                           # the small model that comes with the package
     python demo/app.py --model_name_or_path <folder or Hub model>    # or set HF_VSSM_PRUNE_DEMO_MODEL
 
-`pip install -e '.[demo]'` first. demo/README.md tells how to put it on the Hub as a Space.
+Run `pip install -e '.[demo]'` first. demo/README.md explains how to create a Space on the Hub.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import threads  # noqa: F401  (first: it sets what torch reads when it is loaded)
+import threads  # noqa: F401  (first, because it sets variables that torch reads when it is loaded)
 
 
 # isort: split
@@ -41,22 +41,20 @@ HOUR = 3600
 TITLE = "Token pruning for vision Mambas"
 INTRODUCTION = """# Token pruning for vision Mambas
 
-A vision Mamba reads an image patch by patch, and many patches do not matter. Choose an image and how much of the
-computation is to go: the model drops patches, or merges them into others, stage by stage, and classifies what is left.
+A vision Mamba reads an image patch by patch, and many patches contribute little. Choose an image and the fraction of
+the computation to remove. The model then drops or merges patches in several stages, and classifies the rest.
 """
-ABOUT_EXAMPLE_MODEL = """The model is a small one that sorts **waste**: cardboard, glass, metal, paper, plastic, and
-trash. It knows single pieces on a plain, bright ground; the examples are test images. Photograph a bottle, and see.
+ABOUT_EXAMPLE_MODEL = """This small model sorts **waste** into cardboard, glass, metal, paper, plastic and trash. It was
+trained on single objects on a plain, bright background; the examples are test images. Try a photo of a bottle.
 """
 UPLOAD_LIMITS = (
     f"{', '.join(FORMATS)}; at most {MAX_BYTES // 1024**2} MB and {MAX_PIXELS // 10**6} million pixels. "
     "Uploads are deleted within two hours."
 )
-BUDGET = "Computation to leave out (% of FLOPs)"
+BUDGET = "Computation to remove (% of FLOPs)"
 METHOD = "Pruning method"
 CAMERA = "Take a picture"
-REAR_CAMERA = gr.WebcamOptions(
-    mirror=False, constraints={"video": {"facingMode": "environment"}}
-)  # where there are two
+REAR_CAMERA = gr.WebcamOptions(mirror=False, constraints={"video": {"facingMode": "environment"}})  # if there are two
 SELECT_EXAMPLE = """element.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (button) trigger("select", {name: button.dataset.name});
@@ -64,12 +62,12 @@ SELECT_EXAMPLE = """element.addEventListener("click", (event) => {
 
 
 class Page:
-    """What the page's controls do.
+    """The actions of the page's controls.
 
     Args:
-        model: classifies and measures.
-        is_example_model: it sorts waste.
-        open_input: what of a file the model is shown.
+        model: classifies images and measures times.
+        is_example_model: whether it is the example model, which sorts waste.
+        open_input: converts a file to the model's input.
     """
 
     def __init__(
@@ -91,11 +89,12 @@ class Page:
         yield from self._choose(by_name[selected.name], percent, method)
 
     def upload(self, file: str | None, percent: int, method: str) -> Iterator[tuple[Tensor, str]]:
-        if file is not None:  # a camera's picture that was discarded
+        if file is not None:  # None: a camera picture was discarded
             yield from self._choose(Path(file), percent, method)
 
     def show(self, chosen: Tensor | None, percent: int, method: str) -> Iterator[str]:
-        """The result, first without and then with times: what is kept is there before it has been measured."""
+        """The result, first without and then with times, so that the kept patches are shown before the times are
+        measured."""
         if chosen is None:
             raise gr.Error("Choose an image first.", print_exception=False)
         try:
@@ -132,7 +131,7 @@ def _title(file: Path) -> str:
 
 
 def _thumbnail(file: Path) -> Image.Image:
-    """The middle of an image; the page enlarges a tiny one without blurring."""
+    """The center of an image. The page enlarges small ones without blurring."""
     with Image.open(file) as image:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -142,7 +141,7 @@ def _thumbnail(file: Path) -> Image.Image:
 
 
 def result(classification: Classification, measurement: Measurement | None) -> str:
-    """The pictures of the stages above a table of dense against pruned."""
+    """The pictures of the stages above a table that compares dense and pruned."""
     return f'<div class="stages">{"".join(_figures(classification))}</div>{_table(classification, measurement)}'
 
 
@@ -173,7 +172,7 @@ def _table(classification: Classification, measurement: Measurement | None) -> s
             f"{measurement.dense / measurement.pruned:.2f} times as fast",
         )
         batches = f"batches of {measurement.batch_size} copies" if measurement.batch_size > 1 else "one image at a time"
-        remark = f"Times: the fastest of {measurement.turns} runs each, in turns, on this page's server, {batches}."
+        remark = f"Times: minimum of {measurement.turns} alternating runs on this page's server, {batches}."
     rows = [
         ("Label", _guesses(classification.dense), _guesses(classification.pruned), ""),
         (
@@ -208,15 +207,15 @@ def _small(line: str) -> str:
 
 
 def build(page: Page, video_page: Page | None = None) -> gr.Blocks:
-    """The page with its controls, and one for videos."""
-    # Once an hour what is older than an hour is deleted.
+    """The page with its controls, and optionally one for videos."""
+    # Every hour, files older than an hour are deleted.
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
         gr.Markdown(INTRODUCTION + ("\n" + ABOUT_EXAMPLE_MODEL if page.is_example_model else ""))
         chosen = gr.State()
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 examples = gr.HTML(example_buttons(page.examples), js_on_load=SELECT_EXAMPLE, elem_id="examples")
-                # "image" lets a phone offer its camera.
+                # With "image", phones offer their camera.
                 upload = gr.UploadButton("Upload an image", file_types=["image", *SUFFIXES], elem_id="upload")
                 with gr.Accordion(CAMERA, open=False, elem_id="camera"):
                     camera = gr.Image(

@@ -1,4 +1,4 @@
-"""The page of videos: a clip of some seconds in the place of an image. It is there where a model of videos is named."""
+"""The page for videos, with clips of a few seconds instead of images. It exists only if a video model is given."""
 
 import os
 from functools import partial
@@ -17,11 +17,11 @@ LIMITS = f"What FFmpeg reads; at most {MAX_BYTES // 1024**2} MB and {MAX_FRAMES}
 
 
 def open_clip(path: str, num_frames: int) -> list[Image.Image]:
-    """Frames spread over a video that a stranger sent.
+    """Frames spread over an uploaded video.
 
     Raises:
-        ValueError: the file is too large or too long, or no video that can be read. The message is for the person who
-            sent it.
+        ValueError: the file is too large or too long, or not a readable video. The message is for the person who
+            uploaded it.
     """
     name = os.path.basename(path)
     if os.path.getsize(path) > MAX_BYTES:
@@ -39,7 +39,7 @@ def opener(model: Any) -> partial:
     """`open_clip` for the frames of a `PrunedModel`.
 
     Raises:
-        ValueError: it is one of images.
+        ValueError: it is an image model.
     """
     config = model.model.config
     if config.modality != "video":
@@ -48,12 +48,12 @@ def opener(model: Any) -> partial:
 
 
 def add_page(page: Any, budget: gr.Slider, method_label: str) -> None:
-    """The controls, in a route of the page.
+    """Adds the controls, in a route of the page.
 
     Args:
-        page: what they do, an `app.Page` that opens clips.
-        budget: one as on the page of images.
-        method_label: of the choice of methods.
+        page: their actions, an `app.Page` that opens clips.
+        budget: a slider like the one on the page for images.
+        method_label: label of the method choice.
     """
     chosen, methods = gr.State(), list(page.model.methods)
     with gr.Row():

@@ -1,4 +1,5 @@
-"""A classifier that prunes by a budget chosen for each image: what it says and keeps, and how long it takes."""
+"""A classifier with a pruning budget chosen for each image: its predictions, the kept patches, and the time it
+takes."""
 
 import math
 import threading
@@ -23,29 +24,30 @@ from hf_vssm_prune.visualization import (
 )
 
 
-# Measured in turns until the time is up, few enough for a slider to feel live.
+# Seconds for measuring both models alternately, short enough for a responsive slider.
 MEASURING_SECONDS, MIN_TURNS, MAX_TURNS = 0.15, 5, 15
 METHODS = {
     f"Merge alike neighbours ({RECOMMENDED_METHOD}, our default)": {"method": RECOMMENDED_METHOD},
     f"Drop the least important ({PAPERS_METHOD}, the paper's)": {"method": PAPERS_METHOD},
     "Drop at random": {"method": PAPERS_METHOD, "importance": "random"},
 }
-# One image of a small model is mostly the fixed cost of calling its layers, which pruning leaves as it is.
+# For a single image, the time of a small model is mostly the fixed cost of calling its layers, which pruning does not
+# change.
 SMALL_MODEL_FLOPS, SMALL_MODEL_BATCH = 1e9, 8
 
 
 @dataclass(frozen=True)
 class Classification:
-    """What a model makes of one image, dense and pruned.
+    """The results of a model for one image, dense and pruned.
 
     Attributes:
         dense: the most likely labels with their probabilities, best first.
-        pruned: likewise; of the dense model where nothing is pruned.
-        panels: the image as the model saw it, then one picture of each stage with dropped patches covered.
-        layers: before which the stages drop tokens.
-        num_kept: patches left after each stage.
-        num_patches: of the whole image.
-        flops: dense and pruned.
+        pruned: the same for the pruned model; those of the dense model if nothing is pruned.
+        panels: the image as the model sees it, then one picture for each stage with dropped patches covered.
+        layers: the layers before which the stages drop tokens.
+        num_kept: number of patches left after each stage.
+        num_patches: number of patches in the whole image.
+        flops: FLOPs, dense and pruned.
     """
 
     dense: list[tuple[str, float]]
@@ -59,7 +61,7 @@ class Classification:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Milliseconds for one image, in batches, of the fastest turn: what else a server does only ever adds to a time."""
+    """Milliseconds per image, in batches, in the fastest run: other work on a server can only add to a time."""
 
     dense: float
     pruned: float
@@ -68,16 +70,16 @@ class Measurement:
 
 
 class PrunedModel:
-    """An image classifier of this package under changing budgets.
+    """An image classifier of this package with changing budgets.
 
-    Requests may come from several threads: the model computes for one after the other, since its schedule changes
-    between them, and since two measurements at once would slow each other.
+    Requests may come from several threads. They are processed one after another, because the model's schedule changes
+    between them, and because simultaneous measurements would slow each other down.
 
     Args:
         name_or_path: a folder, or a model on the Hub.
 
     Attributes:
-        methods: ways to prune by what the page calls them, the model's own first where it is saved with one.
+        methods: pruning options by their names on the page; if the model was saved with a method, that one comes first.
 
     Raises:
         ValueError, OSError: see `hf_vssm_prune.hub.loading.load_classifier`.
@@ -86,7 +88,7 @@ class PrunedModel:
     def __init__(self, name_or_path: str) -> None:
         self.model = load_classifier(name_or_path)
         self.image_processor = load_image_processor(name_or_path)
-        # While the model is dense, its configuration does not say how it prunes.
+        # While the model is dense, its configuration has no pruning options.
         own = method_options(self.model.config.token_pruning)
         self.methods = ({f"As this model was saved ({own['method']})": own} if own else {}) | METHODS
         self._lock = threading.Lock()
@@ -104,12 +106,12 @@ class PrunedModel:
         """Classifies one image with all of its tokens, and with a budget.
 
         Args:
-            pixel_values: as `prepare` gives them.
-            percent: of the dense model's FLOPs that are to go, from 0.
+            pixel_values: pixel values from `prepare`.
+            percent: percentage of the dense model's FLOPs to remove, from 0.
             method: one of `methods`.
 
         Raises:
-            ValueError: there is no such method, or this model cannot be pruned by so much.
+            ValueError: there is no such method, or this model cannot be pruned by that much.
         """
         config = self.model.config
         size = config.input_size_of(pixel_values.shape)
@@ -135,10 +137,10 @@ class PrunedModel:
 
     @torch.no_grad()
     def measure(self, pixel_values: Tensor, percent: int, method: str) -> Measurement:
-        """Times the dense and the pruned model in turns, so that a machine that slows down slows both.
+        """Times the dense and the pruned model alternately, so that a slow phase of the machine affects both.
 
         Args:
-            pixel_values: of one image; copies of it fill the batch.
+            pixel_values: pixel values of one image; copies of it fill the batch.
             percent, method: as for `classify`.
         """
         batch = pixel_values.repeat_interleave(self.measured_batch, 0)

@@ -1,4 +1,5 @@
-"""Opens an image that a stranger sent: of few formats, bytes and pixels, or refused with a sentence that says why."""
+"""Opens an uploaded image. Only some formats, file sizes and numbers of pixels are accepted; others are rejected with a
+sentence that says why."""
 
 import os
 import warnings
@@ -10,23 +11,24 @@ from hf_vssm_prune.training.image_steps import decode_image
 
 MAX_BYTES = 10 * 1024**2
 MAX_PIXELS = 30_000_000
-MAX_ASPECT_RATIO = 20  # its shortest edge is what is resized to the model's size
+MAX_ASPECT_RATIO = 20  # because its shortest edge is resized to the model's size
 FORMATS = ("JPEG", "PNG", "WEBP")
-# For the browser to offer; only a file's header tells what it is.
+# Offered by the browser's file dialog; the actual format is read from the file's header.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def open_upload(path: str) -> Image.Image:
-    """Opens an uploaded file as an upright RGB image.
+    """Opens an uploaded file as an RGB image with its EXIF orientation applied.
 
-    Format and size are read from the file's header, before a pixel is decoded: a small file may hold a huge image.
+    Format and size are read from the file's header before any pixel is decoded, because a small file may contain a huge
+    image.
 
     Args:
-        path: of the file, whatever its name ends in.
+        path: path of the file; its suffix is ignored.
 
     Raises:
-        ValueError: the file is too large, no image of an allowed format, damaged, or has too many pixels. The message
-            is for the person who sent it.
+        ValueError: the file is too large, not an image in an allowed format, damaged, or has too many pixels. The
+            message is for the person who uploaded it.
     """
     name = os.path.basename(path)
     if os.path.getsize(path) > MAX_BYTES:

@@ -1,7 +1,6 @@
-"""How Sphinx builds the documentation: Markdown pages, and the reference from the docstrings.
+"""Sphinx configuration: Markdown pages, and an API reference from docstrings.
 
-Sphinx, because it reads the docstrings as they are, follows every link between pages, and can treat what leads
-nowhere as an error.
+Sphinx reads the docstrings unchanged, checks all links between pages, and can treat broken links as errors.
 """
 
 import inspect
@@ -25,7 +24,7 @@ html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_show_sphinx = False
 html_theme_options = {"top_of_page_buttons": []}
-# One parameter a line where they are many.
+# One parameter per line if there are many.
 maximum_signature_line_length = 90
 highlight_language = "text"
 
@@ -38,15 +37,16 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-# A name in single backticks is code, in the docstrings as in Markdown; and a link where it is described here.
+# As in Markdown, names in single backticks are code; they are links if they are documented here.
 default_role = "py:obj"
 MODULES = "|".join(file.stem for file in Path(hf_vssm_prune.__file__).parent.glob("*.py"))
 
 
 def markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
-    """Docstrings are written as in transformers, in Markdown; what Sphinx would read otherwise is rewritten.
+    """Docstrings are written in Markdown, as in transformers. This converts the parts that Sphinx would read
+    differently.
 
-    That is: fenced code; indented blocks, which are formulas; `*` and `|` by themselves, which mean just that.
+    These are fenced code, indented blocks (formulas), and literal `*` and `|`.
     """
     rewritten: list[str] = []
     text_indent, in_fence, in_block, after_blank = 0, False, False, False
@@ -67,7 +67,7 @@ def markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
             if not in_block:
                 text_indent = indent
                 line = re.sub(r"(`[^`]*`|\*\w[^*]*\w\*(?!\w))|([*|])", lambda match: match[1] or "\\" + match[2], line)
-                # A module of the package by its last name, for instance `flops.count_flops`.
+                # A module of the package by the last part of its name, for instance `flops.count_flops`.
                 line = re.sub(rf"`((?:{MODULES})\.\w+)`", r"`\1 <hf_vssm_prune.\1>`", line)
             rewritten.append(line)
         after_blank = not line.strip()
@@ -75,7 +75,7 @@ def markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def options_of_family(app, what, name, obj, options, signature, return_annotation) -> tuple[str, None] | None:
-    """A configuration's own options and their defaults, without those of every configuration in transformers."""
+    """A configuration's own options and their defaults, without those that transformers adds to every configuration."""
     if what != "class" or not issubclass(obj, VisionMambaConfig):
         return None
     classes = [ancestor for ancestor in obj.__mro__ if issubclass(ancestor, VisionMambaConfig)]
@@ -86,5 +86,5 @@ def options_of_family(app, what, name, obj, options, signature, return_annotatio
 
 def setup(app) -> None:
     app.connect("autodoc-process-signature", options_of_family)
-    # Before napoleon, which has the default priority of 500.
+    # Runs before napoleon, which has the default priority of 500.
     app.connect("autodoc-process-docstring", markdown_to_rst, priority=400)

@@ -1,9 +1,9 @@
-"""Asks PyPI whether installed packages have known vulnerabilities, with pip-audit.
+"""Checks installed packages for known vulnerabilities in PyPI's database, with pip-audit.
 
-    python scripts/audit.py         # `make audit` makes an environment for it first
+    python scripts/audit.py         # `make audit` first creates an environment for it
 
-The exit status is 1 where some are known. Where PyPI cannot be asked it is 0, and the last line says that nothing was
-audited; pip-audit itself then passes in silence.
+The exit status is 1 if there are known vulnerabilities. If PyPI cannot be reached it is 0, and the last line says that
+nothing was audited; pip-audit itself would silently pass.
 """
 
 import json

@@ -1,11 +1,12 @@
-"""How fast the scan, the convolution and whole models are on this machine, against named baselines.
+"""Measures how fast the scan, the convolution and whole models are on this machine, compared with named baselines.
 
-    python scripts/benchmark.py                                   # all sections with PlainMamba-L3, some minutes
+    python scripts/benchmark.py                                   # all sections with PlainMamba-L3, a few minutes
     python scripts/benchmark.py --sections model --preset L1 --batch_sizes 1 --json benchmark.json
     python scripts/benchmark.py --device cuda --batch_sizes 1 8 64
 
-The cases of a group take turns, one run each, so that a machine that slows down slows all of them. A ratio compares the
-fastest runs of two cases of one group, never of two groups; beside it is the median of the ratios turn by turn.
+The cases of a group run alternately, so that a slow phase of the machine affects all of them. Ratios compare the
+minimum times of two cases in the same group, never of two groups; next to each is the median of the ratios of
+individual turns.
 """
 
 import argparse
@@ -54,7 +55,7 @@ SECTIONS = {
     "busy": busy_section,
     "peers": peers_section,
 }
-# Only where they are asked for.
+# These run only if they are named.
 LONG_SECTIONS = ("int8", "export", "video", "heads", "busy", "peers")
 
 CPU_SECTIONS = ("roofline", "parts", "int8", "export", "busy", "peers")

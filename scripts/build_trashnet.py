@@ -1,9 +1,10 @@
-"""Build the photographs of waste that the package ships, from TrashNet (https://github.com/garythung/trashnet) as
-folders or Parquet files of splits: made smaller, to the short side that the shipped model sees, and JPEG again.
+"""Builds the photographs of waste that come with the package from TrashNet (https://github.com/garythung/trashnet), in
+folders or Parquet files of splits. Photographs are reduced to the short side that the included model uses, and saved as
+JPEG.
 
     python scripts/build_trashnet.py <TrashNet, with splits `train` and `test`>
 
-The same pictures give the same bytes (with the same versions of Pillow, pyarrow and datasets).
+The output is reproducible byte for byte with the same versions of Pillow, pyarrow and datasets.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def build_split(dataset: Dataset, label_names: Sequence[str], split: str) -> byt
 
 
 def encode(image: PILImage.Image) -> bytes:
-    """JPEG of the short side wanted; a smaller picture as it is."""
+    """A JPEG with the wanted short side; smaller pictures are not resized."""
     scale = min(1, SHORT_SIDE / min(image.size))
     size = round(image.width * scale), round(image.height * scale)
     buffer = io.BytesIO()

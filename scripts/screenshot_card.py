@@ -1,8 +1,9 @@
-"""Draws a model card as a person sees it on the Hub: metadata as labels, Markdown as a page, in headless Chromium.
+"""Renders a model card in headless Chromium as it looks on the Hub, with the metadata as labels and the Markdown as a
+page.
 
     python scripts/screenshot_card.py model_cards/plainmamba-trashnet-pruned.md docs/images/model-card.png
 
-It needs Chromium and the extra `dev`; the style is like the Hub's, not the Hub's own.
+It needs Chromium and the extra `dev`. The style is similar to the Hub's.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def page(card: ModelCard, folder: Path) -> str:
     names = ("pipeline_tag", "library_name", "license", "datasets", "tags")
     labels = [value for name in names for value in _as_list(metadata.get(name))]
     chips = "".join(f"<span>{escape(label)}</span>" for label in labels)
-    # HTML in a card is shown as text: whoever wrote it has no business in this browser.
+    # HTML in a card is shown as text, so that a card cannot run anything in this browser.
     markdown = MarkdownIt("gfm-like", {"html": False, "highlight": _highlight})
     style = STYLE + HtmlFormatter().get_style_defs("code")
     return (

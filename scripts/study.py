@@ -16,7 +16,7 @@ from pathlib import Path
 from hf_vssm_prune.training.arguments.parsing import check_output_file
 
 
-# The study is a part of the repository and not of the package; before this folder, whose study.py is this file.
+# The study belongs to the repository, not to the package. Its folder must come before this one, which has a study.py.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from study.plan import Study, read_study
@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(study: Study, options: argparse.Namespace) -> int:
-    """Runs what is left; the exit status is 128 + the signal's number where one stopped it, 1 where a piece failed or
-    could not start."""
+    """Runs the remaining pieces. The exit status is 128 + the signal's number if a signal stopped it, and 1 if a piece
+    failed or could not be started."""
     if wrong := [each for each in options.data if "=" not in each]:
         raise ValueError(f"--data has {wrong}; NAME=FOLDER is needed.")
     folders = dict(each.split("=", 1) for each in options.data)

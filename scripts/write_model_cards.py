@@ -3,7 +3,7 @@ models that this project trained.
 
     python scripts/write_model_cards.py
 
-The project has no ImageNet weights of its own to publish; these cards are for those who convert or fine-tune a model.
+The project has no ImageNet weights to publish; the cards are for people who convert or fine-tune a model.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""The study of this project: its plan, its runner and its report, beside its results. `scripts/study.py` runs it."""
+"""The study of this project: plan, runner, report and results. `scripts/study.py` runs it."""

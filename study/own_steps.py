@@ -1,10 +1,10 @@
-"""A fourth alignment, tried on a PlainMamba: a dropped token decays the state by its own last time step.
+"""A fourth alignment, tested on a PlainMamba: at a dropped token, the state decays by that token's own last time step.
 
-`repeat` lets a hole take the step of the token behind it, `zero_input` one step that all holes share. Here each dropped
-token keeps the time steps that it had in the last layer that saw it. This goes through the scan in plain PyTorch and is
-for measuring alone: no kernel has it.
+With `repeat`, a hole has the time step of the token after it; with `zero_input`, all holes share one time step. Here
+each dropped token keeps its time steps from the last layer that processed it. The scan is computed in plain PyTorch,
+for measurements only; no kernel supports this alignment.
 
-    python study/own_steps.py --model_name_or_path study/photos/plainmamba-imagenette --dataset_name <Imagenette> \
+    python study/own_steps.py --model_name_or_path study/photos/plainmamba-imagenette --dataset_name <Imagenette> \\
         --flops_reduction 0.416 --device cpu
 """
 
@@ -33,12 +33,12 @@ scan = modeling_plainmamba.selective_scan
 
 
 class OwnSteps:
-    """The time steps that each token of the grid had when it was last seen, and what remains of the grid.
+    """The last time steps of each token of the grid, and the remaining tokens.
 
     Attributes:
         steps: shape (batch, cells, channels). None: nothing was dropped.
-        kept: the cells that are left, shape (batch, n).
-        grid: of all cells.
+        kept: the cells of the remaining tokens, shape (batch, n).
+        grid: shape of the full grid.
     """
 
     steps: Tensor | None = None
@@ -46,7 +46,7 @@ class OwnSteps:
     grid: tuple[int, int]
 
     def reduce(self, encoding: Any, mixer: MixerOutput, *options: Any) -> Any:
-        """As `pruned_layers._reduce`; the stage's tokens leave their steps behind."""
+        """Like `pruned_layers._reduce`, but saves the time steps of the stage's tokens."""
         (inputs,) = mixer.scans
         steps = F.softplus(inputs.time_step + inputs.time_step_bias)
         if self.steps is None or not encoding.kept_tokens:
@@ -58,7 +58,7 @@ class OwnSteps:
         return reduced
 
     def scan(self, u: Tensor, time_step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **options: Any) -> Tensor:
-        """As `selective_scan`, but for holes."""
+        """Like `selective_scan`, except for holes."""
         if options["gaps"] is None:
             return scan(u, time_step, A, B, C, D, **options)
         time_step = F.softplus(time_step + options["time_step_bias"]).unsqueeze(1)
@@ -69,7 +69,8 @@ class OwnSteps:
         return scatter_along_paths(y, options["order"]) * F.silu(options["gate"])
 
     def times_in_holes(self) -> Tensor:
-        """For each path and token that is left the steps of those dropped before it: (batch, paths, n, channels)."""
+        """For each path and remaining token, the sum of the time steps of the tokens dropped before it: (batch, paths,
+        n, channels)."""
         assert self.steps is not None
         order = snake_paths(self.grid).order[0]
         places = order.argsort(dim=-1)[:, self.kept].transpose(0, 1).sort(dim=-1).values  # (batch, paths, n)

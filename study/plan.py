@@ -1,4 +1,4 @@
-"""What a study is made of: its file, and the list of pieces that follows from it."""
+"""The plan of a study: its file, and the list of pieces derived from it."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from hf_vssm_prune.training.recipes import read_recipe
 
 
-# `token_pruning` by its own names, and what scripts/finetune.py calls it.
+# From the keys of `token_pruning` to the options of scripts/finetune.py.
 PRUNING_OPTIONS = {
     "layers": "prune_layers",
     "method": "prune_method",
@@ -19,11 +19,12 @@ LOSSES_OF_A_TEACHER = ("kd_weight", "alignment_weight")
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to prune and to fine-tune.
+    """A combination of pruning and fine-tuning options.
 
     Attributes:
-        pruning: `layers`, `method`, `alignment` and `importance` of `token_pruning`; what is left out is the default.
-        training: options of scripts/finetune.py, over those of the study.
+        pruning: `layers`, `method`, `alignment` and `importance` of `token_pruning`; defaults are used for missing
+            ones.
+        training: options of scripts/finetune.py that override those of the study.
     """
 
     pruning: dict[str, Any] = field(default_factory=dict)
@@ -35,18 +36,18 @@ class Study:
     """The content of a study's file.
 
     Attributes:
-        seeds: each piece is run with each.
-        budgets: shares of FLOPs to remove.
-        main_budget: the one of them at which all variants are compared.
-        max_eval_samples: images that every evaluation draws, by the seed.
-        datasets: by name `dataset_name`, and options of scripts/train.py in `dense`.
-        families: by name options of scripts/train.py; with `model_name_or_path` their dense models go on from weights
-            that are there.
-        training, dense, finetuning: options of all pieces that train, of scripts/train.py, of scripts/finetune.py.
-        elastic: the `variant` that is trained for all budgets at once, and options over its own.
-        variants: by name; the first is the baseline.
-        more_variants: others, which are run after everything else.
-        every_budget: names of those that are fine-tuned for every budget.
+        seeds: each piece is run with each of these.
+        budgets: fractions of FLOPs to remove.
+        main_budget: the budget with which all variants are compared.
+        max_eval_samples: number of images drawn for each evaluation, depending on the seed.
+        datasets: for each name, `dataset_name`, and options of scripts/train.py in `dense`.
+        families: for each name, options of scripts/train.py; with `model_name_or_path`, dense models start from
+            existing weights.
+        training, dense, finetuning: options of all training pieces, of scripts/train.py, and of scripts/finetune.py.
+        elastic: the `variant` that is trained for all budgets at once, and options that override its own.
+        variants: variants by name; the first one is the baseline.
+        more_variants: further variants, which are run after everything else.
+        every_budget: names of the variants that are fine-tuned for every budget.
     """
 
     seeds: list[int]
@@ -65,7 +66,7 @@ class Study:
 
     @property
     def trained(self) -> dict[str, Any]:
-        """Options of every piece that trains."""
+        """Options of all training pieces."""
         return {"max_eval_samples": self.max_eval_samples, **self.training}
 
     @property
@@ -78,10 +79,10 @@ class Study:
 
 
 def read_study(file: Path) -> Study:
-    """Reads a study's file. What it leaves out is as in the file that its `base` names, in the same folder.
+    """Reads a study's file. If it has a `base`, missing entries are taken from that file in the same folder.
 
     Raises:
-        ValueError: it is missing, or its content is not that of a study; the message names what is wrong.
+        ValueError: the file is missing, or is not a study; the message says what is wrong.
     """
     content = read_recipe(file)
     if (base := content.pop("base", None)) is not None:
@@ -94,11 +95,13 @@ def read_study(file: Path) -> Study:
         for key in ("variants", "more_variants")
     )
     if unknown := sorted(set(content["every_budget"]) - set(variants)):
-        raise ValueError(f"{file}: every_budget has {unknown}, which are no variants: {sorted(variants)}.")
+        raise ValueError(f"{file}: every_budget has {unknown}; the variants are {sorted(variants)}.")
     if content["elastic"].get("variant") not in variants:
-        raise ValueError(f"{file}: elastic has no 'variant' that is one of {sorted(variants)}.")
+        raise ValueError(f"{file}: elastic needs a 'variant', one of {sorted(variants)}.")
     if content["main_budget"] not in content["budgets"]:
-        raise ValueError(f"{file}: main_budget {content['main_budget']} is none of {content['budgets']}.")
+        raise ValueError(
+            f"{file}: main_budget is {content['main_budget']}; it must be one of the budgets {content['budgets']}."
+        )
     return Study(**{**content, "variants": variants, "more_variants": more_variants})
 
 
@@ -107,7 +110,9 @@ def _read_variant(file: Path, name: str, parts: dict[str, Any]) -> Variant:
         raise ValueError(f"{file}: variant {name!r} has {unknown}; allowed are 'pruning' and 'training'.")
     variant = Variant(**parts)
     if unknown := sorted(set(variant.pruning) - set(PRUNING_OPTIONS)):
-        raise ValueError(f"{file}: variant {name!r} prunes by {unknown}; allowed are {sorted(PRUNING_OPTIONS)}.")
+        raise ValueError(
+            f"{file}: variant {name!r} has the pruning options {unknown}; allowed are {sorted(PRUNING_OPTIONS)}."
+        )
     return variant
 
 
@@ -117,10 +122,10 @@ class Piece:
 
     Attributes:
         script: "train", "finetune" or "compare_methods".
-        dataset, family, seed: for which.
-        name: what it is, unique among those of the same data set, family and seed.
-        options: of the script, without paths.
-        start: name of the piece whose weights it begins with.
+        dataset, family, seed: data set, family and seed.
+        name: its name, unique within the same data set, family and seed.
+        options: options of the script, without paths.
+        start: name of the piece from whose weights it starts.
     """
 
     script: str
@@ -140,7 +145,7 @@ class Piece:
 
 
 class Template(NamedTuple):
-    """A piece before its data set, family and seed; fields as in `Piece`."""
+    """A piece without data set, family and seed; for its fields, see `Piece`."""
 
     script: str
     start: str | None
@@ -148,8 +153,8 @@ class Template(NamedTuple):
 
 
 def list_pieces(study: Study) -> list[Piece]:
-    """All pieces in the order in which they are run: a piece comes after the one that it starts from, and what is
-    compared over seeds comes together."""
+    """All pieces in the order in which they are run. Each comes after the piece from which it starts, and pieces that
+    are compared over seeds are next to one another."""
     return [
         Piece(script, dataset, family, seed, name, options, start)
         for dataset in study.datasets
@@ -160,7 +165,7 @@ def list_pieces(study: Study) -> list[Piece]:
 
 
 def _templates(study: Study, dataset: str, family: str) -> dict[str, Template]:
-    """Of every piece of a data set and a family, by its name."""
+    """The pieces for a data set and a family, by name."""
     evaluated = {"max_eval_samples": study.max_eval_samples}
     of_dataset, of_family = study.datasets[dataset]["dense"], study.families[family]
     begins = {} if "model_name_or_path" in of_family else {"family": family}
@@ -183,7 +188,7 @@ def _templates(study: Study, dataset: str, family: str) -> dict[str, Template]:
 
 
 def _tuned(study: Study, choices: list[tuple[str, float]]) -> dict[str, Template]:
-    """Variants at budgets."""
+    """Templates for variants and budgets."""
     return {
         tuned_name(name, budget): Template("finetune", "dense", _tuned_options(study, name, budget))
         for name, budget in choices
@@ -201,7 +206,7 @@ def _elastic_schedules(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def _untrained_schedules(study: Study) -> dict[str, dict[str, Any]]:
-    """Every way to prune once, by the name of the first variant that does."""
+    """All different pruning schedules, each under the name of the first variant that uses it."""
     schedules: dict[str, dict[str, Any]] = {}
     for name, variant in study.all_variants.items():
         for budget in study.budgets if name in study.every_budget else [study.main_budget]:
@@ -212,7 +217,7 @@ def _untrained_schedules(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def _tuned_options(study: Study, name: str, budget: float) -> dict[str, Any]:
-    """The options of scripts/finetune.py; no teacher, unless the variant has one."""
+    """The options of scripts/finetune.py, without a teacher unless the variant has one."""
     variant = study.all_variants[name]
     return {
         **study.trained,

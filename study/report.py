@@ -1,9 +1,9 @@
-"""What a study found, from its results alone: a page in Markdown, and plots of accuracy against FLOPs and time.
+"""Writes a study's report from its results: a page in Markdown, and plots of accuracy against FLOPs and time.
 
-A loss is in points of top-1, on a seed's own evaluation images: for a model that was not trained after pruning, against
-the dense one; for a fine-tuned one, against the dense one that was trained on by as many updates, since more training
-helps without pruning too. Of several seeds the mean and the sample standard deviation are given; a claim holds where
-every seed agrees with it.
+Losses are percentage points of top-1 on the evaluation images of each seed. Models that were not fine-tuned are
+compared with the dense model; fine-tuned models with the dense model trained further for the same number of updates,
+because additional training helps without pruning, too. For several seeds, the mean and the sample standard deviation
+are reported. A claim holds if it is true for every seed.
 """
 
 import io
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-ELASTIC_TOLERANCE = 0.3  # points
-# Top-1 of the authors' early code, which has no alignment and scores tokens in mirrored order, as its logs have it.
+ELASTIC_TOLERANCE = 0.3  # percentage points
+# Top-1 in the logs of the authors' early code, which has no alignment and scores tokens in mirrored order.
 AUTHORS_CURVES = {
     "Vim-S, {5, 15} keep 0.8, ImageNet": (77.4, 78.5, 79.1),
     "Vim-S, {5, 10, 15} keep 0.8, ImageNet": (73.4, 77.2, 78.4),
@@ -35,29 +35,30 @@ AUTHORS_CURVES = {
 
 @dataclass(frozen=True)
 class Group:
-    """The results of one data set and family.
+    """The results for one data set and family.
 
     Attributes:
-        study: what was to be done.
-        records: by (seed, name of the piece).
+        study: the study's plan.
+        records: results by (seed, name of the piece).
     """
 
     study: Study
     records: Mapping[tuple[int, str], dict[str, Any]]
 
     def seeds(self, *names: str) -> list[int]:
-        """Those for which all of these pieces are there."""
+        """The seeds for which all of these pieces are finished."""
         return [seed for seed in self.study.seeds if all((seed, name) in self.records for name in names)]
 
     def compared_seeds(self, piece: str, schedule: str, *names: str) -> list[int]:
-        """Those for which a comparison has this schedule, and all of the other pieces are there."""
+        """The seeds for which a comparison includes this schedule and all other pieces are finished."""
         return [seed for seed in self.seeds(piece, *names) if schedule in self.records[seed, piece]["figures"]]
 
     def top1(self, name: str, seed: int) -> float:
         return 100 * self.records[seed, name]["figures"]["top1"]
 
     def schedule_name(self, variant: str, budget: float) -> str:
-        """The comparison's name for a variant's schedule: that of the first variant compared which prunes so, too."""
+        """The name under which a comparison lists a variant's schedule: that of the first compared variant with the
+        same pruning."""
         study, pruning = self.study, self.study.all_variants[variant].pruning
         compared = [name for name in study.all_variants if budget == study.main_budget or name in study.every_budget]
         return tuned_name(next(name for name in compared if study.all_variants[name].pruning == pruning), budget)
@@ -69,17 +70,17 @@ class Group:
         return 100 * self.compared(piece, schedule, seed)["top1"]
 
     def tuned_losses(self, variant: str, budget: float) -> dict[int, float]:
-        """By seed, after fine-tuning."""
+        """Points lost after fine-tuning, by seed."""
         name = tuned_name(variant, budget)
         seeds = self.seeds("dense tuned", name)
         return {seed: self.top1("dense tuned", seed) - self.top1(name, seed) for seed in seeds}
 
     def untrained_losses(self, variant: str, budget: float) -> dict[int, float]:
-        """By seed, of the dense weights."""
+        """Points lost without fine-tuning, by seed."""
         return self._compared_losses("dense", "untrained", self.schedule_name(variant, budget))
 
     def elastic_losses(self, budget: float) -> dict[int, float]:
-        """By seed, of the one checkpoint for all budgets."""
+        """Points lost by the checkpoint trained for all budgets, by seed."""
         return self._compared_losses("dense tuned", "elastic compared", tuned_name("elastic", budget))
 
     def _compared_losses(self, reference: str, piece: str, schedule: str) -> dict[int, float]:
@@ -89,7 +90,7 @@ class Group:
         }
 
     def time_shares(self, piece: str, schedule: str) -> dict[int, float]:
-        """By seed the time of a forward pass over the dense model's, measured in turns."""
+        """The time of a forward pass relative to the dense model's, measured alternately, by seed."""
         return {
             seed: self.compared(piece, "dense", seed)["images_per_second"]
             / self.compared(piece, schedule, seed)["images_per_second"]
@@ -101,7 +102,7 @@ class Group:
 
 
 def group_results(study: Study, results: Mapping[str, dict[str, Any]]) -> dict[tuple[str, str], Group]:
-    """By (data set, family), those of which the dense models are there."""
+    """The groups by (data set, family), if their dense models are finished."""
     groups = {}
     for dataset in study.datasets:
         for family in study.families:
@@ -117,7 +118,7 @@ def group_results(study: Study, results: Mapping[str, dict[str, Any]]) -> dict[t
 
 
 def mean_and_spread(values: Mapping[int, float] | Sequence[float], signed: bool = False) -> str:
-    """ "1.23 ± 0.45"; with how many there are where that is one; a dash where there are none."""
+    """The text "1.23 ± 0.45"; for a single value, "1.23 (1 seed)"; a dash if there are none."""
     numbers = list(values.values() if isinstance(values, Mapping) else values)
     if not numbers:
         return "–"
@@ -126,12 +127,12 @@ def mean_and_spread(values: Mapping[int, float] | Sequence[float], signed: bool 
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
-    """By seed, of those that both have."""
+    """The differences, for seeds that both have."""
     return {seed: first[seed] - second[seed] for seed in first if seed in second}
 
 
 def verdict(advantages: Mapping[int, float]) -> str:
-    """Whether a claim holds, from an advantage for each seed."""
+    """Whether a claim holds, given its advantage for each seed."""
     if len(advantages) < 2:
         return "not decided yet"
     if min(advantages.values()) > 0:
@@ -143,8 +144,8 @@ def verdict(advantages: Mapping[int, float]) -> str:
 
 
 def write_report(study: Study, results: Mapping[str, dict[str, Any]], page: Path, plots: Path) -> None:
-    """Writes the page, and a plot for each data set and family into the folder `plots`. Text that stands in the file
-    discussion.md of that folder is put before the figures."""
+    """Writes the page, and a plot for each data set and family into the folder `plots`. If that folder has a file
+    discussion.md, its text is inserted before the figures."""
     groups = group_results(study, results)
     discussion = plots / "discussion.md"
     parts = ["# The study: which pruning method works best\n"]
@@ -228,7 +229,7 @@ def _budgets_table(group: Group) -> str:
 
 
 def _claims(groups: Mapping[tuple[str, str], Group]) -> str:
-    """What the paper says and what this project set out to do, with the advantage in points and whether it holds."""
+    """The paper's claims and this project's goals, with the advantage in points and whether they hold."""
     rows = []
     for (dataset, family), group in groups.items():
         for claim, advantages in _advantages(group).items():
@@ -239,7 +240,7 @@ def _claims(groups: Mapping[tuple[str, str], Group]) -> str:
 
 
 def _advantages(group: Group) -> dict[str, dict[int, float]]:
-    """Claims, and for each seed by how much they are true."""
+    """The claims, and for each seed the margin by which they are true."""
     study, budget, baseline = group.study, group.study.main_budget, group.study.baseline
     claims: dict[str, dict[int, float]] = {}
     kinds: dict[str, Callable[[str, float], dict[int, float]]] = {
@@ -301,7 +302,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw_group(group: Group, title: str, file: Path) -> None:
-    """Accuracy against the share of FLOPs and of time, mean and spread over the seeds, as SVG."""
+    """Draws accuracy against the fractions of FLOPs and time, with mean and spread over seeds, as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -320,12 +321,12 @@ def draw_group(group: Group, title: str, file: Path) -> None:
     write_text(drawing.getvalue(), file)
 
 
-# Share of FLOPs, shares of time and top-1 of each seed.
+# Fraction of FLOPs, and fractions of time and top-1 for each seed.
 Point = tuple[list[float], list[float], list[float]]
 
 
 def _lines(group: Group) -> dict[str, list[Point]]:
-    """Points by the name of a line, which begins at the dense model."""
+    """The points of each line by its name; lines start at the dense model."""
     study = group.study
     dense: Point = ([1.0], [1.0], [group.top1("dense", seed) for seed in group.seeds("dense")])
     lines: dict[str, list[Point]] = {}

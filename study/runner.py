@@ -1,8 +1,7 @@
-"""Runs a study: dense baselines of several data sets, families and seeds, pruned and fine-tuned in many ways.
+"""Runs a study: dense baselines for several data sets, families and seeds, pruned and fine-tuned in many ways.
 
-Each of its pieces is a run of another script with a recipe written for it, so that any figure can be made again by
-hand. A finished piece is one JSON line in the results; what is there is not run again, and a piece that was stopped
-goes on from its checkpoint.
+Each piece is a run of another script with its own recipe, so that every figure can be reproduced by hand. A finished
+piece is one JSON line in the results and is not run again; an interrupted piece resumes from its checkpoint.
 """
 
 import itertools
@@ -39,14 +38,14 @@ COMPARISON = "comparison.json"
 WEIGHTS = Path("last", "model.safetensors")
 
 
-# ---- What is done ------------------------------------------------------------------------------------------------
+# ---- Results -----------------------------------------------------------------------------------------------------
 
 
 def read_results(file: Path) -> dict[str, dict[str, Any]]:
-    """The finished pieces of a study by their key; none where there is no file yet.
+    """The finished pieces of a study by key; empty if there is no file yet.
 
     Raises:
-        ValueError: a line is no result.
+        ValueError: a line is not a result.
     """
     if not file.exists():
         return {}
@@ -56,46 +55,46 @@ def read_results(file: Path) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
             results[record["piece"]] = record
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number} is no result of a study: {error!r}") from error
+            raise ValueError(f"{file}, line {number} is not a result of a study: {error!r}") from error
     return results
 
 
 def write_results(results: Mapping[str, dict[str, Any]], file: Path) -> None:
-    """Writes all results at once."""
+    """Writes all results atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text("".join(json.dumps(record) + "\n" for record in results.values()), file)
 
 
 def check_results(results: Mapping[str, dict[str, Any]], study: Study) -> None:
-    """Refuses results that would be compared with what they are not of.
+    """Checks that the results belong to the study.
 
     Raises:
-        ValueError: a piece has other options than the study says, or started from other weights than those of the piece
-            that the results have.
+        ValueError: a piece was run with other options than those in the study, or started from other weights than those
+            of the corresponding piece in the results.
     """
     for piece in list_pieces(study):
         if (record := results.get(piece.key)) is None:
             continue
         if not may_be_of(record, piece):
             raise ValueError(
-                f"The results have {piece.key!r} with other options than the study: name another file for the results "
+                f"In the results, {piece.key!r} has other options than in the study: use another file for the results "
                 "and another folder, or remove its line and its folder, and those of the pieces that start from it."
             )
         had, has = record.get("start_weights"), results.get(piece.key_of_start() or "", {}).get("weights")
         if had and has and had != has:
             raise ValueError(
-                f"The results have {piece.key!r} from other weights of {piece.key_of_start()!r} than they have: "
-                "remove its line and its folder, so that it is run again."
+                f"In the results, {piece.key!r} started from other weights than the current ones of "
+                f"{piece.key_of_start()!r}: remove its line and its folder to run it again."
             )
 
 
 def record_piece(piece: Piece, folder: Path, start_weights: str | None, seconds: float) -> dict[str, Any]:
-    """What the results keep of a finished piece: the figures, the options that gave them, and no paths.
+    """The result of a finished piece: its figures and options, without paths.
 
     Args:
-        piece, folder: where it ran.
-        start_weights: SHA-256 of the weights that it started from, if it did from some.
-        seconds: of the run, or of its last part if it was stopped.
+        piece, folder: the piece, and the folder in which it was run.
+        start_weights: SHA-256 of the weights from which it started, if any.
+        seconds: duration of the run, or of its last part if it was interrupted.
     """
     figures: dict[str, Any]
     if piece.script == "compare_methods":
@@ -132,24 +131,24 @@ def record_piece(piece: Piece, folder: Path, start_weights: str | None, seconds:
     }
 
 
-# ---- Doing it ----------------------------------------------------------------------------------------------------
+# ---- Running -----------------------------------------------------------------------------------------------------
 
 
 class StudyRunner:
-    """Runs what is left of a study.
+    """Runs the remaining pieces of a study.
 
     Args:
-        study: what there is to do.
-        scripts: folder of train.py, finetune.py and compare_methods.py.
-        folder: for the pieces' models and logs, each in a folder of its own.
-        results: JSON lines of what is done.
-        dataset_names: data sets on the Hub or folders in place of the study's.
-        workers: pieces at a time.
-        threads: of each.
-        only: patterns, as of the shell, of the keys of the pieces to run, in this order.
+        study: the plan.
+        scripts: folder with train.py, finetune.py and compare_methods.py.
+        folder: folder for models and logs, with one subfolder per piece.
+        results: JSON lines of finished pieces.
+        dataset_names: data sets on the Hub, or folders, to use instead of those in the study.
+        workers: number of pieces to run at the same time.
+        threads: number of threads per worker.
+        only: shell patterns for the keys of the pieces to run, in this order.
 
     Raises:
-        ValueError: the results are not of this study, or a data set is not one of the study's, or a pattern fits no
+        ValueError: the results do not belong to this study, a data set is not part of the study, a pattern matches no
             piece, or there is no worker.
     """
 
@@ -179,13 +178,14 @@ class StudyRunner:
         self._running: dict[str, tuple[Piece, subprocess.Popen, float]] = {}
 
     def run(self) -> signal.Signals | None:
-        """Runs until nothing is left that can be run; `failed` has what failed, `left` what had nothing to start from.
+        """Runs all pieces that can be run. Afterwards, `failed` has the pieces that failed, and `left` those without a
+        model to start from.
 
         Returns:
-            The signal that stopped it before; None if there was none.
+            The signal that stopped it; None if it was not stopped.
 
         Raises:
-            ValueError: another process runs a study in this folder.
+            ValueError: another process is running a study in this folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -208,8 +208,8 @@ class StudyRunner:
                     process.kill()
             if stop.received is None and (left := self.left):
                 logger.error(
-                    "%d pieces were not run, the first %r: there is no model of %r in %s. Unless that piece "
-                    "has failed, run it too; if the results have it already, remove its line, so that it is run again.",
+                    "%d pieces were not run, the first of them %r: there is no model of %r in %s. Unless that piece "
+                    "failed, run it as well; if it is already in the results, remove its line to run it again.",
                     *(len(left), left[0].key, left[0].key_of_start(), self.folder),
                 )
         return stop.received
@@ -223,9 +223,9 @@ class StudyRunner:
         return piece.key in self.results and self.results[piece.key]["options"] == piece.options
 
     def _start_pieces(self) -> int:
-        """Starts as many pieces as there are free workers for, and returns how many."""
+        """Starts pieces on all free workers, and returns their number."""
         free = self.workers - len(self._running)
-        started = list(itertools.islice(filter(self._is_ready, self.pieces), free))  # looks no further than it must
+        started = list(itertools.islice(filter(self._is_ready, self.pieces), free))  # stops searching early
         for piece in started:
             self._running[piece.key] = (piece, self._start(piece), time.perf_counter())
         return len(started)
@@ -245,18 +245,18 @@ class StudyRunner:
         if find_checkpoints(folder):
             command += ["--resume", "latest"]
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            # Its own session: a Ctrl-C reaches it once, from here.
+            # Its own session, so that it receives Ctrl-C only once, from this process.
             return subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def _recipe(self, piece: Piece, folder: Path) -> dict[str, Any]:
-        """The options of the script with the paths that belong to them."""
+        """The options of the script, including paths."""
         recipe = {"dataset_name": self.dataset_names[piece.dataset], "seed": piece.seed, **piece.options}
         start = piece.key_of_start()
         if start is not None:
             recipe["model_name_or_path"] = str(self.folder / start / "last")
-        # In a study no method means the paper's; everywhere else it means the one that the study recommends.
+        # In a study, the default method is the paper's; everywhere else, it is the one recommended by the study.
         if piece.script == "finetune":
             recipe = {"prune_method": PAPERS_METHOD, **recipe}
         if piece.script != "compare_methods":
@@ -268,7 +268,7 @@ class StudyRunner:
         return {**recipe, "schedules": str(folder / "schedules.json"), "json": str(folder / COMPARISON)}
 
     def _collect(self, progress: tqdm) -> None:
-        """Takes the results of the pieces that have ended."""
+        """Collects the results of finished pieces."""
         for key, (piece, process, start) in list(self._running.items()):
             if process.poll() is None:
                 continue
@@ -279,7 +279,7 @@ class StudyRunner:
                 continue
             start_weights = self._start_weights(piece)
             record = record_piece(piece, self.folder / key, start_weights, time.perf_counter() - start)
-            # Another part of the study may have written there in the meantime.
+            # Another process running a part of the study may have written to the file in the meantime.
             self.results = read_results(self.results_file) | {key: record}
             write_results(self.results, self.results_file)
             logger.info("%s", describe(self.results[key]))
@@ -295,7 +295,7 @@ class StudyRunner:
         return f"about {seconds / 3600:.1f} h left" if seconds >= 3600 else f"about {seconds / 60:.0f} min left"
 
     def _stop(self, number: signal.Signals) -> None:
-        """Lets the pieces that run save a checkpoint and end."""
+        """Makes the running pieces save a checkpoint and exit."""
         for _, process, _ in self._running.values():
             process.send_signal(number)
         for _, process, _ in self._running.values():
@@ -304,8 +304,8 @@ class StudyRunner:
 
 
 def may_be_of(record: Mapping[str, Any], piece: Piece) -> bool:
-    """Whether a result is of a piece's options, or of a comparison that lacked some of its schedules: a study may get
-    more variants, and what was measured of the others stays true until all are compared again."""
+    """Whether a result was computed with a piece's options. A comparison may lack some schedules: a study may get more
+    variants, and earlier measurements remain valid until all variants are compared again."""
     had, has = record["options"], piece.options
     if "schedules" not in has or not had.get("schedules", {}).items() <= has["schedules"].items():
         return had == has
@@ -313,22 +313,24 @@ def may_be_of(record: Mapping[str, Any], piece: Piece) -> bool:
 
 
 def select_pieces(pieces: Sequence[Piece], patterns: Sequence[str]) -> list[Piece]:
-    """Those of which the key fits a pattern: first all of the first pattern, then what the next ones add.
+    """The pieces whose keys match a pattern: first all matches of the first pattern, then further matches of the next
+    ones.
 
     Raises:
-        ValueError: a pattern fits none.
+        ValueError: a pattern matches no piece.
     """
     selected: dict[str, Piece] = {}
     for pattern in patterns:
         fitting = {piece.key: piece for piece in pieces if fnmatchcase(piece.key, pattern)}
         if not fitting:
-            raise ValueError(f"No piece of the study fits {pattern!r}; the first is {pieces[0].key!r}.")
+            raise ValueError(f"No piece of the study matches {pattern!r}; the first piece is {pieces[0].key!r}.")
         selected |= fitting
     return list(selected.values())
 
 
 def expected_seconds(piece: Piece, records: Iterable[dict[str, Any]]) -> float:
-    """How long a piece may take: the mean of its like, else of those of the same script, else of all there are."""
+    """The expected duration of a piece: the mean over similar pieces, otherwise over pieces of the same script,
+    otherwise over all."""
     records = list(records)
     for names in (["script", "dataset", "family"], ["script"], []):
         like = [each["seconds"] for each in records if all(each[name] == getattr(piece, name) for name in names)]
@@ -338,7 +340,7 @@ def expected_seconds(piece: Piece, records: Iterable[dict[str, Any]]) -> float:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """A finished piece in a line."""
+    """One line about a finished piece."""
     figures = record["figures"]
     accuracy = f"top-1 {figures['top1']:.2%}" if "top1" in figures else f"{len(figures)} models compared"
     return f"{record['piece']}: {accuracy}, {record['seconds']:.0f} s"

@@ -95,10 +95,10 @@ def test_order_of_pieces(tmp_path) -> None:
     [
         ({"lengths": 1}, "a study has exactly"),
         ({"variants": {"paper": {"losses": {}}}}, "variant 'paper' has .'losses'."),
-        ({"variants": {"paper": {"pruning": {"keep": 1}}}}, "variant 'paper' prunes by .'keep'."),
-        ({"every_budget": ["best"]}, "every_budget has .'best'., which are no variants"),
-        ({"elastic": {"variant": "best"}}, "elastic has no 'variant' that is one of"),
-        ({"main_budget": 0.5}, "main_budget 0.5 is none of"),
+        ({"variants": {"paper": {"pruning": {"keep": 1}}}}, "variant 'paper' has the pruning options .'keep'."),
+        ({"every_budget": ["best"]}, "every_budget has .'best'.; the variants are"),
+        ({"elastic": {"variant": "best"}}, "elastic needs a 'variant', one of"),
+        ({"main_budget": 0.5}, "main_budget is 0.5; it must be one of"),
     ],
 )
 def test_wrong_study(changes, message, tmp_path) -> None:
@@ -166,7 +166,7 @@ def test_pieces_without_a_model_to_start_from_are_named(tmp_path) -> None:
     )
     assert finished.returncode == 1
     assert (
-        "1 pieces were not run, the first 'images/plainmamba/0/dense tuned': there is no model of "
+        "1 pieces were not run, the first of them 'images/plainmamba/0/dense tuned': there is no model of "
         "'images/plainmamba/0/dense'" in finished.stderr
     )
 
@@ -177,7 +177,7 @@ def test_select_pieces(tmp_path) -> None:
     keys = ["images/plainmamba/1/paper at 40.0%", "images/plainmamba/0/dense", "images/plainmamba/1/dense"]
     assert [piece.key for piece in selected] == keys
     with pytest.raises(
-        ValueError, match=r"No piece of the study fits 'cats/\*'; the first is 'images/plainmamba/0/den"
+        ValueError, match=r"No piece of the study matches 'cats/\*'; the first piece is 'images/plainmamba/0/den"
     ):
         select_pieces(pieces, ["*", "cats/*"])
 
@@ -186,7 +186,7 @@ def test_results_of_another_study_are_refused(tmp_path) -> None:
     study = read_study(write_study(tmp_path / "study.yaml"))
     piece = list_pieces(study)[0]
     write_results({piece.key: {"piece": piece.key, "options": {"learning_rate": 1}}}, tmp_path / "results.jsonl")
-    with pytest.raises(ValueError, match="with other options than the study"):
+    with pytest.raises(ValueError, match="has other options than in the study"):
         StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "results.jsonl", {})
     with pytest.raises(ValueError, match="There are 0 workers"):
         StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "none.jsonl", {}, workers=0)
@@ -203,7 +203,9 @@ def test_results_from_other_weights_are_refused(tmp_path) -> None:
     }
     check_results(results, study)
     results[tuned.key]["start_weights"] = "old"
-    with pytest.raises(ValueError, match=r"0/dense tuned' from other weights of 'images/.*/0/dense'"):
+    with pytest.raises(
+        ValueError, match=r"0/dense tuned' started from other weights than the current ones of 'images/.*/0/dense'"
+    ):
         check_results(results, study)
     del results[tuned.key]["start_weights"]  # of before results had them
     check_results(results, study)
@@ -233,7 +235,7 @@ def test_study_may_get_more_variants(tmp_path) -> None:
 @pytest.mark.parametrize("line", ["", "{", "[]", "{}"])
 def test_damaged_results_are_refused(line, tmp_path) -> None:
     (tmp_path / "results.jsonl").write_text(f"{line}\n")
-    with pytest.raises(ValueError, match="line 1 is no result"):
+    with pytest.raises(ValueError, match="line 1 is not a result"):
         read_results(tmp_path / "results.jsonl")
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of adapters beside full fine-tuning: prunes the model that comes with the package, fine-tunes it with LoRA,
+"""Compares the accuracy of adapters with that of full fine-tuning: prunes the example model, fine-tunes it with LoRA,
 with DoRA and in full, each with several seeds, and prints a table.
 
     python docs/examples/compare_adapters.py --seeds 0 1 2
@@ -25,7 +25,7 @@ from hf_vssm_prune.training.data import EvaluationImages, TrainingImages, load_i
 
 
 TARGETS = ["in_proj", "x_proj", "out_proj"]
-# What is trained, and with which learning rate.
+# The adapters, and below them the learning rates.
 ADAPTERS = {
     "LoRA of rank 8": LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=["classifier"]),
     "DoRA of rank 8": LoraConfig(
@@ -107,8 +107,8 @@ class Trainers:
         return self.trainer(model).evaluate()["eval_top1"]
 
     def train(self, name: str, seed: int) -> tuple[int, float]:
-        """The number of trained parameters, and the accuracy; both also go to a file beside the runs."""
-        torch.manual_seed(seed)  # the adapters' first weights
+        """The number of trained parameters, and the accuracy, which is also appended to a file in the output folder."""
+        torch.manual_seed(seed)  # for the adapters' initial weights
         model = self.model(self.options.flops_reduction)
         if ADAPTERS[name] is not None:
             model = get_peft_model(model, ADAPTERS[name])

@@ -1,6 +1,6 @@
-"""Draws the figure of the method's page, from numbers that the package itself computes.
+"""Draws the figure of the method page, from numbers computed by the package itself.
 
-python docs/figures/draw_method.py          # writes method.svg beside this file
+python docs/figures/draw_method.py          # writes method.svg next to this file
 """
 
 from html import escape
@@ -13,17 +13,17 @@ from hf_vssm_prune.selective_scan_torch import decay_steps
 from hf_vssm_prune.token_pruning import path_gaps, select_tokens
 
 
-# Eight tokens of one scan, of which five stay. Chosen so that the curves lie apart; any others would do.
+# Eight tokens of one scan, of which five are kept. The values were chosen to keep the curves apart.
 IMPORTANCE = [0.55, 0.90, 0.20, 0.12, 0.70, 0.25, 0.60, 0.45]
 TIME_STEPS = [0.40, 0.30, 0.36, 0.50, 0.26, 0.40, 0.30, 0.28]
 KEPT_COUNT = 5
-HOLE_TIME_STEP = 0.55  # of an empty token
+HOLE_TIME_STEP = 0.55  # of a token with zero input
 WATCHED = 2  # the token whose trace in the state is followed, counted from 1
 
 WIDTH, HEIGHT = 520, 640
 LEFT, CELL = 20, 60  # the first token's left edge, the distance between tokens
 INK, GREY, PALE = "#262626", "#767676", "#e4e4e4"
-# Okabe and Ito's palette: told apart by any kind of colour vision.
+# Okabe and Ito's palette, which is distinguishable with any kind of colour vision.
 BLUE, GREEN, RED = "#0072b2", "#00795a", "#b34700"
 
 
@@ -49,7 +49,7 @@ def draw() -> str:
 
 
 def importance(kept: Tensor) -> list[str]:
-    """A bar for each token, the dropped ones grey."""
+    """One bar for each token; dropped tokens are grey."""
     bottom, tallest = 128, 80
     parts = [heading(24, "1. Importance: the most important tokens stay")]
     for index, value in enumerate(IMPORTANCE):
@@ -63,7 +63,7 @@ def importance(kept: Tensor) -> list[str]:
 
 
 def tokens_and_gaps(kept: Tensor) -> list[str]:
-    """The scan's path with its holes, and the gap before each token that stays."""
+    """The scan path with its holes, and the gap before each kept token."""
     top, size = 176, 36
     parts = [heading(160, "2. Holes and gaps: how far apart the others are")]
     for index in range(len(IMPORTANCE)):
@@ -84,7 +84,7 @@ def tokens_and_gaps(kept: Tensor) -> list[str]:
 
 
 def decay(kept: Tensor) -> list[str]:
-    """What is left in the state of the watched token when each later one has been read."""
+    """The remaining trace of the watched token in the state after each later token."""
     top, bottom = 318, 508
     scale = bottom - top
     parts = [
@@ -122,7 +122,7 @@ CURVES = (
 
 
 def trace(alignment: str, kept: Tensor) -> tuple[list[int], list[float]]:
-    """Positions from the watched token on, and the share of it that the state holds there, for A = -1."""
+    """Positions from the watched token on, and the fraction of it that remains in the state there, for A = -1."""
     everything = torch.arange(len(TIME_STEPS))
     positions = everything if alignment == "dense" else kept
     time_step = torch.tensor(TIME_STEPS, dtype=torch.float64)[positions].unsqueeze(-1)

@@ -1,1 +1,2 @@
-"""The sections of `scripts/benchmark.py`, each a function from its options to groups of cases that took turns."""
+"""The sections of `scripts/benchmark.py`. Each is a function from the options to groups of cases that were run
+alternately."""

@@ -1,4 +1,4 @@
-"""What the scan is compared with."""
+"""Baselines for the scan."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +16,9 @@ from hf_vssm_prune.kernels import KERNELS
 def reference_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, z: Tensor | None
 ) -> Tensor:
-    """One direction by the algorithm of mamba-ssm's `selective_scan_ref`: exp(ΔA) and ΔBu of the whole sequence first,
-    (batch, channels, length, state_size) each, then a loop. Channels come before length; B and C are (batch, N, L)."""
+    """One direction with the algorithm of mamba-ssm's `selective_scan_ref`: first exp(ΔA) and ΔBu for the whole
+    sequence, each (batch, channels, length, state_size), then a loop. Inputs are (batch, channels, length); B and C are
+    (batch, state_size, length)."""
     delta = F.softplus(delta + delta_bias[:, None])
     decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
     entering = torch.einsum("bdl,bnl,bdl->bdln", delta, B, u)
@@ -33,8 +34,8 @@ def reference_scan(
 def time_major_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, z: Tensor | None
 ) -> Tensor:
-    """The fastest loop that we know in plain PyTorch: time first, so that a step is contiguous, and in place. u, delta
-    and z are (length, batch, channels); B and C (length, batch, state_size). Without gradient."""
+    """The fastest loop in plain PyTorch that we know: in place, with time as the first axis so that each step is
+    contiguous. u, delta and z are (length, batch, channels); B and C (length, batch, state_size). No gradients."""
     delta = F.softplus(delta + delta_bias)
     decay = (delta.unsqueeze(-1) * A).exp_()
     states = (delta * u).unsqueeze(-1) * B.unsqueeze(2)
@@ -45,11 +46,11 @@ def time_major_scan(
 
 
 def reference_kernel() -> SimpleNamespace:
-    """A kernel for `scan_backend` that computes dense models as the published code does where it has no CUDA."""
+    """A kernel for `scan_backend` that computes dense models like the published code without CUDA."""
 
     def scan(u, delta, A, B, C, D, bias, gate, order, gaps, hole_time_step, direction_B, moves) -> Tensor:
         if gaps is not None:
-            raise ValueError("the reference knows no holes.")
+            raise ValueError("the reference does not support holes.")
         delta, C = delta.transpose(1, 2), C.transpose(1, 2)
         total = 0
         for path in range(1 if order is None else order.shape[1]):

@@ -1,4 +1,4 @@
-"""A model's layers without stem and head."""
+"""The layers of a model, without stem and head."""
 
 import argparse
 from functools import partial
@@ -18,7 +18,7 @@ from hf_vssm_prune.pruned_layers import encode
 
 @torch.no_grad()
 def blocks_section(options: argparse.Namespace) -> list[Group]:
-    """A PlainMamba without its stem and head: its layers as published, ours, and their matrix products alone."""
+    """The layers of a PlainMamba without stem and head: as published, ours, and only their matrix products."""
     config = PlainMambaConfig.from_preset(options.preset)
     model = PlainMambaForImageClassification(config).eval().plainmamba
     groups = []
@@ -61,7 +61,7 @@ def by_backend(name: str, model: nn.Module, case: Case) -> None:
 
 
 def matrix_products(layers: nn.Module, run: Case) -> Case:
-    """The projections that `run` goes through, each once with an input of its shape."""
+    """Only the linear projections called by `run`, each once with an input of the same shape."""
     shapes: list[tuple[Tensor, torch.Size]] = []
     handles = [
         module.register_forward_hook(lambda module, inputs, _: shapes.append((module.weight, inputs[0].shape)))

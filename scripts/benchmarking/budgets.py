@@ -1,4 +1,4 @@
-"""One model at growing budgets."""
+"""One model with increasing budgets."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from hf_vssm_prune.families import FAMILIES
 
 @torch.no_grad()
 def budgets_section(options: argparse.Namespace) -> list[Group]:
-    """One model at growing budgets: does the clock follow the FLOPs? `--plot` draws it."""
+    """One model with increasing budgets: does the time follow the FLOPs? `--plot` draws it."""
     family = FAMILIES[options.family]
     dense = family.classifier(family.config.from_preset(options.preset)).eval()
     models, shares = {"dense": dense}, {"dense": 1.0}
@@ -42,7 +42,8 @@ def budgets_section(options: argparse.Namespace) -> list[Group]:
 
 
 def plot_budgets(groups: Sequence[Group], shares: dict[str, float], path: Path) -> None:
-    """Time against FLOPs, both as shares of the dense model's; a model that keeps its promise lies on the diagonal."""
+    """Time against FLOPs, both as fractions of the dense model's. If time is proportional to FLOPs, points are on the
+    diagonal."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(5, 4), layout="constrained").subplots()

@@ -1,7 +1,7 @@
-"""Threads that wait: a machine with nothing else to do, and one with a busy process beside.
+"""Waiting threads: the same work on an idle machine, and next to a busy process.
 
-How threads wait is read when torch is loaded, so each way is tried in processes of its own, which are started once and
-take turns.
+Torch reads how threads wait when it is loaded, so each setting is tested in its own processes, which are started once
+and run alternately.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from hf_vssm_prune.environment import PATIENT_THREADS, WAITING
 
 
 BATCH = 32
-# The small PlainMamba of the photographs: 96 wide, 12 layers, 196 tokens.
+# The small PlainMamba used for photographs: width 96, 12 layers, 196 tokens.
 DEFAULT, CHOSEN, ONE_THREAD, PROCESSES = "torch's default", "as the commands choose", "one thread", "processes of one"
 WAYS: dict[str, dict[str, str]] = {
     DEFAULT: {},
@@ -32,7 +32,8 @@ BUSY = "while True: pass"
 
 
 def busy_section(options: argparse.Namespace) -> list[Group]:
-    """A forward of one image and a training step, quiet and beside a busy process of one thread."""
+    """A forward pass of one image and a training step, on an idle machine and next to a busy process with one
+    thread."""
     threads = options.threads
     groups = []
     with ExitStack() as stack:
@@ -53,7 +54,7 @@ def busy_section(options: argparse.Namespace) -> list[Group]:
 
 @contextmanager
 def started(ways: Sequence[dict[str, str]], threads: int, batch: int) -> Iterator[list[Worker]]:
-    """Processes that wait for work, each with environment variables of its own beside this process's."""
+    """Processes that wait for work, each with its own environment variables in addition to this process's."""
     inherited = {name: value for name, value in os.environ.items() if name not in (*WAITING, "OMP_NUM_THREADS")}
     inherited |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(Path(__file__).with_name("busy_worker.py")), str(batch)]
@@ -65,7 +66,7 @@ def started(ways: Sequence[dict[str, str]], threads: int, batch: int) -> Iterato
         yield workers
     finally:
         for worker in workers:
-            worker.communicate()  # closes its standard input, at which it ends
+            worker.communicate()  # closes its standard input, which ends it
 
 
 @contextmanager

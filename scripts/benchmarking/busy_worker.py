@@ -1,4 +1,4 @@
-"""A process of `busy.py`: for each line that it reads it does a piece of work and answers `done`."""
+"""A process of `busy.py`. For each line that it reads, it does a piece of work and prints `done`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Exported models beside eager mode."""
+"""Exported models compared with eager mode."""
 
 import argparse
 import tempfile
@@ -18,7 +18,7 @@ from hf_vssm_prune.export import FORMATS, export_classifier
 
 @torch.no_grad()
 def export_section(options: argparse.Namespace) -> list[Group]:
-    """The formats of `scripts/export.py` beside eager mode, with and without kernels."""
+    """The formats of `scripts/export.py` compared with eager mode, with and without kernels."""
     models = make_models(options)
     eager = {name: models[name] for name in ("dense", "pruned, aligned")}
     exported: dict[str, Callable[[Tensor], object]] = {}

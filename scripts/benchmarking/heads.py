@@ -1,4 +1,4 @@
-"""Segmentation and detection: what pruning the backbone saves in it, and what the head leaves of that."""
+"""Segmentation and detection: the speedup from pruning the backbone, with the head included."""
 
 import argparse
 from functools import partial
@@ -19,7 +19,7 @@ IMAGE_SIZES = (512, 1024)
 
 
 def _upernet(preset: str, token_pruning: dict[str, Any] | None) -> UperNetConfig:
-    """As published on PlainMamba: four levels, each with a norm of its own."""
+    """As published for PlainMamba: four levels, each with its own norm."""
     depth = PlainMambaConfig.presets[preset]["num_hidden_layers"]
     levels = [f"stage{depth * quarter // 4}" for quarter in (1, 2, 3, 4)]
     backbone = PlainMambaConfig.from_preset(
@@ -29,7 +29,7 @@ def _upernet(preset: str, token_pruning: dict[str, Any] | None) -> UperNetConfig
 
 
 def _deformable_detr(preset: str, token_pruning: dict[str, Any] | None) -> DeformableDetrConfig:
-    """On the last map, of stride 16, to which the head adds coarser ones."""
+    """On the last feature map, which has stride 16; the head adds coarser ones."""
     backbone = PlainMambaConfig.from_preset(preset, token_pruning=token_pruning)
     return DeformableDetrConfig(
         backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False, num_labels=91

@@ -1,4 +1,4 @@
-"""Linear layers in int8: ours beside torchao's, where that is installed."""
+"""int8 linear layers: ours compared with torchao's, if it is installed."""
 
 import argparse
 import copy
@@ -16,7 +16,7 @@ OURS = "int8, ours"
 
 
 def int8_models(model: nn.Module) -> dict[str, nn.Module]:
-    """The model with float32 linears, with ours, and with those of torchao."""
+    """The model with float32 linear layers, with our int8 layers, and with torchao's."""
     models = {"float32": model, OURS: quantize_linears(copy.deepcopy(model))}
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_

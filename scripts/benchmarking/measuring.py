@@ -1,4 +1,4 @@
-"""Cases that take turns, what they took, and where."""
+"""Runs cases alternately, and reports their times and the machine."""
 
 import argparse
 import ctypes
@@ -20,13 +20,13 @@ Case = Callable[[], object]
 
 @dataclass
 class Group:
-    """Cases that took turns.
+    """Cases that were run alternately.
 
     Attributes:
         title: what was computed.
-        seconds: of each case, its runs in order.
-        ratios: by name, the two cases that are compared, each with a factor: (factor, slower, faster).
-        images: that a run of a case goes through; 0: a case is not about images.
+        seconds: the times of each case, in order.
+        ratios: the two cases compared, by name, with a factor: (factor, slower, faster).
+        images: number of images processed in a run of a case; 0: not applicable.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Group:
     images: int = 0
 
     def ratio(self, name: str) -> tuple[float, float]:
-        """Of the fastest runs, and the median turn by turn."""
+        """The ratio of the minimum times, and the median of the ratios of individual turns."""
         factor, slower, faster = self.ratios[name]
         turns = zip(self.seconds[slower], self.seconds[faster], strict=True)
         fastest = min(self.seconds[slower]) / min(self.seconds[faster])
@@ -55,8 +55,8 @@ class Group:
         return "\n".join(lines) + "\n"
 
 
-# A case that takes fewer seconds runs once unmeasured in each turn, so that the cache holds its inputs, as in a model,
-# and not those of the case before.
+# A case that takes fewer seconds than this is first run once unmeasured in each turn, so that the cache contains its
+# inputs, as in a model, instead of those of the previous case.
 COLD_BELOW = 0.02
 
 
@@ -67,8 +67,8 @@ def take_turns(
     options: argparse.Namespace,
     images: int = 0,
 ) -> Group:
-    """Runs all cases in turn until the time is used up, and at least three times."""
-    torch.set_default_device(None)  # what it adds to each call would be measured
+    """Runs all cases alternately until the time is used up, at least three times."""
+    torch.set_default_device(None)  # its overhead in each call would be measured
     for case in cases.values():
         case()
     wait(options.device)
@@ -98,7 +98,7 @@ def make_tensors_on(device: str) -> None:
 
 
 def wait(device: str) -> None:
-    """Until a GPU has done what it was given."""
+    """Waits until a GPU has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
@@ -114,7 +114,7 @@ def with_threads(threads: int, case: Case) -> Case:
 
 
 def growth(case: Case) -> str:
-    """How far memory grows in a run at its peak: a GPU's, or the process's where the system tells (Linux)."""
+    """The peak growth of memory during a run: the GPU's, or the process's if the system reports it (Linux)."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
@@ -123,15 +123,15 @@ def growth(case: Case) -> str:
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return "the system does not tell how far the process grows"
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system, to be counted again
-    reset.write_text("5")  # the peak is now what is in use
+    ctypes.CDLL(None).malloc_trim(0)  # return memory freed by earlier runs to the system, so that it is counted again
+    reset.write_text("5")  # reset the peak to the memory in use
     before = memory_in_use("VmRSS")
     case()
     return f"the process grows by {(memory_in_use('VmHWM') - before) / 2**10:.0f} MiB"
 
 
 def memory_in_use(name: str) -> int:
-    """A figure of /proc/self/status, in KiB."""
+    """A value from /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 

@@ -16,7 +16,7 @@ from hf_vssm_prune.quantization import quantize_linears
 
 
 def make_models(options: argparse.Namespace) -> dict[str, nn.Module]:
-    """One set of random weights under four schedules."""
+    """The same random weights with four schedules."""
     family = FAMILIES[options.family]
     budget = {"flops_reduction": options.flops_reduction}
     models = {}
@@ -71,7 +71,8 @@ PARTS = {
 
 @torch.no_grad()
 def parts_section(options: argparse.Namespace) -> list[Group]:
-    """Where the time of a forward goes, by PyTorch's profiler, which slows small operators down."""
+    """How the time of a forward pass is distributed, according to PyTorch's profiler, which slows down small
+    operators."""
     models = make_models(options)
     groups = []
     for batch in options.batch_sizes:
@@ -92,7 +93,7 @@ def parts_section(options: argparse.Namespace) -> list[Group]:
 
 @torch.no_grad()
 def transformer_section(options: argparse.Namespace) -> list[Group]:
-    """Vim-S beside a ViT of its size."""
+    """Vim-S compared with a ViT of the same size."""
     vit = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
     papers = {"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8], "method": PAPERS_METHOD}
     models = {
@@ -115,7 +116,8 @@ def transformer_section(options: argparse.Namespace) -> list[Group]:
 
 @torch.no_grad()
 def resolution_section(options: argparse.Namespace) -> list[Group]:
-    """Images of growing size: at twice the side a model that is linear in its tokens takes four times as long."""
+    """Increasing image sizes: at twice the side, a model that is linear in the number of tokens takes four times as
+    long."""
     model = make_models(options)["pruned, aligned"]
     vit = ViTForImageClassification(ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)).eval()
     cases: dict[str, Case] = {}

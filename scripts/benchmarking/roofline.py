@@ -1,4 +1,4 @@
-"""How near the fused scan comes to what a core can do."""
+"""How close the fused scan comes to the peak performance of a core."""
 
 import argparse
 import ctypes
@@ -16,19 +16,20 @@ from hf_vssm_prune.kernels import build
 from hf_vssm_prune.selective_scan import selective_scan
 
 
-# Multiply-adds of the fused operation in each token and channel; an addition or a multiplication that stands alone is
-# one. In each state: 6 for exp(ΔA), and for each of four paths 3, two for the state and one for the output. Beside the
-# states: 20 for the softplus, 12 for the gate's SiLU, 8 for Δu and Du of four paths.
+# Multiply-adds of the fused operation per token and channel; a single addition or multiplication counts as one. For
+# each state: 6 for exp(ΔA), and 3 for each of four paths (two for the state and one for the output). In addition: 20
+# for the softplus, 12 for the gate's SiLU, 8 for Δu and Du of four paths.
 SCAN_MULTIPLY_ADDS = STATES * (6 + 4 * 3) + 20 + 12 + 8
 
 
 @torch.no_grad()
 def roofline_section(options: argparse.Namespace) -> list[Group]:
-    """One core: the fused scan beside the multiply-adds and the memory traffic that it cannot do without."""
+    """One core: the fused scan compared with its minimum multiply-adds and its minimum memory traffic."""
     with tempfile.TemporaryDirectory() as folder:
         multiply_adds = load_multiply_adds(Path(folder))
         count = SCAN_MULTIPLY_ADDS * LENGTH * CHANNELS
-        floats = 2 * LENGTH * CHANNELS  # u, time step and gate are read, the result is written: two copies of two
+        # u, time step and gate are read and the result is written, which is as much as copying two tensors.
+        floats = 2 * LENGTH * CHANNELS
         source, target = torch.randn(floats), torch.empty(floats)
         cases: dict[str, Case] = {
             "scan": with_threads(1, partial(selective_scan, **scan_inputs(1))),

@@ -1,4 +1,4 @@
-"""The selective scan and the depthwise convolution by themselves."""
+"""The selective scan and the depthwise convolution on their own."""
 
 import argparse
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.token_pruning import prune_paths, snake_paths
 
 
-CHANNELS, STATES, GRID = 896, 16, (14, 14)  # of PlainMamba-L3
+CHANNELS, STATES, GRID = 896, 16, (14, 14)  # those of PlainMamba-L3
 LENGTH = GRID[0] * GRID[1]
 
 
 def scan_inputs(batch: int, keep_ratio: float | None = None, alignment: str = "repeat") -> dict[str, Tensor]:
-    """Arguments of `selective_scan` as a PlainMamba-L3 block makes them."""
+    """Arguments of `selective_scan` as in a block of PlainMamba-L3."""
     kept = None
     length = LENGTH
     if keep_ratio is not None:
@@ -49,7 +49,7 @@ def one_direction(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def in_layout(inputs: dict[str, Tensor], *axes: int) -> list[Tensor]:
-    """What the baselines take, the sequences' axes (batch, length, channels) in another order."""
+    """The inputs of the baselines, with the axes (batch, length, channels) of sequences permuted."""
     sequences = {
         name: inputs[name].permute(axes).contiguous() for name in ("hidden_states", "time_step", "B", "C", "gate")
     }
@@ -95,7 +95,7 @@ def scan_section(options: argparse.Namespace) -> list[Group]:
 
 
 def other_kernels(device: str) -> list[str]:
-    """The kernels that work on a device, beside the one that is chosen by itself."""
+    """The kernels that work on a device, except the one that is chosen automatically."""
     device_type = torch.device(device).type
     working = [name for name in AUTO.get(device_type, ()) if KERNELS[name].unavailable(device_type) is None]
     return working[1:]

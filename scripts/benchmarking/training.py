@@ -1,4 +1,4 @@
-"""Training steps: their time, and the memory that they keep."""
+"""Training steps: their time, and the memory that they keep for the backward pass."""
 
 import argparse
 from typing import Any
@@ -36,8 +36,9 @@ def training_section(options: argparse.Namespace) -> list[Group]:
 
 
 def report_memory(model: nn.Module, name: str, step: Case) -> None:
-    """Prints what a training step keeps for its backward, beside the inputs and outputs of its matrix products."""
-    products: dict[int, Tensor] = {}  # the tensors too, so that none is freed and its address used again
+    """Prints the memory that a training step keeps for its backward pass, compared with the inputs and outputs of its
+    matrix products."""
+    products: dict[int, Tensor] = {}  # keeps the tensors, so that no address is reused
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         for tensor in (inputs[0], output[0] if isinstance(output, tuple) else output):

@@ -1,4 +1,4 @@
-"""VideoMamba on clips: dense and pruned, more and more frames, and what else there is."""
+"""VideoMamba on clips: dense and pruned, with increasing numbers of frames, and compared with a transformer."""
 
 import argparse
 from functools import partial
@@ -11,12 +11,12 @@ from benchmarking.measuring import Case, Group, growth, take_turns
 from hf_vssm_prune import VideoMambaConfig, VideoMambaForVideoClassification, count_flops
 
 
-TOTAL_REDUCTION = 0.416  # of all multiply-adds, the scans included
+TOTAL_REDUCTION = 0.416  # of all multiply-adds, including the scans
 
 
 def pruned_config(preset: str, num_frames: int, **options: str) -> VideoMambaConfig:
-    """With the smallest budget that removes `TOTAL_REDUCTION` of all multiply-adds, which published figures of this
-    family count in part."""
+    """A configuration with the smallest budget that removes `TOTAL_REDUCTION` of all multiply-adds. The published
+    figures of this family include only some of them."""
     low, high = 0.0, 0.9
     for _ in range(12):
         middle = (low + high) / 2
@@ -29,7 +29,7 @@ def pruned_config(preset: str, num_frames: int, **options: str) -> VideoMambaCon
 
 
 def make_models(preset: str, num_frames: int) -> dict[str, nn.Module]:
-    """One set of random weights, dense, and pruned by the method that is recommended and by the paper's."""
+    """The same random weights: dense, and pruned with the recommended and with the paper's method."""
     dense = VideoMambaForVideoClassification(VideoMambaConfig.from_preset(preset, num_frames=num_frames)).eval()
     models = {"dense": dense}
     for name, options in (("pruned", {}), ("pruned by top", {"method": "top"})):
@@ -61,7 +61,7 @@ def _pruning(preset: str, num_frames: int, options: argparse.Namespace) -> Group
 
 
 def _growing(options: argparse.Namespace) -> Group:
-    """More frames: a model that is linear in its tokens takes as long for each as before."""
+    """Increasing numbers of frames: a model that is linear in the number of tokens takes the same time per frame."""
     model = VideoMambaForVideoClassification(VideoMambaConfig.from_preset("Ti")).eval()
     frames = (8, 16, 32, 64)
     cases: dict[str, Case] = {
@@ -79,7 +79,7 @@ def _growing(options: argparse.Namespace) -> Group:
 
 
 def _beside_transformer(options: argparse.Namespace) -> Group:
-    """VideoMAE-S of transformers, whose tubelets have two frames, so that it has half as many tokens."""
+    """transformers' VideoMAE-S, whose tubelets have two frames, so that it has half as many tokens."""
     config = VideoMAEConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_frames=16)
     models = {"VideoMAE-S": VideoMAEForVideoClassification(config).eval(), **make_models("S", 16)}
     del models["pruned by top"]

@@ -8,7 +8,7 @@ Worker = subprocess.Popen[str]
 
 
 def run_all(workers: Sequence[Worker], work: str) -> None:
-    """The same work in all processes at once.
+    """Runs the same work in all processes at once.
 
     Raises:
         RuntimeError: one of them ended.

@@ -1,7 +1,7 @@
 """Token pruning for vision Mambas (PlainMamba, Vim, VideoMamba) in Hugging Face transformers.
 
-Importing the package registers its models, so that `AutoModelForImageClassification.from_pretrained` and its siblings
-open them.
+Importing the package registers its models, so that they can be loaded with
+`AutoModelForImageClassification.from_pretrained` and the other Auto classes.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 from .environment import is_command, let_threads_wait
 
 
-if is_command():  # before torch is loaded, by what is imported below
+if is_command():  # before the imports below load torch
     let_threads_wait()
 
 # isort: split
@@ -40,7 +40,7 @@ from .visualization import visualize
 
 __version__ = "0.1.0"
 
-# A small dense PlainMamba that sorts photographs of waste. It comes with the package, to try things with.
+# A small dense PlainMamba that classifies photographs of waste. It comes with the package, for examples.
 EXAMPLE_MODEL = Path(__file__).parent / "data" / "plainmamba_trashnet"
 
 TokenPruningMixin.hub_module = "hf_vssm_prune.hub.pretrained"
@@ -69,7 +69,7 @@ __all__ = [
     "visualize",
 ]
 
-# Above are the names that type checkers and editors see; here is every family's, by its own files.
+# The names above are for type checkers and editors; here, the names of all families are added from their files.
 for _family in FAMILIES.values():
     globals().update(_family.public_names)
     __all__ += [_name for _name in _family.public_names if _name not in __all__]

@@ -1,4 +1,4 @@
-"""`hf-vssm-prune VERB` and `python -m hf_vssm_prune VERB`: everything that the package does on a command line."""
+"""`hf-vssm-prune VERB` and `python -m hf_vssm_prune VERB`: the package's command line."""
 
 import argparse
 import sys
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Of the words before the verb; the verb's own are read by the verb."""
+    """The parser for the words before the verb; each verb parses its own options."""
     parser = argparse.ArgumentParser(
         PROGRAM,
         f"{PROGRAM} VERB [options]",

@@ -1,4 +1,5 @@
-"""What the configurations of bidirectional vision Mambas share (Vim, VideoMamba): two scans and a class token."""
+"""The common part of the configurations of bidirectional vision Mambas (Vim, VideoMamba): two scans and a class
+token."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,14 +13,14 @@ from .flops import count_projections, count_scans
 
 @strict
 class BidirectionalConfig(VisionMambaConfig):
-    """Options of a vision Mamba with one scan from the first token to the last and one back, and a class token.
+    """Options of a vision Mamba with a forward and a backward scan and a class token.
 
     Attributes:
-        averages_directions: whether a mixer averages its two directions or adds them.
-        rotates_tokens: whether rotary position embeddings turn the tokens before each layer.
+        averages_directions: whether a mixer averages its two directions instead of adding them.
+        rotates_tokens: whether rotary position embeddings are applied to the tokens before each layer.
 
     Args:
-        patch_stride: pixels from one patch to the next, less than `patch_size` if patches overlap; None for
+        patch_stride: distance between patches in pixels, less than `patch_size` if patches overlap; None for
             `patch_size`.
         rms_norm_eps: epsilon of all norms.
     """
@@ -40,19 +41,19 @@ class BidirectionalConfig(VisionMambaConfig):
 
     @property
     def patch_spacing(self) -> int:
-        """Pixels from one patch to the next."""
+        """Distance between patches in pixels."""
         return self.patch_stride or self.patch_size
 
     def grid_size_for(self, *input_size: int) -> tuple[int, ...]:
-        """(height, width) in patches: pixels that fill no whole patch are left out."""
+        """(height, width) in patches; pixels that do not fill a whole patch are ignored."""
         return tuple(max(0, (size - self.patch_size) // self.patch_spacing + 1) for size in input_size)
 
     def _count_parts(self, tokens: Sequence[int], pixels_of_patch: int) -> tuple[Counter[str], int]:
-        """Multiply-adds of a forward by part, and those of one direction of all mixers.
+        """Multiply-adds of a forward pass by part, and those of one direction of all mixers.
 
         Args:
-            tokens: patch tokens that each layer sees.
-            pixels_of_patch: in each channel.
+            tokens: number of patch tokens in each layer.
+            pixels_of_patch: number of pixels in a patch, per channel.
         """
         parts = Counter(
             patch_projection=tokens[0] * pixels_of_patch * self.num_channels * self.hidden_size,

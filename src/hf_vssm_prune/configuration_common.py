@@ -1,4 +1,4 @@
-"""What the configurations of all model families share, and what each family defines."""
+"""The common part of all families' configurations, and the interface that each family implements."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ from .pruning_options import (
 from .publication import Paper, PublishedModel
 
 
-# Of a model's output; see `pruned_outputs.StageFields`.
+# Entries of a model's output; see `pruned_outputs.StageFields`.
 STAGE_FIELDS = ("kept_tokens", "token_scores", "merged_tokens")
 FEATURE_FILLS = ("last", "merged")
 FEATURE_NORMS = ("final", "per_level", "last", "none")
@@ -33,15 +33,16 @@ _BACKBONE_STAGES = ("stage_names", "out_features", "out_indices")
 
 @strict
 class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Options of every vision Mamba. A family's own class also defines what the rest of the package has to know of it.
+    """Options of every vision Mamba. The class of each family also defines everything that the rest of the package
+    needs to know about the family.
 
     Attributes:
         presets: options of the published models by name.
-        published: where the weights of these models are, and what papers report, by the same names.
+        published: location of the weights of these models, and results reported in papers, by the same names.
         published_images: the same for image models, in a family whose presets are video models.
         paper: the family's paper.
         cls_token: position of the class token among the patches: "none", "middle" or "first".
-        num_scans: number of scans with their own parameters; each token has as many Δ, B and C.
+        num_scans: number of scans with their own parameters, which is also the number of Δ, B and C per token.
 
     Args:
         image_size: size in pixels, or (height, width), of the position embeddings. Other sizes work too.
@@ -57,18 +58,19 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         initializer_range: standard deviation of the truncated normal initialisation.
         drop_path_rate: stochastic depth rate of the last layer; it increases linearly from 0 in the first.
         token_pruning: None for a dense model, or a dict with `layers`, `keep_ratios`, `alignment`, `importance` and
-            `method`, see `pruning_options.check_token_pruning`; or with `flops_reduction` in place of `keep_ratios`,
-            the fraction of the published FLOPs to remove, for which a schedule is found, with stages before `layers` if
-            these are given. However it is set, it is checked and complete when it is read.
-        scan_backend: the kernel of the scan, see `selective_scan.selective_scan`.
-        feature_fill: what a backbone's maps show in the cell of a token that is gone: `last`, the state with which it
-            left; `merged`, for methods that merge, the state of the token that it went into.
-        feature_norm: how a backbone's maps are normed: `final`, each by the model's last norm; `per_level`, each by a
-            norm of its own, the last layer's by the model's; `last`, only the last layer's; `none`.
-        feature_source: of what a backbone makes maps: `stream`, what a layer leaves behind in the residual stream;
-            `mixer`, what its mixer adds to that.
-        feature_pyramid: None: a backbone's maps have the resolution of the patches; `vim` or `simple`: strides of 4, 8,
-            16 and 32 pixels, of fewer maps the last ones, see `feature_pyramid`.
+            `method`, see `pruning_options.check_token_pruning`. Instead of `keep_ratios`, it may have
+            `flops_reduction`, the fraction of the published FLOPs to remove, for which a schedule is found; `layers` is
+            then optional. Whichever form is set, reading it returns checked and complete options.
+        scan_backend: kernel of the scan, see `selective_scan.selective_scan`.
+        feature_fill: content of a backbone's feature maps at dropped tokens: `last`, the last state of the token;
+            `merged`, for methods that merge, the state of the token into which it was merged.
+        feature_norm: norm of a backbone's feature maps: `final`, the model's last norm for all of them; `per_level`, a
+            separate norm for each, and the model's for the last layer's; `last`, only the last layer's is normalised;
+            `none`.
+        feature_source: what a backbone's feature maps contain: `stream`, the residual stream after a layer; `mixer`,
+            what the layer's mixer adds to it.
+        feature_pyramid: None: a backbone's feature maps have the resolution of the patches; `vim` or `simple`: strides
+            of 4, 8, 16 and 32 pixels, or the last of these if there are fewer maps; see `feature_pyramid`.
 
     Raises:
         ValueError: a value is not allowed; the message says what was given and what is allowed.
@@ -97,7 +99,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     time_step_floor: float = 1e-4
     initializer_range: float = 0.02
     drop_path_rate: float | int = 0.0
-    token_pruning: dict | None = None  # what is read is `TokenPruning`, see `_TokenPruningOption`
+    token_pruning: dict | None = None  # reading it returns a `TokenPruning`, see `_TokenPruningOption`
     scan_backend: str = "auto"
     feature_fill: str = "last"
     feature_norm: str = "final"
@@ -130,7 +132,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, labels in complete_label_maps({"id2label": self.id2label, "label2id": self.label2id}).items():
             setattr(self, name, labels)
         super().__post_init__(**kwargs)
-        _ = self.token_pruning  # what is wrong with it is said here
+        _ = self.token_pruning  # raises an error if it is not valid
 
     def _check_sizes(self) -> None:
         names = [
@@ -172,24 +174,24 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def keys_to_ignore_at_inference(self) -> list[str]:
-        """What transformers' `Trainer` leaves out of the predictions."""
+        """Outputs that transformers' `Trainer` excludes from the predictions."""
         stages = range(len(self.token_pruning["layers"]) if self.token_pruning else 0)
         return [f"{field}_{stage}" for field in STAGE_FIELDS for stage in stages]
 
     @property
     def label_names(self) -> list[str]:
-        """The labels' names in the order of their ids."""
+        """The names of the labels in the order of their ids."""
         return names_by_id(self.id2label or {})
 
     def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> TokenPruning | None:
         """Checks pruning options against this configuration and completes them; a budget is turned into a schedule.
 
-        Options that name no `method` are for the one that this configuration has, with its `alignment` and `importance`
-        unless they have their own: weights that were trained for a method may get another budget. Those of a dense
-        model mean `pruning_methods.RECOMMENDED_METHOD`.
+        Options without a `method` use the method of this configuration, with its `alignment` and `importance` unless
+        they specify their own, so that weights trained for a method can be given another budget. If the model is dense,
+        `pruning_methods.RECOMMENDED_METHOD` is used.
 
         Raises:
-            ValueError: as `pruning_options.check_token_pruning` and `flops.schedule_for_budget`.
+            ValueError: see `pruning_options.check_token_pruning` and `flops.schedule_for_budget`.
         """
         return self._complete(inherit_method(token_pruning, self.__dict__.get("_token_pruning")))
 
@@ -218,11 +220,12 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers has it, but options that are given override those of the dict before anything is checked."""
+        """Like transformers' method, except that the given options override those of the dict before anything is
+        checked."""
         own = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
         given = {name: kwargs.pop(name) for name in own & set(kwargs)}
         if config_dict.get("out_features") == [f"stage{config_dict.get('num_hidden_layers')}"]:
-            # A backbone's default, the last layer's output: that of another depth, where one is given.
+            # By default, a backbone returns the last layer's output, which depends on the given depth.
             config_dict = {name: value for name, value in config_dict.items() if name not in _BACKBONE_STAGES}
         if "token_pruning" in given:
             given["token_pruning"] = inherit_method(given["token_pruning"], config_dict.get("token_pruning"))
@@ -230,44 +233,46 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def intermediate_size(self) -> int:
-        """Channels inside the mixer."""
+        """Number of channels inside the mixer."""
         return self.expand * self.hidden_size
 
     @property
     def input_size(self) -> tuple[int, ...]:
-        """Of an input that the model is laid out for: (height, width) in pixels; of a video (frames, height, width)."""
+        """Size of the inputs for which the model is configured: (height, width) in pixels; for videos, (frames, height,
+        width)."""
         return self.input_size_for(self.image_size)
 
     @property
     def modality(self) -> str:
-        """Of what the model is made for: "image" or "video"."""
+        """What the model processes: "image" or "video"."""
         return "image" if len(self.input_size) == 2 else "video"
 
     def input_size_for(self, image_size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
-        """The size of an input whose images have another size, as `image_size` gives it."""
+        """The input size for another image size, given in the form of `image_size`."""
         return self.image_height_width(image_size)
 
     def input_size_of(self, pixel_values_shape: Sequence[int]) -> tuple[int, ...]:
-        """The input's size, as `input_size` has it, from the shape of a batch of pixel values."""
+        """The input size, in the form of `input_size`, for pixel values of the given shape."""
         return (*pixel_values_shape[1:-3], *pixel_values_shape[-2:])
 
     def pixel_values_shape(self, batch_size: int) -> tuple[int, ...]:
-        """(batch, channels, height, width), the frames of a video before its channels."""
+        """(batch, channels, height, width); for videos, (batch, frames, channels, height, width)."""
         *frames, height, width = self.input_size
         return (batch_size, *frames, self.num_channels, height, width)
 
     @property
     def grid_size(self) -> tuple[int, ...]:
-        """(height, width) in patches of an image of `image_size`; for a video (time, height, width)."""
+        """Size in patches of an image of `image_size`: (height, width); for videos, (time, height, width)."""
         return self.grid_size_for(*self.input_size)
 
     @property
     def patch_spacing(self) -> int:
-        """Pixels from one patch to the next."""
+        """Distance between patches in pixels."""
         return self.patch_size
 
     def cls_token_id(self, num_patches: int) -> int | None:
-        """The class token's place among so many patches and itself. None: there is none."""
+        """The class token's position in a sequence of this many patches and the class token; None if there is no class
+        token."""
         return {"none": None, "middle": num_patches // 2, "first": 0}[self.cls_token]
 
     @staticmethod
@@ -279,32 +284,33 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         return height_width
 
     def grid_size_for(self, *input_size: int) -> tuple[int, ...]:
-        """The grid of patches of an input of this size, with as many dimensions; 0 where not one patch fits."""
+        """The grid of patches for an input of this size, with the same number of dimensions; 0 if not even one patch
+        fits."""
         raise NotImplementedError
 
     def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
-        """Multiply-adds of one input of this size, of which so many patch tokens are left at each layer.
+        """Multiply-adds for one input of this size, given the number of remaining patch tokens in each layer.
 
-        What a pruning method itself computes is not among them: see `flops.count_flops`.
+        The cost of the pruning method itself is not included: see `flops.count_flops`.
         """
         raise NotImplementedError
 
 
 def pruned_config(config: Any) -> Any:
-    """The configuration with the pruning schedule: a model's own, or that of its backbone."""
+    """The configuration that has the pruning schedule: the model's own, or that of its backbone."""
     return config if hasattr(config, "token_pruning") else getattr(config, "backbone_config", None)
 
 
 class _TokenPruningOption:
-    """`token_pruning` of a configuration: what is set is completed and checked when it is first read.
+    """A configuration's `token_pruning`, which is completed and checked when it is first read after it was set.
 
-    transformers sets the options that `from_pretrained` is given one by one on a configuration that is made already: a
-    schedule and the depth that it is for may come in any order.
+    `from_pretrained` sets options one by one on a configuration that already exists, so a schedule and the depth that
+    it belongs to may come in any order.
     """
 
     def __get__(self, config: VisionMambaConfig | None, owner: type | None = None) -> TokenPruning | None:
         if config is None:
-            return None  # a dataclass takes this for the default
+            return None  # becomes the dataclass's default
         token_pruning = config._token_pruning
         if token_pruning is None:
             return None
@@ -319,5 +325,5 @@ class _TokenPruningOption:
         config._token_pruning_depth = None
 
 
-# Not in the class's body, where a dataclass would take it for the default.
+# Set outside the class body, where the dataclass would use it as the default value.
 VisionMambaConfig.token_pruning = _TokenPruningOption()  # type: ignore[assignment]

@@ -16,7 +16,7 @@ from .publication import STORM, TOP, Paper, PublishedModel, PublishedResult
 class PlainMambaConfig(VisionMambaConfig):
     """Configuration of PlainMamba (arXiv 2403.17695), with token pruning (ToP, arXiv 2409.18962).
 
-    The options of every vision Mamba are in `VisionMambaConfig`.
+    See `VisionMambaConfig` for the options that all vision Mambas share.
 
     Args:
         num_stem_convs: 3x3 convolutions after the first one of the patch embedding.
@@ -97,7 +97,7 @@ class PlainMambaConfig(VisionMambaConfig):
             raise ValueError(f"`depthwise_layers` has {outside}; allowed values are 0 to {self.num_hidden_layers - 1}.")
 
     def grid_size_for(self, *input_size: int) -> tuple[int, int]:
-        """(height, width) in patches: the last row and column are padded with zeros where they are not full."""
+        """(height, width) in patches; incomplete patches in the last row and column are padded with zeros."""
         height, width = input_size
         return math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)
 

@@ -11,7 +11,7 @@ from .flops import FlopCount
 from .publication import R_MEETO, VIDEOMAMBA, Paper, PublishedModel, PublishedResult
 
 
-# Of the official code, whatever the patch size. Patches of a video never overlap.
+# As in the official code, regardless of the patch size. Patches of videos never overlap.
 IMAGE_PATCH_STRIDE = 16
 FLOPS_PER_NORMALIZED_VALUE = 5  # in the published figures
 
@@ -19,8 +19,8 @@ FLOPS_PER_NORMALIZED_VALUE = 5  # in the published figures
 def _of_videos(
     top1: Sequence[float], flops: Sequence[str], merged: tuple[float, str], masked: Sequence[float] = ()
 ) -> PublishedModel:
-    """What papers report on Kinetics-400: top-1 for 8, 16, 32 and 64 frames and for 64 of 384 pixels, FLOPs of a view
-    for those for which they are stated."""
+    """Results reported in papers on Kinetics-400: top-1 with 8, 16, 32 and 64 frames and with 64 frames of 384 pixels,
+    and FLOPs per view for the inputs for which they are reported."""
     inputs = ("8 frames", "16 frames", "32 frames", "64 frames", "64 frames, 384 × 384")
     stated = dict(zip(("16 frames", "32 frames", "64 frames, 384 × 384"), flops, strict=True))
     rows = [("dense", top1), ("dense, pretrained by masking", masked)]
@@ -41,7 +41,7 @@ def _of_videos(
 
 
 def _of_images(results: Sequence[tuple[float, str]], merged: tuple[float, str] | None) -> PublishedModel:
-    """What papers report on ImageNet-1k: top-1 and FLOPs at 224, 448 and 576 pixels."""
+    """Results reported in papers on ImageNet-1k: top-1 and FLOPs at 224, 448 and 576 pixels."""
     at_sizes = zip((224, 448, 576), results, strict=False)
     rows = [PublishedResult(f"dense, {size} × {size}", VIDEOMAMBA, *result) for size, result in at_sizes]
     rows += [] if merged is None else [PublishedResult("token merging, retrained", R_MEETO, *merged)]
@@ -53,14 +53,14 @@ def _of_images(results: Sequence[tuple[float, str]], merged: tuple[float, str] |
 class VideoMambaConfig(BidirectionalConfig):
     """Configuration of VideoMamba (arXiv 2403.06977), with token pruning (ToP, arXiv 2409.18962).
 
-    The options of every vision Mamba are in `VisionMambaConfig`, one more in `BidirectionalConfig`.
+    See `VisionMambaConfig` and `BidirectionalConfig` for the options that it shares with other vision Mambas.
 
     Args:
-        num_frames: frames of a video, and size of the temporal embeddings. Other numbers work too. None: an image
-            model.
+        num_frames: number of frames in a video, and size of the temporal embeddings. Other numbers work too. None: an
+            image model.
         tubelet_size: frames per patch; frames after the last whole tubelet are dropped.
-        patch_stride: pixels from one patch to the next. None: of images 16, whatever `patch_size` is, as in the
-            official code; of videos `patch_size`, and nothing else is allowed.
+        patch_stride: distance between patches in pixels. None: for images 16, regardless of `patch_size`, as in the
+            official code; for videos `patch_size`, which is the only allowed value.
 
     Example:
 
@@ -140,18 +140,18 @@ class VideoMambaConfig(BidirectionalConfig):
         super()._check_sizes()
 
     def input_size_for(self, image_size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
-        """The size of an input whose images have another size, as `image_size` gives it."""
+        """The input size for another image size, given in the form of `image_size`."""
         height_width = self.image_height_width(image_size)
         return height_width if self.num_frames is None else (self.num_frames, *height_width)
 
     def grid_size_for(self, *input_size: int) -> tuple[int, ...]:
-        """(height, width) in patches, of a video (time, height, width): what fills no whole patch is left out."""
+        """(height, width) in patches; for videos, (time, height, width). Incomplete patches are ignored."""
         *frames, height, width = input_size
         return (*(count // self.tubelet_size for count in frames), *super().grid_size_for(height, width))
 
     def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
-        """See `VisionMambaConfig.count_flops`. The published figures count norms, and neither convolutions nor scans:
-        the tool that counted them, fvcore, does not look into the mixers' kernel."""
+        """See `VisionMambaConfig.count_flops`. The published figures include norms but neither convolutions nor scans,
+        because fvcore, with which they were counted, does not look inside the mixers' kernel."""
         tubelet = 1 if self.num_frames is None else self.tubelet_size
         parts, one_direction = self._count_parts(tokens, tubelet * self.patch_size**2)
         lengths = [patches + 1 for patches in (*tokens, tokens[-1])]  # with the class token, and the last norm

@@ -14,13 +14,13 @@ from .publication import DYVM, R_MEETO, TOP, Paper, PublishedModel, PublishedRes
 class VimConfig(BidirectionalConfig):
     """Configuration of Vim (Vision Mamba, arXiv 2401.09417), with token pruning (ToP, arXiv 2409.18962).
 
-    The options of every vision Mamba are in `VisionMambaConfig`, two more in `BidirectionalConfig`.
+    See `VisionMambaConfig` and `BidirectionalConfig` for the options that it shares with other vision Mambas.
 
     Args:
-        use_cls_token: False: without a class token, as the published backbones for segmentation; a classifier then
-            takes the mean of the tokens.
-        rotary_embeddings: turn the tokens by their rows and columns before each layer, as in the published backbone
-            Small for segmentation. Needs `use_cls_token=False` and a hidden size that 4 divides.
+        use_cls_token: False: no class token, as in the published backbones for segmentation; a classifier then uses
+            the mean of the tokens.
+        rotary_embeddings: apply rotary embeddings of the tokens' rows and columns before each layer, as in the
+            published Small backbone for segmentation. Needs `use_cls_token=False` and a hidden size divisible by 4.
 
     Raises:
         ValueError: a value is not allowed.

@@ -1,4 +1,4 @@
-"""What the convolutions' kernels share: the arguments as one tuple, their checks, and the operator."""
+"""The common part of the convolution kernels: the arguments as one tuple, their checks, and the operator."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,12 +10,13 @@ from .kernel_operator import check_tensors, kernel_operator
 
 
 class ConvolutionArguments(NamedTuple):
-    """What `depthwise_conv2d` takes, or, for a grid of one row, `causal_conv1d`.
+    """Arguments of `depthwise_conv2d` or, for a grid with one row, of `causal_conv1d`.
 
     Attributes:
-        weight: shape (channels, 1, kernel, kernel), kernel odd; looking one way (channels, 1, taps).
-        height, width: of the full grid; looking one way 1 and the full sequence's length.
-        looks: 0: around; looking one way, 1: at the tokens before, as a causal convolution; -1: at those behind.
+        weight: shape (channels, 1, kernel, kernel) with an odd kernel; for a causal convolution (channels, 1, taps).
+        height, width: size of the full grid; for a causal convolution, 1 and the length of the full sequence.
+        looks: 0: the window is centered; 1: causal convolution over the token and those before it; -1: over the token
+            and those after it.
     """
 
     hidden_states: Tensor
@@ -39,7 +40,7 @@ class ConvolutionArguments(NamedTuple):
         silu: bool = False,
         stand_ins: Tensor | None = None,
     ) -> "ConvolutionArguments":
-        """From the arguments of `hf_vssm_prune.grid_convolution.depthwise_conv2d`."""
+        """Creates it from the arguments of `hf_vssm_prune.grid_convolution.depthwise_conv2d`."""
         return cls(hidden_states, weight, bias, kept, stand_ins, *grid, silu)
 
     @classmethod
@@ -52,12 +53,12 @@ class ConvolutionArguments(NamedTuple):
         kept: Tensor | None = None,
         stand_ins: Tensor | None = None,
     ) -> "ConvolutionArguments":
-        """From the arguments of `hf_vssm_prune.causal_convolution.causal_conv1d`."""
+        """Creates it from the arguments of `hf_vssm_prune.causal_convolution.causal_conv1d`."""
         places = (hidden_states if stand_ins is None else stand_ins).shape[1]
         return cls(hidden_states, weight, bias, kept, stand_ins, 1, places, True, -1 if reverse else 1)
 
     def check(self) -> None:
-        """Check that the shapes fit together and that all tensors are on one device.
+        """Checks that the shapes fit together and that all tensors are on one device.
 
         Raises:
             ValueError: a tensor does not fit; the message names it.
@@ -83,7 +84,7 @@ def convolution_operator(
     backward: Callable[[ConvolutionArguments, Tensor], Sequence[Tensor]],
     device_types: str | None = None,
 ) -> Callable[..., Tensor]:
-    """A convolution as a PyTorch operator; arguments and result as in `kernel_operator`."""
+    """A convolution as a PyTorch operator; for arguments and result, see `kernel_operator`."""
     return kernel_operator(name, ConvolutionArguments, _convolve_torch, forward, backward, device_types)
 
 

@@ -1,4 +1,4 @@
-"""The depthwise convolutions over tokens that are left, in plain PyTorch: what every kernel is checked against."""
+"""The depthwise convolutions over the remaining tokens in plain PyTorch, the reference for all kernels."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +15,7 @@ def depthwise_conv2d_torch(
     silu: bool = False,
     stand_ins: Tensor | None = None,
 ) -> Tensor:
-    """The reference that every kernel is checked against; arguments and result as in `depthwise_conv2d`."""
+    """The reference for all kernels; for arguments and result, see `depthwise_conv2d`."""
     cells = hidden_states
     if stand_ins is not None:
         cells = gather_tokens(hidden_states, stand_ins)
@@ -25,7 +25,7 @@ def depthwise_conv2d_torch(
         cells = empty.index_copy(0, batch_rows(kept, num_cells), hidden_states.flatten(0, 1)).unflatten(
             0, (batch, num_cells)
         )
-    # Channels stay last in memory, where depthwise convolutions are fastest on a CPU.
+    # Depthwise convolutions are fastest on a CPU if channels are last in memory.
     image = cells.contiguous().unflatten(1, grid).permute(0, 3, 1, 2)
     image = F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     cells = image.permute(0, 2, 3, 1).flatten(1, 2)
@@ -42,7 +42,7 @@ def causal_conv1d_torch(
     kept: Tensor | None = None,
     stand_ins: Tensor | None = None,
 ) -> Tensor:
-    """The reference; arguments and result as in `causal_conv1d`."""
+    """The reference for all kernels; for arguments and result, see `causal_conv1d`."""
     sequence = hidden_states if stand_ins is None else gather_tokens(hidden_states, stand_ins)
     before = weight.shape[-1] - 1
     padded = F.pad(sequence.transpose(1, 2), (0, before) if reverse else (before, 0))

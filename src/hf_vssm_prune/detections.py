@@ -1,4 +1,4 @@
-"""What a detector finds in images, from what it puts out."""
+"""Converts the outputs of a detector to detected objects."""
 
 from typing import Any, NamedTuple
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 
-MOST_DETECTIONS = 100  # that COCO counts in an image
+MOST_DETECTIONS = 100  # per image, as in COCO's metrics
 
 
 class Detections(NamedTuple):
-    """Of one image, the surest first: boxes (n, 4), left, top, right and bottom in pixels; scores (n,) from 0 to 1;
-    labels (n,) class ids."""
+    """The detections in one image, most confident first: boxes (n, 4), left, top, right and bottom in pixels; scores
+    (n,) from 0 to 1; class ids (n,)."""
 
     boxes: Tensor
     scores: Tensor
@@ -23,18 +23,18 @@ class Detections(NamedTuple):
 
 
 def to_corners(boxes: Tensor) -> Tensor:
-    """Boxes (..., 4) as left, top, right and bottom, from middle, width and height."""
+    """Converts boxes (..., 4) from center, width and height to left, top, right and bottom."""
     middle, sides = boxes.split(2, dim=-1)
     return torch.cat([middle - sides / 2, middle + sides / 2], dim=-1)
 
 
 @torch.no_grad()
 def find_objects(outputs: Any, sizes: Tensor) -> list[Detections]:
-    """What a detector finds, in each image the `MOST_DETECTIONS` surest pairs of a query and a class.
+    """The detected objects: in each image, the `MOST_DETECTIONS` pairs of a query and a class with the highest scores.
 
     Args:
-        outputs: with `logits` (batch, queries, classes), of which a sigmoid makes probabilities, and `pred_boxes`
-            (batch, queries, 4), middle, width and height as fractions of the image's sides.
+        outputs: outputs with `logits` (batch, queries, classes), whose sigmoid gives probabilities, and `pred_boxes`
+            (batch, queries, 4), center, width and height as fractions of the image's sides.
         sizes: (batch, 2), height and width of the images.
     """
     scores = outputs.logits.float().sigmoid().flatten(1)

@@ -1,9 +1,10 @@
-"""Where the documentation is. An error that its own message cannot settle ends with a place there."""
+"""Links to the documentation. If an error needs more explanation than its message can give, the message ends with
+one."""
 
-# In the repository. Once the built pages have an address, it goes here.
+# A path in the repository, to be replaced with the URL of the built pages once they have one.
 DOCUMENTATION = "hf_vssm_prune/docs"
 
 
 def see(section: str) -> str:
-    """The end of an error message: the section of the troubleshooting page that tells more."""
+    """The end of an error message: a reference to a section of the troubleshooting page."""
     return f"See {DOCUMENTATION}/troubleshooting.md#{section}."

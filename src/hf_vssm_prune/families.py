@@ -27,12 +27,11 @@ from .configuration_common import VisionMambaConfig
 from .modeling_common import TokenPruningMixin
 
 
-# A model of this package, and one of its classifiers: the package's own classes, not those from code in a Hub
-# repository.
+# A model of this package, and a classifier: the package's own classes, not those from a Hub repository's code.
 VisionMamba: TypeAlias = TokenPruningMixin
 ImageClassifier: TypeAlias = TokenPruningMixin
 
-# By the suffix of a class's name, the Auto class that creates it from a configuration.
+# From the suffix of a class's name to the Auto class that creates it from a configuration.
 AUTO_CLASSES: dict[str, Any] = {
     "Model": AutoModel,
     "ForImageClassification": AutoModelForImageClassification,

@@ -1,4 +1,4 @@
-"""From maps of one resolution, as these models have them, to the pyramid that many heads want."""
+"""Converts feature maps of one resolution to the pyramid of resolutions that many heads need."""
 
 import math
 from itertools import pairwise
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-# Pixels from one cell to the next at each level; of fewer levels than four the last ones.
+# The stride of each level in pixels. If there are fewer than four levels, the last strides are used.
 PYRAMID_STRIDES = (4, 8, 16, 32)
 
 
@@ -19,11 +19,12 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class VimPyramid(nn.ModuleList):
-    """Vim's: each level of its own map, enlarged by 2x2 deconvolutions or shrunk by max-pooling; 4 levels at most.
+    """Vim's pyramid: each level has its own feature map, which is enlarged by 2x2 deconvolutions or reduced by
+    max-pooling. At most 4 levels.
 
     Args:
-        channels: of the maps, and of the levels.
-        spacing: pixels from one cell of the maps to the next.
+        channels: number of channels of the feature maps and of the levels.
+        spacing: stride of the feature maps in pixels.
         num_levels: 1 to 4.
     """
 
@@ -40,10 +41,11 @@ class VimPyramid(nn.ModuleList):
 
 
 class SimplePyramid(nn.ModuleList):
-    """ViTDet's simple feature pyramid (arXiv 2203.16527): all levels of the last map, each enlarged by deconvolutions
-    that halve the channels or shrunk by max-pooling, then a 1x1 and a 3x3 convolution, each with a norm.
+    """ViTDet's simple feature pyramid (arXiv 2203.16527). All levels are computed from the last feature map: it is
+    enlarged by deconvolutions that halve the channels, or reduced by max-pooling, followed by a 1x1 and a 3x3
+    convolution, each with a norm.
 
-    Args: as of `VimPyramid`.
+    Args: those of `VimPyramid`.
     """
 
     kind = "simple"
@@ -67,7 +69,7 @@ PYRAMIDS = {pyramid.kind: pyramid for pyramid in (VimPyramid, SimplePyramid)}
 
 
 class MaxPool(nn.Module):
-    """Max-pooling over squares; a map that is smaller than one is pooled whole."""
+    """Max-pooling over squares; a feature map smaller than a square is pooled to a single cell."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -79,14 +81,14 @@ class MaxPool(nn.Module):
 
 
 def _doublings(spacing: int, stride: int) -> int:
-    """How often a map's resolution is doubled; negative: halved."""
+    """How many times a feature map's resolution is doubled; negative: halved."""
     return round(math.log2(spacing / stride))
 
 
 def _resizing(widths: list[int], doublings: int, norm: type[nn.Module]) -> nn.Sequential:
-    """Doubles the resolution as often as there are steps between widths, or halves it.
+    """Doubles the resolution once for each step between widths, or halves it.
 
-    Between two deconvolutions come a norm and GELU.
+    There are a norm and a GELU between two deconvolutions.
     """
     if doublings < 0:
         return nn.Sequential(MaxPool(2**-doublings))
@@ -98,10 +100,11 @@ def _resizing(widths: list[int], doublings: int, norm: type[nn.Module]) -> nn.Se
 
 
 def check_pyramid(kind: str | None, spacing: int, num_levels: int) -> None:
-    """Refuses a pyramid that cannot be made.
+    """Raises an error for a pyramid that is not possible.
 
     Raises:
-        ValueError: there is no such one, patches do not lie a power of two apart, or there are too many levels.
+        ValueError: the pyramid is unknown, the distance between patches is not a power of two, or there are too many
+            levels.
     """
     if kind is None:
         return

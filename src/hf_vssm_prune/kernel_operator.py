@@ -1,4 +1,4 @@
-"""How a kernel becomes a PyTorch operator with a gradient and a fake kernel, for autograd, compile and export."""
+"""Registers kernels as PyTorch operators with a gradient and a fake kernel, for autograd, torch.compile and export."""
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,21 +10,21 @@ from torch import Tensor
 from .plain_fallback import plain_gradients, wants_plain_gradients
 
 
-# Each Hub repository's code is a module of its own, and registers operators of its own.
+# The code of each Hub repository is a separate module and registers its own operators.
 NAMESPACE = "hf_vssm_prune" if __package__ == "hf_vssm_prune" else f"hub_{zlib.crc32(__name__.encode()):08x}"
 
-# How a schema names the types of an operator's arguments.
+# The names of argument types in an operator's schema.
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool"}
 
 
 class Arguments(Protocol):
-    """A named tuple of an operator's arguments, `hidden_states` first, all tensors before the rest."""
+    """A named tuple of an operator's arguments: `hidden_states` first, and all tensors before the rest."""
 
     @property
     def hidden_states(self) -> Tensor: ...
 
     def check(self) -> None:
-        """Raises ValueError if they do not fit together."""
+        """Raises ValueError if the arguments do not fit together."""
 
 
 ArgumentsT = TypeVar("ArgumentsT", bound=Arguments)
@@ -41,16 +41,16 @@ def kernel_operator(
     """Registers a kernel as a PyTorch operator whose output has the shape and dtype of `hidden_states`.
 
     Args:
-        name: of the operator, in `NAMESPACE`.
+        name: name of the operator in `NAMESPACE`.
         arguments_of: class of the arguments, a NamedTuple.
-        plain: plain PyTorch function of the fields, for gradients that are differentiated again.
-        forward: from arguments that have been checked to the output. Is not called for an empty one.
-        backward: from the arguments and the output's gradient to the gradients of the floating-point tensors that are
-            given, in their order, of any precision. Is not called for an empty output.
-        device_types: on which it runs; None: on any.
+        plain: plain PyTorch function with the same arguments, used for gradients that are differentiated again.
+        forward: function from checked arguments to the output. It is not called if the output is empty.
+        backward: function from the arguments and the output's gradient to the gradients of all given floating-point
+            tensors, in their order and in any precision. It is not called if the output is empty.
+        device_types: device types on which it runs; None: all.
 
     Returns:
-        The operator: takes the fields of the arguments in their order.
+        The operator, whose arguments are the fields of the NamedTuple in their order.
     """
     types = get_type_hints(arguments_of)
     schema = ", ".join(f"{SCHEMA_TYPES[kind]} {field}" for field, kind in types.items())
@@ -91,7 +91,7 @@ def kernel_operator(
         ctx.options = inputs[num_tensors:]
 
     def differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # Once: under gradient checkpointing saved tensors are computed when they are asked for.
+        # Read only once: with gradient checkpointing, accessing saved tensors recomputes them.
         inputs = (*ctx.saved_tensors, *ctx.options)
         if wants_plain_gradients(grad_output):
             return tuple(plain_gradients(plain, inputs, grad_output))
@@ -103,7 +103,7 @@ def kernel_operator(
 
 
 def check_tensors(arguments: Any, shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> None:
-    """Checks that tensors are on the device of `hidden_states` and have one of the allowed shapes, by name.
+    """Checks that tensors are on the same device as `hidden_states` and have one of the allowed shapes, given by name.
 
     Raises:
         ValueError: a tensor does not fit; the message names it.

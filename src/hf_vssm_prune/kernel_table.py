@@ -1,4 +1,4 @@
-"""Which of several kernels computes an operator. A kernel is described in `hf_vssm_prune.kernels`."""
+"""Chooses between the kernels for an operator. For what a kernel is, see `hf_vssm_prune.kernels`."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from .documentation import see
 
 
-# What is tried on a GPU, in this order.
+# Kernels tried on a GPU, in this order.
 ON_GPU = ("triton", "mamba_ssm")
 
 
@@ -17,8 +17,8 @@ def choose_name(
     """The name of the kernel that computes `operation` on `device_type`, or `torch` for plain PyTorch.
 
     Args:
-        kernels: by name.
-        auto: for each device type what the backend `auto` tries, in this order.
+        kernels: kernels by name.
+        auto: for each device type, the kernels tried by the backend `auto`, in this order.
         operation, backend, device_type: as in `hf_vssm_prune.kernels.choose_kernel`.
     """
     if backend == "torch":
@@ -41,7 +41,7 @@ def choose_name(
         if reason is None:
             return name
         reasons[name] = reason
-    # A GPU has PyTorch's own convolutions, which need no warning; a meta tensor is computed by none.
+    # On a GPU, PyTorch's own convolutions are fast enough not to warn; meta tensors are not computed at all.
     is_scan = operation == "selective_scan"
     if (reasons and (is_scan or device_type != "cuda")) or device_type not in (*auto, "meta"):
         _warn_once(device_type, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

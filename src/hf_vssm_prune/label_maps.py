@@ -1,4 +1,4 @@
-"""`id2label` and `label2id` of a configuration, from any form in which people write them."""
+"""Reads `id2label` and `label2id` of a configuration in all the forms in which people write them."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,15 @@ from typing import Any
 
 
 def complete_label_maps(options: Mapping[str, Any]) -> dict[str, dict]:
-    """`id2label` and `label2id` from whichever of the two the options have; of both, `id2label` counts.
+    """Completes `id2label` and `label2id`. If the options have both, `id2label` is used.
 
-    Either may be a list of names, or a dict between ids (numbers, or texts of digits, in any order) and names.
+    Either can be a list of names, or a dict between ids (numbers or strings of digits, in any order) and names.
 
     Returns:
-        Both, as {id: name} and {name: id} in the order of the ids; empty where the options have neither.
+        Both, as {id: name} and {name: id} in the order of the ids; empty if the options have neither.
 
     Raises:
-        ValueError: a dict has other ids than 0, 1, 2, ...
+        ValueError: the ids of a dict are not 0, 1, 2, ...
     """
     for option in ("id2label", "label2id"):
         if (maps := options.get(option)) is not None:

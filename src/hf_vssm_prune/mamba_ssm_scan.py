@@ -1,10 +1,12 @@
-"""The selective scan by the CUDA kernel of the mamba-ssm package, where the user has installed it.
+"""The selective scan with the CUDA kernel of the mamba-ssm package, if the user has installed it.
 
-That kernel knows no holes and no paths. With decay step d_i = time_step_i + e_i in place of its time step, its state is
+That kernel does not support holes or paths. If its time step is replaced with the decay step d_i = time_step_i + e_i,
+its state is
 
     h_i = exp(d_i A) * h_{i-1} + d_i B_i u'_i        with        u'_i = u_i time_step_i / d_i
 
-which is ours; D u is added apart, because u' is not u. Paths are scanned as further images of the batch.
+which is the same as ours; D u is added separately, because u' differs from u. Paths are scanned as additional images in
+the batch.
 """
 
 import importlib
@@ -22,12 +24,12 @@ from .scan_paths import gather_along_paths, scatter_along_paths
 from .selective_scan_torch import decay_steps, selective_scan_torch
 
 
-# By name: transformers asks for all that a Hub repository's code imports.
+# Imported by name, because transformers requires all packages that a Hub repository's code imports.
 INTERFACE = "mamba_ssm.ops.selective_scan_interface"
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why this kernel cannot be used for tensors on `device_type`, or None where it can."""
+    """The reason why this kernel cannot be used for tensors on `device_type`; None if it can."""
     if device_type != "cuda":
         return "it runs on NVIDIA and AMD GPUs only"
     if importlib.util.find_spec("mamba_ssm") is None:
@@ -41,7 +43,7 @@ def unavailable(device_type: str) -> str | None:
 
 @left_to(selective_scan_torch)
 def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
-    """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`."""
+    """For arguments and result, see `hf_vssm_prune.selective_scan.selective_scan`."""
     selective_scan_fn = importlib.import_module(INTERFACE).selective_scan_fn
     arguments = ScanArguments(*args, **kwargs)
     arguments.check()
@@ -51,8 +53,8 @@ def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def scan_with(mamba_scan: Callable[..., Tensor], arguments: ScanArguments) -> Tensor:
-    """The scan by a function with the arguments of mamba-ssm's `selective_scan_fn`: u and delta (batch, channels,
-    length), A (channels, state_size), B and C (batch, state_size, length), all float32."""
+    """Computes the scan with a function that has the arguments of mamba-ssm's `selective_scan_fn`: u and delta (batch,
+    channels, length), A (channels, state_size), B and C (batch, state_size, length), all float32."""
     dtype = arguments.hidden_states.dtype
     a = ScanArguments(*map(to_float32, arguments))  # type: ignore[arg-type]
     paths = (len(a.hidden_states), a.num_paths())
@@ -60,7 +62,7 @@ def scan_with(mamba_scan: Callable[..., Tensor], arguments: ScanArguments) -> Te
     u = a.hidden_states.unsqueeze(1) if a.order is None else gather_along_paths(a.hidden_states, a.order)
     time_step = F.softplus(a.time_step + a.time_step_bias).unsqueeze(1)
     steps = decay_steps(time_step, a.gaps, a.hole_time_step)
-    # Where nothing decays and nothing enters, 0 / 0 is to be 0.
+    # 0 / 0, without decay and input, should be 0.
     entering = u * (time_step / steps.clamp(min=torch.finfo(steps.dtype).tiny))
     B = a.B.unsqueeze(1)
     if a.direction_B is not None and a.moves is not None:

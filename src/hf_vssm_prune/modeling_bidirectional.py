@@ -1,8 +1,8 @@
-"""Everything that the bidirectional vision Mambas (Vim, VideoMamba) share: all except their names and the form of their
-inputs.
+"""The common part of the bidirectional vision Mambas (Vim, VideoMamba): everything except their names and the form of
+their inputs.
 
-Each mixer scans the tokens in both directions, with separate parameters for each; the tokens include a class token,
-which classifiers use.
+Each mixer scans the tokens in both directions, with separate parameters for each direction. The tokens include a class
+token, which classifiers use.
 """
 
 import math
@@ -118,7 +118,7 @@ class BidirectionalTokenLayout(NamedTuple):
 
 
 class BidirectionalEmbeddings(nn.Module):
-    """Pixel values to tokens: the patch projection, the class token, if any, at its place, position embeddings."""
+    """Converts pixel values to tokens: patch projection, class token (if any) at its position, position embeddings."""
 
     projection: nn.Conv2d | nn.Conv3d
 
@@ -126,8 +126,8 @@ class BidirectionalEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.projection = self._make_projection(config)
-        # The name in saved models; elsewhere it is called `cls_token`.
-        num_patches = math.prod(config.grid_size[-2:])  # of one image or frame
+        # This is its name in saved models; elsewhere, it is called `cls_token`.
+        num_patches = math.prod(config.grid_size[-2:])  # in one image or frame
         if config.cls_token_id(num_patches) is None:
             self.class_token = None
         else:
@@ -164,8 +164,8 @@ class BidirectionalEmbeddings(nn.Module):
         return self._insert(resize_position_embeddings(patches, self.config.grid_size, grid, interpolate), cls_token)
 
     def _positions_on_grid(self, positions: Tensor) -> Tensor:
-        """From the embeddings of an image's patches, those of all patches of the configuration's grid, (1, patches,
-        hidden)."""
+        """Position embeddings (1, patches, hidden) for all patches of the configuration's grid, from those of an
+        image's patches."""
         return positions
 
     def _insert(self, patches: Tensor, cls_token: Tensor | None) -> Tensor:
@@ -261,7 +261,7 @@ class BidirectionalMixer(nn.Module):
         backward_gated, backward = self.backward_scan(x, gate, layout)
         gated = forward_gated + backward_gated
         mixed = self.out_proj(gated)
-        if self.averages_directions:  # after the projection, which has no bias, tokens are narrower
+        if self.averages_directions:  # after the projection (which has no bias), tokens are narrower
             mixed = mixed / 2
         if not with_output:
             return mixed, None
@@ -317,7 +317,7 @@ class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
         "hidden_states": BidirectionalLayer,
         "mixer_states": OutputRecorder(BidirectionalMixer, index=0),
     }
-    # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
+    # The format of published weights, see `conversion.OfficialFormat`.
     official_names = [
         (r"\w+\.embeddings\.class_token", r"cls_token"),
         (r"\w+\.embeddings\.position_embeddings", r"pos_embed"),
@@ -364,7 +364,7 @@ class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     def _layout_of_official(
         official: Any, overrides: Mapping[str, Any], num_channels: int, patch_size: int
     ) -> dict[str, Any]:
-        """Options that published tensors imply in all of these families, beside their projection and head."""
+        """Options that published tensors imply in all of these families, in addition to their projection and head."""
         stride = overrides.get("patch_stride") or patch_size
         image_size = overrides.get("image_size")
         if image_size is None:
@@ -386,8 +386,8 @@ class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
 
 
 class BidirectionalModel(BidirectionalPreTrainedModel):
-    """Without a head: `last_hidden_state` after the final norm, `pooler_output` the class token's row of it, or without
-    a class token its mean over the tokens that are left."""
+    """The model without a head: `last_hidden_state` is normalised; `pooler_output` is the class token, or the mean of
+    the remaining tokens if there is no class token."""
 
     def __init__(self, config: BidirectionalConfig) -> None:
         super().__init__(config)
@@ -411,8 +411,8 @@ class BidirectionalModel(BidirectionalPreTrainedModel):
         Args:
             pixel_values: normalised, images (batch, channels, height, width) or, where the model is made for them,
                 videos (batch, frames, channels, height, width).
-            interpolate_pos_encoding: resize the position embeddings where the grid of patches is not that of the
-                configuration; False: refuse such inputs.
+            interpolate_pos_encoding: resize the position embeddings if the grid of patches differs from that in the
+                configuration; False: raise an error for such inputs.
         """
         token_pruning = self._pruning_of_call(kwargs)
         hidden_states = at_least_float32(self.embeddings(pixel_values, interpolate_pos_encoding))
@@ -432,7 +432,7 @@ class BidirectionalModel(BidirectionalPreTrainedModel):
 
 
 class ClassTokenClassifier(BidirectionalPreTrainedModel):
-    """A linear classifier on the class token. What derives from it makes the base model and `classifier`."""
+    """A linear classifier on the class token. Subclasses create the base model and `classifier`."""
 
     classifier: nn.Module
 
@@ -444,7 +444,7 @@ class ClassTokenClassifier(BidirectionalPreTrainedModel):
         Args:
             pixel_values: normalised, images (batch, channels, height, width) or, where the model is made for them,
                 videos (batch, frames, channels, height, width).
-            labels: class ids (batch,), or what `config.problem_type` says; then `loss` is returned.
+            labels: class ids (batch,), or labels in the form of `config.problem_type`. If given, `loss` is returned.
         """
         outputs = self.base_model(pixel_values, **kwargs)
         logits = self.classifier(outputs.pooler_output)

@@ -1,4 +1,5 @@
-"""What all model families share: pruning options, input checks, position embeddings, drop path, initialisation."""
+"""The common part of all model families: pruning options, input checks, position embeddings, drop path,
+initialisation."""
 
 import importlib
 import math

@@ -196,14 +196,14 @@ class PlainMambaMixer(nn.Module):
         width = config.intermediate_size
         self.in_proj = nn.Linear(config.hidden_size, 2 * width)
         self.conv2d = PlainMambaGridConvolution(config, width, config.conv_kernel)
-        # The parts of the projection: time-step features, B and C.
+        # Sizes of the projection's parts: time-step features, B and C.
         self.sizes = [int(config.time_step_rank), config.state_size, config.state_size]
         self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)
         self.dt_proj = TimeStepProjection(self.sizes[0], width)
         self.hole_time_step = HoleTimeStep(width)
         self.A_log = nn.Parameter(torch.empty(width, config.state_size))
         self.D = nn.Parameter(torch.empty(width))
-        # What each kind of move adds to B: start, right, left, up, down.
+        # Added to B for each kind of move: start, right, left, up, down.
         self.direction_B = nn.Parameter(torch.empty(5, config.state_size))
         self.out_proj = nn.Linear(width, config.hidden_size)
 
@@ -215,7 +215,7 @@ class PlainMambaMixer(nn.Module):
         x = self.conv2d(x, layout, silu=True)
         features, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         time_step, bias = self.dt_proj(features)
-        bias = 2 * bias  # the published weights want it twice: in the projection, and once more before the softplus
+        bias = 2 * bias  # the published weights expect it twice: in the projection, and again before the softplus
         gated = selective_scan(
             x,
             time_step,
@@ -241,7 +241,7 @@ class PlainMambaMixer(nn.Module):
 
 
 class PlainMambaDepthwise(nn.Module):
-    """Depthwise 3x3 convolution on the grid, batch norm, GELU; after L1's first layer."""
+    """Depthwise 3x3 convolution on the grid, batch norm, GELU; used after the first layer of L1."""
 
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class PlainMambaDepthwise(nn.Module):
 
     def forward(self, hidden_states: Tensor, layout: PlainMambaTokenLayout) -> Tensor:
         hidden_states = self.convolution(hidden_states, layout)
-        # Statistics over samples and tokens alike: they are one axis.
+        # Samples and tokens are flattened into one axis, because statistics are computed over both.
         return F.gelu(self.normalization(hidden_states.flatten(0, 1)).view_as(hidden_states))
 
 
@@ -286,7 +286,7 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
         "hidden_states": PlainMambaLayer,
         "mixer_states": OutputRecorder(PlainMambaMixer, index=0),
     }
-    # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
+    # The format of published weights, see `conversion.OfficialFormat`.
     official_names = [
         (r"plainmamba\.embeddings\.position_embeddings", r"backbone.pos_embed"),
         (r"plainmamba\.embeddings\.stem\.0\.convolution\.(.+)", r"backbone.patch_embed.stem.0.\1"),
@@ -373,7 +373,7 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
 
 
 class PlainMambaModel(PlainMambaPreTrainedModel):
-    """PlainMamba without a head: `last_hidden_state` after the final norm, `pooler_output` its mean over tokens."""
+    """PlainMamba without a head: `last_hidden_state` is normalised, and `pooler_output` is its mean over tokens."""
 
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__(config)
@@ -396,8 +396,8 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
         """
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
-            interpolate_pos_encoding: resize the position embeddings where the grid of patches is not that of the
-                configuration; False: refuse such images.
+            interpolate_pos_encoding: resize the position embeddings if the grid of patches differs from that in the
+                configuration; False: raise an error for such images.
         """
         token_pruning = self._pruning_of_call(kwargs)
         hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
@@ -412,7 +412,7 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
 
 
 class PlainMambaForImageClassification(PlainMambaPreTrainedModel):
-    """PlainMamba with a linear classifier on the mean of the tokens that are left."""
+    """PlainMamba with a linear classifier on the mean of the remaining tokens."""
 
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__(config)
@@ -428,7 +428,7 @@ class PlainMambaForImageClassification(PlainMambaPreTrainedModel):
         """
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
-            labels: class ids (batch,), or what `config.problem_type` says; then `loss` is returned.
+            labels: class ids (batch,), or labels in the form of `config.problem_type`. If given, `loss` is returned.
         """
         outputs = self.plainmamba(pixel_values, **kwargs)
         logits = self.classifier(outputs.pooler_output)

@@ -24,8 +24,8 @@ from .modeling_common import image_classifier, resize_position_embeddings
 
 
 class VideoMambaEmbeddings(BidirectionalEmbeddings):
-    """Pixel values to tokens: the projection of patches or tubelets, a class token before all of them, and embeddings
-    of their positions in the frame and, for videos, in time."""
+    """Converts pixel values to tokens: a projection of patches or tubelets, a class token before all of them, and
+    embeddings of their positions in the frame and, for videos, in time."""
 
     config: VideoMambaConfig
 
@@ -62,7 +62,7 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
     input_modalities = ["video", "image"]
     _no_split_modules = ["VideoMambaEmbeddings", "BidirectionalLayer"]
 
-    # Of the files in which the authors published weights, see `conversion.OfficialFormat`.
+    # The format of published weights, see `conversion.OfficialFormat`.
     official_names = [
         (r"videomamba\.embeddings\.temporal_embeddings", r"temporal_pos_embedding"),
         *BidirectionalPreTrainedModel.official_names,
@@ -70,7 +70,7 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
     official_signs = ("temporal_pos_embedding",)
     official_weight_keys = ("model", "module")
     official_prefixes = ("backbone.", "encoder.")
-    # Of self-distillation, and of masked pretraining.
+    # From self-distillation, and from masked pretraining.
     official_ignored = ("distill_head.", "clip_decoder.")
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
         number of frames.
         """
         official = type(official)(official)
-        if "norm.weight" in official:  # of masked pretraining
+        if "norm.weight" in official:  # from masked pretraining
             official.setdefault("norm_f.weight", official.pop("norm.weight"))
         projection = official.get("patch_embed.proj.weight")
         if projection is not None and projection.ndim == 4 and config.num_frames is not None:
@@ -161,12 +161,11 @@ def _new_head(config: VideoMambaConfig) -> dict[str, Tensor]:
 
 
 class VideoMambaModel(VideoMambaPreTrainedModel, BidirectionalModel):
-    """VideoMamba without a head: `last_hidden_state` after the final norm, `pooler_output` the class token's row of
-    it."""
+    """VideoMamba without a head: `last_hidden_state` is normalised, and `pooler_output` is its class token."""
 
 
 class VideoMambaForVideoClassification(VideoMambaPreTrainedModel, ClassTokenClassifier):
-    """VideoMamba with a linear classifier of videos on the class token."""
+    """VideoMamba with a linear classifier on the class token, for videos."""
 
     def __init__(self, config: VideoMambaConfig) -> None:
         super().__init__(config)
@@ -178,7 +177,7 @@ class VideoMambaForVideoClassification(VideoMambaPreTrainedModel, ClassTokenClas
 
 
 class VideoMambaForImageClassification(VideoMambaPreTrainedModel, ClassTokenClassifier):
-    """VideoMamba with a linear classifier of images on the class token; its configuration has `num_frames=None`."""
+    """VideoMamba with a linear classifier on the class token, for images; its configuration has `num_frames=None`."""
 
     def __init__(self, config: VideoMambaConfig) -> None:
         super().__init__(config)
@@ -190,7 +189,7 @@ class VideoMambaForImageClassification(VideoMambaPreTrainedModel, ClassTokenClas
 
 
 class VideoMambaBackbone(FeatureMaps, VideoMambaModel):
-    """VideoMamba as a feature extractor of images: see `FeatureMaps`."""
+    """VideoMamba as a feature extractor for images: see `FeatureMaps`."""
 
     def __init__(self, config: VideoMambaConfig) -> None:
         super().__init__(config)

@@ -25,13 +25,13 @@ class VimPreTrainedModel(BidirectionalPreTrainedModel):
     @classmethod
     def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
         _, num_channels, _, patch_size = official.shape("patch_embed.proj.weight", 4)
-        official.shape("pos_embed", 3)  # needed whatever the image size
+        official.shape("pos_embed", 3)  # needed for any image size
         layout = cls._layout_of_official(official, overrides, num_channels, patch_size)
         return layout | {"num_labels": official.shape("head.weight", 2)[0]}
 
 
 class VimModel(VimPreTrainedModel, BidirectionalModel):
-    """Vim without a head: `last_hidden_state` after the final norm, `pooler_output` the class token's row of it."""
+    """Vim without a head: `last_hidden_state` is normalised, and `pooler_output` is its class token."""
 
 
 class VimForImageClassification(VimPreTrainedModel, ClassTokenClassifier):

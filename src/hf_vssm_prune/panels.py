@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 PANEL_SIZE = 224  # pixels along the longer side of a panel
-SHEET_SIZE = 448  # of one that is a sheet of frames
+SHEET_SIZE = 448  # the same for a sheet of frames
 MARGIN = 12
 FRAME_GAP = 4  # pixels between the frames of a sheet
 FONT_SIZE = 15
@@ -46,7 +46,7 @@ def headings(num_stages: int, layers: Sequence[int] | None) -> list[str]:
 
 
 def kept_mask(kept: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """True at the patches that are left: bool of shape `grid`."""
+    """The remaining patches as a bool mask of shape `grid`."""
     mask = torch.zeros(math.prod(grid), dtype=torch.bool)
     return mask.scatter(0, kept.cpu(), True).view(grid)
 

@@ -1,6 +1,7 @@
-"""What kernels leave to plain PyTorch: float64, function transforms, and gradients that are differentiated again.
+"""Uses plain PyTorch instead of a kernel in float64, under function transforms, and for gradients that are
+differentiated again.
 
-A kernel has one derivative, and that for single arguments. Where PyTorch asks for more, the plain function answers.
+A kernel has only a first derivative, for one gradient at a time. In all other cases the plain function is used.
 """
 
 import functools
@@ -17,8 +18,8 @@ Function = Callable[..., Tensor]
 
 
 def left_to(plain: Function) -> Callable[[Function], Function]:
-    """Decorates a kernel's function: in float64 and under function transforms `plain` computes, which has the same
-    arguments."""
+    """Decorates a kernel's function so that `plain`, which has the same arguments, is used in float64 and under
+    function transforms."""
 
     def decorate(kernel: Function) -> Function:
         @functools.wraps(kernel)
@@ -32,19 +33,19 @@ def left_to(plain: Function) -> Callable[[Function], Function]:
 
 
 def wants_plain_gradients(grad_output: Tensor) -> bool:
-    """In a backward pass: whether its result will be differentiated again, or is computed for a batch of gradients."""
+    """Whether, in a backward pass, its result will be differentiated again, or is computed for a batch of gradients."""
     if torch.compiler.is_compiling():
         return False
-    is_batched = torch._C._functorch.is_legacy_batchedtensor(grad_output)  # by `is_grads_batched`
+    is_batched = torch._C._functorch.is_legacy_batchedtensor(grad_output)  # set by `is_grads_batched`
     return torch.is_grad_enabled() or is_transformed() or is_batched
 
 
 def plain_gradients(plain: Function, inputs: Sequence[Any], grad_output: Tensor) -> list[Tensor | None]:
-    """For each input of `plain` its gradient, None where it needs none; they can be differentiated again where
-    gradients are recorded."""
+    """The gradient of each input of `plain`, or None if it needs none. They can be differentiated again if gradients
+    are recorded."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(grad_output.device.type, enabled=False):
-        # Views: where one input was made from another, each is to have its own part of the gradient only.
+        # Views, so that if one input was computed from another, each gets only its own part of the gradient.
         views = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
         wanted = [isinstance(x, Tensor) and x.requires_grad for x in views]
         variables = [x for x, is_wanted in zip(views, wanted, strict=True) if is_wanted]
@@ -57,7 +58,8 @@ def plain_gradients(plain: Function, inputs: Sequence[Any], grad_output: Tensor)
 
 
 class DifferentiatedOnce(torch.autograd.Function):
-    """The same tensor; says so where its gradient is to be differentiated again, which the kernel named cannot do."""
+    """Returns the same tensor, but raises an error if its gradient is differentiated again, which the named kernel does
+    not support."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, kernel: str) -> Tensor:

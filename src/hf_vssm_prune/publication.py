@@ -1,4 +1,4 @@
-"""What papers say about a family of models, for its configuration to tell. None of it was measured by this project."""
+"""What papers report about a model family, for use in its configuration. None of it was measured by this project."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 
 class Paper(NamedTuple):
-    """A paper, for model cards; `flops_convention` says what the figures of a family's count."""
+    """A paper, for model cards. `flops_convention` describes what the family's FLOPs include."""
 
-    name: str  # of the family or method
+    name: str  # name of the family or method
     title: str
     arxiv: str
     citation: str | None = None  # BibTeX
@@ -17,7 +17,7 @@ class Paper(NamedTuple):
 
 
 class PublishedResult(NamedTuple):
-    """One row of a paper's table: top-1 in percent, and FLOPs as the paper states them, if it does."""
+    """One row of a paper's table: top-1 in percent, and FLOPs in the form given by the paper, if it reports them."""
 
     method: str
     source: str
@@ -29,12 +29,12 @@ class PublishedModel(NamedTuple):
     """A preset whose weights were published.
 
     Attributes:
-        weights: where.
-        token_pruning: the pruning that comes to the FLOPs that a paper states for it, or for a sibling.
-        results: what papers report.
-        dataset: of these results, by name.
-        dataset_id: the same on the Hub.
-        options: of the configuration, over the preset's.
+        weights: location of the weights.
+        token_pruning: pruning options that reach the FLOPs reported by a paper for this model or a similar one.
+        results: results reported in papers.
+        dataset: name of the data set of these results.
+        dataset_id: its id on the Hub.
+        options: options of the configuration that override those of the preset.
     """
 
     weights: str

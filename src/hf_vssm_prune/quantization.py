@@ -17,8 +17,8 @@ from hf_vssm_prune.function_transforms import is_transformed
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# The wide projections of both families' mixers: nearly all of a model's multiply-adds. The narrow ones, from which
-# time steps, B and C come, stay in float32, and so does the classifier: they would gain little and lose more.
+# The wide projections of the mixers, which account for nearly all multiply-adds. The narrow projections to time steps,
+# B and C and the classifier stay in float32: int8 would save little time there and lose more accuracy.
 QUANTIZED_LAYERS = ("in_proj", "out_proj")
 
 
@@ -73,7 +73,7 @@ def _fastest_engine() -> Iterator[None]:
 
 
 class Int8Linear(nn.Module):
-    """What `nn.Linear` computes, with int8 weights and activations that are quantised in each call."""
+    """Replaces `nn.Linear`, with int8 weights and activations that are quantised in each call."""
 
     bias: Tensor | None
 
@@ -81,13 +81,13 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
-        # A row of zeros has any scale; torch wants a positive one.
+        # A row of zeros can have any scale, but torch requires a positive one.
         scales = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny).double()
         zero_points = torch.zeros(self.out_features, dtype=torch.int64)
-        with warnings.catch_warnings():  # torch 2.13 announces another way to make int8 tensors, and has none yet
+        with warnings.catch_warnings():  # deprecated in torch 2.13, which has no replacement yet
             warnings.filterwarnings("ignore", ".*quantize_per_channel.*", UserWarning)
             quantized = torch.quantize_per_channel(weight, scales, zero_points, axis=0, dtype=torch.qint8)
-        with _fastest_engine():  # a packed weight brings its engine along
+        with _fastest_engine():  # a packed weight contains its engine
             self.packed = torch.ops.quantized.linear_prepack(quantized, None)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
@@ -105,10 +105,10 @@ class Int8Linear(nn.Module):
         if hidden_states.ndim == 1:
             return self(hidden_states.unsqueeze(0)).squeeze(0)
         hidden_states = hidden_states.float()
-        # `abs` would be one more pass over a wide tensor, and the infinity norm takes ten times as long as both.
+        # `abs` would need one more pass over a wide tensor, and the infinity norm takes ten times as long as both.
         largest = torch.maximum(hidden_states.amax(-1, keepdim=True), -hidden_states.amin(-1, keepdim=True))
         largest.clamp_(min=torch.finfo(torch.float32).tiny)
-        # Seven bits of activations: without VNNI, processors add pairs of products in 16 bits, which eight overflow.
+        # Seven bits for activations: without VNNI, processors add pairs of products in 16 bits; eight would overflow.
         product = torch.ops.quantized.linear_dynamic(hidden_states / largest, self.packed, reduce_range=True)
         return product * largest if self.bias is None else torch.addcmul(self.bias, product, largest)
 

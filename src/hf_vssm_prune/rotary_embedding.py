@@ -1,19 +1,19 @@
-"""Rotary position embeddings of a grid, as Vim's backbone for segmentation has them."""
+"""Rotary position embeddings of a grid, as in Vim's backbone for segmentation."""
 
 import torch
 from torch import Tensor
 
 
-# The grid that positions are measured on, whatever the image's: that of 224 pixels in patches of 16.
+# Positions are scaled to a grid of this side for all image sizes: that of 224 pixels in patches of 16.
 PRETRAINED_SIDE = 14
 BASE = 10_000.0
 
 
 def grid_rotation(grid: tuple[int, ...], channels: int, device: torch.device) -> Tensor:
-    """Cosines and sines by which the tokens of a grid are turned: (cells, channels / 2, 2).
+    """The cosines and sines that rotate the tokens of a grid: (cells, channels / 2, 2).
 
-    The first half of the channels turns by the row, the second by the column; in each, pair k by the position times
-    BASE^(-2k / (channels / 2)).
+    The first half of the channels is rotated by the row, and the second by the column. In each half, the angle of pair
+    k is the position times BASE^(-2k / (channels / 2)).
     """
     half = channels // 2
     frequencies = BASE ** (-torch.arange(0, half, 2, dtype=torch.float64, device=device) / half)
@@ -24,11 +24,11 @@ def grid_rotation(grid: tuple[int, ...], channels: int, device: torch.device) ->
 
 
 def rotate(tokens: Tensor, rotation: Tensor) -> Tensor:
-    """Turns each pair of neighbouring channels.
+    """Rotates each pair of neighbouring channels.
 
     Args:
         tokens: shape (batch, n, channels).
-        rotation: rows of `grid_rotation`, shape (n, channels / 2, 2) or with a batch before it.
+        rotation: rows of `grid_rotation`, shape (n, channels / 2, 2), optionally with a batch axis before it.
     """
     first, second = tokens.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation.to(tokens.dtype).unbind(-1)

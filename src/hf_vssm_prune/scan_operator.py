@@ -1,4 +1,4 @@
-"""What the scan's kernels share: the arguments as one tuple, their checks, and the operator."""
+"""The common part of the scan kernels: the arguments as one tuple, their checks, and the operator."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from .selective_scan_torch import selective_scan_torch
 
 
 class ScanArguments(NamedTuple):
-    """What `hf_vssm_prune.selective_scan.selective_scan` takes, in its order."""
+    """The arguments of `hf_vssm_prune.selective_scan.selective_scan`, in the same order."""
 
     hidden_states: Tensor
     time_step: Tensor
@@ -30,7 +30,7 @@ class ScanArguments(NamedTuple):
         return 1 if self.order is None else self.order.shape[1]
 
     def check(self) -> None:
-        """Check that the shapes fit together and that all tensors are on one device.
+        """Checks that the shapes fit together and that all tensors are on one device.
 
         Raises:
             ValueError: a tensor does not fit; the message names it.
@@ -64,10 +64,10 @@ def scan_operator(
     backward: Callable[[ScanArguments, Tensor], Sequence[Tensor]],
     device_types: str | None = None,
 ) -> Callable[..., Tensor]:
-    """A scan as a PyTorch operator; arguments and result as in `kernel_operator`."""
+    """A scan as a PyTorch operator; for arguments and result, see `kernel_operator`."""
     return kernel_operator(name, ScanArguments, selective_scan_torch, forward, backward, device_types)
 
 
 def to_float32(tensor: Tensor | None) -> Tensor | None:
-    """Of any floating-point precision; indices stay as they are, and so does what is not given."""
+    """Converts floating-point tensors to float32; indices and None are returned unchanged."""
     return tensor.float() if tensor is not None and tensor.is_floating_point() else tensor

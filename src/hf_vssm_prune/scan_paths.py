@@ -1,4 +1,4 @@
-"""Tokens along the paths of a scan, and back."""
+"""Reorders tokens along the paths of a scan, and back."""
 
 from torch import Tensor
 
@@ -7,14 +7,15 @@ from .token_pruning import batch_rows, gather_tokens
 
 
 def gather_along_paths(tokens: Tensor, order: Tensor) -> Tensor:
-    """Tokens (batch, length, channels) in the order of each path: (batch, paths, length, channels)."""
+    """The tokens (batch, length, channels) in the order of each path: (batch, paths, length, channels)."""
     batch, length, _ = tokens.shape
     order = order.expand(batch, -1, -1)
     return tokens.flatten(0, 1).index_select(0, batch_rows(order, length)).unflatten(0, order.shape)
 
 
 def scatter_along_paths(steps: Tensor, order: Tensor) -> Tensor:
-    """Sum over paths of (batch, paths, length, channels), each step's row at the token it visited."""
+    """The sum over paths of (batch, paths, length, channels), with the row of each step added at the token that it
+    visits."""
     batch, _, length, channels = steps.shape
     if is_exporting():
         # If several threads of onnxruntime add rows at the same index, some additions are lost.

@@ -23,11 +23,11 @@ def selective_scan(
     moves: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Scan a sequence along one or several paths, sum the paths' outputs and gate the sum.
+    """Scans a sequence along one or several paths, sums the outputs of the paths and gates the sum.
 
-    Step t of path k reads u from token `order[k, t]` and writes y to it, while its time step, B and C are those of
-    token t: in PlainMamba's published weights only u is permuted. Every product with the state is made in float32
-    (float64 when the input is), whatever the input's precision.
+    Step t of path k reads u from token `order[k, t]` and writes y to it, whereas its time step, B and C are those of
+    token t: PlainMamba's published weights expect that only u is permuted. All computations with the state are in
+    float32 (in float64 if the input is float64), regardless of the precision of the input.
 
     Args:
         hidden_states: u, shape (batch, length, channels).
@@ -39,23 +39,23 @@ def selective_scan(
         time_step_bias: added to `time_step` before the softplus, shape (channels,).
         gate: z; the result is multiplied by SiLU(z), shape (batch, length, channels). None: no gate.
         order: for each path, the token visited at each step, integers of shape (batch or 1, paths, length). None: one
-            path that visits the tokens as they come.
+            path that visits the tokens in their order.
         gaps: for each path, the distance of each step from the previous one on the full path, integers >= 1 of shape
             (batch or 1, paths, length); 1 if nothing was dropped in between. None: no holes (`none` alignment).
-        hole_time_step: step size of a dropped token, shape (channels,), already positive (`zero_input` alignment:
-            e_i = (gap_i - 1) * hole_time_step). None: a hole repeats the step of the token after it (`repeat`
+        hole_time_step: step size of a dropped token, shape (channels,), already positive (`zero_input` alignment: e_i =
+            (gap_i - 1) * hole_time_step). None: a dropped token has the step size of the token after the hole (`repeat`
             alignment: e_i = (gap_i - 1) * time_step_i).
-        direction_B: what each kind of move adds to B, shape (moves, state_size). Needs `moves`.
-        moves: for each path and step the row of `direction_B`, integers of shape (batch or 1, paths, length).
+        direction_B: added to B for each kind of move, shape (moves, state_size). Needs `moves`.
+        moves: for each path and step, the row of `direction_B`, integers of shape (batch or 1, paths, length).
         backend: `torch` (`selective_scan_torch`), the name of a kernel in `hf_vssm_prune.kernels`, or `auto`: the
-            fastest that works on the tensors' device, and `torch` in an exported program, which therefore runs without
-            this package.
+            fastest one that works on the tensors' device. In an exported program, `auto` is `torch`, so that the
+            program runs without this package.
 
     Returns:
         (batch, length, channels), in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: the backend is unknown, or `direction_B` comes without `moves` (or the reverse).
+        ValueError: the backend is unknown, or only one of `direction_B` and `moves` is given.
         ImportError: the backend is known but cannot be used here; the message says why.
     """
     if (direction_B is None) != (moves is None):

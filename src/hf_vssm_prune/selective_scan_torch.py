@@ -35,7 +35,7 @@ def selective_scan_torch(
     direction_B: Tensor | None = None,
     moves: Tensor | None = None,
 ) -> Tensor:
-    """The reference that every kernel is checked against; arguments and result as in `selective_scan`."""
+    """The reference for all kernels; for arguments and result, see `selective_scan`."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     u, A, B, C, D = (tensor.to(dtype) for tensor in (hidden_states, A, B, C, D))
     time_step = F.softplus(time_step.to(dtype) + time_step_bias.to(dtype))
@@ -66,7 +66,7 @@ def _scan(
     hole_time_step: Tensor | None,
 ) -> Tensor:
     """The sum of the paths' outputs, (batch, length, channels), before the gate; arguments as in `scan_values`."""
-    # Everything below has the layout (batch, paths, length, ...); a path axis of 1 is shared by all paths.
+    # All tensors below have the layout (batch, paths, length, ...); a path axis of size 1 is shared by all paths.
     u = u.unsqueeze(1) if order is None else gather_along_paths(u, order)
     time_step = time_step.unsqueeze(1)
     steps = Steps(decay_steps(time_step, gaps, hole_time_step), time_step * u, B, C.unsqueeze(1))
@@ -111,7 +111,7 @@ def _recurrence(steps: Steps, A: Tensor) -> Tensor:
 def _exported_recurrence(steps: Steps, A: Tensor) -> Tensor:
     """Like `_recurrence`, but as a single loop in an exported program (in ONNX a single `Scan`), not a copy of its body
     for each token."""
-    # torch calls it a prototype; models that are not exported do not need it.
+    # torch calls this a prototype; it is needed only for export.
     from torch._higher_order_ops.scan import scan
 
     batch, paths, _, channels = steps.input.shape

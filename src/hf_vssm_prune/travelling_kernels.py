@@ -1,5 +1,5 @@
-"""The kernels that a model takes along as Hub code, for machines where the package is not installed: those for GPUs. On
-a CPU plain PyTorch remains."""
+"""The kernels that are copied with a model as Hub code, for machines without this package: those for GPUs. On a CPU,
+such models use plain PyTorch."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ AUTO: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ON_GPU}
 
 
 def choose_kernel(operation: str, backend: str, device_type: str) -> Callable[..., Tensor] | None:
-    """As `hf_vssm_prune.kernels.choose_kernel`."""
+    """Like `hf_vssm_prune.kernels.choose_kernel`."""
     if backend not in ("auto", "torch", *KERNELS):
         raise ImportError(
             f"backend {backend!r} needs the hf_vssm_prune package, which is not installed. "

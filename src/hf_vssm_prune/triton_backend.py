@@ -1,6 +1,6 @@
-"""The kernels for GPUs that are written in Triton, and whether they can be used: no CUDA compiler is needed.
+"""The GPU kernels written in Triton, and a check whether they can be used. They need no CUDA compiler.
 
-Under TRITON_INTERPRET=1 (set before torch is imported) they run on the CPU, slowly, to be tested.
+With TRITON_INTERPRET=1 (set before torch is imported) they run on the CPU, slowly, for tests.
 """
 
 import functools
@@ -23,7 +23,7 @@ __all__ = ["causal_conv1d", "depthwise_conv2d", "selective_scan", "unavailable"]
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why these kernels cannot be used for tensors on `device_type`, or None where they can."""
+    """The reason why these kernels cannot be used for tensors on `device_type`; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if device_type == "cpu" and not is_interpreted():
@@ -37,27 +37,27 @@ def unavailable(device_type: str) -> str | None:
 
 @functools.cache
 def _self_check_on_gpu(with_gradients: bool) -> str | None:
-    # The first forward pass asks, whatever it is part of: a new thread is in no mode, autocast or function transform.
+    # The first forward pass calls this, in any context. A new thread has no mode, autocast or function transform.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(self_check, "cuda", with_gradients).result()
 
 
 def self_check(device_type: str, with_gradients: bool = True) -> str | None:
-    """Why the kernels cannot be trusted on this device, or None where they can: Triton compiles them anew for each kind
-    of GPU, and this package has been tried on few. Compares small results with plain PyTorch, and their gradients where
-    these are needed: each kernel takes seconds to compile."""
+    """The reason why the kernels cannot be trusted on this device; None if they can. Triton compiles them for each kind
+    of GPU, and this package has been tested on few. Small results are compared with plain PyTorch, and their gradients
+    only if they are needed, because each kernel takes seconds to compile."""
     try:
         with torch.set_grad_enabled(with_gradients):
             worst = max(error for check in (_scan_errors, _convolution_errors) for error in check(device_type))
-    except Exception as error:  # of the compiler, the driver or the launch: there is no end to their kinds
+    except Exception as error:  # the compiler, the driver and the launch raise many types
         return f"Triton failed with {type(error).__name__}: {error}"
     return None if worst < 1e-4 else f"Triton's results differ from plain PyTorch's by {worst:.1e}"
 
 
 def _scan_errors(device_type: str) -> Iterator[float]:
-    """With everything that a scan can have, and of one long path, which is divided into chunks."""
+    """Errors of a scan with all optional arguments, and of a long path, which is divided into chunks."""
     yield _scan_error(device_type, batch=2, paths=2, length=7, channels=40, states=8)
-    if not is_interpreted():  # there nothing is divided
+    if not is_interpreted():  # where paths are not divided
         yield _scan_error(device_type, batch=1, paths=None, length=4 * SHORTEST_CHUNK + 3, channels=8, states=16)
 
 
@@ -82,7 +82,7 @@ def _scan_error(device_type: str, batch: int, paths: int | None, length: int, ch
 
 
 def _convolution_errors(device_type: str) -> Iterator[float]:
-    """On a grid with stand-ins, and along a sequence."""
+    """Errors of a convolution on a grid with stand-ins, and along a sequence."""
     random = np.random.default_rng(0)
     kept, stand_ins = np.array([[0, 3, 4]]), np.array([[0, 0, 1, 1, 2, 2]])
 
@@ -108,8 +108,9 @@ def _error(
     integers: Sequence[np.ndarray],
     device_type: str,
 ) -> float:
-    """The largest of values and, where they are enabled, gradients, each relative to its largest entry; infinite where
-    something is no number. Both functions take a list of floating-point tensors and one of integers."""
+    """The largest error of the values and, if they are enabled, the gradients, each relative to the largest entry;
+    infinite if an entry is not finite. Both functions take a list of floating-point tensors and a list of integer
+    tensors."""
     results = []
     for function in (ours, plain):
         inputs = [torch.tensor(values, device=device_type).requires_grad_() for values in floats]

@@ -1,8 +1,9 @@
-"""The depthwise convolutions for NVIDIA and AMD GPUs, written in Triton, at kept cells only: no grid is filled.
+"""The depthwise convolutions for NVIDIA and AMD GPUs, written in Triton. Only kept cells are computed, without filling
+a grid.
 
-Sums are float32, whatever the inputs' precision; what `plain_fallback.py` names is left to the plain PyTorch functions.
-Rows of channels are read where they lie, so the parts of a split projection need no copy. The gradients are sums in a
-fixed order, the same from run to run. Unlike on the CPU, indices out of range are not noticed.
+Sums are float32 for inputs of any precision; the cases listed in `plain_fallback.py` use the plain PyTorch functions.
+Rows of channels are read in place, so the parts of a split projection do not have to be copied. The gradients are
+summed in a fixed order, so they are reproducible. Unlike on the CPU, indices out of range are not detected.
 """
 
 import math
@@ -17,19 +18,19 @@ from .plain_fallback import left_to
 from .triton_machine import PROGRAMS_THAT_FILL_A_GPU, is_interpreted
 
 
-# A kernel with more taps is copied, so that neighbouring threads read neighbouring channels.
+# A convolution kernel with more taps is copied, so that neighbouring threads read neighbouring channels.
 MOST_TAPS_IN_PLACE = 9
 
 
 @left_to(depthwise_conv2d_torch)
 def depthwise_conv2d(*args: Any, **kwargs: Any) -> Tensor:
-    """Arguments and result as in `hf_vssm_prune.grid_convolution.depthwise_conv2d`."""
+    """For arguments and result, see `hf_vssm_prune.grid_convolution.depthwise_conv2d`."""
     return _convolution(*ConvolutionArguments.on_grid(*args, **kwargs))
 
 
 @left_to(causal_conv1d_torch)
 def causal_conv1d(*args: Any, **kwargs: Any) -> Tensor:
-    """Arguments and result as in `hf_vssm_prune.causal_convolution.causal_conv1d`."""
+    """For arguments and result, see `hf_vssm_prune.causal_convolution.causal_conv1d`."""
     return _convolution(*ConvolutionArguments.along_sequence(*args, **kwargs))
 
 
@@ -68,7 +69,7 @@ _convolution = convolution_operator("triton_depthwise_convolution", _forward, _b
 
 
 def _window(arguments: ConvolutionArguments) -> dict[str, int]:
-    """The cells that a cell sees. The kernel's last tap is for its last one, if it is not mirrored."""
+    """The window of a cell. The kernel's last tap is for the window's last cell, unless it is mirrored."""
     kernel = arguments.weight.shape[-1]
     if arguments.looks:
         before = {"ROWS": 1, "COLUMNS": kernel, "ROWS_BEFORE": 0, "COLUMNS_BEFORE": kernel - 1, "MIRRORED": False}
@@ -78,7 +79,7 @@ def _window(arguments: ConvolutionArguments) -> dict[str, int]:
 
 
 def _mirrored(window: dict[str, int]) -> dict[str, int]:
-    """The cells by which a cell is seen."""
+    """The cells whose windows contain a cell."""
     return {
         **window,
         "ROWS_BEFORE": window["ROWS"] - 1 - window["ROWS_BEFORE"],
@@ -88,8 +89,8 @@ def _mirrored(window: dict[str, int]) -> dict[str, int]:
 
 
 def _tile(batch: int, height: int, width: int, channels: int, most_channels: int = 128) -> dict[str, int]:
-    """How many cells and channels a program computes. Four channels a thread are read at once; one each makes more
-    programs, where there are few."""
+    """The number of cells and channels per program. Threads read four channels at once; with one channel each, there
+    are more programs, which is better if there are few."""
     if is_interpreted():
         return {"STRIP": 4, "BLOCK_CHANNELS": 128, "num_warps": 1}
     strip = 7
@@ -99,18 +100,18 @@ def _tile(batch: int, height: int, width: int, channels: int, most_channels: int
 
 
 def _parts(strips: int) -> int:
-    """Into how many parts the sum over all strips is divided."""
+    """The number of parts into which the sum over all strips is divided."""
     return min(strips, 2 if is_interpreted() else 64)
 
 
 def _tables(arguments: ConvolutionArguments) -> tuple[Tensor | None, Tensor | None]:
-    """The token that is seen in each cell, and the one that lies there; as the kernels take them."""
+    """The token that windows see in each cell, and the token located there, in the form used by the kernels."""
     places = _places(arguments)
     return places if arguments.stand_ins is None else arguments.stand_ins.contiguous(), places
 
 
 def _places(arguments: ConvolutionArguments) -> Tensor | None:
-    """The token in each cell, int32 (batch, cells), -1 where there is none; None: each cell's own."""
+    """The token in each cell, int32 (batch, cells), or -1 if there is none; None: every cell has its own token."""
     from .triton_convolution_kernels import list_places
 
     if arguments.kept is None:
@@ -193,7 +194,7 @@ def _sum_weight_gradients(
 
 
 def _sum_cells(grad_cells: Tensor, stand_ins: Tensor, output: Tensor) -> None:
-    """Fills `output` (batch, tokens, channels) with the sums over the cells that show each token."""
+    """Fills `output` (batch, tokens, channels) with the sums over the cells in which each token is seen."""
     from .triton_convolution_kernels import sum_cells
 
     batch, tokens, channels = output.shape

@@ -1,19 +1,20 @@
 # mypy: disable-error-code="no-untyped-def, assignment"
 # Parameters of a Triton kernel are pointers and numbers; Triton reads annotations as its own.
-"""What `triton_convolution` runs on a GPU. A module of its own for the reasons that `triton_scan_kernels` has.
+"""The GPU code of `triton_convolution`, in a separate module for the reasons given in `triton_scan_kernels`.
 
-A program computes a strip of STRIP neighbouring cells of a row of the grid. Of each row of the kernel it loads the
-STRIP + COLUMNS - 1 cells that the strip's windows cover once, into registers, where every one of its cells uses them.
+A program computes a strip of STRIP neighbouring cells in a row of the grid. For each row of the convolution kernel, it
+loads the STRIP + COLUMNS - 1 cells covered by the strip's windows into registers once, and uses them for all cells of
+the strip.
 
-Which token lies in a cell is read from a table (batch, cells), in which -1 is none; without one each cell has its own
-token. Rows of tokens are read through a stride for the batch and one for the row; everything else is contiguous.
+A table (batch, cells) contains the token in each cell, or -1 if there is none; without a table, each cell has its own
+token. Rows of tokens have a stride for the batch and one for the row; everything else is contiguous.
 """
 
-try:  # in these words, which transformers skips when it looks what a Hub repository's code needs
+try:  # in this form, which transformers skips when it checks which packages a Hub repository's code needs
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("this module is for those who have asked for Triton, see `triton_backend.unavailable`") from error
+    raise ImportError("this module needs Triton, see `triton_backend.unavailable`") from error
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -35,13 +36,13 @@ def list_places(
         tl.store(places + image * cells + cell, first + entry, mask=is_token)
 
 
-# How many tokens are left, and how many images there are, is not worth being compiled for.
+# Not specialized for the numbers of remaining tokens and images, which would cause recompilation.
 @triton.jit(do_not_specialize=["tokens"])
 def convolve(
     hidden_states, weight, bias,
     shown,  # None or (batch, cells): the token that windows see in each cell
-    places,  # None or (batch, cells): the token for whose result there is a row in the output
-    grad_output,  # None or (batch, tokens, channels): turns the output into the gradient of what SiLU is applied to
+    places,  # None or (batch, cells): the token whose row of the output is computed
+    grad_output,  # None or (batch, tokens, channels): converts the output to the gradient of the input of SiLU
     output,  # (batch, tokens, channels)
     height, width, tokens, channels,
     hidden_states_batch, hidden_states_row, grad_output_batch, grad_output_row, weight_channel, weight_tap,
@@ -99,15 +100,16 @@ def convolve(
 @triton.jit(do_not_specialize=["strips"])
 def sum_weight_gradients(
     hidden_states, shown, places,
-    grad_sums,  # (batch, tokens, channels): the gradient of what SiLU is applied to
-    grad_weight,  # float32 (parts, ROWS * COLUMNS, channels), apart for each program, hence reproducible
+    grad_sums,  # (batch, tokens, channels): the gradient of the input of SiLU
+    grad_weight,  # float32 (parts, ROWS * COLUMNS, channels), separate for each program and therefore reproducible
     grad_bias,  # None or float32 (parts, channels)
     strips, height, width, channels,
     hidden_states_batch, hidden_states_row, grad_sums_batch, grad_sums_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_BEFORE: tl.constexpr, COLUMNS_BEFORE: tl.constexpr,
     MIRRORED: tl.constexpr, STRIP: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One program sums over a part of all images' strips, for one row of the kernel and one block of channels."""
+    """One program sums over a part of the strips of all images, for one row of the convolution kernel and one block of
+    channels."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     y = tl.program_id(1)
     channel = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -160,13 +162,13 @@ def sum_weight_gradients(
 @triton.jit(do_not_specialize=["tokens"])
 def sum_cells(
     grad_cells,  # float32 (batch, cells, channels)
-    order,  # (batch, cells): cells in the order of the tokens that they show
-    starts,  # (batch, tokens + 1): where in this order those of each token begin
+    order,  # (batch, cells): cells sorted by the token seen in them
+    starts,  # (batch, tokens + 1): where the cells of each token start in this order
     output,  # (batch, tokens, channels)
     cells, tokens, channels,
     BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One program sums, for one token and one block of channels, over the cells that show it."""
+    """One program sums over the cells in which a token is seen, for one token and one block of channels."""
     image, token = (tl.program_id(0) // tokens).to(tl.int64), tl.program_id(0) % tokens
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     is_channel = channel < channels
@@ -199,7 +201,7 @@ def _token(table, cell, is_there):
 
 @triton.jit
 def _cell(rows, stride, table, cell, is_there, channel, channels):
-    """What channels have in a cell, as float32; where there is no token, zeros."""
+    """The values of channels in a cell, as float32; zeros if there is no token."""
     token, is_there = _token(table, cell, is_there)
     is_entry = channel < tl.where(is_there, channels, 0)
     return tl.load(rows + token * stride + channel, mask=is_entry, other=0).to(tl.float32)

@@ -1,10 +1,10 @@
 """The selective scan for NVIDIA and AMD GPUs, written in Triton.
 
-The state and every product with it are float32, whatever the inputs' precision; what `plain_fallback.py` names is left
-to the plain PyTorch function. Rows of channels are read where they lie, so the parts of a split projection need no
-copy. The gradients recompute the states from one kept every few steps. Results are the same from run to run: where
-several programs add to one number, each writes its own part, and the parts are added in a fixed order. Unlike on the
-CPU, indices out of range are not noticed.
+The state and all products with it are float32 for inputs of any precision; the cases listed in `plain_fallback.py` use
+the plain PyTorch function. Rows of channels are read in place, so the parts of a split projection do not have to be
+copied. The backward pass recomputes the states from those saved every few steps. Results are reproducible: if several
+programs add to the same number, each writes its own part, and the parts are added in a fixed order. Unlike on the CPU,
+indices out of range are not detected.
 """
 
 import math
@@ -24,7 +24,8 @@ SHORTEST_CHUNK = 64
 
 @left_to(selective_scan_torch)
 def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
-    """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`; a path visits each token once."""
+    """For arguments and result, see `hf_vssm_prune.selective_scan.selective_scan`. A path must visit each token
+    once."""
     return _selective_scan(*ScanArguments(*args, **kwargs))
 
 
@@ -53,9 +54,9 @@ class Plan(NamedTuple):
     """How the work is divided.
 
     Attributes:
-        block_channels: of one program, a power of 2.
-        unroll: steps whose rows are read together.
-        chunk_length: steps of one program, a multiple of `unroll`; at least the length where there is one chunk.
+        block_channels: channels per program, a power of 2.
+        unroll: number of steps whose rows are read together.
+        chunk_length: steps per program, a multiple of `unroll`; at least the length if there is only one chunk.
     """
 
     block_channels: int
@@ -67,22 +68,22 @@ class Plan(NamedTuple):
 
 
 def plan_scan(walks: int, length: int, channels: int, is_backward: bool = False) -> Plan:
-    """Few channels for a program where there would be too few programs otherwise; then several chunks as well.
+    """Uses few channels per program if there would be too few programs otherwise, and then also several chunks.
 
     Args:
-        walks: images of the batch times paths.
-        length: of a path.
-        channels: of a token.
-        is_backward: for the gradients, which have no registers for more channels.
+        walks: number of images times number of paths.
+        length: length of a path.
+        channels: number of channels.
+        is_backward: whether it is for the gradients, which need too many registers for more channels.
     """
     if is_interpreted():
         return Plan(64, 2, length + length % 2)
-    unroll = 4  # with 8 a program has all of a thread's 255 registers
+    unroll = 4  # with 8, a program would use all 255 registers of a thread
     is_wide = not is_backward and walks * math.ceil(channels / 16) >= PROGRAMS_THAT_FILL_A_GPU
     block_channels = 16 if is_wide else 8
     programs = walks * math.ceil(channels / block_channels)
     chunks = min(length // SHORTEST_CHUNK, math.ceil(PROGRAMS_THAT_FILL_A_GPU / programs))
-    # A path in chunks is walked twice: three would save little.
+    # A path in chunks is walked twice, so three chunks would save little.
     chunk_length = math.ceil(length / chunks) if chunks > 3 else length
     return Plan(block_channels, unroll, math.ceil(chunk_length / unroll) * unroll)
 
@@ -93,7 +94,7 @@ def _sizes_to_plan(arguments: ScanArguments) -> tuple[int, int, int]:
 
 
 def _readable(arguments: ScanArguments) -> ScanArguments:
-    """With strides that the kernels can read: rows of channels where they lie, the rest contiguous."""
+    """The arguments with strides that the kernels can read: rows of channels in place, everything else contiguous."""
     with_rows = {"hidden_states", "time_step", "B", "C", "gate"}
     changes = {
         name: tensor if name in with_rows and tensor.stride(-1) == 1 else tensor.contiguous()
@@ -104,12 +105,12 @@ def _readable(arguments: ScanArguments) -> ScanArguments:
 
 
 def _row_strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """For each tensor (batch, length, channels) the strides of its batch and its row."""
+    """The strides of batch and row for each tensor (batch, length, channels)."""
     return tuple(stride for tensor in tensors for stride in ((0, 0) if tensor is None else tensor.stride()[:2]))
 
 
 def _path_strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """For each tensor (batch or 1, paths, length) the stride of its batch."""
+    """The stride of the batch for each tensor (batch or 1, paths, length)."""
     return tuple(0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0) for tensor in tensors)
 
 
@@ -120,13 +121,13 @@ def _blocks(arguments: ScanArguments, plan: Plan) -> dict[str, int]:
         "BLOCK_STATES": 2 ** math.ceil(math.log2(states)),
         "BLOCK_CHANNELS": plan.block_channels,
         "UNROLL": plan.unroll,
-        # One warp: sums need no barrier.
+        # With one warp, sums need no barrier.
         "num_warps": 1,
     }
 
 
 def _empty_parts(arguments: ScanArguments, *shape: int) -> Tensor:
-    """Float32 of (batch, paths, *shape), by default (batch, paths, length, channels)."""
+    """A float32 tensor (batch, paths, *shape), by default (batch, paths, length, channels)."""
     batch, length, channels = arguments.hidden_states.shape
     shape = (batch, arguments.num_paths(), *(shape or (length, channels)))
     return torch.empty(shape, dtype=torch.float32, device=arguments.hidden_states.device)
@@ -135,7 +136,7 @@ def _empty_parts(arguments: ScanArguments, *shape: int) -> Tensor:
 def _walk_forward(
     arguments: ScanArguments, plan: Plan, output: Tensor, block_states: Tensor | None = None
 ) -> Tensor | None:
-    """Writes `output` and `block_states`; returns the chunks' times where there are several chunks."""
+    """Writes `output` and `block_states`; returns the times of the chunks if there are several."""
     from .triton_scan_kernels import carry, scan_forward
 
     walks, length, channels = _sizes_to_plan(arguments)
@@ -162,7 +163,7 @@ def _walk_forward(
 
 
 def _gate_sum(parts: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The sum of the parts (batch, paths, length, channels), times SiLU of the gate."""
+    """The sum of the parts (batch, paths, length, channels), multiplied by SiLU of the gate."""
     output = torch.empty(parts[:, 0].shape, dtype=dtype, device=parts.device)
     _launch_gate_sum(parts, gate, None, output, None)
     return output
@@ -242,6 +243,6 @@ def _backward(arguments: ScanArguments, grad_output: Tensor) -> dict[str, Tensor
 
 
 def _sum_by_move(grad_B: Tensor, moves: Tensor, kinds: int) -> Tensor:
-    """Rows of (batch, paths, length, states), summed by the kind of the step's move: reproducible, and in float32
-    where products are allowed to be less."""
+    """Sums the rows of (batch, paths, length, states) by the kind of the step's move. The result is reproducible, and
+    in float32 even if products are allowed to use lower precision."""
     return torch.stack([(grad_B * (moves == kind).unsqueeze(-1)).sum((0, 1, 2)) for kind in range(kinds)])

@@ -1,27 +1,28 @@
 # mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 # Parameters of a Triton kernel are pointers and numbers; Triton reads annotations as its own.
-"""What `triton_scan` runs on a GPU. A module of its own, because it can be imported only where Triton is installed, and
-because TRITON_INTERPRET is read when it is.
+"""The GPU code of `triton_scan`. It is a separate module because it can be imported only if Triton is installed, and
+because TRITON_INTERPRET is read on import.
 
 A program is one warp. It walks one chunk of one path of one image, for a block of channels, `UNROLL` steps at a time.
-What the next block of steps reads is on its way while the states of this one are computed, and the indices are another
-block ahead, because it is by them that rows are found. The state is a tile (states, channels) in registers. The loads
-of A, whose states are neighbours in memory, decide how Triton spreads the tiles over the threads: four neighbouring
-states of a channel for each, so that B and C are read in one piece where they are aligned, and a sum over 16 states
-takes two shuffles.
+While the states of one block of steps are computed, the data of the next block is being loaded. The indices are loaded
+one block earlier, because they determine which rows to load. The state is a tile (states, channels) in registers. The
+loads of A, in which states are contiguous, determine how Triton distributes the tiles over threads: each thread has
+four neighbouring states of a channel, so that B and C are read in one piece if they are aligned, and a sum over 16
+states takes two shuffles.
 
-A path in several chunks is walked twice. First each chunk starts from zero, `carry` takes the states that it ends with
-from chunk to chunk, and then each starts from what it is given. This is possible because the state after a chunk is
-linear in the one before it; so is the state's gradient, which goes from the last chunk to the first.
+A path with several chunks is walked twice. First, each chunk starts from zero, and `carry` passes the final states on
+from chunk to chunk; then each chunk starts from the state passed to it. This is possible because the state after a
+chunk is linear in the state before it. The same holds for the state's gradient, which is passed from the last chunk to
+the first.
 
-Rows of tokens are read through a stride for the batch and one for the row; everything else is contiguous.
+Rows of tokens have a stride for the batch and one for the row; everything else is contiguous.
 """
 
-try:  # in these words, which transformers skips when it looks what a Hub repository's code needs
+try:  # in this form, which transformers skips when it checks which packages a Hub repository's code needs
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("this module is for those who have asked for Triton, see `triton_backend.unavailable`") from error
+    raise ImportError("this module needs Triton, see `triton_backend.unavailable`") from error
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -31,16 +32,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def scan_forward(
     hidden_states, time_step, A, B, C, D, time_step_bias, gate, order, gaps, hole_time_step, direction_B, moves,
     output,  # (batch, paths, length, channels), at the token; None in the first of two walks
-    chunk_states,  # None or float32 (batch, paths, chunks, states, channels): the first walk writes the chunks' last
-    # states there, the second finds their first states
-    chunk_times,  # None or float32 (batch, paths, chunks, channels): over which a state decays, from the first walk
+    chunk_states,  # None or float32 (batch, paths, chunks, states, channels): the first walk writes each chunk's last
+    # state, the second reads each chunk's first state
+    chunk_times,  # None or float32 (batch, paths, chunks, channels): the total decay time, from the first walk
     block_states,  # None or float32 (batch, paths, blocks of steps, states, channels): the states before each block
     paths, length, channels, chunk_length,  # a multiple of UNROLL
     hidden_states_batch, hidden_states_row, time_step_batch, time_step_row, B_batch, B_row, C_batch, C_row,
     gate_batch, gate_row, order_batch, gaps_batch, moves_batch,
     STATES: tl.constexpr, BLOCK_STATES: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The gate is multiplied where it is given, which is for a single path: it belongs to the paths' sum."""
+    """The gate is applied only for a single path, because it belongs to the sum over paths."""
     walk = tl.program_id(0).to(tl.int64)
     batch, path = walk // paths, walk % paths
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -119,9 +120,9 @@ def scan_backward(
     hidden_states, time_step, A, B, C, D, time_step_bias, order, gaps, hole_time_step, direction_B, moves,
     grad_output,  # float32 (batch, length, channels)
     block_states,  # from `scan_forward`
-    chunk_grads,  # None or float32 (batch, paths, chunks, states, channels): what the steps behind a chunk say of the
-    # state that it ends with, from `carry`; in the first of two walks what the chunk's own say of its first state
-    # The gradients, float32, apart for each program, hence reproducible; all None in the first of two walks:
+    chunk_grads,  # None or float32 (batch, paths, chunks, states, channels): the gradient of a chunk's last state from
+    # later steps, from `carry`; in the first of two walks, the gradient of its first state from its own steps
+    # The gradients, float32, separate for each program and therefore reproducible; None in the first of two walks:
     grad_hidden_states,  # (batch, paths, length, channels), at the token
     grad_time_step,  # (batch, paths, length, channels), at the step
     grad_A,  # (batch, paths, chunks, states, channels)
@@ -132,7 +133,7 @@ def scan_backward(
     order_batch, gaps_batch, moves_batch,
     STATES: tl.constexpr, BLOCK_STATES: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Walks from the last step of a chunk to its first. The states are computed again, a block at a time."""
+    """Walks from the last step of a chunk to the first. The states are recomputed, one block at a time."""
     walk = tl.program_id(0).to(tl.int64)
     batch, path = walk // paths, walk % paths
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -164,7 +165,7 @@ def scan_backward(
     if hole_time_step is not None:
         hole_step = _load(hole_time_step + channel, is_channel)
 
-    # What the steps behind say of the state that they were given.
+    # The gradient of the state from later steps.
     carried = tl.full((BLOCK_STATES, BLOCK_CHANNELS), 0, tl.float32)
     if grad_A is not None and chunk_grads is not None:
         carried = _load(chunk_grads + chunk * STATES * channels + tile, is_entry)
@@ -247,8 +248,8 @@ def scan_backward(
 def carry(
     A,
     chunk_times,  # from `scan_forward`
-    chunk_states,  # float32 (batch, paths, chunks, states, channels): what a chunk ends with when it starts from zero.
-    # In its place comes what it starts with.
+    chunk_states,  # float32 (batch, paths, chunks, states, channels): a chunk's last state if it starts from zero,
+    # which is replaced with the state from which it starts.
     chunks, channels,
     STATES: tl.constexpr, BLOCK_STATES: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
     FROM_LAST: tl.constexpr,
@@ -281,7 +282,7 @@ def gate_sum(
     parts,  # float32 (batch, paths, length, channels): each path's output, at the token
     gate,  # None or (batch, length, channels)
     grad_output,  # None or (batch, length, channels)
-    output,  # (batch, length, channels): the gated sum of the parts; where `grad_output` is given, the sum's gradient
+    output,  # (batch, length, channels): the gated sum of the parts, or the sum's gradient if `grad_output` is given
     grad_gate,  # None or float32 (batch, length, channels)
     length, channels, gate_batch, gate_row,
     PATHS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
@@ -317,17 +318,17 @@ def _load(pointers, mask):
 
 @triton.jit
 def _where(condition, index, size):
-    """Which of the indices are smaller than the size, where the condition holds; none where it does not."""
+    """Whether indices are smaller than the size; always False if the condition does not hold."""
     return index < tl.where(condition, size, 0)
 
 
 @triton.jit
 def _indices(order, gaps, moves, first, start, end, UNROLL: tl.constexpr):
-    """For each of a block's steps the step, its token, gap and move; outside of the chunk those of its next step."""
+    """Step, token, gap and move for each step of a block; outside the chunk, those of its nearest step."""
     indices = ()
     for i in tl.static_range(UNROLL):
         step = tl.maximum(tl.minimum(first + i, end - 1), start)
-        token, gap, move = step, step, step  # what is not given is not read either
+        token, gap, move = step, step, step  # placeholders for arguments that are not given
         if order is not None:
             token = tl.load(order + step).to(tl.int32)
         if gaps is not None:
@@ -344,7 +345,7 @@ def _rows(
     hidden_states_row, time_step_row, B_row, C_row, beside_row, channel, state, is_channel,
     STATES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """What a block's steps read, as it lies in memory: nothing is computed before all of it has been asked for.
+    """The data for the steps of a block, as stored in memory: nothing is computed before all of it has been requested.
     `beside`: None, or read at the token like `hidden_states`."""
     is_state = state < STATES
     rows = ()
@@ -354,7 +355,7 @@ def _rows(
         B_step = tl.load(B + step * B_row + state, mask=is_state, other=0)
         C_step = tl.load(C + step * C_row + state, mask=is_state, other=0)
         u = tl.load(hidden_states + token * hidden_states_row + channel, mask=is_channel, other=0)
-        direction, z = B_step, u  # what is not given is not read either
+        direction, z = B_step, u  # placeholders for arguments that are not given
         if direction_B is not None:
             direction = tl.load(direction_B + move * STATES + state, mask=is_state, other=0)
         if beside is not None:
@@ -365,7 +366,7 @@ def _rows(
 
 @triton.jit
 def _values(row, direction_B, bias):
-    """One of `_rows` in float32: u, the time step before its softplus, B, C and what is read beside u."""
+    """A row from `_rows` in float32: u, the time step before softplus, B, C, and the value of `beside`."""
     u, raw, B_step, direction, C_step, z = row
     B_step = B_step.to(tl.float32)
     if direction_B is not None:
@@ -375,8 +376,7 @@ def _values(row, direction_B, bias):
 
 @triton.jit
 def _times(raw, gap, gaps, hole_time_step, hole_step, is_step):
-    """The time step, the time over which the state decays before it, and the gap. Where there is no step no time
-    passes."""
+    """The time step, the time over which the state decays before it, and the gap. Outside the chunk, no time passes."""
     delta = tl.where(is_step, _softplus(raw), 0)
     decay_step = delta
     if gaps is not None:

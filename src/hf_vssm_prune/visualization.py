@@ -19,7 +19,7 @@ from transformers import BaseImageProcessor
 from .configuration_common import VisionMambaConfig, pruned_config
 from .families import ImageClassifier
 from .panels import (
-    DROPPED,  # noqa: F401 - for those who look for it here
+    DROPPED,  # noqa: F401 - part of this module's interface
     DROPPED_OPACITY,  # noqa: F401
     PANEL_SIZE,
     SHEET_SIZE,
@@ -76,7 +76,7 @@ def clip_pixel_values(image_processor: BaseImageProcessor, frames: Sequence[Imag
 
 
 def image_statistics(image_processor: BaseImageProcessor) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation with which an image processor normalises; 0 and 1 if it does not."""
+    """Mean and standard deviation used by an image processor to normalise; 0 and 1 if it does not normalise."""
     values = image_processor.to_dict()
     return (values["image_mean"], values["image_std"]) if values["do_normalize"] else ([0.0], [1.0])
 

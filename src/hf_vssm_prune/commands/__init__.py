@@ -1,7 +1,6 @@
-"""The command line: one file for each verb, with a `main` that takes the words after it and a `make_parser` of its
-options, and one line in the table here. `hf-vssm-prune VERB` and `python -m hf_vssm_prune VERB` run them, and so does
-`scripts/VERB.py` in the repository, for `accelerate launch`.
-"""
+"""The command line. Each verb is one file, with a `main` function for the words after the verb and a `make_parser`
+function, and one line in the table here. It can be run as `hf-vssm-prune VERB`, as `python -m hf_vssm_prune VERB`, and
+as `scripts/VERB.py` in the repository, for `accelerate launch`."""
 
 import argparse
 import importlib
@@ -16,12 +15,12 @@ PROGRAM = "hf-vssm-prune"
 
 @dataclass(frozen=True)
 class Verb:
-    """A line of `hf-vssm-prune --help`.
+    """A line in `hf-vssm-prune --help`.
 
     Attributes:
-        group: under which heading.
+        group: heading under which it is listed.
         summary: what it does.
-        extra: of the package, without which it cannot run.
+        extra: extra of the package that it needs; None: it needs none.
     """
 
     group: str
@@ -48,7 +47,7 @@ VERBS = {
     "completion": Verb("other", "print a script that completes verbs and options in a shell", "completion"),
 }
 
-# These stay scripts: each needs files that are in the repository and not in the package, which are named here.
+# Scripts that are not verbs because each needs files that are in the repository but not in the package, named here.
 REPOSITORY_SCRIPTS = {
     "benchmark": "the baselines that it times, and a compiler",
     "gpu_check": "the checks, and the golden cases",
@@ -61,19 +60,19 @@ REPOSITORY_SCRIPTS = {
 
 
 def main_of(verb: str) -> Callable[..., int]:
-    """The function that runs a verb: it takes the words after the verb (None: those of the command line) and the
-    program's name, and returns the exit status."""
+    """The function that runs a verb. Its arguments are the words after the verb (None: those of the command line) and
+    the program's name; it returns the exit status."""
     return importlib.import_module(f"{__name__}.{verb}").main
 
 
 def make_parser_of(verb: str) -> Callable[..., argparse.ArgumentParser]:
-    """The function that makes the parser of a verb's options, of image classification where they depend on the task; it
-    takes the program's name."""
+    """The function that creates a verb's parser from the program's name. Options that depend on the task are those of
+    image classification."""
     return importlib.import_module(f"{__name__}.{verb}").make_parser
 
 
 def run(verb: str, words: list[str]) -> int:
-    """Runs a verb; where a library is missing that the verb's extra brings, one line says so."""
+    """Runs a verb. If a library from the verb's extra is missing, prints one line that says so."""
     try:
         main = main_of(verb)
     except ModuleNotFoundError as error:
@@ -86,10 +85,10 @@ def run(verb: str, words: list[str]) -> int:
 
 
 def script_main(file: str) -> Callable[..., int]:
-    """The function that runs the verb of a script's name.
+    """The function that runs the verb with the name of a script.
 
-    Python puts the folder of a script before all others that it imports from; it is taken out, because an `evaluate.py`
-    in it would stand for Hugging Face's package of that name.
+    Python puts a script's folder first on the import path. It is removed from there, because `evaluate.py` in it would
+    be imported instead of Hugging Face's package of that name.
     """
     folder, verb = Path(file).resolve().parent, Path(file).stem
     sys.path[:] = [place for place in sys.path if Path(place).resolve() != folder]
@@ -97,7 +96,7 @@ def script_main(file: str) -> Callable[..., int]:
 
 
 def command_line() -> list[str]:
-    """The words that started this process, as somebody else would type them."""
+    """The words that started this process, as a user would type them."""
     started, *words = sys.argv
     if Path(started).name == PROGRAM or Path(started).parts[-2:] == ("hf_vssm_prune", "__main__.py"):
         return [PROGRAM, *words]

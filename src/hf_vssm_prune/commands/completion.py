@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """A parser of all verbs with their options. A verb whose extra is not installed has none."""
+    """A parser of all verbs with their options. A verb whose extra is not installed has no options."""
     parser = argparse.ArgumentParser(PROGRAM)
     parser.add_argument("--version", action="store_true", help="print the version")
     verbs = parser.add_subparsers()
@@ -43,7 +43,8 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 def for_completion(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The parser, with each option spelled with underscores alone; what is neither a choice nor a number is a file."""
+    """The parser, with option names spelled with underscores only. Values that are neither choices nor numbers are
+    completed as file names."""
     for action in parser._actions:
         action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
         if action.choices is None and action.nargs != 0 and action.type not in (int, float):

@@ -28,7 +28,7 @@ from hf_vssm_prune.training.labels import name_labels, read_label_file
 from hf_vssm_prune.training.segmentation_models import segmentation_processor
 
 
-SHORT_SIDE = 512  # of images, as segmentation models were tested on ADE20K
+SHORT_SIDE = 512  # in pixels, as in the evaluation of segmentation models on ADE20K
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -93,7 +93,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--num_frames", type=int, help="number of frames for VideoMamba; converts an image model to a video model"
     )
     group.add_argument("--id2label", type=Path, help="label names: JSON (list or dict), or text with one name per line")
-    # All families were evaluated with ImageNet's statistics, images after a bicubic resize of the shortest edge to 256.
+    # All families were evaluated with ImageNet's statistics, after bicubic resizing of the shorter edge to 256.
     group.add_argument(
         "--image_mean", type=float, nargs="+", default=IMAGENET_DEFAULT_MEAN, help="mean of each channel"
     )

@@ -121,7 +121,8 @@ def say(message: str) -> None:
 def recipe(
     options: argparse.Namespace, folder: Path, token_pruning: dict[str, Any]
 ) -> tuple[DataArguments, FinetuneArguments, PruningArguments, Recipe]:
-    """The paper's fine-tuning, made short: few epochs at a higher rate, augmented as the dense model's training was."""
+    """The paper's fine-tuning, shortened: few epochs at a higher learning rate, with the augmentation used to train the
+    dense model."""
     limits = {"max_train_samples": options.max_train_samples, "max_eval_samples": options.max_eval_samples}
     data = DataArguments(DATASET, dataloader_num_workers=0, **limits)
     model = FinetuneArguments(model_name_or_path=str(EXAMPLE_MODEL))
@@ -142,7 +143,7 @@ def recipe(
 
 
 def load_example(token_pruning: dict | None) -> ImageClassifier:
-    """The dense model that comes with the package, under a pruning schedule; its weights as they are."""
+    """The dense example model with a pruning schedule and unchanged weights."""
     model = load_classifier(EXAMPLE_MODEL)
     model.set_token_pruning(token_pruning)
     return model
@@ -182,7 +183,7 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
 
 @torch.no_grad()
 def reopen(folder: Path, model: ImageClassifier, pixel_values: Tensor) -> bool:
-    """Whether a fresh process that opens the folder gives this model's answers."""
+    """Whether a new process that loads the folder gets the same outputs as this model."""
     logits = model(pixel_values).logits
     with tempfile.TemporaryDirectory() as scratch:
         files = []
@@ -198,7 +199,7 @@ def reopen(folder: Path, model: ImageClassifier, pixel_values: Tensor) -> bool:
 
 
 def table(models: dict[str, ImageClassifier], evaluations: dict[str, ModelEvaluation]) -> str:
-    """Markdown: accuracy, FLOPs and speed of each model."""
+    """A Markdown table with the accuracy, FLOPs and speed of each model."""
     lines = ["| model | top-1 | MFLOPs | fewer FLOPs | images/s |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, evaluation in evaluations.items():
         flops = count_flops(models[name].config)

@@ -21,7 +21,7 @@ LIBRARIES = (
     *("torch", "transformers", "huggingface-hub", "safetensors", "numpy", "pillow", "accelerate", "datasets"),
     *("evaluate", "peft", "timm", "torchvision", "triton", "mamba-ssm", "onnx", "onnxruntime", "gradio"),
 )
-# No others: values of variables may be secrets.
+# Only these variables, because the values of others may be secret.
 VARIABLES = ("HF_VSSM_PRUNE_", "OMP_", "GOMP_", "KMP_", "HF_HUB_OFFLINE", "ATEN_CPU_CAPABILITY", "CXX")
 
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def report() -> dict[str, str]:
-    """By name what is installed, found and set."""
+    """Names and values of everything that is installed, detected and set."""
     rows = {"hf_vssm_prune": __version__, "Python": platform.python_version(), "platform": platform.platform()}
     rows |= {"processor": processor(), "CPU capability": torch.backends.cpu.get_cpu_capability()}
     rows |= {"threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores"}
@@ -58,7 +58,7 @@ def installed_version(library: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name, as Linux knows it, or what Python says."""
+    """The processor's name according to Linux, or otherwise to Python."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

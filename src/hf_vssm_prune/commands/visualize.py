@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def read_input(file: str, config: VisionMambaConfig, sampling: str) -> Any:
-    """An image, or the frames of a clip as a list, as the model's channels want it."""
+    """Reads an image, or the frames of a clip as a list, with the number of channels that the model expects."""
     mode = "L" if config.num_channels == 1 else "RGB"
     if config.modality == "image":
         return decode_image({"bytes": None, "path": file}, mode, file)

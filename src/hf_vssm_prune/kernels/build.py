@@ -1,11 +1,11 @@
-"""Compiles the C++ kernels in `csrc/` at their first use, into a cache; or finds them prebuilt in the package.
+"""Compiles the C++ kernels in `csrc/` on first use and caches them, or finds them precompiled in the package.
 
-`python -m hf_vssm_prune.kernels.build` puts a prebuilt library for every variant into the package. With the environment
-variable HF_VSSM_PRUNE_PREBUILT=1 a wheel is built with them inside (`hatch_build.py`, which imports this file where
+`python -m hf_vssm_prune.kernels.build` adds a precompiled library for every variant to the package. With the
+environment variable HF_VSSM_PRUNE_PREBUILT=1, wheels include them (`hatch_build.py`, which imports this file where
 neither torch nor any other dependency is installed).
 
-Beside each library lies its checksum. One that was cut short or changed would end the process when it is mapped, or
-crash later; it is not touched, and compiled anew.
+Each library has a checksum next to it. Loading a truncated or modified library would end the process or crash later, so
+it is not loaded but compiled again.
 """
 
 import functools
@@ -26,7 +26,7 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psa
 
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# The instruction sets that a library is compiled for. `baseline` is what every processor of the architecture has.
+# The instruction sets for which a library is compiled. `baseline` is supported by all processors of the architecture.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma"),
     "avx2": ("-mavx2", "-mfma"),
@@ -35,11 +35,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 class BuildError(RuntimeError):
-    """The kernels cannot be compiled here; the message says why, and what would help."""
+    """The kernels cannot be compiled here; the message says why and what would help."""
 
 
 def library_path() -> Path:
-    """The library for this machine, compiled if it is not there yet, whole.
+    """The complete library for this machine, compiled if it does not exist yet.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -52,7 +52,7 @@ def library_path() -> Path:
         return prebuilt
     compiler = find_compiler()
     path = _cache_directory() / _digest(_sources(), *compiler, _version(compiler), variant) / "kernels.so"
-    if is_whole(path, variant):  # perhaps in a folder that others wrote
+    if is_whole(path, variant):  # possibly in a folder that others can write to
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def library_path() -> Path:
 
 
 def is_whole(library: Path, variant: str) -> bool:
-    """Whether a file is a library of these sources for `variant`, as it was compiled. Takes 0.1 ms."""
+    """Whether a file is a complete library of these sources for `variant`, exactly as it was compiled. Takes 0.1 ms."""
     try:
         return _checksum_file(library).read_bytes() == _checksum(library, variant)
     except OSError:
@@ -75,7 +75,7 @@ def is_whole(library: Path, variant: str) -> bool:
 
 
 def best_variant() -> str:
-    """The widest variant that this machine's processor can run."""
+    """The variant with the widest instructions that this machine's processor supports."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability().lower()
@@ -83,10 +83,10 @@ def best_variant() -> str:
 
 
 def find_compiler() -> list[str]:
-    """The command of the C++ compiler: `$CXX`, g++ or clang++, the first that is there."""
+    """The command of the C++ compiler: the first of `$CXX`, g++ and clang++ that exists."""
     variable = os.environ.get("CXX", "")
     try:
-        named = [variable] if shutil.which(variable) else shlex.split(variable)  # a path may have spaces, and be quoted
+        named = [variable] if shutil.which(variable) else shlex.split(variable)  # a path may have spaces and quotes
     except ValueError as error:
         raise BuildError(f"CXX is not a command: {error}") from error
     candidates = [named, ["g++"], ["clang++"]]
@@ -97,7 +97,8 @@ def find_compiler() -> list[str]:
 
 
 def compile_library(compiler: list[str], variant: str, path: Path) -> None:
-    """Compile `csrc/` for `variant` into `path`, which appears only when it is complete, and its checksum after it."""
+    """Compiles `csrc/` for `variant` to `path`, which appears only when it is complete, and then writes its
+    checksum."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary_checksum = _checksum_file(temporary)
     sources = [str(source) for source in sorted(SOURCE_DIRECTORY.glob("*.cpp"))]
@@ -115,10 +116,10 @@ def compile_library(compiler: list[str], variant: str, path: Path) -> None:
 
 
 def build_prebuilt(directory: Path) -> list[Path]:
-    """Compile every variant of this architecture into `directory`, whose earlier contents are removed.
+    """Compiles every variant of this architecture into `directory`, whose earlier contents are removed.
 
     Returns:
-        The libraries, beside which their checksums lie.
+        The libraries. Their checksums are next to them.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -133,12 +134,13 @@ def build_prebuilt(directory: Path) -> list[Path]:
 
 
 def _instruction_sets(variant: str) -> tuple[str, ...]:
-    """Some distributions' compilers take newer processors for granted unless they are told the oldest."""
+    """The compiler's options for a variant. Some distributions' compilers assume newer processors unless they are told
+    the oldest."""
     return ("-march=x86-64", *VARIANTS[variant]) if IS_X86 else VARIANTS[variant]
 
 
 def _prebuilt_name(variant: str) -> str:
-    """Holds a digest of the sources, so that a library left over from other sources is not taken."""
+    """Contains a digest of the sources, so that a library compiled from other sources is not used."""
     return f"{platform.system().lower()}-{platform.machine().lower()}-{variant}-{_digest(_sources())}.so"
 
 
@@ -146,7 +148,7 @@ def _cache_directory() -> Path:
     root = os.environ.get("HF_VSSM_PRUNE_CACHE")
     try:
         return Path(root or Path.home() / ".cache" / "hf_vssm_prune") / "kernels"
-    except RuntimeError as error:  # nobody's home
+    except RuntimeError as error:  # the user has no home folder
         raise BuildError(f"no folder is available for the kernels' cache ({error}); set HF_VSSM_PRUNE_CACHE") from error
 
 
@@ -160,7 +162,8 @@ def _checksum_file(library: Path) -> Path:
 
 
 def _checksum(library: Path, variant: str) -> bytes:
-    """Of the library and of what it was made from, so that another version's is not taken for this one."""
+    """A checksum of the library and the sources that it was compiled from, so that another version's library is not
+    used."""
     return hashlib.sha256(_digest(_sources(), variant).encode() + library.read_bytes()).hexdigest().encode()
 
 

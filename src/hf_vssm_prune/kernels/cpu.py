@@ -1,8 +1,8 @@
-"""The CPU kernels: the C++ of `csrc/`, reached through ctypes and wrapped as PyTorch operators with their gradients.
+"""The CPU kernels: the C++ code in `csrc/`, called through ctypes and registered as PyTorch operators with gradients.
 
-They compute in float32, and read and write float32, bfloat16 and float16, each tensor in its own; what
-`plain_fallback.py` names is left to the plain PyTorch functions. Rows of channels are read where they lie, so the parts
-of a split projection need no copy.
+They compute in float32. Each tensor may be float32, bfloat16 or float16; the cases listed in `plain_fallback.py` use
+the plain PyTorch functions. Rows of channels are read in place, so the parts of a split projection do not have to be
+copied.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ DISABLE = "HF_VSSM_PRUNE_DISABLE_CPU_KERNEL"
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why these kernels cannot be used for tensors on `device_type`, or None where they can."""
+    """The reason why these kernels cannot be used for tensors on `device_type`; None if they can."""
     if device_type != "cpu":
         return "it computes on the CPU only"
     if is_switched_on(DISABLE):
@@ -38,20 +38,20 @@ def unavailable(device_type: str) -> str | None:
 
 @left_to(selective_scan_torch)
 def selective_scan(*args: Any, **kwargs: Any) -> Tensor:
-    """Arguments and result as in `hf_vssm_prune.selective_scan.selective_scan`."""
+    """For arguments and result, see `hf_vssm_prune.selective_scan.selective_scan`."""
     return _selective_scan(*ScanArguments(*args, **kwargs))
 
 
 @left_to(depthwise_conv2d_torch)
 def depthwise_conv2d(*args: Any, **kwargs: Any) -> Tensor:
-    """Arguments and result as in `hf_vssm_prune.grid_convolution.depthwise_conv2d`."""
+    """For arguments and result, see `hf_vssm_prune.grid_convolution.depthwise_conv2d`."""
     return _depthwise_conv2d(*ConvolutionArguments.on_grid(*args, **kwargs))
 
 
 @left_to(causal_conv1d_torch)
 def causal_conv1d(hidden_states: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Arguments and result as in `hf_vssm_prune.causal_convolution.causal_conv1d`. More taps than fit into the grid's
-    kernel are left to plain PyTorch."""
+    """For arguments and result, see `hf_vssm_prune.causal_convolution.causal_conv1d`. Kernels with too many taps for
+    the grid's kernel use plain PyTorch."""
     if weight.shape[-1] > MOST_TAPS:
         return causal_conv1d_torch(hidden_states, weight, *args, **kwargs)
     return _depthwise_conv2d(*ConvolutionArguments.along_sequence(hidden_states, weight, *args, **kwargs))
@@ -62,11 +62,11 @@ def causal_conv1d(hidden_states: Tensor, weight: Tensor, *args: Any, **kwargs: A
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# The numbers of `ElementType`; what has another type is converted to float32.
+# The values of `ElementType`; tensors of other types are converted to float32.
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-# How many structures each function takes, before the number of threads.
+# The number of structures that each function takes, before the number of threads.
 FUNCTIONS = {
     "selective_scan_forward": 2,
     "selective_scan_backward": 3,
@@ -103,11 +103,12 @@ def _call(function: str, *arguments: Any) -> None:
 
 
 def _new(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What C++ fills: contiguous, whatever torch's defaults are."""
+    """An output of the C++ code: contiguous, regardless of torch's defaults."""
     return torch.empty(like.shape, dtype=dtype, device="cpu")
 
 
-# What a pointer points to must outlive the call: these return tensors to be kept in a local name.
+# Tensors must outlive the call that uses their pointers, so these functions also return the tensors, to be kept in a
+# local variable.
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def _contiguous_int32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.int32).contiguous()
 
 
-# The structures of csrc/arguments.h, which hold nothing but numbers and addresses of 64 bits.
+# The structures in csrc/arguments.h, which consist of 64-bit numbers and addresses.
 
 
 def _structure(*fields: tuple[int, ...]) -> ctypes.Array[c_int64]:
@@ -191,7 +192,8 @@ def _scan_backward(arguments: ScanArguments, grad_output: Tensor) -> list[Tensor
 
 
 def _with_rows_of_one_type(arguments: ScanArguments) -> ScanArguments:
-    """With the tensors that have a row of channels for each token all in float32, if they differ."""
+    """The arguments with all tensors that have a row of channels per token converted to float32, if their types
+    differ."""
     u, time_step, gate = arguments.hidden_states, arguments.time_step, arguments.gate
     is_one_type = u.dtype == time_step.dtype and (gate is None or gate.dtype == u.dtype)
     if is_one_type and u.dtype in ELEMENT_TYPES:
@@ -204,7 +206,7 @@ _selective_scan = scan_operator("selective_scan", _scan_forward, _scan_backward,
 
 
 def _scan_structure(arguments: ScanArguments) -> tuple[ctypes.Array[c_int64], list[Tensor | None]]:
-    """The arguments as C++ takes them, and the tensors that they point into."""
+    """The arguments in the form used by C++, and the tensors to which they point."""
     a = arguments
     rows = [_contiguous_rows(tensor) for tensor in (a.hidden_states, a.time_step, a.B, a.C, a.gate)]
     parameters = [_contiguous(tensor) for tensor in (a.A, a.D, a.time_step_bias, a.hole_time_step, a.direction_B)]
@@ -223,8 +225,8 @@ def _scan_structure(arguments: ScanArguments) -> tuple[ctypes.Array[c_int64], li
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Of a grid of one row, C++ looks at the middle row of a 7 x 7 kernel only. A causal kernel is its left half, reversed
-# its right one: as many taps as reach back from the middle, with the middle itself.
+# For a grid with one row, C++ uses only the middle row of a 7 x 7 kernel. A causal kernel is the left half of this row,
+# including the middle; for the reverse direction, it is the right half.
 MIDDLE = 3
 MOST_TAPS = MIDDLE + 1
 
@@ -255,7 +257,7 @@ _depthwise_conv2d = convolution_operator(
 
 
 def _on_square(weight: Tensor, looks: int) -> Tensor:
-    """A kernel as C++ takes it, whichever way it looks."""
+    """A kernel in the form used by C++, for any direction."""
     if looks == 0:
         return weight
     square = weight.new_zeros(weight.shape[0], 1, 2 * MIDDLE + 1, 2 * MIDDLE + 1)
@@ -264,7 +266,7 @@ def _on_square(weight: Tensor, looks: int) -> Tensor:
 
 
 def _from_square(square: Tensor, weight: Tensor, looks: int) -> Tensor:
-    """What became of the taps of `weight`."""
+    """The taps of `weight` in a kernel of that form."""
     if looks == 0:
         return square
     taps = _taps(square, weight.shape[-1], looks)
@@ -277,7 +279,7 @@ def _taps(square: Tensor, taps: int, looks: int) -> Tensor:
 
 
 def _convolution_structure(arguments: ConvolutionArguments) -> tuple[ctypes.Array[c_int64], list[Tensor | None]]:
-    """The arguments as C++ takes them, and the tensors that they point into."""
+    """The arguments in the form used by C++, and the tensors to which they point."""
     a = arguments
     rows = _contiguous_rows(a.hidden_states)
     weight = _on_square(a.weight, a.looks)

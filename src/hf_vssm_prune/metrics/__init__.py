@@ -14,38 +14,38 @@ from typing import Any
 
 _FOLDER = Path(__file__).parent
 
-# Where each metric is, as `evaluate.load` takes it.
+# The path of each metric, for `evaluate.load`.
 METRICS = {name: str(_FOLDER / name) for name in ("mean_iou", "top_k_accuracy")}
 
 
 @lru_cache
 def load_metric(name: str) -> Any:
-    """One of `METRICS`, an `evaluate.EvaluationModule` that keeps what it is given in memory.
+    """Loads one of `METRICS` as an `evaluate.EvaluationModule` that keeps its inputs in memory.
 
     Raises:
         ValueError: there is no such metric.
     """
     if name not in METRICS:
         raise ValueError(f"There is no metric {name!r}; the metrics are {', '.join(METRICS)}.")
-    import evaluate  # takes a second, and only the training extra has it
+    import evaluate  # takes a second, and is installed only with the training extra
 
     return evaluate.load(METRICS[name], keep_in_memory=True)
 
 
 def save_results(path: str, results: Mapping[str, Any]) -> Path:
-    """Writes results by name as `evaluate.save` does, with the date, the commit and the versions, and returns the file:
-    a path without a suffix is a folder, in which each file is named by its date."""
+    """Saves results by name like `evaluate.save`, with date, commit and versions, and returns the file. If the path has
+    no suffix, it is a folder in which files are named by date."""
     import evaluate
 
     return Path(evaluate.save(path, **results))
 
 
 def evaluator(task: str) -> Any:
-    """`evaluate.evaluator` for a task, which takes a pipeline too: that of evaluate 0.4.6 takes only names and folders
-    with transformers 5, in which it looks for TensorFlow's models.
+    """`evaluate.evaluator` for a task, which also accepts a pipeline. With transformers 5, the one in evaluate 0.4.6
+    accepts only names and folders, because it looks for TensorFlow's model classes.
 
     Args:
-        task: "image-classification", for instance.
+        task: for instance "image-classification".
     """
     import evaluate
     from transformers import Pipeline

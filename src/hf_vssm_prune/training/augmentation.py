@@ -1,7 +1,7 @@
-"""Training augmentation without torchvision: random crops, RandAugment and random erasing of an image, mixup and CutMix
-of a batch. All of it follows timm's definitions, with which the published vision Mambas were trained.
+"""Training augmentation without torchvision: random crops, RandAugment and random erasing for single images, mixup and
+CutMix for batches. All of it follows timm's definitions, with which the published vision Mambas were trained.
 
-Every function draws from the `numpy.random.Generator` that it is given and from nothing else.
+All randomness comes from the `numpy.random.Generator` passed to each function.
 """
 
 import math
@@ -16,22 +16,22 @@ from PIL import Image, ImageEnhance, ImageOps
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """What happens to one training image. The defaults are DeiT's, which Vim and PlainMamba share
-    (timm's `--aa rand-m9-mstd0.5-inc1 --reprob 0.25`).
+    """Augmentation of a training image. The defaults are DeiT's, which Vim and PlainMamba also use (timm's `--aa
+    rand-m9-mstd0.5-inc1 --reprob 0.25`).
 
     Attributes:
-        random_resized_crop_scale: Smallest and largest fraction of the image's area that a random crop takes before it
-            is resized; None: the image processor's own resizing and center crop.
-        random_crop_padding: Width in pixels of the black border from which an image of the final size is cropped
-            at random: the usual choice for small images. Only without `random_resized_crop_scale`.
+        random_resized_crop_scale: Smallest and largest fraction of the image's area covered by the random crop, which
+            is then resized; None: the image processor's own resizing and center crop.
+        random_crop_padding: Width in pixels of the black border added before a random crop to the final size, as is
+            usual for small images. Cannot be combined with `random_resized_crop_scale`.
         horizontal_flip: Probability of mirroring the image.
-        randaugment_num_ops: Operations drawn for an image, each then applied with probability 0.5; 0: no RandAugment.
+        randaugment_num_ops: Number of operations drawn per image, each applied with probability 0.5; 0: no RandAugment.
         randaugment_magnitude: Mean magnitude of an operation, 0 to 10.
         randaugment_magnitude_std: Standard deviation of the magnitude.
-        random_erasing: Probability of replacing a rectangle by noise.
+        random_erasing: Probability of replacing a rectangle with noise.
 
     Raises:
-        ValueError: A value is outside its range, or both kinds of random crop are asked for.
+        ValueError: A value is outside its range, or both kinds of random crop are set.
     """
 
     random_resized_crop_scale: tuple[float, float] | None = (0.08, 1.0)
@@ -82,7 +82,7 @@ def random_resized_crop(
 ) -> Image.Image:
     """Crops a rectangle of random area and aspect ratio (3:4 to 4:3) and resizes it to `size` (height, width).
 
-    Where ten draws fit none into the image, the largest centered rectangle within the ratios is taken, as in
+    If ten draws do not fit into the image, the largest centered rectangle within these ratios is used, as in
     torchvision.
     """
     width, height = image.size
@@ -103,13 +103,13 @@ def random_resized_crop(
 
 
 def random_crop_with_padding(image: Image.Image, padding: int, generator: np.random.Generator) -> Image.Image:
-    """Shifts the image by up to `padding` pixels in each direction; what comes in at the border is black."""
+    """Shifts the image by up to `padding` pixels in each direction; the uncovered border is black."""
     left, top = (int(shift) for shift in generator.integers(-padding, padding + 1, size=2))
     return image.crop((left, top, left + image.width, top + image.height))
 
 
-# RandAugment (Cubuk et al., 2020, https://arxiv.org/abs/1909.13719), with the operations of timm's `inc1`: all of them
-# grow stronger with the magnitude.
+# RandAugment (Cubuk et al., 2020, https://arxiv.org/abs/1909.13719), with the operations of timm's `inc1`: each of them
+# gets stronger with the magnitude.
 
 MAX_MAGNITUDE = 10
 APPLICATION_PROBABILITY = 0.5
@@ -117,8 +117,9 @@ APPLICATION_PROBABILITY = 0.5
 
 @dataclass(frozen=True)
 class _Operation:
-    """An operation on an image. `argument(strength, sign)` turns a strength from 0 to 1 and a random sign into what
-    `apply(image, argument, geometry)` takes, `geometry` being Pillow's keyword arguments for resampling and filling."""
+    """An operation on an image. `argument(strength, sign)` converts a strength from 0 to 1 and a random sign to the
+    argument of `apply(image, argument, geometry)`, where `geometry` contains Pillow's keyword arguments for resampling
+    and filling."""
 
     argument: Callable[[float, int], float]
     apply: Callable[[Image.Image, float, dict[str, Any]], Image.Image]
@@ -166,7 +167,7 @@ RANDAUGMENT_OPERATIONS: dict[str, _Operation] = {
     "invert": _without_strength(ImageOps.invert),
     "rotate": _Operation(lambda strength, sign: sign * 30 * strength, _rotate),
     "posterize": _Operation(
-        # timm keeps no bit at full strength, a black image that Pillow refuses to make.
+        # At full strength timm keeps no bits, which gives a black image; Pillow rejects this.
         lambda strength, sign: max(1, 4 - int(4 * strength)),
         lambda image, bits, geometry: ImageOps.posterize(image, int(bits)),
     ),
@@ -196,10 +197,10 @@ def randaugment(
     """Applies `config.randaugment_num_ops` random operations, drawn with replacement.
 
     Args:
-        image: Of mode "L" or "RGB".
-        resample: Filter of the geometric operations. Pillow has nearest, bilinear and bicubic for these: any other
-            gives bicubic.
-        fill: For each channel, the colour (0 to 255) of what a geometric operation brings in from outside.
+        image: Image in mode "L" or "RGB".
+        resample: Filter for the geometric operations. Pillow supports nearest, bilinear and bicubic here; bicubic is
+            used in place of any other.
+        fill: The colour (0 to 255, for each channel) of areas that a geometric operation uncovers.
     """
     if resample not in (Image.Resampling.NEAREST, Image.Resampling.BILINEAR):
         resample = Image.Resampling.BICUBIC
@@ -220,9 +221,9 @@ def randaugment(
 
 
 def random_erasing(pixel_values: torch.Tensor, probability: float, generator: np.random.Generator) -> torch.Tensor:
-    """With `probability`, replaces a rectangle (2% to 33% of the area, aspect ratio 0.3 to 3.3) of normalised
-    pixel values (channels, height, width) by standard normal noise, in place. Where ten draws fit no rectangle, the
-    image stays as it is."""
+    """With probability `probability`, replaces a rectangle (2% to 33% of the area, aspect ratio 0.3 to 3.3) of
+    normalised pixel values (channels, height, width) with standard normal noise, in place. If ten draws do not fit, the
+    image is unchanged."""
     if generator.random() >= probability:
         return pixel_values
     channels, height, width = pixel_values.shape
@@ -249,9 +250,10 @@ class MixConfig:
     Attributes:
         mixup_alpha: Both parameters of the Beta distribution of mixup's weight; 0: no mixup.
         cutmix_alpha: The same for CutMix; 0: no CutMix.
-        probability: Of mixing a batch at all.
-        switch_probability: Of CutMix rather than mixup, when both are on.
-        label_smoothing: Share of a label that is spread evenly over all classes, mixed or not.
+        probability: Probability of mixing a batch.
+        switch_probability: Probability of CutMix instead of mixup if both are on.
+        label_smoothing: Fraction of each label that is spread evenly over all classes, whether the batch is mixed or
+            not.
 
     Raises:
         ValueError: A value is outside its range.
@@ -278,15 +280,15 @@ def mix_batch(
     config: MixConfig,
     generator: np.random.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixes image i of a batch with image (batch - 1 - i), the whole batch by one weight, as timm does by default.
+    """Mixes image i of a batch with image (batch - 1 - i). The whole batch shares one weight, which is timm's default.
 
     Args:
-        pixel_values: (batch, channels, height, width). Left as they are.
+        pixel_values: (batch, channels, height, width). Not modified.
         labels: (batch,), integers from 0 to `num_labels` - 1.
-        generator: Where the weight and the rectangle come from.
+        generator: Source of the weight and the rectangle.
 
     Returns:
-        The mixed pixel values, and soft labels (batch, num_labels) in float32, of which each row sums to 1.
+        The mixed pixel values, and soft labels (batch, num_labels) in float32; each row sums to 1.
 
     Raises:
         ValueError: A label is out of range.
@@ -305,7 +307,7 @@ def mix_batch(
 def _mix_pixel_values(
     pixel_values: torch.Tensor, config: MixConfig, generator: np.random.Generator
 ) -> tuple[torch.Tensor, float]:
-    """Returns the mixed batch and the fraction in it of each image's own pixels."""
+    """Returns the mixed batch, and the fraction of each mixed image that comes from the original image."""
     if not (config.mixup_alpha or config.cutmix_alpha) or generator.random() >= config.probability:
         return pixel_values, 1.0
     if config.mixup_alpha and config.cutmix_alpha:
@@ -319,8 +321,8 @@ def _mix_pixel_values(
 
 
 def _cutmix(pixel_values: torch.Tensor, weight: float, generator: np.random.Generator) -> tuple[torch.Tensor, float]:
-    """Pastes a rectangle of fraction 1 - `weight` with a uniform center. What of it lies outside the image is lost, so
-    the fraction that counts for the labels is measured afterwards."""
+    """Pastes a rectangle whose area is the fraction 1 - `weight` of the image, with a uniformly drawn center. The part
+    outside the image is lost, so the fraction used for the labels is measured afterwards."""
     height, width = pixel_values.shape[-2:]
     side = math.sqrt(1 - weight)
     top, bottom = _span_around(int(generator.integers(height)), int(height * side), height)

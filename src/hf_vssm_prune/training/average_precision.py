@@ -19,7 +19,7 @@ def coco() -> Any:
     """pycocotools' classes.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: pycocotools is not installed.
     """
     try:
         from pycocotools import coco, cocoeval
@@ -31,7 +31,7 @@ def coco() -> Any:
 def average_precision(
     detections: Sequence[np.ndarray], objects: Sequence[np.ndarray], num_labels: int
 ) -> dict[str, float]:
-    """COCO's metrics by name, from 0 to 1, except those for sizes that no object has.
+    """COCO's metrics by name, from 0 to 1. Metrics for object sizes that do not occur are left out.
 
     Args:
         detections: for each image, (n, 6): left, top, right and bottom in pixels, score, class id.
@@ -54,7 +54,7 @@ def average_precision(
         for number, rows in enumerate(detections)
         for row in rows
     ]
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells what it does
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth, predicted = (_dataset(dataset_class, images, categories, rows) for rows in (labelled, found))
         evaluation = evaluation_class(truth, predicted, "bbox")
         evaluation.evaluate()
@@ -71,7 +71,7 @@ def _annotation(image: int, row: np.ndarray, more: dict[str, Any]) -> dict[str, 
 
 
 def _dataset(kind: Any, images: list[Any], categories: list[Any], annotations: list[Any]) -> Any:
-    # Ids are counted from 1: pycocotools takes 0 for "not matched".
+    # Ids start at 1, because 0 means "not matched" to pycocotools.
     numbered = [{**each, "id": number} for number, each in enumerate(annotations, start=1)]
     made = kind()
     made.dataset = {"images": images, "categories": categories, "annotations": numbered, "info": {}}

@@ -1,5 +1,5 @@
-"""Which statistics batch norm uses in training. PlainMamba has batch norm in its stem and after a layer with a
-depthwise convolution (L1); Vim has none."""
+"""The statistics that batch norm uses in training. PlainMamba has batch norm in its stem and, in L1, after the
+depthwise convolution that follows the first layer; Vim has none."""
 
 import torch
 from torch import nn

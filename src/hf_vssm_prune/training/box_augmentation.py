@@ -56,10 +56,10 @@ def augment_boxes(
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """An augmented image of the final size, the boxes in it, and the indices of these boxes.
 
-    A box is kept if its center is, and clipped at the edges, as in SSD and RT-DETR.
+    A box is kept if its center is inside the result, and clipped at the edges, as in SSD and RT-DETR.
 
     Args:
-        image: of mode "L" or "RGB".
+        image: image in mode "L" or "RGB".
         boxes: (n, 4), left, top, right and bottom as fractions of the image's sides.
         resample: filter for resizing.
         fill: the colour around a smaller image, for each channel.
@@ -67,7 +67,7 @@ def augment_boxes(
         generator: source of all randomness.
 
     Returns:
-        The image; boxes (m, 4) as fractions of its sides; and their ids (m,) among the given.
+        The image; boxes (m, 4) as fractions of its sides; and their indices (m,) in the given boxes.
     """
     height, width = augmentation.size
     factor = generator.uniform(*augmentation.scale)

@@ -31,7 +31,7 @@ from hf_vssm_prune.training.distribution import (
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 
 
-RESULTS = "all_results.json"  # from a run that has ended
+RESULTS = "all_results.json"  # written at the end of a run
 STATE, MODEL, EMA, OPTIMIZER = "training_state.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 # These only change the random numbers for mixup, CutMix and drop path, which each process draws for its own batch.
 SPREAD = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -128,8 +128,8 @@ def check_output_dir(run: RunArguments) -> None:
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Removes what a killed run was writing or replacing: a checkpoint, or a model that `save_for_hub` had not moved
-    into place yet."""
+    """Removes what a killed run was writing or replacing: a checkpoint, or a model that `save_for_hub` had not yet
+    moved into place."""
     for pattern in (".unfinished-*", ".replaced-*", ".saving-*", "*/.saving-*"):
         for folder in output_dir.glob(pattern):
             shutil.rmtree(folder)
@@ -186,7 +186,7 @@ def save_checkpoint(
             }
             write_json(content, unfinished / STATE)
             _replace_folder(folder, unfinished)
-        except (OSError, SafetensorError) as error:  # a full disk is one or the other, by who meets it
+        except (OSError, SafetensorError) as error:  # a full disk raises either, depending on who is writing
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"The checkpoint could not be saved to {folder}: {error}") from error
         for old in find_checkpoints(output_dir)[:-keep]:
@@ -216,7 +216,7 @@ def load_checkpoint(
     Raises:
         ValueError: the checkpoint is damaged, or from a run with other settings.
     """
-    settings = json.loads(json.dumps(settings))  # tuples became lists in the file, too
+    settings = json.loads(json.dumps(settings))  # in the file, tuples have become lists
     with _named_where_damaged(folder):
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
         saved_settings, state = _with_new_names(saved["settings"]), _read_state(saved["state"])
@@ -253,7 +253,7 @@ def _read_state(saved: dict[str, Any]) -> TrainingState:
 def _named_where_damaged(folder: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # JSON, zip, pickle, torch and safetensors each have their own
+    except Exception as error:  # JSON, zip, pickle, torch and safetensors each raise their own
         others = [other.name for other in find_checkpoints(folder.parent) if other.name != folder.name]
         advice = (
             f"remove it, and --resume latest will resume from an earlier one: {others}"

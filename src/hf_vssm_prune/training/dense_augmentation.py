@@ -1,4 +1,4 @@
-"""What is done alike to the training images of segmentation and detection: a part of the resized image, its colours."""
+"""Augmentation shared by segmentation and detection: cropping a resized image, and changing its colours."""
 
 import numpy as np
 from PIL import Image
@@ -9,7 +9,7 @@ Box = tuple[int, int, int, int]
 
 
 def resize_part(image: Image.Image, size: tuple[int, int], box: Box, resample: Image.Resampling) -> Image.Image:
-    """The part in a box of an image that is resized to a size (height, width)."""
+    """Resizes an image to `size` (height, width) and returns the part inside a box."""
     top, left, bottom, right = box
     vertical, horizontal = image.height / size[0], image.width / size[1]
     part = (left * horizontal, top * vertical, right * horizontal, bottom * vertical)
@@ -18,7 +18,8 @@ def resize_part(image: Image.Image, size: tuple[int, int], box: Box, resample: I
 
 def distort_colours(image: Image.Image, generator: np.random.Generator) -> Image.Image:
     """SSD's photometric distortion: brightness by up to 32 of 255, contrast and saturation by factors from 0.5 to 1.5,
-    hue by up to a tenth of the circle; each half of the time, contrast before or after the others."""
+    hue by up to a tenth of the circle. Each is applied with probability 0.5; contrast comes before or after the others.
+    """
     pixels = np.asarray(image).astype(np.float32)
     if generator.random() < 0.5:
         pixels += generator.uniform(-32, 32)

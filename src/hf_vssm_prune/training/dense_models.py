@@ -1,5 +1,5 @@
-"""transformers' models of segmentation and detection on backbones of this package, for a data set's classes: new, on a
-classifier's weights, or gone on from."""
+"""transformers' segmentation and detection models on this package's backbones, for a data set's classes. They are
+created from a configuration, from a classifier's weights, or from a saved model of the same kind."""
 
 import copy
 import logging
@@ -28,34 +28,35 @@ from hf_vssm_prune.training.losses import LossWeights
 
 logger = logging.getLogger(__name__)
 
-# Of a classifier's configuration, what is not a backbone's.
+# Entries of a classifier's configuration that a backbone does not have.
 OF_CLASSIFIERS = ("id2label", "label2id", "stage_names", "out_features", "out_indices", "architectures", "problem_type")
 
 
 class NewHead(Protocol):
-    """What a new head is: options.
+    """Options of a new head.
 
     Attributes:
-        image_size: (height, width) for which a classifier's position embeddings are laid out anew; None: they stay.
+        image_size: (height, width) to which a classifier's position embeddings are resized; None: they are unchanged.
     """
 
     @property
     def image_size(self) -> tuple[int, int] | None: ...
 
     def config(self, backbone: VisionMambaConfig) -> Any:
-        """A whole configuration, for the labels of a classifier's, on a backbone that is otherwise like it."""
+        """The configuration of a complete model with the labels of a classifier's configuration and an otherwise equal
+        backbone."""
 
 
 class DenseModels:
-    """As an Auto class: models that `pruned_heads.prunable` made, from a configuration of one or of a classifier, which
-    gets a head by the options.
+    """Like an Auto class: models created by `pruned_heads.prunable`, from the configuration of such a model or of a
+    classifier. A classifier gets a head according to the options.
 
     Attributes:
-        task: that trains them.
-        kind, verb: what errors call one, and what it does.
-        auto_class: transformers' own.
-        class_layers: of the names of parameters that have a row for each class, what these have in common.
-        head: what a new one is.
+        task: name of the task that trains the models.
+        kind, verb: what error messages call such a model, and what it does.
+        auto_class: transformers' Auto class.
+        class_layers: pattern for the names of the parameters with one row per class.
+        head: options of a new head.
     """
 
     task: ClassVar[str]
@@ -76,18 +77,19 @@ class DenseModels:
         return self.prepare(self.auto_class.from_pretrained(name_or_path, **options))
 
     def prepare(self, model: Any) -> Any:
-        """One of transformers' models for training and evaluation here."""
+        """Prepares one of transformers' models for training and evaluation."""
         return prunable(model)
 
     def class_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that have a row for each class, by name."""
+        """The parameters that have one row per class, by name."""
         return {name: each for name, each in model.named_parameters() if self.class_layers.search(name)}
 
 
 def backbone_of_levels(
     backbone: VisionMambaConfig, levels: Sequence[int], feature_norm: str, feature_pyramid: str | None
 ) -> VisionMambaConfig:
-    """A backbone's configuration from a classifier's: the outputs of these layers, counted from 1, are its maps."""
+    """A backbone's configuration from a classifier's. The outputs of the given layers, counted from 1, are its feature
+    maps."""
     options = {name: value for name, value in backbone.to_dict().items() if name not in OF_CLASSIFIERS}
     options |= {
         "out_features": [f"stage{level}" for level in levels],
@@ -98,12 +100,13 @@ def backbone_of_levels(
 
 
 def quarters(depth: int, count: int = 4) -> list[int]:
-    """The layers, counted from 1, at the last so many quarters of a depth; fewer where there are fewer."""
+    """The layers, counted from 1, at the ends of the last `count` quarters of the depth; fewer if there are not enough
+    layers."""
     return sorted({max(1, round(depth * quarter / 4)) for quarter in (1, 2, 3, 4)})[-count:]
 
 
 def label_maps(backbone: VisionMambaConfig) -> dict[str, Any]:
-    """What a whole configuration says of a classifier's labels."""
+    """The entries of a complete configuration for a classifier's labels."""
     return {
         "id2label": dict(enumerate(backbone.label_names)),
         "label2id": {name: label for label, name in enumerate(backbone.label_names)},
@@ -118,14 +121,14 @@ def load_model(
     ignore_mismatched_sizes: bool = False,
     some_labels: bool = False,
 ) -> Any:
-    """A checkpoint as a model of the data set's classes, in the data set's order, in float32.
+    """Loads a checkpoint as a float32 model of the data set's classes, in the data set's order.
 
-    A classifier becomes the backbone under a new head. Of a model with a head the classes are compared by name, as
-    `models.load_model` compares labels.
+    A classifier becomes the backbone under a new head. If the checkpoint has a head, its classes are compared by name,
+    as `models.load_model` compares labels.
 
     Raises:
-        ValueError: it has other classes, and must not get new classifiers; or it is a classifier, and is to be
-            evaluated; or it is of another task.
+        ValueError: it has other classes and `ignore_mismatched_sizes` is not set; it is a classifier and is to be
+            evaluated; or it is a model for another task.
     """
     config = load_config(name_or_path)
     if pruned_config(config) is config:
@@ -153,7 +156,7 @@ def load_model(
 
 
 def check_kind(models: DenseModels, config: Any, name_or_path: str) -> None:
-    """Refuses a model of another task.
+    """Raises an error for a model of another task.
 
     Raises:
         ValueError: it is one.
@@ -163,7 +166,7 @@ def check_kind(models: DenseModels, config: Any, name_or_path: str) -> None:
 
 
 def names_of(config: Any) -> list[str]:
-    """The classes' names in the order of their ids."""
+    """The names of the classes in the order of their ids."""
     return [config.id2label[label] for label in range(config.num_labels)]
 
 
@@ -186,7 +189,7 @@ def _take_labels(models: DenseModels, model: Any, match: LabelMatch, name_or_pat
     order = [*match.ids, *rest]
     if order != list(range(len(own))):
         for parameter in models.class_parameters(model).values():
-            # A row behind those of the classes stands for none of them.
+            # The row after those of the classes means "none of them".
             rows = [*order, *range(len(own), len(parameter))]
             parameter.copy_(parameter[rows].clone())
         logger.info("The classes of %s have been reordered by name to match those of the data set.", name_or_path)
@@ -194,7 +197,7 @@ def _take_labels(models: DenseModels, model: Any, match: LabelMatch, name_or_pat
 
 
 def _with_new_classes(models: DenseModels, model: Any, label_names: Sequence[str]) -> Any:
-    """A new model of other classes, with all weights of a model but those that have a row for each class."""
+    """A new model for other classes, with all weights of the given model except those with one row per class."""
     config = copy.deepcopy(model.config)
     name_labels(config, label_names)
     new = models.from_config(config).eval()
@@ -212,10 +215,10 @@ def load_teacher(
     losses: LossWeights,
     dtype: str = "float32",
 ) -> Any:
-    """The dense, frozen model from which a student learns; see `models.load_teacher`.
+    """Loads the dense, frozen model from which a student learns; see `models.load_teacher`.
 
     Raises:
-        ValueError: its classes, tokens or hidden states are not those of the student, and the losses compare them.
+        ValueError: its classes, tokens or hidden states differ from the student's, and the losses compare them.
     """
     config = load_config(name_or_path)
     if pruned_config(config) is config:
@@ -244,7 +247,7 @@ def load_teacher(
 
 
 def statistics_of(image_processor: Any) -> dict[str, Any]:
-    """What another image processor takes over from one: how it rescales and normalises."""
+    """How an image processor rescales and normalises, to be copied to another one."""
     values = image_processor.to_dict()
     kept = ("do_normalize", "image_mean", "image_std", "do_rescale", "rescale_factor")
     return {name: values[name] for name in kept if values.get(name) is not None}

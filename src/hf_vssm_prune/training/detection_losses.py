@@ -1,4 +1,4 @@
-"""What a detector is trained for beside the matched boxes of its own loss, as pure functions."""
+"""Losses for detectors in addition to their own loss over matched boxes, as pure functions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from hf_vssm_prune.detections import to_corners
 from hf_vssm_prune.precision import at_least_float32
 
 
-# As DETR and its successors weigh them.
+# The weights used by DETR and its successors.
 BOX_WEIGHT, GIOU_WEIGHT, CLASS_WEIGHT = 5.0, 2.0, 2.0
 
 
 @dataclass(frozen=True)
 class FiniteLoss:
-    """A detector's own loss, which raises an error at boxes that are not finite: of these it is not finite either here,
-    and the loop can say where that began.
+    """Wraps a detector's own loss, which raises an error if boxes are not finite. Here the loss is then not finite
+    either, so that the loop can report where this began.
 
     Attributes:
-        loss_function: transformers' own.
+        loss_function: transformers' loss.
     """
 
     loss_function: Callable[..., Any]
@@ -36,10 +36,10 @@ class FiniteLoss:
 
 
 def loss_per_box(outputs: Any, labels: list[dict[str, Tensor]]) -> Tensor:
-    """A detector's own loss, a mean over the labelled boxes of the batches of all processes together.
+    """A detector's own loss, averaged over the labelled boxes in the batches of all processes together.
 
-    transformers' RT-DETR and its kin take the mean over the boxes of a process, which makes those of a process with few
-    of them weigh more; Deformable DETR does as is done here.
+    In transformers, RT-DETR and related models average over the boxes of each process, which gives more weight to boxes
+    on processes that have few of them. Deformable DETR already averages as this function does.
     """
     loss = at_least_float32(outputs.loss)
     if not hasattr(outputs, "denoising_meta_values") or PartialState._shared_state == {}:
@@ -50,8 +50,8 @@ def loss_per_box(outputs: Any, labels: list[dict[str, Tensor]]) -> Tensor:
 
 
 def predictions_of(outputs: Any) -> tuple[Tensor, Tensor]:
-    """Logits (batch, queries, classes) and boxes (batch, queries, 4) of a detector, without those of RT-DETR's
-    denoising, which come first in training."""
+    """A detector's logits (batch, queries, classes) and boxes (batch, queries, 4), without RT-DETR's denoising queries,
+    which come first in training."""
     denoising = getattr(outputs, "denoising_meta_values", None)
     if denoising is None:
         return outputs.logits, outputs.pred_boxes
@@ -60,14 +60,15 @@ def predictions_of(outputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def detection_distillation(student: Any, teacher: Any, temperature: float = 1.0) -> Tensor:
-    """The distance between what two detectors find, mean over the batch. No gradient flows into the teacher.
+    """The distance between the detections of two models, averaged over the batch. No gradient flows into the teacher.
 
-    Queries that are drawn from an image come in no common order: they are matched one to one, by classes and boxes, as
-    labels are. Classes are compared by T² KL of each class's probability, boxes by L1 and GIoU, and all of it weighs as
-    much as the teacher is sure of a query; of an image it is the mean by these weights.
+    Queries have no common order, so those of student and teacher are matched one to one by class and box, as
+    predictions are matched to labels. Classes are compared by T² KL of each class's probability, and boxes by L1 and
+    GIoU. Each query is weighted by the teacher's confidence in it, and each image contributes the weighted mean of its
+    queries.
 
     Args:
-        student, teacher: outputs with `logits` and `pred_boxes` of as many queries and classes.
+        student, teacher: outputs with `logits` and `pred_boxes`, with the same numbers of queries and classes.
         temperature: T > 0.
     """
     logits, boxes = map(at_least_float32, predictions_of(student))
@@ -82,8 +83,8 @@ def detection_distillation(student: Any, teacher: Any, temperature: float = 1.0)
 
 
 def _match(logits: Tensor, boxes: Tensor, own_logits: Tensor, own_boxes: Tensor) -> Tensor:
-    """For each of the teacher's queries one of the student's."""
-    from scipy.optimize import linear_sum_assignment  # only the training extra has it
+    """The index of a student query for each of the teacher's queries."""
+    from scipy.optimize import linear_sum_assignment  # installed only with the training extra
 
     classes = torch.cdist(own_logits.sigmoid(), logits.sigmoid(), p=1)
     cost = CLASS_WEIGHT * classes + BOX_WEIGHT * torch.cdist(own_boxes, boxes, p=1)
@@ -104,7 +105,7 @@ def _distance(logits: Tensor, boxes: Tensor, own_logits: Tensor, own_boxes: Tens
 
 
 def generalized_overlap(boxes: Tensor, others: Tensor) -> Tensor:
-    """Generalised intersection over union (arXiv 1902.09630) of each box with the one in the same place.
+    """Generalised intersection over union (arXiv 1902.09630) of each box with the box at the same index.
 
     Args:
         boxes, others: (n, 4), left, top, right and bottom.

@@ -1,4 +1,4 @@
-"""RT-DETR and Deformable DETR on backbones of this package, for a data set's classes; see `dense_models`."""
+"""RT-DETR and Deformable DETR on this package's backbones, for a data set's classes; see `dense_models`."""
 
 import re
 from collections.abc import Callable
@@ -14,24 +14,25 @@ from hf_vssm_prune.training.dense_models import DenseModels, backbone_of_levels,
 from hf_vssm_prune.training.detection_losses import FiniteLoss
 
 
-# Sides of images have to be multiples of it: RT-DETR's encoder doubles its coarsest map again.
+# Image sides must be multiples of this, because RT-DETR's encoder upsamples its coarsest map by 2.
 SIZE_DIVISOR = {"rt_detr": PYRAMID_STRIDES[-1], "deformable_detr": 1}
 
 
 @dataclass(frozen=True)
 class DetectionHead:
-    """What a new head is.
+    """Options of a new head.
 
     Attributes:
-        kind: of `HEADS`.
-        channels, ffn_channels: of its encoder and decoder, and of their feed-forward layers.
-        attention_heads: of both.
-        encoder_layers, decoder_layers: how many; None: as published.
-        num_queries: the most objects that it finds in an image; RT-DETR begins with one cell of its maps for each.
-        num_denoising: noisy copies of the labelled boxes that RT-DETR also learns to restore; 0: none.
-        levels: the layers, counted from 1, whose outputs it takes; None: RT-DETR three, Deformable DETR the last.
-        feature_norm, feature_pyramid: of the backbone; RT-DETR needs a pyramid: None is `simple` then.
-        image_size: (height, width) for which a classifier's position embeddings are laid out anew; None: they stay.
+        kind: a name in `HEADS`.
+        channels, ffn_channels: width of the encoder and decoder, and of their feed-forward layers.
+        attention_heads: number of attention heads in both.
+        encoder_layers, decoder_layers: numbers of layers; None: as published.
+        num_queries: maximum number of objects found in an image; RT-DETR selects one cell of its feature maps for each.
+        num_denoising: number of noisy copies of the labelled boxes that RT-DETR also learns to restore; 0: none.
+        levels: layers, counted from 1, whose outputs are used; None: three for RT-DETR, the last one for Deformable
+            DETR.
+        feature_norm, feature_pyramid: options of the backbone. RT-DETR needs a pyramid, so None means `simple` for it.
+        image_size: (height, width) to which a classifier's position embeddings are resized; None: they are unchanged.
     """
 
     kind: str = "rt_detr"
@@ -48,7 +49,8 @@ class DetectionHead:
     image_size: tuple[int, int] | None = None
 
     def config(self, backbone: VisionMambaConfig) -> RTDetrConfig | DeformableDetrConfig:
-        """One for the labels of a classifier's configuration, on a backbone that is otherwise like it."""
+        """The configuration of a detector with the labels of a classifier's configuration and an otherwise equal
+        backbone."""
         return HEADS[self.kind](self, backbone)
 
 
@@ -57,7 +59,7 @@ def _rt_detr(head: DetectionHead, backbone: VisionMambaConfig) -> RTDetrConfig:
     count, channels = len(levels), head.channels
     return RTDetrConfig(
         backbone_config=backbone_of_levels(backbone, levels, head.feature_norm, head.feature_pyramid or "simple"),
-        freeze_backbone_batch_norms=False,  # a pyramid's have no statistics yet
+        freeze_backbone_batch_norms=False,  # those in a pyramid have no statistics yet
         feat_strides=list(PYRAMID_STRIDES[-count:]),
         num_feature_levels=count,
         encoder_in_channels=[backbone.hidden_size] * count,
@@ -92,7 +94,7 @@ def _deformable_detr(head: DetectionHead, backbone: VisionMambaConfig) -> Deform
         decoder_attention_heads=head.attention_heads,
         num_queries=head.num_queries,
         with_box_refine=True,
-        # Queries are learned: what the encoder proposes by `two_stage` transformers' loss does not train.
+        # Queries are learned, because transformers' loss does not train the encoder's proposals of `two_stage`.
         two_stage=False,
         auxiliary_loss=True,
         **label_maps(backbone),
@@ -100,7 +102,7 @@ def _deformable_detr(head: DetectionHead, backbone: VisionMambaConfig) -> Deform
 
 
 def _queries(head: DetectionHead, backbone: VisionMambaConfig, count: int) -> int:
-    """As many as are asked for, or as there are cells in so many maps."""
+    """The requested number of queries, or the number of cells in `count` feature maps if that is smaller."""
     height, width = head.image_size or backbone.input_size
     strides = PYRAMID_STRIDES[-count:]
     return min(head.num_queries, sum(max(1, height // stride) * max(1, width // stride) for stride in strides))
@@ -132,18 +134,18 @@ class DetectionModels(DenseModels):
 
 
 def detection_processor(image_processor: BaseImageProcessor, size: tuple[int, int] | None) -> BaseImageProcessor:
-    """An image processor whose outputs transformers' pipeline for detection understands, with the statistics of
-    another; one that is of this kind already stays as it is unless a size is given.
+    """An image processor whose outputs work with transformers' object detection pipeline, with the statistics of the
+    given one. A detector's image processor is returned unchanged unless a size is given.
 
     Args:
-        image_processor: of a classifier, or of a detector.
-        size: (height, width) to which all images are resized, whatever their aspect ratio; None: 640 × 640, for a
-            classifier's.
+        image_processor: image processor of a classifier or a detector.
+        size: (height, width) to which all images are resized, whatever their aspect ratio; None: 640 × 640 for a
+            classifier's image processor.
     """
     detects = hasattr(image_processor, "post_process_object_detection")
     if detects and size is None:
         return image_processor
-    # Without torchvision transformers warns as soon as this is imported.
+    # Without torchvision, transformers warns when this is imported.
     from transformers import RTDetrImageProcessor
 
     height, width = size or (640, 640)

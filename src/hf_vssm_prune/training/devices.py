@@ -14,7 +14,7 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # not known; not compiled in, not there; meta
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown; not compiled in or absent; meta
         raise ValueError(f"--device {name} is not available; this machine has {', '.join(_devices())}.") from error
     return device
 
@@ -25,7 +25,7 @@ def check_training_precision(mixed_precision: str | None, device: torch.device) 
     Raises:
         ValueError: it cannot.
     """
-    if mixed_precision == "fp16" and device.type == "cpu":  # no scale for its gradients there
+    if mixed_precision == "fp16" and device.type == "cpu":  # gradient scaling is not supported there
         raise ValueError("--mixed_precision fp16 trains on a GPU only, and the device is the CPU: choose bf16 or no.")
     if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(

@@ -77,7 +77,7 @@ def make_accelerator(
         project_dir=project_dir,
         cpu=cpu,
         fsdp_plugin=plugin,
-        # Each process reads its own part of a stream, and prepares its own images.
+        # Each process reads its own part of a stream and prepares its own images.
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
@@ -125,8 +125,8 @@ def choose_deterministic_algorithms() -> None:
 def shard_by_layers(accelerator: Accelerator, model: PreTrainedModel) -> None:
     """Sets how FSDP2 shards the models that are prepared next: each layer separately, and the rest together.
 
-    A model's `_no_split_modules` would name its embeddings, too. Accelerate (1.15) shards the projection in them on its
-    own account afterwards, and torch refuses to shard a parameter twice.
+    A model's `_no_split_modules` also names its embeddings. Accelerate (1.15) would additionally shard the projection
+    inside them, and torch refuses to shard a parameter twice.
     """
     if accelerator.is_fsdp2:
         layers = backbone_of(model).base_model.get_submodule("layers")

@@ -17,13 +17,13 @@ class TrainingDivergedError(RuntimeError):
 class ForwardWatch:
     """Watches the outputs of a model's layers, and of the parts of each layer, in training.
 
-    A hook sums up each output: the sum is finite exactly if all values are (unless they are so large that the sum
+    A hook sums each output: the sum is finite exactly if all values are (unless the sum of very large values
     overflows). Nothing waits for the device until `first_not_finite` is called.
 
     Args:
-        model: with a backbone of this package; its embeddings, layers, last norm and head. Watched while it is in
-            training.
-        teacher: if there is one, its head alone, always.
+        model: model with a backbone of this package. Its embeddings, layers, last norm and head are watched while it is
+            in training mode.
+        teacher: the teacher, if there is one. Only its head is watched, in either mode.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None = None) -> None:
@@ -61,8 +61,8 @@ class ForwardWatch:
 
 
 def _is_watched(name: str) -> bool:
-    """Layers and the parts of each; beside them what a model and its backbone are made of, and not what those are.
-    (A model's and a backbone's own output has names, and no sum is taken of it.)"""
+    """Watches layers and their direct parts, and the direct parts of the model and its backbone, but nothing inside
+    those. (The outputs of the model and the backbone themselves are not tensors, so they are not summed.)"""
     parts = name.split(".")
     if parts[-1] == "layers":
         return False

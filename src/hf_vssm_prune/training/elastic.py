@@ -1,4 +1,4 @@
-"""Elastic budgets: each step of a run prunes by a schedule that is drawn for it."""
+"""Elastic budgets: each training step prunes by a schedule drawn for that step."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,8 @@ from hf_vssm_prune.pruning_options import TokenPruning
 
 
 def draw_schedule(schedules: Sequence[TokenPruning | None], seed: int, epoch: int, step: int) -> TokenPruning | None:
-    """The schedule of a step: the same in every process and for all batches of the step, whatever was drawn before."""
+    """The schedule of a step. It is the same in all processes and for all batches of the step, and does not depend on
+    earlier draws."""
     place = np.random.SeedSequence([seed, epoch, step], spawn_key=(1,))
     return schedules[int(np.random.default_rng(place).integers(len(schedules)))]
 

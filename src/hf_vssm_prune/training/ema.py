@@ -13,21 +13,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class ExponentialMovingAverage(Generic[Model]):
-    """Keeps a second model whose weights follow those of the first: average += (1 - decay) * (weights - average).
+    """Keeps a copy of a model whose weights follow those of the original: average += (1 - decay) * (weights - average).
 
-    torch's `swa_utils.AveragedModel` has no decay that rises, puts a counter and other names into the weights that are
-    saved, and cannot be sharded apart from the model that it follows.
+    torch's `swa_utils.AveragedModel` does not support a rising decay, adds a counter and a prefix to the names of the
+    saved weights, and cannot be sharded separately from the model.
 
-    Floating-point buffers (the statistics of batch norm) are averaged like weights; other buffers are copied.
+    Floating-point buffers (batch norm statistics) are averaged like weights; other buffers are copied.
 
-    Where the followed model is sharded, its average has to be sharded alike (`distribution.spread_frozen`): each
-    process then averages its own part.
+    If the model is sharded, the average must be sharded in the same way (`distribution.spread_frozen`), so that each
+    process averages its own part.
 
     Args:
-        model: the model to follow, not yet wrapped, sharded or compiled.
-        decay: of the average with each step, in [0, 1).
-        warmup: let the decay rise from 0 as 1 - (1 + steps)^(-2/3) until it reaches `decay`, as timm's
-            `ModelEmaV3` does: the average forgets the first weights sooner, which matters in short runs.
+        model: the model to follow, before it is wrapped, sharded or compiled.
+        decay: decay per step, in [0, 1).
+        warmup: increase the decay from 0 as 1 - (1 + steps)^(-2/3) until it reaches `decay`, like timm's `ModelEmaV3`.
+            The average then forgets the initial weights sooner, which matters in short runs.
 
     Attributes:
         model: the average, in evaluation mode, without gradients.
@@ -39,12 +39,12 @@ class ExponentialMovingAverage(Generic[Model]):
         self.warmup = warmup
 
     def decay_at(self, step: int) -> float:
-        """The decay of a step, the first being 1."""
+        """The decay at a step; the first step is 1."""
         return min(self.decay, 1 - step ** (-2 / 3)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Takes in the model's weights after a step."""
+        """Updates the average with the model's weights after a step."""
         weight = 1 - self.decay_at(step)
         averages = {name: local_part(value) for name, value in self.model.state_dict().items()}
         values = {name: local_part(value) for name, value in model.state_dict().items()}

@@ -165,7 +165,8 @@ def _state_bytes(
     options: EstimateArguments,
     has_teacher: bool,
 ) -> float:
-    """float32 weights, gradients and two moments; the average's weights; the teacher's, in its own precision."""
+    """Bytes of the float32 weights, gradients and two moments, of the EMA weights, and of the teacher in its own
+    precision."""
     teacher = getattr(torch, losses.teacher_dtype).itemsize if has_teacher else 0
     whole = student.num_parameters() * (4 * (4 + optimization.model_ema) + teacher)
     return whole / options.num_devices if scale.fsdp else whole
@@ -180,10 +181,11 @@ def _synthetic_step(
     device: torch.device,
     has_teacher: bool,
 ) -> tuple[PreTrainedModel, Callable[[int], None]]:
-    """The model, and what one step does but for the optimizer, on a batch of random images of a given size."""
+    """The model, and a function that runs one step without the optimizer on a batch of random images of a given
+    size."""
     weights = losses.loss_weights()
     student = task.auto_class.from_config(config).to(device).train()
-    freeze_batch_norm(student)  # a head's has no statistics of a single image
+    freeze_batch_norm(student)  # batch norm in a head cannot compute statistics of a single image
     if scale.gradient_checkpointing:
         enable_activation_checkpointing(student)
     teacher = None
@@ -206,8 +208,9 @@ def _synthetic_step(
 
 
 def _measure(step: Callable[[int], None], batch_sizes: list[int], device: torch.device) -> tuple[dict[int, int], float]:
-    """Peak bytes by batch size, gradients not counted; and seconds of a step of the largest."""
-    step(batch_sizes[0])  # the gradients are there from now on, and kernels are compiled
+    """Peak bytes for each batch size, without gradients, and the seconds that a step of the largest batch size
+    takes."""
+    step(batch_sizes[0])  # allocates the gradients and compiles the kernels
     memory = {size: peak_memory(lambda size=size: step(size), device) for size in batch_sizes}  # type: ignore[misc]
     start = time.perf_counter()
     step(batch_sizes[-1])
@@ -217,7 +220,7 @@ def _measure(step: Callable[[int], None], batch_sizes: list[int], device: torch.
 
 
 def estimate_text(estimate: RunEstimate, num_devices: int, batch_size: int) -> str:
-    """An estimate in words."""
+    """An estimate as text."""
     gib = 2**30
     measured = ", ".join(f"{size}: {value / gib:.2f}" for size, value in estimate.measured_activation_bytes.items())
     lines = {

@@ -1,4 +1,4 @@
-"""Measures how good and how fast a model is: the metrics of its task, FLOPs, images per second."""
+"""Measures a model's accuracy (the metrics of its task), FLOPs and images per second."""
 
 import statistics
 import time
@@ -28,17 +28,17 @@ def evaluate_model(
     accelerator: Accelerator,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Evaluates a model on all processes, and leaves it in its previous mode (training or evaluation).
+    """Evaluates a model on all processes, and restores its mode (training or evaluation) afterwards.
 
     Args:
-        task: has the metrics.
-        model: of the task, on the accelerator's device.
-        loader: prepared by the accelerator; batches of the task.
+        task: the task, which defines the metrics.
+        model: a model of the task, on the accelerator's device.
+        loader: batches of the task, prepared by the accelerator.
         accelerator: gathers the scores.
-        should_stop: asked after each batch; it has to answer the same on every process.
+        should_stop: called after each batch; it must return the same value on all processes.
 
     Returns:
-        The metrics by name, or None where it was stopped.
+        The metrics by name, or None if the evaluation was stopped.
     """
     was_training = model.training
     model.eval()
@@ -62,13 +62,13 @@ def _on_cpu(scores: Scores) -> Scores:
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """One model in a comparison.
+    """The evaluation of one model in a comparison.
 
     Attributes:
-        metrics: of the task, on the data set.
-        num_images: in it.
-        gflops_total: everything counted, in 1e9 multiply-adds.
-        gflops_published: by the convention of the published figures.
+        metrics: the task's metrics on the data set.
+        num_images: number of images.
+        gflops_total: all FLOPs, in 1e9 multiply-adds.
+        gflops_published: FLOPs counted like the published figures, in 1e9 multiply-adds.
         images_per_second: median over batches.
     """
 
@@ -87,22 +87,22 @@ def compare_models(
     device: torch.device,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, ModelEvaluation]:
-    """Evaluates models side by side: every batch goes through all of them in turn, so that a machine that slows down
-    meanwhile slows all of them.
+    """Evaluates several models on the same data. Each batch goes through all models in turn, so that if the machine
+    slows down during the evaluation, all models are affected equally.
 
     Args:
-        task: has the metrics.
-        models: of the task, by name.
-        loader: batches of the task. The first batch is run once more beforehand to warm up; its size
-            and that of the images count for the speed.
-        device: to compute on.
-        autocast_dtype: of a mixed precision; None: the weights' own.
+        task: the task, which defines the metrics.
+        models: models of the task, by name.
+        loader: batches of the task. The first batch is run once more beforehand to warm up; the speed is measured with
+            its batch size and image size.
+        device: device to compute on.
+        autocast_dtype: data type for mixed precision; None: that of the weights.
     """
     scores: dict[str, list[Scores]] = {name: [] for name in models}
     speeds: dict[str, list[float]] = {name: [] for name in models}
     num_images, image_size = 0, None
     for model in models.values():
-        nn.Module.to(model, device).eval()  # the type of PreTrainedModel.to is lost in a decorator
+        nn.Module.to(model, device).eval()  # a decorator hides the type of PreTrainedModel.to
     for index, batch in enumerate(tqdm(loader, desc="evaluating")):
         batch = send_to_device(batch, device)
         batch_size = len(batch["pixel_values"])
@@ -133,7 +133,7 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContex
 
 
 def _timed(compute: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds that something takes, and what it gives."""
+    """The seconds that a computation takes, and its result."""
     _wait_for(device)
     start = time.perf_counter()
     outputs = compute()
@@ -147,7 +147,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def comparison_table(task: Task, evaluations: Mapping[str, ModelEvaluation]) -> str:
-    """A Markdown table, with the metrics that the task shows."""
+    """A Markdown table with the metrics that the task shows."""
     titles = ["model", *(title for title, _ in task.shown_metrics.values()), "GFLOPs", "published GFLOPs", "images/s"]
     rows = [
         [

@@ -33,7 +33,7 @@ def resize_model(model: nn.Module, image_size: int | tuple[int, int]) -> None:
     config, embeddings = network.config, network.base_model.embeddings
     grid, new_grid = config.grid_size, config_at_size(config, image_size).grid_size
     positions = embeddings.position_embeddings.detach()
-    if positions.shape[1] < math.prod(grid):  # the same in all frames of a video
+    if positions.shape[1] < math.prod(grid):  # shared by all frames of a video
         grid, new_grid = grid[-2:], new_grid[-2:]
     place, new_place = (config.cls_token_id(math.prod(each)) for each in (grid, new_grid))
     if place is None:

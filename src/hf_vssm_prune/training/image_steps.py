@@ -1,4 +1,5 @@
-"""From a stored image to pixel values: decoding, and an image processor's steps without its cost per call."""
+"""Converts stored images to pixel values: decoding, and the steps of an image processor without its overhead per
+call."""
 
 import functools
 import io
@@ -18,13 +19,13 @@ from hf_vssm_prune.documentation import see
 logger = logging.getLogger(__name__)
 Content = TypeVar("Content")
 
-# A little more than two of 255 levels: torchvision's resizing, where it is installed, rounds otherwise than Pillow's.
+# Slightly more than two of 255 levels: torchvision, if installed, rounds differently from Pillow when it resizes.
 PROBE_TOLERANCE_IN_LEVELS = 2.5
-# From here on an elongated image is resized only where it is not cut away: a line of 60,000 pixels takes gigabytes.
+# Above this limit, an elongated image is cropped before it is resized: a line of 60,000 pixels would take gigabytes.
 MOST_RESIZED_PIXELS = 2**24
-# Formats that Pillow knows and cannot decode, or only with a program that runs the file (EPS).
+# Formats that Pillow recognizes but cannot decode, or only with a program that executes the file (EPS).
 UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-# What has to be done to pixels that EXIF says lie otherwise.
+# How to transpose the pixels for each EXIF orientation.
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,36 +35,38 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The first image that was clipped: a data set of such images would fill the log.
+# The first clipped image. Only this one is logged, because a data set of such images would fill the log.
 _said_to_be_clipped: list[str] = []
 
 
 class ImageError(ValueError):
-    """An image is missing, damaged, of no known format, of a pixel type without a known range, or without a label."""
+    """An image is missing, damaged, in an unknown format, has pixels of unknown range, or has no label."""
 
 
 @functools.cache
 def readable_formats() -> list[str]:
-    """The image formats that are opened, in the order in which Pillow tries them: the common ones first."""
+    """The supported image formats, in the order in which Pillow tries them: common formats first."""
     Image.preinit()
     Image.init()
     return [form for form in Image.ID if form not in UNREADABLE_FORMATS]
 
 
 def decode_image(stored: Mapping[str, Any] | None, mode: str, name: str) -> Image.Image:
-    """Decodes an image that `datasets.Image(decode=False)` stored, upright (EXIF) and in one mode.
+    """Decodes an image stored by `datasets.Image(decode=False)`, applies its EXIF orientation, and converts it to
+    `mode`.
 
-    The pixels are those that transformers' pipelines show a model, which convert every image to RGB by Pillow:
-    transparency is dropped without blending, and grayscale of more than 8 bits is clipped at 255, which is logged.
-    An image processor that is called on an image with transparency blends it onto white instead.
+    The pixels are the same as in transformers' pipelines, which use Pillow to convert all images to RGB: transparency
+    is dropped without blending, and grayscale values above 255 are clipped, which is logged. An image processor called
+    directly on an image with transparency blends it onto white instead.
 
     Args:
-        stored: {"bytes": the encoded file or None, "path": where the file is, used without bytes}; None: no image.
+        stored: {"bytes": the encoded file or None, "path": the file's path, used if there are no bytes}; None: no
+            image.
         mode: "RGB" or "L".
-        name: What an error calls the image.
+        name: Name of the image in error messages.
 
     Raises:
-        ImageError: see there.
+        ImageError: The image cannot be decoded; see there.
     """
     upright = read_stored(stored, name, _upright)
     if upright.mode.startswith("I") or upright.mode == "F":
@@ -72,7 +75,8 @@ def decode_image(stored: Mapping[str, Any] | None, mode: str, name: str) -> Imag
 
 
 def read_stored(stored: Mapping[str, Any] | None, name: str, read: Callable[[Image.Image], Content]) -> Content:
-    """What `read` makes of a stored image, whose pixels are loaded. Arguments and errors as of `decode_image`."""
+    """Returns `read(image)` for a stored image whose pixels have been loaded. See `decode_image` for arguments and
+    errors."""
     stored = stored or {"bytes": None, "path": None}
     source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
     if source is None:
@@ -87,10 +91,10 @@ def read_stored(stored: Mapping[str, Any] | None, name: str, read: Callable[[Ima
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy as its EXIF says it lies, or as it is where that cannot be read: viewers show such images, too."""
+    """A copy with the EXIF orientation applied. Like in image viewers, it is ignored if it cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # of many kinds, as of damaged files
+    except Exception:  # many types, as for damaged files
         orientation = None
     return image.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else image.copy()
 
@@ -104,8 +108,8 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _check_range(image: Image.Image, name: str) -> None:
-    """Refuses pixels of an unknown range, and says where 16 bits are clipped. Depending on its version and on the file,
-    Pillow opens 16-bit grayscale as "I;16" or as 32-bit integers."""
+    """Rejects pixels of unknown range, and logs when 16-bit values are clipped. Depending on its version and the file,
+    Pillow opens 16-bit grayscale images as "I;16" or as 32-bit integers."""
     pixels = np.asarray(image)
     least, most = pixels.min(), pixels.max()
     if image.mode == "F" or least < 0 or most > 0xFFFF:
@@ -123,17 +127,18 @@ def _check_range(image: Image.Image, name: str) -> None:
 
 class ImageProcessorSteps:
     """The steps of an image processor that resizes, crops the center, rescales and normalises, such as
-    `CLIPImageProcessor` and `BitImageProcessor`: one by one for training, and several times as fast for a small image.
+    `CLIPImageProcessor` and `BitImageProcessor`. They can be called separately, as training does, and for small images
+    they are several times as fast as the image processor.
 
     Attributes:
         size: (height, width) of the pixel values.
-        mode: "RGB" or "L", by the processor's number of means.
-        resample: Filter of the resizing.
+        mode: "RGB" or "L", depending on the number of means.
+        resample: Filter used for resizing.
         fill: The mean colour, 0 to 255 for each channel.
 
     Raises:
-        ValueError: The processor gives images of varying sizes, or does something else than these steps (this is found
-            by comparing both on two test images).
+        ValueError: The processor returns images of varying sizes, or does something other than these steps (detected by
+            comparing both on two test images).
     """
 
     def __init__(self, image_processor: BaseImageProcessor) -> None:
@@ -169,11 +174,11 @@ class ImageProcessorSteps:
         self._compare_with(image_processor)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Returns the pixel values (channels, height, width), float32, of an image in `self.mode`."""
+        """Returns the pixel values, float32 (channels, height, width), of an image in `self.mode`."""
         return self.normalize(self.resize_and_crop(image))
 
     def resize_and_crop(self, image: Image.Image) -> Image.Image:
-        """Returns the image in `self.size`."""
+        """Returns the image resized and cropped to `self.size`."""
         if self._resize_to:
             height, width = self._resized_size(image)
             if self._crops and height * width > MOST_RESIZED_PIXELS:
@@ -183,12 +188,13 @@ class ImageProcessorSteps:
         if self._crops and image.size != self.size[::-1]:
             height, width = self.size
             left, top = (image.width - width) // 2, (image.height - height) // 2
-            # Beyond the image's border, Pillow's crop is black, and so is the image processor's.
+            # Outside the image, Pillow's crop is black, like the image processor's.
             image = image.crop((left, top, left + width, top + height))
         return image
 
     def crops(self, image: Image.Image, count: int) -> list[Image.Image]:
-        """Returns parts of the image in `self.size`, evenly along its longer side; one is its middle.
+        """Returns `count` crops of `self.size`, evenly spaced along the image's longer side; a single crop is the
+        center.
 
         Raises:
             ImageError: the image is too elongated.
@@ -213,21 +219,21 @@ class ImageProcessorSteps:
         return crops
 
     def _cut_ends(self, image: Image.Image, height: int, width: int) -> tuple[Image.Image, tuple[int, int]]:
-        """The part of an elongated image around what the crop leaves of it, and the size that it is to be resized to.
+        """The part of an elongated image around the center crop, and the size to which this part is resized.
 
-        A few pixels more than the crop on either side, for what the resizing filter sees.
+        It includes a few pixels on each side of the crop, which the resizing filter needs.
         """
         size, parts = [], []
         for before, after, crop in ((image.height, height, self.size[0]), (image.width, width, self.size[1])):
             kept = min(before, math.ceil((crop + 16) * before / after))
-            kept += (before - kept) % 2  # as much from either end
+            kept += (before - kept) % 2  # remove the same number from both ends
             parts.append(((before - kept) // 2, (before + kept) // 2))
             size.append(max(1, round(kept * after / before)))
         (top, bottom), (left, right) = parts
         return image.crop((left, top, right, bottom)), (size[0], size[1])
 
     def normalize(self, image: Image.Image) -> torch.Tensor:
-        """Returns the rescaled and normalised pixel values (channels, height, width), float32."""
+        """Returns rescaled and normalised pixel values, float32 (channels, height, width)."""
         pixels = np.array(image)
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         values = torch.from_numpy(pixels).to(torch.float32, memory_format=torch.contiguous_format)
@@ -247,7 +253,7 @@ class ImageProcessorSteps:
             shape = (height, width, 3) if self.mode == "RGB" else (height, width)
             image = Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8))
             expected = image_processor(image, return_tensors="pt")["pixel_values"]
-            expected = expected.flatten(0, -4)[0]  # one for videos takes it for a single frame
+            expected = expected.flatten(0, -4)[0]  # a video processor treats the image as a single frame
             actual = self(image)
             if expected.shape != actual.shape or not torch.allclose(actual, expected, rtol=0, atol=tolerance):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the first signal asks it to save and end, a second one ends it at once."""
+"""Stops a run on a signal: the first signal makes it save and exit, a second one ends it immediately."""
 
 import signal
 import threading
@@ -10,11 +10,11 @@ STOPPING = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 def leave_stopping_to_main_process(worker: int) -> None:
-    """For a data loader's workers: launchers and terminals send signals to them as well, and without its workers the
-    main process could not go on to the end of the step, after which it saves. They end when it does.
+    """Makes a data loader's worker ignore signals, which launchers and terminals send to workers as well. The main
+    process still needs its workers to finish the step before it saves; they end when it does.
 
     Args:
-        worker: its number, as `DataLoader` gives it to its `worker_init_fn`.
+        worker: the worker's number, which `DataLoader` passes to its `worker_init_fn`.
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
@@ -24,8 +24,8 @@ class TrainingInterruptedError(Exception):
     """A run was stopped by a signal after it saved a checkpoint.
 
     Attributes:
-        signal: which one.
-        checkpoint: from which the run can go on.
+        signal: the signal.
+        checkpoint: the checkpoint from which the run can be resumed.
     """
 
     def __init__(self, received: signal.Signals, checkpoint: Path) -> None:
@@ -37,11 +37,11 @@ class TrainingInterruptedError(Exception):
 
 
 class StopRequest:
-    """Within this context SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is closed) are noted rather than obeyed;
-    those that are ignored, as SIGHUP is under nohup, still are.
+    """Inside this context, SIGINT (Ctrl-C), SIGTERM and SIGHUP (closed terminal) are recorded instead of ending the
+    process. Signals that were ignored before, such as SIGHUP under nohup, are still ignored.
 
     Attributes:
-        received: the signal, or None so far.
+        received: the signal received, or None.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        # Python lets only the main thread set handlers; elsewhere signals act as they always do.
+        # Python allows only the main thread to set handlers; in other threads, signals have their usual effect.
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
                 if signal.getsignal(number) != signal.SIG_IGN:

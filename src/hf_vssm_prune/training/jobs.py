@@ -1,4 +1,4 @@
-"""What the scripts do: from options to images, models and a `Trainer`, and how a run ends on the command line."""
+"""The work of the commands: creates data sets, models and a `Trainer` from options, runs them, and reports errors."""
 
 import copy
 import logging
@@ -42,7 +42,7 @@ from hf_vssm_prune.training.image_size import config_at_size, resize_image_proce
 from hf_vssm_prune.training.image_steps import ImageError
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe, Trainer
-from hf_vssm_prune.training.models import load_model  # noqa: F401 - for those who look for it here
+from hf_vssm_prune.training.models import load_model  # noqa: F401 - part of this module's interface
 from hf_vssm_prune.training.tasks import default_task
 from hf_vssm_prune.training.tasks.task import PrunableModel, Task
 
@@ -53,16 +53,17 @@ logger = logging.getLogger(__name__)
 def prepare_finetuning(
     data: DataArguments, model: FinetuneArguments, pruning: PruningArguments, recipe: Recipe
 ) -> Trainer:
-    """Pruned fine-tuning of a checkpoint, which is its own dense teacher by default.
+    """Prepares fine-tuning of a checkpoint with pruning. By default, the checkpoint without pruning is also the
+    teacher.
 
     Raises:
-        ValueError, OSError: something does not fit or is not there; the message names it.
+        ValueError, OSError: options do not fit together, or something is missing; the message says what.
     """
     _check_run(recipe)
     config = pruned_config(load_config(model.model_name_or_path))
     if model.image_size is not None:
         config = config_at_size(config, model.image_size)
-    # The checkpoint's configuration checks the schedule, before weights and images are loaded.
+    # The configuration checks the schedule, so this comes before weights and images are loaded.
     schedule = pruning.schedule(config)
     if schedule is None:
         raise ValueError(
@@ -86,16 +87,16 @@ def prepare_finetuning(
 
 
 def _check_run(recipe: Recipe) -> None:
-    """What can be refused before anything is loaded."""
+    """Checks everything that can be checked before anything is loaded."""
     check_output_dir(recipe.run)
     check_training_precision(recipe.optimization.mixed_precision, find_device("cpu" if recipe.run.use_cpu else None))
 
 
 def prepare_dense_training(data: DataArguments, model: DenseModelArguments, recipe: Recipe) -> Trainer:
-    """Training of a new dense model, or on from a checkpoint.
+    """Prepares training of a new dense model, or further training of a checkpoint without pruning.
 
     Raises:
-        ValueError, OSError: something does not fit or is not there; the message names it.
+        ValueError, OSError: options do not fit together, or something is missing; the message says what.
     """
     _check_run(recipe)
     set_seed(recipe.run.seed)
@@ -116,7 +117,7 @@ def prepare_dense_training(data: DataArguments, model: DenseModelArguments, reci
 
 
 def _at_size(model: PrunableModel, processor: BaseImageProcessor, image_size: int | None) -> BaseImageProcessor:
-    """Lays a checkpoint out for another image size, if there is one, and returns the image processor for it."""
+    """Adapts a model to another image size, if one is given, and returns the image processor for it."""
     if image_size is None:
         return processor
     resize_model(model, image_size)
@@ -130,14 +131,15 @@ def evaluate(
     pruning: PruningArguments,
     task: Task | None = None,
 ) -> dict[str, ModelEvaluation]:
-    """A model without pruning and, where it or the options have a schedule, with it; on request with int8 linears, too.
+    """Evaluates a model without pruning and, if the model or the options have a schedule, with pruning; with `--int8`,
+    also with int8 linear layers.
 
     Args:
-        data, options, beside, pruning: of the evaluation.
-        task: what is measured; image classification by default.
+        data, options, beside, pruning: options of the evaluation.
+        task: the task; default: image classification.
 
     Raises:
-        ValueError, OSError: something does not fit or is not there; the message names it.
+        ValueError, OSError: options do not fit together, or something is missing; the message says what.
     """
     task = task or default_task()
     device = find_device(options.device)
@@ -168,15 +170,15 @@ def compare_schedules(
     schedules: Mapping[str, dict[str, Any]],
     task: Task | None = None,
 ) -> dict[str, ModelEvaluation]:
-    """A model without pruning, and pruned in several ways with the weights as they are.
+    """Evaluates a model without pruning, and pruned in several ways with the same weights.
 
     Args:
-        data, options: of the evaluation.
+        data, options: options of the evaluation.
         schedules: `token_pruning` options by name.
-        task: what is measured; image classification by default.
+        task: the task; default: image classification.
 
     Raises:
-        ValueError, OSError: something does not fit or is not there; the message names it.
+        ValueError, OSError: options do not fit together, or something is missing; the message says what.
     """
     task = task or default_task()
     find_device(options.device)  # before anything is loaded
@@ -189,7 +191,8 @@ def compare_schedules(
 
 
 def method_schedules(flops_reduction: float) -> dict[str, dict[str, Any]]:
-    """Each method without alignment and with `repeat`; `top` also with each other alignment and importance."""
+    """Each pruning method with alignment `none` and `repeat`, and `top` also with every other alignment and
+    importance."""
     variants = {
         f"{method}, {alignment}": {"method": method, "alignment": alignment}
         for method in METHODS
@@ -198,7 +201,7 @@ def method_schedules(flops_reduction: float) -> dict[str, dict[str, Any]]:
     variants |= {
         f"top, {alignment}": {"method": "top", "alignment": alignment}
         for alignment in ALIGNMENTS
-        if alignment != "learned"  # it begins as `zero_input`
+        if alignment != "learned"  # equals `zero_input` before training
     }
     variants |= {
         f"top, repeat, {importance}": {"method": "top", "alignment": "repeat", "importance": importance}
@@ -209,7 +212,7 @@ def method_schedules(flops_reduction: float) -> dict[str, dict[str, Any]]:
 
 
 def _sharing_weights(task: Task, model: ImageClassifier, token_pruning: dict[str, Any] | None) -> ImageClassifier:
-    """Another model with the same weights in memory, and pruning of its own."""
+    """A second model that shares the weights in memory but has its own pruning schedule."""
     with torch.device("meta"):
         other = task.auto_class.from_config(copy.deepcopy(model.config))
     other.load_state_dict(model.state_dict(), assign=True)
@@ -220,7 +223,7 @@ def _sharing_weights(task: Task, model: ImageClassifier, token_pruning: dict[str
 def _load_evaluation(
     task: Task, data: EvaluationDataArguments, options: EvaluationArguments
 ) -> tuple[DataLoader, Sequence[str]]:
-    """Batches of the images that the options name, and the names of their labels."""
+    """The batches of the data set chosen by the options, and the names of its labels."""
     set_seed(options.seed)
     rows, label_names = task.load_evaluation_dataset(data, options.seed)
     loader: DataLoader = DataLoader(
@@ -242,8 +245,8 @@ def _compare(
 def report(
     compute: Callable[[], dict[str, ModelEvaluation]], options: EvaluationArguments, task: Task | None = None
 ) -> int:
-    """Prints a comparison as a table, writes it to the files of `--json` and `--save_results`, and returns the exit
-    status: 0, or 1 after an error, which is printed in one line."""
+    """Prints a comparison as a table and writes it to the files of `--json` and `--save_results`. Returns the exit
+    status: 0, or 1 after an error, which is printed on one line."""
     try:
         evaluations = compute()
         print(comparison_table(task or default_task(), evaluations))
@@ -259,17 +262,17 @@ def report(
 
 
 def _in_a_line(error: Exception) -> str:
-    """One of an image brings a traceback along if it comes from a loader's worker."""
+    """An error message on one line: an image error from a loader's worker includes a traceback."""
     return str(error).splitlines()[-1] if isinstance(error, ImageError) else str(error)
 
 
 def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
-    """Runs a job to its end and returns the exit status: 0; 1 after an error, which is printed in one line; 128 + the
-    signal's number where a signal stopped the run, as shells have it."""
+    """Runs a job and returns the exit status: 0 on success, 1 after an error (printed on one line), or 128 + the
+    signal's number if a signal stopped the run, as in shells."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
     for library in ("accelerate", "httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    # Bars for writing a few megabytes would break the training's own.
+    # Progress bars for saving a few megabytes would break up the training's own bar.
     transformers_logging.disable_progress_bar()
     try:
         trainer = prepare()

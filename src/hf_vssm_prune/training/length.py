@@ -1,4 +1,4 @@
-"""How long a run is, and its learning rate from the first step to the last."""
+"""The length of a run, and the learning rate at each step."""
 
 import math
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ from hf_vssm_prune.training.optimization import LearningRateSchedule
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run is, in optimizer steps.
+    """The length of a run in optimizer steps.
 
     Args:
-        batches_per_epoch: on each device; of the last ones of an epoch there may be fewer than a step takes.
-        gradient_accumulation_steps: batches of a step.
+        batches_per_epoch: batches per epoch on each device. The last step of an epoch may have fewer batches than the
+            others.
+        gradient_accumulation_steps: batches per step.
         num_train_epochs: passes over the training images.
-        max_train_steps: in place of them, if it is given.
+        max_train_steps: if given, replaces `num_train_epochs`.
     """
 
     batches_per_epoch: int
@@ -33,15 +34,15 @@ class RunLength:
 
     @property
     def num_epochs(self) -> int:
-        """Passes, the last of which may end early."""
+        """Number of epochs; the last one may end early."""
         return math.ceil(self.num_steps / self.steps_per_epoch)
 
     def batches_left(self, epoch: int) -> int:
-        """From the beginning of an epoch to the end of the run."""
+        """Number of batches from the start of an epoch to the end of the run."""
         return (self.num_steps - epoch * self.steps_per_epoch) * self.gradient_accumulation_steps
 
     def batches_of_step(self, batch: int) -> int:
-        """How many batches the step has to which a batch of an epoch belongs."""
+        """Number of batches in the step to which a batch of an epoch belongs."""
         accumulation = self.gradient_accumulation_steps
         return min(accumulation, self.batches_per_epoch - batch // accumulation * accumulation)
 

@@ -1,4 +1,4 @@
-"""The batches of a run. Which images a batch has depends on the seed, the epoch and its number alone."""
+"""The batches of a run. The images in a batch depend only on the seed, the epoch and the batch's number."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from hf_vssm_prune.training.tasks.task import Batch, EvaluationItems, Task, Trai
 
 @dataclass(frozen=True)
 class Loaders:
-    """Both sides of a run, spread over its processes.
+    """The loaders for training and evaluation, distributed over the processes.
 
     Attributes:
-        train_items, eval_items: what the loaders read.
-        sampler: the order of the training items.
-        train, eval: as Accelerate prepared them.
-        batch_size: training images of one batch on all processes together.
-        shuffle_buffer_size: of a stream; None for what is not streamed.
+        train_items, eval_items: items that the loaders read.
+        sampler: order of the training items.
+        train, eval: loaders prepared by Accelerate.
+        batch_size: number of training images in one batch of all processes together.
+        shuffle_buffer_size: size of a stream's shuffling buffer; None if the data is not streamed.
     """
 
     train_items: TrainingItems
@@ -36,7 +36,7 @@ class Loaders:
     shuffle_buffer_size: int | None
 
     def batches(self, epoch: int, done: int) -> Iterator[tuple[int, Batch]]:
-        """The training batches of an epoch that come after the first `done`, each with its number."""
+        """The training batches of an epoch after the first `done`, each with its number."""
         self.train_items.set_epoch(epoch)
         self.sampler.start_at(epoch, done * self.batch_size)
         self.train.set_epoch(epoch)
@@ -52,10 +52,10 @@ def make_loaders(
     seed: int,
     num_workers: int,
 ) -> Loaders:
-    """Loaders of a task's items.
+    """Creates the loaders for a task's items.
 
     Raises:
-        ValueError: there is not one full batch.
+        ValueError: there are too few images for one full batch.
     """
     rows = datasets.train
     sampler = StreamSampler(rows, seed) if isinstance(rows, ImageStream) else EpochSampler(len(rows), seed)
@@ -68,7 +68,7 @@ def make_loaders(
         "pin_memory": accelerator.device.type == "cuda",
     }
     train, evaluation = accelerator.prepare(
-        # The images of a smaller last batch would weigh more. Each epoch leaves out others.
+        # Images in a smaller last batch would have more weight. Each epoch leaves out different images.
         DataLoader(train_items, options.per_device_train_batch_size, sampler=sampler, drop_last=True, **shared),  # type: ignore[arg-type]
         DataLoader(eval_items, options.per_device_eval_batch_size, **shared),  # type: ignore[arg-type]
     )

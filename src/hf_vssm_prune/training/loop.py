@@ -1,10 +1,10 @@
-"""The training loop, on Accelerate: dense training and pruned fine-tuning for any task, on one or more devices.
+"""The training loop, based on Accelerate: dense training and pruned fine-tuning for any task, on one or more devices.
 
-transformers' `Trainer` and Accelerate have loops and checkpoints, too. This one is for what they lack: a run that is
-killed and resumed ends with the very weights of one that was not, its checkpoints go on over another number of
-processes, by DDP or FSDP2, and each step can be pruned by another budget. The images of a step are the same over
-however many processes it is spread. Whatever is random in it depends on the seed, the epoch, the batch and the process
-alone, never on what was drawn before.
+It offers more than the loops and checkpoints of transformers' `Trainer` and Accelerate: a run that is killed and
+resumed ends with exactly the same weights as an uninterrupted run, its checkpoints can be resumed with another number
+of processes and with DDP or FSDP2, and each step can be pruned with another budget. The images in a step do not depend
+on the number of processes. All randomness depends only on the seed, the epoch, the batch and the process, and never on
+earlier draws.
 """
 
 import copy
@@ -71,13 +71,13 @@ from hf_vssm_prune.training.saved_models import SavedModels, WriteCard
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task, image_processor_of, leaves_parameters_idle
 
 
-# Of the metrics of the weights, and of their average.
+# Prefixes for the metrics of the weights and of their average.
 PREFIX, EMA_PREFIX = "eval_", "eval_ema_"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: the options of the scripts, the task with its own, and the losses."""
+    """How a model is trained: the options of the command, the task with its options, and the losses."""
 
     optimization: OptimizationArguments
     task: Task
@@ -91,23 +91,24 @@ class Recipe:
 class Trainer:
     """Trains one model for the recipe's task, and saves it.
 
-    Afterwards the recipe's output folder has `best/` (the best weights, or the best average of them), `last/` and,
-    with an average, `last_ema/`, each of which `from_pretrained` opens; `checkpoint-*/`; and `all_results.json`.
-    A pruned model's card and, after each evaluation, the trackers get the task's picture of what it keeps.
+    After training, the output folder contains `best/` (the best weights, or the best average if that is better),
+    `last/` and, if there is an average, `last_ema/`, all of which can be loaded with `from_pretrained`;
+    `checkpoint-*/`; and `all_results.json`. For a pruned model, a picture drawn by the task is added to the card and
+    sent to the trackers after each evaluation.
 
     Args:
-        model: of the task, with its pruning schedule.
-        datasets: images to train and to evaluate on.
-        image_processor: prepares the model's images, and is saved with it, as the task has it.
+        model: a model of the task, with its pruning schedule.
+        datasets: images for training and evaluation.
+        image_processor: prepares the images. The task may adapt it; it is saved with the model.
         recipe: how to train.
-        teacher: the dense model, where the recipe's losses need one. It is frozen.
-        write_card: what the model card says, from the metrics and the number of images; None: no more than the model
-            itself tells.
+        teacher: the dense model, if the recipe's losses need one. It is frozen.
+        write_card: creates the content of the model card from the metrics and the number of images; None: the card
+            contains only information from the model itself.
 
     Raises:
-        ValueError: the losses need a teacher and there is none, a layer to align is not there, there is not one full
-            batch, or the checkpoint to go on from is of another run.
-        OSError: the output folder cannot be used, see `check_output_dir`.
+        ValueError: the losses need a teacher and there is none, a layer to align does not exist, there are too few
+            images for one full batch, or the checkpoint to resume from belongs to a different run.
+        OSError: the output folder cannot be used; see `check_output_dir`.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Trainer:
         self.elastic_schedules = recipe.elastic.schedules(pruned_config(model.config))
         for schedule in self.elastic_schedules:
             model.add_pruning_parameters(schedule)
-        # What has no gradient ever is neither DDP's to wait for nor the optimizer's to have moments of.
+        # Parameters that never get a gradient: DDP must not wait for them, and the optimizer needs no moments.
         model.freeze_pruning_parameters([pruned_config(model.config).token_pruning, *self.elastic_schedules])
         self.accelerator = make_accelerator(
             mixed_precision=recipe.optimization.mixed_precision,
@@ -140,7 +141,7 @@ class Trainer:
             cpu=recipe.run.use_cpu,
             fsdp=recipe.scale.fsdp,
             timeout=recipe.scale.ddp_timeout,
-            # A stage that a step's schedule does not have leaves what it has learned alone.
+            # Parameters of stages that are not in a step's schedule get no gradient.
             find_unused_parameters=leaves_parameters_idle(self.task)
             or (bool(self.elastic_schedules) and model.has_pruning_parameters),
         )
@@ -162,7 +163,7 @@ class Trainer:
     # Preparation
 
     def _prepare(self, model: PrunableModel, teacher: PrunableModel | None) -> None:
-        """Puts the models on the device and spreads them over the processes."""
+        """Moves the models to the device and distributes them over the processes."""
         options, scale = self.recipe.optimization, self.recipe.scale
         if scale.batch_norm == "sync":
             synchronize_batch_norm(model, self.accelerator.device)
@@ -177,7 +178,7 @@ class Trainer:
         self.ema = None
         if options.model_ema:
             self.ema = ExponentialMovingAverage(model, options.model_ema_decay, options.model_ema_warmup)
-        # Whole weights are saved and drawn from this copy, which no process shards; see `_whole`.
+        # An unsharded copy of the model, used for saving and for the picture; see `_whole`.
         self._saved_model = copy.deepcopy(model).cpu() if self.accelerator.is_fsdp2 else None
         if self.ema is not None:
             self.ema.model = spread_frozen(self.accelerator, self.ema.model)
@@ -193,7 +194,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def _settings(self) -> dict[str, Any]:
-        """What a run and its continuation must share for the weights to come out the same."""
+        """The settings that a resumed run must share with the original run to end with the same weights."""
         options = asdict(self.recipe.optimization)
         del options["per_device_eval_batch_size"]
         return {
@@ -222,11 +223,11 @@ class Trainer:
     # The run
 
     def train(self) -> dict[str, Any]:
-        """Runs to the end and returns the results, which `all_results.json` holds as well.
+        """Runs the training and returns the results, which are also saved in `all_results.json`.
 
         Raises:
             TrainingDivergedError: the loss, its gradient or a weight became NaN or infinite.
-            TrainingInterruptedError: SIGINT or SIGTERM came; a checkpoint was saved.
+            TrainingInterruptedError: a signal stopped the run, and a checkpoint was saved.
             ProcessLostError: another process of the run died or did not respond.
         """
         with lost_processes_named(self.accelerator.num_processes):
@@ -274,7 +275,7 @@ class Trainer:
                     f"numbers: {differing}."
                 )
             if not (self.output_dir / "best").is_dir():
-                # The checkpoint was copied from another folder: the best model so far did not come along.
+                # The checkpoint was copied from another folder, without the best model so far.
                 self.state.best = {}
             self.log.write(f"Resuming from {folder}, after {self.state.steps} steps.")
         elif resume is not None:
@@ -302,7 +303,7 @@ class Trainer:
             freeze_batch_norm(self.model)
         window = LossWindow()
         for index, batch in self.loaders.batches(epoch, done):
-            # Accelerate divides by the number of accumulated batches; at an epoch's end there may be fewer.
+            # Accelerate divides by the number of accumulated batches, but the last step of an epoch may have fewer.
             group = length.batches_of_step(index)
             with self.accelerator.accumulate(self.model):
                 terms = self._losses(batch, epoch, index)
@@ -322,7 +323,7 @@ class Trainer:
     def _losses(self, batch: Batch, epoch: int, index: int) -> dict[str, Tensor]:
         place = [self.recipe.run.seed, epoch, index, self.accelerator.process_index]
         batch = self.task.mix(batch, self.plain_model.config, np.random.default_rng(place))
-        # Drop path and random importance draw from torch's own generator.
+        # Drop path and random importance use torch's global generator.
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         inputs = self.task.inputs(batch) | {"output_hidden_states": self.recipe.losses.alignment_weight > 0}
         schedule, drawn = pruned_config(self.plain_model.config).token_pruning, {}
@@ -339,14 +340,14 @@ class Trainer:
         return training_loss(self.task, student, teacher, batch, self.recipe.losses, pruned_layers(schedule))
 
     def _step(self, window: LossWindow) -> None:
-        """Changes the weights by the gradients that have come together."""
+        """Updates the weights with the accumulated gradients."""
         values = self._agree(window)
         norms = gradient_norms(self.plain_model)
         largest_norm = self.recipe.optimization.clip_grad or math.inf
         values["gradient_norm"] = float(self.accelerator.clip_grad_norm_(self.model.parameters(), largest_norm))
         finite = {name: math.isfinite(value) for name, value in values.items()}
-        # With fp16 an infinite gradient only means that its scale was too large: the scaler skips the step. If it was
-        # scaled down already, that is not why.
+        # With fp16, an infinite gradient usually means that the loss scale was too large, and the scaler skips the
+        # step. If the scale is already low, there is another cause.
         if self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1:
             finite.pop("gradient_norm")
         if not all(finite.values()):
@@ -372,7 +373,8 @@ class Trainer:
         window.add_step(values)
 
     def _agree(self, window: LossWindow) -> dict[str, float]:
-        """The loss terms of this step, mean over processes; in passing, whether any process was asked to stop."""
+        """The loss terms of this step, averaged over processes. Also finds out whether any process was asked to
+        stop."""
         stop = torch.tensor(float(self.stop_request.received is not None), device=self.accelerator.device)
         values = self.accelerator.reduce(torch.stack([*window.terms.values(), stop]), reduction="mean").tolist()
         self._stop_agreed = values.pop() > 0
@@ -394,7 +396,7 @@ class Trainer:
             self._save_checkpoint()
 
     def _save_checkpoint(self) -> Path:
-        """Saves a checkpoint, unless a weight is not finite: the last good one must not make room for it."""
+        """Saves a checkpoint unless a weight is not finite: the last good checkpoint must not be replaced then."""
         if name := weight_not_finite(self.plain_model, self.accelerator):
             raise TrainingDivergedError(
                 f"After step {self.state.steps} of {self.length.num_steps} the weight {name} is not finite; no "
@@ -407,13 +409,13 @@ class Trainer:
 
     def _interrupt(self) -> None:
         folder = self._save_checkpoint()
-        # A process that was not asked itself stops with the one that was.
+        # A process without a signal of its own stops together with the one that received it.
         raise TrainingInterruptedError(self.stop_request.received or signal.SIGTERM, folder)
 
     # Evaluation and results
 
     def _evaluate(self, epoch: int) -> None:
-        """Evaluates the weights and their average, and saves the better one if it is the best so far."""
+        """Evaluates the weights and their average. Saves the better of the two if it is the best so far."""
         torch.manual_seed(self.recipe.run.seed)
         candidates: dict[str, PrunableModel] = {"model": self.accelerator.unwrap_model(self.model)}
         if self.ema is not None:
@@ -450,7 +452,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _whole(self, model: PrunableModel) -> PrunableModel:
-        """The model, which one process can run by itself; all call this. What is sharded comes together in a copy."""
+        """The model in a form that a single process can run; all processes call this. Sharded weights are gathered into
+        a copy."""
         if self._saved_model is None:
             return model
         weights = whole_model_state(model)
@@ -499,7 +502,7 @@ class Trainer:
         self.log.track({f"train_{name}": value for name, value in values.items()}, step)
 
     def _track_picture(self, model: PrunableModel) -> None:
-        """Shows the picture of a pruned model to the trackers."""
+        """Sends the picture of a pruned model to the trackers."""
         if not self.recipe.run.with_tracking or pruned_config(model.config).token_pruning is None:
             return
         model = self._whole(model)

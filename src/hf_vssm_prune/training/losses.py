@@ -3,8 +3,8 @@
     loss = task + kd_weight * distillation + alignment_weight * alignment
 
 The task's own terms are for instance a cross-entropy, and its distillation T² KL(teacher ‖ student logits). The teacher
-is the same network, dense and frozen; the alignment compares hidden states at the tokens that the student kept. All of
-them are computed in float32 at least, whatever the precision of the model.
+is the same network, dense and frozen. The alignment compares hidden states at the tokens that the student kept. All
+terms are computed in float32 or higher precision, regardless of the model's precision.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     Args:
         logits: (batch, labels).
         labels: class ids (batch,), or probabilities (batch, labels) as mixup and CutMix make them.
-        label_smoothing: fraction of each label that is spread evenly over all classes.
+        label_smoothing: fraction of each label that is distributed evenly over all classes.
     """
     return F.cross_entropy(at_least_float32(logits), labels, label_smoothing=label_smoothing)
 
@@ -68,14 +68,14 @@ def alignment_loss(
     over layers. No gradient flows into the teacher.
 
     Args:
-        student_hidden_states: a model's `hidden_states`: the embeddings' output, then each layer's, (batch, n, hidden)
-            with the n tokens that were still there.
+        student_hidden_states: the student's `hidden_states`: the output of the embeddings, then that of each layer,
+            each (batch, n, hidden) with the n tokens remaining there.
         teacher_hidden_states: the same for the dense model, with all tokens.
-        kept_tokens: for each stage of pruning the original ids (batch, n) of the tokens left after it.
-        pruning_layers: the layers at whose input these stages drop tokens, ascending.
+        kept_tokens: for each pruning stage, the original ids (batch, n) of the tokens that remain after it.
+        pruning_layers: the layers before which these stages drop tokens, ascending.
         layers: the layers whose outputs are compared.
         distance: `mse`, the mean squared difference after a layer norm without parameters; or `cosine`, one minus the
-            cosine of the angle between the states of a token.
+            cosine of the angle between the two states of a token.
     """
     measure = ALIGNMENT_DISTANCES[distance]
     distances = []
@@ -89,7 +89,8 @@ def alignment_loss(
 
 
 def segment_ends(pruning_layers: Sequence[int], num_hidden_layers: int) -> list[int]:
-    """The last layer that sees the tokens of each stage: where a stage's effect on the hidden states is complete."""
+    """The last layer that processes the tokens of each stage, where the stage's effect on the hidden states is
+    complete."""
     return [layer - 1 for layer in pruning_layers[1:]] + [num_hidden_layers - 1]
 
 
@@ -116,7 +117,7 @@ class LossWeights:
         return self.kd_weight > 0 or self.alignment_weight > 0
 
     def check_layers(self, num_hidden_layers: int) -> None:
-        """Raises an error for layers that a model does not have.
+        """Raises an error for layers that the model does not have.
 
         Raises:
             ValueError: there are some.
@@ -126,7 +127,7 @@ class LossWeights:
 
 
 class TaskLoss(Protocol):
-    """The part of a task that the loss uses, see `tasks.task.Task`."""
+    """The part of a task that the loss uses; see `tasks.task.Task`."""
 
     def losses(self, outputs: Any, batch: dict[str, Any]) -> dict[str, Tensor]: ...
 
@@ -141,8 +142,8 @@ def training_loss(
     weights: LossWeights,
     pruning_layers: Sequence[int] = (),
 ) -> dict[str, Tensor]:
-    """The total loss of a batch, under "loss", and its unweighted terms by name, each a scalar: those of the task,
-    "distillation" and "alignment", if they are on.
+    """The total loss of a batch, under "loss", and its unweighted terms by name, each a scalar: the task's own terms
+    and, if they are on, "distillation" and "alignment".
 
     Args:
         task: defines the terms that need no teacher, and the distance between two outputs.
@@ -150,7 +151,7 @@ def training_loss(
         teacher: output of the dense model; None if neither distillation nor alignment is on.
         batch: the batch after mixing by the task.
         weights: weights of the terms.
-        pruning_layers: the student's schedule.
+        pruning_layers: the student's pruning layers.
     """
     terms = task.losses(student, batch)
     loss = torch.stack(list(terms.values())).sum()
@@ -173,6 +174,7 @@ def training_loss(
 
 
 def _hidden_states(outputs: Any) -> Sequence[Tensor]:
-    """A model's own, or those of its backbone, where a head may have others."""
+    """The hidden states of the backbone, if the model has one, because its head may have others; otherwise the model's
+    own."""
     states = getattr(outputs, "backbone_hidden_states", None)
     return outputs.hidden_states if states is None else states

@@ -1,4 +1,4 @@
-"""How much memory a piece of training takes at its peak, and how it takes less."""
+"""Measures the peak memory of a computation, and reduces it by activation checkpointing."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes of tensors at the peak of `work`, beyond those that were there before it.
+    """The peak number of bytes in tensors during `work`, in addition to those allocated before.
 
-    On a GPU its allocator has counted them. On a CPU torch's profiler notes every allocation; what C++ code takes for
-    itself, past torch's allocator, is not among them.
+    On a GPU, the allocator counts them. On a CPU, torch's profiler records every allocation, except for memory that C++
+    code allocates without torch's allocator.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -36,7 +36,7 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
 
 
 def enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Lets a model compute each layer again in the backward pass."""
+    """Makes a model recompute each layer in the backward pass instead of storing its activations."""
     new_name = hasattr(model, "activation_checkpointing_enable")  # older versions of transformers have the old one
     enable = model.activation_checkpointing_enable if new_name else model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups and the learning rate at each step."""
+"""The optimizer's parameter groups, and the learning rate at each step."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_vssm_prune.configuration_common import pruned_config
 
 
-# Biases, norms and D have one dimension and need no name here.
+# Biases, norms and D have one dimension, so they are not listed here.
 NO_DECAY_NAMES = ("A_log", "D", "position_embeddings", "class_token")
 LEARNING_RATE_SCHEDULES = ("cosine", "linear", "constant")
 
@@ -20,16 +20,17 @@ LEARNING_RATE_SCHEDULES = ("cosine", "linear", "constant")
 def parameter_groups(
     model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float | None = None
 ) -> list[dict]:
-    """Parameters with and without weight decay, and by depth where the learning rate falls towards the input.
+    """Parameter groups with and without weight decay and, with `layer_decay`, for each depth.
 
-    No decay on norms, biases, `A_log`, `D`, position embeddings, the class token and whatever has one dimension only.
+    There is no weight decay on norms, biases, `A_log`, `D`, position embeddings, the class token and all other
+    parameters with one dimension.
 
     Args:
-        model: of this package, with any head.
-        learning_rate: of the last layers.
-        weight_decay: of the parameters that decay.
-        layer_decay: factor of the learning rate from each layer to the one before (timm's `--layer-decay`); None: the
-            same rate everywhere.
+        model: a model of this package, with any head.
+        learning_rate: learning rate of the last norm and the head.
+        weight_decay: weight decay of the other parameters.
+        layer_decay: factor by which the learning rate decreases from each layer to the previous one (timm's
+            `--layer-decay`); None: the same learning rate everywhere.
     """
     depth = pruned_config(model.config).num_hidden_layers
     groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
@@ -68,7 +69,7 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`. Each group remembers its highest rate as `initial_lr`."""
+    """AdamW for `parameter_groups`. Each group stores its peak learning rate as `initial_lr`."""
     optimizer = torch.optim.AdamW(
         parameter_groups(model, learning_rate, weight_decay, layer_decay), betas=betas, eps=epsilon
     )
@@ -79,18 +80,20 @@ def make_optimizer(
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """The learning rate at each step, as a factor of the highest: a linear warm-up, then cosine, linear or constant.
+    """The learning rate at each step, as a factor of the peak learning rate: a linear warm-up, followed by a cosine,
+    linear or constant schedule.
 
-    It is a function of the step's number alone, so that a resumed run needs no state of it, and it counts optimizer
-    steps rather than calls, whatever the number of processes. `transformers.get_scheduler` has a lowest rate, and a
-    warm-up that begins above 0, for the cosine only; its `LambdaLR` is a state that checkpoints would have to hold.
+    It is a function of the step's number only, so a resumed run needs no state, and it counts optimizer steps rather
+    than calls, regardless of the number of processes. `transformers.get_scheduler` supports a minimum learning rate and
+    a warm-up that starts above 0 for the cosine schedule only, and its `LambdaLR` has a state that checkpoints would
+    have to store.
 
     Attributes:
         shape: one of `LEARNING_RATE_SCHEDULES`.
-        num_steps: of the whole run.
-        warmup_steps: during which the rate rises.
-        warmup_factor: at which the rise begins.
-        min_factor: at which the run ends.
+        num_steps: number of steps of the whole run.
+        warmup_steps: number of steps during which the learning rate rises.
+        warmup_factor: factor at the start of the warm-up.
+        min_factor: factor at the end of the run.
     """
 
     shape: str
@@ -100,7 +103,7 @@ class LearningRateSchedule:
     min_factor: float = 0.0
 
     def factor(self, step: int) -> float:
-        """The factor at a step, the first being 0."""
+        """The factor at a step; the first step is 0."""
         if step < self.warmup_steps:
             return self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps))
@@ -110,6 +113,6 @@ class LearningRateSchedule:
         return self.min_factor + (1 - self.min_factor) * falling
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Sets the rates for a step."""
+        """Sets the learning rates for a step."""
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(step)

@@ -1,4 +1,4 @@
-"""Recipes: options of the training scripts in a YAML file, by name. The command line overrides them."""
+"""Recipes: options of the training commands in a YAML file. Options on the command line override them."""
 
 import argparse
 from collections.abc import Collection, Sequence
@@ -8,13 +8,13 @@ from typing import Any
 import yaml
 
 
-# A wheel has the recipes in the package; the repository, and so an editable installation, has them beside `src`.
+# A wheel contains the recipes in the package; in the repository (editable installation), they are next to `src`.
 _PACKAGE = Path(__file__).resolve().parents[1]
 PACKAGED_RECIPES = next(
     (folder for folder in (_PACKAGE / "recipes", _PACKAGE.parents[1] / "recipes") if folder.is_dir()), _PACKAGE
 )
-# What an option of the command line puts out of force in a recipe, beside the same option: what excludes it, and what
-# belongs to the method that it replaces.
+# Options of a recipe that an option on the command line removes in addition to the same option: those that cannot be
+# combined with it, and those that belong to the replaced method.
 SET_ASIDE = {
     "flops_reduction": ["keep_ratios"],
     "keep_ratios": ["flops_reduction"],
@@ -27,15 +27,15 @@ SET_ASIDE = {
 
 
 def insert_recipe(arguments: Sequence[str], options: Collection[str]) -> list[str]:
-    """Replaces `--recipe FILE` by the options in the file, before all others, so that those override them; see also
-    `SET_ASIDE`.
+    """Replaces `--recipe FILE` with the options in the file, placed before all others so that those override them; see
+    also `SET_ASIDE`.
 
     Args:
-        arguments: of the command line.
-        options: that the script knows, without dashes.
+        arguments: arguments of the command line.
+        options: options that the command knows, without dashes.
 
     Raises:
-        ValueError: the file is missing or no YAML mapping, or has an option that the script does not know.
+        ValueError: the file is missing, is not a YAML mapping, or has an option that the command does not know.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
@@ -52,10 +52,10 @@ def insert_recipe(arguments: Sequence[str], options: Collection[str]) -> list[st
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
-    """The file of a recipe: a path, or the name of one that comes with the package.
+    """The file of a recipe: a path, or the name of a recipe that comes with the package.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: neither exists.
     """
     path = Path(name_or_path)
     if path.exists() or path.suffix or len(path.parts) > 1:
@@ -68,10 +68,10 @@ def find_recipe(name_or_path: str | Path) -> Path:
 
 
 def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
-    """The options in a recipe, see `find_recipe`.
+    """The options in a recipe; see `find_recipe`.
 
     Raises:
-        ValueError: the file is missing or no YAML mapping.
+        ValueError: the file is missing or not a YAML mapping.
     """
     file = find_recipe(name_or_path)
     try:

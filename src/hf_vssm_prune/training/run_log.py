@@ -1,4 +1,4 @@
-"""Where a run tells how it goes: log lines, and Accelerate's trackers."""
+"""Reports the progress of a run: log lines, and Accelerate's trackers."""
 
 import logging
 import time
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """The log lines and trackers of a run; only the main process writes.
+    """The log lines and trackers of a run. Only the main process writes.
 
     Args:
-        accelerator: with the trackers of the run.
-        with_tracking: send metrics and pictures to them.
+        accelerator: the accelerator with the run's trackers.
+        with_tracking: whether to send metrics and pictures to the trackers.
     """
 
     def __init__(self, accelerator: Accelerator, with_tracking: bool) -> None:
@@ -26,7 +26,7 @@ class RunLog:
         self.with_tracking = with_tracking
 
     def start_tracking(self, settings: dict[str, Any]) -> None:
-        """Tells the trackers what run it is, if there are any; they take numbers and text."""
+        """Sends the run's settings to the trackers, if there are any, as numbers and text."""
         if self.with_tracking:
             plain = {
                 name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()
@@ -45,7 +45,7 @@ class RunLog:
             self.accelerator.log(metrics, step=step)
 
     def track_picture(self, name: str, picture: Image.Image, step: int) -> None:
-        """Shows a picture to the trackers that take some; each takes them in its own way."""
+        """Sends a picture to the trackers that support pictures; each has its own interface."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
@@ -54,11 +54,11 @@ class RunLog:
 
 
 class LossWindow:
-    """Loss terms and the gradient's norm between two log lines.
+    """Loss terms and gradient norms between two log lines.
 
     Attributes:
-        terms: of the step in the making, mean over its batches, on the device.
-        num_batches: so far.
+        terms: loss terms of the current step, averaged over its batches, on the device.
+        num_batches: number of batches so far.
     """
 
     def __init__(self) -> None:

@@ -11,13 +11,13 @@ from hf_vssm_prune.training.data.columns import ImageStream, read_rows
 
 
 class EpochSampler(Sampler[int]):
-    """A random order of all images that depends on the seed and the epoch alone, and can start in its middle.
+    """A random order of all images that depends only on the seed and the epoch. It can start in the middle of an epoch.
 
-    torch's `RandomSampler` draws from a generator whose state would have to be part of every checkpoint.
+    torch's `RandomSampler` uses a generator whose state would have to be part of every checkpoint.
 
     Args:
-        num_images: in the data set.
-        seed: of the order.
+        num_images: number of images in the data set.
+        seed: random seed.
     """
 
     def __init__(self, num_images: int, seed: int) -> None:
@@ -27,7 +27,7 @@ class EpochSampler(Sampler[int]):
         self.start = 0
 
     def start_at(self, epoch: int, image: int = 0) -> None:
-        """The next iteration leaves out the first `image` images of an epoch."""
+        """Makes the next iteration skip the first `image` images of an epoch."""
         self.epoch = epoch
         self.start = image
 
@@ -40,18 +40,18 @@ class EpochSampler(Sampler[int]):
 
 
 class StreamSampler(Sampler[tuple[int, dict[str, Any]]]):
-    """The rows of a stream, shuffled, each with its place in the epoch's order, which depends on the seed and the epoch
-    alone and can start in its middle.
+    """The shuffled rows of a stream, each with its position in the epoch's order. The order depends only on the seed
+    and the epoch. Iteration can start in the middle of an epoch.
 
-    To start there, everything before is read (not decoded) and left out. The state that datasets' own
-    `IterableDataset.state_dict` saves lacks what a shuffling buffer holds, so that images would be lost or come twice.
+    To do so, all earlier rows are read (but not decoded) and skipped. The state saved by datasets' own
+    `IterableDataset.state_dict` does not include the shuffling buffer, so images would be lost or repeated.
 
     Args:
-        stream: of the training images. Every process reads all of it, and keeps its own batches.
-        seed: of the order.
+        stream: the training images. Every process reads the whole stream and keeps only its own batches.
+        seed: random seed.
 
     Raises:
-        ValueError: while it is read, if there are fewer images than `stream.num_images`.
+        ValueError: during iteration, if there are fewer images than `stream.num_images`.
     """
 
     def __init__(self, stream: ImageStream, seed: int) -> None:
@@ -61,7 +61,7 @@ class StreamSampler(Sampler[tuple[int, dict[str, Any]]]):
         self.start = 0
 
     def start_at(self, epoch: int, image: int = 0) -> None:
-        """The next iteration leaves out the first `image` images of an epoch."""
+        """Makes the next iteration skip the first `image` images of an epoch."""
         self.epoch = epoch
         self.start = image
 

@@ -1,4 +1,4 @@
-"""How a run's models are written, with card and picture; the loop only says when."""
+"""Saves a run's models with card and picture; the loop decides when."""
 
 import tempfile
 from collections.abc import Callable
@@ -18,18 +18,19 @@ from hf_vssm_prune.training.tasks.task import EvaluationItems, PrunableModel, Ta
 PICTURE = "kept_tokens.png"
 PICTURED_IMAGES = 4
 
-# From the metrics of a model and the number of images that they are of, what its card says.
+# From a model's metrics and the number of evaluated images to the content of its card.
 WriteCard = Callable[[dict[str, float], int], ModelCardInfo]
 
 
 class SavedModels:
-    """Writes models as folders that `from_pretrained` opens.
+    """Saves models as folders that can be loaded with `from_pretrained`.
 
     Args:
         task: draws the picture of a pruned model.
-        image_processor: is saved with each.
-        items: of the evaluation; some of them are in the picture.
-        write_card: None: a card says no more than what the model itself tells.
+        image_processor: saved with each model.
+        items: items of the evaluation; some of them are shown in the picture.
+        write_card: creates the content of the model card; None: the card contains only information from the model
+            itself.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class SavedModels:
         self.write_card = write_card
 
     def save(self, model: PrunableModel, folder: Path, metrics: dict[str, float]) -> None:
-        """Writes a model, which one process can run by itself."""
+        """Saves a model that a single process can run."""
         card = self.write_card and self.write_card(metrics, len(self.items))
         with tempfile.TemporaryDirectory() as scratch:
             if card is not None and (picture := self.draw(model)) is not None:
@@ -54,13 +55,13 @@ class SavedModels:
             save_for_hub(model, folder, self.image_processor, card)
 
     def draw(self, model: PrunableModel) -> Image.Image | None:
-        """The task's picture of a pruned model; None of a dense one."""
+        """The task's picture of a pruned model; None for a dense model."""
         if pruned_config(model.config).token_pruning is None:
             return None
-        # Spread over the images, which may be in the order of their labels.
+        # Spread over the data set, because images may be sorted by label.
         step = max(1, len(self.items) // PICTURED_IMAGES)
         items = [self.items[index] for index in range(0, len(self.items), step)[:PICTURED_IMAGES]]
-        # What random importance draws here must not change what comes after.
+        # Random numbers drawn here (random importance) must not affect later draws.
         device = next(model.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             return self.task.draw(model, self.image_processor, self.task.collate(items))

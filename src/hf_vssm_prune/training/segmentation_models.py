@@ -1,4 +1,4 @@
-"""UPerNet on backbones of this package, for a data set's classes; see `dense_models`."""
+"""UPerNet on this package's backbones, for a data set's classes; see `dense_models`."""
 
 import re
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from hf_vssm_prune.training.dense_models import DenseModels, backbone_of_levels,
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What a new head is.
+    """Options of a new head.
 
     Attributes:
-        channels, auxiliary_channels: of the decode head, and of the auxiliary one.
-        levels: the layers, counted from 1, whose outputs it takes; None: at each quarter of the depth.
-        feature_norm, feature_pyramid: of the backbone.
-        ignore_index: the id of pixels that count in no class.
-        image_size: (height, width) for which a classifier's position embeddings are laid out anew; None: they stay.
+        channels, auxiliary_channels: width of the decode head and of the auxiliary head.
+        levels: layers, counted from 1, whose outputs are used; None: one at each quarter of the depth.
+        feature_norm, feature_pyramid: options of the backbone.
+        ignore_index: id of pixels that belong to no class.
+        image_size: (height, width) to which a classifier's position embeddings are resized; None: they are unchanged.
     """
 
     channels: int = 512
@@ -31,13 +31,14 @@ class HeadOptions:
     image_size: tuple[int, int] | None = None
 
     def config(self, backbone: VisionMambaConfig) -> UperNetConfig:
-        """UPerNet for the labels of a classifier's configuration, on a backbone that is otherwise like it."""
+        """The configuration of UPerNet with the labels of a classifier's configuration and an otherwise equal
+        backbone."""
         levels = self.levels or quarters(backbone.num_hidden_layers)
         return UperNetConfig(
             backbone_config=backbone_of_levels(backbone, levels, self.feature_norm, self.feature_pyramid),
             hidden_size=self.channels,
             auxiliary_channels=self.auxiliary_channels,
-            use_auxiliary_head=len(levels) > 2,  # the level that it reads
+            use_auxiliary_head=len(levels) > 2,  # its input is the third level
             loss_ignore_index=self.ignore_index,
             **label_maps(backbone),
         )
@@ -56,18 +57,18 @@ class SegmentationModels(DenseModels):
 
 
 def segmentation_processor(image_processor: BaseImageProcessor, short_side: int | None) -> BaseImageProcessor:
-    """An image processor whose outputs transformers' pipeline for segmentation understands, with the statistics of
-    another; one that is of this kind already stays as it is unless a size is given.
+    """An image processor whose outputs work with transformers' image segmentation pipeline, with the statistics of the
+    given one. A segmentation model's image processor is returned unchanged unless a size is given.
 
     Args:
-        image_processor: of a classifier, or of a segmentation model.
-        short_side: pixels to which images are resized, the longer side at most four times as many; None: images of a
-            classifier's data stay as large as they are.
+        image_processor: image processor of a classifier or a segmentation model.
+        short_side: size in pixels to which the shorter side of images is resized; the longer side gets at most four
+            times as many. None: with a classifier's image processor, images are not resized.
     """
     segments = hasattr(image_processor, "post_process_semantic_segmentation")
     if segments and short_side is None:
         return image_processor
-    # Without torchvision transformers warns as soon as this is imported.
+    # Without torchvision, transformers warns when this is imported.
     from transformers import SegformerImageProcessor
 
     options = statistics_of(image_processor)

@@ -1,4 +1,4 @@
-"""Segmentation of an image part by part, for models that saw crops of one size in training."""
+"""Segments an image window by window, for models that were trained on crops of one size."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,15 @@ from torch import Tensor
 def slide(
     segment: Callable[[Tensor], Tensor], images: Tensor, window: tuple[int, int], stride: tuple[int, int]
 ) -> Tensor:
-    """Logits of whole images: where windows overlap, their mean. The last of a row or column ends with the image.
+    """The logits of whole images, averaged where windows overlap. The last window of a row or column ends at the
+    image's edge.
 
     Args:
-        segment: from parts (batch, channels, height, width) to logits (batch, classes, height, width) as large.
-        images: (batch, channels, height, width); as a whole where the window is larger.
-        window: its (height, width).
-        stride: from one window to the next, (vertical, horizontal).
+        segment: function from parts (batch, channels, height, width) to logits (batch, classes, height, width) of the
+            same size.
+        images: (batch, channels, height, width). Sides smaller than the window are taken whole.
+        window: (height, width) of the window.
+        stride: distance between windows, (vertical, horizontal).
     """
     boxes = window_boxes((images.shape[-2], images.shape[-1]), window, stride)
     sums, counts = None, images.new_zeros(images.shape[-2:])
@@ -24,14 +26,14 @@ def slide(
             sums = logits.new_zeros(*logits.shape[:2], *images.shape[-2:])
         sums[..., top:bottom, left:right] += logits
         counts[top:bottom, left:right] += 1
-    assert sums is not None  # there is a window at least
+    assert sums is not None  # there is at least one window
     return sums / counts.to(sums.dtype)
 
 
 def window_boxes(
     size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]
 ) -> list[tuple[int, int, int, int]]:
-    """(top, left, bottom, right) of the windows over an image of a size (height, width), row by row."""
+    """The windows over an image of a given size (height, width) as (top, left, bottom, right), row by row."""
     starts = [
         sorted({min(start, max(0, side - length)) for start in range(0, side, step)})
         for side, length, step in zip(size, window, stride, strict=True)

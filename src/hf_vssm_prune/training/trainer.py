@@ -1,6 +1,5 @@
-"""transformers' `Trainer` with this package's losses: for notebooks, hyperparameter search, DeepSpeed and whatever else
-plugs into it. `training.loop` is our own loop, which the commands run.
-"""
+"""transformers' `Trainer` with this package's losses: for notebooks, hyperparameter search, DeepSpeed and everything
+else that works with it. The commands use our own loop, `training.loop`, instead."""
 
 import copy
 from collections import defaultdict
@@ -28,22 +27,22 @@ from hf_vssm_prune.training.tasks.task import PrunableModel, Task
 class TokenPruningTrainer(transformers.Trainer):
     """Fine-tunes a model of this package, pruned or dense, with a dense teacher.
 
-    Beside its arguments everything is as in transformers' `Trainer`, which computes the metrics, saves and resumes. An
-    image processor is its `processing_class`. Rows of a `datasets.Dataset` with a transform need
-    `remove_unused_columns=False`. With adapters (PEFT) batch norm keeps its statistics, which no adapter saves.
+    Everything not listed here works as in transformers' `Trainer`, including metrics, saving and resuming. Pass the
+    image processor as `processing_class`. A `datasets.Dataset` with a transform needs `remove_unused_columns=False`.
+    When adapters (PEFT) are trained, batch norm statistics are frozen, because they are not saved with adapters.
 
     Args:
-        model, args, options: as `Trainer` takes them, `compute_loss_func` excepted.
-        teacher: the dense model; by default a copy of the model without pruning, where the losses need one.
-        losses: weights of distillation and alignment; by default 1 for each. See `training.losses`.
-        task: has the loss of the batches, and mixes them (mixup, CutMix); by default image classification without
-            mixing, smoothed by the arguments' `label_smoothing_factor`.
-        elastic_budgets: fractions of FLOPs to remove; each step draws one of them, 0 being dense, and the model's own
-            schedule serves evaluation alone.
-        layer_decay: factor of the learning rate from each layer to the one before.
+        model, args, options: as for `Trainer`, except that `compute_loss_func` is not supported.
+        teacher: the dense model; default: a copy of the model without pruning, if the losses need one.
+        losses: weights of distillation and alignment; default: 1 for each. See `training.losses`.
+        task: computes the loss of a batch and mixes its images (mixup, CutMix); default: image classification without
+            mixing, with label smoothing by the arguments' `label_smoothing_factor`.
+        elastic_budgets: fractions of FLOPs to remove. Each step uses one of them, drawn at random (0 means dense); the
+            model's own schedule is then used for evaluation only.
+        layer_decay: factor by which the learning rate decreases from each layer to the previous one.
 
     Raises:
-        ValueError: a layer to align is not there, a budget cannot be met, or labels would be smoothed twice.
+        ValueError: a layer to align does not exist, a budget cannot be met, or labels would be smoothed twice.
     """
 
     model: PrunableModel
@@ -73,7 +72,7 @@ class TokenPruningTrainer(transformers.Trainer):
         if task is not None and self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor and a task that smooths labels cannot be combined: give one.")
         self.losses.check_layers(self.model.config.num_hidden_layers)
-        # Ours is a mean over the batch, whatever the model's own loss takes.
+        # Our loss is a mean over the batch, whether or not the model's own loss accepts a number of items.
         self.model_accepts_loss_kwargs = False
         self.teacher = self._prepare_teacher(teacher) if self.losses.needs_teacher else None
 
@@ -103,13 +102,13 @@ class TokenPruningTrainer(transformers.Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """In training the loss of `training.losses`, in evaluation the task's own terms alone."""
+        """In training, the loss from `training.losses`; in evaluation, only the task's own terms."""
         if not model.training:
             outputs = model(**self.task.inputs(inputs))
             loss = torch.stack(list(self.task.losses(outputs, inputs).values())).sum()
             return (loss, outputs) if return_outputs else loss
         if getattr(self.model, "peft_config", None):
-            # Adapters are saved alone, and these statistics belong to the model: they must stay as they are.
+            # Adapters are saved without these statistics, which belong to the model and therefore must not change.
             freeze_batch_norm(self.model)
         config, seed = self.model.config, self.args.seed
         batch = self.task.mix(dict(inputs), config, self._generator_of_batch())
@@ -130,13 +129,14 @@ class TokenPruningTrainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _generator_of_batch(self) -> np.random.Generator:
-        """Depends on the seed, the step, the batch within it and the process alone, so that a run resumes exactly."""
+        """Depends only on the seed, the step, the batch within the step and the process, so that a run can be resumed
+        exactly."""
         same_step = self.state.global_step == self._step
         self._step, self._batch_of_step = self.state.global_step, self._batch_of_step + 1 if same_step else 0
         return np.random.default_rng([self.args.seed, self._step, self._batch_of_step, self.args.process_index])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each term of the loss to the logs of training."""
+        """Adds the mean of each loss term to the training logs."""
         if "loss" in logs:
             for name, values in self._terms.items():
                 logs[name] = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
@@ -146,11 +146,11 @@ class TokenPruningTrainer(transformers.Trainer):
     # The optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """No decay on norms, biases, `A_log`, `D`, position embeddings and the class token."""
+        """Excludes norms, biases, `A_log`, `D`, position embeddings and the class token from weight decay."""
         return [name for name, parameter in model.named_parameters() if decays(name, parameter)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """transformers' own, by depth where the learning rate falls towards the input."""
+        """transformers' optimizer; with `layer_decay`, the learning rate decreases towards the input."""
         if self.layer_decay is None or self.optimizer is not None:
             return super().create_optimizer(model)
         whole: Any = self.model if model is None else model
@@ -162,14 +162,14 @@ class TokenPruningTrainer(transformers.Trainer):
     # The card
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
-        """Writes this package's card into the output folder: what is pruned where, how it was trained.
+        """Writes this package's model card into the output folder: how the model is pruned and how it was trained.
 
         Args:
-            arguments, options: of transformers' own method, of which `model_name` (by default the folder's name),
-                `license`, `tags` and `dataset` have a place in it.
+            arguments, options: as for transformers' method. `model_name` (default: the folder's name), `license`,
+                `tags` and `dataset` are used.
         """
         model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, VisionMamba):  # one with adapters, whose card is PEFT's
+        if not isinstance(model, VisionMamba):  # a model with adapters has PEFT's card
             return super().create_model_card(*arguments, **options)
         if not self.is_world_process_zero():
             return

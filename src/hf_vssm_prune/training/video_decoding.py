@@ -1,8 +1,8 @@
-"""Frames of stored videos, chosen by number, upright, in memory one at a time.
+"""Decodes selected frames of stored videos, applying their rotation, with one frame in memory at a time.
 
-PyAV decodes. Its wheels bring FFmpeg along for every platform, they go with any build of PyTorch, and transformers'
-video pipeline needs it anyway; torchcodec's are made for one version of PyTorch each and look for FFmpeg's libraries in
-the system.
+Videos are decoded with PyAV. Its wheels include FFmpeg for all platforms, work with every build of PyTorch, and are
+needed by transformers' video pipeline anyway. torchcodec's wheels each require a specific PyTorch version and FFmpeg
+installed on the system.
 """
 
 import io
@@ -24,12 +24,12 @@ from hf_vssm_prune.training.image_steps import ImageError
 logger = logging.getLogger(__name__)
 Prepared = TypeVar("Prepared")
 
-# A playlist in the place of a video could name other files, or addresses in the network.
+# A playlist instead of a video could refer to other files or network addresses.
 NO_OTHER_FILES = {"protocol_whitelist": "none"}
-MOST_PIXELS = 2**27  # of a frame: 16,384 x 8,192
-# Frames that are decoded and thrown away rather than left out by a jump.
+MOST_PIXELS = 2**27  # per frame: 16,384 x 8,192
+# Up to this number of frames, decoding and discarding is preferred to seeking.
 FEW_FRAMES = 32
-# By the signs of a display matrix's a, b, c, d, with x' = ax + cy and y' = bx + dy: what has to be done to the pixels.
+# How to transpose the pixels for the signs of a, b, c and d in a display matrix, with x' = ax + cy and y' = bx + dy.
 TRANSPOSITIONS = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
     (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,16 +40,16 @@ TRANSPOSITIONS = {
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
 }
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
-# The first such video: a data set of them would fill the log.
+# The first such video. Only this one is logged, because a data set of them would fill the log.
 _said_to_be_hdr: list[str] = []
 
 
 class VideoError(ImageError):
-    """A video is missing, damaged, of no known format, without frames, or too large."""
+    """A video is missing, damaged, in an unknown format, has no frames, or is too large."""
 
 
 class _OtherFramesError(Exception):
-    """The frames that come out are not those that the file announced; how many there are, where that is known."""
+    """The decoded frames are not those that the file announced. `num_frames` is their actual number, if it is known."""
 
     def __init__(self, num_frames: int | None = None) -> None:
         super().__init__()
@@ -58,12 +58,12 @@ class _OtherFramesError(Exception):
 
 @dataclass(frozen=True)
 class _Announced:
-    """The frames of a stream as its packets announce them.
+    """The frames of a stream according to its packets.
 
     Attributes:
-        count: how many.
-        times: in ascending order; None where they are not known for all.
-        keys: numbers of those at which decoding can begin, ascending.
+        count: number of frames.
+        times: time stamps in ascending order; None unless all of them are known.
+        keys: indices of the frames at which decoding can start, ascending.
     """
 
     count: int
@@ -72,10 +72,10 @@ class _Announced:
 
 
 def pyav() -> Any:
-    """PyAV, which is imported where it is needed: not everybody has videos.
+    """Imports PyAV only when it is needed, because not everybody works with videos.
 
     Raises:
-        ValueError: it is missing.
+        ValueError: PyAV is not installed.
     """
     try:
         import av
@@ -89,16 +89,16 @@ def pyav() -> Any:
 def read_clip(
     video: str | Path | bytes, num_frames: int, sampling: str = "uniform", mode: str = "RGB"
 ) -> list[Image.Image]:
-    """A clip of a video, as an image processor takes it.
+    """Reads a clip from a video, in the form expected by an image processor.
 
     Args:
-        video: a file, or what is in one.
-        num_frames: of the clip.
-        sampling: of `frame_sampling.SAMPLINGS`.
+        video: a path, or the content of a file.
+        num_frames: number of frames in the clip.
+        sampling: a name in `frame_sampling.SAMPLINGS`.
         mode: "RGB" or "L".
 
     Raises:
-        VideoError: it has no frames, or they cannot be read.
+        VideoError: the video has no frames, or they cannot be read.
     """
     stored = {"bytes": video, "path": None} if isinstance(video, bytes) else {"bytes": None, "path": str(video)}
     name = "The video" if isinstance(video, bytes) else f"The video '{video}'"
@@ -113,24 +113,26 @@ def decode_frames(
     prepare: Callable[[Image.Image], Prepared],
     name: str,
 ) -> list[list[Prepared]]:
-    """Decodes clips of a video that `datasets.Video(decode=False)` stored.
+    """Decodes clips of a video stored by `datasets.Video(decode=False)`.
 
-    Of several streams the one that players show is taken. Frames count as they are shown, however far apart. They are
-    turned as the file says, in RGB, and keep their size: that of their pixels, even if these are not square. The light
-    of HDR is not mapped to that of a usual screen, which is logged; neither do transformers' pipelines.
+    If there are several video streams, the one that players would show is used. Frames are counted in display order,
+    regardless of their time stamps. They are rotated as specified in the file and converted to RGB. Their size in
+    pixels is unchanged, even if the pixels are not square. HDR is not tone mapped, which is logged; transformers'
+    pipelines do not tone map either.
 
     Args:
-        stored: {"bytes": the encoded file or None, "path": where the file is, used without bytes}; None: no video.
-        choose: from the number of frames to those of each clip, counted from 0. It may be asked again, if a file has
-            not as many frames as it announces.
-        prepare: makes of a frame what is kept of it; called once for each, in their order.
-        name: what an error calls the video.
+        stored: {"bytes": the encoded file or None, "path": the file's path, used if there are no bytes}; None: no
+            video.
+        choose: function from the number of frames to the frame indices of each clip. It is called again if the file has
+            a different number of frames than it announces.
+        prepare: converts a frame to the value that is kept for it; called once per frame, in ascending order.
+        name: name of the video in error messages.
 
     Returns:
-        For each clip what was made of its frames.
+        For each clip, the prepared values of its frames.
 
     Raises:
-        VideoError: see there.
+        VideoError: the video cannot be decoded; see there.
     """
     with _errors_named(name):
         announced = _read_packets(stored, name)
@@ -162,20 +164,20 @@ def _errors_named(name: str) -> Iterator[None]:
         raise
     except EOFError as error:
         raise VideoError(f"{name} has no frames.") from error
-    # FFmpeg's errors are of many kinds.
+    # FFmpeg raises many types of errors.
     except Exception as error:
         raise VideoError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager
 def _opened(stored: Mapping[str, Any] | None, name: str) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream."""
+    """The opened container and its video stream."""
     av, stored = pyav(), stored or {"bytes": None, "path": None}
     if stored["bytes"] is None and stored["path"] is None:
         raise VideoError(f"{name} has neither bytes nor a path.")
     if stored["bytes"] is not None and not stored["bytes"]:
         raise VideoError(f"{name} is empty (0 bytes).")
-    # Opened here: to FFmpeg a name may be an address, or several files.
+    # The file is opened here because FFmpeg may interpret a name as an address or as several files.
     with io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else open(stored["path"], "rb") as file:
         if not file.read(1):
             raise VideoError(f"{name} is empty (0 bytes).")
@@ -189,7 +191,7 @@ def _opened(stored: Mapping[str, Any] | None, name: str) -> Iterator[tuple[Any, 
                 raise VideoError(f"{name} has no video stream: its only picture is a cover image.")
             _check_size(stream.codec_context, name)
             stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
-            stream.codec_context.thread_count = 1  # a data loader has processes
+            stream.codec_context.thread_count = 1  # a data loader already uses several processes
             yield container, stream
 
 
@@ -201,7 +203,7 @@ def _check_size(picture: Any, name: str) -> None:
 
 
 def _read_packets(stored: Mapping[str, Any] | None, name: str) -> _Announced:
-    """Counts the frames without decoding them: what a file says of itself is missing in some, and wrong in others."""
+    """Counts the frames without decoding them, because the number in a file's header may be missing or wrong."""
     with _opened(stored, name) as (container, stream):
         packets = [
             (packet.pts, packet.is_keyframe)
@@ -222,13 +224,14 @@ def _read_packets(stored: Mapping[str, Any] | None, name: str) -> _Announced:
 def _decode(
     stored: Mapping[str, Any] | None, wanted: Sequence[int], announced: _Announced | None, name: str
 ) -> Iterator[tuple[int, Image.Image]]:
-    """The wanted frames, whose numbers ascend; with what is announced, what lies between them is not decoded."""
+    """Yields the wanted frames, given by ascending indices. If the frames are announced, decoding skips the frames
+    between them where possible."""
     with _errors_named(name), _opened(stored, name) as (container, stream):
         if announced is None:
             frames = _one_by_one(container, stream, wanted)
         else:
             frames = _by_jumps(container, stream, wanted, announced)
-        # One for all frames: each of its own would start threads.
+        # Shared by all frames, because each reformatter starts its own threads.
         converter = pyav().video.reformatter.VideoReformatter()
         for number, frame in frames:
             _check_size(frame, name)
@@ -264,7 +267,7 @@ def _by_jumps(container: Any, stream: Any, wanted: Sequence[int], announced: _An
         for frame in frames:
             at = len(times) if frame.pts is None else bisect_left(times, frame.pts)
             if start is not None and at >= start:
-                # In some containers a jump ends elsewhere, and what is decoded from there on is not whole.
+                # In some containers, seeking ends at another frame, and the frames decoded from there are incomplete.
                 if at > start:
                     raise _OtherFramesError
                 start = None

@@ -1,7 +1,7 @@
-"""Mean intersection over union as an `evaluate` module, with the names of Hugging Face's own `mean_iou`.
+"""Mean intersection over union as an `evaluate` module, with the same names as Hugging Face's own `mean_iou`.
 
-The metric is computed in two steps, of which the first needs one image at a time: `label_areas` counts pixels, and
-`iou_from_areas` makes the metric of the sums. Whoever evaluates on several processes gathers the counts.
+The metric is computed in two steps, the first of which processes one image at a time: `label_areas` counts pixels, and
+`iou_from_areas` computes the metrics from the summed counts. To evaluate on several processes, gather the counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,19 +37,19 @@ Examples:
 
 
 def label_areas(prediction: np.ndarray, reference: np.ndarray, num_labels: int, ignore_index: int) -> np.ndarray:
-    """Counts of pixels of each label in one image: those of the prediction that are right, all of the prediction, all
-    of the reference.
+    """Counts the pixels of each label in one image: correctly predicted pixels, predicted pixels, and pixels in the
+    reference.
 
     Args:
         prediction, reference: label ids, both (height, width).
-        num_labels: how many labels there are.
-        ignore_index: of the reference's pixels that do not count.
+        num_labels: number of labels.
+        ignore_index: id of pixels in the reference that are not counted.
 
     Returns:
         int64 (3, num_labels).
 
     Raises:
-        ValueError: the maps differ in size, or hold an id that is no label.
+        ValueError: the maps differ in size, or contain an id that is not a label.
     """
     if prediction.shape != reference.shape:
         raise ValueError(f"A prediction is {prediction.shape} and its reference {reference.shape}: sizes must match.")
@@ -66,11 +66,11 @@ def label_areas(prediction: np.ndarray, reference: np.ndarray, num_labels: int, 
 
 
 def iou_from_areas(areas: np.ndarray, nan_to_num: float | None = None) -> dict[str, Any]:
-    """The metrics from counts of pixels.
+    """Computes the metrics from pixel counts.
 
     Args:
         areas: sums of `label_areas` over images, (3, num_labels).
-        nan_to_num: in place of the NaN of labels that do not occur.
+        nan_to_num: value for labels that do not occur, instead of NaN.
     """
     right, predicted, labelled = areas.astype(np.float64)
     with np.errstate(invalid="ignore"):
@@ -89,7 +89,7 @@ def iou_from_areas(areas: np.ndarray, nan_to_num: float | None = None) -> dict[s
 
 
 def _mean(values: np.ndarray) -> float:
-    """Of the labels that occur; NaN where none does."""
+    """The mean over labels that occur; NaN if there are none."""
     occurring = values[~np.isnan(values)]
     return float(occurring.mean()) if occurring.size else float("nan")
 

@@ -1,4 +1,5 @@
-"""Top-k accuracy as an `evaluate` module: how often the label is among a model's first k guesses."""
+"""Top-k accuracy as an `evaluate` module: the fraction of images whose label is among the model's k best
+predictions."""
 
 from collections.abc import Sequence
 
@@ -8,15 +9,15 @@ import numpy as np
 
 
 DESCRIPTION = """\
-Top-k accuracy: the fraction of the images whose label is among the model's first k guesses. Top-1 is accuracy.
+Top-k accuracy: the fraction of images whose label is among the model's k most likely predictions. Top-1 is accuracy.
 """
 
 INPUTS_DESCRIPTION = """\
 Args:
-    predictions: for each image the ids of the labels that the model guesses, the likeliest first; or one id. An id of
-        -1 is no guess: it fills up rows of models that have few labels.
+    predictions: for each image, the ids of the predicted labels, most likely first; or a single id. An id of -1 is
+        padding, for models with few labels.
     references: the id of each image's label.
-    k: for each of these numbers of guesses a result. By default 1 and 5, as far as there are so many guesses.
+    k: the values of k to compute. Default: 1 and 5, as far as there are enough predictions.
 
 Returns:
     {"top1": ..., "top5": ...}, fractions from 0 to 1.
@@ -31,15 +32,15 @@ DEFAULT_K = (1, 5)
 
 
 def top_k_accuracy(predictions: np.ndarray, references: np.ndarray, k: Sequence[int]) -> dict[str, float]:
-    """The fraction of images whose label is among the first guesses, for several numbers of guesses.
+    """The fraction of images whose label is among the first k predictions, for several values of k.
 
     Args:
-        predictions: ids (images, guesses), the likeliest first.
+        predictions: ids (images, predictions), most likely first.
         references: ids (images,).
-        k: how many guesses count.
+        k: values of k.
 
     Raises:
-        ValueError: a number is not positive, or there are not so many guesses.
+        ValueError: a k is not positive, or there are fewer predictions than that.
     """
     if wrong := [each for each in k if not 1 <= each <= predictions.shape[1]]:
         raise ValueError(f"k has {wrong}: each must be from 1 to {predictions.shape[1]}, the guesses of each image.")

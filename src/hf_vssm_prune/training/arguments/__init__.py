@@ -1,8 +1,8 @@
-"""The options of the training scripts, as dataclasses for transformers' `HfArgumentParser`.
+"""The options of the training commands, as dataclasses for transformers' `HfArgumentParser`.
 
-Names follow transformers' `run_image_classification_no_trainer.py` where it has the option, else timm's `train.py`.
-What cannot work is refused when the dataclasses are made, before anything is loaded. Those of a task are in its file,
-see `training.tasks`.
+Names follow transformers' `run_image_classification_no_trainer.py` if it has the option, otherwise timm's `train.py`.
+The dataclasses check their values when they are created, before anything is loaded. The options of a task are in its
+own file; see `training.tasks`.
 """
 
 from hf_vssm_prune.training.arguments.data import DataArguments, EvaluationDataArguments

@@ -1,4 +1,4 @@
-"""Options: which images are trained on and evaluated."""
+"""Options: the images to train and evaluate on."""
 
 import math
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Options of an evaluation, and of the estimate of a run."""
+"""Options of an evaluation and of an estimate."""
 
 import math
 from dataclasses import dataclass, field

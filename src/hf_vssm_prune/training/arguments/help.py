@@ -1,4 +1,4 @@
-"""The help of scripts with many options: an overview in groups, and the groups one by one."""
+"""The help of commands with many options: an overview of the groups, and a description of each group."""
 
 import argparse
 import inspect
@@ -16,14 +16,15 @@ TYPE_NAMES = {int: "INT", float: "FLOAT"}
 
 
 class OptionParser(HfArgumentParser):
-    """Parses dataclasses; each is a group of options, named by its `_argument_group_name`.
+    """Parses dataclasses. Each is a group of options, named by its `_argument_group_name`.
 
-    `--help` lists the groups with the names of their options, `--help GROUP` describes one of them, `--help all` all.
+    `--help` lists the groups with the names of their options, `--help GROUP` describes one group, and `--help all` all
+    of them.
 
     Args:
-        dataclass_types: of the options.
-        description: what the script does.
-        prog: the program's name in messages; None: that of the script that runs.
+        dataclass_types: dataclasses of the options.
+        description: what the command does.
+        prog: the program's name in messages; None: that of the running script.
     """
 
     def __init__(self, dataclass_types: Sequence[Any], description: str | None, prog: str | None = None) -> None:
@@ -40,11 +41,11 @@ class OptionParser(HfArgumentParser):
 
     @property
     def groups(self) -> dict[str, Any]:
-        """Those that have options, by name."""
+        """The groups that have options, by name."""
         return {str(group.title): group for group in self._action_groups if group._group_actions}
 
     def add_argument_group(self, title: str | None = None, *args: Any, **options: Any) -> Any:
-        """The group of this name: there is one of each."""
+        """The group with this title, which is created if it does not exist."""
         same = [group for group in self._action_groups if group.title == title]
         return same[0] if same else super().add_argument_group(title, *args, **options)
 
@@ -55,7 +56,7 @@ class OptionParser(HfArgumentParser):
         group = self.add_argument_group(dtype._argument_group_name)
         group.description = group.description or _summary(dtype)
 
-    # What is printed
+    # Output
 
     def format_help(self) -> str:
         """The overview."""
@@ -77,7 +78,7 @@ class OptionParser(HfArgumentParser):
 
 
 class _Help(argparse.Action):
-    """Prints help and ends the program."""
+    """Prints help and exits."""
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
@@ -95,29 +96,30 @@ class _Help(argparse.Action):
 
 
 def _summary(dtype: Any) -> str:
-    """The first sentence of its docstring."""
+    """The first sentence of a dataclass's docstring."""
     return " ".join((inspect.getdoc(dtype) or "").split()).partition(". ")[0].removesuffix(".") + "."
 
 
 def _group_name(dtype: Any) -> str:
-    """Of a class without one: `MeanColourArguments` has "mean_colour"."""
+    """The group name of a class that does not define one: `MeanColourArguments` becomes "mean_colour"."""
     words = re.findall(r"[A-Z][a-z0-9]*", dtype.__name__.removesuffix("Arguments"))
     return "_".join(words).lower()
 
 
 def _shown(group: argparse._ArgumentGroup) -> list[argparse.Action]:
-    """Its options; one that only switches another off is described there."""
+    """The options of a group, except those that only switch off another option, which are described with that
+    option."""
     return [action for action in group._group_actions if not isinstance(action, argparse._StoreFalseAction)]
 
 
 def _names(action: argparse.Action) -> list[str]:
-    """As they are written here; each with an underscore can be written with a dash, too."""
+    """The names of an option, as used in the documentation. Names with underscores can also be written with dashes."""
     spelled = [name.lstrip("-").replace("-", "_") for name in action.option_strings]
     return [name for i, name in enumerate(action.option_strings) if spelled.index(spelled[i]) == i]
 
 
 def _describe(action: argparse.Action) -> list[str]:
-    """An option's names, what it takes, what it means, and its default: two lines, as a rule."""
+    """Name, value, meaning and default of an option, usually in two lines."""
     is_switch = action.const is True
     value = "" if is_switch else f" {_value(action)}"
     lines = [f"  {', '.join(_names(action))}{value}"]

@@ -1,4 +1,4 @@
-"""Options: the checkpoint or the new model, its teacher, and the weights of the losses."""
+"""Options: the checkpoint or new model, its teacher, and the weights of the losses."""
 
 import json
 import math

@@ -9,8 +9,8 @@ from hf_vssm_prune.training.optimization import LEARNING_RATE_SCHEDULES
 
 @dataclass
 class OptimizationArguments:
-    """Optimizer, learning rate, length and precision. The defaults are those of the paper's fine-tuning; where the
-    paper is silent (warm-up, lowest rate, batch size) they are ours."""
+    """Optimizer, learning rate, length and precision. The defaults are those of the paper's fine-tuning; values that
+    the paper does not state (warm-up, minimum learning rate, batch size) are ours."""
 
     _argument_group_name = "optimization"
 

@@ -1,4 +1,4 @@
-"""How options are read: dataclasses, a command line, and the recipe that it names."""
+"""Reads options from a command line and its recipe into dataclasses."""
 
 import math
 import os
@@ -14,8 +14,8 @@ from hf_vssm_prune.training.recipes import insert_recipe
 def parse_arguments(
     dataclass_types: list[Any], arguments: Sequence[str] | None, description: str | None, prog: str | None = None
 ) -> tuple:
-    """Parses a command line, and the recipe it names, into dataclasses; on a mistake prints what is wrong and exits
-    with status 2. See `OptionParser` for the arguments."""
+    """Parses a command line and its recipe into dataclasses. If there is a mistake, prints it and exits with status 2.
+    For the arguments, see `OptionParser`."""
     parser = OptionParser(dataclass_types, description, prog)
     options = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     try:
@@ -26,13 +26,13 @@ def parse_arguments(
 
 
 def describe(text: str, *aliases: str, choices: Sequence[str] | None = None) -> dict[str, Any]:
-    """What `HfArgumentParser` reads from a field's metadata."""
+    """The metadata of a field, in the form that `HfArgumentParser` reads."""
     metadata: dict[str, Any] = {"help": text, "aliases": list(aliases)}
     return metadata if choices is None else {**metadata, "choices": tuple(choices)}
 
 
 def check_range(name: str, value: float | None, low: float, high: float, below: bool = False) -> None:
-    """Refuses a value outside [low, high], or outside [low, high) where it must stay `below`."""
+    """Raises an error for a value outside [low, high], or outside [low, high) if `below` is set."""
     if value is None or (low <= value < high if below else low <= value <= high):
         return
     if high == math.inf:
@@ -41,7 +41,7 @@ def check_range(name: str, value: float | None, low: float, high: float, below: 
 
 
 def check_output_file(name: str, file: str | Path | None) -> None:
-    """Refuses, before the work and not after it, a file that cannot be written: a folder, or one in no folder."""
+    """Raises an error for a file that cannot be written, so that this is noticed before the work and not after it."""
     if file is None:
         return
     if Path(file).is_dir():

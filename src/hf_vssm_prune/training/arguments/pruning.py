@@ -1,4 +1,4 @@
-"""Options: the schedule of token pruning, and budgets to train for."""
+"""Options: the pruning schedule, and budgets for elastic training."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,11 +66,11 @@ class PruningArguments:
             )
 
     def schedule(self, config: VisionMambaConfig) -> dict[str, Any] | None:
-        """Complete `token_pruning` options for a checkpoint of this configuration: what was given, and for the rest
-        what it has itself; None where neither has a schedule.
+        """Complete `token_pruning` options for a checkpoint with this configuration. Options that were not given are
+        taken from the checkpoint's own schedule; None if there is no schedule at all.
 
         Raises:
-            ValueError: they are not allowed for this model, or say how tokens go, but not how many.
+            ValueError: the options are not allowed for this model, or specify a method without a schedule.
         """
         own = config.token_pruning
         if (stages := self._stages() or _stages_of(own)) is None:
@@ -85,7 +85,7 @@ class PruningArguments:
         return config.complete_token_pruning(stages | choices)
 
     def _stages(self) -> dict[str, Any] | None:
-        """How many tokens go where, if it was given."""
+        """The given layers and keep ratios, or the budget; None if none were given."""
         given = {
             "flops_reduction": self.flops_reduction,
             "layers": self.prune_layers,
@@ -95,7 +95,7 @@ class PruningArguments:
 
 
 def _stages_of(token_pruning: dict[str, Any] | None) -> dict[str, Any] | None:
-    """How many tokens go where by complete options."""
+    """The layers and keep ratios in complete options."""
     return None if token_pruning is None else {name: token_pruning[name] for name in ("layers", "keep_ratios")}
 
 
@@ -125,10 +125,10 @@ class ElasticArguments:
             raise ValueError(f"--elastic_budgets has {outside}: each must be at least 0 and less than 1.")
 
     def schedules(self, config: VisionMambaConfig) -> list[TokenPruning | None]:
-        """For each budget `token_pruning` options for a model of this configuration; None where nothing is to go.
+        """`token_pruning` options for each budget and a model with this configuration; None for a budget of 0.
 
         Raises:
-            ValueError: no schedule of this model comes near a budget.
+            ValueError: no schedule of this model comes close to a budget.
         """
         choices = {} if self.elastic_importance is None else {"importance": self.elastic_importance}
         return [

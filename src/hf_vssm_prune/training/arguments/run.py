@@ -1,4 +1,4 @@
-"""Options: where a run writes, and how it is spread over devices."""
+"""Options: output of a run, and distribution over devices."""
 
 import math
 from dataclasses import dataclass, field

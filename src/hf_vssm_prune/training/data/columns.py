@@ -17,9 +17,9 @@ from hf_vssm_prune.training.data.media import IMAGES, Medium
 
 @dataclass(frozen=True)
 class ImageDatasets:
-    """The two sides of a training run. Each data set has the columns "image" ({"bytes", "path"}, not decoded; videos,
-    where it is one of videos), "label" (an index into `label_names`) and "row" (the row in the split that it came from;
-    a stream has none)."""
+    """The two data sets of a training run. Each has the columns "image" ({"bytes", "path"}, not decoded; videos in the
+    case of a video data set), "label" (an index into `label_names`) and "row" (the row in the original split; not in a
+    stream)."""
 
     train: "Dataset | ImageStream"
     evaluation: Dataset
@@ -59,8 +59,8 @@ def standardize(
     label_names: list[str] | None = None,
     medium: Medium = IMAGES,
 ) -> tuple[Dataset, list[str]]:
-    """Returns the data set with the columns "image", "label" and "row", and the names of the labels: `label_names`
-    where given, and then the data set's own must be among them.
+    """Returns the data set with the columns "image", "label" and "row", and the names of the labels. If `label_names`
+    is given, these are the names, and the data set's own must be among them.
 
     Raises:
         ValueError: a column is missing or has another type; a row has no image or no label.

@@ -74,7 +74,7 @@ class ObjectOptions:
 
 
 def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: int) -> ImageDatasets:
-    """Both sides of a training run.
+    """Both data sets of a training run.
 
     Args:
         data: which data, splits, columns and samples.

@@ -62,7 +62,7 @@ class EvaluationImages(Items):
 
     Args:
         dataset: A data set from `load_image_dataset` or `load_evaluation_dataset`.
-        image_processor: One of plain steps: see `ImageProcessorSteps`.
+        image_processor: An image processor supported by `ImageProcessorSteps`.
     """
 
     def _pixel_values(self, stored: Mapping[str, Any] | None, index: int, name: str) -> torch.Tensor:
@@ -71,11 +71,11 @@ class EvaluationImages(Items):
 
 class AugmentedItems(Items):
     """Items for training. Randomness depends only on the seed, the epoch and the index, not on the number of workers or
-    processes or on what was read before.
+    processes or on earlier reads.
 
     Args:
         dataset: A data set from `load_image_dataset`.
-        image_processor: One of plain steps: see `ImageProcessorSteps`.
+        image_processor: An image processor supported by `ImageProcessorSteps`.
         augmentation: The augmentation to apply.
         seed: Not negative.
     """

@@ -12,7 +12,7 @@ from hf_vssm_prune.training.data.media import IMAGES, Medium
 from hf_vssm_prune.training.data.sources import count_parquet_rows, load_splits
 
 
-# Data sets on the Hub use any of these names. Validation comes first: the labels of a test split are often withheld.
+# Data sets on the Hub use any of these names. Validation comes first because test labels are often withheld.
 EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 
@@ -36,25 +36,26 @@ def load_image_dataset(
         name_or_path: A folder with one subfolder of images for each class, or with such folders for each split
             ("train", "validation" or "val", "test"); a Parquet file or a folder of them (train.parquet,
             test-00000-of-00001.parquet, …); a table of paths and labels or a folder of them (train.csv, test.csv); a
-            folder that datasets' `save_to_disk` wrote; the name of a data set on the Hub; or "trashnet", the
-            photographs that this package ships, where no folder of that name is present.
+            folder written by datasets' `save_to_disk`; the name of a data set on the Hub; or "trashnet", the
+            photographs that come with this package, unless there is a folder of that name.
         config_name: Configuration of a data set on the Hub.
         train_split: Split to train on.
-        eval_split: Split to evaluate on; None: validation, else test, else a part of the training split.
+        eval_split: Split to evaluate on; None: validation if it exists, otherwise test, otherwise a part of the
+            training split.
         image_column: Column of the images; None: the only one of type `datasets.Image`.
         label_column: Column of the labels; None: the only one of type `datasets.ClassLabel`. A named column may also
-            hold integers or strings.
-        validation_share: Share of the training split to evaluate on where there is no split for it: drawn at random,
-            the same share of each class.
+            contain integers or strings.
+        validation_share: Fraction of the training split to evaluate on if there is no other split: drawn at random, the
+            same fraction of each class.
         max_train_samples: Number of training images to draw at random; None: all.
         max_eval_samples: Number of evaluation images to draw at random; None: all.
-        seed: Of everything that is drawn.
-        medium: What the data set is one of, if not of images.
+        seed: Random seed.
+        medium: Medium of the data set, by default images.
 
     Raises:
-        FileNotFoundError: `name_or_path` looks like a path, and nothing is there.
-        ValueError: The data set cannot be found or read, or is none of labelled images; a split or a column is missing;
-            labels are missing, out of range or all the same; there are fewer images than asked for.
+        FileNotFoundError: `name_or_path` looks like a path, but does not exist.
+        ValueError: The data set cannot be found or read, or does not contain labelled images; a split or a column is
+            missing; labels are missing, out of range or all the same; there are fewer images than requested.
     """
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}: it must be greater than 0 and less than 1.")
@@ -92,13 +93,13 @@ def load_image_stream(
     seed: int = 0,
     medium: Medium = IMAGES,
 ) -> ImageDatasets:
-    """As `load_image_dataset`, but the training images stay where they are and are read when they are needed.
+    """Like `load_image_dataset`, but the training images are read from where they are stored only when they are needed.
 
-    The evaluation split is read once, into datasets' cache. `max_train_samples` takes the first ones.
+    The evaluation split is read once into datasets' cache. `max_train_samples` takes the first images.
 
     Raises:
-        ValueError: as in `load_image_dataset`; or the labels have no names, it is not known how many images there are,
-            there is no evaluation split, or the images are files in a folder.
+        ValueError: as for `load_image_dataset`; or the labels have no names, the number of images is unknown, there is
+            no evaluation split, or the images are files in a folder.
     """
     splits = load_splits(name_or_path, config_name, streaming=True, medium=medium)
     rows = choose_split(splits, train_split, name_or_path)
@@ -151,9 +152,10 @@ def load_evaluation_dataset(
     seed: int = 0,
     medium: Medium = IMAGES,
 ) -> tuple[Dataset, list[str]]:
-    """Loads one split of a data set, and the names of its labels: `split`, or validation, else test, else the only one.
+    """Loads one split of a data set and the names of its labels: `split` if it is given, otherwise validation, test, or
+    the only one.
 
-    Arguments and errors are those of `load_image_dataset`.
+    For arguments and errors, see `load_image_dataset`.
     """
     splits = load_splits(name_or_path, config_name, medium=medium)
     split = split or find_evaluation_split(splits, excluded=None) or next(iter(splits))
@@ -175,7 +177,7 @@ def find_evaluation_split(splits: DatasetDict | IterableDatasetDict, excluded: s
 
 
 def count_rows(rows: IterableDataset, name_or_path: str | Path, split: str) -> int | None:
-    """The number of a stream's rows, from its description or its Parquet files; None where neither says it."""
+    """The number of rows in a stream, from its description or its Parquet files; None if neither has it."""
     described = (rows.info.splits or {}).get(split)
     if described is not None and described.num_examples:
         return described.num_examples
@@ -187,7 +189,8 @@ def _labels_of(dataset: Dataset) -> np.ndarray:
 
 
 def _split_by_label(dataset: Dataset, share: float, seed: int, medium: Medium) -> tuple[Dataset, Dataset]:
-    """Sets `share` of each class apart for evaluation: at least one and not all; none of a class with one."""
+    """Holds out the fraction `share` of each class for evaluation: at least one image but not all, and none if the
+    class has only one."""
     generator = np.random.default_rng(seed)
     labels = _labels_of(dataset)
     for_evaluation = np.zeros(len(labels), bool)

@@ -1,4 +1,4 @@
-"""What a data set may be one of: images or videos."""
+"""The media that a data set can contain: images or videos."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from hf_vssm_prune.training.image_steps import readable_formats
 
 @dataclass(frozen=True)
 class Medium:
-    """A kind of what is labelled.
+    """A medium, such as images.
 
     Attributes:
-        name: for messages, of one.
-        feature: the type of its columns.
-        suffixes: of its files, in lower case.
-        reader: what reads these.
-        example: a suffix that they often have.
+        name: its singular, for messages.
+        feature: type of its columns.
+        suffixes: file suffixes in lower case.
+        reader: the library that reads the files.
+        example: a common suffix.
     """
 
     name: str
@@ -34,7 +34,7 @@ def _image_suffixes() -> set[str]:
 
 
 def _video_suffixes() -> set[str]:
-    """FFmpeg looks at a file itself, whatever its name: these are what videos are called."""
+    """The usual suffixes of videos. FFmpeg itself detects the format from the content."""
     return {
         *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"),
         *(".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),

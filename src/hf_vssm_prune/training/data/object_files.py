@@ -1,4 +1,4 @@
-"""Folders of images with files of objects beside them: COCO's JSON, and Pascal VOC's XML, a file an image."""
+"""Folders of images with annotation files for objects: COCO's JSON, or Pascal VOC's XML with one file per image."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,12 +13,12 @@ from hf_vssm_prune.training.data.sources import find_files, find_saved
 from hf_vssm_prune.training.data.voc_files import read_voc
 
 
-# Of an image: its file, and its objects as dicts of "bbox" (left, top, width, height), "category" and "iscrowd".
+# An image's file, and its objects as dicts of "bbox" (left, top, width, height), "category" and "iscrowd".
 ImageObjects = tuple[str, list[dict[str, Any]]]
 
 
 def holds_object_files(path: Path) -> bool:
-    """Whether a path is a folder of JSON or XML files, and no data set of another kind."""
+    """Whether a path is a folder with JSON or XML files, and not a data set of another kind."""
     if not path.is_dir() or find_saved(path):
         return False
     suffixes = {file.suffix.lower() for file in find_files(path)[0]}
@@ -28,11 +28,11 @@ def holds_object_files(path: Path) -> bool:
 def load_object_files(folder: Path) -> DatasetDict:
     """The columns "image" and "objects" of a folder.
 
-    Its splits are those that COCO's files, or the folders around them, are named by; of Pascal VOC the lists in
-    `ImageSets/Main`, or the folders around the files.
+    For COCO, splits are determined by the names of the JSON files or their folders; for Pascal VOC, by the lists in
+    `ImageSets/Main` or the folders of the files.
 
     Raises:
-        ValueError: a file cannot be read, is of another form, or an image of it is not there.
+        ValueError: a file cannot be read or has another format, or an image is missing.
     """
     files = sorted(find_files(folder)[0])
     images = [file for file in files if file.suffix.lower() in IMAGES.suffixes()]

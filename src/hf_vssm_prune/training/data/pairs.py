@@ -1,4 +1,4 @@
-"""Folders of images beside masks: which mask belongs to which image."""
+"""Folders of images and masks: finds the mask of each image."""
 
 import logging
 import re
@@ -14,24 +14,24 @@ from hf_vssm_prune.training.data.sources import SPLIT_NAMES, find_files, find_sa
 
 logger = logging.getLogger(__name__)
 
-# Folders' names, in lower case.
+# Names of folders, in lower case.
 IMAGE_FOLDERS = {"images", "image", "imgs", "img", "img_dir", "jpegimages", "photos", "leftimg8bit"}
 MASK_FOLDERS = {
     *("masks", "mask", "annotations", "annotation", "ann_dir", "labels", "label", "segmentation", "segmentations"),
     *("segmentationclass", "gtfine", "gt", "seg"),
 }
-# Ends of files' names, without the suffix: of masks and of images.
+# Endings of file names, without the suffix, for masks and for images.
 MASK_ENDS = re.compile(
     r"[ _-](gtfine[_-]labeltrainids|gtfine[_-]labelids|labeltrainids|labelids|masks?|seg|segmentation|labels?|gt|"
     r"annotations?|l)$",
     re.IGNORECASE,
 )
 IMAGE_ENDS = re.compile(r"[ _-](leftimg8bit|image|img|photo)$", re.IGNORECASE)
-LOSSY = {".jpg", ".jpeg", ".webp"}  # such a file is no mask
+LOSSY = {".jpg", ".jpeg", ".webp"}  # such files are never masks
 
 
 class _File(NamedTuple):
-    """An image file: its split, whether it is a mask, and what it shares with its partner."""
+    """An image file: its split, whether it is a mask, and the key that it shares with its partner."""
 
     path: Path
     split: str
@@ -40,7 +40,7 @@ class _File(NamedTuple):
 
 
 def holds_pairs(path: Path) -> bool:
-    """Whether a path is a folder of image files, and no data set of another kind."""
+    """Whether a path is a folder of image files, and not a data set of another kind."""
     if not path.is_dir() or find_saved(path):
         return False
     return not any(file.suffix == ".parquet" for file in find_files(path)[0])
@@ -51,13 +51,13 @@ def _find_images(folder: Path) -> list[Path]:
 
 
 def load_pair_folder(folder: Path) -> DatasetDict:
-    """The columns "image" and "mask" of a folder of images and, beside them, a mask for each.
+    """The columns "image" and "mask" of a folder of images with one mask each.
 
-    Images and masks lie in folders of such names ("images" and "masks", "annotations" or "labels", inside folders of
-    splits or around them), or side by side: `a.jpg` and `a.png`, `a.png` and `a_mask.png`.
+    Images and masks are in separate folders ("images" and "masks", "annotations" or "labels", inside or around the
+    folders of splits), or next to each other: `a.jpg` and `a.png`, `a.png` and `a_mask.png`.
 
     Raises:
-        ValueError: an image has no mask or several, or nothing is found.
+        ValueError: an image has no mask or several, or there are no images.
     """
     files = _describe(folder, _find_images(folder))
     images = {(file.split, file.key): file for file in files if not file.is_mask}

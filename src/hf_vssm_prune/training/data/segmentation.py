@@ -1,4 +1,5 @@
-"""Images with masks, a class id for each pixel: from any data set to one with the columns "image", "mask" and "row"."""
+"""Images with masks, which have a class id for each pixel: converts any data set to one with the columns "image",
+"mask" and "row"."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,15 @@ from hf_vssm_prune.training.data.sources import load_splits
 from hf_vssm_prune.training.labels import read_label_file
 
 
-# Of columns that hold masks, in data sets on the Hub.
+# Names of mask columns in data sets on the Hub.
 MASK_COLUMNS = ("mask", "annotation", "annotations", "label", "labels", "segmentation", "semantic", "masks")
-# Files that name the classes, in a data set's folder or repository.
+# Files with the names of the classes, in a data set's folder or repository.
 NAME_FILES = ("id2label.json", "classes.txt", "label_names.txt")
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Stored rows with the columns "image" and "mask", not decoded, and "row"; and how many classes there are."""
+    """Stored rows with the columns "image" and "mask" (not decoded) and "row", and the number of classes."""
 
     rows: Dataset
     num_labels: int
@@ -42,7 +43,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairStream(ImageStream):
-    """The same of rows that are read one after the other."""
+    """The same for rows that are read sequentially."""
 
     num_labels: int
 
@@ -50,18 +51,18 @@ class PairStream(ImageStream):
 def load_segmentation_datasets(
     data: DataArguments, label_file: str | None, ignore_index: int, reduce_labels: bool, seed: int
 ) -> ImageDatasets:
-    """Both sides of a training run.
+    """Both data sets of a training run.
 
     Args:
         data: which data, splits, columns and samples.
-        label_file: names the classes; None: `id2label.json` or the like beside the data, else the ids that the training
-            masks have.
-        ignore_index: the id of pixels that belong to no class.
-        reduce_labels: whether 0 is no class, and the classes are counted from 1.
-        seed: of what is drawn.
+        label_file: file with the class names; None: `id2label.json` or a similar file next to the data, otherwise the
+            ids in the training masks.
+        ignore_index: id of pixels that belong to no class.
+        reduce_labels: whether 0 means no class and classes are counted from 1.
+        seed: random seed.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such data, a column, a split or the names are missing.
+        FileNotFoundError, ValueError: the data set does not exist, or a column, a split or the names are missing.
     """
     name = data.dataset_name
     splits = _load_splits(data, data.streaming)
@@ -125,7 +126,7 @@ def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
 
 
 def _stored(rows: IterableDataset, split: str) -> Dataset:
-    """A stream of pairs, read once into datasets' cache."""
+    """Reads a stream of pairs into the cache of `datasets`."""
     stored = Dataset.from_generator(
         read_rows, features=rows.features, gen_kwargs={"rows": rows, "split": split}, split=NamedSplit(split)
     )
@@ -133,10 +134,11 @@ def _stored(rows: IterableDataset, split: str) -> Dataset:
 
 
 def standardize_pairs(rows: Any, image_column: str | None, mask_column: str | None) -> Any:
-    """Rows, stored or streamed, with the columns "image" and "mask", neither decoded; stored ones with "row", too.
+    """Rows, stored or streamed, with the columns "image" and "mask", neither of them decoded; stored rows also have
+    "row".
 
     Raises:
-        ValueError: a column is missing, or it is not clear which one it is.
+        ValueError: a column is missing, or cannot be identified.
     """
     if rows.features is None:
         rows = rows._resolve_features()
@@ -171,7 +173,7 @@ def standardize_pairs(rows: Any, image_column: str | None, mask_column: str | No
 
 
 def set_apart(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Sets a share apart for evaluation, at least one image and not all."""
+    """Holds out a fraction of the rows for evaluation: at least one, but not all."""
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} training images cannot be split into training and evaluation images.")
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
@@ -180,15 +182,15 @@ def set_apart(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]
     return tuple(rows.select(part, keep_in_memory=True) for part in parts)
 
 
-# What the classes are called
+# Names of the classes
 
 
 def read_label_names(name_or_path: str, label_file: str | None) -> list[str] | None:
-    """The classes' names in the order of their ids, from a file that is given, or one beside the data; None: there is
+    """The names of the classes in the order of their ids, from a given file or one next to the data; None if there is
     none.
 
     Raises:
-        FileNotFoundError, ValueError: the given file is not there, or none of names.
+        FileNotFoundError, ValueError: the given file does not exist, or does not contain names.
     """
     if label_file is not None:
         return _read_names(Path(label_file))
@@ -210,7 +212,7 @@ def _read_names(file: Path) -> list[str]:
 
 
 def _names_of_ids(rows: Dataset, ignore_index: int, reduce_labels: bool) -> list[str]:
-    """ "class 0" to the highest id that masks have. All of them are read for it."""
+    """The names "class 0" up to the highest id in the masks, all of which are read."""
     highest = -1
     for row in rows.select_columns(["mask", "row"]):
         ids = reduced(decode_mask(row["mask"], f"The mask in row {row['row']} of split '{rows.split}'"), reduce_labels)

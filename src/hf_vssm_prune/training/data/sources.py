@@ -1,4 +1,4 @@
-"""Where images and videos come from: folders, tables of paths, Parquet files, saved data sets, the Hub."""
+"""Loads images and videos from folders, tables of paths, Parquet files, saved data sets and the Hub."""
 
 import glob
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGED_DATA = Path(__file__).resolve().parents[2] / "data"
 PACKAGED_NAMES = ("trashnet",)
-# A folder's or a file's name, and the split that it stands for.
+# From the name of a folder or file to its split.
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -41,7 +41,7 @@ SPLIT_NAMES = {
     "testing": "test",
     "eval": "test",
 }
-# What datasets' `save_to_disk` writes beside the images: of a data set, and of several splits.
+# Files that datasets' `save_to_disk` writes next to the images: for a data set, and for several splits.
 SAVED_DATASET = ("dataset_info.json", "state.json")
 SAVED_SPLITS = "dataset_dict.json"
 
@@ -49,11 +49,11 @@ SAVED_SPLITS = "dataset_dict.json"
 def load_splits(
     name_or_path: str | Path, config_name: str | None, streaming: bool = False, medium: Medium = IMAGES
 ) -> DatasetDict | IterableDatasetDict:
-    """The splits of a data set of images, or of another medium, in whatever columns it has.
+    """The splits of a data set of images (or of another medium), with whatever columns it has.
 
     Raises:
-        FileNotFoundError: `name_or_path` looks like a path, and nothing is there.
-        ValueError: there is no such data set, it cannot be read, or it cannot be streamed.
+        FileNotFoundError: `name_or_path` looks like a path, but does not exist.
+        ValueError: the data set does not exist, cannot be read, or cannot be streamed.
     """
     path = Path(name_or_path).expanduser()
     if path.is_file():
@@ -74,7 +74,7 @@ def load_splits(
         raise FileNotFoundError(f"There is no file or folder '{name}'.")
     try:
         return load_dataset(name, config_name, streaming=streaming)
-    # What the Hub and the network raise are OSErrors. An unknown configuration or a malformed name is a ValueError; a
+    # The Hub and the network raise OSErrors. An unknown configuration or a malformed name is a ValueError; a
     # data set that needs a loading script of its own, a RuntimeError.
     except (DatasetGenerationError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(
@@ -101,11 +101,12 @@ def _load_folder(folder: Path, streaming: bool, medium: Medium) -> DatasetDict |
     return _load_saved(folder, saved) if saved else _load_class_folders(folder, medium)
 
 
-# What datasets' `save_to_disk` wrote
+# Data sets written by `save_to_disk`
 
 
 def find_saved(folder: Path) -> dict[str, Path]:
-    """The folders of saved data sets by split; the folder itself, by no name, where it is one or holds several."""
+    """The folders of saved data sets by split. A folder that is itself a data set, or a saved group of splits, is
+    returned under an empty name."""
     if (folder / SAVED_SPLITS).is_file() or _is_saved(folder):
         return {"": folder}
     return {
@@ -124,12 +125,12 @@ def _load_saved(folder: Path, saved: dict[str, Path]) -> DatasetDict:
     for name, path in saved.items():
         try:
             loaded = load_from_disk(str(path))
-        # Damaged files of JSON and Arrow raise these.
+        # Raised by damaged JSON and Arrow files.
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"'{path}' was written by datasets' save_to_disk, and cannot be read: {error}") from error
         if isinstance(loaded, DatasetDict):
             return loaded
-        # A part of a split is called "train[:50%]" or the like.
+        # Parts of a split have names such as "train[:50%]".
         split = name or SPLIT_NAMES.get(str(loaded.split), "train")
         splits[split] = Dataset(loaded.data, loaded.info, NamedSplit(split))
     return splits
@@ -139,7 +140,7 @@ def _load_saved(folder: Path, saved: dict[str, Path]) -> DatasetDict:
 
 
 def _load_parquet(files: Sequence[Path], streaming: bool) -> DatasetDict | IterableDatasetDict:
-    """Loads Parquet files, each into the split that its name or its folder's name begins with, "train" without one."""
+    """Loads Parquet files, each into the split with which its name or its folder's name begins, or into "train"."""
     files_of_split = _files_of_splits(files)
     patterns = {split: [glob.escape(name) for name in names] for split, names in files_of_split.items()}
     try:
@@ -150,7 +151,7 @@ def _load_parquet(files: Sequence[Path], streaming: bool) -> DatasetDict | Itera
 
 
 def count_parquet_rows(name_or_path: str | Path, split: str) -> int | None:
-    """The rows of a split in local Parquet files; None where there are none."""
+    """The number of rows in a split's local Parquet files; None if there are none."""
     packaged = str(name_or_path) in PACKAGED_NAMES
     path = PACKAGED_DATA / str(name_or_path) if packaged else Path(name_or_path).expanduser()
     files = [path] if path.is_file() else sorted(find_files(path)[0]) if path.is_dir() else []
@@ -180,8 +181,8 @@ def _load_tables(files: Sequence[Path], streaming: bool, medium: Medium) -> Data
 
 
 def _load_class_folders(folder: Path, medium: Medium) -> DatasetDict:
-    """Lists what is in a folder. `datasets`' own "imagefolder" is not used because it takes splits from file names too:
-    to it, cat/test_1.jpg is in another split than cat/1.jpg."""
+    """Lists the contents of a folder. `datasets`' own "imagefolder" is not used because it also takes splits from file
+    names: it would put cat/test_1.jpg into another split than cat/1.jpg."""
     split_folders = {
         SPLIT_NAMES[child.name.lower()]: child
         for child in _subfolders(folder)
@@ -217,7 +218,7 @@ def _load_class_folders(folder: Path, medium: Medium) -> DatasetDict:
 
 
 def _find_labelled(folder: Path, label_names: list[str], medium: Medium) -> tuple[list[str], list[int]]:
-    """The paths of what is in the class folders, and the labels."""
+    """The paths of the files in the class folders, and their labels."""
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(label_names):
@@ -240,7 +241,7 @@ def _find_labelled(folder: Path, label_names: list[str], medium: Medium) -> tupl
 
 
 def _warn_of_others(folder: Path, found: Collection[str], medium: Medium) -> None:
-    """Says which files of a folder were not taken: of an unknown kind, or in another place."""
+    """Logs which files of a folder are ignored, because their type is unknown or they are in another place."""
     files, _ = find_files(folder)
     if others := sorted(file for file in files if str(file) not in found):
         kinds = Counter(file.suffix.lower() or "without a suffix" for file in others)
@@ -253,10 +254,11 @@ def _warn_of_others(folder: Path, found: Collection[str], medium: Medium) -> Non
 
 
 def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files in a folder and all below it, and the links to folders that are not followed: to one that is around the
-    folder, or in the list already. Macs, notebooks and waste bins leave images in hidden folders: these are left out.
+    """The files in a folder and all its subfolders, and the links to folders that are not followed, because they lead
+    to a parent folder or to a folder that is already included. Hidden folders, in which macOS, notebooks and trash cans
+    leave images, are skipped.
 
-    A link that leads nowhere is among the files.
+    Broken links are included as files.
     """
     around = [Path(os.path.realpath(folder)), folder.absolute()]
     read = {Path(os.path.realpath(path)) for each in around for path in (each, *each.parents)}

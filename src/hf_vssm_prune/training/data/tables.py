@@ -1,7 +1,7 @@
-"""Tables of paths and labels: CSV, as data sets of videos are usually listed.
+"""Tables of paths and labels in CSV format, the usual format for lists of videos.
 
-Each line is a path and a label, with a comma, semicolon, tab or blank between them, and a line of headings before them
-or not. A path is taken from the table's folder. Labels are names, or numbers.
+Each line has a path and a label, separated by a comma, semicolon, tab or space. There may be a header line. Paths are
+relative to the table's folder. Labels are names or numbers.
 """
 
 import csv
@@ -23,7 +23,7 @@ def read_tables(files_of_split: Mapping[str, Sequence[str | Path]], medium: Medi
     """The splits of a data set that is listed in tables, with the columns "image" and "label".
 
     Raises:
-        ValueError: a table cannot be read, or a line of one is not a path and a label.
+        ValueError: a table cannot be read, or a line does not consist of a path and a label.
     """
     rows = {split: [row for file in files for row in _read(Path(file))] for split, files in files_of_split.items()}
     names = {label for of_split in rows.values() for _, label in of_split}
@@ -68,7 +68,7 @@ def _read(file: Path) -> list[tuple[str, str]]:
 
 
 def _find_columns(headings: Sequence[str]) -> tuple[int, int, int]:
-    """Where paths and labels are, and how many lines of headings there are."""
+    """The columns of paths and labels, and the number of header lines."""
     lower = [heading.lower() for heading in headings]
     paths = [i for i, heading in enumerate(lower) if heading in PATH_HEADINGS]
     labels = [i for i, heading in enumerate(lower) if heading in LABEL_HEADINGS]

@@ -1,4 +1,4 @@
-"""Pascal VOC's XML: a file for each image, with its objects."""
+"""Pascal VOC's XML format: one file per image, with its objects."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,22 +8,22 @@ from xml.etree import ElementTree
 from hf_vssm_prune.training.data.sources import SPLIT_NAMES
 
 
-# Lists of images, by the split that they stand for; `trainval` where the others are not there.
+# Lists of images by split; `trainval` is used if the others do not exist.
 LISTS = {"train": ("train", "trainval"), "validation": ("val",), "test": ("test",)}
 
 
 def read_voc(
     folder: Path, files: Sequence[Path], images: Sequence[Path]
 ) -> tuple[dict[str, list[tuple[str, list[dict[str, Any]]]]], list[str]]:
-    """The images of each split with their objects, and the classes' names in their order; nothing where there is no
-    such file. An object that is marked as difficult is like a crowd: not learned from, and not counted.
+    """The images of each split with their objects, and the sorted names of the classes. Returns nothing if there is no
+    such file. Objects marked as difficult are treated like crowds: they are not used for training and not counted.
 
     Args:
-        folder: where they are.
-        files, images: in it.
+        folder: folder of the data set.
+        files, images: XML files and images in it.
 
     Raises:
-        ValueError: a file cannot be read, or the image of one is not there.
+        ValueError: a file cannot be read, or its image is missing.
     """
     roots = {file: root for file in files if file.suffix.lower() == ".xml" and (root := _read(file)) is not None}
     by_stem = {(image.parent, image.stem): image for image in images}
@@ -47,7 +47,7 @@ def read_voc(
 
 
 def _read(file: Path) -> ElementTree.Element | None:
-    """The root of a file of VOC's form; None of another one."""
+    """The root of a file in VOC's format; None for other files."""
     try:
         root = ElementTree.parse(file).getroot()
     except (OSError, ElementTree.ParseError) as error:
@@ -64,7 +64,7 @@ def _object(element: ElementTree.Element, file: Path) -> dict[str, Any]:
         raise ValueError(f"An object of '{file}' has the box {corners}: it must have four numbers.") from error
     if not name:
         raise ValueError(f"An object of '{file}' has no name.")
-    # Pixels are counted from 1, and the last one belongs to the box.
+    # Pixels are counted from 1, and the last pixel is part of the box.
     return {
         "bbox": [left - 1, top - 1, right - left + 1, bottom - top + 1],
         "category": name,

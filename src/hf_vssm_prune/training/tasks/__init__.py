@@ -1,4 +1,5 @@
-"""The tasks that can be trained, evaluated and estimated: one file each, see `task.Task`, and one line here."""
+"""The tasks that can be trained, evaluated and estimated. Each is defined in its own file (see `task.Task`) and listed
+here."""
 
 import sys
 from argparse import ArgumentParser
@@ -22,11 +23,11 @@ DEFAULT_TASK = ImageClassification.name
 
 @dataclass
 class TaskArguments:
-    """The task; each has its own options."""
+    """The task. Each task has its own options."""
 
     _argument_group_name = "task"
 
-    # The table itself, so that a task that is entered from outside is known, too.
+    # The table itself, so that tasks added to it later are allowed, too.
     task: str = field(
         default=DEFAULT_TASK, metadata={"help": "the task to train, evaluate or estimate", "choices": TASKS}
     )
@@ -38,14 +39,14 @@ def default_task() -> Task:
 
 
 def choose_task(arguments: Sequence[str] | None) -> type[Task]:
-    """The task that a command line, or the recipe it names, asks for: its options have to be known before the whole is
-    parsed. A task that there is not is left to that to refuse."""
+    """The task named on the command line or in its recipe. It must be known before the command line is parsed
+    completely, because it determines the options. The parser itself rejects unknown tasks."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task")
     parser.add_argument("--recipe")
     given, _ = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     name = given.task
     if name is None and given.recipe is not None:
-        with suppress(ValueError):  # a recipe that cannot be read
+        with suppress(ValueError):  # the recipe cannot be read
             name = read_recipe(given.recipe).get("task")
     return TASKS.get(name or DEFAULT_TASK, TASKS[DEFAULT_TASK])

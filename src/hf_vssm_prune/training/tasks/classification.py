@@ -1,4 +1,4 @@
-"""Image classification: an image has one of the labels."""
+"""Image classification: each image has one label."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ from hf_vssm_prune.training.tasks.task import Batch, NoArguments, PrunableModel,
 from hf_vssm_prune.visualization import draw_classification, image_statistics
 
 
-# Top-5 accuracy is what ImageNet's tables have beside top-1.
+# ImageNet results are usually reported as top-1 and top-5 accuracy.
 NUM_GUESSES = 5
 
 
@@ -91,13 +91,13 @@ class AugmentationArguments:
 
 
 class ImageClassification:
-    """Cross-entropy with mixup and CutMix, measured by top-1 and top-5; see `task.Task`.
+    """Cross-entropy with mixup and CutMix, evaluated by top-1 and top-5 accuracy; see `task.Task`.
 
-    A batch has "pixel_values" (batch, channels, height, width) and "labels": class ids (batch,), or after mixing
+    A batch has "pixel_values" (batch, channels, height, width) and "labels": class ids (batch,) or, after mixing,
     probabilities (batch, labels). The scores of a batch are (batch, 7), see `score_predictions`.
 
     Args:
-        arguments: augmentation and mixing; an evaluation needs none.
+        arguments: options for augmentation and mixing; not needed for an evaluation.
     """
 
     name: ClassVar[str] = "image-classification"
@@ -158,7 +158,7 @@ class ImageClassification:
             "labels": torch.randint(len(config.label_names), (batch_size,), device=device),
         }
 
-    # Models: labelled by name
+    # Models
 
     def load_model(self, name_or_path: str, label_names: Sequence[str], *args: Any, **options: Any) -> PrunableModel:
         self._check_model(name_or_path)
@@ -184,7 +184,7 @@ class ImageClassification:
         return {**batch, "pixel_values": pixel_values, "labels": labels}
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        # Without labels: to a model's own loss, soft ones mean several labels for an image.
+        # Without labels, because the model's own loss would treat soft labels as several labels per image.
         return {"pixel_values": batch["pixel_values"]}
 
     def losses(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ class ImageClassification:
         )
         return {**accuracy, "loss": loss.mean().item()}
 
-    # To look at
+    # Pictures
 
     def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
         return draw_classification(model, batch["pixel_values"], *image_statistics(image_processor))
@@ -224,15 +224,14 @@ class ImageClassification:
 
 
 def score_predictions(logits: Tensor, labels: Tensor) -> Tensor:
-    """For each image its cross-entropy, its label, and the labels that the model guesses, the likeliest first; -1 where
-    there are no more.
+    """For each image, its cross-entropy, its label, and the predicted labels, most likely first, padded with -1.
 
     Args:
         logits: (batch, labels).
         labels: class ids (batch,).
 
     Returns:
-        float32 (batch, 2 + NUM_GUESSES); it holds ids below 16 million exactly, and MPS has no float64.
+        float32 (batch, 2 + NUM_GUESSES). It represents ids below 16 million exactly, and MPS does not support float64.
     """
     logits = logits.float()
     guesses = logits.topk(min(NUM_GUESSES, logits.shape[-1]), dim=-1).indices

@@ -1,4 +1,4 @@
-"""What the tasks of dense prediction, segmentation and detection, do alike; see `task.Task`."""
+"""What segmentation and detection have in common; see `task.Task`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from hf_vssm_prune.training.tasks.task import Batch, PrunableModel
 
 
 class DenseTask:
-    """Models with a head on a backbone, see `dense_models`; images are not mixed."""
+    """Models with a head on a backbone (see `dense_models`). Images are not mixed."""
 
     auto_class: ClassVar[Any]
     shown_metrics: ClassVar[Mapping[str, tuple[str, str]]]

@@ -1,4 +1,4 @@
-"""Object detection: an image has objects, each with a box and one of the classes."""
+"""Object detection: each image has objects, each with a box and a class."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ from hf_vssm_prune.visualization_of_heads import draw_detection
 
 @dataclass
 class BoxArguments:
-    """How objects are given."""
+    """Format of the objects."""
 
     label_file: str | None = field(
         default=None,
@@ -64,7 +64,7 @@ class BoxArguments:
 
 @dataclass
 class DetectionArguments(BoxArguments):
-    """How objects are given, how images are augmented, and what a new head is."""
+    """Format of the objects, augmentation of the images, and options of a new head."""
 
     input_size: list[int] | None = field(
         default=None,
@@ -178,20 +178,21 @@ class DetectionArguments(BoxArguments):
 
 
 class ObjectDetection(DenseTask):
-    """The head's own loss over matched boxes, measured by COCO's average precision; see `task.Task`.
+    """The detector's own loss over matched boxes, evaluated by COCO's average precision; see `task.Task`.
 
-    A batch has "pixel_values" (batch, channels, height, width) and to train "labels", to evaluate "objects", lists of
-    what `TrainingBoxes` and `EvaluationBoxes` give. The scores of an image are arrays, see `scores`.
+    A batch has "pixel_values" (batch, channels, height, width) and, for training, "labels" or, for evaluation,
+    "objects": lists of the entries of `TrainingBoxes` or `EvaluationBoxes`. The scores of an image are arrays, see
+    `scores`.
 
     Args:
-        arguments: of training, or those of an evaluation.
+        arguments: options for training, or for an evaluation.
     """
 
     name: ClassVar[str] = "object-detection"
     auto_class: ClassVar[Any] = DetectionModels()
     training_arguments: ClassVar[type] = DetectionArguments
     evaluation_arguments: ClassVar[type] = BoxArguments
-    # Without boxes in a batch RT-DETR has nothing to restore, and what it embeds their classes by stays out of it.
+    # In a batch without boxes, RT-DETR has no denoising queries and does not use its class embeddings.
     idle_parameters: ClassVar[bool] = True
     metric_for_best_model: ClassVar[str] = "map"
     greater_is_better: ClassVar[bool] = True
@@ -244,7 +245,7 @@ class ObjectDetection(DenseTask):
         }
 
     def image_processor(self, image_processor: BaseImageProcessor) -> BaseImageProcessor:
-        """That of a model in training, from the checkpoint's."""
+        """The image processor of a model in training, created from the checkpoint's."""
         return detection_processor(image_processor, self._training.size())
 
     # Training
@@ -261,7 +262,7 @@ class ObjectDetection(DenseTask):
     # Evaluation
 
     def scores(self, outputs: Any, batch: Batch) -> Scores:
-        """Of each image {"detections": (n, 6), "objects": (n, 6), "num_labels"}, see `average_precision`."""
+        """For each image, {"detections": (n, 6), "objects": (n, 6), "num_labels"}; see `average_precision`."""
         sizes = torch.stack([each["size"] for each in batch["objects"]])
         return [
             {
@@ -280,7 +281,7 @@ class ObjectDetection(DenseTask):
             images[0]["num_labels"],
         )
 
-    # To look at
+    # Pictures
 
     def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
         return draw_detection(model, batch["pixel_values"], *image_statistics(image_processor))

@@ -1,4 +1,4 @@
-"""Semantic segmentation: each pixel has one of the classes, or none."""
+"""Semantic segmentation: each pixel has one class, or none."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ from hf_vssm_prune.visualization_of_heads import draw_segmentation
 
 @dataclass
 class MaskArguments:
-    """What masks mean, and how images are segmented for measurement."""
+    """Format of the masks, and how images are segmented in an evaluation."""
 
     label_file: str | None = field(
         default=None,
@@ -83,7 +83,7 @@ class MaskArguments:
                 _height_width(name, value)
 
     def windows(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
-        """The sliding window's (height, width), and its steps; None: images are seen whole."""
+        """The sliding window's (height, width) and stride; None: images are segmented as a whole."""
         if self.window is None:
             return None
         window = _height_width("window", self.window)
@@ -100,7 +100,7 @@ def _height_width(name: str, value: Sequence[int]) -> tuple[int, int]:
 
 @dataclass
 class SegmentationArguments(MaskArguments):
-    """What masks mean, how images are augmented, and what a new head is."""
+    """Format of the masks, augmentation of the images, and options of a new head."""
 
     crop_size: list[int] = field(
         default_factory=lambda: [512], metadata=describe("height and width of training crops, or one number")
@@ -171,14 +171,14 @@ class SegmentationArguments(MaskArguments):
 
 
 class SemanticSegmentation(DenseTask):
-    """The head's own cross-entropy over labelled pixels, measured by mean intersection over union; see `task.Task`.
+    """The model's own cross-entropy over labelled pixels, evaluated by mean intersection over union; see `task.Task`.
 
-    A batch has "pixel_values" (batch, channels, height, width) and "labels", class ids (batch, height, width); to
-    evaluate, lists of both where images differ in size. The scores of a batch are (batch, 3, classes), pixels as
-    `metrics.mean_iou.mean_iou.label_areas` counts them.
+    A batch has "pixel_values" (batch, channels, height, width) and "labels", class ids (batch, height, width). In an
+    evaluation, both are lists if images differ in size. The scores of a batch are (batch, 3, classes), pixels counted
+    by `metrics.mean_iou.mean_iou.label_areas`.
 
     Args:
-        arguments: of training, or those of an evaluation.
+        arguments: options for training, or for an evaluation.
     """
 
     name: ClassVar[str] = "semantic-segmentation"
@@ -227,14 +227,14 @@ class SemanticSegmentation(DenseTask):
         return {"pixel_values": torch.randn(shape, device=device), "labels": labels}
 
     def image_processor(self, image_processor: BaseImageProcessor) -> BaseImageProcessor:
-        """That of a model in training, from the checkpoint's."""
+        """The image processor of a model in training, created from the checkpoint's."""
         return segmentation_processor(image_processor, self._training.short_side)
 
     # Training
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         labels = batch["labels"]
-        # The head's loss is a mean over labelled pixels: of none it would be 0 / 0.
+        # The model's loss is a mean over labelled pixels: without any, it would be 0 / 0.
         labelled = bool((labels != self.arguments.ignore_index).any())
         return {"pixel_values": batch["pixel_values"]} | ({"labels": labels} if labelled else {})
 
@@ -243,14 +243,14 @@ class SemanticSegmentation(DenseTask):
         return {"segmentation": at_least_float32(outputs.logits.sum() * 0.0 if loss is None else loss)}
 
     def distillation(self, student: Any, teacher: Any, temperature: float) -> Tensor:
-        """Mean over all pixels, labelled or not."""
+        """Averaged over all pixels, labelled or not."""
         student_logits, teacher_logits = (each.logits.movedim(1, -1).flatten(0, -2) for each in (student, teacher))
         return distillation_loss(student_logits, teacher_logits, temperature)
 
     # Evaluation
 
     def predict(self, model: PrunableModel, batch: Batch) -> Any:
-        """Outputs with `logits`, (batch, classes, height, width), or a list of (classes, height, width)."""
+        """Outputs whose `logits` are (batch, classes, height, width), or a list of (classes, height, width)."""
         images = batch["pixel_values"]
         windows = self.arguments.windows()
         if windows is None and isinstance(images, Tensor):
@@ -278,13 +278,13 @@ class SemanticSegmentation(DenseTask):
         return {name: metrics[name] for name in self.shown_metrics}
 
     def _areas(self, predicted: Tensor, labels: Tensor, num_labels: int) -> Tensor:
-        # `evaluate`, which the metrics' file imports, takes a second, and only the training extra has it.
+        # The metric imports `evaluate`, which takes a second and is installed only with the training extra.
         from hf_vssm_prune.metrics.mean_iou.mean_iou import label_areas
 
         areas = label_areas(predicted.cpu().numpy(), labels.cpu().numpy(), num_labels, self.arguments.ignore_index)
         return torch.from_numpy(areas).to(predicted.device)
 
-    # To look at
+    # Pictures
 
     def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
         images = batch["pixel_values"]
@@ -293,7 +293,7 @@ class SemanticSegmentation(DenseTask):
 
 
 def segment(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Class ids (height, width) of a size, from logits (classes, height, width) of any."""
+    """Class ids (height, width) of the given size, from logits (classes, height, width) of any size."""
     logits = at_least_float32(logits).unsqueeze(0)
     if logits.shape[-2:] != tuple(size):
         logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)

@@ -1,7 +1,8 @@
-"""What a task is to the training loop, the evaluation, the estimate and the scripts, which know no task by themselves.
+"""The interface between a task and the training loop, the evaluation, the estimate and the commands, which contain no
+code specific to a task.
 
-A task is one class in one file, entered in the table of `training.tasks`. It holds its options (`arguments`) and no
-other state: what is random in it comes from generators and seeds that it is given, so that a run resumes exactly.
+A task is a class in its own file, listed in the table of `training.tasks`. It stores its options (`arguments`) and no
+other state: all randomness comes from generators and seeds passed to it, so that a run can be resumed exactly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,16 +22,16 @@ from hf_vssm_prune.training.data import ImageDatasets
 from hf_vssm_prune.training.losses import LossWeights
 
 
-# A `PreTrainedModel` with a backbone of this package, which is a `TokenPruningMixin`: Python has no type for both.
+# A `PreTrainedModel` with a backbone of this package that is also a `TokenPruningMixin`: Python cannot express both.
 PrunableModel: TypeAlias = Any
 Batch: TypeAlias = dict[str, Any]
-# Of the images of one batch, one entry for each: a tensor (batch, ...), or a list where they differ in size.
+# One entry for each image of a batch: a tensor (batch, ...), or a list if entries differ in size.
 Scores: TypeAlias = Tensor | list[Any]
 
 
 @dataclass
 class NoArguments:
-    """For a task without options of its own."""
+    """Options of a task that has none."""
 
 
 class EvaluationItems(Protocol):
@@ -42,29 +43,29 @@ class EvaluationItems(Protocol):
 
 
 class TrainingItems(EvaluationItems, Protocol):
-    """The same, augmented. What is random in an item depends on the seed, the epoch and its index alone."""
+    """The same with augmentation. Randomness in an item depends only on the seed, the epoch and the index."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before the data loader's iterator is made."""
+        """Called before the data loader's iterator is created."""
 
 
 class Task(Protocol):
-    """What is trained for, and how it is measured.
+    """What a model is trained for, and how it is evaluated.
 
-    A task may also have `predict(model, batch)`, where a measurement takes more than a forward of the batch's inputs,
-    `image_processor(image_processor)`, where its models need another than their checkpoint's, and
-    `idle_parameters = True`, where some batches leave parameters without a gradient: see `predict`,
-    `image_processor_of` and `leaves_parameters_idle`.
+    A task may also define `predict(model, batch)`, if an evaluation needs more than a forward pass of the batch's
+    inputs; `image_processor(image_processor)`, if its models need another image processor than their checkpoint's; and
+    `idle_parameters = True`, if some batches leave parameters without a gradient. See `predict`, `image_processor_of`
+    and `leaves_parameters_idle`.
 
     Attributes:
-        name: on the command line (`--task`) and in checkpoints; that of transformers' pipeline where there is one.
-        auto_class: transformers' Auto class of its models.
+        name: name on the command line (`--task`) and in checkpoints; that of transformers' pipeline if there is one.
+        auto_class: transformers' Auto class for its models.
         training_arguments, evaluation_arguments: dataclasses of its options, see `training.arguments`.
-        metric_for_best_model: the metric by which the best weights are chosen.
-        greater_is_better: whether more of it is better.
-        shown_metrics: those that tables show, by name: a title, and how the number is formatted.
-        arguments: its options, of one of the two classes. Those of training become settings of the run, which a
-            checkpoint holds and a continuation must share.
+        metric_for_best_model: the metric that selects the best weights.
+        greater_is_better: whether higher values of this metric are better.
+        shown_metrics: the metrics shown in tables, by name: a title, and a number format.
+        arguments: its options, an instance of one of the two classes. Training options become settings of the run,
+            which are stored in checkpoints and must be the same in a resumed run.
     """
 
     name: ClassVar[str]
@@ -81,23 +82,23 @@ class Task(Protocol):
     # Data
 
     def load_datasets(self, data: DataArguments, seed: int) -> ImageDatasets:
-        """Both sides of a training run. `label_names` are the names of what the model puts out: `config.id2label`."""
+        """Both data sets of a training run. `label_names` are the names of the model's outputs: `config.id2label`."""
 
     def load_evaluation_dataset(self, data: EvaluationDataArguments, seed: int) -> tuple[Any, Sequence[str]]:
-        """The rows to evaluate, and the same names."""
+        """The rows to evaluate, and the names of the model's outputs."""
 
     def training_items(self, rows: Any, image_processor: BaseImageProcessor, seed: int) -> TrainingItems:
-        """The training items of `ImageDatasets.train`, rows or a stream of them."""
+        """The training items of `ImageDatasets.train`, which contains stored rows or a stream."""
 
     def evaluation_items(self, rows: Any, image_processor: BaseImageProcessor) -> EvaluationItems:
-        """The items of `ImageDatasets.evaluation`, as the image processor prepares them."""
+        """The items of `ImageDatasets.evaluation`, prepared by the image processor."""
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
-        """A batch of items: "pixel_values" (batch, ...) and whatever the other methods need. Tensors, and lists and
-        dicts of tensors, are moved to the device."""
+        """A batch of items: "pixel_values" (batch, ...) and everything else the other methods need. Tensors, and lists
+        and dicts of tensors, are moved to the device."""
 
     def example_batch(self, config: VisionMambaConfig, batch_size: int, device: torch.device) -> Batch:
-        """A random batch for a model of this configuration: memory and speed are measured with it."""
+        """A random batch for a model with this configuration, used to measure memory and speed."""
 
     # Models
 
@@ -109,7 +110,7 @@ class Task(Protocol):
         ignore_mismatched_sizes: bool = False,
         some_labels: bool = False,
     ) -> PrunableModel:
-        """A checkpoint as a model of the data set's labels, in float32; see `models.load_model`."""
+        """Loads a checkpoint as a float32 model for the data set's labels; see `models.load_model`."""
 
     def load_teacher(
         self,
@@ -119,50 +120,53 @@ class Task(Protocol):
         dtype: str = "float32",
         image_size: int | None = None,
     ) -> PrunableModel:
-        """The dense model from which a student learns; see `models.load_teacher`."""
+        """Loads the dense model from which a student learns; see `models.load_teacher`."""
 
     # Training
 
     def mix(self, batch: Batch, config: VisionMambaConfig, generator: np.random.Generator) -> Batch:
-        """The batch with its images mixed (mixup, CutMix, mosaic, ...), or as it is. The given batch is left alone."""
+        """The batch with its images mixed (mixup, CutMix, mosaic, ...), or unchanged. The given batch is not
+        modified."""
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of the model's forward. With labels only where the model has to compute its own loss."""
+        """Keyword arguments for the model's forward pass. They include labels only if the model has to compute its own
+        loss."""
 
     def losses(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
-        """The terms of the loss by name, each a scalar, mean over the batch; their sum is what the task minimises."""
+        """The terms of the loss by name, each a scalar averaged over the batch. The task minimises their sum."""
 
     def distillation(self, student: Any, teacher: Any, temperature: float) -> Tensor:
-        """The distance between the outputs of a student and its dense teacher, a scalar, mean over the batch."""
+        """The distance between the outputs of a student and its dense teacher: a scalar averaged over the batch."""
 
     # Evaluation
 
     def scores(self, outputs: Any, batch: Batch) -> Scores:
-        """What the metrics need to know of each image. On several processes the scores of all come together, each image
-        once."""
+        """The values from which the metrics are computed, for each image. They are gathered from all processes, without
+        duplicates."""
 
     def metrics(self, scores: Sequence[Scores]) -> dict[str, float]:
         """The metrics by name, from the scores of all batches."""
 
-    # To look at
+    # Pictures
 
     def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image | None:
-        """A picture of what a pruned model makes of a batch, for cards and trackers; None if there is none."""
+        """A picture of how a pruned model processes a batch, for cards and trackers; None if there is none."""
 
     def evaluation_on_card(
         self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
     ) -> Evaluation | None:
-        """What a model card says of the metrics; None if it says nothing."""
+        """The metrics in the form used by model cards; None if the card does not show them."""
 
 
 def predict(task: Task, model: Any, batch: Batch) -> Any:
-    """What `Task.scores` takes of a batch: the task's own prediction, or the model's outputs."""
+    """The input of `Task.scores` for a batch: the task's own prediction if it defines `predict`, otherwise the model's
+    outputs."""
     own = getattr(task, "predict", None)
     return model(**task.inputs(batch)) if own is None else own(model, batch)
 
 
 def image_processor_of(task: Task, image_processor: BaseImageProcessor) -> BaseImageProcessor:
-    """That of a model in training for the task, from its checkpoint's."""
+    """The image processor of a model in training for the task, created from the checkpoint's."""
     own = getattr(task, "image_processor", None)
     return image_processor if own is None else own(image_processor)
 

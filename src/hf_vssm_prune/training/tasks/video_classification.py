@@ -1,4 +1,4 @@
-"""Video classification: a video has one of the labels."""
+"""Video classification: each video has one label."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from hf_vssm_prune.training.tasks.task import Batch, PrunableModel
 
 @dataclass
 class ViewArguments:
-    """What of a video is evaluated."""
+    """The parts of a video that are evaluated."""
 
     frame_sampling: str = field(
         default="uniform",
@@ -44,7 +44,8 @@ class ViewArguments:
 
 @dataclass
 class VideoTrainingArguments(ViewArguments, AugmentationArguments):
-    """Augmentation of the training clips, the same in all frames of one; and what of a video is evaluated."""
+    """Augmentation of the training clips, which is the same for all frames of a clip; and the parts of a video that are
+    evaluated."""
 
     def __post_init__(self) -> None:
         ViewArguments.__post_init__(self)
@@ -52,13 +53,13 @@ class VideoTrainingArguments(ViewArguments, AugmentationArguments):
 
 
 class VideoClassification(ImageClassification):
-    """As classification of images, with clips of frames in their place; see `task.Task`.
+    """Like image classification, with clips of frames instead of images; see `task.Task`.
 
-    A training batch has "pixel_values" (batch, frames, channels, height, width), one of an evaluation (batch, views,
-    frames, channels, height, width): of a video's views the probabilities are averaged.
+    A training batch has "pixel_values" (batch, frames, channels, height, width); an evaluation batch has (batch, views,
+    frames, channels, height, width), and the probabilities of a video's views are averaged.
 
     Args:
-        arguments: augmentation and mixing, and the views; an evaluation needs these alone.
+        arguments: options for augmentation, mixing and the views; an evaluation needs only the views.
     """
 
     name: ClassVar[str] = "video-classification"
@@ -92,10 +93,10 @@ class VideoClassification(ImageClassification):
         means = of_views.logsumexp(1) - torch.tensor(of_views.shape[1]).log()
         return score_predictions(means, labels)
 
-    # To look at
+    # Pictures
 
     def draw(self, model: PrunableModel, image_processor: BaseImageProcessor, batch: Batch) -> Image.Image:
-        """Of each video the middle one of its views."""
+        """Shows the middle view of each video."""
         views = batch["pixel_values"]
         views = views if views.ndim == 5 else views[:, views.shape[1] // 2]
         return super().draw(model, image_processor, {**batch, "pixel_values": views})
