@@ -27,7 +27,7 @@ from hf_vssm_prune.visualization import (
 # Seconds for measuring both models alternately, short enough for a responsive slider.
 MEASURING_SECONDS, MIN_TURNS, MAX_TURNS = 0.15, 5, 15
 METHODS = {
-    f"Merge alike neighbours ({RECOMMENDED_METHOD}, our default)": {"method": RECOMMENDED_METHOD},
+    f"Merge similar neighbours ({RECOMMENDED_METHOD}, our default)": {"method": RECOMMENDED_METHOD},
     f"Drop the least important ({PAPERS_METHOD}, the paper's)": {"method": PAPERS_METHOD},
     "Drop at random": {"method": PAPERS_METHOD, "importance": "random"},
 }

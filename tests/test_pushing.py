@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,8 +122,18 @@ def test_a_push_is_one_commit_of_the_whole_model(hub, client, folder):
     assert [commit.message for commit in repository.branches["main"]] == ["initial commit", "First"]
     pushed = hub.files(REPO)
     assert pushed.keys() - {".gitattributes"} == {file.path.name for file in list_pushed_files(folder)}
-    assert all(pushed[path.name] == path.read_bytes() for path in folder.iterdir())
+    assert all(pushed[path.name] == path.read_bytes() for path in folder.iterdir() if path.name != "README.md")
     assert "modeling_plainmamba.py" in pushed
+
+
+def test_the_examples_of_a_pushed_card_load_the_repository(hub, client, folder):
+    assert_ok(client.push(folder, REPO))
+    local, pushed = (folder / "README.md").read_text(), hub.files(REPO)["README.md"].decode()
+    loads = re.compile(r'(?:model=|from_pretrained\()\s*"(.*?)"')
+    assert set(loads.findall(local)) == {folder.name}
+    assert set(loads.findall(pushed)) == {REPO}
+    assert len(loads.findall(pushed)) == len(loads.findall(local)) > 1
+    assert loads.sub("", pushed) == loads.sub("", local)
 
 
 def test_a_pushed_model_loads_by_name_and_then_offline(hub, client, folder):
@@ -157,7 +168,7 @@ def test_only_what_changed_is_sent_again(hub, client, folder, tmp_path):
     hub.state.requests.clear()
     assert_ok(client.push(changed, REPO))
     assert hub.requests("PUT", "/lfs/") == []
-    assert hub.files(REPO)["README.md"] == card.read_bytes()
+    assert hub.files(REPO)["README.md"].endswith(b"\nMore to know.\n")
     commits = len(hub.state.repositories[REPO].branches["main"])
     assert_ok(client.push(changed, REPO))
     assert len(hub.state.repositories[REPO].branches["main"]) == commits
@@ -275,13 +286,15 @@ def test_an_upload_that_is_cut_off_can_be_made_again(hub, client, folder):
 def test_of_two_pushes_that_race_one_is_refused_whole(hub, client, folder, tmp_path):
     assert_ok(client.push(folder, REPO))
     other = save_model(tmp_path / "other", seed=1)
+    with (other / "README.md").open("a") as card:
+        card.write("\nThe other.\n")
     overtaking = []
     hub.state.before_commit.append(lambda: overtaking.append(client.push(other, REPO)))
     changed = save_model(tmp_path / "changed", seed=2)
     assert_refused(client.push(changed, REPO), "someone else has changed it", "412")
     assert_ok(overtaking[0])
     assert hub.files(REPO)["model.safetensors"] == (other / "model.safetensors").read_bytes()
-    assert hub.files(REPO)["README.md"] == (other / "README.md").read_bytes()
+    assert hub.files(REPO)["README.md"].endswith(b"\nThe other.\n")
 
 
 def test_a_download_that_is_cut_off_is_made_whole(hub, client, folder):

@@ -1,6 +1,6 @@
 """PlainMamba with token pruning.
 
-The model is that of "PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition" (arXiv 2403.17695), pruned as
+The model is from "PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition" (arXiv 2403.17695), pruned as
 in "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
 """
 

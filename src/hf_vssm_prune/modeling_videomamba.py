@@ -1,7 +1,7 @@
 """VideoMamba with token pruning.
 
-The model is that of "VideoMamba: State Space Model for Efficient Video Understanding" (arXiv 2403.06977), of videos and
-of images, pruned as in "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
+The models for videos and for images are from "VideoMamba: State Space Model for Efficient Video Understanding" (arXiv
+2403.06977), pruned as in "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
 """
 
 import math

@@ -1,6 +1,6 @@
 """Vim with token pruning.
 
-The model is that of "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model"
+The model is from "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model"
 (arXiv 2401.09417), pruned as in "Exploring Token Pruning in Vision State Space Models" (ToP, arXiv 2409.18962).
 """
 

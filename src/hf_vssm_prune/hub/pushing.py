@@ -27,6 +27,8 @@ PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.svg", "*.webp", "*.gif")
 # The files that belong to a model: no checkpoints, logs, optimizer states or pickles.
 PUSHED = (CONFIG, CARD, *WEIGHTS, "preprocessor_config.json", "*.py", *PICTURES, "LICENSE*", "NOTICE*")
 WEIGHTS_INDEX = "model.safetensors.index.json"
+# In a card's example code, the name of a local folder that is loaded. Names on the Hub have a slash.
+LOADED_FOLDER = re.compile(r'((?:\bmodel=|\bfrom_pretrained\(\s*)")[^"/]+(?=")')
 
 
 class PushError(OSError):
@@ -120,7 +122,7 @@ def push_model(
             return api.create_commit(
                 repo_id,
                 [
-                    *(CommitOperationAdd(file.path.name, file.path) for file in files),
+                    *(CommitOperationAdd(file.path.name, _content(file.path, repo_id)) for file in files),
                     *(CommitOperationDelete(name) for name in sorted(outdated)),
                 ],
                 commit_message=commit_message,
@@ -132,6 +134,13 @@ def push_model(
         # If a commit succeeded but its response was lost, nothing is left to change. A pull request would be opened
         # twice.
         return commit() if create_pr else patiently(commit)
+
+
+def _content(file: Path, repo_id: str) -> Path | bytes:
+    """The content to upload: the file, or the card with examples that load the repository instead of a local folder."""
+    if file.name != CARD:
+        return file
+    return LOADED_FOLDER.sub(lambda start: start[1] + repo_id, file.read_text(encoding="utf-8")).encode()
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ __all__ = ["TokenPruningTrainer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the trainer, and with it Accelerate, only where somebody asks for it."""
+    """Imports the trainer, and Accelerate with it, only on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from hf_vssm_prune.training.trainer import TokenPruningTrainer
