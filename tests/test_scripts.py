@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import PATIENCE, SCRIPTS, free_port, hear_signals, load_script, make_plainmamba_config, make_vim_config
-from forking import Forked, run_forked
+from forking import run_forked, start_ranks
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -94,11 +94,7 @@ def launch_on_two(script: str, *arguments: str | Path) -> None:
 
 
 def run_on_two(script: str, *arguments: str | Path) -> None:
-    """On two processes as a launcher would start them, without it."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environments = [{**ENVIRONMENT, **shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    processes = [Forked(SCRIPTS / script, *arguments, environment=environment) for environment in environments]
-    for process in processes:
+    for process in start_ranks(SCRIPTS / script, *arguments):
         result = process.wait()
         assert result.returncode == 0, result.stderr[-3000:]
 
