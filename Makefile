@@ -14,7 +14,8 @@ export LC_ALL = C.UTF-8
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
-test: .venv/installed lint docs  ## Make .venv, check style and types, build the documentation, run all tests
+test: .venv/installed  ## Make .venv, check style and types, build the documentation, run all tests
+	$(MAKE) --jobs=2 lint docs
 	.venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: .venv/installed  ## Check style and types

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from conftest import PATIENCE
+from conftest import PATIENCE, free_port
 
 
 FORK = multiprocessing.get_context("fork")
@@ -57,6 +57,13 @@ class Forked:
 def run_forked(*command: str | Path, **options) -> subprocess.CompletedProcess:
     """Starts a `Forked` and waits for its end."""
     return Forked(*command, **options).wait()
+
+
+def start_ranks(*command: str | Path) -> list[Forked]:
+    """A program on two processes, with one thread each, as a launcher would start them, without it."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1"}
+    return [Forked(*command, environment={**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
 
 def _run(words: list[str], environment: dict[str, str], files: list[Path], prepare: Callable[[], None]) -> None:

@@ -110,7 +110,7 @@ def test_the_comparison_in_the_docs(tmp_path, capsys):
     main = runpy.run_path(str(Path(__file__).resolve().parents[1] / "docs" / "examples" / "compare_adapters.py"))[
         "main"
     ]
-    few = ["--max_train_samples", "16", "--max_eval_samples", "6"]
+    few = ["--max_train_samples", "4", "--max_eval_samples", "6"]
     assert main([*few, "--output_dir", str(tmp_path / "runs")]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0].strip("| ") for row in rows[2:]] == [

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -419,6 +420,26 @@ FILES = {
 }
 
 
+@pytest.fixture(scope="module")
+def what_is_there(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, whole and damaged models, and `FILES`."""
+    root = tmp_path_factory.mktemp("there")
+    for name, text in FILES.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+    model = make_model(make_vim_config())
+    save_official_model(model, root / "model.pth")
+    for folder in ("folder", "damaged", "incomplete", "future"):
+        model.save_pretrained(root / folder)
+    config = json.loads((root / "future" / "config.json").read_text())
+    (root / "future" / "config.json").write_text(json.dumps(config | {"token_pruning": "automatic"}))
+    os.truncate(root / "damaged" / "model.safetensors", 3000)
+    state_dict = model.state_dict()
+    del state_dict["classifier.bias"]
+    save_file(state_dict, root / "incomplete" / "model.safetensors", metadata={"format": "pt"})
+    return root
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -448,23 +469,10 @@ FILES = {
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_script_says_what_is_wrong_and_writes_nothing(
-    arguments, message, convert, tmp_path, monkeypatch, capsys
+    arguments, message, convert, what_is_there, tmp_path, monkeypatch, capsys
 ) -> None:
+    shutil.copytree(what_is_there, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    model = make_model(make_vim_config())
-    save_official_model(model, "model.pth")
-    for folder in ("folder", "damaged", "incomplete", "future"):
-        model.save_pretrained(folder)
-    config = json.loads(Path("future/config.json").read_text())
-    Path("future/config.json").write_text(json.dumps(config | {"token_pruning": "automatic"}))
-    os.truncate("damaged/model.safetensors", 3000)
-    state_dict = model.state_dict()
-    del state_dict["classifier.bias"]
-    save_file(state_dict, "incomplete/model.safetensors", metadata={"format": "pt"})
-
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert convert(*arguments) == 1
     error = capsys.readouterr().err.rpartition("error: ")  # after what transformers logs

@@ -1,6 +1,7 @@
 """The demo, made short: from the shipped model to a folder that a fresh process opens."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,13 @@ from conftest import load_script
 from PIL import Image
 from test_training import fresh_accelerator  # noqa: F401
 
+from hf_vssm_prune.commands import demo
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    short = ["--max_train_samples", "64", "--max_eval_samples", "50", "--epochs", "1"]
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    small_batches = partial(demo.OptimizationArguments, per_device_train_batch_size=8)
+    monkeypatch.setattr(demo, "OptimizationArguments", small_batches)
+    short = ["--max_train_samples", "8", "--max_eval_samples", "12", "--epochs", "1"]
     assert load_script("demo").main(["--output_dir", str(tmp_path), *short]) == 0
     printed = capsys.readouterr().out
     rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")]

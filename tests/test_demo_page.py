@@ -27,7 +27,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 
-pytestmark = pytest.mark.skipif(not chromium_is_there(), reason="there is no chromium with chromedriver: make browser")
+pytestmark = [
+    pytest.mark.skipif(not chromium_is_there(), reason="there is no chromium with chromedriver: make browser"),
+    pytest.mark.xdist_group("browser"),  # one worker starts the server and the browser
+]
 
 ALLOW_CAMERA = "#camera [title='grant webcam access'] button"
 MAX_BYTES = 10 * 1024**2

@@ -2,19 +2,18 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
 import datasets
 import distributed_runs
 import numpy as np
-import psutil
 import pytest
 import torch
-from conftest import PATIENCE, SCRIPTS, free_port
+from conftest import PATIENCE, SCRIPTS
 from distributed_runs import CONFIGS, ONE_PROCESS_RUNS, reset, train
+from forking import Forked, start_ranks
 from PIL import Image
 from safetensors.torch import load_file
 from tested_tasks import TESTED, write_box_folder, write_mask_folder
@@ -23,8 +22,6 @@ from videos import write_class_folders
 
 # All tests of this file on one worker: what `runs` makes takes minutes.
 pytestmark = pytest.mark.xdist_group("distributed")
-
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
 def write_images(folder: Path) -> None:
@@ -67,10 +64,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, options in ONE_PROCESS_RUNS.items():
         train(folder, name, **options)
         reset()
-    command = [*LAUNCH, f"--master_port={free_port()}", distributed_runs.__file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert result.returncode == 0, result.stderr[-5000:]
+    for process in start_ranks(distributed_runs.__file__, folder):
+        result = process.wait()
+        assert result.returncode == 0, result.stderr[-5000:]
     for name, resumed in (("one_from_ddp", "ddp"), ("one_from_fsdp", "fsdp")):
         train(folder, name, resume=resumed)
         reset()
@@ -88,7 +84,6 @@ def losses(runs: Path, name: str) -> np.ndarray:
         ("ddp", "long"),
         ("fsdp", "long"),
         ("fsdp", "plainmamba"),
-        ("ddp", "toy"),
         ("fsdp", "video"),
         ("ddp", "masks"),
         ("fsdp", "boxes"),
@@ -96,7 +91,7 @@ def losses(runs: Path, name: str) -> np.ndarray:
 )
 def test_two_processes_have_the_losses_of_one(runs, spread, kind):
     alone, spread_out = losses(runs, f"one_{kind}"), losses(runs, f"{spread}_{kind}")
-    assert len(alone) == (50 if kind == "long" else 12)
+    assert len(alone) == (26 if kind == "long" else 12)
     assert alone[-5:].mean() < alone[:5].mean()
     np.testing.assert_allclose(spread_out, alone, rtol=0, atol=1e-4)
 
@@ -106,10 +101,10 @@ def test_accumulated_batches_on_two_processes_have_the_losses_of_one_large_batch
     np.testing.assert_allclose(losses(runs, name), losses(runs, "one"), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
-def test_bf16_on_two_processes(runs, spread):
+def test_bf16_on_two_processes(runs):
+    """In shards; else it is `autocast`, as on one process."""
     alone = losses(runs, "one_bf16")
-    np.testing.assert_allclose(losses(runs, f"{spread}_bf16"), alone, rtol=0, atol=0.02)
+    np.testing.assert_allclose(losses(runs, "fsdp_bf16"), alone, rtol=0, atol=0.02)
     assert not np.array_equal(alone, losses(runs, "one"))
 
 
@@ -141,16 +136,15 @@ def test_elastic_training_with_parameters_that_some_budgets_do_not_use(runs, spr
         ("ddp_from_one", "one"),
         ("fsdp_from_one", "one"),
         ("one_from_ddp", "ddp"),
-        ("fsdp_from_ddp", "ddp"),
         ("one_from_fsdp", "fsdp"),
-        ("ddp_from_fsdp", "fsdp"),
         ("fsdp_from_fsdp", "fsdp"),
         ("ddp_streamed_from_one", "one_streamed"),
         ("fsdp_toy_from_one", "one_toy"),
     ],
 )
 def test_checkpoints_move(runs, name, source):
-    """From the middle of an epoch, to the same images: the losses and the weights are those of the run that went on."""
+    """From the middle of an epoch, to the same images: the losses and the weights are those of the run that went on.
+    What `ddp` writes and reads is what one process does."""
     np.testing.assert_allclose(losses(runs, name), losses(runs, source)[6:], rtol=0, atol=1e-4)
     for model in ("last", "last_ema"):
         weights, others = (load_file(runs / run / model / "model.safetensors") for run in (name, source))
@@ -171,7 +165,7 @@ def test_streams_are_the_same_on_two_processes(runs):
 def test_an_uneven_last_batch_counts_each_image_once(runs, name):
     """9 images in batches of 4 on two processes: the last image goes to one, and the other gets a copy."""
     alone, spread = (json.loads((runs / run / "all_results.json").read_text()) for run in ("one_long", name))
-    assert len(alone["history"]) == 5
+    assert len(alone["history"]) == 3
     for mine, others in zip(spread["history"], alone["history"], strict=True):
         assert mine["eval_top1"] * 9 == pytest.approx(round(mine["eval_top1"] * 9))
         for key in ("eval_loss", "eval_ema_loss"):
@@ -183,47 +177,42 @@ def test_an_uneven_last_batch_counts_each_image_once(runs, name):
 
 @pytest.fixture
 def endless_run(tmp_path):
-    """A run on two processes that has begun to train: its launcher, and its processes by rank."""
+    """The two processes of a run that has begun to train, by rank."""
     write_images(tmp_path)
     sizes = ["hidden_size=16", "num_hidden_layers=4", "state_size=4"]
     options = ["--family", "vim", "--image_size", "32", "--patch_size", "8", "--config_overrides", *sizes]
     options += ["--dataset_name", tmp_path / "images", "--output_dir", tmp_path / "run", "--batch_size", "4"]
-    options += ["--workers", "0", "--use_cpu", "--ddp_timeout", "30", "--checkpointing_steps", "2"]
-    command = [*LAUNCH, f"--master_port={free_port()}", SCRIPTS / "train.py", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    options += ["--workers", "0", "--use_cpu", "--ddp_timeout", "20", "--checkpointing_steps", "2"]
+    ranks = start_ranks(SCRIPTS / "train.py", *options)
     try:
         deadline = time.monotonic() + PATIENCE
         while not (tmp_path / "run" / "checkpoint-2").exists():
-            assert launcher.poll() is None, launcher.communicate()[1][-3000:]
+            assert all(rank.process.is_alive() for rank in ranks), ranks[0].wait().stderr[-3000:]
             assert time.monotonic() < deadline, "the run did not begin"
             time.sleep(0.05)
-        processes = psutil.Process(launcher.pid).children()
-        yield launcher, {int(process.environ()["RANK"]): process for process in processes}
+        yield ranks
     finally:
-        for process in psutil.Process(launcher.pid).children() if launcher.poll() is None else []:
-            process.kill()
-        launcher.kill()
-        launcher.wait()
+        for rank in ranks:
+            rank.process.kill()
+            rank.process.join()
+
+
+def error_of(rank: Forked) -> str:
+    """The last line of what a process says that ends because another one is not there any more."""
+    result = rank.wait()
+    assert result.returncode == 1, result.stderr[-3000:]
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: Another of the 2 processes died or did not respond")
+    return line
 
 
 def test_a_process_that_dies_ends_the_run(endless_run):
-    launcher, processes = endless_run
-    processes[1].kill()
-    message = launcher.communicate(timeout=PATIENCE)[1]
-    assert launcher.returncode != 0
-    assert "Another of the 2 processes died" in message or "exitcode  : -9" in message
-    assert not processes[0].is_running()
+    endless_run[1].process.kill()
+    assert "--resume latest" in error_of(endless_run[0])
 
 
 def test_a_process_that_hangs_ends_the_run_in_time(endless_run):
-    launcher, processes = endless_run
-    processes[1].suspend()
+    os.kill(endless_run[1].process.pid, signal.SIGSTOP)
     start = time.monotonic()
-    for line in launcher.stderr:
-        if "error: Another of the 2 processes died or did not respond" in line:
-            break
-    else:
-        pytest.fail("the process that is left said nothing")
-    assert 15 < time.monotonic() - start < PATIENCE  # 30 s, of which some may have been before
-    assert "--resume latest" in line
+    assert "--resume latest" in error_of(endless_run[0])
+    assert 10 < time.monotonic() - start < PATIENCE  # 20 s, of which some may have been before

@@ -15,6 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import pytest
 import torch
 import transformers.dynamic_module_utils
@@ -31,6 +32,8 @@ from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.selective_scan import selective_scan
+from hf_vssm_prune.training import data
+from hf_vssm_prune.training.data import load_evaluation_dataset
 from hf_vssm_prune.training.tasks import TASKS
 
 
@@ -67,10 +70,12 @@ def pages_with(*languages: str) -> list[str]:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder in which commands find what they find in the repository, and write nothing into it."""
+    """A folder in which commands find what they find in the repository, and write nothing into it. Where a page limits
+    the evaluation images itself, there are fewer."""
     for name in ("scripts", "recipes", "src", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load_evaluation_dataset", few_images)
     tables = (hf_vssm_prune.kernels.KERNELS, TASKS, FAMILIES, METHODS, IMPORTANCES)
     tables = [(table, dict(table)) for table in tables]
     paths = list(sys.path)
@@ -79,6 +84,13 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     for table, before in tables:
         table.clear()
         table.update(before)
+
+
+FEW = 8
+
+
+def few_images(name: str, max_samples: int | None = None) -> tuple[datasets.Dataset, list[str]]:
+    return load_evaluation_dataset(name, max_samples=max_samples and min(max_samples, FEW))
 
 
 @pytest.mark.parametrize("page", pages_with("python", "bash"))
@@ -97,9 +109,11 @@ def test_what_a_page_shows_runs(page: str, repository: Path):
 
 
 def commands_of(code: str) -> list[list[str]]:
-    """The words of each command, lines joined where they end in a backslash, patterns of file names filled in."""
+    """The words of each command, lines joined where they end in a backslash, patterns of file names filled in,
+    few evaluation images asked for."""
     commands = []
-    for line in code.replace("\\\n", " ").splitlines():
+    code = re.sub(r"(--max_eval_samples) \d+", rf"\1 {FEW}", code.replace("\\\n", " "))
+    for line in code.splitlines():
         words = shlex.split(line, comments=True)
         commands.append([file for word in words for file in (sorted(glob.glob(word)) or [word])])
     return commands

@@ -45,10 +45,10 @@ def triton_is_there() -> None:
 
 def test_kernels_are_right(options, triton_is_there) -> None:
     report = Report(options.output_dir / "report.json")
-    for dtype in kernels.NAMES:
+    for dtype in (torch.float32, torch.bfloat16):
         kernels.check_kernel("triton", dtype, options, report)
     assert report.wrong == []
-    assert [len(table.rows) for table in report.tables] == [5, 5, 5]
+    assert [len(table.rows) for table in report.tables] == [5, 5]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import PATIENCE
 from datasets import Dataset
+from forking import Forked
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -140,20 +141,13 @@ print(metric.compute(k=[1, 2]))
 def test_modules_load_without_a_network_and_compute_over_processes(tmp_path):
     """As `evaluate` itself spreads a metric over processes, by files in a shared folder."""
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path)],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0][0].strip() == "{'top1': 0.75, 'top2': 0.75}"
-    assert outputs[1][0].strip() == "None"
+    other = Forked("-c", PROGRAM, 1, tmp_path, environment=environment)
+    command = [sys.executable, "-c", PROGRAM, "0", str(tmp_path)]
+    first = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=PATIENCE)
+    second = other.wait()
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout.strip() == "{'top1': 0.75, 'top2': 0.75}"
+    assert second.stdout.strip() == "None"
 
 
 @pytest.mark.parametrize("name", METRICS)

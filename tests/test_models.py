@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.kernels import cpu
-from hf_vssm_prune.token_pruning import ALIGNMENTS, fill_dropped_tokens
+from hf_vssm_prune.token_pruning import fill_dropped_tokens
 
 
 CLASS_TOKENS = {"plainmamba": 0, "videomamba": 1, "vim": 1}
@@ -335,33 +335,40 @@ def test_backbone_maps_cover_the_full_grid(size, config, model) -> None:
 # ---- Exporting ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=sorted(MAKE_CONFIG))
-def small_pruned_model(request) -> nn.Module:
+def make_small_pruned_model(family: str, scan_backend: str, alignment: str) -> nn.Module:
     """Two layers and nine tokens: the plain scan becomes as many operations as there are tokens."""
-    schedule = {"layers": [1], "keep_ratios": [0.6]}
-    options = {"image_size": 24, "num_hidden_layers": 2, "scan_backend": "torch", "token_pruning": schedule}
-    return make_model(MAKE_CONFIG[request.param](**options))
+    schedule = {"layers": [1], "keep_ratios": [0.6], "alignment": alignment}
+    options = {"image_size": 24, "num_hidden_layers": 2, "scan_backend": scan_backend, "token_pruning": schedule}
+    return make_model(MAKE_CONFIG[family](**options))
 
 
-def test_export_with_dynamic_batch(small_pruned_model) -> None:
+def test_export_with_dynamic_batch() -> None:
+    """With its own outputs; test_export.py has the others, without."""
+    model = make_small_pruned_model("plainmamba", "torch", "none")
     images, batch = torch.randn(2, 3, 24, 24), torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(
-        small_pruned_model, (), {"pixel_values": images}, dynamic_shapes={"pixel_values": {0: batch}}
-    )
+    program = torch.export.export(model, (), {"pixel_values": images}, dynamic_shapes={"pixel_values": {0: batch}})
     for size in (2, 5):
         images = torch.randn(size, 3, 24, 24)
         with torch.no_grad():
-            expected, exported = small_pruned_model(images), program.module()(pixel_values=images)
+            expected, exported = model(images), program.module()(pixel_values=images)
         torch.testing.assert_close(exported.logits, expected.logits, atol=1e-5, rtol=1e-5)
         assert torch.equal(exported.kept_tokens[0], expected.kept_tokens[0])
 
 
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
-@pytest.mark.parametrize("scan_backend", ["auto", "torch"])
-def test_compile_in_one_graph(scan_backend, alignment, small_pruned_model) -> None:
-    model = small_pruned_model
-    model.config.scan_backend = scan_backend
-    model.set_token_pruning(model.config.token_pruning | {"alignment": alignment})
+# Each alignment; each family by each backend.
+@pytest.mark.parametrize(
+    ("family", "scan_backend", "alignment"),
+    [
+        ("plainmamba", "auto", "repeat"),
+        ("plainmamba", "torch", "learned"),
+        ("videomamba", "auto", "none"),
+        ("videomamba", "torch", "repeat"),
+        ("vim", "auto", "learned"),
+        ("vim", "torch", "zero_input"),
+    ],
+)
+def test_compile_in_one_graph(family, scan_backend, alignment) -> None:
+    model = make_small_pruned_model(family, scan_backend, alignment)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     images = torch.randn(2, 3, 24, 24)
@@ -373,8 +380,7 @@ def test_compile_in_one_graph(scan_backend, alignment, small_pruned_model) -> No
 
 @needs_inductor
 @pytest.mark.skipif(cpu.unavailable("cpu") is not None, reason="without kernels the scan is unrolled")
-@pytest.mark.parametrize("small_pruned_model", ["vim"], indirect=True)
-def test_compile_by_inductor(small_pruned_model, tmp_path, monkeypatch) -> None:
+def test_compile_by_inductor(tmp_path, monkeypatch) -> None:
     """Generated code around the kernels, for inference alone.
 
     Gradients are not tested: where a stage follows PlainMamba-L1's depthwise layer at once, torch 2.13's inductor
@@ -382,8 +388,7 @@ def test_compile_by_inductor(small_pruned_model, tmp_path, monkeypatch) -> None:
     they are right).
     """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model, images = small_pruned_model, torch.randn(2, 3, 24, 24)
-    model.config.scan_backend = "cpu"
+    model, images = make_small_pruned_model("vim", "cpu", "none"), torch.randn(2, 3, 24, 24)
     torch._dynamo.reset()
     with torch.no_grad():
         expected, outputs = model(images), torch.compile(model, fullgraph=True)(images)

@@ -3,14 +3,15 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import MAKE_CONFIG, PATIENCE
+from forking import run_forked
 from hub_server import HubServer
 from PIL import Image
 from test_remote_code import python_without_package  # noqa: F401
@@ -60,25 +61,25 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def answers(python: Path | str, how: str, hub: HubServer, home: Path, photo: Path) -> dict:
+def answers(how: str, hub: HubServer, home: Path, photo: Path, python: Path | None = None) -> dict:
+    """In a new process of an interpreter; None: in a copy of this process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    command = [python, "-I", CLIENT, how, photo, *NAMES, EXAMPLE]
-    done = subprocess.run(
-        [str(part) for part in command],
-        env={**environment, **hub.environment(home), "OMP_NUM_THREADS": "1"},
-        cwd=home.parent,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    environment |= {**hub.environment(home), "OMP_NUM_THREADS": "1"}
+    words = [CLIENT, how, photo, *NAMES, EXAMPLE]
+    if python is None:
+        prepare = partial(hub.use_in_this_process, pytest.MonkeyPatch(), home)
+        done = run_forked(*words, environment=environment, prepare=prepare)
+    else:
+        command = [str(part) for part in (python, "-I", *words)]
+        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": PATIENCE}
+        done = subprocess.run(command, env=environment, cwd=home.parent, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_models_of_every_size_classify_a_photo(hub, photo, tmp_path, python_without_package) -> None:  # noqa: F811
-    without = answers(python_without_package, "without", hub, tmp_path / "first", photo)
-    installed = answers(sys.executable, "with", hub, tmp_path / "second", photo)
+    without = answers("without", hub, tmp_path / "first", photo, python_without_package)
+    installed = answers("with", hub, tmp_path / "second", photo)
     assert set(without) == {*NAMES, EXAMPLE}
     for name, answer in installed.items():
         assert answer["module"] == "hf_vssm_prune"

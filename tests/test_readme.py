@@ -1,13 +1,11 @@
 """What the README says, it does."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE
+from forking import run_forked
 from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune import PlainMambaConfig, VimConfig, count_flops
@@ -19,7 +17,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 def test_python_block_runs():
     (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=PATIENCE)
+    result = run_forked("-c", block)
     assert result.returncode == 0, result.stderr
     assert "% fewer FLOPs" in result.stdout
 

@@ -75,13 +75,13 @@ def test_values_and_gradients(case: str, scan):
     assert_close_to_reference(run(scan, arguments), reference, value=1e-6, gradient=2e-6)
 
 
-@pytest.mark.parametrize("case", ["one path", "zero_input"])
-def test_triton_in_chunks(case: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("case", "sizes"), [("one path", {}), ("zero_input", {"paths": 2})])
+def test_triton_in_chunks(case: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch):
     """Several blocks of channels, chunks of several blocks of steps, and a last one that is shorter."""
     if reason := triton_backend.unavailable("cuda" if HAS_GPU else "cpu"):
         pytest.skip(reason)
     monkeypatch.setattr(triton_scan, "plan_scan", lambda *_, **__: triton_scan.Plan(16, 2, chunk_length=4))
-    arguments = scan_arguments(**{**SCANS[case], "batch": 1})
+    arguments = scan_arguments(**{**SCANS[case], "batch": 1, "length": 9, **sizes})
     reference = run(selective_scan_torch, arguments, torch.float64)
     assert_close_to_reference(run(SCAN_KERNELS["triton"], arguments), reference, value=1e-6, gradient=2e-6)
 

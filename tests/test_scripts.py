@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import PATIENCE, SCRIPTS, free_port, hear_signals, load_script, make_plainmamba_config, make_vim_config
-from forking import Forked, run_forked
+from forking import Forked, run_forked, start_ranks
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -94,27 +94,26 @@ def launch_on_two(script: str, *arguments: str | Path) -> None:
 
 
 def run_on_two(script: str, *arguments: str | Path) -> None:
-    """On two processes as a launcher would start them, without it."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environments = [{**ENVIRONMENT, **shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    processes = [Forked(SCRIPTS / script, *arguments, environment=environment) for environment in environments]
-    for process in processes:
+    for process in start_ranks(SCRIPTS / script, *arguments):
         result = process.wait()
         assert result.returncode == 0, result.stderr[-3000:]
 
 
-def stop(full: list[str], awaited: Path, number: signal.Signals) -> subprocess.Popen:
-    """Starts a command, and sends it and its children a signal once a file or folder is there."""
-    process = subprocess.Popen(
-        full, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals
-    )
+def begin_session() -> None:
+    os.setsid()
+    hear_signals()
+
+
+def stop(script: str, *arguments: str | Path, awaited: Path, number: signal.Signals) -> subprocess.CompletedProcess:
+    """Starts a script, and sends it and its children a signal once a file or folder is there."""
+    forked = Forked(SCRIPTS / script, *arguments, environment=ENVIRONMENT, prepare=begin_session)
     deadline = time.monotonic() + PATIENCE
     while not awaited.exists():
-        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert forked.process.is_alive(), forked.wait().stderr[-3000:]
         assert time.monotonic() < deadline, f"{awaited} did not appear"
         time.sleep(0.002)
-    os.killpg(process.pid, number)  # as launchers and terminals do
-    return process
+    os.killpg(forked.process.pid, number)  # as launchers and terminals do
+    return forked.wait()
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
@@ -136,20 +135,18 @@ def test_killed_and_resumed_runs_end_with_the_same_weights_to_the_bit(image_fold
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run("finetune.py", *arguments, "--output_dir", whole)
 
-    full = command("finetune.py", *arguments, "--output_dir", broken, "--resume", "latest")
-    process = stop(full, broken / "checkpoint-8", signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    full = ["finetune.py", *arguments, "--output_dir", broken, "--resume", "latest"]
+    killed = stop(*full, awaited=broken / "checkpoint-8", number=signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
     assert not (broken / "last").exists()
 
-    process = stop([*full, "--workers", "2"], broken / "checkpoint-12", signal.SIGTERM)
-    message = process.communicate()[1]
-    assert process.returncode == 128 + signal.SIGTERM, message[-3000:]
-    assert "Stopped by SIGTERM" in message
-    assert "--resume latest" in message
+    stopped = stop(*full, "--workers", "2", awaited=broken / "checkpoint-12", number=signal.SIGTERM)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr[-3000:]
+    assert "Stopped by SIGTERM" in stopped.stderr
+    assert "--resume latest" in stopped.stderr
     assert not (broken / "last").exists()
 
-    result = run("finetune.py", *arguments, "--output_dir", broken, "--resume", "latest")
+    result = run(*full)
     assert "Resuming from" in result.stderr
     assert_same_weights(whole, broken)
     assert not list(broken.glob(".*"))

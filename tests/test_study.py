@@ -4,14 +4,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import pytest
 import yaml
 from conftest import PATIENCE, SCRIPTS, hear_signals
+from forking import Forked, run_forked
 
+from study import runner
 from study.plan import list_pieces, read_study, tuned_name
 from study.report import Group, difference, mean_and_spread, verdict, write_report
 from study.runner import (
@@ -106,28 +110,61 @@ def test_wrong_study(changes, message, tmp_path) -> None:
         read_study(write_study(tmp_path / "study.yaml", **changes))
 
 
-def command(tmp_path: Path) -> list[str]:
+def options(tmp_path: Path) -> list[str]:
     paths = {"study": "study.yaml", "results": "results.jsonl", "folder": "pieces", "report": "STUDY.md"}
     arguments = [word for name, path in paths.items() for word in (f"--{name}", str(tmp_path / path))]
-    return [sys.executable, str(SCRIPTS / "study.py"), *arguments, "--workers", "2", "--threads", "1"]
+    return [*arguments, "--workers", "2", "--threads", "1"]
+
+
+class ForkedPiece:
+    """The runner's `subprocess.Popen`, without the seconds that a new Python takes for each piece."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], stdout: TextIO, **_: Any) -> None:
+        self.forked = Forked(*command[1:], environment=env, prepare=lambda: begin(stdout.fileno()))
+        self.kill = self.forked.process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self.forked.process.exitcode
+
+    def poll(self) -> int | None:
+        return None if self.returncode is None else self.wait()
+
+    def wait(self) -> int:
+        return self.forked.wait().returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.forked.process.pid, number)
+
+
+def begin(log: int) -> None:
+    """What is not the same in a copy of the runner and in a new Python."""
+    os.setsid()
+    hear_signals()
+    for number in (1, 2):
+        os.dup2(log, number)
+
+
+def fork_pieces() -> None:
+    """In the runner's process, which is itself a copy of this one."""
+    hear_signals()
+    runner.subprocess = SimpleNamespace(Popen=ForkedPiece, STDOUT=subprocess.STDOUT)
 
 
 def test_run_stopped_and_gone_on_with(tmp_path) -> None:
     write_study(tmp_path / "study.yaml")
     results = tmp_path / "results.jsonl"
-    process = subprocess.Popen(
-        command(tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals
-    )
+    study = Forked(SCRIPTS / "study.py", *options(tmp_path), prepare=fork_pieces)
     end = time.monotonic() + PATIENCE
     while not results.exists() and time.monotonic() < end:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 128 + signal.SIGINT, errors
+    os.kill(study.process.pid, signal.SIGINT)
+    stopped = study.wait()
+    assert stopped.returncode == 128 + signal.SIGINT, stopped.stderr
     done = read_results(results)
     assert 1 <= len(done) < len(NAMES)
 
-    finished = subprocess.run(command(tmp_path), stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    finished = run_forked(SCRIPTS / "study.py", *options(tmp_path), prepare=fork_pieces)
     assert finished.returncode == 0, finished.stderr
     assert "7/7" in finished.stderr
     everything = read_results(results)
@@ -145,15 +182,21 @@ def test_run_stopped_and_gone_on_with(tmp_path) -> None:
     assert (tmp_path / "images-plainmamba.svg").read_text().startswith("<?xml")
 
 
-def test_piece_that_fails_is_named_and_the_others_run(tmp_path, caplog) -> None:
+def test_piece_that_fails_is_named_and_the_others_run(tmp_path, caplog, monkeypatch) -> None:
+    """The first one in a new Python, as a user's."""
+
+    def start(command: Sequence[str], **options: Any) -> subprocess.Popen | ForkedPiece:
+        return (subprocess.Popen if Path(command[1]).stem == "train" else ForkedPiece)(command, **options)
+
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
     variants = {"paper": {}, "wrong": {"pruning": {"alignment": "sideways"}}}
     study = read_study(write_study(tmp_path / "study.yaml", variants=variants))
     only = ["*/dense", "*/wrong at *", "*/dense tuned"]
-    runner = StudyRunner(
+    study_runner = StudyRunner(
         study, SCRIPTS, tmp_path / "pieces", tmp_path / "results.jsonl", {}, workers=2, threads=1, only=only
     )
-    assert runner.run() is None
-    assert [piece.name for piece in runner.failed] == ["wrong at 40.0%"]
+    assert study_runner.run() is None
+    assert [piece.name for piece in study_runner.failed] == ["wrong at 40.0%"]
     assert "wrong at 40.0% failed with status 2: see " in caplog.text
     assert "sideways" in (tmp_path / "pieces" / "images/plainmamba/0/wrong at 40.0%" / "log.txt").read_text()
     assert {record["name"] for record in read_results(tmp_path / "results.jsonl").values()} == {"dense", "dense tuned"}
@@ -161,9 +204,7 @@ def test_piece_that_fails_is_named_and_the_others_run(tmp_path, caplog) -> None:
 
 def test_pieces_without_a_model_to_start_from_are_named(tmp_path) -> None:
     write_study(tmp_path / "study.yaml")
-    finished = subprocess.run(
-        [*command(tmp_path), "--only", "*/dense tuned"], stderr=subprocess.PIPE, text=True, timeout=PATIENCE
-    )
+    finished = run_forked(SCRIPTS / "study.py", *options(tmp_path), "--only", "*/dense tuned")
     assert finished.returncode == 1
     assert (
         "1 pieces were not run, the first of them 'images/plainmamba/0/dense tuned': there is no model of "

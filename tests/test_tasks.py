@@ -69,7 +69,7 @@ def prepare(
     defaults = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "model_ema": True, "model_ema_decay": 0.9}
     recipe = make_recipe(output_dir, losses, **{**defaults, **optimization})
     recipe = replace(recipe, task=task, elastic=ElasticArguments(elastic_budgets=[0.0, 0.3]))
-    recipe.run.resume, recipe.run.checkpointing_steps, recipe.run.save_total_limit = resume, "1", 20
+    recipe.run.resume, recipe.run.checkpointing_steps, recipe.run.save_total_limit = resume, "2", 20
     datasets = load_datasets(task.name, data, streaming)
     torch.manual_seed(1)
     make_config = TESTED[task.name].make_config

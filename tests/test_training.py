@@ -552,9 +552,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(datasets, tmp_path):
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 def test_training_learns(family, datasets, tmp_path):
-    """Three colours, told apart after 20 epochs: by the pruned model, on images that it has not seen."""
+    """Three colours, told apart after 12 epochs: by the pruned model, on images that it has not seen."""
     config = MAKE_CONFIG[family](token_pruning=dict(TOKEN_PRUNING))
-    recipe = make_recipe(tmp_path, num_train_epochs=20, per_device_train_batch_size=6, learning_rate=1e-2)
+    recipe = make_recipe(tmp_path, num_train_epochs=12, per_device_train_batch_size=6, learning_rate=1e-2)
     recipe.run.checkpointing_steps = "1000"
     results = make_trainer(config, datasets, recipe).train()
     losses = [entry["eval_loss"] for entry in results["history"]]

@@ -22,7 +22,7 @@ from hf_vssm_prune.conversion import (
     load_official_model,
     save_official_model,
 )
-from hf_vssm_prune.export import export_classifier, trace
+from hf_vssm_prune.export import export_classifier
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.pruning_methods import METHODS
@@ -253,29 +253,20 @@ def test_budget_quantization_autocast_and_pictures(pruned_model, clips) -> None:
 
 
 @torch.no_grad()
-def test_export(clips) -> None:
-    config = make_video_config(num_hidden_layers=2, token_pruning={"layers": [1], "keep_ratios": [0.6]})
-    model = make_model(config)
-    program = trace(model).module()
-    for batch in (clips, clips[:1]):
-        expected = model(batch)
-        logits, kept = program(pixel_values=batch)
-        torch.testing.assert_close(logits, expected.logits, atol=1e-5, rtol=1e-5)
-        assert torch.equal(kept, expected.kept_tokens[0])
-
-
-@torch.no_grad()
-def test_onnx(clips, tmp_path) -> None:
+def test_export(clips, tmp_path) -> None:
     """By the method that has most to write; test_export.py has the others."""
     schedule = {"layers": [1], "keep_ratios": [0.6], "method": "local_merge"}
     model = make_model(make_video_config(num_hidden_layers=2, token_pruning=schedule))
     processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3)
-    folder = export_classifier(model, tmp_path / "exported", ["onnx"], processor)
+    folder = export_classifier(model, tmp_path / "exported", ["onnx", "torch"], processor)
     session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx")
-    expected = model(clips)
-    logits, *kept = session.run(None, {"pixel_values": clips.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), expected.logits, atol=1e-4, rtol=1e-4)
-    assert [tokens.tolist() for tokens in kept] == [tokens.tolist() for tokens in expected.kept_tokens]
+    program = torch.export.load(folder / "model.pt2").module()
+    for batch in (clips, clips[:1]):
+        expected = model(batch)
+        by_onnxruntime = map(torch.from_numpy, session.run(None, {"pixel_values": batch.numpy()}))
+        for logits, kept in (by_onnxruntime, program(pixel_values=batch)):
+            torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-4)
+            assert torch.equal(kept, expected.kept_tokens[0])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,8 +33,12 @@ if platform.system() != "Linux":
 
 
 def build_wheel(directory: Path, prebuilt: str) -> Path:
+    """With kernels that are compiled in half of the time; the instructions that they may have are the same."""
+    compiler = directory / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {shlex.join(build.find_compiler())} "$@" -O1\n')
+    compiler.chmod(0o755)
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(directory)]
-    environment = {**os.environ, "HF_VSSM_PRUNE_PREBUILT": prebuilt}
+    environment = {**os.environ, "HF_VSSM_PRUNE_PREBUILT": prebuilt, "CXX": shlex.quote(str(compiler))}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=PATIENCE)
     (wheel,) = directory.glob("*.whl")
     return wheel
