@@ -100,6 +100,8 @@ class Sample:
         self.cells, self.grid, self.num_kept = stage.cells[index].tolist(), stage.grid, stage.num_kept
         self.sizes = np.ones(len(self.cells)) if stage.sizes is None else stage.sizes[index].numpy()
         self.predictor = stage.module
+        cls_row = None if stage.cls_row is None else stage.cls_row[index].item()
+        self.is_near_cls = [cls_row is not None and abs(row - cls_row) <= 3 for row in self.rows]
         self.steps, self.own_steps, self.own_B, self.influences = [], [], [], []
         for scan in scans:
             time_step, B, C = (tensor[index].numpy() for tensor in (scan.time_step, scan.B, scan.C))
@@ -153,13 +155,20 @@ def means(sample: Sample, into: dict[int, int], weights) -> tuple[list[int], lis
 
 
 def match(features, num_kept: int, split: Callable) -> dict[int, int]:
-    into = {i: i for i in range(len(features))}
+    def candidates(left):
+        sources, targets = split(left)
+        return {source: targets for source in sources}
+
+    return match_pairs(len(features), num_kept, candidates, lambda a, b: cosine(features[a], features[b]))
+
+
+def match_pairs(num_tokens: int, num_kept: int, candidates: Callable, similarity: Callable) -> dict[int, int]:
+    into = {i: i for i in range(num_tokens)}
     while len(left := sorted(set(into.values()))) > num_kept:
         pairs = []
-        sources, targets = split(left)
-        for source in sources:
-            target = max(targets, key=lambda b: (cosine(features[source], features[b]), -b))
-            pairs.append((-cosine(features[source], features[target]), source, target))
+        for source, targets in candidates(left).items():
+            target = max(targets, key=lambda b: (similarity(source, b), -b))
+            pairs.append((-similarity(source, target), source, target))
         for _, source, target in sorted(pairs)[: min(len(left) - num_kept, len(left) // 2)]:
             into = {i: target if goes == source else goes for i, goes in into.items()}
     return into
@@ -209,6 +218,17 @@ def reference_mtr(sample: Sample) -> Expected:
     for source in sources:
         into[source] = max(targets, key=lambda b: (cosine(sample.tokens[source], sample.tokens[b]), -b))
     return Expected(*means(sample, into, np.ones(len(scores)))[:2])
+
+
+def reference_stm(sample: Sample) -> Expected:
+    def neighbours(left):
+        return {left[i]: left[max(0, i - 1) : i + 2 : 2] if i else left[1:2] for i in range(0, len(left), 2)}
+
+    def similarity(a, b):
+        return cosine(sample.tokens[a], sample.tokens[b]) - 10 * any(sample.is_near_cls[i] for i in (a, b))
+
+    into = match_pairs(len(sample.tokens), sample.num_kept, neighbours, similarity)
+    return Expected(*means(sample, into, np.ones(len(into)))[:2])
 
 
 def reference_dyvm(sample: Sample) -> Expected:
@@ -474,6 +494,28 @@ def test_of_equal_tokens_the_earlier_comes_first(method, family) -> None:
     assert reduce(method, stage).rows.tolist() == [TIES[method]] * 2
 
 
+@pytest.mark.parametrize(
+    ("cls_row", "num_kept", "kept"),
+    [
+        # Of 0 2 4 ... 14 the first three go, each into the one behind it.
+        (None, 13, [1, 3, 5, *range(6, 16)]),
+        # The class token is between 4 and 5: 2 to 7 are to stay as they are. 8 is merged into 9.
+        (5, 13, [1, *range(2, 8), 9, *range(11, 16)]),
+        # Only 0, 8, 10, 12 and 14 can go without them; then the first of them goes, too.
+        (5, 10, [1, *range(3, 8), 9, 11, 13, 15]),
+    ],
+)
+def test_stm_leaves_the_tokens_around_the_class_token(cls_row, num_kept, kept) -> None:
+    stage = make_stage("plainmamba" if cls_row is None else "vim", (4, 4), num_tokens=16, num_kept=num_kept)
+    stage = stage._replace(hidden_states=torch.ones_like(stage.hidden_states))
+    if cls_row is not None:
+        patch_rows = torch.arange(16) + (torch.arange(16) >= cls_row)
+        stage = stage._replace(cls_row=torch.full((2, 1), cls_row), patch_rows=patch_rows.expand(2, -1))
+    reduction = reduce("stm", stage)
+    assert reduction.rows.tolist() == [kept] * 2
+    assert ((reduction.merged_into - torch.arange(16)).abs() <= 1).all(), "no token moves further than one place"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_through_a_stage(method, float64) -> None:
     """Of the kept and merged tokens with respect to the tokens that were there, against finite differences."""
@@ -521,9 +563,9 @@ def test_no_window_is_left_empty(method) -> None:
 # ---- Ties --------------------------------------------------------------------------------------------------------
 
 
-# By what `local_merge` compares, two tokens that are alone in a window tie; `tome` and `r_meeto` score those that were
-# never up for merging alike. Both are decided by the tokens' order and never by rounding.
-RANKS_ALL = [name for name in METHODS if name not in ("local_merge", "tome", "r_meeto")]
+# By what `local_merge` compares, two tokens that are alone in a window tie; `tome`, `r_meeto` and `stm` score those that
+# were never up for merging alike. Both are decided by the tokens' order and never by rounding.
+RANKS_ALL = [name for name in METHODS if name not in ("local_merge", "tome", "r_meeto", "stm")]
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
