@@ -17,9 +17,6 @@ from .token_pruning import gather_tokens, select_tokens
 
 # From the rows of the remaining tokens (batch, m) to those of the two groups.
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
-# From the rows of the remaining tokens (batch, m) to the rows of those that can be merged, at least half of them, the
-# similarity of each to the token that it would be merged into, and the row of that token, each (batch, s).
-Pairing = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def most_similar(features: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,31 +54,14 @@ def match_tokens(features: Tensor, count: int, split: Split) -> tuple[Tensor, Te
         merged into, or its own if it is kept (batch, n); and scores (batch, n): minus the similarity with which the
         token was last considered for merging, or 1, the highest score, if it never was.
     """
-
-    def pair(left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sources, targets = split(left)
-        return sources, *most_similar(features, sources, targets)
-
-    return merge_best_pairs(unit_weights(features), count, pair)
-
-
-def merge_best_pairs(scores: Tensor, count: int, pair: Pairing) -> tuple[Tensor, Tensor, Tensor]:
-    """The rounds of `match_tokens`, with pairs of any kind.
-
-    Args:
-        scores: of tokens that are never considered, shape (batch, n).
-        count: how many tokens to keep, at most n.
-        pair: pairs tokens to merge.
-
-    Returns:
-        As `match_tokens`.
-    """
-    num_tokens = scores.shape[1]
-    everyone = torch.arange(num_tokens, device=scores.device).expand(scores.shape[0], -1)
+    batch, num_tokens, _ = features.shape
+    scores = unit_weights(features)
+    everyone = torch.arange(num_tokens, device=features.device).expand(batch, -1)
     left = into = everyone
     while (there := left.shape[1]) > count:
         num_merged = min(there - count, there // 2)
-        sources, best, match = pair(left)
+        sources, targets = split(left)
+        best, match = most_similar(features, sources, targets)
         scores = scores.scatter(1, sources, -best)
         chosen = select_tokens(best, num_merged)
         merged = sources.gather(1, chosen)
