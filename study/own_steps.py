@@ -56,7 +56,8 @@ class OwnSteps:
             own = own.flip(1) if inputs.reversed else own
             steps.append(own.mean(2, keepdim=True) / own.mean((1, 2), keepdim=True) if self.relative else own)
         if encoding.kept_tokens:
-            steps = [_put(*each) for each in zip(self.steps, [encoding.kept_tokens[-1]] * 2, steps, strict=False)]
+            before = encoding.kept_tokens[-1]
+            steps = [_put(earlier, before, new) for earlier, new in zip(self.steps, steps, strict=True)]
         reduced = reduce_stage(encoding, mixer, *options)
         self.steps, self.kept, self.grid = steps, reduced.kept_tokens[-1], reduced.layout.grid
         return reduced
