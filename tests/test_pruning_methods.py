@@ -100,6 +100,8 @@ class Sample:
         self.cells, self.grid, self.num_kept = stage.cells[index].tolist(), stage.grid, stage.num_kept
         self.sizes = np.ones(len(self.cells)) if stage.sizes is None else stage.sizes[index].numpy()
         self.predictor = stage.module
+        cls_row = None if stage.cls_row is None else stage.cls_row[index].item()
+        self.is_near_cls = [cls_row is not None and abs(row - cls_row) <= 3 for row in self.rows]
         self.steps, self.own_steps, self.own_B, self.influences = [], [], [], []
         for scan in scans:
             time_step, B, C = (tensor[index].numpy() for tensor in (scan.time_step, scan.B, scan.C))
@@ -209,6 +211,25 @@ def reference_mtr(sample: Sample) -> Expected:
     for source in sources:
         into[source] = max(targets, key=lambda b: (cosine(sample.tokens[source], sample.tokens[b]), -b))
     return Expected(*means(sample, into, np.ones(len(scores)))[:2])
+
+
+def reference_stm(sample: Sample) -> Expected:
+    keys, near_cls = np.concatenate(sample.own_B, axis=-1), sample.is_near_cls
+    left = list(range(len(sample.tokens)))
+    tokens, weights = dict(enumerate(sample.tokens)), dict.fromkeys(left, 1.0)
+    while len(left) > sample.num_kept:
+        beside = {left[i]: [left[j] for j in (i - 1, i + 1) if 0 <= j < len(left)] for i in range(0, len(left), 2)}
+        unlike = {
+            i: sum(10 * (near_cls[i] or near_cls[j]) - cosine(keys[i], keys[j]) for j in others) / len(others)
+            for i, others in beside.items()
+        }
+        for i in sorted(beside, key=lambda i: (unlike[i], i))[: min(len(left) - sample.num_kept, len(left) // 2)]:
+            left.remove(i)
+            for j in beside[i]:
+                share = weights[i] / len(beside[i])
+                tokens[j] = (weights[j] * tokens[j] + share * tokens[i]) / (weights[j] + share)
+                weights[j] += share
+    return Expected(left, [tokens[i] for i in left])
 
 
 def reference_dyvm(sample: Sample) -> Expected:
@@ -474,6 +495,29 @@ def test_of_equal_tokens_the_earlier_comes_first(method, family) -> None:
     assert reduce(method, stage).rows.tolist() == [TIES[method]] * 2
 
 
+@pytest.mark.parametrize(
+    ("cls_row", "num_kept", "kept"),
+    [
+        # Of 0 2 4 ... 14 the first three go.
+        (None, 13, [1, 3, 5, *range(6, 16)]),
+        # The class token is between 4 and 5: 2 to 7 are to stay as they are, so that 0, 10 and 12 go.
+        (5, 13, [*range(1, 10), 11, *range(13, 16)]),
+        # 0, 10, 12 and 14 can go without them; then 8, half of which goes into 7; then the first of them.
+        (5, 10, [1, *range(3, 8), 9, 11, 13, 15]),
+    ],
+)
+def test_stm_leaves_the_tokens_around_the_class_token(cls_row, num_kept, kept) -> None:
+    stage = make_stage("plainmamba" if cls_row is None else "vim", (4, 4), num_tokens=16, num_kept=num_kept)
+    scans = tuple(scan._replace(B=torch.ones_like(scan.B)) for scan in stage.mixer.scans)
+    stage = stage._replace(mixer=stage.mixer._replace(scans=scans))
+    if cls_row is not None:
+        patch_rows = torch.arange(16) + (torch.arange(16) >= cls_row)
+        stage = stage._replace(cls_row=torch.full((2, 1), cls_row), patch_rows=patch_rows.expand(2, -1))
+    reduction = reduce("stm", stage)
+    assert reduction.rows.tolist() == [kept] * 2
+    assert ((reduction.merged_into - torch.arange(16)).abs() <= 1).all(), "no token moves further than one place"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_through_a_stage(method, float64) -> None:
     """Of the kept and merged tokens with respect to the tokens that were there, against finite differences."""
@@ -521,9 +565,9 @@ def test_no_window_is_left_empty(method) -> None:
 # ---- Ties --------------------------------------------------------------------------------------------------------
 
 
-# By what `local_merge` compares, two tokens that are alone in a window tie; `tome` and `r_meeto` score those that were
-# never up for merging alike. Both are decided by the tokens' order and never by rounding.
-RANKS_ALL = [name for name in METHODS if name not in ("local_merge", "tome", "r_meeto")]
+# By what `local_merge` compares, two tokens that are alone in a window tie; `tome`, `r_meeto` and `stm` score those
+# that were never up for merging alike. Both are decided by the tokens' order and never by rounding.
+RANKS_ALL = [name for name in METHODS if name not in ("local_merge", "tome", "r_meeto", "stm")]
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))

@@ -17,6 +17,7 @@ from .pruning_r_meeto import merge_similar_outputs
 from .pruning_stage import Reduction, Stage, StageModule
 from .pruning_stand_in import keep_with_stand_ins
 from .pruning_state_merge import merge_into_state
+from .pruning_stm import merge_into_both_neighbours
 from .pruning_tome import count_flops as count_tome
 from .pruning_tome import merge_similar_keys
 from .pruning_top import keep_most_important
@@ -56,6 +57,7 @@ METHODS = {
     "r_meeto": PruningMethod(merge_similar_outputs, "none", count_flops=count_r_meeto),
     "utr": PruningMethod(merge_unimportant, "none", importance="clip", count_flops=count_utr),
     "mtr": PruningMethod(merge_small_steps, "none", count_flops=count_mtr),
+    "stm": PruningMethod(merge_into_both_neighbours, "none"),
     "dyvm": PruningMethod(keep_predicted, "none", count_flops=count_dyvm, module=TokenPredictor),
     "uniform": PruningMethod(keep_evenly_spread, "repeat"),
     "state_merge": PruningMethod(merge_into_state, "repeat", importance="clip"),

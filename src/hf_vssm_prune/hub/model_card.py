@@ -43,6 +43,7 @@ METHOD_PAPERS = {
     "r_meeto": Paper("R-MeeTo", "Faster Vision Mamba is Rebuilt in Minutes via Merged Token Re-training", "2412.12496"),
     "utr": Paper("UTR", "Rethinking Token Reduction for State Space Models", "2410.14725"),
     "mtr": Paper("MTR", "Training-free Token Reduction for Vision Mamba", "2507.14042"),
+    "stm": Paper("STM", "Sequential Token Merging: Revisiting Hidden States", "2509.22691"),
     "dyvm": Paper("DyVM", "Dynamic Vision Mamba", "2504.04787"),
 }
 
