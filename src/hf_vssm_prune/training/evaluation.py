@@ -1,4 +1,4 @@
-"""Measures a model's accuracy (the metrics of its task), FLOPs and images per second."""
+"""Measures a model: the metrics of its task, FLOPs and images per second."""
 
 import statistics
 import time
