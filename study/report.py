@@ -7,6 +7,7 @@ are reported. A claim holds if it is true for every seed.
 """
 
 import io
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,8 +156,13 @@ def write_report(study: Study, results: Mapping[str, dict[str, Any]], page: Path
     for (dataset, family), group in groups.items():
         picture = plots / f"{dataset}-{family}.svg"
         draw_group(group, f"{dataset}, {family}", picture)
-        parts.append(_group_section(group, dataset, family, picture.relative_to(page.parent).as_posix()))
+        parts.append(_group_section(group, dataset, family, _link(picture, page)))
     write_text("\n".join(parts), page)
+
+
+def _link(file: Path, page: Path) -> str:
+    """How a page links to a file, wherever the two are."""
+    return Path(os.path.relpath(file, page.parent)).as_posix()
 
 
 def _group_section(group: Group, dataset: str, family: str, picture: str) -> str:

@@ -355,5 +355,7 @@ def test_page_of_made_up_results(tmp_path) -> None:
     assert "| difference from paper | +0.20 ± 0.00 |" in page
     assert "| images, plainmamba, paper | 91.00 ± 1.41 | 86.00 ± 1.41 | 89.00 ± 1.41 | 91.00 ± 1.41 |" in page
     drawing = (tmp_path / "images-plainmamba.svg").read_bytes()
-    write_report(study, records, tmp_path / "STUDY.md", tmp_path)
+    (tmp_path / "pages").mkdir()
+    write_report(study, records, tmp_path / "pages" / "STUDY.md", tmp_path)
+    assert "](../images-plainmamba.svg)" in (tmp_path / "pages" / "STUDY.md").read_text()
     assert (tmp_path / "images-plainmamba.svg").read_bytes() == drawing
