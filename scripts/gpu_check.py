@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from gpu_checking.distribution import check_distribution
 from gpu_checking.golden import check_golden_cases
-from gpu_checking.kernels import TIMED, check_kernel, compile_kernels, time_kernels
+from gpu_checking.kernels import NAMES, TIMED, check_kernel, compile_kernels, time_kernels
 from gpu_checking.machine import describe, start_building
-from gpu_checking.models import MODELS, MODELS_IN_FLOAT32, compile_models, time_compiled_models, time_models
+from gpu_checking.models import MODELS_BY_DTYPE, compile_models, time_compiled_models, time_models
 from gpu_checking.report import Report
 from gpu_checking.training import MODELS as MODELS_TO_TRAIN
 from gpu_checking.training import compile_training, time_training
@@ -49,21 +49,16 @@ class Part(NamedTuple):
 # so beside the checks, and what is timed finds them in Triton's cache.
 COMPILING: dict[str, Callable[[argparse.Namespace, Report], None]] = {
     **{
-        f"{family} {preset} in bfloat16": partial(compile_models, family, preset, torch.bfloat16)
-        for family, preset in MODELS
-    },
-    **{
-        f"{family} {preset} in float32": partial(compile_models, family, preset, torch.float32)
-        for family, preset in MODELS_IN_FLOAT32
+        f"{family} {preset} in {NAMES[dtype]}": partial(compile_models, family, preset, dtype)
+        for dtype, models in MODELS_BY_DTYPE.items()
+        for family, preset in models
     },
     **{f"training {family} {preset}": partial(compile_training, family, preset) for family, preset in MODELS_TO_TRAIN},
     **{what: partial(compile_kernels, what) for what in TIMED},
 }
 PARTS = {
     "machine": Part(describe, 60, False),
-    "kernels in float32": Part(partial(check_kernel, "triton", torch.float32), 200, False),
-    "kernels in bfloat16": Part(partial(check_kernel, "triton", torch.bfloat16), 200, False),
-    "kernels in float16": Part(partial(check_kernel, "triton", torch.float16), 200, False),
+    **{f"kernels in {name}": Part(partial(check_kernel, "triton", dtype), 200, False) for dtype, name in NAMES.items()},
     **{f"golden cases of {family}": Part(partial(check_golden_cases, family), 200, False) for family in FAMILIES},
     "distribution": Part(check_distribution, 150, False),
     **{f"compiling {what}": Part(compile_it, 200, False) for what, compile_it in COMPILING.items()},

@@ -68,7 +68,8 @@ def test_a_project_that_cannot_be_installed_or_run_is_left_out(tmp_path, capfd, 
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     one, other = "mambapy's pscan", "ggml's SSM_SCAN"
-    monkeypatch.setattr(peers, "PEERS", {one: peers.Peer(("no-such-project==1",)), other: peers.Peer(())})
+    missing = {one: peers.PEERS[one]._replace(requirements=("no-such-project==1",))}
+    monkeypatch.setattr(peers, "PEERS", missing | {other: peers.PEERS[other]._replace(requirements=())})
     arguments = ["--sections", "peers", "--batch_sizes", "1", "--seconds", "0.1", "--peers", str(tmp_path)]
     assert benchmark.main(arguments) == 0
     output = capfd.readouterr().out

@@ -9,12 +9,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 from benchmarking.measuring import Case, Group, take_turns
-from benchmarking.workers import Worker, run_all
+from benchmarking.workers import Worker, run_all, started
 from hf_vssm_prune.environment import PATIENT_THREADS, WAITING
 
 
@@ -37,9 +36,9 @@ def busy_section(options: argparse.Namespace) -> list[Group]:
     threads = options.threads
     groups = []
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(started([way], threads, BATCH)) for name, way in WAYS.items()}
+        workers = {name: stack.enter_context(waiting([way], threads, BATCH)) for name, way in WAYS.items()}
         halves = [WAYS[ONE_THREAD]] * threads
-        workers[PROCESSES] = stack.enter_context(started(halves, threads, BATCH // threads))
+        workers[PROCESSES] = stack.enter_context(waiting(halves, threads, BATCH // threads))
         for work, names in (("forward", list(WAYS)), ("step", list(workers))):
             for neighbour in ("quiet", "beside a busy process"):
                 cases: dict[str, Case] = {name: partial(run_all, workers[name], work) for name in names}
@@ -52,21 +51,11 @@ def busy_section(options: argparse.Namespace) -> list[Group]:
     return groups
 
 
-@contextmanager
-def started(ways: Sequence[dict[str, str]], threads: int, batch: int) -> Iterator[list[Worker]]:
+def waiting(ways: Sequence[dict[str, str]], threads: int, batch: int) -> AbstractContextManager[list[Worker]]:
     """Processes that wait for work, each with its own environment variables in addition to this process's."""
     inherited = {name: value for name, value in os.environ.items() if name not in (*WAITING, "OMP_NUM_THREADS")}
     inherited |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(Path(__file__).with_name("busy_worker.py")), str(batch)]
-    workers = [
-        subprocess.Popen(command, env=inherited | way, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for way in ways
-    ]
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            worker.communicate()  # closes its standard input, which ends it
+    return started("busy_worker.py", [str(batch)], [inherited | way for way in ways])
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -113,17 +114,31 @@ def with_ggml(arguments: Arguments, threads: int) -> Scan:
     return scan
 
 
-SCANS: dict[str, Callable[[Arguments, int], Scan]] = {
-    "mambapy's pscan": with_mambapy,
-    "torch's associative_scan, compiled": with_associative_scan,
-    "ggml's SSM_SCAN": with_ggml,
-    "intel-extension-for-pytorch": with_ipex,
+class Peer(NamedTuple):
+    """Another project.
+
+    Attributes:
+        scan: Prepares its scan from the arguments and the number of threads.
+        requirements: What pip installs.
+        alone: Whether it is installed without its own requirements, which are here already.
+    """
+
+    scan: Callable[[Arguments, int], Scan]
+    requirements: tuple[str, ...] = ()
+    alone: bool = False
+
+
+PEERS = {
+    "mambapy's pscan": Peer(with_mambapy, ("mambapy==1.2.0",), alone=True),
+    "torch's associative_scan, compiled": Peer(with_associative_scan),
+    "ggml's SSM_SCAN": Peer(with_ggml, ("ggml-python==0.0.45",)),
+    "intel-extension-for-pytorch": Peer(with_ipex, ("intel-extension-for-pytorch==2.8.0", "torch==2.8.0", "numpy")),
 }
 
 
 def main(name: str, file: str, threads: str) -> None:
     with np.load(file) as stored:
-        scan = SCANS[name](dict(stored), int(threads))
+        scan = PEERS[name].scan(dict(stored), int(threads))
     result = Path(file).with_name("result.npy")
     result.unlink(missing_ok=True)
     for _ in sys.stdin:

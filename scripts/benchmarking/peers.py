@@ -9,40 +9,21 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from benchmarking.measuring import Case, Group, take_turns
+from benchmarking.peer_worker import PEERS, Peer
 from benchmarking.scan import one_direction, scan_inputs
-from benchmarking.workers import Worker, run_all
+from benchmarking.workers import run_all, started
 from hf_vssm_prune.selective_scan import selective_scan
 
 
-class Peer(NamedTuple):
-    """A project.
-
-    Attributes:
-        requirements: what pip installs.
-        alone: without the requirements of these, which are here already.
-    """
-
-    requirements: tuple[str, ...]
-    alone: bool = False
-
-
 OURS = "ours"
-PEERS = {
-    "mambapy's pscan": Peer(("mambapy==1.2.0",), alone=True),
-    "torch's associative_scan, compiled": Peer(()),
-    "ggml's SSM_SCAN": Peer(("ggml-python==0.0.45",)),
-    "intel-extension-for-pytorch": Peer(("intel-extension-for-pytorch==2.8.0", "torch==2.8.0", "numpy")),
-}
 TOLERANCE = 1e-4  # of the largest value
 
 
@@ -58,24 +39,37 @@ def compare(batch: int, options: argparse.Namespace) -> Group | None:
         arguments = Path(folder, "arguments.npz")
         np.savez(arguments, **{name: tensor.numpy() for name, tensor in inputs.items() if tensor is not None})
         cases: dict[str, Case] = {OURS: partial(selective_scan, **inputs)}
-        for name, peer in PEERS.items():
+        for name in PEERS:
             try:
-                target = installed(name, peer, options.peers)
-                worker = stack.enter_context(started(name, target, arguments, options.threads))
-                result = np.load(arguments.with_name("result.npy"))
+                cases[name] = checked_case(name, arguments, expected, options, stack)
             except (subprocess.CalledProcessError, RuntimeError) as error:
                 print(f"{name} is left out: {error}", flush=True)
-                continue
-            error = np.abs(result - expected).max() / np.abs(expected).max()
-            if not error <= TOLERANCE:
-                print(f"{name} is left out: its results differ from ours by {error:.1e} of the largest", flush=True)
-                continue
-            cases[name] = partial(run_all, [worker], "scan")
         if len(cases) == 1:
             return None
         ratios = {f"{name} / ours": (1.0, name, OURS) for name in cases if name != OURS}
         title = f"Scan, forward, one direction, batch {batch}, {options.threads} threads, other projects"
         return take_turns(title, cases, ratios, options)
+
+
+def checked_case(
+    name: str, arguments: Path, expected: np.ndarray, options: argparse.Namespace, stack: ExitStack
+) -> Case:
+    """A project's scan, in a process that `stack` ends.
+
+    Raises:
+        subprocess.CalledProcessError: the project cannot be installed.
+        RuntimeError: its process ended, or its results are not ours.
+    """
+    target = installed(name, PEERS[name], options.peers)
+    environment = {**os.environ, "PYTHONPATH": str(target.resolve()), "OMP_NUM_THREADS": str(options.threads)}
+    of_worker = [name, str(arguments), str(options.threads)]
+    scan = partial(run_all, stack.enter_context(started("peer_worker.py", of_worker, [environment])), "scan")
+    scan()
+    result = np.load(arguments.with_name("result.npy"))
+    difference = np.abs(result - expected).max() / np.abs(expected).max()
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"its results differ from ours by {difference:.1e} of the largest")
+    return scan
 
 
 def installed(name: str, peer: Peer, folder: Path) -> Path:
@@ -88,20 +82,3 @@ def installed(name: str, peer: Peer, folder: Path) -> Path:
         subprocess.run([*command, *(["--no-deps"] if peer.alone else []), *peer.requirements], check=True)
         stamp.touch()
     return target
-
-
-@contextmanager
-def started(name: str, target: Path, arguments: Path, threads: int) -> Iterator[Worker]:
-    """A project's process, after its first result, which is in `result.npy` next to the arguments.
-
-    Raises:
-        RuntimeError: it ended before; its message is on standard error.
-    """
-    environment = {**os.environ, "PYTHONPATH": str(target.resolve()), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, str(Path(__file__).with_name("peer_worker.py")), name, str(arguments), str(threads)]
-    worker = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        run_all([worker], "scan")
-        yield worker
-    finally:
-        worker.communicate()  # closes its standard input, at which it ends

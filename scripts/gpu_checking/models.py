@@ -16,7 +16,7 @@ from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
 
 
 MODELS = (("plainmamba", "L3"), ("vim", "S"), ("plainmamba", "L1"), ("vim", "B"))
-MODELS_IN_FLOAT32 = MODELS[:2]
+MODELS_BY_DTYPE = {torch.bfloat16: MODELS, torch.float32: MODELS[:2]}
 TRANSFORMERS = {
     "ViT-S/16": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
     "ViT-B/16": {},
@@ -55,20 +55,30 @@ def time_models(options: argparse.Namespace, report: Report) -> None:
     ways: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]] = {"eager": partial}
     if options.device == "cuda":
         ways["CUDA graph"] = captured
-    for dtype, families in ((torch.bfloat16, MODELS), (torch.float32, MODELS_IN_FLOAT32)):
+    for dtype, families in MODELS_BY_DTYPE.items():
         for which in (None, *families)[: 2 if options.small else None]:
             models = make_transformers(options) if which is None else make_models(*which, options)
-            for batch in BATCHES[:1] if options.small else BATCHES:
+            for batch in batches(options):
                 measure(models, dtype, batch, ways, rows, report, options)
 
 
 @torch.no_grad()
 def compile_models(family: str, preset: str, dtype: torch.dtype, options: argparse.Namespace, _: Report) -> None:
     """Every forward that `time_models` times, once."""
-    for batch in BATCHES[:1] if options.small else BATCHES:
-        for model in make_models(family, preset, options).values():
-            side = model.config.image_size
-            model.to(options.device, dtype)(torch.randn(batch, 3, side, side, device=options.device, dtype=dtype))
+    models = make_models(family, preset, options)
+    for batch in batches(options):
+        images = random_images(models, dtype, batch, options)
+        for model in models.values():
+            model.to(options.device, dtype)(images)
+
+
+def batches(options: argparse.Namespace) -> tuple[int, ...]:
+    return BATCHES[:1] if options.small else BATCHES
+
+
+def random_images(models: dict[str, nn.Module], dtype: torch.dtype, batch: int, options: argparse.Namespace) -> Tensor:
+    side = next(iter(models.values())).config.image_size
+    return torch.randn(batch, 3, side, side, device=options.device, dtype=dtype)
 
 
 def time_compiled_models(options: argparse.Namespace, report: Report) -> None:
@@ -93,8 +103,7 @@ def measure(
     options: argparse.Namespace,
 ) -> None:
     """Adds a row for each model and way; one that fails is named, and the others go on."""
-    side = next(iter(models.values())).config.image_size
-    images = torch.randn(batch, 3, side, side, device=options.device, dtype=dtype)
+    images = random_images(models, dtype, batch, options)
     for way, make in ways.items():
         cases, memory = {}, {}
         for name, model in models.items():
