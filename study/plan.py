@@ -44,6 +44,8 @@ class Study:
         families: for each name, options of scripts/train.py; with `model_name_or_path`, dense models start from
             existing weights.
         training, dense, finetuning: options of all training pieces, of scripts/train.py, and of scripts/finetune.py.
+        smaller: dense models to compare with, by name: options of scripts/train.py, such as `image_size`. Each
+            continues from the dense model, for as long as the pruned ones.
         elastic: the `variant` that is trained for all budgets at once, and options that override its own.
         variants: variants by name; the first one is the baseline.
         more_variants: further variants, which are run after everything else.
@@ -59,6 +61,7 @@ class Study:
     training: dict[str, Any]
     dense: dict[str, Any]
     finetuning: dict[str, Any]
+    smaller: dict[str, dict[str, Any]]
     elastic: dict[str, Any]
     variants: dict[str, Variant]
     more_variants: dict[str, Variant]
@@ -178,6 +181,10 @@ def _templates(study: Study, dataset: str, family: str) -> dict[str, Template]:
         "dense tuned": Template("train", "dense", {**study.trained, **study.finetuning}),
         **_tuned(study, [(name, study.main_budget) for name in study.variants]),
         "untrained": Template("compare_methods", "dense", evaluated | {"schedules": _untrained_schedules(study)}),
+        **{
+            smaller_name(name): Template("train", "dense", {**study.trained, **study.finetuning, **options})
+            for name, options in study.smaller.items()
+        },
         **_tuned(study, at_other_budgets),
         "elastic": Template("finetune", "dense", _elastic_options(study)),
         "elastic compared": Template(
@@ -231,3 +238,7 @@ def _tuned_options(study: Study, name: str, budget: float) -> dict[str, Any]:
 
 def tuned_name(variant: str, budget: float) -> str:
     return f"{variant} at {budget:.1%}"
+
+
+def smaller_name(name: str) -> str:
+    return f"dense, {name}"

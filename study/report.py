@@ -7,15 +7,16 @@ are reported. A claim holds if it is true for every seed.
 """
 
 import io
+import json
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_vssm_prune.training.checkpoints import write_text
-from study.plan import Study, tuned_name
+from study.plan import Study, smaller_name, tuned_name
 
 
 if TYPE_CHECKING:
@@ -41,10 +42,12 @@ class Group:
     Attributes:
         study: the study's plan.
         records: results by (seed, name of the piece).
+        times: the times that study/times.py measured relative to the dense model's, by schedule and smaller model.
     """
 
     study: Study
     records: Mapping[tuple[int, str], dict[str, Any]]
+    times: Mapping[str, float] = field(default_factory=dict)
 
     def seeds(self, *names: str) -> list[int]:
         """The seeds for which all of these pieces are finished."""
@@ -84,6 +87,15 @@ class Group:
         """Points lost by the checkpoint trained for all budgets, by seed."""
         return self._compared_losses("dense tuned", "elastic compared", tuned_name("elastic", budget))
 
+    def smaller_losses(self, name: str) -> dict[int, float]:
+        """Points that a smaller dense model loses, by seed."""
+        seeds = self.seeds("dense tuned", smaller_name(name))
+        return {seed: self.top1("dense tuned", seed) - self.top1(smaller_name(name), seed) for seed in seeds}
+
+    def smaller_flops_share(self, name: str, seed: int) -> float:
+        dense, smaller = (self.records[seed, each]["figures"]["gflops"] for each in ("dense", smaller_name(name)))
+        return smaller / dense
+
     def _compared_losses(self, reference: str, piece: str, schedule: str) -> dict[int, float]:
         return {
             seed: self.top1(reference, seed) - self.compared_top1(piece, schedule, seed)
@@ -92,6 +104,8 @@ class Group:
 
     def time_shares(self, piece: str, schedule: str) -> dict[int, float]:
         """The time of a forward pass relative to the dense model's, measured alternately, by seed."""
+        if schedule in self.times:
+            return dict.fromkeys(self.compared_seeds(piece, schedule), self.times[schedule])
         return {
             seed: self.compared(piece, "dense", seed)["images_per_second"]
             / self.compared(piece, schedule, seed)["images_per_second"]
@@ -102,8 +116,10 @@ class Group:
         return self.compared(piece, schedule, seed)["gflops"] / self.compared(piece, "dense", seed)["gflops"]
 
 
-def group_results(study: Study, results: Mapping[str, dict[str, Any]]) -> dict[tuple[str, str], Group]:
-    """The groups by (data set, family), if their dense models are finished."""
+def group_results(
+    study: Study, results: Mapping[str, dict[str, Any]], times: Mapping[str, Mapping[str, float]] | None = None
+) -> dict[tuple[str, str], Group]:
+    """The groups by (data set, family), if their dense models are finished. `times` is by family."""
     groups = {}
     for dataset in study.datasets:
         for family in study.families:
@@ -112,7 +128,7 @@ def group_results(study: Study, results: Mapping[str, dict[str, Any]]) -> dict[t
                 for each in results.values()
                 if (each["dataset"], each["family"]) == (dataset, family)
             }
-            group = Group(study, records)
+            group = Group(study, records, (times or {}).get(family, {}))
             if group.seeds("dense"):
                 groups[dataset, family] = group
     return groups
@@ -146,8 +162,10 @@ def verdict(advantages: Mapping[int, float]) -> str:
 
 def write_report(study: Study, results: Mapping[str, dict[str, Any]], page: Path, plots: Path) -> None:
     """Writes the page, and a plot for each data set and family into the folder `plots`. If that folder has a file
-    discussion.md, its text is inserted before the figures."""
-    groups = group_results(study, results)
+    discussion.md, its text is inserted before the figures; if it has times.json (see study/times.py), these times are
+    used."""
+    times = plots / "times.json"
+    groups = group_results(study, results, json.loads(times.read_text()) if times.exists() else None)
     discussion = plots / "discussion.md"
     parts = ["# The study: which pruning method works best\n"]
     if discussion.exists():
@@ -186,7 +204,25 @@ With {study.main_budget:.1%} fewer FLOPs:
 Points of top-1 accuracy lost at each budget, after fine-tuning:
 
 {_budgets_table(group)}
-"""
+{_smaller_section(group)}"""
+
+
+def _smaller_section(group: Group) -> str:
+    """The smaller dense models; empty if there are no results."""
+    rows = [
+        [
+            name,
+            mean_and_spread([group.smaller_flops_share(name, seed) for seed in losses]),
+            f"{time:.2f}" if (time := group.times.get(smaller_name(name))) else "–",
+            mean_and_spread(losses),
+        ]
+        for name in group.study.smaller
+        if (losses := group.smaller_losses(name))
+    ]
+    if not rows:
+        return ""
+    table = _table(["dense model", "FLOPs / dense", "time / dense", "points lost"], rows)
+    return f"\nSmaller dense models, trained as long as the pruned ones:\n\n{table}\n"
 
 
 def _variants_table(group: Group) -> str:
@@ -355,7 +391,19 @@ def _lines(group: Group) -> dict[str, list[Point]]:
         lines["elastic (one checkpoint for all budgets)"].append(
             _point(group, "elastic compared", schedule, seeds, top1)
         )
+    lines["smaller dense models"] = [dense, *(_smaller_point(group, name) for name in study.smaller)]
     return lines
+
+
+def _smaller_point(group: Group, name: str) -> Point:
+    """Without a measured time, the model is only in the plot against FLOPs."""
+    seeds, time = group.seeds("dense", smaller_name(name)), group.times.get(smaller_name(name))
+    times = [] if time is None else [time] * len(seeds)
+    return (
+        [group.smaller_flops_share(name, seed) for seed in seeds],
+        times,
+        [group.top1(smaller_name(name), seed) for seed in seeds],
+    )
 
 
 def _point(group: Group, piece: str, schedule: str, seeds: Sequence[int], top1: list[float]) -> Point:

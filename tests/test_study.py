@@ -58,12 +58,22 @@ SMALL = {
     },
     "dense": {"patch_size": 4},
     "finetuning": {"learning_rate": 1e-4},
+    "smaller": {"8 pixels": {"image_size": 8}},
     "elastic": {"variant": "paper", "elastic_budgets": [0.4]},
     "variants": {"paper": {}},
     "more_variants": {"naive": {"pruning": {"alignment": "none"}}},
     "every_budget": ["paper"],
 }
-NAMES = ["dense", "dense tuned", "paper at 40.0%", "untrained", "elastic", "elastic compared", "naive at 40.0%"]
+NAMES = [
+    "dense",
+    "dense tuned",
+    "paper at 40.0%",
+    "untrained",
+    "dense, 8 pixels",
+    "elastic",
+    "elastic compared",
+    "naive at 40.0%",
+]
 
 
 def write_study(file: Path, **changes) -> Path:
@@ -80,7 +90,7 @@ def test_studies_of_the_repository(file) -> None:
         assert piece.start is None or piece.key_of_start() in keys  # what it starts from comes before
         keys.add(piece.key)
     groups = len(study.datasets) * len(study.families) * len(study.seeds)
-    tuned = len(study.all_variants) + len(study.every_budget) * (len(study.budgets) - 1)
+    tuned = len(study.all_variants) + len(study.smaller) + len(study.every_budget) * (len(study.budgets) - 1)
     assert len(keys) == groups * (5 + tuned)
 
 
@@ -166,7 +176,7 @@ def test_run_stopped_and_gone_on_with(tmp_path) -> None:
 
     finished = run_forked(SCRIPTS / "study.py", *options(tmp_path), prepare=fork_pieces)
     assert finished.returncode == 0, finished.stderr
-    assert "7/7" in finished.stderr
+    assert f"{len(NAMES)}/{len(NAMES)}" in finished.stderr
     everything = read_results(results)
     assert [everything[key] for key in done] == list(done.values())  # not run again
     assert sorted(record["name"] for record in everything.values()) == sorted(NAMES)
@@ -335,6 +345,7 @@ def test_page_of_made_up_results(tmp_path) -> None:
         schedules = {paper: compared(dense - 0.05, 1.2, 160), naive: compared(dense - 0.09, 1.2, 160)}
         add(seed, "untrained", {"dense": compared(dense, 2.0, 100), **schedules})
         add(seed, "dense tuned", {"top1": dense + 0.01})
+        add(seed, "dense, 8 pixels", {"top1": dense - 0.02, "gflops": 0.9})
         add(seed, paper, {"top1": dense, "top1_by_epoch": [dense - 0.02, dense]})
         add(seed, naive, {"top1": dense - 0.02 + 0.03 * seed, "top1_by_epoch": [0.5]})
         add(
@@ -353,9 +364,17 @@ def test_page_of_made_up_results(tmp_path) -> None:
     assert "| paper loses less than naive, not fine-tuned | +4.00 ± 0.00 | holds |" in page
     assert "| paper loses less than naive, fine-tuned | +0.50 ± 2.12 | differs between seeds |" in page
     assert "| difference from paper | +0.20 ± 0.00 |" in page
+    assert "| 8 pixels | 0.45 ± 0.00 | – | 3.00 ± 0.00 |" in page
     assert "| images, plainmamba, paper | 91.00 ± 1.41 | 86.00 ± 1.41 | 89.00 ± 1.41 | 91.00 ± 1.41 |" in page
     drawing = (tmp_path / "images-plainmamba.svg").read_bytes()
     (tmp_path / "pages").mkdir()
     write_report(study, records, tmp_path / "pages" / "STUDY.md", tmp_path)
     assert "](../images-plainmamba.svg)" in (tmp_path / "pages" / "STUDY.md").read_text()
     assert (tmp_path / "images-plainmamba.svg").read_bytes() == drawing
+
+    (tmp_path / "times.json").write_text(json.dumps({"plainmamba": {paper: 0.7, "dense, 8 pixels": 0.5}}))
+    write_report(study, records, tmp_path / "STUDY.md", tmp_path)
+    page = (tmp_path / "STUDY.md").read_text()
+    assert "| paper |  | 5.00 ± 0.00 | 1.00 ± 0.00 | +0.00 ± 0.00 | 0.70 ± 0.00 |" in page
+    assert "| 8 pixels | 0.45 ± 0.00 | 0.50 | 3.00 ± 0.00 |" in page
+    assert (tmp_path / "images-plainmamba.svg").read_bytes() != drawing

@@ -148,11 +148,9 @@ class _Loss(nn.Module):
         batch = {"pixel_values": pixel_values, "labels": labels}
         weights = LossWeights(kd_weight=1.0, alignment_weight=1.0) if teacher else LossWeights()
         inputs = task.inputs(batch) | {"output_hidden_states": teacher is not None}
-        device = pixel_values.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cpu"):  # small models gain nothing on a GPU
-            outputs = self.model(**inputs)
-            with torch.no_grad():
-                targets = teacher(**inputs) if teacher else None
+        outputs = self.model(**inputs)
+        with torch.no_grad():
+            targets = teacher(**inputs) if teacher else None
         layers = self.model.config.token_pruning["layers"] if teacher else []
         return training_loss(task, outputs, targets, batch, weights, layers)["loss"]
 
