@@ -1,11 +1,13 @@
 """DyVM's block selection: against models in which every direction runs and its output is multiplied by the gates; what
 is trained; and what else it touches."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import MAKE_CONFIG, make_plainmamba_config, make_vim_config
+from test_training import datasets, fresh_accelerator, image_folder, make_recipe, make_trainer  # noqa: F401
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification, UperNetConfig
@@ -17,8 +19,9 @@ from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.saving import code_files, save_for_hub
 from hf_vssm_prune.kernels import KERNELS
 from hf_vssm_prune.pruning_block_selection import BlockSelector, draw_gates
-from hf_vssm_prune.training.arguments import PruningArguments
+from hf_vssm_prune.training.arguments import ElasticArguments, PruningArguments
 from hf_vssm_prune.training.elastic import what_is_pruned
+from hf_vssm_prune.training.evaluation import compare_models
 from hf_vssm_prune.training.losses import LossWeights, block_ratio_loss, training_loss
 from hf_vssm_prune.training.run_log import LossWindow
 from hf_vssm_prune.training.tasks.classification import ImageClassification
@@ -303,6 +306,31 @@ def test_log_means_are_over_the_steps_that_have_a_term() -> None:
     for step in ({"loss": 1.0}, {"loss": 3.0, "block_ratio": 0.5}):
         window.add_step(step)
     assert window.means() == {"loss": 2.0, "block_ratio": 0.5}
+
+
+def test_training_measures_what_runs(datasets, tmp_path) -> None:  # noqa: F811
+    """Also with elastic budgets, of which a dense step has no block ratio."""
+    config = make_vim_config(token_pruning=pruning("uniform"))
+    recipe = make_recipe(tmp_path, max_train_steps=3, learning_rate=1e-4)
+    recipe = replace(recipe, elastic=ElasticArguments(elastic_budgets=[0, 0.35]))
+    results = make_trainer(config, datasets, recipe).train()
+    assert results["eval_block_fraction"] == 1, "three steps change nothing"
+    flops = count_flops(config, block_fraction=1.0).pruned
+    assert results["gflops_pruned"] == flops.published / 1e9 > count_flops(config).pruned.published / 1e9
+
+
+def test_evaluation_counts_what_runs(images) -> None:
+    models = {name: make_model(make_vim_config(token_pruning=pruning("uniform"))).float() for name in ("half", "all")}
+    gates = torch.tensor([[1.0, 1], [1, 0], [0, 0], [0, 0]])
+    set_gates(models["half"], gates.repeat(4, 1, 1))
+    batch = {"pixel_values": images[:4].float(), "labels": torch.zeros(4, dtype=torch.int64)}
+    evaluations = compare_models(ImageClassification(), models, [batch, batch], torch.device("cpu"))
+    for name, fraction in (("half", 3 / 8), ("all", 1.0)):
+        assert evaluations[name].block_fraction == fraction
+        flops = count_flops(models[name].config, block_fraction=fraction).pruned
+        assert evaluations[name].gflops_total == flops.total / 1e9
+    scans = [count_flops(models["all"].config, block_fraction=f).pruned.breakdown["scans"] for f in (0.25, 0.5, 1)]
+    assert scans == [scans[0], 2 * scans[0], 4 * scans[0]]
 
 
 # ---- FLOPs -------------------------------------------------------------------------------------------------------

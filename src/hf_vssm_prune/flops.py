@@ -4,7 +4,7 @@ One multiply-add counts as one FLOP, as is usual in this field. The count includ
 for each scan over L tokens with E channels and N states, and the matrix products of a pruning method. A configuration's
 `count_flops` defines the parts of a forward pass, and which of them the published figures of the family count. With
 `block_keep_ratio`, a scan direction counts as this fraction of itself in each layer that selects blocks: this is the
-mean that training aims at, not what a given model does (see `output_block_gates`).
+mean that training aims at. What a given model does can be measured, and be given as `block_fraction`.
 """
 
 import itertools
@@ -60,19 +60,25 @@ class ModelFlops:
         return 1 - self.pruned.published / self.dense.published
 
 
-def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | None = None) -> ModelFlops:
+def count_flops(
+    config: PreTrainedConfig, image_size: int | tuple[int, int] | None = None, block_fraction: float | None = None
+) -> ModelFlops:
     """Counts the FLOPs of one image, or of one clip.
 
     Args:
         config: configuration of a model of this package.
         image_size: pixels, or (height, width); None for `config.image_size`.
+        block_fraction: the fraction of the scan directions that ran in layers that select blocks, if it was measured
+            (the mean of `block_gates`); None for `block_keep_ratio`.
     """
     size = config.input_size if image_size is None else config.input_size_for(image_size)
     num_patches = math.prod(config.grid_size_for(*size))
     count = dense = config.count_flops(size, tokens_per_layer(num_patches, config.num_hidden_layers, None))
     if (schedule := config.token_pruning) is not None:
         tokens = tokens_per_layer(num_patches, config.num_hidden_layers, schedule)
-        selection = _Selection(config, schedule.method, schedule["layers"], schedule.get("block_keep_ratio"))
+        ratio = schedule.get("block_keep_ratio")
+        ratio = block_fraction if ratio is not None and block_fraction is not None else ratio
+        selection = _Selection(config, schedule.method, schedule["layers"], ratio)
         count = selection.count_layers(size, tokens)
         stages = [(tokens[layer - 1], tokens[layer]) for layer in schedule["layers"]]
         if flops := _count_pruning(config, schedule.method, stages) + selection.selectors:

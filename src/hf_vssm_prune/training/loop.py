@@ -473,7 +473,7 @@ class Trainer:
         self._save_model(self.accelerator.unwrap_model(self.model), "last", of_model)
         if self.ema is not None:
             self._save_model(self.ema.model, "last_ema", of_ema)
-        flops = count_flops(self.plain_model.config)
+        flops = count_flops(self.plain_model.config, block_fraction=of_model.get("block_fraction"))
         results = {
             **last,
             "best": self.state.best,
