@@ -9,8 +9,8 @@ Gumbel-sigmoid trick, and a loss holds their mean at `block_keep_ratio` (`traini
 inference, each direction runs only for the images that select it. As in the authors' code, the selector sees the class
 token's features after the mixer's input projection, and starts with a bias for which nearly every direction runs.
 
-One case is ours, since a paper on `dyvm` alone does not have it: a layer whose mixer results are read by a pruning
-method, after which tokens are dropped, always runs both directions.
+Other pruning methods than `dyvm` may read the results of the mixer before a stage, which a skipped direction does not
+have. Ours: the layer before each of their stages does not select, but always runs both directions.
 """
 
 from collections.abc import Callable
@@ -117,7 +117,7 @@ def run_block(
     if len(images) == 0:
         return torch.zeros_like(x)
     output = block(x.index_select(0, images), gate.index_select(0, images), layout.of_images(images))[0]
-    return output.new_zeros(x.shape).index_copy(0, images, output)
+    return output.new_zeros(x.shape).index_copy_(0, images, output)
 
 
 def count_flops(config: PreTrainedConfig, num_selectors: int) -> int:
