@@ -13,6 +13,7 @@ PRUNING_OPTIONS = {
     "method": "prune_method",
     "alignment": "prune_alignment",
     "importance": "importance",
+    "block_keep_ratio": "block_keep_ratio",
 }
 LOSSES_OF_A_TEACHER = ("kd_weight", "alignment_weight")
 
@@ -22,8 +23,8 @@ class Variant:
     """A combination of pruning and fine-tuning options.
 
     Attributes:
-        pruning: `layers`, `method`, `alignment` and `importance` of `token_pruning`; defaults are used for missing
-            ones.
+        pruning: `layers`, `method`, `alignment`, `importance` and `block_keep_ratio` of `token_pruning`; defaults are
+            used for missing ones.
         training: options of scripts/finetune.py that override those of the study.
     """
 

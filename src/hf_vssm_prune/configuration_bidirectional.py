@@ -8,7 +8,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 
 from .configuration_common import VisionMambaConfig
-from .flops import count_projections, count_scans
+from .flops import FlopCount, count_projections, count_scans
 
 
 @strict
@@ -48,21 +48,39 @@ class BidirectionalConfig(VisionMambaConfig):
         """(height, width) in patches; pixels that do not fill a whole patch are ignored."""
         return tuple(max(0, (size - self.patch_size) // self.patch_spacing + 1) for size in input_size)
 
-    def _count_parts(self, tokens: Sequence[int], pixels_of_patch: int) -> tuple[Counter[str], int]:
-        """Multiply-adds of a forward pass by part, and those of one direction of all mixers.
+    @property
+    def selects_blocks(self) -> bool:
+        return self.cls_token_id(0) is not None
+
+    def count_flops(
+        self, input_size: tuple[int, ...], tokens: Sequence[int], scan_shares: Sequence[float] | None = None
+    ) -> FlopCount:
+        """See `VisionMambaConfig.count_flops`.
+
+        Args:
+            scan_shares: the fraction of the scan directions that run in each layer. None: all run.
+        """
+        raise NotImplementedError
+
+    def _count_parts(
+        self, tokens: Sequence[int], pixels_of_patch: int, scan_shares: Sequence[float] | None
+    ) -> tuple[Counter[str], int]:
+        """Multiply-adds of a forward pass by part, and those of one direction of all mixers, of which a fraction runs.
 
         Args:
             tokens: number of patch tokens in each layer.
             pixels_of_patch: number of pixels in a patch, per channel.
+            scan_shares: see `count_flops`.
         """
         parts = Counter(
             patch_projection=tokens[0] * pixels_of_patch * self.num_channels * self.hidden_size,
             head=self.hidden_size * (self.num_labels or 0),
         )
         one_direction = 0
-        for patches in tokens:
+        for patches, share in zip(tokens, scan_shares or [1.0] * len(tokens), strict=True):
             length = patches + (self.cls_token_id(patches) is not None)
             direction = count_scans(self, length, self.conv_kernel)
+            direction = Counter({part: round(share * flops) for part, flops in direction.items()})
             parts.update(count_projections(self, length))
             for _ in range(self.num_scans):
                 parts.update(direction)

@@ -14,6 +14,7 @@ from .flops import FlopCount, schedule_for_budget
 from .label_maps import complete_label_maps, names_by_id
 from .pruning_options import (
     TokenPruning,
+    check_block_keep_ratio,
     check_layers,
     check_token_pruning,
     inherit_method,
@@ -57,10 +58,10 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         time_step_min, time_step_max, time_step_floor: range of the time steps at initialisation.
         initializer_range: standard deviation of the truncated normal initialisation.
         drop_path_rate: stochastic depth rate of the last layer; it increases linearly from 0 in the first.
-        token_pruning: None for a dense model, or a dict with `layers`, `keep_ratios`, `alignment`, `importance` and
-            `method`, see `pruning_options.check_token_pruning`. Instead of `keep_ratios`, it may have
-            `flops_reduction`, the fraction of the published FLOPs to remove, for which a schedule is found; `layers` is
-            then optional. Whichever form is set, reading it returns checked and complete options.
+        token_pruning: None for a dense model, or a dict with `layers`, `keep_ratios`, `alignment`, `importance`,
+            `method` and `block_keep_ratio`, see `pruning_options.check_token_pruning`. Instead of `keep_ratios`, it may
+            have `flops_reduction`, the fraction of the published FLOPs to remove, for which a schedule is found;
+            `layers` is then optional. Whichever form is set, reading it returns checked and complete options.
         scan_backend: kernel of the scan, see `selective_scan.selective_scan`.
         feature_fill: content of a backbone's feature maps at dropped tokens: `last`, the last state of the token;
             `merged`, for methods that merge, the state of the token into which it was merged.
@@ -186,9 +187,9 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     def complete_token_pruning(self, token_pruning: dict[str, Any] | None) -> TokenPruning | None:
         """Checks pruning options against this configuration and completes them; a budget is turned into a schedule.
 
-        Options without a `method` use the method of this configuration, with its `alignment` and `importance` unless
-        they specify their own, so that weights trained for a method can be given another budget. If the model is dense,
-        `pruning_methods.RECOMMENDED_METHOD` is used.
+        Options without a `method` use the method of this configuration, with its `alignment`, `importance` and
+        `block_keep_ratio` unless they specify their own, so that weights trained for a method can be given another
+        budget. If the model is dense, `pruning_methods.RECOMMENDED_METHOD` is used.
 
         Raises:
             ValueError: see `pruning_options.check_token_pruning` and `flops.schedule_for_budget`.
@@ -200,6 +201,12 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             return None
         if not isinstance(token_pruning, dict):
             raise ValueError(f"`token_pruning` is {token_pruning!r}; it must be None or a dict.")
+        block_keep_ratio = check_block_keep_ratio(token_pruning)
+        if block_keep_ratio is not None and not self.selects_blocks:
+            raise ValueError(
+                f"`token_pruning['block_keep_ratio']` is {block_keep_ratio}, but {type(self).__name__} cannot select "
+                "blocks: this needs a class token and a separate scan for each direction, as in Vim and VideoMamba."
+            )
         if "flops_reduction" in token_pruning:
             token_pruning = dict(token_pruning)
             budget = plain_value(token_pruning.pop("flops_reduction"))
@@ -208,7 +215,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
             layers = token_pruning.get("layers")
             if layers is not None:
                 layers = check_layers(layers, self.num_hidden_layers)
-            token_pruning |= schedule_for_budget(self, budget, pruning_method(token_pruning), layers)
+            method = pruning_method(token_pruning)
+            token_pruning |= schedule_for_budget(self, budget, method, layers, block_keep_ratio)
         return check_token_pruning(token_pruning, self.num_hidden_layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,6 +277,12 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     def patch_spacing(self) -> int:
         """Distance between patches in pixels."""
         return self.patch_size
+
+    @property
+    def selects_blocks(self) -> bool:
+        """Whether the mixers can choose which of their scans run, see `pruning_block_selection`. `count_flops` then has
+        another argument, see `BidirectionalConfig`."""
+        return False
 
     def cls_token_id(self, num_patches: int) -> int | None:
         """The class token's position in a sequence of this many patches and the class token; None if there is no class

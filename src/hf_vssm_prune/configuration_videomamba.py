@@ -149,11 +149,13 @@ class VideoMambaConfig(BidirectionalConfig):
         *frames, height, width = input_size
         return (*(count // self.tubelet_size for count in frames), *super().grid_size_for(height, width))
 
-    def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
-        """See `VisionMambaConfig.count_flops`. The published figures include norms but neither convolutions nor scans,
+    def count_flops(
+        self, input_size: tuple[int, ...], tokens: Sequence[int], scan_shares: Sequence[float] | None = None
+    ) -> FlopCount:
+        """See `BidirectionalConfig.count_flops`. The published figures include norms but nothing of the two directions,
         because fvcore, with which they were counted, does not look inside the mixers' kernel."""
         tubelet = 1 if self.num_frames is None else self.tubelet_size
-        parts, one_direction = self._count_parts(tokens, tubelet * self.patch_size**2)
+        parts, one_direction = self._count_parts(tokens, tubelet * self.patch_size**2, scan_shares)
         lengths = [patches + 1 for patches in (*tokens, tokens[-1])]  # with the class token, and the last norm
         norms = FLOPS_PER_NORMALIZED_VALUE * sum(lengths) * self.hidden_size
         return FlopCount.of_parts(parts, unpublished=self.num_scans * one_direction - norms)

@@ -109,9 +109,11 @@ class VimConfig(BidirectionalConfig):
     def cls_token_id(self, num_patches: int) -> int | None:
         return super().cls_token_id(num_patches) if self.use_cls_token else None
 
-    def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
-        """See `VisionMambaConfig.count_flops`. The published figures count one of the two directions."""
-        parts, one_direction = self._count_parts(tokens, self.patch_size**2)
+    def count_flops(
+        self, input_size: tuple[int, ...], tokens: Sequence[int], scan_shares: Sequence[float] | None = None
+    ) -> FlopCount:
+        """See `BidirectionalConfig.count_flops`. The published figures count one of the two directions."""
+        parts, one_direction = self._count_parts(tokens, self.patch_size**2, scan_shares)
         return FlopCount.of_parts(parts, unpublished=one_direction)
 
 

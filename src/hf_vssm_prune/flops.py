@@ -2,7 +2,9 @@
 
 One multiply-add counts as one FLOP, as is usual in this field. The count includes linear layers, convolutions, 9 L E N
 for each scan over L tokens with E channels and N states, and the matrix products of a pruning method. A configuration's
-`count_flops` defines the parts of a forward pass, and which of them the published figures of the family count.
+`count_flops` defines the parts of a forward pass, and which of them the published figures of the family count. With
+`block_keep_ratio`, a scan direction counts as this fraction of itself in each layer that selects blocks: this is the
+mean that training aims at. What a given model does can be measured, and be given as `block_fraction`.
 """
 
 import itertools
@@ -16,8 +18,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .documentation import see
+from .pruning_block_selection import count_flops as count_selectors
 from .pruning_methods import METHODS, RECOMMENDED_METHOD, PruningMethod
-from .pruning_options import is_number
+from .pruning_options import is_number, unread_layers
 from .token_pruning import count_kept
 
 
@@ -57,24 +60,53 @@ class ModelFlops:
         return 1 - self.pruned.published / self.dense.published
 
 
-def count_flops(config: PreTrainedConfig, image_size: int | tuple[int, int] | None = None) -> ModelFlops:
+def count_flops(
+    config: PreTrainedConfig, image_size: int | tuple[int, int] | None = None, block_fraction: float | None = None
+) -> ModelFlops:
     """Counts the FLOPs of one image, or of one clip.
 
     Args:
         config: configuration of a model of this package.
         image_size: pixels, or (height, width); None for `config.image_size`.
+        block_fraction: the fraction of the scan directions that ran in layers that select blocks, if it was measured
+            (the mean of `block_gates`); None for `block_keep_ratio`.
     """
     size = config.input_size if image_size is None else config.input_size_for(image_size)
     num_patches = math.prod(config.grid_size_for(*size))
-    dense = tokens_per_layer(num_patches, config.num_hidden_layers, None)
-    pruned = tokens_per_layer(num_patches, config.num_hidden_layers, config.token_pruning)
-    count = config.count_flops(size, pruned)
-    if config.token_pruning is not None:
-        method = config.token_pruning.method
-        stages = [(pruned[layer - 1], pruned[layer]) for layer in config.token_pruning["layers"]]
-        if flops := _count_pruning(config, method, stages):
+    count = dense = config.count_flops(size, tokens_per_layer(num_patches, config.num_hidden_layers, None))
+    if (schedule := config.token_pruning) is not None:
+        tokens = tokens_per_layer(num_patches, config.num_hidden_layers, schedule)
+        ratio = schedule.get("block_keep_ratio")
+        ratio = block_fraction if ratio is not None and block_fraction is not None else ratio
+        selection = _Selection(config, schedule.method, schedule["layers"], ratio)
+        count = selection.count_layers(size, tokens)
+        stages = [(tokens[layer - 1], tokens[layer]) for layer in schedule["layers"]]
+        if flops := _count_pruning(config, schedule.method, stages) + selection.selectors:
             count = FlopCount(count.total + flops, count.published + flops, count.breakdown | {"pruning": flops})
-    return ModelFlops(config.count_flops(size, dense), count)
+    return ModelFlops(dense, count)
+
+
+class _Selection:
+    """The layers that select blocks, if there are any.
+
+    Attributes:
+        selectors: multiply-adds of the selectors.
+    """
+
+    def __init__(
+        self, config: Any, method: PruningMethod, layers: Sequence[int], block_keep_ratio: float | None
+    ) -> None:
+        self.config, self.selectors = config, 0
+        self._arguments: list[list[float]] = []  # only families that can select blocks have another argument
+        if block_keep_ratio is not None:
+            depth = config.num_hidden_layers
+            selecting = unread_layers(method, layers, depth)
+            self.selectors = count_selectors(config, len(selecting))
+            self._arguments.append([block_keep_ratio if layer in selecting else 1.0 for layer in range(depth)])
+
+    def count_layers(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
+        """See `VisionMambaConfig.count_flops`."""
+        return self.config.count_flops(input_size, tokens, *self._arguments)
 
 
 def _count_pruning(config: PreTrainedConfig, method: PruningMethod, stages: list[tuple[int, int]]) -> int:
@@ -129,6 +161,7 @@ def schedule_for_budget(
     flops_reduction: float,
     method: PruningMethod = METHODS[RECOMMENDED_METHOD],
     layers: Sequence[int] | None = None,
+    block_keep_ratio: float | None = None,
 ) -> dict[str, list]:
     """Finds the pruning schedule that removes a fraction of the published FLOPs, at `config.image_size`.
 
@@ -142,6 +175,7 @@ def schedule_for_budget(
         flops_reduction: in (0, 1), for instance 0.416.
         method: the pruning method, whose own FLOPs count as well.
         layers: layers before which tokens are dropped, ascending, instead of those above.
+        block_keep_ratio: the fraction of the scan directions that run, which counts towards the budget. None: all.
 
     Returns:
         `layers` and `keep_ratios`.
@@ -151,7 +185,8 @@ def schedule_for_budget(
     """
     if not is_number(flops_reduction) or not 0 < flops_reduction < 1:
         raise ValueError(f"`flops_reduction` is {flops_reduction!r}; it must be between 0 and 1, for instance 0.416.")
-    stages, savings = _stages_in_reach(config, flops_reduction, layers)
+    select = partial(_Selection, config, method, block_keep_ratio=block_keep_ratio)
+    stages, skipped, savings = _stages_in_reach(config, flops_reduction, layers, select)
     num_patches = math.prod(config.grid_size)
     all_patches = tokens_per_layer(num_patches, config.num_hidden_layers, None)
     dense = config.count_flops(config.input_size, all_patches).published
@@ -162,7 +197,7 @@ def schedule_for_budget(
 
     def reduction(counts: Counts) -> float:
         saved = sum(saving * (num_patches - count) for saving, count in zip(savings, counts, strict=True))
-        return saved - cost(counts)
+        return skipped + saved - cost(counts)
 
     def distance(counts: Counts) -> float:
         return abs(reduction(counts) - flops_reduction)
@@ -177,7 +212,7 @@ def schedule_for_budget(
         return {"layers": stages, "keep_ratios": list(equal[counts])}
     exact = [min(equal, key=distance)]
     if len(stages) <= MOST_STAGES_OF_UNEQUAL_RATIOS:
-        exact = _counts_near(flops_reduction + cost(exact[0]), savings, num_patches)
+        exact = _counts_near(flops_reduction + cost(exact[0]) - skipped, savings, num_patches)
     if (counts := best(exact, partial(_spread, num_patches))) is not None:
         return {"layers": stages, "keep_ratios": _ratios(num_patches, counts)}
     nearest = reduction(min(exact, key=distance))
@@ -191,16 +226,19 @@ Counts = tuple[int, ...]
 
 
 def _stages_in_reach(
-    config: PreTrainedConfig, flops_reduction: float, layers: Sequence[int] | None
-) -> tuple[list[int], list[float]]:
+    config: PreTrainedConfig,
+    flops_reduction: float,
+    layers: Sequence[int] | None,
+    select: Callable[[Sequence[int]], _Selection],
+) -> tuple[list[int], float, list[float]]:
     """Layers before which this much can be dropped (the given ones, or the first sufficient ones of the standard
-    positions), and what they save per token."""
+    positions), what is saved if no token is dropped there (by block selection), and what they save per token."""
     depth = config.num_hidden_layers
     if depth < 2:
         raise ValueError(f"a model of {depth} layer has no layer before which tokens could be dropped.")
     for stages in [list(layers)] if layers is not None else _standard_layers(depth):
-        savings = _savings_per_token(config, stages)
-        most = sum(savings) * (math.prod(config.grid_size) - 1)
+        skipped, savings = _savings(config, stages, select(stages))
+        most = skipped + sum(savings) * (math.prod(config.grid_size) - 1)
         if flops_reduction <= most:
             break
     if flops_reduction > most + BUDGET_TOLERANCE:
@@ -208,22 +246,24 @@ def _stages_in_reach(
             f"`flops_reduction` is {flops_reduction}; dropping all but one token at {stages} removes {most:.3f}. "
             f"{see('budget-out-of-reach')}"
         )
-    return stages, savings
+    return stages, skipped, savings
 
 
 def _standard_layers(depth: int) -> list[list[int]]:
     return [sorted({max(1, round(depth * share)) for share in shares}) for shares in STAGES]
 
 
-def _savings_per_token(config: PreTrainedConfig, layers: Sequence[int]) -> list[float]:
-    """For each stage, the fraction of the dense FLOPs that one token takes from its layer to that of the next stage."""
+def _savings(config: PreTrainedConfig, layers: Sequence[int], selection: _Selection) -> tuple[float, list[float]]:
+    """The fractions of the dense FLOPs that block selection saves if no token is dropped, and that one token takes from
+    the layer of each stage to that of the next."""
     dense = tokens_per_layer(math.prod(config.grid_size), config.num_hidden_layers, None)
     cost = config.count_flops(config.input_size, dense).published
+    whole = selection.count_layers(config.input_size, dense).published
     savings = []
     for first, last in zip(layers, [*layers[1:], len(dense)], strict=True):
         one_less = [count - (first <= layer < last) for layer, count in enumerate(dense)]
-        savings.append(1 - config.count_flops(config.input_size, one_less).published / cost)
-    return savings
+        savings.append((whole - selection.count_layers(config.input_size, one_less).published) / cost)
+    return 1 - (whole + selection.selectors) / cost, savings
 
 
 def _chain(num_patches: int, keep_ratios: tuple[float, ...]) -> Counts:

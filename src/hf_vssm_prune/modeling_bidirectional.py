@@ -38,6 +38,7 @@ from .modeling_common import (
 from .precision import at_least_float32
 from .pruned_layers import encode, scale_tokens
 from .pruned_outputs import PrunedImageClassifierOutput, PrunedModelOutput, stage_fields
+from .pruning_block_selection import BlockSelector, run_block
 from .pruning_stage import TokenView
 from .rotary_embedding import grid_rotation, rotate
 from .selective_scan import selective_scan
@@ -61,6 +62,7 @@ class BidirectionalTokenLayout(NamedTuple):
         view: see `TokenLayout`; its stand-ins have the shape (batch, positions of the full sequence). Without
             stand-ins, convolutions run over the sequence of remaining tokens.
         rotation: the rotary embedding of all tokens of the full sequence, see `rotary_embedding`. None: no rotation.
+        selects_blocks: whether layers choose which directions run, see `pruning_block_selection`.
     """
 
     grid: tuple[int, ...]
@@ -72,6 +74,7 @@ class BidirectionalTokenLayout(NamedTuple):
     alignment: str = "none"
     view: TokenView = TokenView()
     rotation: Tensor | None = None
+    selects_blocks: bool = False
 
     @classmethod
     def of_grid(
@@ -95,6 +98,16 @@ class BidirectionalTokenLayout(NamedTuple):
             alignment=alignment,
             view=view,
         )
+
+    def of_images(self, images: Tensor) -> "BidirectionalTokenLayout":
+        """The layout of some of the images, given by their int64 indices in the batch."""
+
+        def of(values: Any) -> Any:
+            return None if values is None else values.index_select(0, images)
+
+        gaps = None if self.gaps is None else (of(self.gaps[0]), of(self.gaps[1]))
+        view = TokenView(of(self.view.scale), of(self.view.stand_ins))
+        return self._replace(cls_row=of(self.cls_row), kept=of(self.kept), gaps=gaps, view=view)
 
     def rotate(self, hidden_states: Tensor) -> Tensor:
         """The remaining tokens (batch, n, hidden), rotated by their positions."""
@@ -250,23 +263,37 @@ class BidirectionalMixer(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.forward_scan = DirectedScan(config, reverse=False)
         self.backward_scan = DirectedScan(config, reverse=True)
+        self.block_selector = BlockSelector(2 * config.intermediate_size, config.num_scans)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(
         self, hidden_states: Tensor, layout: BidirectionalTokenLayout, with_output: bool
     ) -> tuple[Tensor, MixerOutput | None]:
         """Returns the mixed tokens (batch, n, hidden) and, if requested, the results that pruning methods can use."""
-        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        projected = self.in_proj(hidden_states)
+        if layout.selects_blocks and not with_output:
+            return self._project(self._run_selected(projected, layout)), None
+        x, gate = projected.chunk(2, dim=-1)
         forward_gated, forward = self.forward_scan(x, gate, layout)
         backward_gated, backward = self.backward_scan(x, gate, layout)
         gated = forward_gated + backward_gated
-        mixed = self.out_proj(gated)
-        if self.averages_directions:  # after the projection (which has no bias), tokens are narrower
-            mixed = mixed / 2
+        mixed = self._project(gated)
         if not with_output:
             return mixed, None
         gated = gated / 2 if self.averages_directions else gated
         return mixed, MixerOutput(gated, mixed, (forward, backward), backward_gated).detach()
+
+    def _run_selected(self, projected: Tensor, layout: BidirectionalTokenLayout) -> Tensor:
+        """Gated output of the directions that the block selector chooses, (batch, n, channels)."""
+        assert layout.cls_row is not None  # a configuration without a class token refuses `block_keep_ratio`
+        gates = self.block_selector(gather_tokens(projected, layout.cls_row).squeeze(1))
+        x, gate = projected.chunk(2, dim=-1)
+        forward = run_block(self.forward_scan, gates[:, 0], x, gate, layout, self.training)
+        return forward + run_block(self.backward_scan, gates[:, 1], x, gate, layout, self.training)
+
+    def _project(self, gated: Tensor) -> Tensor:
+        mixed = self.out_proj(gated)
+        return mixed / 2 if self.averages_directions else mixed  # here (there is no bias), tokens are narrower
 
 
 class StreamRMSNorm(nn.RMSNorm):
@@ -316,6 +343,7 @@ class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": BidirectionalLayer,
         "mixer_states": OutputRecorder(BidirectionalMixer, index=0),
+        "block_gates": OutputRecorder(BlockSelector),
     }
     # The format of published weights, see `conversion.OfficialFormat`.
     official_names = [
@@ -422,6 +450,8 @@ class BidirectionalModel(BidirectionalPreTrainedModel):
         if self.config.rotates_tokens:
             rotation = grid_rotation(grid, self.config.hidden_size, hidden_states.device)
             layout = layout._replace(rotation=rotation)
+        if token_pruning is not None and "block_keep_ratio" in token_pruning:
+            layout = layout._replace(selects_blocks=True)
         encoding = encode(self.layers, self.token_predictors, layout.rotate(hidden_states), layout, token_pruning)
         last_hidden_state, cls_row = self.norm(encoding.hidden_states), encoding.layout.cls_row
         if cls_row is None:

@@ -17,7 +17,8 @@ from transformers.utils import TransformersKwargs
 from .configuration_common import VisionMambaConfig
 from .function_transforms import is_transformed
 from .precision import at_least_float32
-from .pruning_options import TokenPruning, pruning_method
+from .pruning_block_selection import BlockSelector
+from .pruning_options import TokenPruning, pruning_method, selecting_layers
 from .pruning_stage import StageModule
 
 
@@ -28,16 +29,19 @@ class VisionMambaKwargs(TransformersKwargs, total=False):
         token_pruning: the schedule for this call, instead of the configuration's: options as in `config.token_pruning`,
             or None to keep all tokens.
         output_mixer_states: also return what each layer's mixer adds, see `PrunedModelOutput`.
+        output_block_gates: also return which scan directions ran, see `StageFields`.
     """
 
     token_pruning: TokenPruning | dict[str, Any] | None
     output_mixer_states: bool
+    output_block_gates: bool
 
 
 FORWARD_OPTIONS = (
     "token_pruning",
     "output_hidden_states",
     "output_mixer_states",
+    "output_block_gates",
     "output_attentions",
     "num_items_in_batch",
     "use_cache",
@@ -81,7 +85,7 @@ class TokenPruningMixin(PreTrainedModel):
     config: VisionMambaConfig
     hub_module: ClassVar[str | None] = None
     # A model whose pruning is turned off or changed keeps its pruning parameters, in case it is turned on again.
-    _keys_to_ignore_on_load_unexpected: Any = [r"hole_time_step\.offset$", r"token_predictors\."]
+    _keys_to_ignore_on_load_unexpected: Any = [r"hole_time_step\.offset$", r"token_predictors\.", r"block_selector\."]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> Any:
         """Like `hf_vssm_prune.hub.pretrained.save_pretrained` if the package is installed, otherwise as in
@@ -131,8 +135,8 @@ class TokenPruningMixin(PreTrainedModel):
     def add_pruning_parameters(self, token_pruning: dict[str, Any] | None) -> None:
         """Creates the parameters that pruning options need and the model lacks; existing ones are unchanged.
 
-        These are the modules of the method, if it has any (one for each stage), and, for the `learned` alignment, the
-        offsets of the layers after the first stage.
+        These are the modules of the method, if it has any (one for each stage); for the `learned` alignment, the
+        offsets of the layers after the first stage; and, for `block_keep_ratio`, the selectors of the layers.
 
         Args:
             token_pruning: complete options; None: nothing is needed.
@@ -151,6 +155,10 @@ class TokenPruningMixin(PreTrainedModel):
             for module in base.layers[token_pruning["layers"][0] :].modules():
                 if isinstance(module, HoleTimeStep) and module.offset is None:
                     module.offset = nn.Parameter(torch.zeros(module.channels, device=like.device, dtype=like.dtype))
+        for index in selecting_layers(token_pruning, len(base.layers)):
+            for module in base.layers[index].modules():
+                if isinstance(module, BlockSelector) and module.weight is None:
+                    module.create_parameters(like.device, like.dtype)
 
     def freeze_pruning_parameters(self, schedules: Sequence[TokenPruning | None]) -> None:
         """Freezes the parameters created by `add_pruning_parameters`, except those that one of the given schedules
@@ -161,23 +169,26 @@ class TokenPruningMixin(PreTrainedModel):
         for layer, module in base.token_predictors.items():
             module.requires_grad_(layer in in_use)
         learned = min((each["layers"][0] for each in pruning if each["alignment"] == "learned"), default=math.inf)
+        selecting = {index for each in pruning for index in selecting_layers(each, len(base.layers))}
         for index, layer in enumerate(base.layers):
             for module in layer.modules():
                 if isinstance(module, HoleTimeStep):
                     module.requires_grad_(index >= learned)
+                elif isinstance(module, BlockSelector):
+                    module.requires_grad_(index in selecting)
 
     @property
     def has_pruning_parameters(self) -> bool:
         """Whether `add_pruning_parameters` has created any parameters."""
         base: Any = self.base_model
-        holes = [module for module in base.modules() if isinstance(module, HoleTimeStep)]
-        return len(base.token_predictors) > 0 or any(hole.offset is not None for hole in holes)
+        optional = [module for module in base.modules() if isinstance(module, HoleTimeStep | BlockSelector)]
+        return len(base.token_predictors) > 0 or any(len(list(module.parameters())) > 0 for module in optional)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, HoleTimeStep) and module.offset is not None:
             init.zeros_(module.offset)
-        if isinstance(module, StageModule):
+        if isinstance(module, StageModule | BlockSelector):
             module.init_weights()
 
 

@@ -30,12 +30,13 @@ class PrunedHead:
 
     In addition to the model's own outputs, there are `kept_tokens`, `token_scores` and `merged_tokens`, and
     `backbone_hidden_states` if hidden states are requested. `forward` also accepts `token_pruning`, the schedule for
-    this call.
+    this call, and `output_block_gates`.
     """
 
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
-        """The model's own `forward`, with the additional option `token_pruning`."""
-        of_backbone = {name: options.pop(name) for name in ("token_pruning",) if name in options}
+        """The model's own `forward`, with the additional options `token_pruning` and `output_block_gates`."""
+        own = ("token_pruning", "output_block_gates")
+        of_backbone = {name: options.pop(name) for name in own if name in options}
         if options.get("output_hidden_states"):
             of_backbone["output_hidden_states"] = True
         seen: list[Any] = []

@@ -77,18 +77,19 @@ def encode(
     """Runs the layers; the pruning method reduces the tokens at the input of those in the schedule.
 
     Args:
-        layers: each maps (hidden states, layout, whether a stage follows) to the next hidden states and, if a stage
-            follows, the results of its mixer for the tokens.
+        layers: each maps (hidden states, layout, whether its mixer's results are needed) to the next hidden states and,
+            if they are needed, the results of its mixer for the tokens.
         stage_modules: by layer, the parameters of the pruning method, if it has any.
         hidden_states: all tokens, shape (batch, tokens, hidden).
         layout: layout of all tokens.
         token_pruning: the schedule. None: no token is dropped.
     """
     stages = {} if token_pruning is None else token_pruning.stages
+    reads_mixer = token_pruning is not None and token_pruning.method.reads_mixer
     modules = dict(stage_modules.items())
     encoding = Encoding(hidden_states, layout)
     for index, layer in enumerate(layers, start=1):
-        hidden_states, mixer = layer(encoding.hidden_states, encoding.layout, index in stages)
+        hidden_states, mixer = layer(encoding.hidden_states, encoding.layout, reads_mixer and index in stages)
         encoding = replace(encoding, hidden_states=hidden_states)
         if token_pruning is not None and index in stages:
             encoding = _reduce(encoding, mixer, stages[index], token_pruning, modules.get(str(index)))

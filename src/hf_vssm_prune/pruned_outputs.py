@@ -28,17 +28,20 @@ class StageFields:
             importance), shape (batch, candidates).
         merged_tokens: for each token of the full sequence, the token that it was merged into, at this stage or before,
             or itself if it was kept or dropped, int64 of shape (batch, all tokens). None: the method does not merge.
+        block_gates: with `output_block_gates=True`, for each layer that selects blocks whether each scan direction ran,
+            1 or 0, shape (batch, directions); see `pruning_block_selection`.
         added_entries: other entries that a class adds to those of transformers, whose constructor does not know them.
             Outputs can be recreated from their entries, for instance by DDP.
     """
 
     added_entries: ClassVar[tuple[str, ...]] = ()
+    block_gates = None
 
     def __init__(self, *values: Any, **entries: Any) -> None:
         stages = {name: entries.pop(name) for name in [*entries] if _STAGE_ENTRY.fullmatch(name)}
         for field in STAGE_FIELDS:
             stages |= {f"{field}_{stage}": tensor for stage, tensor in enumerate(entries.pop(field, None) or ())}
-        added = {name: entries.pop(name) for name in self.added_entries if name in entries}
+        added = {name: entries.pop(name) for name in ("block_gates", *self.added_entries) if name in entries}
         super().__init__(*values, **entries)
         for name, entry in {**added, **stages}.items():
             if entry is not None:
@@ -87,5 +90,5 @@ class PrunedBackboneOutput(StageFields, BackboneOutput):
 
 
 def stage_fields(output: StageFields) -> dict[str, tuple[Tensor, ...] | None]:
-    """The entries of an output for the stages, to pass them on to another output."""
-    return {field: getattr(output, field) for field in STAGE_FIELDS}
+    """The entries of an output for the stages and the block gates, to pass them on to another output."""
+    return {field: getattr(output, field) for field in (*STAGE_FIELDS, "block_gates")}

@@ -41,6 +41,7 @@ class PruningMethod(NamedTuple):
             its matrix products. Scores, sorting and means are not counted, just as norms and activations are not.
         module: from the hidden size to the module with the method's parameters at each stage. None: it has no
             parameters.
+        reads_mixer: whether the method reads the results of the previous layer's mixer (`Stage.mixer`).
     """
 
     reduce: Callable[[Stage], Reduction]
@@ -48,6 +49,7 @@ class PruningMethod(NamedTuple):
     importance: str | None = None
     count_flops: Callable[[int, int, PreTrainedConfig], int] = _no_flops
     module: Callable[[int], StageModule] | None = None
+    reads_mixer: bool = True
 
 
 METHODS = {
@@ -58,12 +60,12 @@ METHODS = {
     "utr": PruningMethod(merge_unimportant, "none", importance="clip", count_flops=count_utr),
     "mtr": PruningMethod(merge_small_steps, "none", count_flops=count_mtr),
     "stm": PruningMethod(merge_into_both_neighbours, "none"),
-    "dyvm": PruningMethod(keep_predicted, "none", count_flops=count_dyvm, module=TokenPredictor),
-    "uniform": PruningMethod(keep_evenly_spread, "repeat"),
+    "dyvm": PruningMethod(keep_predicted, "none", count_flops=count_dyvm, module=TokenPredictor, reads_mixer=False),
+    "uniform": PruningMethod(keep_evenly_spread, "repeat", reads_mixer=False),
     "state_merge": PruningMethod(merge_into_state, "repeat", importance="clip"),
     "stand_in": PruningMethod(keep_with_stand_ins, "repeat", importance="clip"),
     "local_top": PruningMethod(keep_locally_important, "repeat", importance="l1"),
-    "local_merge": PruningMethod(merge_into_nearest, "none"),
+    "local_merge": PruningMethod(merge_into_nearest, "none", reads_mixer=False),
 }
 
 # The method of a schedule that names none: the one that lost least in this project's study, see STUDY.md.

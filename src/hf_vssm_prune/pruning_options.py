@@ -12,7 +12,7 @@ from .pruning_methods import METHODS, PAPERS_METHOD, RECOMMENDED_METHOD, Pruning
 from .token_pruning import ALIGNMENTS
 
 
-METHOD_OPTIONS = ("alignment", "importance", "method")
+METHOD_OPTIONS = ("alignment", "importance", "method", "block_keep_ratio")
 OPTIONS = ("layers", "keep_ratios", *METHOD_OPTIONS)
 
 
@@ -68,7 +68,9 @@ def check_token_pruning(token_pruning: Mapping[str, Any], num_hidden_layers: int
             `keep_ratios`, for each of them the fraction of the tokens still there that is kept, in (0, 1]; `alignment`
             (default: the method's), one of `ALIGNMENTS`; `importance` (default: the method's), one of `IMPORTANCES`,
             for a method that uses one; `method`, one of `METHODS` (default: `RECOMMENDED_METHOD`, or the paper's `top`
-            if an importance is given). NumPy and torch numbers and arrays are accepted, too.
+            if an importance is given); `block_keep_ratio`, in (0, 1], the fraction of the scan directions that run, see
+            `pruning_block_selection` (default: all run, and nothing is selected). NumPy and torch numbers and arrays
+            are accepted, too.
         num_hidden_layers: depth of the model.
 
     Raises:
@@ -97,7 +99,36 @@ def check_token_pruning(token_pruning: Mapping[str, Any], num_hidden_layers: int
             f"{_method_name(token_pruning)!r} does not use an importance; methods that do are "
             f"{takers}."
         )
-    return TokenPruning({**options, "method": _method_name(token_pruning)})
+    options["method"] = _method_name(token_pruning)
+    if (block_keep_ratio := check_block_keep_ratio(token_pruning)) is not None:
+        options["block_keep_ratio"] = block_keep_ratio
+    return TokenPruning(options)
+
+
+def check_block_keep_ratio(token_pruning: Mapping[str, Any]) -> float | None:
+    """The fraction of the scan directions that run. None: nothing is selected.
+
+    Raises:
+        ValueError: it is not in (0, 1].
+    """
+    ratio = plain_value(token_pruning.get("block_keep_ratio"))
+    if ratio is not None and not (is_number(ratio) and 0 < ratio <= 1):
+        raise ValueError(f"`token_pruning['block_keep_ratio']` is {ratio!r}; it must be greater than 0 and at most 1.")
+    return ratio
+
+
+def selecting_layers(token_pruning: Mapping[str, Any], num_hidden_layers: int) -> list[int]:
+    """Layers that select blocks according to complete options; none without `block_keep_ratio`."""
+    if "block_keep_ratio" not in token_pruning:
+        return []
+    return unread_layers(pruning_method(token_pruning), token_pruning["layers"], num_hidden_layers)
+
+
+def unread_layers(method: PruningMethod, layers: Sequence[int], num_hidden_layers: int) -> list[int]:
+    """Layers whose mixer's results the method does not read if it drops tokens before the given layers. Only these can
+    select blocks, the others always run completely."""
+    read = {layer - 1 for layer in layers} if method.reads_mixer else set()
+    return [layer for layer in range(num_hidden_layers) if layer not in read]
 
 
 def pruning_method(token_pruning: Mapping[str, Any]) -> PruningMethod:

@@ -45,7 +45,8 @@ class Stage(NamedTuple):
         num_kept: how many tokens to keep.
         cells: cells of these tokens, ascending, shape (batch, n).
         grid: shape of the full grid, in patches: (height, width), of a video (time, height, width).
-        mixer: results of the previous layer's mixer for all tokens, see `of_patches` and `of_cls_token`.
+        mixer: results of the previous layer's mixer for all tokens, see `of_patches` and `of_cls_token`; None for a
+            method whose `reads_mixer` is False.
         patch_rows: the patch tokens' rows among all tokens, shape (batch, n). None: there is no class token.
         cls_row: the class token's row among all tokens, shape (batch, 1). None: there is none.
         cls_token: hidden state of the class token, shape (batch, hidden). None: there is none.

@@ -14,6 +14,7 @@ def draw_schedule(schedules: Sequence[TokenPruning | None], seed: int, epoch: in
     return schedules[int(np.random.default_rng(place).integers(len(schedules)))]
 
 
-def pruned_layers(schedule: TokenPruning | None) -> list[int]:
-    """The layers that drop tokens."""
-    return [] if schedule is None else list(schedule.stages)
+def what_is_pruned(schedule: TokenPruning | None) -> tuple[list[int], float | None]:
+    """The layers that drop tokens, and the fraction of the scan directions that run (None: all), as `training_loss`
+    takes them."""
+    return ([], None) if schedule is None else (list(schedule.stages), schedule.get("block_keep_ratio"))

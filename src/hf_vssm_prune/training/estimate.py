@@ -25,6 +25,7 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.devices import launch_on_cores
+from hf_vssm_prune.training.elastic import what_is_pruned
 from hf_vssm_prune.training.length import RunLength
 from hf_vssm_prune.training.losses import training_loss
 from hf_vssm_prune.training.memory import enable_activation_checkpointing, peak_memory
@@ -192,17 +193,16 @@ def _synthetic_step(
     if has_teacher:
         dtype = getattr(torch, losses.teacher_dtype)
         teacher = task.auto_class.from_config(_with_schedule(config, None), dtype=dtype).to(device).eval()
-    schedule = pruned_config(config).token_pruning
-    pruning_layers = [] if schedule is None else schedule["layers"]
+    layers, block_keep_ratio = what_is_pruned(pruned_config(config).token_pruning)
     with_states = weights.alignment_weight > 0 and has_teacher
 
     def step(batch_size: int) -> None:
         batch = task.example_batch(config, batch_size, device)
-        inputs = task.inputs(batch) | {"output_hidden_states": with_states}
+        inputs = task.inputs(batch) | weights.model_options(block_keep_ratio) | {"output_hidden_states": with_states}
         outputs = student(**inputs)
         with torch.no_grad():
             targets = None if teacher is None else teacher(**inputs)
-        training_loss(task, outputs, targets, batch, weights, pruning_layers)["loss"].backward()
+        training_loss(task, outputs, targets, batch, weights, layers, block_keep_ratio)["loss"].backward()
 
     return student, step
 

@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_vssm_prune.flops_of_heads import count_flops
+from hf_vssm_prune.pruning_block_selection import BlockSelector
 from hf_vssm_prune.training.tasks.task import Scores, Task, predict
 
 
@@ -38,22 +39,42 @@ def evaluate_model(
         should_stop: called after each batch; it must return the same value on all processes.
 
     Returns:
-        The metrics by name, or None if the evaluation was stopped.
+        The metrics by name, or None if the evaluation was stopped. If the model selects blocks, `block_fraction` is
+        among them: the fraction of the scan directions that ran in the layers that select.
     """
     was_training = model.training
     model.eval()
     scores = []
-    for batch in tqdm(loader, desc="evaluating", leave=False, disable=not accelerator.is_local_main_process):
-        with accelerator.autocast():
-            outputs = predict(task, model, batch)
-        scores.append(_on_cpu(accelerator.gather_for_metrics(task.scores(outputs, batch))))
-        if should_stop():
-            break
-    else:
-        model.train(was_training)
-        return task.metrics(scores)
+    with recorded_gates(model) as gates:
+        for batch in tqdm(loader, desc="evaluating", leave=False, disable=not accelerator.is_local_main_process):
+            with accelerator.autocast():
+                outputs = predict(task, model, batch)
+            scores.append(_on_cpu(accelerator.gather_for_metrics(task.scores(outputs, batch))))
+            if should_stop():
+                model.train(was_training)
+                return None
     model.train(was_training)
-    return None
+    metrics = task.metrics(scores)
+    if gates:
+        fraction = accelerator.reduce(torch.cat(gates).mean(), reduction="mean")
+        metrics = {**metrics, "block_fraction": fraction.item()}
+    return metrics
+
+
+@contextmanager
+def recorded_gates(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A list to which the block selectors of a model add the gates of each of their calls, (batch, directions)."""
+    gates: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda selector, inputs, of_call: gates.append(of_call))
+        for module in model.modules()
+        if isinstance(module, BlockSelector) and module.weight is not None
+    ]
+    try:
+        yield gates
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _on_cpu(scores: Scores) -> Scores:
@@ -67,9 +88,11 @@ class ModelEvaluation:
     Attributes:
         metrics: the task's metrics on the data set.
         num_images: number of images.
-        gflops_total: all FLOPs, in 1e9 multiply-adds.
+        gflops_total: all FLOPs, in 1e9 multiply-adds, with the block fraction below.
         gflops_published: FLOPs counted like the published figures, in 1e9 multiply-adds.
         images_per_second: median over batches.
+        block_fraction: the fraction of the scan directions that ran in layers that select blocks. None: the model does
+            not select any.
     """
 
     metrics: dict[str, float]
@@ -77,6 +100,7 @@ class ModelEvaluation:
     gflops_total: float
     gflops_published: float
     images_per_second: float
+    block_fraction: float | None = None
 
 
 @torch.no_grad()
@@ -100,6 +124,7 @@ def compare_models(
     """
     scores: dict[str, list[Scores]] = {name: [] for name in models}
     speeds: dict[str, list[float]] = {name: [] for name in models}
+    gates: dict[str, list[Tensor]] = {name: [] for name in models}
     num_images, image_size = 0, None
     for model in models.values():
         nn.Module.to(model, device).eval()  # a decorator hides the type of PreTrainedModel.to
@@ -112,18 +137,22 @@ def compare_models(
             with _autocast(device, autocast_dtype):
                 if index == 0:
                     predict(task, model, batch)
-                seconds, outputs = _timed(partial(predict, task, model, batch), device)
+                with recorded_gates(model) as of_batch:
+                    seconds, outputs = _timed(partial(predict, task, model, batch), device)
+            gates[name] += of_batch
             scores[name].append(_on_cpu(task.scores(outputs, batch)))
             speeds[name].append(batch_size / seconds)
     evaluations = {}
     for name, model in models.items():
-        flops = count_flops(model.config, image_size).pruned
+        block_fraction = torch.cat(gates[name]).mean().item() if gates[name] else None
+        flops = count_flops(model.config, image_size, block_fraction).pruned
         evaluations[name] = ModelEvaluation(
             task.metrics(scores[name]),
             num_images,
             flops.total / 1e9,
             flops.published / 1e9,
             statistics.median(speeds[name]),
+            block_fraction,
         )
     return evaluations
 

@@ -57,7 +57,7 @@ from hf_vssm_prune.training.divergence import (
     gradient_norms,
     weight_not_finite,
 )
-from hf_vssm_prune.training.elastic import draw_schedule, pruned_layers
+from hf_vssm_prune.training.elastic import draw_schedule, what_is_pruned
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import evaluate_model
 from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError
@@ -325,19 +325,20 @@ class Trainer:
         batch = self.task.mix(batch, self.plain_model.config, np.random.default_rng(place))
         # Drop path and random importance use torch's global generator.
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
-        inputs = self.task.inputs(batch) | {"output_hidden_states": self.recipe.losses.alignment_weight > 0}
         schedule, drawn = pruned_config(self.plain_model.config).token_pruning, {}
         if self.elastic_schedules:
             step = index // self.length.gradient_accumulation_steps
             schedule = draw_schedule(self.elastic_schedules, self.recipe.run.seed, epoch, step)
             drawn = {"token_pruning": schedule}
+        layers, block_keep_ratio = what_is_pruned(schedule)
+        inputs = self.task.inputs(batch) | self.recipe.losses.model_options(block_keep_ratio)
         with self.accelerator.autocast():
             student = self.model(**inputs, **drawn)
         teacher = None
         if self.teacher is not None and self.recipe.losses.needs_teacher:
             with torch.no_grad(), self.accelerator.autocast():
                 teacher = self.teacher(**inputs)
-        return training_loss(self.task, student, teacher, batch, self.recipe.losses, pruned_layers(schedule))
+        return training_loss(self.task, student, teacher, batch, self.recipe.losses, layers, block_keep_ratio)
 
     def _step(self, window: LossWindow) -> None:
         """Updates the weights with the accumulated gradients."""
@@ -472,7 +473,7 @@ class Trainer:
         self._save_model(self.accelerator.unwrap_model(self.model), "last", of_model)
         if self.ema is not None:
             self._save_model(self.ema.model, "last_ema", of_ema)
-        flops = count_flops(self.plain_model.config)
+        flops = count_flops(self.plain_model.config, block_fraction=of_model.get("block_fraction"))
         results = {
             **last,
             "best": self.state.best,

@@ -1,10 +1,11 @@
 """The losses of pruned fine-tuning, as pure functions.
 
-    loss = task + kd_weight * distillation + alignment_weight * alignment
+    loss = task + kd_weight * distillation + alignment_weight * alignment + block_ratio_weight * block_ratio
 
 The task's own terms are for instance a cross-entropy, and its distillation T² KL(teacher ‖ student logits). The teacher
-is the same network, dense and frozen. The alignment compares hidden states at the tokens that the student kept. All
-terms are computed in float32 or higher precision, regardless of the model's precision.
+is the same network, dense and frozen. The alignment compares hidden states at the tokens that the student kept. The
+last term exists only for models that select blocks. All terms are computed in float32 or higher precision, regardless
+of the model's precision.
 """
 
 from collections.abc import Sequence
@@ -94,6 +95,20 @@ def segment_ends(pruning_layers: Sequence[int], num_hidden_layers: int) -> list[
     return [layer - 1 for layer in pruning_layers[1:]] + [num_hidden_layers - 1]
 
 
+def block_ratio_loss(block_gates: Sequence[Tensor], block_keep_ratio: float) -> Tensor:
+    """The square of the distance between the fraction of the scan directions that ran in this batch, over all images
+    and all layers that select, and the requested fraction (DyVM, arXiv 2504.04787).
+
+    Args:
+        block_gates: for each of these layers the gates, 0 or 1, shape (batch, directions).
+        block_keep_ratio: the requested fraction.
+    """
+    return (at_least_float32(torch.stack(list(block_gates))).mean() - block_keep_ratio) ** 2
+
+
+BLOCK_RATIO_WEIGHT = 10.0  # in the authors' scripts
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """The weights of the loss terms.
@@ -104,6 +119,8 @@ class LossWeights:
         alignment_weight: weight of the alignment loss; 0 turns it off.
         alignment_layers: layers whose outputs are compared; None for `segment_ends`.
         alignment_distance: one of `ALIGNMENT_DISTANCES`.
+        block_ratio_weight: weight of the block ratio loss of a model that selects blocks; None for 10; 0 turns it off,
+            so that nothing limits the number of blocks that run.
     """
 
     kd_weight: float = 0.0
@@ -111,6 +128,12 @@ class LossWeights:
     alignment_weight: float = 0.0
     alignment_layers: tuple[int, ...] | None = None
     alignment_distance: str = "mse"
+    block_ratio_weight: float | None = None
+
+    def model_options(self, block_keep_ratio: float | None) -> dict[str, bool]:
+        """The options of a model's call that return what the losses need, see `training_loss`."""
+        options = {"output_hidden_states": self.alignment_weight > 0}
+        return options if block_keep_ratio is None else options | {"output_block_gates": True}
 
     @property
     def needs_teacher(self) -> bool:
@@ -141,17 +164,20 @@ def training_loss(
     batch: dict[str, Any],
     weights: LossWeights,
     pruning_layers: Sequence[int] = (),
+    block_keep_ratio: float | None = None,
 ) -> dict[str, Tensor]:
     """The total loss of a batch, under "loss", and its unweighted terms by name, each a scalar: the task's own terms
-    and, if they are on, "distillation" and "alignment".
+    and, if they are on, "distillation", "alignment" and "block_ratio".
 
     Args:
         task: defines the terms that need no teacher, and the distance between two outputs.
-        student: output of the trained model; the alignment needs its `hidden_states` and `kept_tokens`.
+        student: output of the trained model; the alignment needs its `hidden_states` and `kept_tokens`, the block ratio
+            its `block_gates`.
         teacher: output of the dense model; None if neither distillation nor alignment is on.
         batch: the batch after mixing by the task.
         weights: weights of the terms.
         pruning_layers: the student's pruning layers.
+        block_keep_ratio: that of the student's schedule; None: it does not select blocks.
     """
     terms = task.losses(student, batch)
     loss = torch.stack(list(terms.values())).sum()
@@ -170,6 +196,10 @@ def training_loss(
             weights.alignment_distance,
         )
         loss = loss + weights.alignment_weight * terms["alignment"]
+    if block_keep_ratio is not None and weights.block_ratio_weight != 0:
+        weight = BLOCK_RATIO_WEIGHT if weights.block_ratio_weight is None else weights.block_ratio_weight
+        terms["block_ratio"] = block_ratio_loss(student.block_gates, block_keep_ratio)
+        loss = loss + weight * terms["block_ratio"]
     return {"loss": loss, **terms}
 
 

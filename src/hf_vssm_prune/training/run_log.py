@@ -2,6 +2,7 @@
 
 import logging
 import time
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,9 @@ class LossWindow:
         self._steps.append(values)
 
     def means(self) -> dict[str, float]:
-        return {name: sum(step[name] for step in self._steps) / len(self._steps) for name in self._steps[0]}
+        """The mean of each term, over the steps that have it: with elastic budgets, a dense step has fewer."""
+        names = dict.fromkeys(name for step in self._steps for name in step)
+        return {name: fmean(step[name] for step in self._steps if name in step) for name in names}
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start

@@ -17,7 +17,7 @@ from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe, create_model_card
 from hf_vssm_prune.training.arguments import ElasticArguments
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
-from hf_vssm_prune.training.elastic import draw_schedule, pruned_layers
+from hf_vssm_prune.training.elastic import draw_schedule, what_is_pruned
 from hf_vssm_prune.training.losses import LossWeights, training_loss
 from hf_vssm_prune.training.optimization import decays, parameter_groups
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
@@ -112,17 +112,18 @@ class TokenPruningTrainer(transformers.Trainer):
             freeze_batch_norm(self.model)
         config, seed = self.model.config, self.args.seed
         batch = self.task.mix(dict(inputs), config, self._generator_of_batch())
-        keywords = self.task.inputs(batch) | {"output_hidden_states": self.losses.alignment_weight > 0}
         schedule, drawn = config.token_pruning, {}
         if self.elastic_schedules:
             schedule = draw_schedule(self.elastic_schedules, seed, 0, self.state.global_step)
             drawn = {"token_pruning": schedule}
+        layers, block_keep_ratio = what_is_pruned(schedule)
+        keywords = self.task.inputs(batch) | self.losses.model_options(block_keep_ratio)
         outputs = model(**keywords, **drawn)
         teacher = None
         if self.teacher is not None:
             with torch.no_grad():
                 teacher = self.teacher(**keywords)
-        terms = training_loss(self.task, outputs, teacher, batch, self.losses, pruned_layers(schedule))
+        terms = training_loss(self.task, outputs, teacher, batch, self.losses, layers, block_keep_ratio)
         loss = terms.pop("loss")
         for name, value in terms.items():
             self._terms[name].append(value.detach())

@@ -11,7 +11,7 @@ from hf_vssm_prune.families import FAMILIES, preset_names
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.label_maps import complete_label_maps
 from hf_vssm_prune.training.arguments.parsing import check_range, describe
-from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, LossWeights
+from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, BLOCK_RATIO_WEIGHT, LossWeights
 
 
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
@@ -42,10 +42,18 @@ class LossArguments:
         default="mse",
         metadata=describe("distance measure of the alignment loss", choices=tuple(ALIGNMENT_DISTANCES)),
     )
+    block_ratio_weight: float | None = field(
+        default=None,
+        metadata=describe(
+            "weight of the loss that holds the fraction of scan directions that run at --block_keep_ratio; by default "
+            f"{BLOCK_RATIO_WEIGHT:g}; 0 turns it off"
+        ),
+    )
 
     def __post_init__(self) -> None:
         check_range("kd_weight", self.kd_weight, 0, math.inf, below=True)
         check_range("alignment_weight", self.alignment_weight, 0, math.inf, below=True)
+        check_range("block_ratio_weight", self.block_ratio_weight, 0, math.inf, below=True)
         if not 0 < self.kd_temperature < math.inf:
             raise ValueError(f"--kd_temperature is {self.kd_temperature}: it must be greater than 0.")
         if self.alignment_layers is not None and self.alignment_weight == 0:
@@ -53,7 +61,14 @@ class LossArguments:
 
     def loss_weights(self) -> LossWeights:
         layers = None if self.alignment_layers is None else tuple(self.alignment_layers)
-        return LossWeights(self.kd_weight, self.kd_temperature, self.alignment_weight, layers, self.alignment_distance)
+        return LossWeights(
+            self.kd_weight,
+            self.kd_temperature,
+            self.alignment_weight,
+            layers,
+            self.alignment_distance,
+            self.block_ratio_weight,
+        )
 
 
 @dataclass(kw_only=True)

@@ -46,6 +46,13 @@ class PruningArguments:
             choices=tuple(IMPORTANCES),
         ),
     )
+    block_keep_ratio: float | None = field(
+        default=None,
+        metadata=describe(
+            "fraction of the scan directions that run, chosen for each image and layer as in DyVM; for models with a "
+            "class token; by default the checkpoint's, or all"
+        ),
+    )
 
     def __post_init__(self) -> None:
         exclude("keep_ratios", self.keep_ratios, "flops_reduction", self.flops_reduction)
@@ -60,6 +67,8 @@ class PruningArguments:
             )
         if outside := [ratio for ratio in self.keep_ratios or () if not 0 < ratio <= 1]:
             raise ValueError(f"--keep_ratios has {outside}: each must be greater than 0 and at most 1.")
+        if self.block_keep_ratio is not None and not 0 < self.block_keep_ratio <= 1:
+            raise ValueError(f"--block_keep_ratio is {self.block_keep_ratio}: it must be greater than 0 and at most 1.")
         if self.flops_reduction is not None and not 0 < self.flops_reduction < 1:
             raise ValueError(
                 f"--flops_reduction is {self.flops_reduction}: it must be between 0 and 1, for instance 0.416."
@@ -74,13 +83,19 @@ class PruningArguments:
         """
         own = config.token_pruning
         if (stages := self._stages() or _stages_of(own)) is None:
-            if idle := [name for name in ("prune_method", "prune_alignment", "importance") if getattr(self, name)]:
+            names = ("prune_method", "prune_alignment", "importance", "block_keep_ratio")
+            if idle := [name for name in names if getattr(self, name)]:
                 raise ValueError(
                     f"--{idle[0]} is {getattr(self, idle[0])!r}, but there is no schedule: give "
                     "--flops_reduction, or --prune_layers and --keep_ratios."
                 )
             return None
-        given = {"method": self.prune_method, "alignment": self.prune_alignment, "importance": self.importance}
+        given = {
+            "method": self.prune_method,
+            "alignment": self.prune_alignment,
+            "importance": self.importance,
+            "block_keep_ratio": self.block_keep_ratio,
+        }
         choices = {name: value for name, value in given.items() if value is not None}
         return config.complete_token_pruning(stages | choices)
 
