@@ -201,7 +201,7 @@ With {study.main_budget:.1%} fewer FLOPs:
 
 {_variants_table(group)}
 
-Points of top-1 accuracy lost at each budget, after fine-tuning:
+Points of top-1 accuracy lost at each budget:
 
 {_budgets_table(group)}
 {_smaller_section(group)}"""
@@ -255,9 +255,11 @@ def _variants_table(group: Group) -> str:
 
 def _budgets_table(group: Group) -> str:
     study, elastic = group.study, group.study.elastic["variant"]
+    kinds = {"not fine-tuned": group.untrained_losses, "fine-tuned": group.tuned_losses}
     rows = [
-        [variant, *(mean_and_spread(group.tuned_losses(variant, budget)) for budget in study.budgets)]
+        [f"{variant}, {kind}", *(mean_and_spread(losses(variant, budget)) for budget in study.budgets)]
         for variant in study.every_budget
+        for kind, losses in kinds.items()
     ]
     rows.append(
         [
