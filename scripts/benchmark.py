@@ -19,6 +19,7 @@ import torch
 from benchmarking.blocks import blocks_section
 from benchmarking.budgets import budgets_section
 from benchmarking.busy import busy_section
+from benchmarking.earlier import earlier_section
 from benchmarking.exported import export_section
 from benchmarking.heads import heads_section
 from benchmarking.int8 import int8_section
@@ -54,12 +55,13 @@ SECTIONS = {
     "heads": heads_section,
     "busy": busy_section,
     "peers": peers_section,
+    "earlier": earlier_section,
 }
 # These run only if they are named.
-LONG_SECTIONS = ("int8", "export", "video", "heads", "busy", "peers")
+LONG_SECTIONS = ("int8", "export", "video", "heads", "busy", "peers", "earlier")
 
-CPU_SECTIONS = ("roofline", "parts", "int8", "export", "busy", "peers")
-PLAINMAMBA_SECTIONS = ("blocks", "heads")
+CPU_SECTIONS = ("roofline", "parts", "int8", "export", "busy", "peers", "earlier")
+PLAINMAMBA_SECTIONS = ("blocks", "heads", "earlier")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,6 +110,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=Path("build/peers"),
         help="folder in which other projects are installed for the section `peers` (default: %(default)s)",
     )
+    parser.add_argument(
+        "--earlier", type=Path, help="folder of another checkout, which the section `earlier` compares with this one"
+    )
     parser.add_argument("--plot", help="file for a plot of time against the budget (needs matplotlib)")
     parser.add_argument("--json", help="file to write all runs and ratios to")
     options = parser.parse_args(arguments)
@@ -131,6 +136,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.sections = options.sections or [name for name in possible if name not in LONG_SECTIONS]
     if others := [name for name in options.sections if name not in possible]:
         parser.error(f"--sections {' '.join(others)}: not for {options.family} on {options.device}.")
+    is_checkout = options.earlier is not None and (options.earlier / "src" / "hf_vssm_prune").is_dir()
+    if "earlier" in options.sections and not is_checkout:
+        parser.error(
+            f"--earlier {options.earlier}: the section `earlier` needs the folder of a checkout, made by "
+            "`git worktree add FOLDER COMMIT`."
+        )
     return options
 
 

@@ -1,6 +1,9 @@
 """The benchmark: its baselines compute what they are compared with, and it writes what it measured."""
 
+import io
 import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -19,6 +22,8 @@ from benchmarking import (  # noqa: E402
     baselines,
     blocks,
     budgets,
+    earlier,
+    earlier_worker,
     int8,
     measuring,
     peer_worker,
@@ -62,6 +67,27 @@ def test_the_frame_of_other_projects_scans_computes_ours():
     arguments = {name: tensor.numpy() for name, tensor in inputs.items() if tensor is not None}
     found = peer_worker.in_torch(arguments, torch.get_num_threads(), states)()
     torch.testing.assert_close(torch.from_numpy(found), selective_scan(**inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_an_earlier_checkout_takes_turns_with_this_one(monkeypatch, capsys):
+    """A worker prints one CPU time for each name it reads, and each of the two is asked as often."""
+    config = make_plainmamba_config(scan_backend="torch")
+    monkeypatch.setattr(earlier_worker.PlainMambaConfig, "from_preset", lambda preset, **options: config)
+    monkeypatch.setattr("sys.stdin", io.StringIO("dense\npruned\n"))
+    earlier_worker.main("L3", 0.4, "top", 1, torch.get_num_threads())
+    assert all(float(line) > 0 for line in capsys.readouterr().out.split())
+
+    command = [sys.executable, "-c", "import sys\nfor line in sys.stdin: print(len(line), flush=True)"]
+    workers = [subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    assert earlier.in_turns(workers, "dense", seconds=0) == {"before": [6.0] * 3, "after": [6.0] * 3}
+    for worker in workers:
+        worker.communicate()
+
+
+def test_a_folder_that_is_no_checkout_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--sections", "earlier", "--earlier", str(tmp_path)])
+    assert f"--earlier {tmp_path}: the section `earlier` needs the folder of a checkout" in capsys.readouterr().err
 
 
 def test_a_project_that_cannot_be_installed_or_run_is_left_out(tmp_path, capfd, monkeypatch):

@@ -144,6 +144,14 @@ def test_no_samples_or_one_token(names, batch, length) -> None:
     np.testing.assert_allclose(output.numpy(), naive_scan_of(arguments), rtol=1e-12, atol=1e-12)
 
 
+def test_values_can_enter_a_graph() -> None:
+    """What was computed without gradients can be saved for those of a layer after it."""
+    output = selective_scan_torch(**make_arguments(OPTIONS["all"]))
+    weight = torch.ones(output.shape[-1], dtype=output.dtype, requires_grad=True)
+    (output * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, output.sum((0, 1)))
+
+
 def test_inputs_are_left_alone() -> None:
     arguments = make_arguments(OPTIONS["all"])
     before = {name: tensor.clone() for name, tensor in arguments.items()}

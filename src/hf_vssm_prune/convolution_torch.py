@@ -31,7 +31,7 @@ def depthwise_conv2d_torch(
     cells = image.permute(0, 2, 3, 1).flatten(1, 2)
     if kept is not None:
         cells = gather_tokens(cells, kept)
-    return F.silu(cells) if silu else cells
+    return F.silu(cells, inplace=not cells.requires_grad) if silu else cells
 
 
 def causal_conv1d_torch(

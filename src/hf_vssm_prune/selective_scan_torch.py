@@ -37,20 +37,20 @@ def selective_scan_torch(
 ) -> Tensor:
     """The reference for all kernels; for arguments and result, see `selective_scan`."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    u, A, B, C, D = (tensor.to(dtype) for tensor in (hidden_states, A, B, C, D))
-    time_step = F.softplus(time_step.to(dtype) + time_step_bias.to(dtype))
+    u, time_step, A, B, C, D, bias = (
+        tensor.to(dtype) for tensor in (hidden_states, time_step, A, B, C, D, time_step_bias)
+    )
+    gate = None if gate is None else gate.to(dtype)
     A = A.t().contiguous()
-
     B = B.unsqueeze(1)
     if direction_B is not None and moves is not None:
         B = B + direction_B.to(dtype)[moves.long()]
 
-    if _wants_values_only(u, time_step, A, B, C, D, gaps, hole_time_step):
-        output = scan_values(u, time_step, A, B, C, D, order, gaps, hole_time_step)
+    if _wants_values_only(u, time_step, A, B, C, D, bias, gate, gaps, hole_time_step):
+        output = scan_values(u, time_step, A, B, C, D, bias, gate, order, gaps, hole_time_step)
     else:
-        output = _scan(u, time_step, A, B, C, D, order, gaps, hole_time_step)
-    if gate is not None:
-        output = output * F.silu(gate.to(dtype))
+        output = _scan(u, F.softplus(time_step + bias), A, B, C, D, order, gaps, hole_time_step)
+        output = output if gate is None else output * F.silu(gate)
     return output.to(hidden_states.dtype)
 
 

@@ -2,12 +2,17 @@
 times as fast.
 
 - exp(time_step A) is computed once for all paths, and the additional decay in a hole only for the paths that have
-holes. - The state changes in place. Channels are its last axis: a row of them is long enough for the processor's vector
-instructions. - The computation runs in chunks of samples and steps that fit into the processor's cache. Buffers are
-reused, since allocating new memory costs more than writing to it.
+  holes.
+- The state changes in place. Channels are its last axis: a row of them is long enough for the processor's vector
+  instructions.
+- The computation runs in chunks of samples and steps that fit into the processor's cache, including softplus and gate.
+  Buffers are reused. A pass over a tensor of all tokens would read it from memory, which takes longer than computing.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .token_pruning import batch_rows
@@ -16,6 +21,8 @@ from .token_pruning import batch_rows
 # Number of entries of the state, and of exp(time_step A), that are processed at a time.
 _STATE_ENTRIES = 2**17
 _DECAY_ENTRIES = 2**17
+# Number of tokens that are gated at a time.
+_GATED = 32
 # Up to this gap, the decay across a hole is computed by multiplications, which are cheaper than another exp.
 _LARGEST_POWER = 6
 
@@ -27,34 +34,38 @@ def scan_values(
     B: Tensor,
     C: Tensor,
     D: Tensor,
+    time_step_bias: Tensor,
+    gate: Tensor | None,
     order: Tensor | None,
     gaps: Tensor | None,
     hole_time_step: Tensor | None,
 ) -> Tensor:
-    """The sum of the paths' outputs, (batch, length, channels), before the gate.
-
-    All arguments have the same floating-point dtype, and none needs a gradient. `time_step` is after bias and softplus,
-    `A` has the shape (state_size, channels), `B` (batch, paths or 1, length, state_size); the others are as in
-    `selective_scan`.
+    """The result of `selective_scan`, whose arguments these are, but for `A` of shape (state_size, channels) and `B` of
+    shape (batch, paths or 1, length, state_size). All have the same floating-point dtype, and none needs a gradient.
     """
     batch, length, _ = u.shape
     if order is None:
         order = torch.arange(length, device=u.device).view(1, 1, length)
     paths = order.shape[1]
-    by_sample = (u, time_step, B.expand(batch, paths, -1, -1), C, order.expand(batch, -1, -1))
-    holes = gaps if gaps is None else gaps.expand(batch, -1, -1)
-    output = u.new_zeros(u.shape)
+    order, holes = order.expand(batch, -1, -1), gaps if gaps is None else gaps.expand(batch, -1, -1)
+    output = torch.empty_like(u, memory_format=torch.contiguous_format)
     samples = max(1, _STATE_ENTRIES // max(1, paths * A.numel()))
-    for first in range(0, batch, samples):
-        here = slice(first, first + samples)
-        crossings = None if holes is None else _Holes(holes[here], time_step[here], hole_time_step, A)
-        _scan_samples(A, D, crossings, output[here], *(tensor[here] for tensor in by_sample))
+    with torch.inference_mode():  # operators start faster
+        for first in range(0, batch, samples):
+            here = slice(first, first + samples)
+            crossings = None if holes is None else _Holes(holes[here], A, hole_time_step)
+            by_sample = (u, time_step, B.expand(batch, paths, -1, -1), C, order)
+            _scan_samples(A, D, time_step_bias, crossings, output[here], *(tensor[here] for tensor in by_sample))
+            if gate is not None:
+                for y, z in zip(output[here].split(_GATED, 1), gate[here].split(_GATED, 1), strict=True):
+                    y.mul_(F.silu(z))
     return output
 
 
 def _scan_samples(
     A: Tensor,
     D: Tensor,
+    time_step_bias: Tensor,
     holes: "_Holes | None",
     output: Tensor,
     u: Tensor,
@@ -63,36 +74,39 @@ def _scan_samples(
     C: Tensor,
     order: Tensor,
 ) -> None:
-    """Adds the outputs of all paths to `output`, zeros of the shape of `u`."""
+    """Writes the sum of the outputs of all paths to `output`, which has the shape of `u`."""
     batch, paths, length = order.shape
     states, channels = A.shape
+    rows = batch_rows(order, length).view(order.shape).permute(2, 0, 1).flatten()
+    visits = u.new_zeros(batch * length).index_add_(0, rows, u.new_ones(rows.shape))
+    torch.mul(u, visits.view(batch, length, 1), out=output).mul_(D)
+
     # From here on, steps are the first axis. A step is (batch, state_size, paths, channels), with 1 for shared axes.
-    rows = batch_rows(order, length).view(order.shape).permute(2, 0, 1).flatten(1)
-    tokens, time_step = u.flatten(0, 1), time_step.transpose(0, 1).unsqueeze(2)
-    Bs = B.permute(2, 0, 3, 1).unsqueeze(-1).unbind(0)
-    Cs = C.transpose(0, 1).unsqueeze(2).unbind(0)
+    tokens, A, time_step = u.flatten(0, 1), A.unsqueeze(1), time_step.transpose(0, 1)[:, :, None, None]
+    matrices = zip(B.permute(2, 0, 3, 1).unsqueeze(-1).unbind(0), C.transpose(0, 1).unsqueeze(2).unbind(0), strict=True)
     state = u.new_zeros(batch, states, paths, channels)
     state_rows = state.flatten(2)
-    state_of_path = [sample.split(1, dim=1) for sample in state.unbind(0)]
+    state_of_path = [sample.unbind(1) for sample in state.unbind(0)]
 
     chunk = max(1, min(length, _DECAY_ENTRIES // max(1, batch * A.numel())))
     decays = u.new_empty(chunk, batch, states, 1, channels)
-    visited, inputs, outputs = (u.new_empty(chunk, batch, paths, channels) for _ in range(3))
-    buffers = (decays, inputs.unsqueeze(2), outputs.view(chunk, batch, 1, paths * channels))
-    by_step = [buffer.unbind(0) for buffer in buffers]
-    for first in range(0, length, chunk):
-        here = slice(first, min(first + chunk, length))
-        steps = slice(0, here.stop - first)
-        torch.mul(time_step[here].unsqueeze(2), A.unsqueeze(1), out=decays[steps]).exp_()
-        torch.index_select(tokens, 0, rows[here].flatten(), out=visited[steps].flatten(0, 2))
-        torch.mul(visited[steps], time_step[here], out=inputs[steps])
-        for step, decay, entering, y in zip(range(first, here.stop), *by_step):  # noqa: B905 - the last chunk is short
+    inputs, outputs = (u.new_empty(chunk, batch, 1, paths, channels) for _ in range(2))
+    by_step = [buffer.unbind(0) for buffer in (decays, inputs, outputs.flatten(3))]
+    step = 0
+    for times, visited in zip(time_step.split(chunk), rows.split(chunk * batch * paths), strict=True):
+        here = slice(0, len(times))
+        times = F.softplus(times + time_step_bias)
+        torch.mul(times, A, out=decays[here]).exp_()
+        torch.index_select(tokens, 0, visited, out=inputs[here].flatten(0, 3))
+        inputs[here].mul_(times)
+        for time, decay, entering, y in zip(times, *(views[here] for views in by_step), strict=True):
+            B_step, C_step = next(matrices)
             if holes is not None:
-                holes.cross(step, state_of_path, decay)
-            state.mul_(decay).addcmul_(entering, Bs[step])
-            torch.bmm(Cs[step], state_rows, out=y)
-        outputs[steps].addcmul_(visited[steps], D)
-        output.flatten(0, 1).index_add_(0, rows[here].flatten(), outputs[steps].flatten(0, 2))
+                holes.cross(step, state_of_path, time, decay)
+            state.mul_(decay).addcmul_(entering, B_step)
+            torch.bmm(C_step, state_rows, out=y)
+            step += 1
+        output.flatten(0, 1).index_add_(0, visited, outputs[here].flatten(0, 3))
 
 
 class _Holes:
@@ -100,14 +114,13 @@ class _Holes:
 
     Args:
         gaps: shape (batch, paths, length), see `selective_scan`.
-        time_step: shape (batch, length, channels).
-        hole_time_step: see `selective_scan`.
         A: shape (state_size, channels).
+        hole_time_step: see `selective_scan`.
     """
 
-    def __init__(self, gaps: Tensor, time_step: Tensor, hole_time_step: Tensor | None, A: Tensor) -> None:
-        self.time_step, self.A = time_step, A.unsqueeze(1)
-        self.hole_rate = None if hole_time_step is None else hole_time_step.to(A.dtype) * self.A
+    def __init__(self, gaps: Tensor, A: Tensor, hole_time_step: Tensor | None) -> None:
+        self.A = A
+        self.hole_rate = None if hole_time_step is None else hole_time_step.to(A.dtype) * A
         self.decay_by_gap: dict[int, Tensor] = {}
         self.by_step: list[list[tuple[int, int, int]]] = [[] for _ in range(gaps.shape[2])]
         sample, path, step = (gaps > 1).nonzero(as_tuple=True)
@@ -115,9 +128,15 @@ class _Holes:
         for place, *hole in zip(*columns, strict=True):
             self.by_step[place].append((hole[0], hole[1], hole[2]))
 
-    def cross(self, step: int, states: list[tuple[Tensor, ...]], decay: Tensor) -> None:
-        """Called before a step with the state of each sample and path (state_size, 1, channels), and the decay of the
-        step itself for all paths (batch, state_size, 1, channels)."""
+    def cross(self, step: int, states: Sequence[Sequence[Tensor]], time: Tensor, decay: Tensor) -> None:
+        """Called before a step.
+
+        Args:
+            step: its index.
+            states: for each sample, the states (state_size, channels) of its paths.
+            time: its time steps, shape (batch, 1, 1, channels).
+            decay: exp(time A), shape (batch, state_size, 1, channels).
+        """
         for sample, path, gap in self.by_step[step]:
             state = states[sample][path]
             if self.hole_rate is not None:
@@ -125,8 +144,8 @@ class _Holes:
                     self.decay_by_gap[gap] = ((gap - 1) * self.hole_rate).exp_()
                 state.mul_(self.decay_by_gap[gap])
             elif gap <= _LARGEST_POWER:
-                once = decay.select(0, sample)
+                once = decay[sample, :, 0]
                 for _ in range(1, gap):
                     state.mul_(once)
             else:
-                state.mul_(((gap - 1) * self.time_step[sample, step] * self.A).exp_())
+                state.mul_(((gap - 1) * time[sample, 0] * self.A).exp_())
