@@ -1,29 +1,37 @@
 """Measures how long the models of a study take, dense, pruned and smaller, relative to the dense model.
 
-The times do not depend on what the weights are, so they are random, and one batch of random pixels is used. All models
-run alternately on one thread; the time of a model is its shortest CPU time. The report uses the result, `times.json` in
-the folder of the results, in place of the speeds of the individual pieces, which other programs may have disturbed.
+One model for each family, with the weights from which the study starts, runs with all schedules and image sizes in
+turn, in a random order, on one thread and with the same batch of photographs. (Copies of a model are not equally fast:
+it depends on where their weights are in memory.) A time is the shortest CPU time. The report uses the result,
+`times.json` in the folder of the results, in place of the speeds of the individual pieces, which other programs may
+have disturbed. The two variables keep freed memory, without which the results of some cases differ from run to run:
 
-    python study/times.py --study recipes/study_photos.yaml --output study/photos/times.json
+    MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \\
+        python study/times.py --study recipes/study_photos.yaml --output study/photos/times.json
 """
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the study is not part of the package
 
-import hf_vssm_prune  # noqa: F401 - registers the families
+from hf_vssm_prune.training.data import load_evaluation_dataset
 from study.plan import Study, list_pieces, read_study, smaller_name
 
 
@@ -31,50 +39,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, required=True, help="YAML file of the study")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
-    parser.add_argument("--turns", type=int, default=10, help="number of times that each model runs")
+    parser.add_argument("--turns", type=int, default=8, help="number of times that each model runs")
     parser.add_argument("--batch_size", type=int, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)
     study = read_study(options.study)
+    rows, _ = load_evaluation_dataset("trashnet", max_samples=options.batch_size)
+    photographs = [Image.open(BytesIO(row["image"]["bytes"])) for row in rows]
     shares = {}
     for family, of_family in study.families.items():
-        config = AutoConfig.from_pretrained(of_family["model_name_or_path"])
-        models = make_models(study, family, config)
-        cases = {name: _case(model, options.batch_size) for name, model in models.items()}
+        folder = of_family["model_name_or_path"]
+        model = AutoModelForImageClassification.from_pretrained(folder).eval()
+        processor = AutoImageProcessor.from_pretrained(folder)
+        cases = make_cases(study, family, model, processor(photographs, return_tensors="pt")["pixel_values"])
         seconds = run_alternately(cases, options.turns)
         shares[family] = {name: round(taken / seconds["dense"], 4) for name, taken in seconds.items()}
     options.output.write_text(json.dumps(shares, indent=1) + "\n")
 
 
-def make_models(study: Study, family: str, config: PreTrainedConfig) -> dict[str, nn.Module]:
-    """The dense model, and by the names of the report, the pruned ones and the smaller ones."""
+def make_cases(study: Study, family: str, model: Any, pixel_values: Tensor) -> dict[str, Callable[[], object]]:
+    """Forward passes of the dense model, and by the names of the report, of the pruned ones and the smaller ones."""
     untrained = next(piece for piece in list_pieces(study) if (piece.family, piece.name) == (family, "untrained"))
-    models = {"dense": _make(config)}
+    cases: dict[str, Callable[[], object]] = {"dense": partial(model, pixel_values, token_pruning=None)}
     for name, schedule in untrained.options["schedules"].items():
-        models[name] = _make(config)
-        models[name].set_token_pruning(schedule)
+        model.set_token_pruning(schedule)  # finds the schedule of the budget, and creates what it needs
+        cases[name] = partial(model, pixel_values, token_pruning=model.config.token_pruning)
     for name, changes in study.smaller.items():
-        models[smaller_name(name)] = _make(config, **changes)
-    return models
+        resized = F.interpolate(pixel_values, changes["image_size"], mode="bilinear", antialias=True)
+        cases[smaller_name(name)] = partial(model, resized, token_pruning=None, interpolate_pos_encoding=True)
+    return cases
 
 
-def _make(config: PreTrainedConfig, **changes: Any) -> Any:
-    changed = type(config).from_dict({**config.to_dict(), **changes})
-    return AutoModelForImageClassification.from_config(changed).eval()
-
-
-def _case(model: Any, batch_size: int) -> Callable[[], object]:
-    pixel_values = torch.randn(model.config.pixel_values_shape(batch_size))
-    return torch.inference_mode()(lambda: model(pixel_values=pixel_values))
-
-
+@torch.inference_mode()
 def run_alternately(cases: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
     """The shortest CPU time of each case in seconds; the first turn is a warm-up."""
     seconds = dict.fromkeys(cases, float("inf"))
     for turn in tqdm(range(turns + 1), unit="turn"):
-        for name, case in cases.items():
+        for name in random.sample([*cases], len(cases)):
             start = time.process_time()
-            case()
+            cases[name]()
             if turn:
                 seconds[name] = min(seconds[name], time.process_time() - start)
     return seconds
