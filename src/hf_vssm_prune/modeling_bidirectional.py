@@ -263,7 +263,7 @@ class BidirectionalMixer(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.forward_scan = DirectedScan(config, reverse=False)
         self.backward_scan = DirectedScan(config, reverse=True)
-        self.block_selector = BlockSelector(2 * config.intermediate_size, config.num_scans)
+        self.block_selector: BlockSelector | None = None  # `add_pruning_parameters` creates it
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(
@@ -285,6 +285,8 @@ class BidirectionalMixer(nn.Module):
 
     def _run_selected(self, projected: Tensor, layout: BidirectionalTokenLayout) -> Tensor:
         """Gated output of the directions that the block selector chooses, (batch, n, channels)."""
+        if self.block_selector is None:
+            raise ValueError("this layer has no block selector: `model.set_token_pruning` creates it.")
         assert layout.cls_row is not None  # a configuration without a class token refuses `block_keep_ratio`
         gates = self.block_selector(gather_tokens(projected, layout.cls_row).squeeze(1))
         x, gate = projected.chunk(2, dim=-1)

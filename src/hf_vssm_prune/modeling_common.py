@@ -156,9 +156,11 @@ class TokenPruningMixin(PreTrainedModel):
                 if isinstance(module, HoleTimeStep) and module.offset is None:
                     module.offset = nn.Parameter(torch.zeros(module.channels, device=like.device, dtype=like.dtype))
         for index in selecting_layers(token_pruning, len(base.layers)):
-            for module in base.layers[index].modules():
-                if isinstance(module, BlockSelector) and module.weight is None:
-                    module.create_parameters(like.device, like.dtype)
+            mixer = base.layers[index].mixer
+            if mixer.block_selector is None:
+                selector = BlockSelector(2 * self.config.intermediate_size, self.config.num_scans)
+                mixer.block_selector = selector.to(like.device, like.dtype).train(base.training)
+                mixer.block_selector.apply(self._init_weights)
 
     def freeze_pruning_parameters(self, schedules: Sequence[TokenPruning | None]) -> None:
         """Freezes the parameters created by `add_pruning_parameters`, except those that one of the given schedules
@@ -181,8 +183,9 @@ class TokenPruningMixin(PreTrainedModel):
     def has_pruning_parameters(self) -> bool:
         """Whether `add_pruning_parameters` has created any parameters."""
         base: Any = self.base_model
-        optional = [module for module in base.modules() if isinstance(module, HoleTimeStep | BlockSelector)]
-        return len(base.token_predictors) > 0 or any(len(list(module.parameters())) > 0 for module in optional)
+        holes = [module for module in base.modules() if isinstance(module, HoleTimeStep)]
+        selectors = [module for module in base.modules() if isinstance(module, BlockSelector)]
+        return bool(len(base.token_predictors) or selectors or any(hole.offset is not None for hole in holes))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

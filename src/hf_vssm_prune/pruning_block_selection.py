@@ -33,42 +33,26 @@ INITIAL_BIAS = 5.0  # a direction runs with a probability of sigmoid(5) = 99.3%
 class BlockSelector(nn.Module):
     """Decides which directions run, from the class token's features.
 
-    Its parameters are created by `TokenPruningMixin.add_pruning_parameters`. It is not an `nn.Linear`, because
-    libraries that wrap these (PEFT, quantisation) would wrap it, too.
+    `TokenPruningMixin.add_pruning_parameters` puts it into the mixers of models that select blocks. It is not an
+    `nn.Linear`, because libraries that wrap these (PEFT, quantisation) would wrap it, too.
 
     Args:
         in_features: number of features.
         num_blocks: number of directions.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-
     def __init__(self, in_features: int, num_blocks: int) -> None:
         super().__init__()
-        self.in_features, self.num_blocks = in_features, num_blocks
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
-
-    def create_parameters(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.weight = nn.Parameter(torch.empty(self.num_blocks, self.in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(self.num_blocks, device=device, dtype=dtype))
-        self.init_weights()
+        self.weight = nn.Parameter(torch.empty(num_blocks, in_features))
+        self.bias = nn.Parameter(torch.empty(num_blocks))
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        if self.weight is not None and self.bias is not None:
-            init.zeros_(self.weight)
-            init.constant_(self.bias, INITIAL_BIAS)
+        init.zeros_(self.weight)
+        init.constant_(self.bias, INITIAL_BIAS)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Gates (batch, directions), each 0 or 1, from features (batch, in_features).
-
-        Raises:
-            ValueError: the parameters have not been created.
-        """
-        if self.weight is None:
-            raise ValueError("this layer has no block selector: `model.set_token_pruning` creates it.")
+        """Gates (batch, directions), each 0 or 1, from features (batch, in_features)."""
         logits = at_least_float32(F.linear(features, self.weight, self.bias))
         return draw_gates(logits) if self.training else (logits > 0).to(logits.dtype)
 
