@@ -9,8 +9,10 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 STARTED_WITH = dict(os.environ)
@@ -188,6 +190,21 @@ def tiny_pruned_config(request: pytest.FixtureRequest) -> VisionMambaConfig:
 def pixel_values(seed: int) -> torch.Tensor:
     """Two images for any of the tiny configurations."""
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients_with_checkpointing(
+    model: Any, compute_loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The gradients of each parameter without and with activation checkpointing, from the same random numbers."""
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(0)
+        compute_loss().backward()
+        gradients.append([parameter.grad.clone() for parameter in parameters])
+    return list(zip(*gradients, strict=True))
 
 
 def hear_signals() -> None:

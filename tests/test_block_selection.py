@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG, make_plainmamba_config, make_vim_config
+from conftest import MAKE_CONFIG, gradients_with_checkpointing, make_plainmamba_config, make_vim_config
 from test_training import datasets, fresh_accelerator, image_folder, make_recipe, make_trainer  # noqa: F401
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -271,15 +271,10 @@ def test_every_selector_is_trained_with_and_without_checkpointing(method, images
             selector.bias.zero_()
     have = [index for index, layer in enumerate(model.base_model.layers) if layer.mixer.block_selector is not None]
     assert have == SELECTING[method]
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model.zero_grad()
-        torch.manual_seed(0)
-        loss_terms(model, images, torch.zeros(5, dtype=torch.int64))["loss"].backward()
-        gradients.append([selector.bias.grad.clone() for selector in selectors_of(model)])
-    for plain, checkpointed in zip(*gradients, strict=True):
+    biases = [selector.bias for selector in selectors_of(model)]
+    labels = torch.zeros(5, dtype=torch.int64)
+    gradients = gradients_with_checkpointing(model, lambda: loss_terms(model, images, labels)["loss"], biases)
+    for plain, checkpointed in gradients:
         assert plain.abs().min() > 0
         torch.testing.assert_close(checkpointed, plain)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import CLS_TOKEN_IDS, MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING
+from conftest import CLS_TOKEN_IDS, MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, gradients_with_checkpointing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -629,15 +629,11 @@ def test_loss_trains_the_predictors_through_the_layers(tiny_config, pixel_values
     """Norms come first in a layer, and would hide a factor on the tokens; activation checkpointing must not either."""
     tiny_config.token_pruning = tiny_config.complete_token_pruning(pruning("dyvm"))
     model = make_model(tiny_config).double().train()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model.zero_grad()
-        torch.manual_seed(0)
-        model(pixel_values.double(), labels=torch.tensor([0, 2])).loss.backward()
-        gradients.append([p.grad.clone() for p in model.base_model.token_predictors.parameters()])
-    for plain, checkpointed in zip(*gradients, strict=True):
+    predictors, labels = [*model.base_model.token_predictors.parameters()], torch.tensor([0, 2])
+    gradients = gradients_with_checkpointing(
+        model, lambda: model(pixel_values.double(), labels=labels).loss, predictors
+    )
+    for plain, checkpointed in gradients:
         assert plain.abs().max() > 1e-9
         torch.testing.assert_close(checkpointed, plain)
 
