@@ -75,9 +75,7 @@ class Group:
 
     def tuned_losses(self, variant: str, budget: float) -> dict[int, float]:
         """Points lost after fine-tuning, by seed."""
-        name = tuned_name(variant, budget)
-        seeds = self.seeds("dense tuned", name)
-        return {seed: self.top1("dense tuned", seed) - self.top1(name, seed) for seed in seeds}
+        return self._trained_losses(tuned_name(variant, budget))
 
     def untrained_losses(self, variant: str, budget: float) -> dict[int, float]:
         """Points lost without fine-tuning, by seed."""
@@ -89,12 +87,15 @@ class Group:
 
     def smaller_losses(self, name: str) -> dict[int, float]:
         """Points that a smaller dense model loses, by seed."""
-        seeds = self.seeds("dense tuned", smaller_name(name))
-        return {seed: self.top1("dense tuned", seed) - self.top1(smaller_name(name), seed) for seed in seeds}
+        return self._trained_losses(smaller_name(name))
 
     def smaller_flops_share(self, name: str, seed: int) -> float:
         dense, smaller = (self.records[seed, each]["figures"]["gflops"] for each in ("dense", smaller_name(name)))
         return smaller / dense
+
+    def _trained_losses(self, name: str) -> dict[int, float]:
+        seeds = self.seeds("dense tuned", name)
+        return {seed: self.top1("dense tuned", seed) - self.top1(name, seed) for seed in seeds}
 
     def _compared_losses(self, reference: str, piece: str, schedule: str) -> dict[int, float]:
         return {

@@ -11,7 +11,6 @@ have disturbed. The two variables keep freed memory, without which the results o
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -31,6 +30,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the study is not part of the package
 
+from hf_vssm_prune.training.arguments.parsing import check_output_file
+from hf_vssm_prune.training.checkpoints import write_json
 from hf_vssm_prune.training.data import load_evaluation_dataset
 from study.plan import Study, list_pieces, read_study, smaller_name
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8, help="number of times that each model runs")
     parser.add_argument("--batch_size", type=int, default=8)
     options = parser.parse_args()
+    check_output_file("output", options.output)
     torch.set_num_threads(1)
     study = read_study(options.study)
     rows, _ = load_evaluation_dataset("trashnet", max_samples=options.batch_size)
@@ -54,7 +56,7 @@ def main() -> None:
         cases = make_cases(study, family, model, processor(photographs, return_tensors="pt")["pixel_values"])
         seconds = run_alternately(cases, options.turns)
         shares[family] = {name: round(taken / seconds["dense"], 4) for name, taken in seconds.items()}
-    options.output.write_text(json.dumps(shares, indent=1) + "\n")
+    write_json(shares, options.output)
 
 
 def make_cases(study: Study, family: str, model: Any, pixel_values: Tensor) -> dict[str, Callable[[], object]]:
