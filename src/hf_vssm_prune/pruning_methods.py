@@ -68,6 +68,7 @@ METHODS = {
     "local_merge": PruningMethod(merge_into_nearest, "none", reads_mixer=False),
 }
 
-# The method of a schedule that names none: the one that lost least in this project's study, see STUDY.md.
+# The method of a schedule that names none: the one that lost least in this project's studies, see
+# study/photos/STUDY.md and STUDY.md.
 RECOMMENDED_METHOD = "local_merge"
 PAPERS_METHOD = "top"
