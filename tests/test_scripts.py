@@ -197,6 +197,24 @@ def test_train_from_scratch_then_prune_then_evaluate(image_folder, tmp_path):
     assert reduction == pytest.approx(0.4, abs=0.005)
 
 
+def test_a_model_learns_from_a_teacher_of_another_family(image_folder, checkpoint, tmp_path, capsys):
+    sizes = ["hidden_size=16", "num_hidden_layers=2", "state_size=4"]
+    model = ["--family", "vim", "--image_size", "16", "--patch_size", "4", "--config_overrides", *sizes]
+    teacher = ["--teacher_name_or_path", checkpoint, "--kd_weight", "2", "--kd_temperature", "3"]
+    arguments = ["--dataset_name", image_folder, *model, *teacher, "--max_train_steps", "1", "--num_warmup_steps", "0"]
+    arguments += [*SMALL, "--output_dir", tmp_path / "student"]
+    like_the_teachers = ["--image_mean", *["0.5"] * 3, "--image_std", *["0.25"] * 3]
+    script = load_script("train")
+    assert script.main([str(argument) for argument in arguments]) == 1
+    assert "expects pixel values made with image_mean [0.5, 0.5, 0.5], but those" in capsys.readouterr().err
+    assert script.main([str(argument) for argument in [*arguments, *like_the_teachers]]) == 0
+    words = capsys.readouterr().err.split()
+    loss, own, taught = (float(words[words.index(name) + 1]) for name in ("loss", "cross_entropy", "distillation"))
+    assert loss == pytest.approx(own + 2 * taught, rel=1e-4)
+    assert taught > 0
+    assert "kd_temperature" in (tmp_path / "student" / "last" / "README.md").read_text()
+
+
 def test_schedules_side_by_side(image_folder, checkpoint, tmp_path, capsys):
     schedules = {"one": {"layers": [2], "keep_ratios": [0.5]}, "two": {"layers": [1, 2], "keep_ratios": [0.9, 0.8]}}
     (tmp_path / "schedules.json").write_text(json.dumps(schedules))
@@ -271,6 +289,7 @@ TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
         ("finetune", [*FINETUNE, "--max_train_samples", "0"], "--max_train_samples is 0"),
         ("train", TRAIN[:4], "Give either --family"),
         ("train", [*TRAIN, "--model_name_or_path", "m"], "Give either --family"),
+        ("train", [*TRAIN, "--kd_weight", "2"], "--kd_weight needs a --teacher_name_or_path"),
         ("train", [*TRAIN, "--preset", "S"], "unknown preset 'S' of PlainMambaConfig"),
         ("train", [*TRAIN, "--patch_size", "7"], "`patch_size` is 7"),
         ("train", [*TRAIN, "--config_overrides", "hidden_size"], "it must be key=value"),

@@ -17,6 +17,7 @@ from hf_vssm_prune.training.arguments import (
     RunArguments,
     ScaleArguments,
     ScratchOptimizationArguments,
+    TeacherArguments,
     parse_arguments,
 )
 from hf_vssm_prune.training.loop import Recipe
@@ -28,6 +29,7 @@ def option_types(task: type[Task]) -> list[Any]:
         TaskArguments,
         DataArguments,
         DenseModelArguments,
+        TeacherArguments,
         ScratchOptimizationArguments,
         task.training_arguments,
         ElasticArguments,
@@ -42,10 +44,9 @@ def make_parser(prog: str | None = None) -> OptionParser:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     task = choose_task(arguments)
-    _, data, model, optimization, options, elastic, scale, run = parse_arguments(
+    _, data, model, teacher, optimization, options, elastic, scale, run = parse_arguments(
         option_types(task), arguments, __doc__, prog
     )
-    recipe = Recipe(
-        optimization, task(options), run, elastic=elastic, scale=scale, num_workers=data.dataloader_num_workers
-    )
-    return jobs.run(lambda: jobs.prepare_dense_training(data, model, recipe), run)
+    losses = teacher.loss_weights()
+    recipe = Recipe(optimization, task(options), run, losses, elastic, scale, data.dataloader_num_workers)
+    return jobs.run(lambda: jobs.prepare_dense_training(data, model, teacher, recipe), run)

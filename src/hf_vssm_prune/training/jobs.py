@@ -1,6 +1,7 @@
 """The work of the commands: creates data sets, models and a `Trainer` from options, runs them, and reports errors."""
 
 import copy
+import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from hf_vssm_prune.training.arguments import (
     FinetuneArguments,
     PruningArguments,
     RunArguments,
+    TeacherArguments,
 )
 from hf_vssm_prune.training.cards import card_writer
 from hf_vssm_prune.training.checkpoints import check_output_dir, write_json
@@ -78,10 +80,8 @@ def prepare_finetuning(
     )
     processor = _at_size(student, load_image_processor(model.model_name_or_path), model.image_size)
     student.set_token_pruning(schedule)
-    teacher = None
-    if recipe.losses.needs_teacher:
-        name = model.teacher_name_or_path or model.model_name_or_path
-        teacher = recipe.task.load_teacher(name, student.config, recipe.losses, model.teacher_dtype, model.image_size)
+    name = model.teacher_name_or_path or model.model_name_or_path
+    teacher = _load_teacher(name, student, processor, recipe, model.teacher_dtype, model.image_size)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=True)
     return Trainer(student, datasets, processor, recipe, teacher, card)
 
@@ -92,8 +92,11 @@ def _check_run(recipe: Recipe) -> None:
     check_training_precision(recipe.optimization.mixed_precision, find_device("cpu" if recipe.run.use_cpu else None))
 
 
-def prepare_dense_training(data: DataArguments, model: DenseModelArguments, recipe: Recipe) -> Trainer:
-    """Prepares training of a new dense model, or further training of a checkpoint without pruning.
+def prepare_dense_training(
+    data: DataArguments, model: DenseModelArguments, teacher: TeacherArguments, recipe: Recipe
+) -> Trainer:
+    """Prepares training of a new dense model, or further training of a checkpoint without pruning, with a teacher if
+    one is given.
 
     Raises:
         ValueError, OSError: options do not fit together, or something is missing; the message says what.
@@ -112,8 +115,35 @@ def prepare_dense_training(data: DataArguments, model: DenseModelArguments, reci
         )
         network.set_token_pruning(None)
         processor = _at_size(network, load_image_processor(model.model_name_or_path), model.image_size)
+    name = str(teacher.teacher_name_or_path)
+    dense = _load_teacher(name, network, processor, recipe, teacher.teacher_dtype, model.image_size)
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=False)
-    return Trainer(network, datasets, processor, recipe, write_card=card)
+    return Trainer(network, datasets, processor, recipe, dense, card)
+
+
+def _load_teacher(
+    name_or_path: str,
+    student: PrunableModel,
+    processor: BaseImageProcessor,
+    recipe: Recipe,
+    dtype: str,
+    image_size: int | None,
+) -> PrunableModel | None:
+    """The teacher, if the losses need one; see `Task.load_teacher`.
+
+    Raises:
+        ValueError: it cannot teach this model, or expects other pixel values than those that the model is given.
+    """
+    if not recipe.losses.needs_teacher:
+        return None
+    own, its = (json.loads(each.to_json_string()) for each in (processor, load_image_processor(name_or_path)))
+    for step in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
+        if own.get(step) != its.get(step):
+            raise ValueError(
+                f"The teacher {name_or_path} expects pixel values made with {step} {its.get(step)}, but those of the "
+                f"model are made with {own.get(step)}, and both are given the same ones."
+            )
+    return recipe.task.load_teacher(name_or_path, student.config, recipe.losses, dtype, image_size)
 
 
 def _at_size(model: PrunableModel, processor: BaseImageProcessor, image_size: int | None) -> BaseImageProcessor:

@@ -8,7 +8,12 @@ own file; see `training.tasks`.
 from hf_vssm_prune.training.arguments.data import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.arguments.evaluation import BesideArguments, EstimateArguments, EvaluationArguments
 from hf_vssm_prune.training.arguments.help import OptionParser
-from hf_vssm_prune.training.arguments.model import DenseModelArguments, FinetuneArguments, LossArguments
+from hf_vssm_prune.training.arguments.model import (
+    DenseModelArguments,
+    FinetuneArguments,
+    LossArguments,
+    TeacherArguments,
+)
 from hf_vssm_prune.training.arguments.optimization import OptimizationArguments, ScratchOptimizationArguments
 from hf_vssm_prune.training.arguments.parsing import parse_arguments
 from hf_vssm_prune.training.arguments.pruning import ElasticArguments, PruningArguments
@@ -31,5 +36,6 @@ __all__ = [
     "RunArguments",
     "ScaleArguments",
     "ScratchOptimizationArguments",
+    "TeacherArguments",
     "parse_arguments",
 ]

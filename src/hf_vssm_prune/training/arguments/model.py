@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
@@ -18,10 +18,10 @@ TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
-class LossArguments:
-    """The teacher's precision, and the weights of the losses."""
+class DistillationArguments:
+    """The teacher's precision, and the weight of the distillation loss."""
 
-    _argument_group_name = "losses"
+    _argument_group_name = "distillation"
 
     teacher_dtype: str = field(
         default="float32",
@@ -31,6 +31,39 @@ class LossArguments:
     )
     kd_weight: float = field(default=1.0, metadata=describe("weight of the distillation loss; 0 turns it off"))
     kd_temperature: float = field(default=1.0, metadata=describe("temperature of the distillation loss"))
+
+    def __post_init__(self) -> None:
+        check_range("kd_weight", self.kd_weight, 0, math.inf, below=True)
+        if not 0 < self.kd_temperature < math.inf:
+            raise ValueError(f"--kd_temperature is {self.kd_temperature}: it must be greater than 0.")
+
+
+@dataclass
+class TeacherArguments(DistillationArguments):
+    """A trained model from which the model learns in addition to the labels, for instance a larger one."""
+
+    _argument_group_name = "teacher"
+
+    teacher_name_or_path: str | None = field(
+        default=None, metadata=describe("teacher, a checkpoint with the data set's labels; by default none")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [each.name for each in fields(DistillationArguments) if getattr(self, each.name) != each.default]
+        if given and self.teacher_name_or_path is None:
+            raise ValueError(f"--{given[0]} needs a --teacher_name_or_path.")
+
+    def loss_weights(self) -> LossWeights:
+        return LossWeights() if self.teacher_name_or_path is None else LossWeights(self.kd_weight, self.kd_temperature)
+
+
+@dataclass
+class LossArguments(DistillationArguments):
+    """The teacher's precision, and the weights of the losses."""
+
+    _argument_group_name = "losses"
+
     alignment_weight: float = field(
         default=1.0, metadata=describe("weight of the alignment loss between hidden states; 0 turns it off")
     )
@@ -51,11 +84,9 @@ class LossArguments:
     )
 
     def __post_init__(self) -> None:
-        check_range("kd_weight", self.kd_weight, 0, math.inf, below=True)
+        super().__post_init__()
         check_range("alignment_weight", self.alignment_weight, 0, math.inf, below=True)
         check_range("block_ratio_weight", self.block_ratio_weight, 0, math.inf, below=True)
-        if not 0 < self.kd_temperature < math.inf:
-            raise ValueError(f"--kd_temperature is {self.kd_temperature}: it must be greater than 0.")
         if self.alignment_layers is not None and self.alignment_weight == 0:
             raise ValueError("--alignment_layers needs an --alignment_weight above 0.")
 
