@@ -16,9 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from benchmarking.bf16 import bf16_section
 from benchmarking.blocks import blocks_section
 from benchmarking.budgets import budgets_section
 from benchmarking.busy import busy_section
+from benchmarking.calls import calls_section
 from benchmarking.earlier import earlier_section
 from benchmarking.exported import export_section
 from benchmarking.heads import heads_section
@@ -49,6 +51,8 @@ SECTIONS = {
     "training": training_section,
     "transformer": transformer_section,
     "resolution": resolution_section,
+    "bf16": bf16_section,
+    "calls": calls_section,
     "int8": int8_section,
     "export": export_section,
     "video": video_section,
@@ -58,9 +62,9 @@ SECTIONS = {
     "earlier": earlier_section,
 }
 # These run only if they are named.
-LONG_SECTIONS = ("int8", "export", "video", "heads", "busy", "peers", "earlier")
+LONG_SECTIONS = ("bf16", "calls", "int8", "export", "video", "heads", "busy", "peers", "earlier")
 
-CPU_SECTIONS = ("roofline", "parts", "int8", "export", "busy", "peers", "earlier")
+CPU_SECTIONS = ("roofline", "parts", "bf16", "calls", "int8", "export", "busy", "peers", "earlier")
 PLAINMAMBA_SECTIONS = ("blocks", "heads", "earlier")
 
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from golden import GoldenCase
+from golden_half import FARTHEST, _moved, complaints, run_in_half
 
 from hf_vssm_prune.conversion import convert_official_state_dict, convert_to_official_state_dict, infer_config
 from hf_vssm_prune.families import FAMILIES
+from hf_vssm_prune.kernels import cpu
 
 
 CASES = [
@@ -85,3 +87,42 @@ def test_conversion_round_trip(case, model):
     assert official.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(official[key], tensor), key
+
+
+# `scripts/gpu_check.py` runs all of them.
+HALF_CASES = ["plainmamba_small_odd", "vim_small_odd", "videomamba_small_video"]
+
+
+@pytest.mark.parametrize("case", HALF_CASES, indirect=True)
+def test_weights_in_bfloat16(case, model):
+    assert complaints(run_in_half(case, model)) == []
+
+
+@pytest.mark.skipif(cpu.unavailable("cpu") is not None, reason="no CPU kernels")
+@pytest.mark.parametrize("case", ["videomamba_small_video"], indirect=True)
+def test_what_rounding_does_not_explain_is_noticed(case, model, monkeypatch):
+    scan = cpu.selective_scan
+
+    def coarse(hidden_states, *arguments, **options):
+        """Values with four bits less than bfloat16 has."""
+        values = scan(hidden_states, *arguments, **options)
+        fraction, exponent = torch.frexp(values)
+        return values if values.dtype == torch.float32 else torch.ldexp((fraction * 16).round() / 16, exponent)
+
+    monkeypatch.setattr(cpu, "selective_scan", coarse)
+    logits, scores = complaints(run_in_half(case, model))
+    assert logits.startswith("logits are off by")
+    assert scores.startswith("scores are off by")
+
+
+def test_tokens_that_cross_the_cut():
+    official = torch.tensor([[4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]])
+    plain = official + torch.tensor([0.5, 0.0, 0.0, 0.0])
+    ours = torch.tensor([[4.0, 2.0, 3.0, 1.0], [3.0, 4.0, 2.0, 1.0]])
+    kept = torch.tensor([[0, 1], [0, 1]])
+    # In the first image tokens 1 and 2 change places, half a point from the cut, where an error is half a point.
+    assert _moved({"official": official, "plain": plain, "ours": ours}, kept) == (2, 1.0)
+    ours[1] = torch.tensor([1.0, 3.0, 2.0, 4.0])
+    moved, farthest = _moved({"official": official, "plain": plain, "ours": ours}, kept)
+    assert (moved, farthest) == (4, 3.0)
+    assert farthest > FARTHEST

@@ -66,8 +66,9 @@ def take_turns(
     ratios: dict[str, tuple[float, str, str]],
     options: argparse.Namespace,
     images: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Group:
-    """Runs all cases alternately until the time is used up, at least three times."""
+    """Runs all cases alternately until the time is used up, at least three times. `clock` measures the cases."""
     torch.set_default_device(None)  # its overhead in each call would be measured
     for case in cases.values():
         case()
@@ -81,10 +82,10 @@ def take_turns(
                 if seconds[name] and seconds[name][-1] < COLD_BELOW:
                     case()
                     wait(options.device)
-                before = time.perf_counter()
+                before = clock()
                 case()
                 wait(options.device)
-                seconds[name].append(time.perf_counter() - before)
+                seconds[name].append(clock() - before)
             progress.n = min(elapsed, options.seconds)
             progress.refresh()
     make_tensors_on(options.device)

@@ -215,7 +215,9 @@ class PlainMambaMixer(nn.Module):
         x = self.conv2d(x, layout, silu=True)
         features, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         time_step, bias = self.dt_proj(features)
-        bias = 2 * bias  # the published weights expect it twice: in the projection, and again before the softplus
+        # The published weights expect it twice: in the projection, and again before the softplus. A product would first
+        # make a tensor of the number, by four more operators.
+        bias = bias + bias
         gated = selective_scan(
             x,
             time_step,

@@ -120,11 +120,12 @@ def load_model(
     drop_path_rate: float = 0.0,
     ignore_mismatched_sizes: bool = False,
     some_labels: bool = False,
+    dtype: str = "float32",
 ) -> Any:
-    """Loads a checkpoint as a float32 model of the data set's classes, in the data set's order.
+    """Loads a checkpoint as a model of the data set's classes, in the data set's order, with weights in `dtype`.
 
-    A classifier becomes the backbone under a new head. If the checkpoint has a head, its classes are compared by name,
-    as `models.load_model` compares labels.
+    A classifier becomes the backbone, in float32, under a new head. If the checkpoint has a head, its classes are
+    compared by name, as `models.load_model` compares labels.
 
     Raises:
         ValueError: it has other classes and `ignore_mismatched_sizes` is not set; it is a classifier and is to be
@@ -148,7 +149,7 @@ def load_model(
             "train the dense model with `hf-vssm-prune train`."
         )
     config.backbone_config.drop_path_rate = drop_path_rate
-    model = models.prepare(load_dense_model(name_or_path, config=config, dtype="float32"))
+    model = models.prepare(load_dense_model(name_or_path, config=config, dtype=dtype))
     if renew:
         return _with_new_classes(models, model, label_names)
     _take_labels(models, model, match, name_or_path)

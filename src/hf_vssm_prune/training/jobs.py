@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,19 +176,19 @@ def evaluate(
     device = find_device(options.device)
     if beside.int8 and device.type != "cpu":
         raise ValueError(f"--int8 runs on the CPU only, but the device is {device}: give --device cpu.")
-    if beside.int8 and options.mixed_precision != "no":
-        raise ValueError(
-            f"--int8 needs the rest of the model in float32, but --mixed_precision is {options.mixed_precision}."
-        )
+    for name, default in (("dtype", "float32"), ("mixed_precision", "no")):
+        if beside.int8 and getattr(options, name) != default:
+            raise ValueError(
+                f"--int8 needs the rest of the model in float32, but --{name} is {getattr(options, name)}."
+            )
     config = pruned_config(load_config(options.model_name_or_path))
     schedule = pruning.schedule(config)
     loader, label_names = _load_evaluation(task, data, options)
-    models = {
-        "dense": task.load_model(beside.dense_name_or_path or options.model_name_or_path, label_names, some_labels=True)
-    }
+    load = partial(task.load_model, label_names=label_names, some_labels=True, dtype=options.dtype)
+    models = {"dense": load(beside.dense_name_or_path or options.model_name_or_path)}
     models["dense"].set_token_pruning(None)
     if schedule is not None:
-        models["pruned"] = task.load_model(options.model_name_or_path, label_names, some_labels=True)
+        models["pruned"] = load(options.model_name_or_path)
         models["pruned"].set_token_pruning(schedule)
     if beside.int8:
         models |= {f"{name}, int8": quantize_linears(copy.deepcopy(model)) for name, model in models.items()}
@@ -215,7 +216,7 @@ def compare_schedules(
     config = pruned_config(load_config(options.model_name_or_path))
     completed = {"dense": None, **{name: config.complete_token_pruning(each) for name, each in schedules.items()}}
     loader, label_names = _load_evaluation(task, data, options)
-    model = task.load_model(options.model_name_or_path, label_names, some_labels=True)
+    model = task.load_model(options.model_name_or_path, label_names, some_labels=True, dtype=options.dtype)
     models = {name: _sharing_weights(task, model, each) for name, each in completed.items()}
     return _compare(task, models, loader, options)
 

@@ -29,8 +29,9 @@ def load_model(
     drop_path_rate: float = 0.0,
     ignore_mismatched_sizes: bool = False,
     some_labels: bool = False,
+    dtype: str = "float32",
 ) -> ImageClassifier:
-    """Loads a checkpoint as a float32 classifier for the data set's labels, in the data set's order.
+    """Loads a checkpoint as a classifier for the data set's labels, in the data set's order.
 
     Labels are compared by name: see `labels.match_labels`. If the checkpoint has them in another order, the rows of its
     classifier are reordered.
@@ -41,6 +42,7 @@ def load_model(
         drop_path_rate: drop path rate of the model.
         ignore_mismatched_sizes: a checkpoint with other labels gets a new classifier, even if their number is the same.
         some_labels: the data set may have only some of the checkpoint's labels; the others come last.
+        dtype: data type of the weights.
 
     Raises:
         ValueError: it classifies other labels, and `ignore_mismatched_sizes` is not set.
@@ -55,7 +57,7 @@ def load_model(
             f"{say_difference(own_names, label_names)}. For a new classifier, add --ignore_mismatched_sizes, and "
             f"first train the dense model with `hf-vssm-prune train`. {see('other-labels-than-the-data-set')}"
         )
-    model = load_classifier(name_or_path, ignore_mismatched_sizes, dtype="float32", drop_path_rate=drop_path_rate)
+    model = load_classifier(name_or_path, ignore_mismatched_sizes, dtype=dtype, drop_path_rate=drop_path_rate)
     if renew:
         logger.info("%s gets a new classifier for the data set's %s.", name_or_path, say_labels(label_names))
         renew_classifier(model, label_names)

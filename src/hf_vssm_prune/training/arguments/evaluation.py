@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from hf_vssm_prune.training.arguments.model import WEIGHT_DTYPES
 from hf_vssm_prune.training.arguments.parsing import check_output_file, check_range, describe
 
 
@@ -19,8 +20,10 @@ class EvaluationArguments:
     device: str | None = field(
         default=None, metadata=describe("cpu, cuda, cuda:1, ...; by default a GPU if there is one")
     )
+    dtype: str = field(default="float32", metadata=describe("data type of the weights", choices=WEIGHT_DTYPES))
     mixed_precision: str = field(
-        default="no", metadata=describe("precision of the computation", choices=("no", "fp16", "bf16"))
+        default="no",
+        metadata=describe("precision of the computation with weights in float32", choices=("no", "fp16", "bf16")),
     )
     seed: int = field(default=0, metadata=describe("random seed for choosing --max_eval_samples images"))
     json: str | None = field(default=None, metadata=describe("file to write the results to"))
@@ -33,6 +36,11 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         check_range("per_device_eval_batch_size", self.per_device_eval_batch_size, 1, math.inf)
+        if self.dtype != "float32" and self.mixed_precision != "no":
+            raise ValueError(
+                f"--mixed_precision {self.mixed_precision} needs weights in float32, but --dtype is {self.dtype}: give "
+                "only one of them."
+            )
         check_output_file("json", self.json)
 
 

@@ -14,7 +14,7 @@ from hf_vssm_prune.training.arguments.parsing import check_range, describe
 from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, BLOCK_RATIO_WEIGHT, LossWeights
 
 
-TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -26,7 +26,7 @@ class DistillationArguments:
     teacher_dtype: str = field(
         default="float32",
         metadata=describe(
-            "data type of the teacher's weights; half precision halves its memory", choices=TEACHER_DTYPES
+            "data type of the teacher's weights; half precision halves its memory", choices=WEIGHT_DTYPES
         ),
     )
     kd_weight: float = field(default=1.0, metadata=describe("weight of the distillation loss; 0 turns it off"))

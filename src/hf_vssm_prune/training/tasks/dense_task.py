@@ -24,9 +24,10 @@ class DenseTask:
         drop_path_rate: float = 0.0,
         ignore_mismatched_sizes: bool = False,
         some_labels: bool = False,
+        dtype: str = "float32",
     ) -> PrunableModel:
         return dense_models.load_model(
-            self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels
+            self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels, dtype
         )
 
     def load_teacher(

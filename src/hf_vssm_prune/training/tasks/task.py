@@ -109,8 +109,9 @@ class Task(Protocol):
         drop_path_rate: float = 0.0,
         ignore_mismatched_sizes: bool = False,
         some_labels: bool = False,
+        dtype: str = "float32",
     ) -> PrunableModel:
-        """Loads a checkpoint as a float32 model for the data set's labels; see `models.load_model`."""
+        """Loads a checkpoint as a model for the data set's labels; see `models.load_model`."""
 
     def load_teacher(
         self,
