@@ -20,14 +20,17 @@ benchmark = load_script("benchmark")
 
 from benchmarking import (  # noqa: E402
     baselines,
+    bf16,
     blocks,
     budgets,
+    calls,
     earlier,
     earlier_worker,
     int8,
     measuring,
     peer_worker,
     peers,
+    profiling,
     scan,
     training,
 )
@@ -116,6 +119,28 @@ def test_int8_beside_torchao():
             torch.testing.assert_close(other(images).logits, expected, rtol=0.05, atol=0.05, msg=name)
 
 
+def test_calls_of_a_layer_and_conversions_of_dtype_are_counted():
+    model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
+    with torch.no_grad():
+        (run,) = profiling.profiled(calls.last_layer(model, 1), 1)
+        seconds = calls.seconds_of_calls([run])
+        (of_half,) = profiling.profiled(calls.last_layer(model.bfloat16(), 1), 1)
+    assert {"aten::linear × 4", "hf_vssm_prune::selective_scan", "aten::exp", calls.BETWEEN} <= seconds.keys()
+    assert sum(one for (one,) in seconds.values()) == pytest.approx(run.cpu_time_total / 1e6)
+    assert calls.count(run).endswith("transposes 4, copies 2, clones 0, detached 0, conversions of dtype 0")
+    # `bfloat16()` converts all parameters, and the decay is computed in float32.
+    assert calls.count(of_half).endswith("conversions of dtype 1")
+
+
+def test_the_time_of_conversions_is_part_of_a_forward():
+    model = PlainMambaForImageClassification(make_plainmamba_config()).eval().bfloat16()
+    options = benchmark.parse_options(["--sections", "bf16", "--threads", "1"])
+    group = bf16.conversions(model, [3.0, 4.0, 2.0, 5.0], 1, options)
+    assert group.seconds["forward"] == [2.0, 3.0, 4.0]
+    share, _ = group.ratio("share of the time, %")
+    assert share == 50 * min(group.seconds["conversions of dtype"]) > 0
+
+
 def test_matrix_products_are_all_of_the_models():
     model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
     with torch.no_grad():
@@ -138,6 +163,10 @@ def test_cases_take_turns():
     # Before the first turn all run once unmeasured, and short ones in every later turn.
     assert order == ["a", "b"] * 2 + ["a", "a", "b", "b"] * 2
     assert [len(runs) for runs in group.seconds.values()] == [3, 3]
+    times = iter(range(100))
+    group = measuring.take_turns("turns", cases, {}, options, clock=lambda: next(times))
+    assert group.seconds == {"a": [1] * 3, "b": [1] * 3}
+    group.ratios["a / b"] = (2.0, "a", "b")
     group.seconds = {"a": [3.0, 8.0, 4.0], "b": [1.0, 2.0, 2.0]}
     assert group.ratio("a / b") == (6.0, 6.0)
 

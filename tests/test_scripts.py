@@ -22,6 +22,7 @@ from transformers import AutoModelForImageClassification
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.pruning_methods import METHODS
+from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     DenseModelArguments,
@@ -247,11 +248,36 @@ def test_methods_side_by_side(image_folder, tmp_path, capsys):
     assert {"top, zero_input", "top, repeat, random", "top, repeat, worst_influence"} <= set(figures)
 
 
+def test_weights_in_half_precision(image_folder, checkpoint, tmp_path, capsys, monkeypatch):
+    """The weights are those of `from_pretrained(dtype=...)`, which keeps the parameters of the state in float32."""
+    script, evaluated = load_script("evaluate"), {}
+    compare_models = jobs.compare_models
+
+    def compare(task, models, *options):
+        evaluated.update(models)
+        return compare_models(task, models, *options)
+
+    monkeypatch.setattr(jobs, "compare_models", compare)
+    arguments = ["--dataset_name", image_folder, "--model_name_or_path", checkpoint, "--workers", "0"]
+    arguments = [str(argument) for argument in [*arguments, "--device", "cpu", "--dtype", "bfloat16", *SCHEDULE]]
+    assert script.main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    assert evaluated.keys() == {"dense", "pruned"}
+    for model in evaluated.values():
+        mixer = model.plainmamba.layers[0].mixer
+        assert mixer.in_proj.weight.dtype == torch.bfloat16
+        assert mixer.A_log.dtype == torch.float32
+    assert json.loads((tmp_path / "out.json").read_text())["pruned"]["num_images"] == 9
+    capsys.readouterr()
+    assert script.main([*arguments, "--int8"]) == 1
+    assert capsys.readouterr().err.startswith("error: --int8 needs the rest of the model in float32, but --dtype is")
+
+
 # Wrong options
 
 
 FINETUNE = ["--dataset_name", "d", "--output_dir", "o", "--model_name_or_path", "m"]
 TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
+EVALUATE = ["--dataset_name", "d", "--model_name_or_path", "m"]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +289,7 @@ TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
         ("finetune", [*FINETUNE, "--prune_layers", "6", "--keep_ratios", "1", "1"], "differ in length"),
         ("finetune", [*FINETUNE, "--prune_layers", "6", "--keep_ratios", "1.5"], "--keep_ratios has [1.5]"),
         ("finetune", [*FINETUNE, *SCHEDULE, "--flops_reduction", "0.4"], "cannot be combined"),
-        ("compare_methods", ["--dataset_name", "d", "--model_name_or_path", "m", "--int8"], "--int8"),
+        ("compare_methods", [*EVALUATE, "--int8"], "--int8"),
         ("finetune", [*FINETUNE, "--flops_reduction", "41.6"], "--flops_reduction is 41.6"),
         ("finetune", [*FINETUNE, "--prune_alignment", "copy"], "invalid choice: 'copy'"),
         ("finetune", [*FINETUNE, "--importance", "max"], "invalid choice: 'max'"),
@@ -296,7 +322,8 @@ TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
         ("train", [*TRAIN, "--config_overrides", "width=3"], "'width', which PlainMambaConfig does not have"),
         ("train", [*TRAIN, "--config_overrides", "num_channels=1"], "the model's images have 1 channels"),
         ("train", [*TRAIN[:4], "--model_name_or_path", "m", "--preset", "L1"], "--preset is for a new model"),
-        ("evaluate", [*FINETUNE[:2], "--model_name_or_path", "m", "--json", "/nowhere/out.json"], "does not exist"),
+        ("evaluate", [*EVALUATE, "--json", "/nowhere/out.json"], "does not exist"),
+        ("evaluate", [*EVALUATE, "--dtype", "bfloat16", "--mixed_precision", "bf16"], "give only one of them"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(script, arguments, message, capsys):

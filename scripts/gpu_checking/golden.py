@@ -31,7 +31,7 @@ def check_golden_cases(family: str, options: argparse.Namespace, report: Report)
     rows = report.table("Beside the official models", "case", "schedule", "logits off by", "tokens kept alike")
     errors = ("logits off by", "plain PyTorch's", "scores off by", "plain PyTorch's")
     of_half = report.table("In bfloat16, stage by stage", "case", *errors, "tokens moved", "errors from the cut")
-    files = sorted(options.golden.glob(f"{family}_*.npz"), key=lambda file: file.stat().st_size)
+    files = sorted(options.golden.glob(f"{family}_{'small_' if options.small else ''}*.npz"))
     for file in files[: 1 if options.small else None]:
         case = GoldenCase.load(options.golden, file.stem)
         config = infer_config(case.state_dict(), case.recipe["family"], **case.overrides())
