@@ -136,9 +136,9 @@ def test_the_time_of_conversions_is_part_of_a_forward():
     model = PlainMambaForImageClassification(make_plainmamba_config()).eval().bfloat16()
     options = benchmark.parse_options(["--sections", "bf16", "--threads", "1"])
     group = bf16.conversions(model, [3.0, 4.0, 2.0, 5.0], 1, options)
-    assert group.seconds["forward"] == [2.0, 3.0, 4.0]
+    assert group.seconds["forward"] == [2.0]
     share, _ = group.ratio("share of the time, %")
-    assert share == 50 * min(group.seconds["conversions of dtype"]) > 0
+    assert share == 50 * group.seconds["conversions of dtype"][0] > 0
 
 
 def test_matrix_products_are_all_of_the_models():
