@@ -1,4 +1,5 @@
-// Depthwise convolution on the patch grid, at the cells that still hold a token, forward and backward.
+// Depthwise convolution on the patch grid, at the cells that still hold a token, or along a sequence (a grid of one
+// row), forward and backward.
 //
 // What SiLU is applied to is bias + convolution. A task is a sample and a few blocks of its channels; the sums over
 // samples are made in the samples' order, never that of the threads.
@@ -36,7 +37,7 @@ void load_tokens(const ConvolutionArguments& arguments, const ChannelBlock& bloc
 // Loads a block and puts into work.sums what SiLU is applied to.
 template <typename Cells>
 void convolve(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells, Workspace& work) {
-    block.load_columns(static_cast<const float*>(arguments.weight.data), arguments.kernel * arguments.kernel, work.weight);
+    block.load_columns(static_cast<const float*>(arguments.weight.data), arguments.window.taps(), work.weight);
     load_tokens(arguments, block, cells, arguments.hidden_states, work.inputs);
     Vec bias[kVectors] = {};
     if (arguments.bias.data) block.load_row(arguments.bias, bias);
@@ -63,7 +64,7 @@ template <typename Cells>
 void backward_block(const ConvolutionArguments& arguments, const Rows& grad_output, const ChannelBlock& block,
                     const Cells& cells, Workspace& work, Target grad_hidden_states, float* partial_weight,
                     float* partial_bias) {
-    const int64_t taps = arguments.kernel * arguments.kernel;
+    const int64_t taps = arguments.window.taps();
     convolve(arguments, block, cells, work);
     load_tokens(arguments, block, cells, grad_output, work.grads);
     Vec grad_bias[kVectors] = {};
@@ -107,17 +108,20 @@ void for_blocks(const ConvolutionArguments& arguments, int threads, const Prepar
 // As above, with the cells that suit the arguments.
 template <typename Work>
 void for_blocks(const ConvolutionArguments& arguments, int threads, const Work& work) {
-    const auto dense = [&](auto grid) {
-        grid.set(arguments.height, arguments.width);
-        for_blocks(arguments, threads, [&](int64_t, Workspace&) -> const auto& { return grid; }, work);
+    const Window& window = arguments.window;
+    const auto dense = [&](const auto& cells) {
+        for_blocks(arguments, threads, [&](int64_t, Workspace&) -> const auto& { return cells; }, work);
     };
-    if (!arguments.kept && arguments.kernel == 7) return dense(DenseGrid<7>{});
-    if (!arguments.kept && arguments.kernel == 3) return dense(DenseGrid<3>{});
+    if (!arguments.kept && window.height == 7) return dense(DenseGrid<7>(arguments.height, arguments.width));
+    if (!arguments.kept && window.height == 3) return dense(DenseGrid<3>(arguments.height, arguments.width));
+    if (!arguments.kept && arguments.height == 1 && window.height == 1 && window.width == 4) {
+        return dense(DenseSequence<4>(arguments.tokens, window.left));
+    }
     const auto list = [&](int64_t sample, Workspace& workspace) -> const SparseCells& {
         const int32_t* kept = arguments.kept ? arguments.kept + sample * arguments.tokens : nullptr;
         const int64_t cells = arguments.height * arguments.width;
         const int32_t* stand_ins = arguments.stand_ins ? arguments.stand_ins + sample * cells : nullptr;
-        workspace.sparse.list(kept, stand_ins, arguments.tokens, arguments.height, arguments.width, arguments.kernel);
+        workspace.sparse.list(kept, stand_ins, arguments.tokens, arguments.height, arguments.width, window);
         return workspace.sparse;
     };
     for_blocks(arguments, threads, list, work);
@@ -134,7 +138,7 @@ void add_up(const float* partials, int64_t batch, int64_t size, float* sum) {
 // With the weight in float32, which the loops over the kernel read number by number.
 ConvolutionArguments with_floats(const ConvolutionArguments& given, Floats& floats) {
     ConvolutionArguments arguments = given;
-    arguments.weight = floats.of(given.weight, given.channels * given.kernel * given.kernel);
+    arguments.weight = floats.of(given.weight, given.channels * given.window.taps());
     return arguments;
 }
 
@@ -174,7 +178,7 @@ extern "C" const char* depthwise_conv2d_backward(const ConvolutionArguments* giv
                                                  const ConvolutionGradients* gradients, int threads) {
     if (const char* error = find_error(*given)) return error;
     const int64_t batch = given->batch, channels = given->channels;
-    const int64_t weight_size = given->kernel * given->kernel * channels;
+    const int64_t weight_size = given->window.taps() * channels;
     return with_memory([&] {
         Floats floats;
         const ConvolutionArguments arguments = with_floats(*given, floats);
