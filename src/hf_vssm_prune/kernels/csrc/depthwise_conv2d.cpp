@@ -29,9 +29,26 @@ template <typename Cells>
 void load_tokens(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells,
                  const Rows& tokens, BlockRows& target) {
     target.assign(cells.places * kVectors, Vec{});
-    for (int64_t i = 0; i < arguments.tokens; ++i) {
-        block.load_row(tokens.row(block.sample, i), &target[cells.place(i) * kVectors]);
-    }
+    with_type(tokens.data.type, [&](auto type) {
+        for (int64_t i = 0; i < arguments.tokens; ++i) {
+            const int64_t place = block.sample * tokens.batch_stride + i * tokens.row_stride;
+            block.load_row<type.value>(tokens.data.template at<type.value>(place), &target[cells.place(i) * kVectors]);
+        }
+    });
+}
+
+// `rows` has a row for each cell, `target` for each token of all samples. `change` is applied to each vector before.
+template <typename Cells, typename Change>
+void store_tokens(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells,
+                  const BlockRows& rows, Target target, const Change& change) {
+    with_type(target.type, [&](auto type) {
+        for (int64_t i = 0; i < arguments.tokens; ++i) {
+            Vec row[kVectors];
+            for (int v = 0; v < kVectors; ++v) row[v] = change(rows[cells.place(i) * kVectors + v]);
+            const int64_t place = (block.sample * arguments.tokens + i) * arguments.channels;
+            block.store_row<type.value>(row, target.template at<type.value>(place));
+        }
+    });
 }
 
 // Loads a block and puts into work.sums what SiLU is applied to.
@@ -40,7 +57,9 @@ void convolve(const ConvolutionArguments& arguments, const ChannelBlock& block, 
     block.load_columns(static_cast<const float*>(arguments.weight.data), arguments.window.taps(), work.weight);
     load_tokens(arguments, block, cells, arguments.hidden_states, work.inputs);
     Vec bias[kVectors] = {};
-    if (arguments.bias.data) block.load_row(arguments.bias, bias);
+    if (arguments.bias.data) {
+        with_type(arguments.bias.type, [&](auto type) { block.load_row<type.value>(arguments.bias.data, bias); });
+    }
     work.sums.resize(cells.places * kVectors);
     for (int64_t i = 0; i < cells.places; ++i) std::copy_n(bias, kVectors, &work.sums[i * kVectors]);
     cells.convolve(work.weight, work.inputs, work.sums);
@@ -50,12 +69,10 @@ template <typename Cells>
 void forward_block(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells,
                    Workspace& work, Target output) {
     convolve(arguments, block, cells, work);
-    for (int64_t token = 0; token < arguments.tokens; ++token) {
-        Vec* result = &work.sums[cells.place(token) * kVectors];
-        if (arguments.silu) {
-            for (int v = 0; v < kVectors; ++v) result[v] = silu(result[v]);
-        }
-        block.store_row(result, output + (block.sample * arguments.tokens + token) * arguments.channels);
+    if (arguments.silu) {
+        store_tokens(arguments, block, cells, work.sums, output, [](Vec sum) { return silu(sum); });
+    } else {
+        store_tokens(arguments, block, cells, work.sums, output, [](Vec sum) { return sum; });
     }
 }
 
@@ -76,7 +93,7 @@ void backward_block(const ConvolutionArguments& arguments, const Rows& grad_outp
             grad_bias[v] += grad[v];
         }
     }
-    block.store_row(grad_bias, partial_bias);
+    block.store_row<kFloat32>(grad_bias, partial_bias);
 
     work.grad_weight.assign(taps * kVectors, Vec{});
     cells.correlate(work.grads, work.inputs, work.grad_weight);
@@ -84,10 +101,7 @@ void backward_block(const ConvolutionArguments& arguments, const Rows& grad_outp
 
     work.sums.assign(cells.places * kVectors, Vec{});
     cells.spread(work.weight, work.grads, work.sums);
-    for (int64_t token = 0; token < arguments.tokens; ++token) {
-        const Target row = grad_hidden_states + (block.sample * arguments.tokens + token) * arguments.channels;
-        block.store_row(&work.sums[cells.place(token) * kVectors], row);
-    }
+    store_tokens(arguments, block, cells, work.sums, grad_hidden_states, [](Vec sum) { return sum; });
 }
 
 // Calls work(block, cells, workspace) for all blocks, with the cells as `prepare(sample, workspace)` returns them.
