@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from timeit import timeit
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hf_vssm_prune.kernels import KERNELS
 
 gpu_check = load_script("gpu_check")
 
+from benchmarking.measuring import Group  # noqa: E402
 from gpu_checking import distribution, golden, kernels, machine, models, training  # noqa: E402
 from gpu_checking.report import Report  # noqa: E402
 
@@ -77,7 +79,9 @@ def test_convolutions_are_timed_beside_plain_pytorch(options, triton_is_there) -
     assert {row[3] for row in report.tables[0].rows} == {"triton", "torch"}
 
 
-def test_scans_are_timed_and_a_missing_mamba_ssm_is_no_mistake(options, triton_is_there) -> None:
+def test_scans_are_timed_and_a_missing_mamba_ssm_is_no_mistake(options, triton_is_there, monkeypatch) -> None:
+    # One run of each instead of three or more: interpreted, a run takes long.
+    monkeypatch.setattr(kernels, "take_turns", lambda _, cases, *__: Group("", {"": [timeit(cases[""], number=1)]}))
     report = Report(options.output_dir / "report.json")
     kernels.time_kernels("scans", options, report)
     assert report.wrong == []
@@ -86,11 +90,13 @@ def test_scans_are_timed_and_a_missing_mamba_ssm_is_no_mistake(options, triton_i
     assert all(float(row[-2]) > 0 and float(row[-1]) > 0 for row in report.tables[0].rows)
 
 
-def test_compiled_models_are_timed(options) -> None:
+def test_compiled_models_are_timed(options, monkeypatch) -> None:
+    make = models.make_models  # the dense one is enough
+    monkeypatch.setattr(models, "make_models", lambda *words: dict([*make(*words).items()][:1]))
     report = Report(options.output_dir / "report.json")
     models.time_compiled_models(options, report)
     assert report.wrong == []
-    assert [row[3] for row in report.tables[0].rows] == ["compiled"] * 3
+    assert [row[3] for row in report.tables[0].rows] == ["compiled"]
 
 
 def test_a_built_mamba_ssm_is_found(options, tmp_path, monkeypatch) -> None:
