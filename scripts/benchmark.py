@@ -15,13 +15,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from hf_vssm_prune import PlainMambaConfig  # first: it chooses how idle threads wait, which torch reads when loaded
+
+
+# isort: split
 import torch
 from benchmarking.bf16 import bf16_section
 from benchmarking.blocks import blocks_section
 from benchmarking.budgets import budgets_section
 from benchmarking.busy import busy_section
 from benchmarking.calls import calls_section
-from benchmarking.earlier import earlier_section
+from benchmarking.earlier import earlier_kernels_section, earlier_section
 from benchmarking.exported import export_section
 from benchmarking.heads import heads_section
 from benchmarking.int8 import int8_section
@@ -33,7 +37,6 @@ from benchmarking.scan import convolution_section, scan_section
 from benchmarking.training import training_section
 from benchmarking.videos import video_section
 
-from hf_vssm_prune import PlainMambaConfig
 from hf_vssm_prune.export import FORMATS
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.training.arguments.parsing import check_output_file
@@ -60,11 +63,12 @@ SECTIONS = {
     "busy": busy_section,
     "peers": peers_section,
     "earlier": earlier_section,
+    "earlier_kernels": earlier_kernels_section,
 }
 # These run only if they are named.
-LONG_SECTIONS = ("bf16", "calls", "int8", "export", "video", "heads", "busy", "peers", "earlier")
+LONG_SECTIONS = ("bf16", "calls", "int8", "export", "video", "heads", "busy", "peers", "earlier", "earlier_kernels")
 
-CPU_SECTIONS = ("roofline", "parts", "bf16", "calls", "int8", "export", "busy", "peers", "earlier")
+CPU_SECTIONS = ("roofline", "parts", "bf16", "calls", "int8", "export", "busy", "peers", "earlier", "earlier_kernels")
 PLAINMAMBA_SECTIONS = ("blocks", "heads", "earlier")
 
 
@@ -115,7 +119,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="folder in which other projects are installed for the section `peers` (default: %(default)s)",
     )
     parser.add_argument(
-        "--earlier", type=Path, help="folder of another checkout, which the section `earlier` compares with this one"
+        "--earlier", type=Path, help="folder of another checkout, which the sections `earlier…` compare with this one"
     )
     parser.add_argument("--plot", help="file for a plot of time against the budget (needs matplotlib)")
     parser.add_argument("--json", help="file to write all runs and ratios to")
@@ -141,9 +145,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if others := [name for name in options.sections if name not in possible]:
         parser.error(f"--sections {' '.join(others)}: not for {options.family} on {options.device}.")
     is_checkout = options.earlier is not None and (options.earlier / "src" / "hf_vssm_prune").is_dir()
-    if "earlier" in options.sections and not is_checkout:
+    if not is_checkout and (section := next((name for name in options.sections if name.startswith("earlier")), None)):
         parser.error(
-            f"--earlier {options.earlier}: the section `earlier` needs the folder of a checkout, made by "
+            f"--earlier {options.earlier}: the section `{section}` needs the folder of a checkout, made by "
             "`git worktree add FOLDER COMMIT`."
         )
     return options

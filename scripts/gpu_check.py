@@ -23,6 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_vssm_prune.families import FAMILIES  # first: it chooses how idle threads wait, which torch reads when loaded
+
+
+# isort: split
 import torch
 from gpu_checking.distribution import check_distribution
 from gpu_checking.golden import check_golden_cases
@@ -33,7 +37,6 @@ from gpu_checking.report import Report
 from gpu_checking.training import MODELS as MODELS_TO_TRAIN
 from gpu_checking.training import compile_training, time_training
 
-from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.training.checkpoints import write_json, write_text
 
 

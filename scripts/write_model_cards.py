@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_vssm_prune import EXAMPLE_MODEL  # first: it chooses how idle threads wait, which torch reads when loaded
+
+
+# isort: split
 import torch
 
-from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub import ModelCardInfo, TrainingRecipe, create_model_card

@@ -25,6 +25,7 @@ from benchmarking import (  # noqa: E402
     budgets,
     calls,
     earlier,
+    earlier_kernels_worker,
     earlier_worker,
     int8,
     measuring,
@@ -82,15 +83,33 @@ def test_an_earlier_checkout_takes_turns_with_this_one(monkeypatch, capsys):
 
     command = [sys.executable, "-c", "import sys\nfor line in sys.stdin: print(len(line), flush=True)"]
     workers = [subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
-    assert earlier.in_turns(workers, "dense", seconds=0) == {"before": [6.0] * 3, "after": [6.0] * 3}
+    times = earlier.in_turns(workers, ["dense", "pruned"], seconds=0)
+    assert times == {
+        f"{case}, {which}": [len(case) + 1.0] * 3 for case in ("dense", "pruned") for which in ("before", "after")
+    }
     for worker in workers:
         worker.communicate()
 
 
-def test_a_folder_that_is_no_checkout_is_named(tmp_path, capsys):
+def test_each_kernel_is_timed_forward_and_backward(monkeypatch, capsys):
+    """Every name that is asked for is answered by a time; where nothing ran, a backward would find no graph."""
+    monkeypatch.setattr(earlier_kernels_worker, "SIDE", 3)
+    monkeypatch.setattr(earlier_kernels_worker, "CHANNELS", 8)
+    sizes = {"image_size": 32, "num_hidden_layers": 1, "hidden_size": 16}
+    monkeypatch.setattr(earlier_kernels_worker, "COMMON", {**earlier_kernels_worker.COMMON, **sizes})
+    names = [*earlier_kernels_worker.KERNELS, *earlier_kernels_worker.STEPS]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(names)))
+    earlier_kernels_worker.main(1, torch.get_num_threads())
+    times = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(times) == len(names)
+    assert min(times) > 0
+
+
+@pytest.mark.parametrize("section", ["earlier", "earlier_kernels"])
+def test_a_folder_that_is_no_checkout_is_named(section, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        benchmark.main(["--sections", "earlier", "--earlier", str(tmp_path)])
-    assert f"--earlier {tmp_path}: the section `earlier` needs the folder of a checkout" in capsys.readouterr().err
+        benchmark.main(["--sections", section, "--earlier", str(tmp_path)])
+    assert f"--earlier {tmp_path}: the section `{section}` needs the folder of a checkout" in capsys.readouterr().err
 
 
 def test_a_project_that_cannot_be_installed_or_run_is_left_out(tmp_path, capfd, monkeypatch):

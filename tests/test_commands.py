@@ -1,5 +1,6 @@
 """`hf-vssm-prune VERB`: every verb on the shipped model, its help, and the scripts of the same names."""
 
+import ast
 import json
 import os
 import runpy
@@ -182,6 +183,17 @@ def test_the_user_wins(set_by_user, monkeypatch):
 def test_the_library_changes_no_environment():
     """That imports it in a process which was not started to run a command, as this one."""
     assert all(IMPORTED_WITH.get(name) == STARTED_WITH.get(name) for name in WAITING)
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda script: script.stem)
+def test_scripts_choose_before_torch_is_loaded(script):
+    """A choice that comes later affects the processes that a script starts and not the script itself."""
+    imports = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+    packages = [name.partition(".")[0] for name in names]
+    if "hf_vssm_prune" in packages:
+        before = packages[: packages.index("hf_vssm_prune")]
+        assert not {"torch", "transformers", "accelerate", "benchmarking", "gpu_checking"} & set(before)
 
 
 def test_the_demo_chooses_as_the_commands_do(monkeypatch):

@@ -1,9 +1,11 @@
 """The estimate of a run: what it counts against sums by hand, what it measures, and the script."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TOKEN_PRUNING, load_script, make_vim_config
 
 from hf_vssm_prune import count_flops
@@ -14,7 +16,8 @@ from hf_vssm_prune.training.arguments import (
     OptimizationArguments,
     ScaleArguments,
 )
-from hf_vssm_prune.training.estimate import RunEstimate, estimate_run
+from hf_vssm_prune.training.devices import launch_on_cores
+from hf_vssm_prune.training.estimate import RunEstimate, estimate_run, estimate_text
 from hf_vssm_prune.training.tasks.classification import ImageClassification
 
 
@@ -45,7 +48,8 @@ def estimate(elastic: ElasticArguments | None = None, scale: ScaleArguments | No
     )
 
 
-def test_updates_flops_and_hours():
+def test_updates_flops_and_hours(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # so that there is a faster way to start the run
     found = estimate()
     # 100 images are 12 batches on each of 2 devices, in pairs.
     assert (found.images_per_step, found.steps_per_epoch, found.num_steps) == (16, 6, 18)
@@ -56,9 +60,27 @@ def test_updates_flops_and_hours():
     assert found.hours == pytest.approx(found.total_flops / 2e9 / 3600)
     assert found.device_hours == pytest.approx(2 * found.hours)
     assert found.measured_images_per_second > 0
+    text = estimate_text(found, num_devices=2, batch_size=4)
+    launch = launch_on_cores(torch.device("cpu"), num_processes=1, batch_size=4)
+    assert f"\nfaster    one single-threaded process per core: {launch}" in text
+    assert "faster" not in estimate_text(replace(found, faster_launch=None), num_devices=2, batch_size=4)
     without_teacher = estimate(kd_weight=0.0, alignment_weight=0.0)
     assert without_teacher.flops_per_image == 6 * flops.pruned.total
     assert without_teacher.state_bytes == pytest.approx(found.state_bytes * 5 / 6)
+
+
+def test_one_process_per_core_is_recommended_where_the_batch_can_be_divided(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    cpu = torch.device("cpu")
+    launch = launch_on_cores(cpu, num_processes=1, batch_size=32)
+    assert launch is not None
+    assert launch.startswith("OMP_NUM_THREADS=1 accelerate launch --multi_gpu --num_processes 2 ")
+    assert launch.endswith(" --batch_size 16 --use_cpu")
+    assert launch_on_cores(cpu, num_processes=2, batch_size=32) is None
+    assert launch_on_cores(cpu, num_processes=1, batch_size=31) is None
+    assert launch_on_cores(torch.device("cuda"), num_processes=1, batch_size=32) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert launch_on_cores(cpu, num_processes=1, batch_size=32) is None
 
 
 def test_sharding_and_checkpointing_save_memory():

@@ -1,8 +1,13 @@
 """The check for GPUs, rehearsed where there is none: a wrong kernel is named, and what hangs costs only its part."""
 
 import argparse
+import importlib
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
+from timeit import timeit
 
 import pytest
 import torch
@@ -13,7 +18,8 @@ from hf_vssm_prune.kernels import KERNELS
 
 gpu_check = load_script("gpu_check")
 
-from gpu_checking import golden, kernels, models, training  # noqa: E402
+from benchmarking.measuring import Group  # noqa: E402
+from gpu_checking import distribution, golden, kernels, machine, models, training  # noqa: E402
 from gpu_checking.report import Report  # noqa: E402
 
 
@@ -45,10 +51,10 @@ def triton_is_there() -> None:
 
 def test_kernels_are_right(options, triton_is_there) -> None:
     report = Report(options.output_dir / "report.json")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in kernels.NAMES:
         kernels.check_kernel("triton", dtype, options, report)
     assert report.wrong == []
-    assert [len(table.rows) for table in report.tables] == [5, 5]
+    assert [len(table.rows) for table in report.tables] == [5, 5, 5]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +77,85 @@ def test_convolutions_are_timed_beside_plain_pytorch(options, triton_is_there) -
     kernels.time_kernels("convolutions", options, report)
     assert report.wrong == []
     assert {row[3] for row in report.tables[0].rows} == {"triton", "torch"}
+
+
+def test_scans_are_timed_and_a_missing_mamba_ssm_is_no_mistake(options, triton_is_there, monkeypatch) -> None:
+    # One run of each instead of three or more: interpreted, a run takes long.
+    monkeypatch.setattr(kernels, "take_turns", lambda _, cases, *__: Group("", {"": [timeit(cases[""], number=1)]}))
+    report = Report(options.output_dir / "report.json")
+    kernels.time_kernels("scans", options, report)
+    assert report.wrong == []
+    assert report.lines == ["- mamba_ssm is not used: mamba-ssm was not given (--mamba_ssm)"]
+    assert {row[3] for row in report.tables[0].rows} == {"triton"}
+    assert all(float(row[-2]) > 0 and float(row[-1]) > 0 for row in report.tables[0].rows)
+
+
+def test_compiled_models_are_timed(options, monkeypatch) -> None:
+    make = models.make_models  # the dense one is enough
+    monkeypatch.setattr(models, "make_models", lambda *words: dict([*make(*words).items()][:1]))
+    report = Report(options.output_dir / "report.json")
+    models.time_compiled_models(options, report)
+    assert report.wrong == []
+    assert [row[3] for row in report.tables[0].rows] == ["compiled"]
+
+
+def test_a_built_mamba_ssm_is_found(options, tmp_path, monkeypatch) -> None:
+    """Its package is imported without its own `__init__`, which needs more than the scan does."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mamba_ssm", raising=False)
+    options.mamba_ssm = tmp_path
+    assert "is not built" in machine.find_mamba_ssm(options)
+    (tmp_path / machine.BUILD_FOLDER).mkdir()
+    (tmp_path / machine.BUILD_FOLDER / "selective_scan_cuda.so").touch()
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise ImportError('language models')")
+    (tmp_path / "mamba_ssm" / "scan_of_a_test.py").write_text("answer = 42")
+    assert machine.find_mamba_ssm(options) is None
+    assert importlib.import_module("mamba_ssm.scan_of_a_test").answer == 42
+    for name in ("mamba_ssm", "mamba_ssm.scan_of_a_test"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_mamba_ssm_is_built_from_its_scans_sources(options, tmp_path, monkeypatch) -> None:
+    assert machine.start_building(options) is None  # no source was given
+    sources = tmp_path / "csrc" / "selective_scan"
+    sources.mkdir(parents=True)
+    for name in ("selective_scan.cpp", "forward.cu", "selective_scan.h", "notes.cmake"):
+        (sources / name).touch()
+    calls = []
+    monkeypatch.setattr("torch.utils.cpp_extension.load", lambda *words, **settings: calls.append((words, settings)))
+    machine.build_mamba_ssm(tmp_path)
+    ((name, files), settings) = calls[0]
+    assert name == "selective_scan_cuda"
+    assert [Path(file).name for file in files] == ["forward.cu", "selective_scan.cpp"]
+    assert Path(settings["build_directory"]).is_dir()
+    options.mamba_ssm = tmp_path
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no nvcc
+    assert machine.start_building(options) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "status", "wrong"),
+    [
+        ([1.5, 1.5, 1.5], 0, None),
+        ([1.5, 1.5, 1.6], 0, "the runs end with losses [1.5, 1.5, 1.6]"),
+        ([1.5, 1.5, math.nan], 0, "the runs end with losses [1.5, 1.5, nan]"),
+        ([1.5, 1.5, 1.5], 3, "run 0 on cpu: status 3; log.distribution.txt has its error"),
+    ],
+    ids=["same", "other", "nan", "failed"],
+)
+def test_runs_that_differ_or_fail_are_wrong(losses, status, wrong, options, monkeypatch) -> None:
+    def train(command: list[str], **_) -> subprocess.CompletedProcess:
+        folder = Path(command[command.index("--output_dir") + 1])
+        folder.mkdir(parents=True)
+        results = {"history": [{"eval_loss": losses[int(folder.name)]}]}
+        (folder / "all_results.json").write_text(json.dumps(results))
+        return subprocess.CompletedProcess(command, status, "", "")
+
+    monkeypatch.setattr(subprocess, "run", train)
+    report = Report(options.output_dir / "report.json")
+    distribution.check_distribution(options, report)
+    assert report.wrong == ([] if wrong is None else [wrong])
 
 
 def test_arguments_are_drawn_on_the_cpu(options) -> None:

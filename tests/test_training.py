@@ -300,8 +300,9 @@ def test_steps_average_the_gradients_of_their_batches(datasets, tmp_path):
     torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-8)
 
 
-def test_finetuning_logs_every_term_and_leaves_the_teacher_alone(datasets, tmp_path, caplog):
+def test_finetuning_logs_every_term_and_leaves_the_teacher_alone(datasets, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO", logger="hf_vssm_prune")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # so that there is a faster way to start the run
     teacher = AutoModelForImageClassification.from_config(make_plainmamba_config(drop_path_rate=0.5))
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     recipe = make_recipe(tmp_path, LossWeights(kd_weight=1.0, alignment_weight=1.0), max_train_steps=3)
@@ -313,6 +314,8 @@ def test_finetuning_logs_every_term_and_leaves_the_teacher_alone(datasets, tmp_p
     line = next(record.message for record in caplog.records if "step 3/3" in record.message)
     for term in ("loss", "cross_entropy", "distillation", "alignment", "gradient_norm", "learning_rate"):
         assert f" {term} " in line
+    launch = "OMP_NUM_THREADS=1 accelerate launch --multi_gpu --num_processes 2 "
+    assert any(f"one single-threaded process per core: {launch}" in record.message for record in caplog.records)
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "last").config.token_pruning == TOKEN_PRUNING
 
 

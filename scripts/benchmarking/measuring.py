@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import os
 import platform
 import statistics
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from hf_vssm_prune.environment import WAITING
 from hf_vssm_prune.kernels import available
 
 
@@ -155,6 +157,7 @@ def describe_machine(device: str) -> dict[str, str]:
     return {
         "processor": processor,
         "threads": str(torch.get_num_threads()),
+        "idle threads": " ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ) or "default",
         "torch": torch.__version__,
         "kernels": ", ".join(name for name, state in available().items() if state == "available") or "none",
         "matrix products": f"{2 * 1024**3 / min(runs) / 1e9:.0f} GFLOP/s",

@@ -49,12 +49,9 @@ def depthwise_conv2d(*args: Any, **kwargs: Any) -> Tensor:
 
 
 @left_to(causal_conv1d_torch)
-def causal_conv1d(hidden_states: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """For arguments and result, see `hf_vssm_prune.causal_convolution.causal_conv1d`. Kernels with too many taps for
-    the grid's kernel use plain PyTorch."""
-    if weight.shape[-1] > MOST_TAPS:
-        return causal_conv1d_torch(hidden_states, weight, *args, **kwargs)
-    return _depthwise_conv2d(*ConvolutionArguments.along_sequence(hidden_states, weight, *args, **kwargs))
+def causal_conv1d(*args: Any, **kwargs: Any) -> Tensor:
+    """For arguments and result, see `hf_vssm_prune.causal_convolution.causal_conv1d`."""
+    return _depthwise_conv2d(*ConvolutionArguments.along_sequence(*args, **kwargs))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,12 +222,6 @@ def _scan_structure(arguments: ScanArguments) -> tuple[ctypes.Array[c_int64], li
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# For a grid with one row, C++ uses only the middle row of a 7 x 7 kernel. A causal kernel is the left half of this row,
-# including the middle; for the reverse direction, it is the right half.
-MIDDLE = 3
-MOST_TAPS = MIDDLE + 1
-
-
 def _convolution_forward(arguments: ConvolutionArguments) -> Tensor:
     output = _new(arguments.hidden_states, arguments.hidden_states.dtype)
     structure, _keep = _convolution_structure(arguments)
@@ -240,14 +231,14 @@ def _convolution_forward(arguments: ConvolutionArguments) -> Tensor:
 
 def _convolution_backward(arguments: ConvolutionArguments, grad_output: Tensor) -> list[Tensor]:
     hidden_states, weight, bias = arguments.hidden_states, arguments.weight, arguments.bias
-    gradients = [_new(hidden_states, hidden_states.dtype), _new(_on_square(weight, arguments.looks))]
+    gradients = [_new(hidden_states, hidden_states.dtype), _new(weight)]
     gradients += [] if bias is None else [_new(bias)]
     structure, _keep = _convolution_structure(arguments)
     grad_output = grad_output.contiguous()
     weights = [*map(_pointer, gradients[1:]), (0,)][:2]
     places = _structure(_place(gradients[0]), *weights)
     _call("depthwise_conv2d_backward", structure, _structure(_rows(grad_output)), places)
-    gradients[1] = _from_square(gradients[1], weight, arguments.looks)
+    gradients[1] = _in_reading_order(gradients[1], arguments.looks)
     return gradients
 
 
@@ -256,35 +247,25 @@ _depthwise_conv2d = convolution_operator(
 )
 
 
-def _on_square(weight: Tensor, looks: int) -> Tensor:
-    """A kernel in the form used by C++, for any direction."""
-    if looks == 0:
-        return weight
-    square = weight.new_zeros(weight.shape[0], 1, 2 * MIDDLE + 1, 2 * MIDDLE + 1)
-    _taps(square, weight.shape[-1], looks).copy_(weight if looks > 0 else weight.flip(-1))
-    return square
+def _in_reading_order(weight: Tensor, looks: int) -> Tensor:
+    """A kernel with its taps in the order of the tokens they belong to, and back: for the reverse direction, the last
+    tap comes first."""
+    return weight.flip(-1) if looks < 0 else weight
 
 
-def _from_square(square: Tensor, weight: Tensor, looks: int) -> Tensor:
-    """The taps of `weight` in a kernel of that form."""
-    if looks == 0:
-        return square
-    taps = _taps(square, weight.shape[-1], looks)
-    return taps.contiguous() if looks > 0 else taps.flip(-1)
-
-
-def _taps(square: Tensor, taps: int, looks: int) -> Tensor:
-    first = MOST_TAPS - taps if looks > 0 else MIDDLE
-    return square[:, :, MIDDLE, first : first + taps]
+def _window(arguments: ConvolutionArguments) -> tuple[int, int, int]:
+    taps = arguments.weight.shape[-1]
+    if arguments.looks == 0:
+        return taps, taps, taps // 2
+    return 1, taps, taps - 1 if arguments.looks > 0 else 0
 
 
 def _convolution_structure(arguments: ConvolutionArguments) -> tuple[ctypes.Array[c_int64], list[Tensor | None]]:
     """The arguments in the form used by C++, and the tensors to which they point."""
     a = arguments
     rows = _contiguous_rows(a.hidden_states)
-    weight = _on_square(a.weight, a.looks)
-    parameters = [_contiguous(weight), _contiguous(a.bias)]
+    parameters = [_contiguous(_in_reading_order(a.weight, a.looks)), _contiguous(a.bias)]
     indices = [_contiguous_int32(a.kept), _contiguous_int32(a.stand_ins)]
-    sizes = (*a.hidden_states.shape, weight.shape[-1], a.height, a.width)
+    sizes = (*a.hidden_states.shape, a.height, a.width, *_window(a))
     structure = _structure(sizes, _rows(rows), *map(_place, parameters), *map(_pointer, indices), (int(a.silu),))
     return structure, [rows, *parameters, *indices]

@@ -34,10 +34,20 @@ struct ScanGradients {
     float *A, *B, *C, *D, *time_step_bias, *hole_time_step, *direction_B;
 };
 
+// The cells that a convolution looks at from a cell: a square around it, or, in a sequence, the cell and those to its
+// left or to its right.
+struct Window {
+    int64_t height, width, left;  // left: cells to the left of the cell itself
+
+    int64_t above() const { return height / 2; }
+    int64_t taps() const { return height * width; }
+};
+
 struct ConvolutionArguments {
-    int64_t batch, tokens, channels, kernel, height, width;
+    int64_t batch, tokens, channels, height, width;
+    Window window;
     Rows hidden_states;
-    Source weight, bias;              // weight: (channels, kernel * kernel)
+    Source weight, bias;              // weight: (channels, taps), row by row of the window
     const int32_t *kept, *stand_ins;  // (batch, tokens), (batch, height * width)
     int64_t silu;
 };

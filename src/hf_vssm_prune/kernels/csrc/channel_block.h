@@ -26,21 +26,19 @@ struct ChannelBlock {
         }
     }
 
-    // `channels` points to a row of all channels.
-    void load_row(Source channels, Vec* target) const {
-        with_type(channels.type, [&](auto type) {
-            for (int v = 0; v < kVectors; ++v) {
-                target[v] = load_as<type.value>(channels.template at<type.value>(first_channel + v * kLanes), width[v]);
-            }
-        });
+    // `channels` points to a row of all channels, whose type is known: a loop over rows is compiled for each type.
+    template <ElementType type>
+    void load_row(const void* channels, Vec* target) const {
+        for (int v = 0; v < kVectors; ++v) {
+            target[v] = load_as<type>(Source(channels, type).at<type>(first_channel + v * kLanes), width[v]);
+        }
     }
 
-    void store_row(const Vec* source, Target channels) const {
-        with_type(channels.type, [&](auto type) {
-            for (int v = 0; v < kVectors; ++v) {
-                store_as<type.value>(channels.template at<type.value>(first_channel + v * kLanes), source[v], width[v]);
-            }
-        });
+    template <ElementType type>
+    void store_row(const Vec* source, void* channels) const {
+        for (int v = 0; v < kVectors; ++v) {
+            store_as<type>(Target(channels, type).at<type>(first_channel + v * kLanes), source[v], width[v]);
+        }
     }
 
     // Of a matrix (channels, columns), its transpose as rows.

@@ -1,4 +1,5 @@
-// Depthwise convolution on the patch grid, at the cells that still hold a token, forward and backward.
+// Depthwise convolution on the patch grid, at the cells that still hold a token, or along a sequence (a grid of one
+// row), forward and backward.
 //
 // What SiLU is applied to is bias + convolution. A task is a sample and a few blocks of its channels; the sums over
 // samples are made in the samples' order, never that of the threads.
@@ -28,18 +29,37 @@ template <typename Cells>
 void load_tokens(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells,
                  const Rows& tokens, BlockRows& target) {
     target.assign(cells.places * kVectors, Vec{});
-    for (int64_t i = 0; i < arguments.tokens; ++i) {
-        block.load_row(tokens.row(block.sample, i), &target[cells.place(i) * kVectors]);
-    }
+    with_type(tokens.data.type, [&](auto type) {
+        for (int64_t i = 0; i < arguments.tokens; ++i) {
+            const int64_t place = block.sample * tokens.batch_stride + i * tokens.row_stride;
+            block.load_row<type.value>(tokens.data.template at<type.value>(place), &target[cells.place(i) * kVectors]);
+        }
+    });
+}
+
+// `rows` has a row for each cell, `target` for each token of all samples. `change` is applied to each vector before.
+template <typename Cells, typename Change>
+void store_tokens(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells,
+                  const BlockRows& rows, Target target, const Change& change) {
+    with_type(target.type, [&](auto type) {
+        for (int64_t i = 0; i < arguments.tokens; ++i) {
+            Vec row[kVectors];
+            for (int v = 0; v < kVectors; ++v) row[v] = change(rows[cells.place(i) * kVectors + v]);
+            const int64_t place = (block.sample * arguments.tokens + i) * arguments.channels;
+            block.store_row<type.value>(row, target.template at<type.value>(place));
+        }
+    });
 }
 
 // Loads a block and puts into work.sums what SiLU is applied to.
 template <typename Cells>
 void convolve(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells, Workspace& work) {
-    block.load_columns(static_cast<const float*>(arguments.weight.data), arguments.kernel * arguments.kernel, work.weight);
+    block.load_columns(static_cast<const float*>(arguments.weight.data), arguments.window.taps(), work.weight);
     load_tokens(arguments, block, cells, arguments.hidden_states, work.inputs);
     Vec bias[kVectors] = {};
-    if (arguments.bias.data) block.load_row(arguments.bias, bias);
+    if (arguments.bias.data) {
+        with_type(arguments.bias.type, [&](auto type) { block.load_row<type.value>(arguments.bias.data, bias); });
+    }
     work.sums.resize(cells.places * kVectors);
     for (int64_t i = 0; i < cells.places; ++i) std::copy_n(bias, kVectors, &work.sums[i * kVectors]);
     cells.convolve(work.weight, work.inputs, work.sums);
@@ -49,12 +69,10 @@ template <typename Cells>
 void forward_block(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells,
                    Workspace& work, Target output) {
     convolve(arguments, block, cells, work);
-    for (int64_t token = 0; token < arguments.tokens; ++token) {
-        Vec* result = &work.sums[cells.place(token) * kVectors];
-        if (arguments.silu) {
-            for (int v = 0; v < kVectors; ++v) result[v] = silu(result[v]);
-        }
-        block.store_row(result, output + (block.sample * arguments.tokens + token) * arguments.channels);
+    if (arguments.silu) {
+        store_tokens(arguments, block, cells, work.sums, output, [](Vec sum) { return silu(sum); });
+    } else {
+        store_tokens(arguments, block, cells, work.sums, output, [](Vec sum) { return sum; });
     }
 }
 
@@ -63,7 +81,7 @@ template <typename Cells>
 void backward_block(const ConvolutionArguments& arguments, const Rows& grad_output, const ChannelBlock& block,
                     const Cells& cells, Workspace& work, Target grad_hidden_states, float* partial_weight,
                     float* partial_bias) {
-    const int64_t taps = arguments.kernel * arguments.kernel;
+    const int64_t taps = arguments.window.taps();
     convolve(arguments, block, cells, work);
     load_tokens(arguments, block, cells, grad_output, work.grads);
     Vec grad_bias[kVectors] = {};
@@ -75,7 +93,7 @@ void backward_block(const ConvolutionArguments& arguments, const Rows& grad_outp
             grad_bias[v] += grad[v];
         }
     }
-    block.store_row(grad_bias, partial_bias);
+    block.store_row<kFloat32>(grad_bias, partial_bias);
 
     work.grad_weight.assign(taps * kVectors, Vec{});
     cells.correlate(work.grads, work.inputs, work.grad_weight);
@@ -83,10 +101,7 @@ void backward_block(const ConvolutionArguments& arguments, const Rows& grad_outp
 
     work.sums.assign(cells.places * kVectors, Vec{});
     cells.spread(work.weight, work.grads, work.sums);
-    for (int64_t token = 0; token < arguments.tokens; ++token) {
-        const Target row = grad_hidden_states + (block.sample * arguments.tokens + token) * arguments.channels;
-        block.store_row(&work.sums[cells.place(token) * kVectors], row);
-    }
+    store_tokens(arguments, block, cells, work.sums, grad_hidden_states, [](Vec sum) { return sum; });
 }
 
 // Calls work(block, cells, workspace) for all blocks, with the cells as `prepare(sample, workspace)` returns them.
@@ -107,17 +122,20 @@ void for_blocks(const ConvolutionArguments& arguments, int threads, const Prepar
 // As above, with the cells that suit the arguments.
 template <typename Work>
 void for_blocks(const ConvolutionArguments& arguments, int threads, const Work& work) {
-    const auto dense = [&](auto grid) {
-        grid.set(arguments.height, arguments.width);
-        for_blocks(arguments, threads, [&](int64_t, Workspace&) -> const auto& { return grid; }, work);
+    const Window& window = arguments.window;
+    const auto dense = [&](const auto& cells) {
+        for_blocks(arguments, threads, [&](int64_t, Workspace&) -> const auto& { return cells; }, work);
     };
-    if (!arguments.kept && arguments.kernel == 7) return dense(DenseGrid<7>{});
-    if (!arguments.kept && arguments.kernel == 3) return dense(DenseGrid<3>{});
+    if (!arguments.kept && window.height == 7) return dense(DenseGrid<7>(arguments.height, arguments.width));
+    if (!arguments.kept && window.height == 3) return dense(DenseGrid<3>(arguments.height, arguments.width));
+    if (!arguments.kept && arguments.height == 1 && window.height == 1 && window.width == 4) {
+        return dense(DenseSequence<4>(arguments.tokens, window.left));
+    }
     const auto list = [&](int64_t sample, Workspace& workspace) -> const SparseCells& {
         const int32_t* kept = arguments.kept ? arguments.kept + sample * arguments.tokens : nullptr;
         const int64_t cells = arguments.height * arguments.width;
         const int32_t* stand_ins = arguments.stand_ins ? arguments.stand_ins + sample * cells : nullptr;
-        workspace.sparse.list(kept, stand_ins, arguments.tokens, arguments.height, arguments.width, arguments.kernel);
+        workspace.sparse.list(kept, stand_ins, arguments.tokens, arguments.height, arguments.width, window);
         return workspace.sparse;
     };
     for_blocks(arguments, threads, list, work);
@@ -134,7 +152,7 @@ void add_up(const float* partials, int64_t batch, int64_t size, float* sum) {
 // With the weight in float32, which the loops over the kernel read number by number.
 ConvolutionArguments with_floats(const ConvolutionArguments& given, Floats& floats) {
     ConvolutionArguments arguments = given;
-    arguments.weight = floats.of(given.weight, given.channels * given.kernel * given.kernel);
+    arguments.weight = floats.of(given.weight, given.channels * given.window.taps());
     return arguments;
 }
 
@@ -174,7 +192,7 @@ extern "C" const char* depthwise_conv2d_backward(const ConvolutionArguments* giv
                                                  const ConvolutionGradients* gradients, int threads) {
     if (const char* error = find_error(*given)) return error;
     const int64_t batch = given->batch, channels = given->channels;
-    const int64_t weight_size = given->kernel * given->kernel * channels;
+    const int64_t weight_size = given->window.taps() * channels;
     return with_memory([&] {
         Floats floats;
         const ConvolutionArguments arguments = with_floats(*given, floats);

@@ -1,17 +1,18 @@
-// The two ways to sum over the neighbours of cells on the patch grid. Both lay out the cells' rows by `place(token)`,
+// The three ways to sum over the neighbours of cells on the patch grid, or in a sequence. All lay out the cells' rows by `place(token)`,
 // in buffers of `places` rows, and have the same three sums:
 //
 //     convolve    sums[i] += weight[tap] rows[j]         over the neighbours j of each cell i, at their taps of the kernel
 //     spread      sums[j] += weight[tap] grads[i]        over the same: the gradient of convolve's rows
 //     correlate   grad_weight[tap] += grads[i] rows[j]   over the cells i that have a neighbour j at the tap
 //
-// A tap is a place in the kernel, row by row; the weight and its gradient have a row for each.
+// A tap is a place in the window, row by row; the weight and its gradient have a row for each.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "arguments.h"
 #include "channel_block.h"
 
 // Cells of which some are empty. Where they count as zero, each token only gathers from its kept neighbours, so that with
@@ -23,9 +24,9 @@ public:
     // `kept`: the cell of each token, or null if every cell has its own. `stand_ins`: the token that is seen in each cell,
     // or null if none is seen in empty ones.
     void list(const int32_t* kept, const int32_t* stand_ins, int64_t tokens, int64_t height, int64_t width,
-              int64_t kernel) {
-        const int64_t radius = kernel / 2, padded_width = width + 2 * radius;
-        const auto padded = [&](int64_t cell) { return cell / width * padded_width + cell % width + radius; };
+              const Window& window) {
+        const int64_t padded_width = width + window.width - 1;
+        const auto padded = [&](int64_t cell) { return cell / width * padded_width + cell % width + window.left; };
         token_of_cell_.assign(height * padded_width, -1);
         if (stand_ins) {
             for (int64_t cell = 0; cell < height * width; ++cell) token_of_cell_[padded(cell)] = stand_ins[cell];
@@ -36,17 +37,17 @@ public:
         }
 
         places = tokens;
-        neighbours_.resize(tokens * kernel * kernel + 1);
+        neighbours_.resize(tokens * window.taps() + 1);
         starts_.assign(1, 0);
         int64_t count = 0;
         for (int64_t token = 0; token < tokens; ++token) {
             const int64_t cell = kept ? kept[token] : token, y = cell / width;
-            const int64_t corner = padded(cell) - radius * padded_width - radius;
-            const int64_t last_row = std::min(kernel, height + radius - y);
-            for (int64_t row = std::max<int64_t>(0, radius - y); row < last_row; ++row) {
+            const int64_t corner = padded(cell) - window.above() * padded_width - window.left;
+            const int64_t last_row = std::min(window.height, height + window.above() - y);
+            for (int64_t row = std::max<int64_t>(0, window.above() - y); row < last_row; ++row) {
                 const int32_t* in_row = &token_of_cell_[corner + row * padded_width];
-                for (int64_t column = 0; column < kernel; ++column) {
-                    neighbours_[count] = {static_cast<int32_t>(row * kernel + column), in_row[column]};
+                for (int64_t column = 0; column < window.width; ++column) {
+                    neighbours_[count] = {static_cast<int32_t>(row * window.width + column), in_row[column]};
                     count += neighbours_[count].token >= 0;
                 }
             }
@@ -112,9 +113,7 @@ class DenseGrid {
 public:
     int64_t places;
 
-    void set(int64_t height, int64_t width) {
-        height_ = height;
-        width_ = width;
+    DenseGrid(int64_t height, int64_t width) : height_(height), width_(width) {
         stride_ = (width + kTile - 1) / kTile * kTile + 2 * kRadius;
         places = height * stride_;
     }
@@ -202,4 +201,57 @@ private:
     }
 
     int64_t height_, width_, stride_;
+};
+
+// A sequence without gaps, for a window of kTaps tokens: what a sum still needs of its neighbours stays in registers.
+// There are rows of zeros where the window reaches over an end.
+template <int kTaps>
+class DenseSequence {
+public:
+    int64_t places;
+
+    DenseSequence(int64_t tokens, int64_t left) : places(tokens + kTaps - 1), tokens_(tokens), left_(left) {}
+
+    int64_t place(int64_t token) const { return token + left_; }
+
+    void convolve(const BlockRows& weight, const BlockRows& rows, BlockRows& sums) const {
+        for (int v = 0; v < kVectors; ++v) {
+            Vec weights[kTaps];
+            for (int tap = 0; tap < kTaps; ++tap) weights[tap] = weight[tap * kVectors + v];
+            for (int64_t token = 0; token < tokens_; ++token) {
+                Vec total = sums[place(token) * kVectors + v];
+                for (int tap = 0; tap < kTaps; ++tap) total += weights[tap] * rows[(token + tap) * kVectors + v];
+                sums[place(token) * kVectors + v] = total;
+            }
+        }
+    }
+
+    void spread(const BlockRows& weight, const BlockRows& grads, BlockRows& sums) const {
+        for (int v = 0; v < kVectors; ++v) {
+            Vec weights[kTaps], totals[kTaps] = {};  // of the rows that the window at a token begins with
+            for (int tap = 0; tap < kTaps; ++tap) weights[tap] = weight[tap * kVectors + v];
+            for (int64_t token = 0; token < tokens_; ++token) {
+                const Vec grad = grads[place(token) * kVectors + v];
+                for (int tap = 0; tap < kTaps; ++tap) totals[tap] += weights[tap] * grad;
+                sums[token * kVectors + v] += totals[0];
+                for (int tap = 1; tap < kTaps; ++tap) totals[tap - 1] = totals[tap];
+                totals[kTaps - 1] = Vec{};
+            }
+            for (int tap = 0; tap + 1 < kTaps; ++tap) sums[(tokens_ + tap) * kVectors + v] += totals[tap];
+        }
+    }
+
+    void correlate(const BlockRows& grads, const BlockRows& rows, BlockRows& grad_weight) const {
+        for (int v = 0; v < kVectors; ++v) {
+            Vec totals[kTaps] = {};
+            for (int64_t token = 0; token < tokens_; ++token) {
+                const Vec grad = grads[place(token) * kVectors + v];
+                for (int tap = 0; tap < kTaps; ++tap) totals[tap] += grad * rows[(token + tap) * kVectors + v];
+            }
+            for (int tap = 0; tap < kTaps; ++tap) grad_weight[tap * kVectors + v] += totals[tap];
+        }
+    }
+
+private:
+    int64_t tokens_, left_;
 };
