@@ -52,8 +52,7 @@ def main() -> None:
         film = enlarge(BOTTLE, CAMERA_SIZE, Path(scratch) / "film.mjpeg")
         # Two, because a browser does not upload the same file again.
         photos = [enlarge(BOTTLE, PHOTO_SIZE, Path(scratch) / f"photo{number}.jpg") for number in range(2)]
-        model = save_video_model(Path(scratch) / "model", **VIDEO_MODEL)
-        with running_demo("--video_model_name_or_path", str(model)) as url, chromium(film) as driver:
+        with running_demo() as url, chromium(film) as driver:
             set_screen(driver, 1200, 860)
             open_page(driver, url)
             save_screenshot(driver, folder / "demo.png")
@@ -64,6 +63,8 @@ def main() -> None:
             whole_page(driver, PHONE_WIDTH)
             save_screenshot(driver, folder / "demo-phone.png")
             report(f"uploads of a photo of {PHOTO_SIZE[0]} x {PHOTO_SIZE[1]} pixels", upload(driver, photos))
+        model = save_video_model(Path(scratch) / "model", **VIDEO_MODEL)
+        with running_demo("--video_model_name_or_path", str(model)) as url, chromium() as driver:
             set_screen(driver, 1200, 860)
             picture_clip(driver, url, Path(scratch))
             save_screenshot(driver, folder / "demo-videos.png")
