@@ -2,8 +2,10 @@
 
     python demo/app.py                                           # the small model that comes with the package
     python demo/app.py --model_name_or_path <folder or Hub model>    # or set HF_VSSM_PRUNE_DEMO_MODEL
+    python demo/app.py --video_model_name_or_path <folder or Hub model>    # a page for clips, too
 
-Run `pip install -e '.[demo]'` first. demo/README.md explains how to create a Space on the Hub.
+Run `pip install -e '.[demo]'` first; clips need '.[demo,video]'. demo/README.md explains how to create a Space on the
+Hub.
 """
 
 import argparse
@@ -11,7 +13,8 @@ import base64
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,10 @@ UPLOAD_LIMITS = (
     f"{', '.join(FORMATS)}; at most {MAX_BYTES // 1024**2} MB and {MAX_PIXELS // 10**6} million pixels. "
     "Uploads are deleted within two hours."
 )
+NO_VIDEOS = (
+    "For clips, too, start this page with `--video_model_name_or_path`, or set `HF_VSSM_PRUNE_DEMO_VIDEO_MODEL`. No "
+    "video model comes with the package."
+)
 BUDGET = "Computation to remove (% of FLOPs)"
 METHOD = "Pruning method"
 CAMERA = "Take a picture"
@@ -59,6 +66,14 @@ SELECT_EXAMPLE = """element.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (button) trigger("select", {name: button.dataset.name});
 });"""
+
+
+@dataclass
+class Session:
+    """What one visitor has chosen, and the result of it; None while there is none."""
+
+    chosen: Tensor | None = None
+    classification: Classification | None = None
 
 
 class Page:
@@ -78,40 +93,66 @@ class Page:
         self.is_example_model = is_example_model
         self.examples = WASTE if is_example_model else PHOTOS
 
-    def choose_first(self, percent: int, method: str) -> Iterator[tuple[Tensor, str]]:
-        yield from self._choose(self.examples[0], percent, method)
+    def choose_first(self, session: Session, percent: int, method: str) -> str:
+        return self._choose(session, self.examples[0], percent, method)
 
-    def choose_example(self, percent: int, method: str, selected: gr.EventData) -> Iterator[tuple[Tensor, str]]:
+    def choose_example(self, session: Session, percent: int, method: str, selected: gr.EventData) -> str:
         # The name comes from the browser.
         by_name = {file.stem: file for file in self.examples}
         if selected.name not in by_name:
             raise gr.Error(f"There is no example {selected.name!r}.", print_exception=False)
-        yield from self._choose(by_name[selected.name], percent, method)
+        return self._choose(session, by_name[selected.name], percent, method)
 
-    def upload(self, file: str | None, percent: int, method: str) -> Iterator[tuple[Tensor, str]]:
-        if file is not None:  # None: a camera picture was discarded
-            yield from self._choose(Path(file), percent, method)
+    def upload(self, session: Session, percent: int, method: str, file: str | None) -> Any:
+        # None: a camera picture was discarded
+        return gr.skip() if file is None else self._choose(session, Path(file), percent, method)
 
-    def show(self, chosen: Tensor | None, percent: int, method: str) -> Iterator[str]:
-        """The result, first without and then with times, so that the kept patches are shown before the times are
-        measured."""
-        if chosen is None:
-            raise gr.Error("Choose an image first.", print_exception=False)
+    def show(self, session: Session, percent: int, method: str) -> str:
+        """The result without times, which are added later."""
+        if session.chosen is None:
+            raise gr.Error(f"No {self.model.medium} is chosen yet.", print_exception=False)
+        session.classification = None
         try:
-            classification = self.model.classify(chosen, int(percent), method)
+            session.classification = self.model.classify(session.chosen, int(percent), method)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        yield result(classification, None)
-        yield result(classification, self.model.measure(chosen, int(percent), method))
+        return result(session.classification, None)
 
-    def _choose(self, file: Path, percent: int, method: str) -> Iterator[tuple[Tensor, str]]:
+    def add_times(self, session: Session, percent: int, method: str) -> Any:
+        """The result with times. To measure them takes a second or more, and stops if there is another result to show,
+        so that the slider does not wait for it."""
+        shown = session.classification
+        if session.chosen is None or shown is None:
+            return gr.skip()
+        output: Any = gr.skip()
+        for measurement in self.model.measure(session.chosen, int(percent), method):
+            if session.classification is not shown:
+                return gr.skip()
+            output = result(shown, measurement)
+        return output
+
+    def connect(self, sources: Sequence[tuple[Callable, Callable, list[Any]]], how: list[Any], output: gr.HTML) -> None:
+        """Lets controls act.
+
+        Args:
+            sources: events that choose an input, their actions (see above), and what these take besides `how`.
+            how: the controls of budget and method.
+            output: displays the result.
+        """
+        session = gr.State(Session())
+        options = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+        shown = [event(action, [session, *how, *inputs], output, **options) for event, action, inputs in sources]
+        shown.append(gr.on([control.change for control in how], self.show, [session, *how], output, **options))
+        for each in shown:
+            each.success(self.add_times, [session, *how], output, **options)
+
+    def _choose(self, session: Session, file: Path, percent: int, method: str) -> str:
         try:
             image = self.open_input(str(file))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        chosen = self.model.prepare(image)
-        for html in self.show(chosen, percent, method):
-            yield chosen, html
+        session.chosen = self.model.prepare(image)
+        return self.show(session, percent, method)
 
 
 # ---- HTML --------------------------------------------------------------------------------------------------------
@@ -171,7 +212,8 @@ def _table(classification: Classification, measurement: Measurement | None) -> s
             f"{measurement.pruned:.2f}",
             f"{measurement.dense / measurement.pruned:.2f} times as fast",
         )
-        batches = f"batches of {measurement.batch_size} copies" if measurement.batch_size > 1 else "one image at a time"
+        single = f"one {classification.medium} at a time"
+        batches = f"batches of {measurement.batch_size} copies" if measurement.batch_size > 1 else single
         remark = f"Times: minimum of {measurement.turns} alternating runs on this page's server, {batches}."
     rows = [
         ("Label", _guesses(classification.dense), _guesses(classification.pruned), ""),
@@ -181,7 +223,7 @@ def _table(classification: Classification, measurement: Measurement | None) -> s
             format_flops(flops.pruned.published),
             f"{flops.reduction:.1%} fewer",
         ),
-        ("ms per image", *times),
+        (f"ms per {classification.medium}", *times),
     ]
     body = "".join(
         f"<tr><th scope=row>{name}</th><td>{dense}</td><td>{pruned}{_small(gain)}</td></tr>"
@@ -211,7 +253,6 @@ def build(page: Page, video_page: Page | None = None) -> gr.Blocks:
     # Every hour, files older than an hour are deleted.
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
         gr.Markdown(INTRODUCTION + ("\n" + ABOUT_EXAMPLE_MODEL if page.is_example_model else ""))
-        chosen = gr.State()
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 examples = gr.HTML(example_buttons(page.examples), js_on_load=SELECT_EXAMPLE, elem_id="examples")
@@ -219,7 +260,12 @@ def build(page: Page, video_page: Page | None = None) -> gr.Blocks:
                 upload = gr.UploadButton("Upload an image", file_types=["image", *SUFFIXES], elem_id="upload")
                 with gr.Accordion(CAMERA, open=False, elem_id="camera"):
                     camera = gr.Image(
-                        sources="webcam", type="filepath", show_label=False, buttons=[], webcam_options=REAR_CAMERA
+                        sources="webcam",
+                        type="filepath",
+                        image_mode=None,  # with a mode, Gradio would write the picture to another file first
+                        show_label=False,
+                        buttons=[],
+                        webcam_options=REAR_CAMERA,
                     )
                 gr.Markdown(UPLOAD_LIMITS, elem_classes="remark")
                 methods = list(page.model.methods)
@@ -227,13 +273,15 @@ def build(page: Page, video_page: Page | None = None) -> gr.Blocks:
             with gr.Column(scale=3, min_width=300):
                 budget = make_slider()
                 output = gr.HTML(elem_id="result")
-        options = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-        how = [budget, method]
-        blocks.load(page.choose_first, how, [chosen, output], **options)
-        examples.select(page.choose_example, how, [chosen, output], **options)
-        upload.upload(page.upload, [upload, *how], [chosen, output], **options)
-        camera.input(page.upload, [camera, *how], [chosen, output], **options)
-        gr.on([budget.change, method.change], page.show, [chosen, *how], output, **options)
+        sources = [
+            (blocks.load, page.choose_first, []),
+            (examples.select, page.choose_example, []),
+            (upload.upload, page.upload, [upload]),
+            (camera.input, page.upload, [camera]),
+        ]
+        page.connect(sources, [budget, method], output)
+        if video_page is None:
+            gr.Markdown(NO_VIDEOS, elem_classes="remark")
     if video_page is not None:
         with blocks.route("Videos"):
             clips.add_page(video_page, make_slider(render=False), METHOD)

@@ -55,7 +55,7 @@ def add_page(page: Any, budget: gr.Slider, method_label: str) -> None:
         budget: a slider like the one on the page for images.
         method_label: label of the method choice.
     """
-    chosen, methods = gr.State(), list(page.model.methods)
+    methods = list(page.model.methods)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             upload = gr.UploadButton("Upload a video", file_types=["video"], elem_id="upload")
@@ -64,6 +64,4 @@ def add_page(page: Any, budget: gr.Slider, method_label: str) -> None:
         with gr.Column(scale=3, min_width=300):
             budget.render()
             output = gr.HTML(elem_id="result")
-    options = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-    upload.upload(page.upload, [upload, budget, method], [chosen, output], **options)
-    gr.on([budget.change, method.change], page.show, [chosen, budget, method], output, **options)
+    page.connect([(upload.upload, page.upload, [upload])], [budget, method], output)

@@ -4,6 +4,7 @@ takes."""
 import math
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -48,6 +49,7 @@ class Classification:
         num_kept: number of patches left after each stage.
         num_patches: number of patches in the whole image.
         flops: FLOPs, dense and pruned.
+        medium: "image" or "clip".
     """
 
     dense: list[tuple[str, float]]
@@ -57,6 +59,7 @@ class Classification:
     num_kept: list[int]
     num_patches: int
     flops: ModelFlops
+    medium: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class PrunedModel:
         name_or_path: a folder, or a model on the Hub.
 
     Attributes:
+        medium: what it classifies, "image" or "clip".
         methods: pruning options by their names on the page; if the model was saved with a method, that one comes first.
 
     Raises:
@@ -88,6 +92,7 @@ class PrunedModel:
     def __init__(self, name_or_path: str) -> None:
         self.model = load_classifier(name_or_path)
         self.image_processor = load_image_processor(name_or_path)
+        self.medium = "clip" if self.model.config.modality == "video" else "image"
         # While the model is dense, its configuration has no pruning options.
         own = method_options(self.model.config.token_pruning)
         self.methods = ({f"As this model was saved ({own['method']})": own} if own else {}) | METHODS
@@ -133,11 +138,12 @@ class PrunedModel:
             num_kept=[len(ids) for ids in kept],
             num_patches=math.prod(grid),
             flops=flops,
+            medium=self.medium,
         )
 
-    @torch.no_grad()
-    def measure(self, pixel_values: Tensor, percent: int, method: str) -> Measurement:
-        """Times the dense and the pruned model alternately, so that a slow phase of the machine affects both.
+    def measure(self, pixel_values: Tensor, percent: int, method: str) -> Iterator[Measurement]:
+        """Times the dense and the pruned model alternately, so that a slow phase of the machine affects both. Yields
+        the result so far after each turn; other requests are processed between the runs.
 
         Args:
             pixel_values: pixel values of one image; copies of it fill the batch.
@@ -146,12 +152,11 @@ class PrunedModel:
         batch = pixel_values.repeat_interleave(self.measured_batch, 0)
         schedules = (None, self._schedule(percent, method))
         turns: list[list[float]] = []
-        with self._lock:
-            end = time.perf_counter() + MEASURING_SECONDS
-            while len(turns) < MIN_TURNS or (time.perf_counter() < end and len(turns) < MAX_TURNS):
-                turns.append([self._seconds(batch, schedule) for schedule in schedules])
-        dense, pruned = (1000 * min(times) / len(batch) for times in zip(*turns, strict=True))
-        return Measurement(dense, pruned, len(turns), len(batch))
+        end = time.perf_counter() + MEASURING_SECONDS
+        while len(turns) < MIN_TURNS or (time.perf_counter() < end and len(turns) < MAX_TURNS):
+            turns.append([self._seconds(batch, schedule) for schedule in schedules])
+            dense, pruned = (1000 * min(times) / len(batch) for times in zip(*turns, strict=True))
+            yield Measurement(dense, pruned, len(turns), len(batch))
 
     def _find_schedule(self, percent: int, method: str) -> dict[str, Any] | None:
         if method not in self.methods:
@@ -160,11 +165,13 @@ class PrunedModel:
             return None
         return self.model.config.complete_token_pruning({"flops_reduction": percent / 100, **self.methods[method]})
 
+    @torch.no_grad()
     def _seconds(self, batch: Tensor, schedule: dict[str, Any] | None) -> float:
-        self.model.set_token_pruning(schedule)
-        start = time.perf_counter()
-        self.model(batch)
-        return time.perf_counter() - start
+        with self._lock:
+            self.model.set_token_pruning(schedule)
+            start = time.perf_counter()
+            self.model(batch)
+            return time.perf_counter() - start
 
     def _likely_labels(self, logits: Tensor) -> list[tuple[str, float]]:
         best = logits.float().softmax(-1).topk(min(3, len(self.labels)))

@@ -19,6 +19,7 @@ from selenium.webdriver.chrome.service import Service
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 PHONE_WIDTH, PHONE_HEIGHT = 390, 844
+ALLOW_CAMERA = "#camera [title='grant webcam access'] button"
 START_SECONDS = 120
 
 
@@ -64,8 +65,12 @@ def _wait_until_served(url: str, server: subprocess.Popen, log: Path) -> None:
 
 
 @contextmanager
-def chromium() -> Iterator[webdriver.Chrome]:
-    """A browser with an empty profile that asks nobody on the network for anything by itself."""
+def chromium(camera: Path | None = None) -> Iterator[webdriver.Chrome]:
+    """A browser with an empty profile that asks nobody on the network for anything by itself.
+
+    Args:
+        camera: an MJPEG film that its camera shows over and over; None for Chromium's moving test picture.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = webdriver.ChromeOptions()
         options.binary_location = shutil.which("chromium")
@@ -79,13 +84,15 @@ def chromium() -> Iterator[webdriver.Chrome]:
             "--disable-background-networking",
             "--disable-component-update",
             "--disable-sync",
-            # A camera that shows a moving test picture, and no question whether it may be used.
+            # A camera that films nothing real, and no question whether it may be used.
             "--use-fake-device-for-media-stream",
             "--use-fake-ui-for-media-stream",
             "--window-size=1200,900",
             f"--user-data-dir={profile}",
         ):
             options.add_argument(argument)
+        if camera is not None:
+            options.add_argument(f"--use-file-for-fake-video-capture={camera}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
         try:

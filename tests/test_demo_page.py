@@ -14,6 +14,7 @@ pytest.importorskip("selenium")
 
 import httpx
 from browser import (
+    ALLOW_CAMERA,
     DEMO,
     PHONE_HEIGHT,
     PHONE_WIDTH,
@@ -25,6 +26,7 @@ from browser import (
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from videos import moving_square, save_video_model, write_video
 
 
 pytestmark = [
@@ -32,17 +34,17 @@ pytestmark = [
     pytest.mark.xdist_group("browser"),  # one worker starts the server and the browser
 ]
 
-ALLOW_CAMERA = "#camera [title='grant webcam access'] button"
 MAX_BYTES = 10 * 1024**2
 PATIENCE = 60  # seconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory):
-    """The Space, as it goes to the Hub."""
+    """The Space, as it goes to the Hub, with a page for clips."""
     folder = tmp_path_factory.mktemp("space")
     subprocess.run(["make", "--silent", "space", f"SPACE={folder}"], cwd=DEMO.parent, check=True)
-    with running_demo(folder=folder) as address:
+    video_model = save_video_model(tmp_path_factory.mktemp("model") / "m", num_hidden_layers=8, hidden_size=32)
+    with running_demo("--video_model_name_or_path", str(video_model), folder=folder) as address:
         yield address
 
 
@@ -156,6 +158,24 @@ def test_a_picture_is_taken(page) -> None:
     page.find(ALLOW_CAMERA).click()
     page.wait(lambda: page.query("document.querySelector('#camera video').readyState") == 4)
     page.change(page.find("#camera button[aria-label='capture photo']").click)
+    assert len(page.pictures) == 4
+
+
+def test_a_clip_is_uploaded_on_the_page_for_videos(page, url, tmp_path) -> None:
+    page.find("a[href$='videos']").click()
+    page.wait(lambda: page.query("location.pathname").endswith("/videos"))
+    page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#upload ~ input[type=file], input[type=file]"))
+    write_video(tmp_path / "clip.mp4", moving_square(20))
+    page.upload(tmp_path / "clip.mp4")
+    page.wait_for_times()
+    assert len(page.pictures) == 4
+    assert page.captions[0] == "What the model sees: 48 patches"
+    before = kept(page)
+    page.change(lambda: page.slider.send_keys(Keys.END))
+    assert kept(page)[-1] < before[-1]
+    (tmp_path / "text.mp4").write_text("no video")
+    page.upload(tmp_path / "text.mp4")
+    page.wait(lambda: "text.mp4 cannot be read" in page.errors)
     assert len(page.pictures) == 4
 
 

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,7 +161,7 @@ def test_dense_and_pruned_are_timed_in_turns(model, monkeypatch) -> None:
     monkeypatch.setattr(
         type(model), "_seconds", lambda self, batch, schedule: schedules.append(schedule) or run(self, batch, schedule)
     )
-    measurement = model.measure(pixel_values, 30, OWN)
+    *_, measurement = model.measure(pixel_values, 30, OWN)
     assert measurement.batch_size == 8
     assert measurement.turns >= 5
     assert [schedule is None for schedule in schedules] == [True, False] * measurement.turns
@@ -190,17 +191,50 @@ def test_what_the_browser_sends_is_checked(app, model) -> None:
     page = app.Page(model, is_example_model=False)
     for name in ("../../app", "bag", None, 3):
         with pytest.raises(app.gr.Error, match="There is no example"):
-            next(page.choose_example(30, OWN, SimpleNamespace(name=name)))
-    chosen, _ = next(page.choose_example(30, OWN, SimpleNamespace(name="cat")))
+            page.choose_example(app.Session(), 30, OWN, SimpleNamespace(name=name))
+    session = app.Session()
+    page.choose_example(session, 30, OWN, SimpleNamespace(name="cat"))
     with pytest.raises(app.gr.Error, match="There is no method 'all'; the methods are As this model was saved"):
-        next(page.show(chosen, 30, "all"))
+        page.show(session, 30, "all")
     with pytest.raises(app.gr.Error, match=r"`flops_reduction` is 0\.99"):
-        next(page.show(chosen, 99, OWN))
+        page.show(session, 99, OWN)
 
 
 def test_a_model_that_is_not_there_is_named(app, tmp_path, capsys) -> None:
     assert app.main(["--model_name_or_path", str(tmp_path / "nothing")]) == 1
     assert f"error: {tmp_path / 'nothing'} cannot be opened" in capsys.readouterr().err
+
+
+def test_a_photo_of_a_phone_takes_less_than_a_second_of_cpu_time(app, tmp_path) -> None:
+    """CPU time does not depend on what else runs; it is about 0.35 s."""
+    noise = np.random.default_rng(0).integers(0, 256, (504, 378, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((3024, 4032)).save(tmp_path / "photo.jpg", quality=90)
+    page = app.Page(PrunedModel(str(EXAMPLE_MODEL)), is_example_model=True)
+    method = next(iter(page.model.methods))
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        page.upload(app.Session(), 42, method, str(tmp_path / "photo.jpg"))
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1
+
+
+def test_times_are_not_measured_for_what_is_no_longer_shown(app, model, monkeypatch) -> None:
+    page, session = app.Page(model, is_example_model=False), app.Session()
+    page.choose_example(session, 30, OWN, SimpleNamespace(name="cat"))
+    turns = []
+
+    def move_the_slider_meanwhile(*arguments):
+        for measurement in PrunedModel.measure(model, *arguments):
+            turns.append(measurement)
+            if len(turns) == 2:
+                page.show(session, 40, OWN)
+            yield measurement
+
+    monkeypatch.setattr(model, "measure", move_the_slider_meanwhile)
+    assert page.add_times(session, 30, OWN) == app.gr.skip()
+    assert len(turns) == 2
+    assert "times as fast" in page.add_times(session, 40, OWN)
 
 
 # ---- The Space
@@ -232,7 +266,10 @@ def test_the_space_installs_what_the_package_needs() -> None:
     tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (DEMO / "requirements.txt").read_text().splitlines()
-    assert [line for line in lines if not line.startswith("#")] == project["dependencies"]
+    assert [line for line in lines if not line.startswith("#")] == [
+        *project["dependencies"],
+        *project["optional-dependencies"]["video"],
+    ]
     _, front_matter, _ = (DEMO / "README.md").read_text().split("---\n", 2)
     space = yaml.safe_load(front_matter)
     assert space["sdk"] == "gradio"

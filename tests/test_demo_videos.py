@@ -5,13 +5,9 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
-from conftest import make_video_config
-from transformers import AutoModelForVideoClassification
-from videos import numbered_frames, write_video
+from videos import numbered_frames, save_video_model, write_video
 
 from hf_vssm_prune import EXAMPLE_MODEL
-from hf_vssm_prune.hub import save_for_hub
-from hf_vssm_prune.hub.loading import new_image_processor
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
@@ -22,22 +18,28 @@ import clips
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> app.PrunedModel:
-    config = make_video_config(num_hidden_layers=8, hidden_size=32)
-    video_model = AutoModelForVideoClassification.from_config(config)
-    processor = new_image_processor(config, [0.5] * 3, [0.5] * 3)
-    return app.PrunedModel(str(save_for_hub(video_model, tmp_path_factory.mktemp("model") / "m", processor)))
+    folder = tmp_path_factory.mktemp("model") / "m"
+    return app.PrunedModel(str(save_video_model(folder, num_hidden_layers=8, hidden_size=32)))
 
 
 def test_a_clip_is_classified_and_drawn(model, tmp_path: Path) -> None:
     write_video(tmp_path / "video.mp4", numbered_frames(20))
     page = app.Page(model, False, clips.opener(model))
-    (chosen, first), (_, second) = page.upload(str(tmp_path / "video.mp4"), 30, next(iter(model.methods)))
-    assert chosen.shape == (1, 3, 3, 32, 32)
+    how = (30, next(iter(model.methods)))
+    session = app.Session()
+    first = page.upload(session, *how, str(tmp_path / "video.mp4"))
+    second = page.add_times(session, *how)
+    assert session.chosen.shape == (1, 3, 3, 32, 32)
     assert "48 patches" in first
     assert "measuring…" in first
+    assert "ms per clip" in first
     assert "times as fast" in second
-    blocks = app.build(app.Page(app.PrunedModel(str(EXAMPLE_MODEL)), True), page)
-    assert [name for _, name, *_ in blocks.pages] == ["Home", "Videos"]
+    images = app.Page(app.PrunedModel(str(EXAMPLE_MODEL)), True)
+    assert [name for _, name, *_ in app.build(images, page).pages] == ["Home", "Videos"]
+    alone = app.build(images)
+    assert [name for _, name, *_ in alone.pages] == ["Home"]
+    texts = [block.value for block in alone.blocks.values() if isinstance(block, gr.Markdown)]
+    assert texts[-1] == app.NO_VIDEOS, "the page says how to get the other"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_a_bad_upload_is_refused_by_name(model, write, message, tmp_path: Path) 
     write(tmp_path / "clip.mp4")
     page = app.Page(model, False, clips.opener(model))
     with pytest.raises(gr.Error, match=message):
-        list(page.upload(str(tmp_path / "clip.mp4"), 30, next(iter(model.methods))))
+        page.upload(app.Session(), 30, next(iter(model.methods)), str(tmp_path / "clip.mp4"))
 
 
 def test_a_model_of_images_is_refused() -> None:

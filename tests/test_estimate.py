@@ -107,12 +107,20 @@ def test_the_script(tmp_path, capfd):
     assert "9 images do not fill one batch of 64 on each of 8 devices" in capfd.readouterr().err
 
 
-def test_the_script_on_videos_and_their_recipe(tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("size", "line"),
+    [
+        ("ti", "32,760 of 1024 images; 140 epochs of 234"),
+        ("s", "23,400 of 1024 images; 100 epochs of 234"),
+        ("m", "46,800 of 512 images; 100 epochs of 468"),
+    ],
+)
+def test_the_script_on_videos_and_their_recipes(size, line, tmp_path, capfd):
     sizes = ["hidden_size=16", "num_hidden_layers=4", "state_size=4", "num_frames=3"]
     model = ["--family", "videomamba", "--image_size", "32", "--patch_size", "8", "--config_overrides", *sizes]
-    recipe = ["--recipe", str(RECIPES / "videomamba_ti_k400.yaml"), "--measured_batch_sizes", "1", "2"]
+    recipe = ["--recipe", str(RECIPES / f"videomamba_{size}_k400.yaml"), "--measured_batch_sizes", "1", "2"]
     kinetics = ["--num_images", "240000", "--num_eval_images", "20000", "--num_classes", "400"]
     file = tmp_path / "estimate.json"
     assert load_script("estimate").main([*model, *recipe, *kinetics, "--json", str(file)]) == 0
-    assert "32,760 of 1024 images; 140 epochs of 234" in capfd.readouterr().out
-    assert json.loads(file.read_text())["num_steps"] == 32_760
+    assert line in capfd.readouterr().out
+    assert json.loads(file.read_text())["num_steps"] == int(line.split()[0].replace(",", ""))

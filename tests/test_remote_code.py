@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAKE_CONFIG, PATIENCE, TOKEN_PRUNING
+from conftest import MAKE_CONFIG, PATIENCE, TOKEN_PRUNING, make_video_config
+from hub_server import HubServer
 from PIL import Image
-from transformers import BitImageProcessorPil, pipeline
+from transformers import AutoModelForVideoClassification, BitImageProcessorPil, pipeline
 
 from hf_vssm_prune.families import FAMILIES
+from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.saving import save_for_hub
 
 
@@ -89,6 +91,38 @@ def test_pruned_model_without_package(
     assert [answer["label"] for answer in opened["pipeline"]] == [answer["label"] for answer in expected]
     scores = [answer["score"] for answer in expected]
     assert [answer["score"] for answer in opened["pipeline"]] == pytest.approx(scores, abs=1e-5)
+
+
+OF_A_CLIP = """
+import sys, torch
+from transformers import AutoImageProcessor, AutoModelForVideoClassification
+processor = AutoImageProcessor.from_pretrained(sys.argv[1])
+model = AutoModelForVideoClassification.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+with torch.no_grad():
+    output = model(**processor(list(torch.load(sys.argv[2])), return_tensors="pt"))
+torch.save([type(model).__module__, output.logits, output.kept_tokens], sys.argv[3])
+"""
+
+
+def test_video_model_from_a_hub_without_package(tmp_path: Path, python_without_package: Path) -> None:
+    config = make_video_config(token_pruning={"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "local_merge"})
+    model = AutoModelForVideoClassification.from_config(config).eval()
+    processor = new_image_processor(config, [0.5] * 3, [0.25] * 3)
+    frames = torch.randint(0, 256, (config.num_frames, 3, 40, 48), dtype=torch.uint8)
+    torch.save(frames, tmp_path / "frames.pt")
+    command = [python_without_package, "-I", "-c", OF_A_CLIP, "org/video", tmp_path / "frames.pt", tmp_path / "out.pt"]
+    with HubServer() as hub:
+        hub.host("org/video", save_for_hub(model, tmp_path / "saved", processor))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        environment |= hub.environment(tmp_path / "home")
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with torch.no_grad():
+        expected = model(**processor(list(frames), return_tensors="pt"))
+    module, logits, kept_tokens = torch.load(tmp_path / "out.pt")
+    assert module.startswith("transformers_modules.")
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert [kept.tolist() for kept in kept_tokens] == [kept.tolist() for kept in expected.kept_tokens]
 
 
 BY_TRITON = """

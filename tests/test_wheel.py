@@ -116,5 +116,12 @@ def test_plain_wheel_is_for_any_platform(tmp_path: Path):
     assert {f"hf_vssm_prune/commands/{verb}.py" for verb in VERBS} <= set(names)
     assert {f"hf_vssm_prune/metrics/{name}/{name}.py" for name in METRICS} <= set(names)
     assert {f"hf_vssm_prune/recipes/{file.name}" for file in (ROOT / "recipes").iterdir()} <= set(names)
+    assert wheel.stat().st_size < 25e6
+    # The terms of ImageNet's photographs do not allow to pass them on.
+    of_imagenette = [name for name in names if re.search("imagenette|n0[0-9]{7}", name.lower())]
+    assert all(re.fullmatch(r"hf_vssm_prune/recipes/[a-z0-9_]+\.yaml", name) for name in of_imagenette), of_imagenette
+    data = [name for name in names if name.endswith((".safetensors", ".parquet"))]
+    assert data
+    assert all("trashnet" in name for name in data), data
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
     assert b"hf-vssm-prune = hf_vssm_prune.__main__:main" in zipfile.ZipFile(wheel).read(entry_points)

@@ -86,3 +86,29 @@ def coloured_frames(channel: int, generator: np.random.Generator) -> list[np.nda
     frames = generator.integers(0, 120, (5, 32, 32, 3), dtype=np.uint8)
     frames[..., channel] += 100
     return list(frames)
+
+
+def moving_square(count: int, side: int = 96) -> list[np.ndarray]:
+    """Frames of a bright square that moves from left to right over a gradient."""
+    background = np.broadcast_to(np.linspace(30, 110, side)[:, None, None], (side, side, 3)).astype(np.uint8)
+    frames = []
+    for number in range(count):
+        pixels, left = background.copy(), number * (side - 20) // max(count - 1, 1)
+        pixels[side // 2 - 12 :][:24, left : left + 24] = (235, 210, 60)
+        frames.append(pixels)
+    return frames
+
+
+def save_video_model(folder: Path, **sizes: Any) -> Path:
+    """A tiny video model with random weights, as `save_pretrained` of the package writes it."""
+    import torch
+    from conftest import make_video_config
+    from transformers import AutoModelForVideoClassification
+
+    from hf_vssm_prune.hub import save_for_hub
+    from hf_vssm_prune.hub.loading import new_image_processor
+
+    torch.manual_seed(0)
+    config = make_video_config(**sizes)
+    model = AutoModelForVideoClassification.from_config(config)
+    return save_for_hub(model, folder, new_image_processor(config, [0.5] * 3, [0.5] * 3))

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 
 from .configuration_bidirectional import BidirectionalConfig
 from .flops import FlopCount
-from .publication import DYVM, R_MEETO, TOP, Paper, PublishedModel, PublishedResult
+from .publication import DYVM, R_MEETO, TOP, TOP_LOGS, Paper, PublishedModel, PublishedResult
 
 
 @strict
@@ -49,6 +49,8 @@ class VimConfig(BidirectionalConfig):
                 PublishedResult("dense", TOP, 76.1),
                 PublishedResult("token pruning with alignment", TOP, 75.1, "1.29 G"),
                 PublishedResult("EViT", TOP, 71.3, "1.28 G"),
+                PublishedResult("naive pruning, 0.8 at layers 10 and 20, untrained", TOP_LOGS, 71.1),
+                PublishedResult("the same, fine-tuned", TOP_LOGS, 74.81),
                 PublishedResult("token merging, retrained", R_MEETO, 75.3, "1.28 G"),
             ),
         ),
@@ -60,6 +62,10 @@ class VimConfig(BidirectionalConfig):
                 PublishedResult("token pruning with alignment", TOP, 78.8, "3.60 G"),
                 PublishedResult("token pruning without alignment", TOP, 75.4),
                 PublishedResult("EViT", TOP, 74.8, "3.57 G"),
+                PublishedResult("naive pruning, 0.8 at layers 5, 10 and 15, untrained", TOP_LOGS, 73.4),
+                PublishedResult("the same, fine-tuned", TOP_LOGS, 78.37),
+                PublishedResult("naive pruning, 0.8 at layers 5 and 15, untrained", TOP_LOGS, 77.4),
+                PublishedResult("the same, fine-tuned", TOP_LOGS, 79.1),
                 PublishedResult("token merging, retrained", R_MEETO, 79.9, "3.58 G"),
                 PublishedResult("dynamic pruning", DYVM, 78.8, "−35.2%"),
             ),

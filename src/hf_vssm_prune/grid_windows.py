@@ -13,8 +13,8 @@ from .precision import at_least_float32
 def default_window(grid: tuple[int, ...]) -> tuple[int, ...]:
     """The sides of a window in cells: two along each axis of the grid.
 
-    On clips, windows of 2 x 2 x 2 are better than 1 x 2 x 2: merged tokens were more similar to the neighbour at every
-    keep ratio that was tried, because neighbours in time are the most similar.
+    On clips, tokens merged in windows of 2 x 2 x 2 were more similar to their neighbour than in 1 x 2 x 2 at every keep
+    ratio that was tried. Accuracy on real clips does not decide between them; study/videos/README.md has both.
     """
     return (2,) * len(grid)
 

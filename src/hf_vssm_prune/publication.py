@@ -46,7 +46,17 @@ class PublishedModel(NamedTuple):
 
 
 TOP = "ToP, arXiv 2409.18962"
+TOP_LOGS = "logs in the repository of ToP's authors"
 R_MEETO = "R-MeeTo, arXiv 2412.12496"
 DYVM = "DyVM, arXiv 2504.04787"
 STORM = "STORM"
 VIDEOMAMBA = "VideoMamba, arXiv 2403.06977"
+
+NOTES_ON_SOURCES = MappingProxyType(
+    {
+        TOP: "ToP's authors published code of naive pruning for Vim (https://github.com/ZLKong/ToP-ViM, October 2024). "
+        "It has no alignment, and scores tokens by the output of the backward scan, in that scan's own order.",
+        TOP_LOGS: "The logs are from that code's history. Older runs there end 2.7 to 3.0 points lower; what changed "
+        "between them is not recorded.",
+    }
+)

@@ -21,7 +21,7 @@ from hf_vssm_prune.flops import tokens_per_layer
 from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.heads import auto_class_of
 from hf_vssm_prune.hub.published_results import published_model
-from hf_vssm_prune.publication import Paper
+from hf_vssm_prune.publication import NOTES_ON_SOURCES, Paper, PublishedModel
 
 
 # Of the pruning methods that have one; our own follow the paper of `top`.
@@ -245,6 +245,7 @@ def create_model_card(
         image_processor: the image processor that is saved with the model. None: the card has no code that needs one.
     """
     config, flops = pruned_config(model.config), count_flops(model.config)
+    published = published_model(config) if _is_classifier(model) else None
     return ModelCard.from_template(
         _metadata(model, info, has_image_processor=image_processor is not None),
         template_path=str(TEMPLATE),
@@ -262,10 +263,16 @@ def create_model_card(
         picture=None if info.picture is None else Path(info.picture).name,
         stages=_stages(config),
         measurements=[] if info.evaluation is None else [*info.evaluation.others, info.evaluation.this_model],
-        published=published_model(config) if _is_classifier(model) else None,
+        published=published,
+        notes_on_sources=[] if published is None else _notes_on_sources(published),
         papers=_papers(config),
         method_is_published=config.token_pruning is not None and config.token_pruning["method"] in METHOD_PAPERS,
     )
+
+
+def _notes_on_sources(published: PublishedModel) -> list[str]:
+    sources = dict.fromkeys(result.source for result in published.results)
+    return [NOTES_ON_SOURCES[source] for source in sources if source in NOTES_ON_SOURCES]
 
 
 def _papers(config: VisionMambaConfig) -> list[Paper]:
