@@ -32,6 +32,7 @@ from hf_vssm_prune.training.arguments import (
     PruningArguments,
     RunArguments,
     ScratchOptimizationArguments,
+    TeacherArguments,
     parse_arguments,
 )
 from hf_vssm_prune.training.recipes import read_recipe
@@ -348,8 +349,9 @@ def parse(types: list, *arguments: str) -> dict:
 def test_recipes_say_what_they_set(recipe):
     values = read_recipe(recipe)
     is_pruned = "prune_layers" in values
-    types = [FinetuneArguments, PruningArguments, OptimizationArguments] if is_pruned else [DenseModelArguments]
-    types += [ScratchOptimizationArguments] * (not is_pruned)
+    types = [FinetuneArguments, PruningArguments, OptimizationArguments]
+    if not is_pruned:
+        types = [DenseModelArguments, TeacherArguments, ScratchOptimizationArguments]
     task = choose_task(["--recipe", str(recipe)])
     types += [TaskArguments, DataArguments, task.training_arguments, ElasticArguments, RunArguments]
     needed = ["--dataset_name", "d", "--output_dir", "o"]
