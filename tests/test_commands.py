@@ -112,7 +112,7 @@ def test_a_group_of_options_fits_one_screen(verb, capsys):
 def test_help_of_an_unknown_group_names_those_there_are(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help", "optimiser"])
-    assert "--help optimiser: the groups are task, data, model, optimization" in capsys.readouterr().err
+    assert "--help optimiser: the groups are task, data, model, teacher, optimization" in capsys.readouterr().err
 
 
 def test_help_tells_defaults_choices_and_switches():

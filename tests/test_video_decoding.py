@@ -1,5 +1,7 @@
 """Which frames a clip has, and what becomes of good, odd and broken videos."""
 
+import ctypes
+import gc
 import io
 import logging
 import re
@@ -129,6 +131,9 @@ def test_a_long_video_is_not_decoded_whole(tmp_path, monkeypatch):
 
 def peak_growth(act) -> int:
     """Bytes by which this process's memory grows meanwhile, FFmpeg's and Pillow's buffers included."""
+    gc.collect()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)  # what earlier tests have freed goes back to the system: reusing it would not count as growth
 
     def status(line: str) -> int:
         (kilobytes,) = re.findall(rf"^{line}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
@@ -147,14 +152,14 @@ def peak_growth(act) -> int:
 
 def test_memory_is_that_of_the_frames_that_are_kept(tmp_path):
     file = tmp_path / "large.mp4"
-    write_video(file, numbered_frames(60, 360, 640), gop_size=60, codec_options={"preset": "ultrafast"})
-    all_frames = 60 * 360 * 640 * 3
+    write_video(file, numbered_frames(150, 360, 640), gop_size=60, codec_options={"preset": "ultrafast"})
+    all_frames = 150 * 360 * 640 * 3
 
     def decode(prepare):
         return decode_frames({"bytes": None, "path": str(file)}, lambda count: [list(range(count))], prepare, "It")
 
-    assert peak_growth(lambda: decode(lambda frame: frame.resize((16, 16)))) < all_frames / 3
-    assert peak_growth(lambda: decode(lambda frame: frame)) > all_frames / 2
+    assert peak_growth(lambda: decode(lambda frame: frame.resize((16, 16)))) < all_frames / 2  # FFmpeg's buffers: 30 MB
+    assert peak_growth(lambda: decode(lambda frame: frame)) > all_frames * 0.8
 
 
 def test_one_frame_and_fewer_than_a_clip_has(tmp_path):
