@@ -116,14 +116,15 @@ def prepare_dense_training(
         )
         network.set_token_pruning(None)
         processor = _at_size(network, load_image_processor(model.model_name_or_path), model.image_size)
-    name = str(teacher.teacher_name_or_path)
-    dense = _load_teacher(name, network, processor, recipe, teacher.teacher_dtype, model.image_size)
+    other = _load_teacher(
+        teacher.teacher_name_or_path, network, processor, recipe, teacher.teacher_dtype, model.image_size
+    )
     card = card_writer(data, recipe, base_model=model.model_name_or_path, pruned=False)
-    return Trainer(network, datasets, processor, recipe, dense, card)
+    return Trainer(network, datasets, processor, recipe, other, card)
 
 
 def _load_teacher(
-    name_or_path: str,
+    name_or_path: str | None,
     student: PrunableModel,
     processor: BaseImageProcessor,
     recipe: Recipe,
@@ -135,7 +136,7 @@ def _load_teacher(
     Raises:
         ValueError: it cannot teach this model, or expects other pixel values than those that the model is given.
     """
-    if not recipe.losses.needs_teacher:
+    if name_or_path is None or not recipe.losses.needs_teacher:
         return None
     own, its = (json.loads(each.to_json_string()) for each in (processor, load_image_processor(name_or_path)))
     for step in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
