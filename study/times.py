@@ -54,7 +54,7 @@ def main() -> None:
         model = AutoModelForImageClassification.from_pretrained(folder).eval()
         processor = AutoImageProcessor.from_pretrained(folder)
         cases = make_cases(study, family, model, processor(photographs, return_tensors="pt")["pixel_values"])
-        seconds = run_alternately(cases, options.turns)
+        seconds = {name: min(times) for name, times in run_alternately(cases, options.turns).items()}
         shares[family] = {name: round(taken / seconds["dense"], 4) for name, taken in seconds.items()}
     write_json(shares, options.output)
 
@@ -73,15 +73,15 @@ def make_cases(study: Study, family: str, model: Any, pixel_values: Tensor) -> d
 
 
 @torch.inference_mode()
-def run_alternately(cases: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """The shortest CPU time of each case in seconds; the first turn is a warm-up."""
-    seconds = dict.fromkeys(cases, float("inf"))
+def run_alternately(cases: Mapping[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+    """The CPU times of each case in seconds, one for each turn after the first, which is a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in tqdm(range(turns + 1), unit="turn"):
         for name in random.sample([*cases], len(cases)):
             start = time.process_time()
             cases[name]()
             if turn:
-                seconds[name] = min(seconds[name], time.process_time() - start)
+                seconds[name].append(time.process_time() - start)
     return seconds
 
 

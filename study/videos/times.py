@@ -7,14 +7,20 @@ CPU time hardly depends on other programs. The pixel values are random: they do 
 
 import argparse
 import json
-import time
+import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the study is not part of the package
+
 from hf_vssm_prune.hub.loading import load_classifier
+from hf_vssm_prune.training.checkpoints import write_json
+from study.times import run_alternately
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -26,22 +32,16 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@torch.no_grad()
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(1)
     model = load_classifier(options.model).eval()
     clips = torch.randn(model.config.pixel_values_shape(options.batch_size))
-    schedules: dict[str, dict[str, Any] | None] = {"dense": None}
-    schedules |= {name: {"flops_reduction": options.flops_reduction, **method} for name, method in METHODS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in schedules}
-    for turn in range(options.turns + 1):
-        for name, schedule in schedules.items():
-            model.set_token_pruning(schedule)
-            start = time.process_time()
-            model(clips)
-            if turn:  # the first one warms up
-                seconds[name].append(time.process_time() - start)
+    cases = {"dense": partial(model, clips, token_pruning=None)}
+    for name, method in METHODS.items():
+        schedule = model.config.complete_token_pruning({"flops_reduction": options.flops_reduction, **method})
+        cases[name] = partial(model, clips, token_pruning=schedule)
+    seconds = run_alternately(cases, options.turns)
     results = {
         name: {
             "clips_per_second": round(options.batch_size / min(times), 1),
@@ -51,7 +51,7 @@ def main() -> None:
         }
         for name, times in seconds.items()
     }
-    Path(options.results).write_text(json.dumps(results, indent=1) + "\n")
+    write_json(results, Path(options.results))
     print(json.dumps(results, indent=1))
 
 

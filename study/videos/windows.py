@@ -7,13 +7,13 @@ A window is frames x rows x columns of tokens. No option of a model sets it, so 
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
 from hf_vssm_prune import grid_windows
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments
+from hf_vssm_prune.training.checkpoints import write_json
 from hf_vssm_prune.training.tasks.video_classification import VideoClassification, ViewArguments
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         for schedule, result in jobs.compare_schedules(data, evaluation, schedules, task).items():
             metrics = {metric: round(result.metrics[metric], 4) for metric in ("top1", "loss")}
             results[f"{schedule}, {name}" if schedule != "dense" else "dense"] = metrics
-        Path(options.results).write_text(json.dumps(results, indent=1) + "\n")
+        write_json(results, Path(options.results))
     for name, metrics in results.items():
         print(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
 

@@ -79,17 +79,6 @@ void with_type(ElementType type, const Visitor& visit) {
     }
 }
 
-// As in vectors.h.
-[[gnu::noinline]] inline HalfVec load_part(const void* source, int count) {
-    HalfVec half{};
-    std::memcpy(&half, source, count * sizeof(uint16_t));
-    return half;
-}
-
-[[gnu::noinline]] inline void store_part(void* target, HalfVec half, int count) {
-    std::memcpy(target, &half, count * sizeof(uint16_t));
-}
-
 // The first `count` lanes; the others are 0.
 template <ElementType type>
 [[gnu::always_inline]] inline Vec load_as(const void* source, int count) {
@@ -100,7 +89,7 @@ template <ElementType type>
         if (count == kLanes) {
             std::memcpy(&half, source, sizeof(HalfVec));
         } else {
-            half = load_part(source, count);
+            half = load_part<HalfVec>(source, count * sizeof(uint16_t));
         }
         return type == kBFloat16 ? from_bfloat16(half) : from_float16(half);
     }
@@ -115,7 +104,7 @@ template <ElementType type>
         if (count == kLanes) {
             std::memcpy(target, &half, sizeof(HalfVec));
         } else {
-            store_part(target, half, count);
+            store_part(target, half, count * sizeof(uint16_t));
         }
     }
 }

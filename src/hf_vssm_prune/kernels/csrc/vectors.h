@@ -33,24 +33,27 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 [[gnu::always_inline]] inline void store(float* target, Vec value) { std::memcpy(target, &value, sizeof(Vec)); }
 
-// The first `count` lanes; the others are 0. These are functions of their own because the compiler would otherwise make
-// one call of memcpy for a whole vector and a part of one.
-[[gnu::noinline]] inline Vec load_part(const float* source, int count) {
-    Vec result{};
-    std::memcpy(&result, source, count * sizeof(float));
+// The first bytes of a vector; the others are 0. These are functions of their own because the compiler would otherwise
+// make one call of memcpy for a whole vector and a part of one.
+template <typename Vector>
+[[gnu::noinline]] Vector load_part(const void* source, size_t bytes) {
+    Vector result{};
+    std::memcpy(&result, source, bytes);
     return result;
 }
 
-[[gnu::noinline]] inline void store_part(float* target, Vec value, int count) {
-    std::memcpy(target, &value, count * sizeof(float));
+template <typename Vector>
+[[gnu::noinline]] void store_part(void* target, Vector value, size_t bytes) {
+    std::memcpy(target, &value, bytes);
 }
 
+// The first `count` lanes; the others are 0.
 [[gnu::always_inline]] inline Vec load(const float* source, int count) {
-    return count == kLanes ? load(source) : load_part(source, count);
+    return count == kLanes ? load(source) : load_part<Vec>(source, count * sizeof(float));
 }
 
 [[gnu::always_inline]] inline void store(float* target, Vec value, int count) {
-    count == kLanes ? store(target, value) : store_part(target, value, count);
+    count == kLanes ? store(target, value) : store_part(target, value, count * sizeof(float));
 }
 
 // In both, a lane where `x` is NaN stays NaN.

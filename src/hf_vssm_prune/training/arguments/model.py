@@ -21,8 +21,6 @@ WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 class DistillationArguments:
     """The teacher's precision, and the weight of the distillation loss."""
 
-    _argument_group_name = "distillation"
-
     teacher_dtype: str = field(
         default="float32",
         metadata=describe(
