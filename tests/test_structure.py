@@ -1,6 +1,7 @@
-"""The shape of the code: who imports whom."""
+"""The shape of the code: who imports whom, and whether each argument has an entry of its own in a docstring."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -81,3 +82,27 @@ def test_kernels_import_mathematics_and_not_the_files_that_choose_a_kernel() -> 
     choosing = {module for module in graph if "hf_vssm_prune.kernel_choice" in graph[module]}
     assert choosing >= {"hf_vssm_prune.selective_scan", "hf_vssm_prune.grid_convolution"}
     assert not imported & (choosing | {"hf_vssm_prune.kernel_choice"})
+
+
+def swallowed_entries(source: str) -> list[str]:
+    """Lines of docstrings that begin with the name of an argument, a field or an error, but are indented like the
+    continuation of another one's description, so that Sphinx shows them as a part of it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
+            names |= {ast.unparse(each.target) for each in ast.walk(node) if isinstance(each, ast.AnnAssign)}
+            entry = re.compile(rf" {{8,}}(?:(?:{'|'.join(names) or 'self'})(?:, \w+)*|\w+Error): ")
+            found += filter(entry.match, (ast.get_docstring(node) or "").splitlines())
+    return found
+
+
+def test_each_argument_has_an_entry_of_its_own() -> None:
+    assert not {file.name: lines for file in SOURCES.rglob("*.py") if (lines := swallowed_entries(file.read_text()))}
+
+
+def test_an_argument_inside_another_ones_entry_is_found() -> None:
+    entries = ["Args:", "    a: first,", "        wrapped.", "{}b, c: second.", "Raises:", "    OSError: it fails."]
+    source = 'def f(a, b, c):\n    """Does.\n\n    ' + "\n    ".join(entries) + '\n    """\n'
+    assert not swallowed_entries(source.format("    "))
+    assert swallowed_entries(source.format("        ")) == ["        b, c: second."]

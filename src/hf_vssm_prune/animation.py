@@ -50,7 +50,7 @@ def animated_frames(
 ) -> list[Image.Image]:
     """The pictures of such an animation, all of the same size: one for each position in time of the model's grid.
 
-    Args and errors: as of `animate`.
+    Args and errors: as for `animate`.
     """
     config = model.config
     if config.modality != "video":

@@ -139,10 +139,8 @@ TRIES = 2
 
 @torch.no_grad()
 def check_answers(model: ImageClassifier, program: Program, name: str) -> None:
-    """Compares logits and kept tokens with the model's on random images, in batches of one and three.
-
-    If two tokens have nearly the same score, rounding decides which one is kept or merged. Each batch size therefore
-    has two attempts with new images, and one of them must agree completely.
+    """Compares logits and kept tokens with the model's on random images, in batches of one and three. One of `TRIES`
+    attempts with each batch size must agree completely.
 
     Raises:
         RuntimeError: they differ from the model's.

@@ -66,7 +66,7 @@ def put_pretrained_backbone(model: nn.Module, pretrained: TokenPruningMixin) -> 
         The model.
 
     Raises:
-        ValueError: the two have different shapes or image sizes; the first tensors that differ are named.
+        ValueError: the two are of different types, shapes or image sizes; the first tensors that differ are named.
     """
     backbone, weights = backbone_of(model), pretrained.base_model.state_dict()
     if getattr(backbone.config, "use_cls_token", True) is False:

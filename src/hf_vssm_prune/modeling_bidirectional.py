@@ -139,8 +139,8 @@ class BidirectionalEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.projection = self._make_projection(config)
-        # This is its name in saved models; elsewhere, it is called `cls_token`.
         num_patches = math.prod(config.grid_size[-2:])  # in one image or frame
+        # `class_token` is its name in saved models; elsewhere, it is called `cls_token`.
         if config.cls_token_id(num_patches) is None:
             self.class_token = None
         else:

@@ -52,7 +52,7 @@ class HoleTimeStep(nn.Module):
     """The step size of dropped tokens, for alignments in which it does not depend on the remaining tokens.
 
     `zero_input`: that of a token whose features are all 0. `learned` (ours): an offset per channel is added before the
-        softplus; it starts at 0, like `zero_input`, and is trained with the model.
+    softplus; it starts at 0, like `zero_input`, and is trained with the model.
     """
 
     offset: nn.Parameter | None

@@ -127,7 +127,7 @@ def frames_from_pixel_values(
 
     Args:
         pixel_values: normalised, shape (channels, height, width), or (frames, channels, height, width) for a video.
-            mean, std: those of the image processor, for each channel.
+        mean, std: those of the image processor, for each channel.
         config: the model's configuration.
     """
     leading = config.grid_size_for(*config.input_size_of((1, *pixel_values.shape)))[:-2]

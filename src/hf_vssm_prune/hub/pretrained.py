@@ -42,8 +42,8 @@ def save_pretrained(
         image_processor, model_card: as in `hub.save_for_hub`.
 
     Raises:
-        TypeError, NotADirectoryError: as `hub.save_for_hub`.
-        PushError: as `hub.push_model`.
+        TypeError, NotADirectoryError: as for `hub.save_for_hub`.
+        PushError: as for `hub.push_model`.
     """
     check_arguments(model, image_processor)
     folder = Path(os.path.abspath(save_directory))

@@ -89,9 +89,7 @@ class TrainingClips(_Clips, AugmentedItems):
 
         def prepare(frame: Image.Image) -> torch.Tensor:
             size.append(frame.size)
-            if (
-                frame.size != size[0]
-            ):  # of another size than the previous frames, so that the same crop is at another position
+            if frame.size != size[0]:  # in frames of different sizes, the same crop would show different parts
                 frame = frame.resize(size[0], self._steps.resample)
             frame = self._augment(frame.convert(self._steps.mode), self._generator(index, 1))
             return self._steps.normalize(frame)
