@@ -177,7 +177,7 @@ def classify(model: Path, file: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", EQUAL_IMAGES)
-def test_an_image_is_the_same_in_any_format(name, saved_model, tmp_path, capsys) -> None:
+def test_an_image_is_the_same_in_any_format(name, saved_model, tmp_path) -> None:
     EQUAL_IMAGES[name](tmp_path / name)
     picture().save(tmp_path / "expected.png")
     drawn = {}

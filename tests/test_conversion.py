@@ -352,7 +352,7 @@ def test_script_there_and_back(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_script_changes_no_bit(suffix, convert, model, official, pixel_values, tmp_path, capsys) -> None:
+def test_script_changes_no_bit(suffix, convert, model, pixel_values, tmp_path, capsys) -> None:
     family = model.config.model_type
     source, folder, target = (tmp_path / name for name in (f"{family}{suffix}", "model", f"new-{family}{suffix}"))
     save_official_model(model, source)

@@ -197,7 +197,7 @@ def test_hub_that_fails_does_not_keep_from_what_is_in_the_cache(hub, repo) -> No
     assert loads_right(repo)
 
 
-def test_hub_that_is_not_there(hub, tmp_path) -> None:
+def test_hub_that_is_not_there(hub) -> None:
     hub.server.server_close()
     with pytest.raises(OSError, match="user/nobody cannot be opened"):
         load_classifier("user/nobody")

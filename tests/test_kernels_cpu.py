@@ -489,7 +489,7 @@ def test_damaged_libraries_are_compiled_anew(quick_compiler: Path):
 
 @needs_kernel
 @pytest.mark.skipif(sys.platform != "linux", reason="the compiler is a script")
-def test_a_damaged_prebuilt_library_is_not_taken(quick_compiler: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_damaged_prebuilt_library_is_not_taken(quick_compiler: Path):
     library = build.library_path()
     prebuilt = build.PREBUILT_DIRECTORY / build._prebuilt_name(build.best_variant())
     prebuilt.parent.mkdir()

@@ -825,7 +825,7 @@ def test_learned_holes_begin_as_zero_input(tiny_config, pixel_values) -> None:
 
 
 @pytest.mark.parametrize("method", ["top", "dyvm"])
-def test_parameters_of_pruning_outlive_a_dense_pass(method, tiny_config, pixel_values, tmp_path, caplog) -> None:
+def test_parameters_of_pruning_outlive_a_dense_pass(method, tiny_config, pixel_values, tmp_path) -> None:
     model = make_model(tiny_config)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     options = pruning(method, alignment="learned")

@@ -149,7 +149,7 @@ def test_a_pushed_model_loads_by_name_and_then_offline(hub, client, folder):
     assert hub.state.requests == []
 
 
-def test_remote_code_and_pipeline(hub, client, folder, tmp_path):
+def test_remote_code_and_pipeline(hub, client, folder):
     """By the code files in the repository; test_remote_code.py has an environment without the package."""
     assert_ok(client.push(folder, REPO))
     program = (

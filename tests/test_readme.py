@@ -33,9 +33,11 @@ def test_first_screen_and_length():
 
 
 def test_commands_it_names_are_there():
-    for verb in re.findall(r"hf-vssm-prune (\w+)", README.read_text()):
-        assert verb in VERBS
-    for link in re.findall(r"\]\((?!http|#)([^)#]+)", README.read_text()):
+    verbs = set(re.findall(r"hf-vssm-prune (\w+)", README.read_text()))
+    assert {"train", "finetune"} <= verbs <= set(VERBS)
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", README.read_text())
+    assert "docs/quickstart.md" in links
+    for link in links:
         assert (README.parent / link).exists(), link
 
 

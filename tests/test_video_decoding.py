@@ -278,7 +278,7 @@ def test_sound_and_a_cover_beside_the_video(tmp_path):
         assert [number_in(frame) for frame in frames_at(tmp_path / f"{name}.mp4", 0, 11)] == [0, 11]
 
 
-def test_a_video_whose_frames_change_their_size(tmp_path):
+def test_a_video_whose_frames_change_their_size():
     file = io.BytesIO()
     for height in (32, 48):
         part = io.BytesIO()
