@@ -21,7 +21,7 @@ from hf_vssm_prune.hub import (
 )
 from hf_vssm_prune.hub.model_card import format_flops
 from hf_vssm_prune.hub.model_card_file import read_model_card_info
-from hf_vssm_prune.hub.published_results import preset_of, published_model
+from hf_vssm_prune.hub.published_results import published_model
 
 
 ALL_SECTIONS = [
@@ -242,12 +242,12 @@ def test_published_results_are_marked_as_the_papers(image_processor) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
-def test_every_preset_is_recognised(family) -> None:
+def test_every_published_model_is_recognised(family) -> None:
     config_class = type(MAKE_CONFIG[family]())
-    for preset in config_class.presets:
-        assert preset_of(config_class.from_preset(preset)) == preset
-        assert preset_of(config_class.from_preset(preset, num_labels=10)) is None
-        assert preset_of(config_class.from_preset(preset, image_size=448)) is None
+    for preset, model in config_class.published.items():
+        assert published_model(config_class.from_preset(preset)) is model
+        assert published_model(config_class.from_preset(preset, num_labels=10)) is None
+        assert published_model(config_class.from_preset(preset, image_size=448)) is None
     assert set(config_class.published) <= set(config_class.presets)
     assert published_model(MAKE_CONFIG[family]()) is None
 

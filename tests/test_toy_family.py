@@ -27,7 +27,6 @@ from hf_vssm_prune.conversion import (
 from hf_vssm_prune.families import FAMILIES, register
 from hf_vssm_prune.hub import ModelCardInfo, create_model_card, save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
-from hf_vssm_prune.hub.published_results import preset_of
 from hf_vssm_prune.visualization import draw_classification, draw_stages, kept_patches
 
 
@@ -155,9 +154,7 @@ def test_model_card() -> None:
 
 
 def test_published_figures() -> None:
-    config = ToyConfig.from_preset("XS")
-    assert preset_of(config) == "XS"
-    model = ToyForVideoClassification(config)
+    model = ToyForVideoClassification(ToyConfig.from_preset("XS"))
     text = create_model_card(model, ModelCardInfo("Toy-XS")).text
     assert "For the same architecture on Toys." in text
     assert "| dense | 12.3 | – | A Toy |" in text

@@ -20,10 +20,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_vssm_prune import EXAMPLE_MODEL, visualize
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.panels import DROPPED, DROPPED_OPACITY
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.visualization import (
-    DROPPED,
-    DROPPED_OPACITY,
     NO_IMPORTANCE,
     VIRIDIS,
     draw_classification,

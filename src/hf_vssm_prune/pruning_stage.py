@@ -44,8 +44,8 @@ class Stage(NamedTuple):
         num_kept: how many tokens to keep.
         cells: cells of these tokens, ascending, shape (batch, n).
         grid: shape of the full grid, in patches: (height, width), of a video (time, height, width).
-        mixer: results of the previous layer's mixer for all tokens, see `of_patches` and `of_cls_token`; None for a
-            method whose `reads_mixer` is False.
+        mixer: results of the previous layer's mixer for all tokens, see `of_patches`; None for a method whose
+            `reads_mixer` is False.
         patch_rows: the patch tokens' rows among all tokens, shape (batch, n). None: there is no class token.
         cls_row: the class token's row among all tokens, shape (batch, 1). None: there is none.
         cls_token: hidden state of the class token, shape (batch, hidden). None: there is none.
@@ -70,17 +70,10 @@ class Stage(NamedTuple):
 
     def of_patches(self, values: Tensor) -> Tensor:
         """The patch tokens' rows of the mixer's values (batch, tokens) or (batch, tokens, channels)."""
-        return values if self.patch_rows is None else _take(values, self.patch_rows)
-
-    def of_cls_token(self, values: Tensor) -> Tensor:
-        """The class token's row of the mixer's values (batch, tokens) or (batch, tokens, channels).
-
-        Raises:
-            ValueError: the model has no class token.
-        """
-        if self.cls_row is None:
-            raise ValueError("this model has no class token.")
-        return _take(values, self.cls_row).squeeze(1)
+        rows = self.patch_rows
+        if rows is None:
+            return values
+        return values.gather(1, rows if values.ndim == 2 else rows.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
     def scores(self) -> Tensor:
         """The patch tokens' importance, shape (batch, n)."""
@@ -91,10 +84,6 @@ class Stage(NamedTuple):
     def nearest(self, rows: Tensor) -> Tensor:
         """For each cell of the grid, the nearest of the tokens in `rows`, in the form of `TokenView.stand_ins`."""
         return nearest_tokens(self.cells.gather(1, rows), self.grid)
-
-
-def _take(values: Tensor, rows: Tensor) -> Tensor:
-    return values.gather(1, rows if values.ndim == 2 else rows.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 class Reduction(NamedTuple):

@@ -19,8 +19,6 @@ from transformers import BaseImageProcessor
 from .configuration_common import VisionMambaConfig, pruned_config
 from .families import ImageClassifier
 from .panels import (
-    DROPPED,  # noqa: F401 - part of this module's interface
-    DROPPED_OPACITY,  # noqa: F401
     PANEL_SIZE,
     SHEET_SIZE,
     draw_mask,

@@ -101,13 +101,13 @@ def load_dense_model(
     return _load_whole(auto_class_of(config), kind, name_or_path, ignore_mismatched_sizes, revision, **options)
 
 
-def load_any_model(name_or_path: str | Path, **options: Any) -> Any:
-    """An image classifier, or a model with a head created by `pruned_heads.prunable`. Arguments and errors are those of
+def load_any_model(name_or_path: str | Path) -> Any:
+    """An image classifier, or a model with a head created by `pruned_heads.prunable`. Errors are those of
     `load_classifier` and `load_dense_model`."""
     config = load_config(str(name_or_path))
     if pruned_config(config) is config:
-        return load_classifier(name_or_path, **options)
-    return prunable(load_dense_model(name_or_path, **options))
+        return load_classifier(name_or_path)
+    return prunable(load_dense_model(name_or_path))
 
 
 def _load_whole(

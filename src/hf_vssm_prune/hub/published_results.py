@@ -17,11 +17,5 @@ def published_model(config: VisionMambaConfig) -> PublishedModel | None:
     return next(found, None)
 
 
-def preset_of(config: VisionMambaConfig) -> str | None:
-    """The name of the preset with this architecture and number of labels; None if there is none."""
-    family = type(config)
-    return next((name for name in family.presets if _same(config, family.from_preset(name))), None)
-
-
 def _same(config: VisionMambaConfig, other: VisionMambaConfig) -> bool:
     return all(getattr(config, key) == getattr(other, key) for key in (*ARCHITECTURE, "num_labels"))

@@ -114,7 +114,7 @@ def estimate_run(
     total = flops_per_image * images_per_step * length.num_steps + evaluated * length.num_epochs
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, step = _synthetic_step(task, config, losses, scale, options, device, has_teacher)
+    student, step = _synthetic_step(task, config, losses, scale, device, has_teacher)
     memory, seconds = _measure(step, options.measured_batch_sizes, device)
     small, large = options.measured_batch_sizes
     slope = (memory[large] - memory[small]) / (large - small)
@@ -178,7 +178,6 @@ def _synthetic_step(
     config: VisionMambaConfig,
     losses: LossArguments,
     scale: ScaleArguments,
-    options: EstimateArguments,
     device: torch.device,
     has_teacher: bool,
 ) -> tuple[PreTrainedModel, Callable[[int], None]]:

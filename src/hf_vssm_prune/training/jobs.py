@@ -45,7 +45,6 @@ from hf_vssm_prune.training.image_size import config_at_size, resize_image_proce
 from hf_vssm_prune.training.image_steps import ImageError
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe, Trainer
-from hf_vssm_prune.training.models import load_model  # noqa: F401 - part of this module's interface
 from hf_vssm_prune.training.tasks import default_task
 from hf_vssm_prune.training.tasks.task import PrunableModel, Task
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.conversion import ImageClassifier
+from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.label_maps import complete_label_maps, names_by_id
 from hf_vssm_prune.modeling_common import image_classifier
 
