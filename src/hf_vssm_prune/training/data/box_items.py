@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 
 from hf_vssm_prune.training.box_augmentation import BoxAugmentation, augment_boxes
-from hf_vssm_prune.training.data.dense_items import DenseItems, Epochs, normalize, resampling, resized_size
+from hf_vssm_prune.training.data.dense_items import DenseItems, normalize, resampling, resized_size
 from hf_vssm_prune.training.data.detection import BoxedImages, BoxedStream
+from hf_vssm_prune.training.data.epochs import Epochs
 from hf_vssm_prune.training.data.objects import fit_boxes
 
 

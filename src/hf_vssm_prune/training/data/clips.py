@@ -91,15 +91,18 @@ class TrainingClips(_Clips, AugmentedItems):
             size.append(frame.size)
             if frame.size != size[0]:  # in frames of different sizes, the same crop would show different parts
                 frame = frame.resize(size[0], self._steps.resample)
-            frame = self._augment(frame.convert(self._steps.mode), self._generator(index, 1))
+            frame = self._augment(frame.convert(self._steps.mode), self._epoch.generator(index, 1))
             return self._steps.normalize(frame)
 
         frames = decode_frames(
-            stored, lambda count: [random_frames(count, self._num_frames, self._generator(index, 0))], prepare, name
+            stored,
+            lambda count: [random_frames(count, self._num_frames, self._epoch.generator(index, 0))],
+            prepare,
+            name,
         )
         clip = torch.stack(frames[0])
         # The same rectangle in all frames, with different noise in each.
-        random_erasing(clip.flatten(0, 1), self._augmentation.random_erasing, self._generator(index, 2))
+        random_erasing(clip.flatten(0, 1), self._augmentation.random_erasing, self._epoch.generator(index, 2))
         return clip
 
 

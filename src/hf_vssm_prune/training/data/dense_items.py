@@ -48,25 +48,6 @@ class DenseItems(torch.utils.data.Dataset[dict[str, Any]]):
         return decode_image(row["image"], self._mode, self._name("image", place, row["image"]))
 
 
-class Epochs:
-    """Randomness depends only on the seed, the epoch and the index."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        # In shared memory, so that the persistent workers of a data loader see the new epoch as well.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
-
-    def __int__(self) -> int:
-        return int(self._epoch)
-
-    def generator(self, index: int) -> np.random.Generator:
-        """The generator for all randomness in an item."""
-        return np.random.default_rng((self._seed, int(self), index))
-
-
 def resized_size(image_processor: BaseImageProcessor, image: Image.Image) -> tuple[int, int]:
     """(height, width) to which an image processor resizes an image; the image's own size if it does not resize.
 

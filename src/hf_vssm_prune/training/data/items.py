@@ -17,6 +17,7 @@ from hf_vssm_prune.training.augmentation import (
     random_resized_crop,
 )
 from hf_vssm_prune.training.data.columns import ImageStream
+from hf_vssm_prune.training.data.epochs import Epochs
 from hf_vssm_prune.training.image_steps import ImageError, ImageProcessorSteps, decode_image
 
 
@@ -70,8 +71,7 @@ class EvaluationImages(Items):
 
 
 class AugmentedItems(Items):
-    """Items for training. Randomness depends only on the seed, the epoch and the index, not on the number of workers or
-    processes or on earlier reads.
+    """Items for training, whose randomness is that of `epochs.Epochs`.
 
     Args:
         dataset: A data set from `load_image_dataset`.
@@ -88,19 +88,11 @@ class AugmentedItems(Items):
         seed: int = 0,
     ) -> None:
         super().__init__(dataset, image_processor)
-        if seed < 0:
-            raise ValueError(f"seed is {seed}: it must not be negative.")
-        self._augmentation = augmentation
-        self._seed = seed
-        # In shared memory, so that the persistent workers of a data loader see the new epoch as well.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._augmentation, self._epoch = augmentation, Epochs(seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Call this before creating the data loader's iterator, because workers read ahead."""
-        self._epoch.fill_(epoch)
-
-    def _generator(self, index: int, *purpose: int) -> np.random.Generator:
-        return np.random.default_rng((self._seed, int(self._epoch), index, *purpose))
+        self._epoch.set(epoch)
 
     def _augment(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
         augmentation, steps = self._augmentation, self._steps
@@ -122,7 +114,7 @@ class TrainingImages(AugmentedItems):
     """
 
     def _pixel_values(self, stored: Mapping[str, Any] | None, index: int, name: str) -> torch.Tensor:
-        generator = self._generator(index)
+        generator = self._epoch.generator(index)
         image = self._augment(decode_image(stored, self._steps.mode, name), generator)
         return random_erasing(self._steps.normalize(image), self._augmentation.random_erasing, generator)
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from hf_vssm_prune.training.data.dense_items import DenseItems, Epochs, normalize, resampling, resized_size
+from hf_vssm_prune.training.data.dense_items import DenseItems, normalize, resampling, resized_size
+from hf_vssm_prune.training.data.epochs import Epochs
 from hf_vssm_prune.training.data.masks import check_mask, decode_mask, reduced
 from hf_vssm_prune.training.data.segmentation import Pairs, PairStream
 from hf_vssm_prune.training.mask_augmentation import MaskAugmentation, augment
