@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.training.data import ImageStream, StreamedTrainingImages, collate, load_image_stream
+from hf_vssm_prune.training.data.columns import store_stream
 from hf_vssm_prune.training.sampling import StreamSampler
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments
 
@@ -141,6 +142,10 @@ def test_rows_that_datasets_cannot_read_are_named(tmp_path):
             raise ValueError("An image sample should have bytes")
         return row
 
-    broken = ImageStream(stream.rows.map(fail), 4, buffer_size=1, split="train")
+    broken = ImageStream(stream.rows.map(fail, features=stream.rows.features), 4, buffer_size=1, split="train")
     with pytest.raises(ValueError, match=r"After [0-2] rows of split 'train', a row cannot be read: An image"):
         list(StreamSampler(broken, seed=0))
+    # Evaluation images of any task are read before the run.
+    message = "'photos' cannot be read: After 2 rows of split 'train', a row cannot be read: An image"
+    with pytest.raises(ValueError, match=message):
+        store_stream(broken.rows, "train", "photos")

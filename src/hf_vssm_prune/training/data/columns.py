@@ -4,12 +4,14 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, IterableDataset, NamedSplit, Value, concatenate_datasets
+from datasets.exceptions import DatasetGenerationError
 
 from hf_vssm_prune.training.data.label_columns import read_labels, translate_labels
 from hf_vssm_prune.training.data.media import IMAGES, Medium
@@ -133,6 +135,25 @@ def read_rows(rows: IterableDataset, split: str) -> Iterator[dict[str, Any]]:
             count += 1
     except ValueError as error:
         raise ValueError(f"After {count} rows of split '{split}', a row cannot be read: {error}") from error
+
+
+def store_stream(rows: IterableDataset, split: str, name_or_path: str | Path) -> Dataset:
+    """Reads a stream into the cache of `datasets`.
+
+    Args:
+        rows: the stream, with known features.
+        split: name of the split.
+        name_or_path: name of the data set in error messages.
+
+    Raises:
+        ValueError: a row cannot be read; see `read_rows`.
+    """
+    try:
+        return Dataset.from_generator(
+            read_rows, features=rows.features, gen_kwargs={"rows": rows, "split": split}, split=NamedSplit(split)
+        )
+    except DatasetGenerationError as error:
+        raise ValueError(f"'{name_or_path}' cannot be read: {error.__cause__}") from error
 
 
 def _find_column(dataset: Dataset | IterableDataset, name: str | None, kind: type, meaning: str) -> str:

@@ -14,7 +14,6 @@ from datasets import (
     Features,
     Image,
     IterableDataset,
-    NamedSplit,
     Value,
     concatenate_datasets,
 )
@@ -23,7 +22,7 @@ from datasets import (
 )
 
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
-from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, read_rows
+from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, store_stream
 from hf_vssm_prune.training.data.loading import choose_split, count_rows, draw_samples, find_evaluation_split
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.object_files import holds_object_files, load_object_files
@@ -95,7 +94,7 @@ def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: i
     if eval_split is not None:
         evaluation = choose_split(splits, eval_split, name)
         if data.streaming:
-            evaluation = _stored(evaluation, eval_split)
+            evaluation = store_stream(evaluation, eval_split, name)
         evaluation_rows = _ObjectReader.of_rows(evaluation, data, options, reader.names).read(evaluation)
     elif data.streaming:
         raise ValueError(f"'{name}' has no split to evaluate on, which --streaming needs: name one with --eval_split.")
@@ -136,13 +135,6 @@ def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
     if streaming:
         raise ValueError(f"The images in '{folder}' are read only when needed in any case: omit --streaming.")
     return load_object_files(folder)
-
-
-def _stored(rows: IterableDataset, split: str) -> Dataset:
-    """Reads a stream into the cache of `datasets`."""
-    return Dataset.from_generator(
-        read_rows, features=rows.features, gen_kwargs={"rows": rows, "split": split}, split=NamedSplit(split)
-    )
 
 
 def _refuse_without_objects(rows: Dataset) -> None:
@@ -236,10 +228,10 @@ class _ObjectReader:
         )
 
     def _read(self, stored: Any, name: str) -> dict[str, Any]:
-        objects, classes = read_objects(stored, self.fields, name)
+        objects = read_objects(stored, self.fields, name)
         return {
             "boxes": objects.boxes,
-            "labels": np.array([self._label(each, name) for each in classes], np.int64),
+            "labels": np.array([self._label(each, name) for each in objects.classes], np.int64),
             "crowd": objects.crowd,
             "without_area": objects.without_area,
         }
@@ -287,7 +279,7 @@ def _names_in(rows: Dataset, column: str, fields: Fields) -> list[str]:
     """The classes of a split's objects: sorted names, or "class 0" up to the highest id."""
     found: set[Any] = set()
     for row, stored in enumerate(rows.select_columns([column])[column]):
-        found |= set(read_objects(stored, fields, f"The objects in row {row} of split '{rows.split}'")[1])
+        found |= set(read_objects(stored, fields, f"The objects in row {row} of split '{rows.split}'").classes)
     if all(isinstance(each, str) for each in found):
         return sorted(found)
     return [f"class {label}" for label in range(max(found) + 1)]

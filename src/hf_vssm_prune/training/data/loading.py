@@ -4,10 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, NamedSplit
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, read_rows, standardize, standardize_stream
+from hf_vssm_prune.training.data.columns import (
+    ImageDatasets,
+    ImageStream,
+    standardize,
+    standardize_stream,
+    store_stream,
+)
 from hf_vssm_prune.training.data.media import IMAGES, Medium
 from hf_vssm_prune.training.data.sources import count_parquet_rows, load_splits
 
@@ -124,15 +129,7 @@ def load_image_stream(
         )
     stored = choose_split(splits, eval_split, name_or_path)
     stored, _ = standardize_stream(stored, image_column, label_column, medium)
-    try:
-        evaluation = Dataset.from_generator(
-            read_rows,
-            features=stored.features,
-            gen_kwargs={"rows": stored, "split": eval_split},
-            split=NamedSplit(eval_split),
-        )
-    except DatasetGenerationError as error:
-        raise ValueError(f"'{name_or_path}' cannot be read: {error.__cause__}") from error
+    evaluation = store_stream(stored, eval_split, name_or_path)
     evaluation, _ = standardize(evaluation, "image", "label", label_names, medium)
     return ImageDatasets(
         train=ImageStream(rows, num_images, shuffle_buffer_size, train_split),

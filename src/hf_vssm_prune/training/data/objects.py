@@ -32,20 +32,20 @@ class Objects:
 
     Attributes:
         boxes: float32 (n, 4), left, top, width and height in pixels.
-        labels: class ids, int64 (n,).
+        classes: their classes as stored, ids or names.
         crowd: bool (n,): a box around many objects, or one that is too difficult: it is not used for training, and
             detections in it are not counted.
         without_area: number of boxes that were left out because they have zero area.
     """
 
     boxes: np.ndarray
-    labels: np.ndarray
+    classes: list[Any]
     crowd: np.ndarray
     without_area: int = 0
 
 
-def read_objects(stored: Any, fields: Fields, name: str) -> tuple[Objects, list[Any]]:
-    """The objects of an image, all with label 0, and their classes as stored.
+def read_objects(stored: Any, fields: Fields, name: str) -> Objects:
+    """The objects of an image.
 
     Args:
         stored: a dict of lists, or a list of dicts. None: there are no objects.
@@ -75,8 +75,8 @@ def read_objects(stored: Any, fields: Fields, name: str) -> tuple[Objects, list[
     crowd = np.array([bool(each) for each in (stored.get(fields.crowd) if fields.crowd else None) or [0] * len(boxes)])
     has_area = (array[:, 2:] > 0).all(axis=1)
     kept = np.flatnonzero(has_area)
-    objects = Objects(array[kept], np.zeros(len(kept), np.int64), crowd.astype(bool)[kept], int(len(boxes) - len(kept)))
-    return objects, [classes[number] for number in kept]
+    own = [classes[number] for number in kept]
+    return Objects(array[kept], own, crowd.astype(bool)[kept], int(len(boxes) - len(kept)))
 
 
 def fit_boxes(boxes: np.ndarray, image_size: tuple[int, int], name: str) -> np.ndarray:

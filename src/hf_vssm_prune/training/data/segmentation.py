@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Image, IterableDataset, NamedSplit, Value, concatenate_datasets
+from datasets import Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
-from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, read_rows
+from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, store_stream
 from hf_vssm_prune.training.data.loading import choose_split, count_rows, draw_samples, find_evaluation_split
-from hf_vssm_prune.training.data.masks import decode_mask, reduced
+from hf_vssm_prune.training.data.masks import IGNORED_AFTER_REDUCTION, decode_mask, reduced
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.pairs import holds_pairs, load_pair_folder
 from hf_vssm_prune.training.data.sources import load_splits
@@ -73,7 +73,7 @@ def load_segmentation_datasets(
         evaluation = choose_split(splits, eval_split, name)
         evaluation_rows = standardize_pairs(evaluation, data.image_column_name, data.label_column_name)
         if data.streaming:
-            evaluation_rows = _stored(evaluation_rows, eval_split)
+            evaluation_rows = standardize_pairs(store_stream(evaluation_rows, eval_split, name), "image", "mask")
     elif data.streaming:
         raise ValueError(f"'{name}' has no split to evaluate on, which --streaming needs: name one with --eval_split.")
     else:
@@ -123,14 +123,6 @@ def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
     if streaming:
         raise ValueError(f"The images in '{folder}' are read only when needed in any case: omit --streaming.")
     return load_pair_folder(folder)
-
-
-def _stored(rows: IterableDataset, split: str) -> Dataset:
-    """Reads a stream of pairs into the cache of `datasets`."""
-    stored = Dataset.from_generator(
-        read_rows, features=rows.features, gen_kwargs={"rows": rows, "split": split}, split=NamedSplit(split)
-    )
-    return standardize_pairs(stored, "image", "mask")
 
 
 def standardize_pairs(rows: Any, image_column: str | None, mask_column: str | None) -> Any:
@@ -216,7 +208,7 @@ def _names_of_ids(rows: Dataset, ignore_index: int, reduce_labels: bool) -> list
     highest = -1
     for row in rows.select_columns(["mask", "row"]):
         ids = reduced(decode_mask(row["mask"], f"The mask in row {row['row']} of split '{rows.split}'"), reduce_labels)
-        ids = ids[ids != (255 if reduce_labels else ignore_index)]
+        ids = ids[ids != (IGNORED_AFTER_REDUCTION if reduce_labels else ignore_index)]
         highest = max(highest, int(ids.max(initial=-1)))
     if highest < 1:
         raise ValueError(
