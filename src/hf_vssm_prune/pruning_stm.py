@@ -32,10 +32,10 @@ def merge_into_both_neighbours(stage: Stage) -> Reduction:
 
     Our choices, where the abstract says nothing: which tokens can be merged (every second one, as in ToMe); the
     similarity (the cosine of the previous layer's B, as in our `tome`: the summaries mention that B, and on 250
-    training images of Imagenette this lost less than hidden states, untrained); how many tokens are protected; and that
-    every token of a stage counts once. If more than half of the tokens have to be removed, the rest is merged in
-    another round. The paper is about Vim. PlainMamba has no class token and several paths; its neighbours are those in
-    raster order.
+    training images of Imagenette, without fine-tuning, this lost less than hidden states); how many tokens are
+    protected; and that every token of a stage counts once. If more than half of the tokens have to be removed, the rest
+    is merged in another round. The paper is about Vim. PlainMamba has no class token and several paths; its neighbours
+    are those in raster order.
     """
     B = stage.of_patches(own_inputs(stage.mixer.scans)[1].transpose(1, 2).flatten(2))
     unit, protected = F.normalize(B, dim=-1), _is_protected(stage)
