@@ -74,6 +74,12 @@ def decode_image(stored: Mapping[str, Any] | None, mode: str, name: str) -> Imag
     return _converted(_converted(upright, "RGB"), mode)
 
 
+def name_stored(kind: str, place: str, split: str, stored: Mapping[str, Any] | None) -> str:
+    """What error messages call a stored image, or another kind of medium: its place in a split, and its path."""
+    name = f"The {kind} in {place} of split '{split}'"
+    return name if stored is None or stored["path"] is None else f"{name} ('{stored['path']}')"
+
+
 def read_stored(stored: Mapping[str, Any] | None, name: str, read: Callable[[Image.Image], Content]) -> Content:
     """Returns `read(image)` for a stored image whose pixels have been loaded. See `decode_image` for arguments and
     errors."""

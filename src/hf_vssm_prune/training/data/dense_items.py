@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 from transformers.image_transforms import get_size_with_aspect_ratio
 
-from hf_vssm_prune.training.image_steps import decode_image
+from hf_vssm_prune.training.image_steps import decode_image, name_stored
 
 
 class DenseItems(torch.utils.data.Dataset[dict[str, Any]]):
@@ -40,9 +40,7 @@ class DenseItems(torch.utils.data.Dataset[dict[str, Any]]):
         raise NotImplementedError
 
     def _name(self, kind: str, place: str, stored: Mapping[str, Any] | None) -> str:
-        """Its name in error messages."""
-        name = f"The {kind} in {place} of split '{self._dataset.split}'"
-        return name if stored is None or stored["path"] is None else f"{name} ('{stored['path']}')"
+        return name_stored(kind, place, self._dataset.split, stored)
 
     def _image(self, row: Mapping[str, Any], place: str) -> Image.Image:
         return decode_image(row["image"], self._mode, self._name("image", place, row["image"]))

@@ -18,7 +18,7 @@ from hf_vssm_prune.training.augmentation import (
 )
 from hf_vssm_prune.training.data.columns import ImageStream
 from hf_vssm_prune.training.data.epochs import Epochs
-from hf_vssm_prune.training.image_steps import ImageError, ImageProcessorSteps, decode_image
+from hf_vssm_prune.training.image_steps import ImageError, ImageProcessorSteps, decode_image, name_stored
 
 
 class Items(torch.utils.data.Dataset[dict[str, Any]]):
@@ -47,9 +47,7 @@ class Items(torch.utils.data.Dataset[dict[str, Any]]):
         ]
 
     def _item(self, index: int, stored: Mapping[str, Any] | None, label: int, place: str) -> dict[str, Any]:
-        name = f"The {self.kind} in {place} of split '{self._dataset.split}'"
-        if stored is not None and stored["path"] is not None:
-            name += f" ('{stored['path']}')"
+        name = name_stored(self.kind, place, self._dataset.split, stored)
         return {"pixel_values": self._pixel_values(stored, index, name), "labels": label}
 
     def _pixel_values(self, stored: Mapping[str, Any] | None, index: int, name: str) -> torch.Tensor:
