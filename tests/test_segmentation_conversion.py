@@ -128,6 +128,8 @@ def test_the_command(tmp_path, capsys):
     (tmp_path / "names.txt").write_text("sky\nroad\ncar\ntree\nwall\n")
     convert = load_script("convert").main
     names = ["--id2label", str(tmp_path / "names.txt")]
+    assert convert([str(tmp_path / "upernet.pth"), str(tmp_path / "folder"), "--crop_pct", "1.0"]) == 1
+    assert "--crop_pct is for classifiers" in capsys.readouterr().err
     assert convert([str(tmp_path / "upernet.pth"), str(tmp_path / "folder"), *names]) == 0
     assert "upernet on plainmamba: 4 layers" in capsys.readouterr().out
     opened = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "folder")

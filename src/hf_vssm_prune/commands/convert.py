@@ -122,6 +122,8 @@ def to_folder(options: argparse.Namespace) -> ImageClassifier:
     if options.id2label is not None:
         set_labels(model.config, options.id2label)
     backbone = pruned_config(model.config)
+    if backbone is not model.config and options.crop_pct is not None:
+        raise ValueError("--crop_pct is for classifiers; segmentation models see whole images.")
     processor = new_image_processor(backbone, options.image_mean, options.image_std, options.crop_pct)
     if backbone is not model.config:
         processor = segmentation_processor(processor, SHORT_SIDE)
