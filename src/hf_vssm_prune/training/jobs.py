@@ -20,7 +20,6 @@ from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.hub.loading import load_config, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.pushing import push_model
 from hf_vssm_prune.metrics import save_results
-from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.token_pruning import ALIGNMENTS
@@ -222,9 +221,9 @@ def compare_schedules(
     return _compare(task, models, loader, options)
 
 
-def method_schedules(flops_reduction: float) -> dict[str, dict[str, Any]]:
-    """Each pruning method with alignment `none` and `repeat`, and `top` also with every other alignment and
-    importance."""
+def method_schedules(name_or_path: str, flops_reduction: float) -> dict[str, dict[str, Any]]:
+    """Each pruning method with alignment `none` and `repeat`, and `top` also with every other alignment, and with every
+    other importance that the model can compute."""
     variants = {
         f"{method}, {alignment}": {"method": method, "alignment": alignment}
         for method in METHODS
@@ -237,7 +236,7 @@ def method_schedules(flops_reduction: float) -> dict[str, dict[str, Any]]:
     }
     variants |= {
         f"top, repeat, {importance}": {"method": "top", "alignment": "repeat", "importance": importance}
-        for importance in IMPORTANCES
+        for importance in pruned_config(load_config(name_or_path)).importances
         if importance != METHODS["top"].importance
     }
     return {name: {"flops_reduction": flops_reduction, **choices} for name, choices in variants.items()}
