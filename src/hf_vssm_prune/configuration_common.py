@@ -288,6 +288,11 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.patch_size
 
     @property
+    def frame_spacing(self) -> int:
+        """Distance between the patches of a video in time, in frames."""
+        return 1
+
+    @property
     def importances(self) -> tuple[str, ...]:
         """The measures of importance that can be computed from the mixers' results, see `pruning_importances`."""
         return tuple(name for name in IMPORTANCES if self.has_backward_scan or name not in OF_BACKWARD_SCAN)

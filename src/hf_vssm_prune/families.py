@@ -46,7 +46,7 @@ class Family:
 
     Attributes:
         config: the class of its configuration, which also defines what the package needs to know about the family.
-            classes: the classes of its models, by the suffixes in `AUTO_CLASSES`.
+        classes: the classes of its models, by the suffixes in `AUTO_CLASSES`.
         base: their base class, which is also an `OfficialFormat`: see `conversion`.
         public_names: all public objects of its two files, by name.
     """

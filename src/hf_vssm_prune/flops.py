@@ -153,8 +153,8 @@ def count_scans(config: PreTrainedConfig, length: int, kernel_size: int, num_pat
 BUDGET_TOLERANCE = 0.005
 # Positions of the stages, as fractions of the depth. Later entries are used only if earlier ones cannot save enough.
 STAGES = ((1 / 6, 1 / 3, 1 / 2), (1 / 12, 1 / 6, 1 / 4), (1 / 24, 1 / 12, 1 / 8))
-# The search for unequal ratios tries (number of tokens) ** (number of stages - 1) schedules. With more tokens than this, a
-# token is less than the tolerance, so that equal ratios come close enough.
+# The search for unequal ratios tries (number of tokens) ** (number of stages - 1) schedules. With more tokens than
+# this, one token is less than the tolerance, so that equal ratios come close enough.
 MOST_STAGES_OF_UNEQUAL_RATIOS, MOST_TOKENS_OF_UNEQUAL_RATIOS = 3, 256
 
 
@@ -169,8 +169,8 @@ def schedule_for_budget(
 
     Tokens are dropped in three stages, at a sixth, a third and half of the depth (layers 6, 12 and 18 in the paper's
     model of 36 layers), or earlier if that cannot save enough. All stages have the same keep ratio if one meets the
-    budget, and otherwise, for up to 256 tokens, different ratios. Among the schedules that remove at least the requested
-    fraction, the one that removes least is chosen.
+    budget, and otherwise, for up to 256 tokens, different ratios. Among the schedules that remove at least the
+    requested fraction, the one that removes least is chosen.
 
     Args:
         config: of a model of this package.

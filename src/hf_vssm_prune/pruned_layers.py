@@ -187,7 +187,7 @@ def full_states(backbone: Any, outputs: PrunedModelOutput, token_pruning: TokenP
     Args:
         backbone: its `config.feature_fill` says what the cell of a dropped token contains.
         outputs: outputs of its model, with hidden states and, if feature maps are made from them, mixer states.
-            token_pruning: the schedule that was used.
+        token_pruning: the schedule that was used.
     """
     hidden_states, kept_tokens = outputs.hidden_states or (), outputs.kept_tokens or ()
     if backbone.config.feature_source == "mixer":

@@ -19,10 +19,9 @@ class TokenView(NamedTuple):
 
     Attributes:
         scale: factor by which each token is multiplied for the mixers, after the norm (which would cancel it); shape
-            (batch, n).
-        None: 1.
-        stand_ins: the row of the token that convolutions see in each cell, int64 of shape (batch, cells).
-        None: they see nothing in the cell of a dropped token.
+            (batch, n). None: 1.
+        stand_ins: the row of the token that convolutions see in each cell, int64 of shape (batch, cells). None: they
+            see nothing in the cell of a dropped token.
     """
 
     scale: Tensor | None = None

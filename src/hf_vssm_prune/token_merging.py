@@ -93,7 +93,7 @@ def merge_tokens(tokens: Tensor, weights: Tensor, into: Tensor, rows: Tensor) ->
         tokens: shape (batch, n, channels).
         weights: non-negative weights, positive for the tokens in `rows`, shape (batch, n).
         into: for each token, the row of the token that it is merged into, or its own if it is kept, shape (batch, n).
-            rows: rows of the kept tokens, shape (batch, count).
+        rows: rows of the kept tokens, shape (batch, count).
 
     Returns:
         The means (batch, count, channels), in the dtype of `tokens`, and the sums of the weights (batch, count).

@@ -42,7 +42,7 @@ def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Any:
 
     Raises:
         ValueError: the model is of no family of this package, or the configuration has a value that is not allowed.
-            OSError: there is no such checkpoint.
+        OSError: there is no such checkpoint.
     """
     try:
         config = patiently(
