@@ -15,7 +15,7 @@ from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.panels import DROPPED
 from hf_vssm_prune.pruning_methods import METHODS
-from hf_vssm_prune.visualization import visualize
+from hf_vssm_prune.visualization import frames_from_pixel_values, visualize
 
 
 GREY = (128, 128, 128)
@@ -71,6 +71,14 @@ def test_every_method_moves(method, tmp_path) -> None:
 def test_tubelets_are_one_picture_each() -> None:
     model, processor = make_model(num_frames=5, tubelet_size=2)
     assert len(animated_frames(model, processor, [Image.new("RGB", (32, 32), GREY)] * 5)) == 2
+
+
+def test_a_tubelet_is_shown_by_its_first_frame() -> None:
+    """Whatever is left over at the end."""
+    clip = (torch.arange(11.0) / 255).view(11, 1, 1, 1).expand(11, 3, 32, 32)
+    config = make_video_config(num_frames=11, tubelet_size=4)
+    shown = frames_from_pixel_values(clip, [0.0] * 3, [1.0] * 3, config)
+    assert [frame.getpixel((0, 0))[0] for frame in shown] == [0, 4]
 
 
 def test_what_cannot_be_animated(tmp_path) -> None:

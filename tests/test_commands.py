@@ -15,9 +15,10 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from conftest import IMPORTED_WITH, PATIENCE, SCRIPTS, STARTED_WITH, load_script
 from PIL import Image
+from transformers import PreTrainedConfig, UperNetConfig
 
 import hf_vssm_prune
-from hf_vssm_prune import EXAMPLE_MODEL, commands
+from hf_vssm_prune import EXAMPLE_MODEL, VideoMambaConfig, VimConfig, commands
 from hf_vssm_prune.__main__ import main
 from hf_vssm_prune.commands import REPOSITORY_SCRIPTS, VERBS, command_line, make_parser_of
 from hf_vssm_prune.environment import PATIENT_THREADS, WAITING, is_command, let_threads_wait
@@ -25,6 +26,7 @@ from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.training.arguments import FinetuneArguments
 from hf_vssm_prune.training.arguments.help import OptionParser
 from hf_vssm_prune.training.tasks import TASKS
+from hf_vssm_prune.training.tasks.classification import ImageClassification
 
 
 # A terminal of today has some fifty lines of a hundred characters or more.
@@ -332,6 +334,38 @@ def test_finetune_card_push_and_reopen(photo, tmp_path, capsys):
     (tmp_path / "card.yaml").write_text("name: a-new-name\n")
     assert main(["write_card", folder, str(tmp_path / "card.yaml")]) == 0
     assert "a-new-name" in (tmp_path / "run" / "best" / "README.md").read_text()
+
+
+def save_config(config: PreTrainedConfig, folder: Path) -> str:
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("make_model", "file", "message"),
+    [
+        (lambda folder: str(EXAMPLE_MODEL), "none.png", "none.png"),
+        (lambda folder: "no/such", "photo.png", "no/such cannot be opened"),
+        (lambda folder: save_config(VideoMambaConfig(), folder), "photo.png", "it must be an image classifier"),
+        (
+            lambda folder: save_config(UperNetConfig(backbone_config=VimConfig()), folder),
+            "photo.png",
+            "'upernet' model; it must be an image classifier",
+        ),
+    ],
+    ids=["no image", "no model", "videos", "segmentation"],
+)
+def test_what_cannot_be_reopened_is_named(make_model, file, message, tmp_path, capsys):
+    assert main(["reopen", make_model(tmp_path / "model"), file]) == 1
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert message in error.rpartition("error: ")[2]
+
+
+def test_models_with_other_heads_are_not_classified_with(tmp_path):
+    folder = save_config(UperNetConfig(backbone_config=VimConfig()), tmp_path)
+    with pytest.raises(ValueError, match="is a 'upernet' model; --task image-classification needs a classifier of ima"):
+        ImageClassification().load_model(folder, ["a", "b"])
 
 
 def test_train(tmp_path):

@@ -404,6 +404,8 @@ def test_mirrored_backward_needs_a_backward_scan() -> None:
     stage = make_stage("plainmamba", (3, 4), num_tokens=9, num_kept=4)
     with pytest.raises(ValueError, match="needs a backward scan"):
         stage._replace(importance=IMPORTANCES["mirrored_backward"]).scores()
+    with pytest.raises(ValueError, match=r"but PlainMambaConfig's models have no .*'l2', 'random'"):
+        MAKE_CONFIG["plainmamba"](token_pruning={"flops_reduction": 0.3, "importance": "mirrored_backward"})
 
 
 # ---- Promises ----------------------------------------------------------------------------------------------------

@@ -291,6 +291,16 @@ def test_budget_near_the_paper_needs_the_papers_layers() -> None:
     assert config.token_pruning["keep_ratios"] == pytest.approx([0.7, 0.7, 0.7], abs=0.01)
 
 
+def test_budget_of_a_clip_counts_what_matching_costs() -> None:
+    """Matching is quadratic in the tokens, of which clips have thousands: it decides which layers are early enough."""
+    budget = {"flops_reduction": 0.8, "method": "r_meeto"}
+    config = VideoMambaConfig.from_preset("Ti", token_pruning=budget)
+    assert config.token_pruning["layers"] == [2, 4, 6]
+    assert count_flops(config).reduction == pytest.approx(0.8, abs=0.005)
+    with pytest.raises(ValueError, match=r"dropping all but one token at \[1, 2, 3\] removes 0\.786"):
+        VideoMambaConfig.from_preset("Ti", num_frames=64, token_pruning=budget)
+
+
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 def test_budget_that_few_tokens_cannot_meet(family) -> None:
     """Four tokens: the possible cuts lie far apart."""

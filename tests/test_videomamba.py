@@ -380,6 +380,20 @@ def test_image_model_becomes_a_video_model(tubelet_size) -> None:
     assert all(torch.equal(layers[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_files_in_half_precision_get_a_head_in_it(dtype, model, official, clips) -> None:
+    image_model = make_model(make_videomamba_config())
+    image = convert_to_official_state_dict(image_model.config, image_model.state_dict())
+    headless = {name: tensor for name, tensor in official.items() if not name.startswith("head.")}
+    for tensors in (image, headless):
+        checkpoint = {"module": {name: tensor.to(dtype) for name, tensor in tensors.items()}}
+        config = infer_config(checkpoint, num_frames=3)
+        converted = VideoMambaForVideoClassification(config).eval()
+        converted.load_state_dict(convert_official_state_dict(config, checkpoint), assign=True)
+        assert converted(clips).logits.dtype == dtype
+
+
 @torch.no_grad()
 def test_files_open_at_other_lengths_and_sizes(model, official) -> None:
     config = infer_config(official, num_frames=6, image_size=(48, 24))

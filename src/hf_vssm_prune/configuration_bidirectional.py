@@ -26,6 +26,7 @@ class BidirectionalConfig(VisionMambaConfig):
     """
 
     num_scans: ClassVar[int] = 2
+    has_backward_scan: ClassVar[bool] = True
     averages_directions: ClassVar[bool]
     rotates_tokens: ClassVar[bool] = False
 

@@ -12,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from .feature_pyramid import check_pyramid
 from .flops import FlopCount, schedule_for_budget
 from .label_maps import complete_label_maps, names_by_id
+from .pruning_importances import IMPORTANCES, OF_BACKWARD_SCAN
 from .pruning_options import (
     TokenPruning,
     check_block_keep_ratio,
@@ -44,6 +45,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         paper: the family's paper.
         cls_token: position of the class token among the patches: "none", "middle" or "first".
         num_scans: number of scans with their own parameters, which is also the number of Δ, B and C per token.
+        has_backward_scan: whether one of them visits the tokens from the last to the first.
 
     Args:
         image_size: size in pixels, or (height, width), of the position embeddings. Other sizes work too.
@@ -83,6 +85,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     paper: ClassVar[Paper]
     cls_token: ClassVar[str] = "none"
     num_scans: ClassVar[int] = 1
+    has_backward_scan: ClassVar[bool] = False
 
     id2label: dict | list | tuple | None = None  # type: ignore[assignment]
     label2id: dict | list | tuple | None = None  # type: ignore[assignment]
@@ -207,6 +210,12 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`token_pruning['block_keep_ratio']` is {block_keep_ratio}, but {type(self).__name__} cannot select "
                 "blocks: this needs a class token and a separate scan for each direction, as in Vim and VideoMamba."
             )
+        importance = token_pruning.get("importance")
+        if importance in OF_BACKWARD_SCAN and not self.has_backward_scan:
+            raise ValueError(
+                f"`token_pruning['importance']` is {importance!r}, but {type(self).__name__}'s models have no backward "
+                f"scan; allowed values are {list(self.importances)}."
+            )
         if "flops_reduction" in token_pruning:
             token_pruning = dict(token_pruning)
             budget = plain_value(token_pruning.pop("flops_reduction"))
@@ -277,6 +286,16 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     def patch_spacing(self) -> int:
         """Distance between patches in pixels."""
         return self.patch_size
+
+    @property
+    def frame_spacing(self) -> int:
+        """Distance between the patches of a video in time, in frames."""
+        return 1
+
+    @property
+    def importances(self) -> tuple[str, ...]:
+        """The measures of importance that can be computed from the mixers' results, see `pruning_importances`."""
+        return tuple(name for name in IMPORTANCES if self.has_backward_scan or name not in OF_BACKWARD_SCAN)
 
     @property
     def selects_blocks(self) -> bool:

@@ -139,6 +139,11 @@ class VideoMambaConfig(BidirectionalConfig):
                 )
         super()._check_sizes()
 
+    @property
+    def frame_spacing(self) -> int:
+        """Distance between the patches of a video in time, in frames."""
+        return self.tubelet_size
+
     def input_size_for(self, image_size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
         """The input size for another image size, given in the form of `image_size`."""
         height_width = self.image_height_width(image_size)

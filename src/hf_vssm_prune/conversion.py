@@ -296,7 +296,8 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
     """The configuration that a published checkpoint's tensors imply: for a classifier or, if there is a decode head, a
     `UperNetConfig` with the backbone's options (and mmsegmentation's) in `backbone_config`.
 
-    The grid is assumed to be square, and patches not to overlap: give `image_size` or `patch_stride` otherwise.
+    The grid is assumed to be square, and patches to lie next to each other: give `image_size` or `patch_stride`
+    otherwise. (By default, the official image models of VideoMamba have a stride of 16 with patches of any size.)
 
     Args:
         state_dict: as for `convert_official_state_dict`.

@@ -153,7 +153,9 @@ def count_scans(config: PreTrainedConfig, length: int, kernel_size: int, num_pat
 BUDGET_TOLERANCE = 0.005
 # Positions of the stages, as fractions of the depth. Later entries are used only if earlier ones cannot save enough.
 STAGES = ((1 / 6, 1 / 3, 1 / 2), (1 / 12, 1 / 6, 1 / 4), (1 / 24, 1 / 12, 1 / 8))
-MOST_STAGES_OF_UNEQUAL_RATIOS = 3  # the search tries (number of tokens) ** (this - 1) schedules
+# The search for unequal ratios tries (number of tokens) ** (number of stages - 1) schedules. With more tokens than
+# this, one token is less than the tolerance, so that equal ratios come close enough.
+MOST_STAGES_OF_UNEQUAL_RATIOS, MOST_TOKENS_OF_UNEQUAL_RATIOS = 3, 256
 
 
 def schedule_for_budget(
@@ -167,8 +169,8 @@ def schedule_for_budget(
 
     Tokens are dropped in three stages, at a sixth, a third and half of the depth (layers 6, 12 and 18 in the paper's
     model of 36 layers), or earlier if that cannot save enough. All stages have the same keep ratio if one meets the
-    budget, and different ratios otherwise. Among the schedules that remove at least the requested fraction, the one
-    that removes least is chosen.
+    budget, and otherwise, for up to 256 tokens, different ratios. Among the schedules that remove at least the
+    requested fraction, the one that removes least is chosen.
 
     Args:
         config: of a model of this package.
@@ -186,7 +188,6 @@ def schedule_for_budget(
     if not is_number(flops_reduction) or not 0 < flops_reduction < 1:
         raise ValueError(f"`flops_reduction` is {flops_reduction!r}; it must be between 0 and 1, for instance 0.416.")
     select = partial(_Selection, config, method, block_keep_ratio=block_keep_ratio)
-    stages, skipped, savings = _stages_in_reach(config, flops_reduction, layers, select)
     num_patches = math.prod(config.grid_size)
     all_patches = tokens_per_layer(num_patches, config.num_hidden_layers, None)
     dense = config.count_flops(config.input_size, all_patches).published
@@ -194,6 +195,8 @@ def schedule_for_budget(
     def cost(counts: Counts) -> float:
         steps = list(zip((num_patches, *counts), counts, strict=False))
         return _count_pruning(config, method, steps) / dense
+
+    stages, skipped, savings = _stages_in_reach(config, flops_reduction, layers, select, cost)
 
     def reduction(counts: Counts) -> float:
         saved = sum(saving * (num_patches - count) for saving, count in zip(savings, counts, strict=True))
@@ -211,7 +214,7 @@ def schedule_for_budget(
     if (counts := best(equal, distance)) is not None:
         return {"layers": stages, "keep_ratios": list(equal[counts])}
     exact = [min(equal, key=distance)]
-    if len(stages) <= MOST_STAGES_OF_UNEQUAL_RATIOS:
+    if len(stages) <= MOST_STAGES_OF_UNEQUAL_RATIOS and num_patches <= MOST_TOKENS_OF_UNEQUAL_RATIOS:
         exact = _counts_near(flops_reduction + cost(exact[0]) - skipped, savings, num_patches)
     if (counts := best(exact, partial(_spread, num_patches))) is not None:
         return {"layers": stages, "keep_ratios": _ratios(num_patches, counts)}
@@ -230,6 +233,7 @@ def _stages_in_reach(
     flops_reduction: float,
     layers: Sequence[int] | None,
     select: Callable[[Sequence[int]], _Selection],
+    cost: Callable[[Counts], float],
 ) -> tuple[list[int], float, list[float]]:
     """Layers before which this much can be dropped (the given ones, or the first sufficient ones of the standard
     positions), what is saved if no token is dropped there (by block selection), and what they save per token."""
@@ -238,7 +242,7 @@ def _stages_in_reach(
         raise ValueError(f"a model of {depth} layer has no layer before which tokens could be dropped.")
     for stages in [list(layers)] if layers is not None else _standard_layers(depth):
         skipped, savings = _savings(config, stages, select(stages))
-        most = skipped + sum(savings) * (math.prod(config.grid_size) - 1)
+        most = skipped + sum(savings) * (math.prod(config.grid_size) - 1) - cost((1,) * len(stages))
         if flops_reduction <= most:
             break
     if flops_reduction > most + BUDGET_TOLERANCE:

@@ -119,7 +119,7 @@ class VideoMambaPreTrainedModel(BidirectionalPreTrainedModel):
             for name in ("head.weight", "head.bias"):
                 official.pop(name, None)
         if not {"head.weight", "head.bias"} & official.keys() and config.num_labels:
-            official |= _new_head(config)
+            official |= _new_head(config, official.get("norm_f.weight"))
         if (positions := official.get("pos_embed")) is not None and positions.ndim == 3:
             official["pos_embed"] = cls._resized_positions(config, official, positions)
         if (times := official.get("temporal_pos_embedding")) is not None and times.ndim == 3 and config.num_frames:
@@ -154,8 +154,9 @@ def _in_middle_frame(weight: Tensor, tubelet_size: int) -> Tensor:
     return torch.stack(weights, dim=2)
 
 
-def _new_head(config: VideoMambaConfig) -> dict[str, Tensor]:
-    head = nn.Linear(config.hidden_size, config.num_labels or 0)
+def _new_head(config: VideoMambaConfig, like: Tensor | None) -> dict[str, Tensor]:
+    """A classifier with the precision of the tensor whose output it reads. None: there is none, which is an error."""
+    head = nn.Linear(config.hidden_size, config.num_labels or 0, dtype=None if like is None else like.dtype)
     nn.init.trunc_normal_(head.weight, std=config.initializer_range)
     return {"head.weight": head.weight.detach(), "head.bias": torch.zeros_like(head.bias)}
 

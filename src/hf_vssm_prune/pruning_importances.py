@@ -85,3 +85,5 @@ IMPORTANCES: dict[str, Callable[[Stage], Tensor]] = {
     "worst_influence": worst_influence,
     "mirrored_backward": mirrored_backward,
 }
+# Those that only a family with `has_backward_scan` can compute.
+OF_BACKWARD_SCAN = ("mirrored_backward",)

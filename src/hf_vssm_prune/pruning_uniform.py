@@ -8,9 +8,9 @@ from .token_pruning import gather_tokens, select_tokens
 
 
 def keep_evenly_spread(stage: Stage) -> Reduction:
-    """Spatial subsampling by ordered dithering (Bayer, 1973): any number of cells, spread as evenly as possible.
+    """Subsampling by ordered dithering (Bayer, 1973): any number of cells, spread as evenly as possible.
 
-    Cells are kept in a fixed order whose first cells, however many, always cover the image evenly. Later stages keep
+    Cells are kept in a fixed order whose first cells, however many, always cover the grid evenly. Later stages keep
     some of the cells that earlier stages kept.
     """
     ranks = dither_ranks(stage.grid, stage.cells.device)

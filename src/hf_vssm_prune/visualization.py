@@ -130,10 +130,9 @@ def frames_from_pixel_values(
     """
     leading = config.grid_size_for(*config.input_size_of((1, *pixel_values.shape)))[:-2]
     images = pixel_values.flatten(0, -4) if leading else pixel_values.unsqueeze(0)
-    num_frames = math.prod(leading)
     return [
-        patched_area(image_from_pixel_values(images[frame * len(images) // num_frames], mean, std), config)
-        for frame in range(num_frames)
+        patched_area(image_from_pixel_values(images[position * config.frame_spacing], mean, std), config)
+        for position in range(math.prod(leading))
     ]
 
 

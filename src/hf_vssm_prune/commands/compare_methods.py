@@ -14,6 +14,7 @@ from typing import Any
 
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments, OptionParser, parse_arguments
+from hf_vssm_prune.training.evaluation import ModelEvaluation
 from hf_vssm_prune.training.tasks import Task, TaskArguments, choose_task
 
 
@@ -28,9 +29,10 @@ class ComparisonArguments:
         default=None, metadata={"help": "JSON file of `token_pruning` options by name, instead of all methods"}
     )
 
-    def read_schedules(self) -> dict[str, dict[str, Any]]:
+    def read_schedules(self, name_or_path: str) -> dict[str, dict[str, Any]]:
+        """The schedules for a model."""
         if self.schedules is None:
-            return jobs.method_schedules(self.flops_reduction)
+            return jobs.method_schedules(name_or_path, self.flops_reduction)
         try:
             content = json.loads(Path(self.schedules).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -58,4 +60,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     chosen = choose_task(arguments)
     _, data, options, comparison, of_task = parse_arguments(option_types(chosen), arguments, __doc__, prog)
     task = chosen(of_task)
-    return jobs.report(lambda: jobs.compare_schedules(data, options, comparison.read_schedules(), task), options, task)
+
+    def compare() -> dict[str, ModelEvaluation]:
+        schedules = comparison.read_schedules(options.model_name_or_path)
+        return jobs.compare_schedules(data, options, schedules, task)
+
+    return jobs.report(compare, options, task)

@@ -6,14 +6,17 @@ labels of the given images as JSON.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-import hf_vssm_prune  # noqa: F401  (registers the models)
 from hf_vssm_prune.commands.parsing import command_parser
+from hf_vssm_prune.configuration_common import pruned_config
+from hf_vssm_prune.hub.loading import load_config, packaged_model
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -25,13 +28,29 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = make_parser(prog).parse_args(arguments)
-    name, files = options.model, options.images
+    try:
+        answers = classify(options.model, options.images)
+    except (ValueError, OSError, Image.DecompressionBombError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(answers))
+    return 0
+
+
+def classify(name: str, files: Sequence[str]) -> dict[str, list[Any]]:
+    """The logits and labels of images.
+
+    Raises:
+        ValueError, OSError: the model is not an image classifier, or something cannot be read; the message names it.
+    """
+    config = load_config(name)
+    if pruned_config(config) is not config or config.modality != "image":
+        raise ValueError(f"{name} is a {config.model_type!r} model; it must be an image classifier.")
+    name = packaged_model(name)
     image_processor = AutoImageProcessor.from_pretrained(name)
     model = AutoModelForImageClassification.from_pretrained(name).eval()
     inputs = image_processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
-    by_pipeline = pipeline("image-classification", model=name, top_k=1)(files)
-    answers = {"logits": logits.tolist(), "labels": [guesses[0]["label"] for guesses in by_pipeline]}
-    print(json.dumps(answers))
-    return 0
+    by_pipeline = pipeline("image-classification", model=name, top_k=1)(list(files))
+    return {"logits": logits.tolist(), "labels": [guesses[0]["label"] for guesses in by_pipeline]}

@@ -20,7 +20,6 @@ from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.hub.loading import load_config, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.pushing import push_model
 from hf_vssm_prune.metrics import save_results
-from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.token_pruning import ALIGNMENTS
@@ -183,7 +182,7 @@ def evaluate(
             )
     config = pruned_config(load_config(options.model_name_or_path))
     schedule = pruning.schedule(config)
-    loader, label_names = _load_evaluation(task, data, options)
+    rows, label_names = _load_rows(task, data, options)
     load = partial(task.load_model, label_names=label_names, some_labels=True, dtype=options.dtype)
     models = {"dense": load(beside.dense_name_or_path or options.model_name_or_path)}
     models["dense"].set_token_pruning(None)
@@ -192,7 +191,7 @@ def evaluate(
         models["pruned"].set_token_pruning(schedule)
     if beside.int8:
         models |= {f"{name}, int8": quantize_linears(copy.deepcopy(model)) for name, model in models.items()}
-    return _compare(task, models, loader, options)
+    return _compare(task, models, _make_loader(task, rows, data, options), options)
 
 
 def compare_schedules(
@@ -215,15 +214,15 @@ def compare_schedules(
     find_device(options.device)  # before anything is loaded
     config = pruned_config(load_config(options.model_name_or_path))
     completed = {"dense": None, **{name: config.complete_token_pruning(each) for name, each in schedules.items()}}
-    loader, label_names = _load_evaluation(task, data, options)
+    rows, label_names = _load_rows(task, data, options)
     model = task.load_model(options.model_name_or_path, label_names, some_labels=True, dtype=options.dtype)
     models = {name: _sharing_weights(task, model, each) for name, each in completed.items()}
-    return _compare(task, models, loader, options)
+    return _compare(task, models, _make_loader(task, rows, data, options), options)
 
 
-def method_schedules(flops_reduction: float) -> dict[str, dict[str, Any]]:
-    """Each pruning method with alignment `none` and `repeat`, and `top` also with every other alignment and
-    importance."""
+def method_schedules(name_or_path: str, flops_reduction: float) -> dict[str, dict[str, Any]]:
+    """Each pruning method with alignment `none` and `repeat`, and `top` also with every other alignment, and with every
+    other importance that the model can compute."""
     variants = {
         f"{method}, {alignment}": {"method": method, "alignment": alignment}
         for method in METHODS
@@ -236,7 +235,7 @@ def method_schedules(flops_reduction: float) -> dict[str, dict[str, Any]]:
     }
     variants |= {
         f"top, repeat, {importance}": {"method": "top", "alignment": "repeat", "importance": importance}
-        for importance in IMPORTANCES
+        for importance in pruned_config(load_config(name_or_path)).importances
         if importance != METHODS["top"].importance
     }
     return {name: {"flops_reduction": flops_reduction, **choices} for name, choices in variants.items()}
@@ -251,19 +250,21 @@ def _sharing_weights(task: Task, model: ImageClassifier, token_pruning: dict[str
     return other
 
 
-def _load_evaluation(
-    task: Task, data: EvaluationDataArguments, options: EvaluationArguments
-) -> tuple[DataLoader, Sequence[str]]:
-    """The batches of the data set chosen by the options, and the names of its labels."""
+def _load_rows(task: Task, data: EvaluationDataArguments, options: EvaluationArguments) -> tuple[Any, Sequence[str]]:
+    """The rows of the data set chosen by the options, and the names of its labels."""
     set_seed(options.seed)
-    rows, label_names = task.load_evaluation_dataset(data, options.seed)
-    loader: DataLoader = DataLoader(
+    return task.load_evaluation_dataset(data, options.seed)
+
+
+def _make_loader(task: Task, rows: Any, data: EvaluationDataArguments, options: EvaluationArguments) -> DataLoader:
+    """The batches of these rows. Models are loaded before: if one is not for the task, neither is its image
+    processor."""
+    return DataLoader(
         task.evaluation_items(rows, load_image_processor(options.model_name_or_path)),  # type: ignore[arg-type]
         batch_size=options.per_device_eval_batch_size,
         collate_fn=task.collate,
         num_workers=data.dataloader_num_workers,
     )
-    return loader, label_names
 
 
 def _compare(

@@ -2,6 +2,7 @@
 "labels", "crowd" and "row"."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def load_detection_evaluation(
 
 
 def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
-    folder = Path(data.dataset_name).expanduser()
+    folder = Path(os.path.expanduser(data.dataset_name))
     if not holds_object_files(folder):
         return load_splits(data.dataset_name, data.dataset_config_name, streaming)
     if streaming:

@@ -1,6 +1,7 @@
 """Images with masks, which have a class id for each pixel: converts any data set to one with the columns "image",
 "mask" and "row"."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def load_segmentation_evaluation(
 
 
 def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
-    folder = Path(data.dataset_name).expanduser()
+    folder = Path(os.path.expanduser(data.dataset_name))
     if not holds_pairs(folder):
         return load_splits(data.dataset_name, data.dataset_config_name, streaming)
     if streaming:
@@ -186,7 +187,7 @@ def read_label_names(name_or_path: str, label_file: str | None) -> list[str] | N
     """
     if label_file is not None:
         return _read_names(Path(label_file))
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.exists():
         folder = path if path.is_dir() else path.parent
         found = next((folder / name for name in NAME_FILES if (folder / name).is_file()), None)

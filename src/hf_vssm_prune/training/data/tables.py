@@ -5,6 +5,7 @@ relative to the table's folder. Labels are names or numbers.
 """
 
 import csv
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,13 +58,16 @@ def _read(file: Path) -> list[tuple[str, str]]:
     if not lines:
         raise ValueError(f"'{file}' is empty: each line must have a path and a label.")
     separator = next((each for each in SEPARATORS if each in lines[0]), ",")
-    cells = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)]
+    try:
+        cells = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)]
+    except csv.Error as error:
+        raise ValueError(f"'{file}' cannot be read: {error}") from error
     path, label, first = _find_columns(cells[0])
     rows = []
     for number, row in enumerate(cells[first:], first + 1):
         if len(row) <= max(path, label) or not (row[path] and row[label]) or (not first and len(row) != 2):
             raise ValueError(f"Line {number} of '{file}' is {row}: it must have a path and a label.")
-        rows.append((str(file.parent / Path(row[path]).expanduser()), row[label]))
+        rows.append((str(file.parent / Path(os.path.expanduser(row[path]))), row[label]))
     return rows
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageClassification, BaseImageProcessor
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
 from hf_vssm_prune.hub.loading import load_config
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement
 from hf_vssm_prune.metrics import load_metric
@@ -169,10 +169,12 @@ class ImageClassification:
         return load_teacher(name_or_path, *args, **options)
 
     def _check_model(self, name_or_path: str) -> None:
-        modality = load_config(name_or_path).modality
-        if modality != self.medium.name:
+        config = load_config(name_or_path)
+        is_classifier = pruned_config(config) is config
+        if not is_classifier or config.modality != self.medium.name:
+            kind = f"model for {config.modality}s" if is_classifier else f"{config.model_type!r} model"
             raise ValueError(
-                f"{name_or_path} is a model for {modality}s; --task {self.name} needs a model for {self.medium.name}s."
+                f"{name_or_path} is a {kind}; --task {self.name} needs a classifier of {self.medium.name}s."
             )
 
     # Training
