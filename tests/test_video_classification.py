@@ -249,6 +249,20 @@ def test_probabilities_of_views_are_averaged():
     assert metrics["loss"] == pytest.approx(-probabilities[range(4), labels].log().mean().item())
 
 
+def test_views_go_through_the_model_one_after_the_other():
+    task, config = VideoClassification(ViewArguments()), make_video_config()
+    model = AutoModelForVideoClassification.from_config(config).eval()
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, inputs: seen.append(len(inputs["pixel_values"])), with_kwargs=True)
+    batch = {
+        "pixel_values": torch.randn(2, 3, config.num_frames, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    }
+    with torch.no_grad():
+        logits, together = task.predict(model, batch).logits, model(**task.inputs(batch)).logits
+    assert seen == [2, 2, 2, 6]
+    torch.testing.assert_close(logits, together)
+
+
 def test_clips_are_mixed_alike_in_all_frames():
     task = VideoClassification(VideoTrainingArguments(mixup=0.0, cutmix=1.0))
     batch = {"pixel_values": torch.stack([torch.zeros(3, 3, 32, 32), torch.ones(3, 3, 32, 32)]), "labels": [0, 1]}

@@ -1,6 +1,7 @@
 """Video classification: each video has one label."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -86,6 +87,12 @@ class VideoClassification(ImageClassification):
         return {"pixel_values": batch["pixel_values"].flatten(0, -5)}
 
     # Evaluation
+
+    def predict(self, model: PrunableModel, batch: Batch) -> Any:
+        """Outputs whose `logits` are (batch * views, labels). The model sees one view of each video at a time, so that
+        the memory does not depend on the number of views."""
+        logits = [model(pixel_values=clips).logits for clips in batch["pixel_values"].unbind(1)]
+        return SimpleNamespace(logits=torch.stack(logits, dim=1).flatten(0, 1))
 
     def scores(self, outputs: Any, batch: Batch) -> Tensor:
         labels = batch["labels"]
