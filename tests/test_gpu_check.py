@@ -113,7 +113,7 @@ def test_a_built_mamba_ssm_is_found(options, tmp_path, monkeypatch) -> None:
     assert machine.find_mamba_ssm(options) is None
     assert importlib.import_module("mamba_ssm.scan_of_a_test").answer == 42
     for name in ("mamba_ssm", "mamba_ssm.scan_of_a_test"):
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]  # monkeypatch would put it back at the end
 
 
 def test_mamba_ssm_is_built_from_its_scans_sources(options, tmp_path, monkeypatch) -> None:

@@ -20,7 +20,6 @@ from hf_vssm_prune.conversion import (
 )
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
-from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.token_pruning import ALIGNMENTS, count_kept
 
 
@@ -28,20 +27,29 @@ quick = settings(max_examples=12)
 
 
 @st.composite
-def schedules(draw: st.DrawFn, num_layers: int) -> dict | None:
-    layers = sorted(draw(st.sets(st.integers(1, num_layers - 1)))) if num_layers > 1 else []
+def schedules(draw: st.DrawFn, config: VisionMambaConfig) -> dict | None:
+    last = config.num_hidden_layers - 1
+    layers = sorted(draw(st.sets(st.integers(1, last)))) if last else []
     if not layers:
         return None
     return {
         "layers": layers,
         "keep_ratios": [draw(st.floats(0.05, 1.0)) for _ in layers],
         "alignment": draw(st.sampled_from(ALIGNMENTS)),
-        "importance": draw(st.sampled_from([name for name in IMPORTANCES if name != "random"])),
+        "importance": draw(st.sampled_from([name for name in config.importances if name != "random"])),
     }
 
 
 @st.composite
 def configs(draw: st.DrawFn, square: bool = False) -> VisionMambaConfig:
+    config = draw(dense_configs(square))
+    if (schedule := draw(schedules(config))) is not None:
+        config.token_pruning = config.complete_token_pruning(schedule)
+    return config
+
+
+@st.composite
+def dense_configs(draw: st.DrawFn, square: bool) -> VisionMambaConfig:
     patch_size, num_layers = draw(st.sampled_from([2, 4, 6])), draw(st.integers(1, 4))
     height, width = (patch_size * draw(st.integers(1, 6)) + draw(st.integers(0, 3)) for _ in "hw")
     if square:
@@ -55,7 +63,6 @@ def configs(draw: st.DrawFn, square: bool = False) -> VisionMambaConfig:
         "state_size": draw(st.integers(1, 5)),
         "expand": draw(st.integers(1, 3)),
         "num_labels": draw(st.integers(2, 5)),
-        "token_pruning": draw(schedules(num_layers)),
     }
     family = draw(st.sampled_from(sorted(MAKE_CONFIG)))
     if family != "plainmamba":
