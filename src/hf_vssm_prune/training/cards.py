@@ -1,6 +1,5 @@
 """The information in the model cards of a run that cannot be read from the model itself."""
 
-import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from hf_vssm_prune.commands import command_line
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.training.arguments import DataArguments
+from hf_vssm_prune.training.data.paths import local_path
 from hf_vssm_prune.training.loop import Recipe
 from hf_vssm_prune.training.saved_models import WriteCard
 
@@ -24,9 +24,9 @@ def card_writer(data: DataArguments, recipe: Recipe, base_model: str | None, pru
         hyperparameters={name: value for name, value in options.items() if value is not None},
     )
     # The card's metadata links to the Hub, so local folders are left out.
-    dataset_on_hub = not Path(os.path.expanduser(data.dataset_name)).exists()
+    dataset_on_hub = not local_path(data.dataset_name).exists()
     dataset_name = data.dataset_name if dataset_on_hub else Path(data.dataset_name).name
-    if base_model is not None and Path(os.path.expanduser(base_model)).exists():
+    if base_model is not None and local_path(base_model).exists():
         base_model = None
 
     def write(metrics: dict[str, float], num_images: int) -> ModelCardInfo:
@@ -47,5 +47,5 @@ def card_writer(data: DataArguments, recipe: Recipe, base_model: str | None, pru
 def _without_folders(word: str) -> str:
     """A word of the command line; absolute paths are reduced to the file name, because cards are published."""
     option, equals, value = word.rpartition("=")
-    path = Path(os.path.expanduser(value))
+    path = local_path(value)
     return f"{option}{equals}{path.name}" if path.is_absolute() else word

@@ -2,10 +2,8 @@
 "labels", "crowd" and "row"."""
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from hf_vssm_prune.training.data.loading import choose_split, count_rows, draw_s
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.object_files import holds_object_files, load_object_files
 from hf_vssm_prune.training.data.objects import Fields, find_fields, read_objects
+from hf_vssm_prune.training.data.paths import local_path
 from hf_vssm_prune.training.data.segmentation import read_label_names, set_apart
 from hf_vssm_prune.training.data.sources import load_splits
 
@@ -130,7 +129,7 @@ def load_detection_evaluation(
 
 
 def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
-    folder = Path(os.path.expanduser(data.dataset_name))
+    folder = local_path(data.dataset_name)
     if not holds_object_files(folder):
         return load_splits(data.dataset_name, data.dataset_config_name, streaming)
     if streaming:

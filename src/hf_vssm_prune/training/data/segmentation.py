@@ -1,7 +1,6 @@
 """Images with masks, which have a class id for each pixel: converts any data set to one with the columns "image",
 "mask" and "row"."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from hf_vssm_prune.training.data.loading import choose_split, count_rows, draw_s
 from hf_vssm_prune.training.data.masks import IGNORED_AFTER_REDUCTION, decode_mask, reduced
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.pairs import holds_pairs, load_pair_folder
+from hf_vssm_prune.training.data.paths import local_path
 from hf_vssm_prune.training.data.sources import load_splits
 from hf_vssm_prune.training.labels import read_label_file
 
@@ -118,7 +118,7 @@ def load_segmentation_evaluation(
 
 
 def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
-    folder = Path(os.path.expanduser(data.dataset_name))
+    folder = local_path(data.dataset_name)
     if not holds_pairs(folder):
         return load_splits(data.dataset_name, data.dataset_config_name, streaming)
     if streaming:
@@ -187,7 +187,7 @@ def read_label_names(name_or_path: str, label_file: str | None) -> list[str] | N
     """
     if label_file is not None:
         return _read_names(Path(label_file))
-    path = Path(os.path.expanduser(name_or_path))
+    path = local_path(name_or_path)
     if path.exists():
         folder = path if path.is_dir() else path.parent
         found = next((folder / name for name in NAME_FILES if (folder / name).is_file()), None)

@@ -22,6 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 from pyarrow.parquet import ParquetFile
 
 from hf_vssm_prune.training.data.media import IMAGES, Medium
+from hf_vssm_prune.training.data.paths import local_path
 from hf_vssm_prune.training.data.tables import TABLE_SUFFIXES, read_tables
 
 
@@ -55,7 +56,7 @@ def load_splits(
         FileNotFoundError: `name_or_path` looks like a path, but does not exist.
         ValueError: the data set does not exist, cannot be read, or cannot be streamed.
     """
-    path = Path(os.path.expanduser(name_or_path))
+    path = local_path(name_or_path)
     if path.is_file():
         if path.suffix.lower() in TABLE_SUFFIXES:
             return _load_tables([path], streaming, medium)
@@ -153,7 +154,7 @@ def _load_parquet(files: Sequence[Path], streaming: bool) -> DatasetDict | Itera
 def count_parquet_rows(name_or_path: str | Path, split: str) -> int | None:
     """The number of rows in a split's local Parquet files; None if there are none."""
     packaged = str(name_or_path) in PACKAGED_NAMES
-    path = PACKAGED_DATA / str(name_or_path) if packaged else Path(os.path.expanduser(name_or_path))
+    path = PACKAGED_DATA / str(name_or_path) if packaged else local_path(name_or_path)
     files = [path] if path.is_file() else sorted(find_files(path)[0]) if path.is_dir() else []
     found = _files_of_splits([file for file in files if file.suffix == ".parquet"]).get(split)
     return sum(ParquetFile(file).metadata.num_rows for file in found) if found else None

@@ -5,13 +5,13 @@ relative to the table's folder. Labels are names or numbers.
 """
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, NamedSplit
 
 from hf_vssm_prune.training.data.media import Medium
+from hf_vssm_prune.training.data.paths import local_path
 
 
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -67,7 +67,7 @@ def _read(file: Path) -> list[tuple[str, str]]:
     for number, row in enumerate(cells[first:], first + 1):
         if len(row) <= max(path, label) or not (row[path] and row[label]) or (not first and len(row) != 2):
             raise ValueError(f"Line {number} of '{file}' is {row}: it must have a path and a label.")
-        rows.append((str(file.parent / Path(os.path.expanduser(row[path]))), row[label]))
+        rows.append((str(file.parent / local_path(row[path])), row[label]))
     return rows
 
 
