@@ -222,6 +222,14 @@ def test_from_boxes_to_a_pruned_detector(tmp_path, capsys):
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["pruned"]["gflops_total"] < results["dense"]["gflops_total"]
     assert 0 <= results["pruned"]["metrics"]["map"] <= results["pruned"]["metrics"]["map_50"] <= 1
+    gflops = []
+    for size in ("32", "64"):
+        sized = ["--model_name_or_path", f"{out[1]}/best", "--image_size", size, "--num_images", "100", "--json"]
+        measured = ["--batch_size", "4", "--measured_batch_sizes", "1", "2"]
+        estimate = ["--task", "object-detection", *sized, str(tmp_path / "run.json"), *measured, *pruning[:6]]
+        assert load_script("estimate").main(estimate) == 0
+        gflops.append(json.loads((tmp_path / "run.json").read_text())["flops_per_image"])
+    assert 2 < gflops[1] / gflops[0] < 4  # four times the tokens, but not the decoder
     image = str(next((tmp_path / "data" / "test").iterdir()))
     picture = ["--output", str(tmp_path / "picture.png")]
     assert load_script("visualize").main([image, "--model_name_or_path", f"{out[1]}/best", *picture]) == 0

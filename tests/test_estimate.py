@@ -120,7 +120,12 @@ def test_the_script_on_videos_and_their_recipes(size, line, tmp_path, capfd):
     model = ["--family", "videomamba", "--image_size", "32", "--patch_size", "8", "--config_overrides", *sizes]
     recipe = ["--recipe", str(RECIPES / f"videomamba_{size}_k400.yaml"), "--measured_batch_sizes", "1", "2"]
     kinetics = ["--num_images", "240000", "--num_eval_images", "20000", "--num_classes", "400"]
+    kinetics += ["--num_clips", "4", "--num_crops", "3"]
     file = tmp_path / "estimate.json"
     assert load_script("estimate").main([*model, *recipe, *kinetics, "--json", str(file)]) == 0
     assert line in capfd.readouterr().out
-    assert json.loads(file.read_text())["num_steps"] == int(line.split()[0].replace(",", ""))
+    estimate = json.loads(file.read_text())
+    assert estimate["num_steps"] == int(line.split()[0].replace(",", ""))
+    trained = estimate["flops_per_image"] * estimate["images_per_step"] * estimate["num_steps"]
+    evaluated = estimate["flops_per_image"] / 3 * 20_000 * 12 * estimate["num_epochs"]  # a dense model, no EMA
+    assert estimate["total_flops"] == pytest.approx(trained + evaluated)

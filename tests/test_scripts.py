@@ -286,6 +286,7 @@ def test_weights_in_half_precision(image_folder, checkpoint, tmp_path, capsys, m
 
 FINETUNE = ["--dataset_name", "d", "--output_dir", "o", "--model_name_or_path", "m"]
 TRAIN = ["--dataset_name", "d", "--output_dir", "o", "--family", "plainmamba"]
+CONTINUE = ["--dataset_name", "d", "--output_dir", "o", "--model_name_or_path", "m"]
 EVALUATE = ["--dataset_name", "d", "--model_name_or_path", "m"]
 
 
@@ -330,7 +331,10 @@ EVALUATE = ["--dataset_name", "d", "--model_name_or_path", "m"]
         ("train", [*TRAIN, "--config_overrides", "hidden_size"], "it must be key=value"),
         ("train", [*TRAIN, "--config_overrides", "width=3"], "'width', which PlainMambaConfig does not have"),
         ("train", [*TRAIN, "--config_overrides", "num_channels=1"], "the model's images have 1 channels"),
-        ("train", [*TRAIN[:4], "--model_name_or_path", "m", "--preset", "L1"], "--preset is for a new model"),
+        ("train", [*CONTINUE, "--preset", "L1"], "--preset is for a new model"),
+        ("train", [*CONTINUE, "--config_overrides", "hidden_size=8"], "--config_overrides is for a new model"),
+        ("train", [*CONTINUE, "--image_mean", "0", "0", "0"], "--image_mean is for a new model"),
+        ("estimate", [*CONTINUE[4:], "--crop_pct", "1"], "--crop_pct is for a new model"),
         ("evaluate", [*EVALUATE, "--json", "/nowhere/out.json"], "does not exist"),
         ("evaluate", [*EVALUATE, "--dtype", "bfloat16", "--mixed_precision", "bf16"], "give only one of them"),
     ],

@@ -13,12 +13,14 @@ from test_training import fresh_accelerator  # noqa: F401
 from transformers import AutoModelForImageClassification, AutoModelForVideoClassification, pipeline
 from videos import number_in, numbered_frames, write_class_folders, write_video
 
+from hf_vssm_prune import count_flops
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_image_processor, new_image_processor
 from hf_vssm_prune.training.arguments import DataArguments
 from hf_vssm_prune.training.data.clips import EvaluationClips, TrainingClips, Views
 from hf_vssm_prune.training.data.loading import load_evaluation_dataset, load_image_dataset
 from hf_vssm_prune.training.data.media import VIDEOS
+from hf_vssm_prune.training.evaluation import compare_models
 from hf_vssm_prune.training.frame_sampling import clips_of
 from hf_vssm_prune.training.image_size import resize_image_processor, resize_model
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
@@ -261,6 +263,17 @@ def test_views_go_through_the_model_one_after_the_other():
         logits, together = task.predict(model, batch).logits, model(**task.inputs(batch)).logits
     assert seen == [2, 2, 2, 6]
     torch.testing.assert_close(logits, together)
+
+
+@pytest.mark.parametrize("num_frames", [2, 6])
+def test_flops_are_those_of_the_evaluated_clips(num_frames):
+    task, config = VideoClassification(ViewArguments()), make_video_config(token_pruning=dict(TOKEN_PRUNING))
+    model = AutoModelForVideoClassification.from_config(config)
+    batch = {"pixel_values": torch.zeros(2, 3, num_frames, 3, 32, 32), "labels": torch.zeros(2, dtype=torch.long)}
+    found = compare_models(task, {"pruned": model}, [batch], torch.device("cpu"))["pruned"]
+    flops = count_flops(make_video_config(num_frames=num_frames, token_pruning=dict(TOKEN_PRUNING)))
+    assert found.gflops_total == flops.pruned.total / 1e9
+    assert found.num_images == 2
 
 
 def test_clips_are_mixed_alike_in_all_frames():

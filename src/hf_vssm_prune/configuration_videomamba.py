@@ -145,9 +145,13 @@ class VideoMambaConfig(BidirectionalConfig):
         return self.tubelet_size
 
     def input_size_for(self, image_size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
-        """The input size for another image size, given in the form of `image_size`."""
-        height_width = self.image_height_width(image_size)
-        return height_width if self.num_frames is None else (self.num_frames, *height_width)
+        """The input size for another image size, given in the form of `image_size`; for videos also as (frames, height,
+        width)."""
+        if self.num_frames is None:
+            return self.image_height_width(image_size)
+        if isinstance(image_size, int) or len(image_size) != 3:
+            return (self.num_frames, *self.image_height_width(image_size))
+        return (image_size[0], *self.image_height_width(image_size[1:]))
 
     def grid_size_for(self, *input_size: int) -> tuple[int, ...]:
         """(height, width) in patches; for videos, (time, height, width). Incomplete patches are ignored."""

@@ -61,13 +61,13 @@ class ModelFlops:
 
 
 def count_flops(
-    config: PreTrainedConfig, image_size: int | tuple[int, int] | None = None, block_fraction: float | None = None
+    config: PreTrainedConfig, image_size: int | tuple[int, ...] | None = None, block_fraction: float | None = None
 ) -> ModelFlops:
     """Counts the FLOPs of one image, or of one clip.
 
     Args:
         config: configuration of a model of this package.
-        image_size: pixels, or (height, width); None for `config.image_size`.
+        image_size: pixels, (height, width), or for videos (frames, height, width); None for `config.image_size`.
         block_fraction: the fraction of the scan directions that ran in layers that select blocks, if it was measured
             (the mean of `block_gates`); None for `block_keep_ratio`.
     """

@@ -18,14 +18,15 @@ from .pruned_outputs import PrunedBackboneOutput
 
 
 def count_flops(
-    config: PreTrainedConfig, image_size: int | tuple[int, int] | None = None, block_fraction: float | None = None
+    config: PreTrainedConfig, image_size: int | tuple[int, ...] | None = None, block_fraction: float | None = None
 ) -> ModelFlops:
     """Counts the FLOPs of one image, or of one clip, for a model of this package or for a transformers model with a
     backbone of this package. The part of such a head is called "dense_head" (including the pyramid, if there is one).
 
     Args:
         config: configuration of the model.
-        image_size: pixels, or (height, width); None for the configuration's `image_size`.
+        image_size: pixels, (height, width), or for videos (frames, height, width); None for the configuration's
+            `image_size`.
         block_fraction: see `flops.count_flops`.
     """
     backbone = pruned_config(config)

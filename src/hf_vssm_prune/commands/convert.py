@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
 from hf_vssm_prune import count_flops
 from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
@@ -94,11 +92,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     group.add_argument("--id2label", type=Path, help="label names: JSON (list or dict), or text with one name per line")
     # All families were evaluated with ImageNet's statistics, after bicubic resizing of the shorter edge to 256.
+    group.add_argument("--image_mean", type=float, nargs="+", help="mean of each channel; default: ImageNet's")
     group.add_argument(
-        "--image_mean", type=float, nargs="+", default=IMAGENET_DEFAULT_MEAN, help="mean of each channel"
-    )
-    group.add_argument(
-        "--image_std", type=float, nargs="+", default=IMAGENET_DEFAULT_STD, help="standard deviation of each channel"
+        "--image_std", type=float, nargs="+", help="standard deviation of each channel; default: ImageNet's"
     )
     group.add_argument(
         "--crop_pct", type=float, help="center crop as a fraction of the resized image; default: 0.875, or 1 for videos"

@@ -59,13 +59,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             config = model.config([f"class {i}" for i in range(options.num_classes)], optimization.drop_path)
         else:
             config = load_config(model.model_name_or_path)
-            if pruned_config(config) is not config and model.image_size is not None:
-                raise ValueError(
-                    "--image_size is for classifiers; for other tasks the crop size determines the image size."
-                )
-            if model.image_size is not None:
-                config = config_at_size(config, model.image_size)
         pruned = pruned_config(config)
+        if model.model_name_or_path is not None and model.image_size is not None:
+            pruned.image_size = config_at_size(pruned, model.image_size).image_size
         pruned.token_pruning = pruning.schedule(pruned)
         estimate = estimate_run(task(of_task), config, optimization, losses, elastic, scale, options)
     except (ValueError, OSError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
@@ -181,7 +182,10 @@ def load_image_processor(name_or_path: str | Path, revision: str = "main") -> Ba
 
 
 def new_image_processor(
-    config: VisionMambaConfig, image_mean: Sequence[float], image_std: Sequence[float], crop_pct: float | None = None
+    config: VisionMambaConfig,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
 ) -> BaseImageProcessor:
     """A new image processor: resizes bicubically (for videos bilinearly), center-crops to the model's image size, and
     normalises.
@@ -192,13 +196,15 @@ def new_image_processor(
 
     Args:
         config: configuration of the model.
-        image_mean, image_std: mean and standard deviation of each channel, for pixels from 0 to 1.
+        image_mean, image_std: mean and standard deviation of each channel, for pixels from 0 to 1. None: ImageNet's.
         crop_pct: each side of the crop as a fraction of that side of the resized image, as in timm. None: 0.875 for
             images and 1 for videos, as the published models were evaluated.
 
     Raises:
         ValueError: a value is not allowed, or the number of values is not the number of channels.
     """
+    image_mean = IMAGENET_DEFAULT_MEAN if image_mean is None else image_mean
+    image_std = IMAGENET_DEFAULT_STD if image_std is None else image_std
     if not len(image_mean) == len(image_std) == config.num_channels:
         raise ValueError(
             f"image_mean has {len(image_mean)} and image_std {len(image_std)} values; the model's images have "

@@ -29,7 +29,7 @@ from hf_vssm_prune.training.elastic import what_is_pruned
 from hf_vssm_prune.training.length import RunLength
 from hf_vssm_prune.training.losses import training_loss
 from hf_vssm_prune.training.memory import enable_activation_checkpointing, peak_memory
-from hf_vssm_prune.training.tasks.task import Task
+from hf_vssm_prune.training.tasks.task import Task, views_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def estimate_run(
     dense = 2 * count_flops(config, size).dense.total
     # A backward pass counts as two forward passes; checkpointing repeats the forward pass.
     flops_per_image = forward * (4 if scale.gradient_checkpointing else 3) + dense * has_teacher
-    evaluated = 2 * count_flops(config, size).pruned.total * options.num_eval_images * (1 + optimization.model_ema)
+    evaluations = options.num_eval_images * views_of(task) * (1 + optimization.model_ema)
+    evaluated = 2 * count_flops(config, size).pruned.total * evaluations
     total = flops_per_image * images_per_step * length.num_steps + evaluated * length.num_epochs
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.pruning_block_selection import BlockSelector
 from hf_vssm_prune.training.tasks.task import Scores, Task, predict
@@ -125,14 +126,14 @@ def compare_models(
     scores: dict[str, list[Scores]] = {name: [] for name in models}
     speeds: dict[str, list[float]] = {name: [] for name in models}
     gates: dict[str, list[Tensor]] = {name: [] for name in models}
-    num_images, image_size = 0, None
+    num_images, shape = 0, None
     for model in models.values():
         nn.Module.to(model, device).eval()  # a decorator hides the type of PreTrainedModel.to
     for index, batch in enumerate(tqdm(loader, desc="evaluating")):
         batch = send_to_device(batch, device)
         batch_size = len(batch["pixel_values"])
         num_images += batch_size
-        image_size = image_size or tuple(batch["pixel_values"][0].shape[-2:])
+        shape = shape or batch["pixel_values"][0].shape
         for name, model in models.items():
             with _autocast(device, autocast_dtype):
                 if index == 0:
@@ -145,7 +146,8 @@ def compare_models(
     evaluations = {}
     for name, model in models.items():
         block_fraction = torch.cat(gates[name]).mean().item() if gates[name] else None
-        flops = count_flops(model.config, image_size, block_fraction).pruned
+        input_size = pruned_config(model.config).input_size_of(shape)
+        flops = count_flops(model.config, input_size, block_fraction).pruned
         evaluations[name] = ModelEvaluation(
             task.metrics(scores[name]),
             num_images,

@@ -128,6 +128,10 @@ class FinetuneArguments(LossArguments):
             )
 
 
+# Options of `DenseModelArguments` that a checkpoint determines.
+OF_NEW_MODELS = ("preset", "patch_size", "config_overrides", "image_mean", "image_std", "crop_pct")
+
+
 @dataclass
 class DenseModelArguments:
     """A new model of a family, or a checkpoint to start from."""
@@ -152,13 +156,12 @@ class DenseModelArguments:
         default_factory=list,
         metadata=describe("other configuration options as key=value, e.g. hidden_size=64"),
     )
-    image_mean: list[float] = field(
-        default_factory=lambda: [0.485, 0.456, 0.406],
-        metadata=describe("mean of each channel, for a new model", "--mean"),
+    image_mean: list[float] | None = field(
+        default=None, metadata=describe("mean of each channel, for a new model; by default ImageNet's", "--mean")
     )
-    image_std: list[float] = field(
-        default_factory=lambda: [0.229, 0.224, 0.225],
-        metadata=describe("standard deviation of each channel, for a new model", "--std"),
+    image_std: list[float] | None = field(
+        default=None,
+        metadata=describe("standard deviation of each channel, for a new model; by default ImageNet's", "--std"),
     )
     crop_pct: float | None = field(
         default=None,
@@ -174,13 +177,9 @@ class DenseModelArguments:
                 "Give either --family, for a new model, or --model_name_or_path, to start from a checkpoint."
             )
         if self.model_name_or_path is not None:
-            if given := [name for name in ("preset", "patch_size") if getattr(self, name) is not None]:
+            if given := [name for name in OF_NEW_MODELS if getattr(self, name) not in (None, [])]:
                 raise ValueError(
                     f"--{given[0]} is for a new model; with --model_name_or_path it comes from the checkpoint."
-                )
-            if self.config_overrides:
-                raise ValueError(
-                    "--config_overrides is for a new model; with --model_name_or_path it comes from the checkpoint."
                 )
             return
         new_image_processor(self.config(label_names=["label"]), self.image_mean, self.image_std, self.crop_pct)

@@ -53,9 +53,9 @@ class Task(Protocol):
     """What a model is trained for, and how it is evaluated.
 
     A task may also define `predict(model, batch)`, if an evaluation needs more than a forward pass of the batch's
-    inputs; `image_processor(image_processor)`, if its models need another image processor than their checkpoint's; and
-    `idle_parameters = True`, if some batches leave parameters without a gradient. See `predict`, `image_processor_of`
-    and `leaves_parameters_idle`.
+    inputs; `num_views`, if that is several forward passes for each video; `image_processor(image_processor)`, if its
+    models need another image processor than their checkpoint's; and `idle_parameters = True`, if some batches leave
+    parameters without a gradient. See `predict`, `views_of`, `image_processor_of` and `leaves_parameters_idle`.
 
     Attributes:
         name: name on the command line (`--task`) and in checkpoints; that of transformers' pipeline if there is one.
@@ -164,6 +164,11 @@ def predict(task: Task, model: Any, batch: Batch) -> Any:
     outputs."""
     own = getattr(task, "predict", None)
     return model(**task.inputs(batch)) if own is None else own(model, batch)
+
+
+def views_of(task: Task) -> int:
+    """The number of forward passes in which an evaluation looks at one image or video."""
+    return int(getattr(task, "num_views", 1))
 
 
 def image_processor_of(task: Task, image_processor: BaseImageProcessor) -> BaseImageProcessor:

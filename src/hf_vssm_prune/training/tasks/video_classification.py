@@ -88,6 +88,10 @@ class VideoClassification(ImageClassification):
 
     # Evaluation
 
+    @property
+    def num_views(self) -> int:
+        return self.arguments.num_clips * self.arguments.num_crops
+
     def predict(self, model: PrunableModel, batch: Batch) -> Any:
         """Outputs whose `logits` are (batch * views, labels). The model sees one view of each video at a time, so that
         the memory does not depend on the number of views."""
