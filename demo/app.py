@@ -2,9 +2,9 @@
 
     python demo/app.py                                           # the small model that comes with the package
     python demo/app.py --model_name_or_path <folder or Hub model>    # or set HF_VSSM_PRUNE_DEMO_MODEL
-    python demo/app.py --video_model_name_or_path <folder or Hub model>    # a page for clips, too
+    python demo/app.py --video_model_name_or_path <folder or Hub model>    # adds a page for videos
 
-Run `pip install -e '.[demo]'` first; clips need '.[demo,video]'. demo/README.md explains how to create a Space on the
+Run `pip install -e '.[demo]'` first; videos need '.[demo,video]'. demo/README.md explains how to create a Space on the
 Hub.
 """
 
@@ -55,8 +55,8 @@ UPLOAD_LIMITS = (
     "Uploads are deleted within two hours."
 )
 NO_VIDEOS = (
-    "For clips, too, start this page with `--video_model_name_or_path`, or set `HF_VSSM_PRUNE_DEMO_VIDEO_MODEL`. No "
-    "video model comes with the package."
+    "To add a page for videos, start this page with `--video_model_name_or_path`, or set "
+    "`HF_VSSM_PRUNE_DEMO_VIDEO_MODEL`. No video model comes with the package."
 )
 BUDGET = "Computation to remove (% of FLOPs)"
 METHOD = "Pruning method"
@@ -119,8 +119,8 @@ class Page:
         return result(session.classification, None)
 
     def add_times(self, session: Session, percent: int, method: str) -> Any:
-        """The result with times. To measure them takes a second or more, and stops if there is another result to show,
-        so that the slider does not wait for it."""
+        """The result with times. Measuring takes a second or more, and stops if there is another result to show, so
+        that the slider does not wait for it."""
         shown = session.classification
         if session.chosen is None or shown is None:
             return gr.skip()
@@ -172,7 +172,7 @@ def _title(file: Path) -> str:
 
 
 def _thumbnail(file: Path) -> Image.Image:
-    """The center of an image. The page enlarges small ones without blurring."""
+    """The centre of an image. The page enlarges small ones without blurring."""
     with Image.open(file) as image:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -12,8 +12,8 @@ from hf_vssm_prune.training.frame_sampling import clips_of
 from hf_vssm_prune.training.video_decoding import decode_frames
 
 
-MAX_FRAMES = 600  # 24 seconds at 25 frames a second
-LIMITS = f"What FFmpeg reads; at most {MAX_BYTES // 1024**2} MB and {MAX_FRAMES} frames."
+MAX_FRAMES = 600  # 24 seconds at 25 frames per second
+LIMITS = f"Any format that FFmpeg reads; at most {MAX_BYTES // 1024**2} MB and {MAX_FRAMES} frames."
 
 
 def open_clip(path: str, num_frames: int) -> list[Image.Image]:

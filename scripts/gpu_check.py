@@ -1,14 +1,14 @@
-"""What has to be known of this package on a GPU, by one command in about ten minutes, without a network.
+"""Checks this package on a GPU: correctness, speed and memory, in about ten minutes and without a network.
 
     python scripts/gpu_check.py --output_dir gpu_check
     python scripts/gpu_check.py --output_dir rehearsal --device cpu --small      # interpreted kernels, tiny models
 
-Each part is a process with a time limit of its own, so that one that fails or hangs costs only itself, and what it has
-found so far is kept. Parts that time something run alone, the others together before them. `results.json` has all
-figures, `gpu_check.md` the same as a page, and `log.<part>.txt` what a part printed.
+Each part is a process with its own time limit, so that a part that fails or hangs does not affect the others, and its
+results so far are kept. Parts that measure time run alone, after all others, which run at the same time.
+`results.json` has all figures, `gpu_check.md` presents them as a page, and `log.<part>.txt` has the output of a part.
 
-A bare machine may lack what the package needs (pyproject.toml): bring wheels along, and install them with `--no-index`.
-`--mamba_ssm` names an unpacked source of mamba-ssm; its scan is built for this one GPU while the first parts run.
+A new machine may lack the package's dependencies (pyproject.toml): bring wheels, and install them with `--no-index`.
+`--mamba_ssm` names an unpacked source of mamba-ssm, whose scan is built for this GPU while the first parts run.
 """
 
 import argparse
@@ -41,15 +41,15 @@ from hf_vssm_prune.training.checkpoints import write_json, write_text
 
 
 class Part(NamedTuple):
-    """One question."""
+    """A part of the check."""
 
     answer: Callable[[argparse.Namespace, Report], None]
-    seconds: int  # after which it is ended
-    alone: bool  # because it times something
+    seconds: int  # time limit
+    alone: bool  # because it measures time
 
 
-# A new machine compiles each kernel in seconds, one after another in a process, and there are dozens: many processes do
-# so beside the checks, and what is timed finds them in Triton's cache.
+# On a new machine, a process compiles dozens of kernels one after another, each of which takes seconds. Therefore many
+# processes compile them during the checks, and the timed parts find them in Triton's cache.
 COMPILING: dict[str, Callable[[argparse.Namespace, Report], None]] = {
     **{
         f"{family} {preset} in {NAMES[dtype]}": partial(compile_models, family, preset, dtype)
@@ -108,8 +108,8 @@ def report_file(name: str, options: argparse.Namespace) -> Path:
 
 
 def run_part(name: str, end: float, beside: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs a part in a process of its own, one of `beside` at a time; what it reports, its status ("ok", "wrong",
-    "failed", "too slow", "no time left") and its seconds."""
+    """Runs a part in its own process, one of `beside` at the same time. Returns its report, its status ("ok", "wrong",
+    "failed", "too slow", "no time left") and the seconds that it took."""
     start = time.perf_counter()
     seconds = min(PARTS[name].seconds * options.patience, end - start)
     if seconds <= 1:
@@ -142,7 +142,7 @@ def run_part(name: str, end: float, beside: int, options: argparse.Namespace) ->
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown of everything."""
+    """All results as Markdown."""
     lines = ["# GPU check", "", "| part | status | seconds |", "| --- | --- | ---: |"]
     lines += [f"| {name} | {result['status']} | {result['seconds']:.0f} |" for name, result in results.items()]
     for name, result in results.items():
@@ -159,15 +159,15 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the results")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="default: %(default)s")
-    parser.add_argument("--small", action="store_true", help="tiny models and few cases: a rehearsal")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all, in this order")
-    parser.add_argument("--seconds", type=float, default=570, help="for everything (default: %(default)s)")
-    parser.add_argument("--patience", type=float, default=1, help="multiplies each part's limit (default: %(default)s)")
-    parser.add_argument("--golden", type=Path, help="folder of the golden cases; without it that part says so")
+    parser.add_argument("--small", action="store_true", help="tiny models and few cases, for a rehearsal")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
+    parser.add_argument("--seconds", type=float, default=570, help="time limit for everything (default: %(default)s)")
+    parser.add_argument("--patience", type=float, default=1, help="factor for the parts' limits (default: %(default)s)")
+    parser.add_argument("--golden", type=Path, help="folder of the golden cases (without it, they are skipped)")
     parser.add_argument(
-        "--mamba_ssm", type=Path, help="folder of mamba-ssm's unpacked source, to build and compare with"
+        "--mamba_ssm", type=Path, help="folder of mamba-ssm's unpacked source, whose scan is built and compared"
     )
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # of the process that a part is
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # for the process of a part
     return parser.parse_args(arguments)
 
 

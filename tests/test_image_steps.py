@@ -176,7 +176,7 @@ KINDS = {
     "LA": encode(Image.fromarray(random_pixels(channels=4)).convert("LA")),
     "RGBA, WebP": encode(Image.fromarray(random_pixels(channels=4)), "WEBP", lossless=True),
     "one transparent colour": encode(Image.new("RGB", (4, 4), (9, 8, 7)), transparency=(9, 8, 7)),
-    "one transparent gray": encode(Image.new("L", (4, 4), 9), transparency=9),
+    "one transparent grey": encode(Image.new("L", (4, 4), 9), transparency=9),
     "palette": palette(),
     "palette, one transparent": palette(transparency=1),
     "palette, several transparent": palette(transparency=bytes([0, 128, 255] * 20)),

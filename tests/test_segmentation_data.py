@@ -208,7 +208,7 @@ def test_bad_masks_are_named(write, message, tmp_path):
 
 
 def striped(height: int, width: int) -> tuple[PILImage.Image, np.ndarray]:
-    """An image whose gray is 20 times its mask's id: vertical stripes of 4 pixels."""
+    """An image whose grey is 20 times its mask's id: vertical stripes of 4 pixels."""
     ids = np.broadcast_to(np.arange(width) // 4 % 10, (height, width)).astype(np.int64)
     return PILImage.fromarray((20 * ids).astype(np.uint8)), ids
 

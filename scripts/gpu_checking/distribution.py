@@ -1,4 +1,4 @@
-"""The training loop on the GPU, and a checkpoint that moves: from the GPU to the CPU, and from there back."""
+"""The training loop on the GPU, and moving a checkpoint from the GPU to the CPU and back."""
 
 import argparse
 import json
@@ -14,13 +14,14 @@ OPTIONS = (
     "--dataset_name trashnet --family plainmamba --preset L1 --image_size 32 --patch_size 8 --config_overrides "
     "hidden_size=32 num_hidden_layers=3 stem_channels=8 --per_device_train_batch_size 16 --max_train_samples 64 "
     "--max_eval_samples 32 --max_train_steps 3 --checkpointing_steps 1 --save_total_limit 3 --logging_steps 1 "
-    "--dataloader_num_workers 0 --drop_path 0"  # a GPU draws other paths than a CPU
+    "--dataloader_num_workers 0 --drop_path 0"  # a GPU drops other paths than a CPU
 )
 ALLOWED = 1e-3  # between the losses of the three runs
 
 
 def check_distribution(options: argparse.Namespace, report: Report) -> None:
-    """Three steps of scripts/train.py under torchrun; the last two again, on the CPU; the last of those, on the GPU."""
+    """Runs three steps of scripts/train.py under torchrun, resumes after the first on the CPU, and after the second of
+    these on the GPU."""
     folder = (options.output_dir / ".runs").resolve()
     losses = []
     runs = ((options.device, None), ("cpu", "0/checkpoint-1"), (options.device, "1/checkpoint-2"))
@@ -37,5 +38,5 @@ def check_distribution(options: argparse.Namespace, report: Report) -> None:
         results = json.loads((folder / str(run) / "all_results.json").read_text(encoding="utf-8"))
         losses.append(results["history"][-1]["eval_loss"])
         report.say(f"steps {run + 1} to 3 on {device}: loss {losses[-1]:.5f} on the test images")
-    if not all(abs(one - other) <= ALLOWED for one in losses for other in losses):  # of NaN, nothing is
+    if not all(abs(one - other) <= ALLOWED for one in losses for other in losses):  # False for NaN
         report.complain(f"the runs end with losses {losses}")

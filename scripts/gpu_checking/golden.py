@@ -1,4 +1,4 @@
-"""The golden cases, results of the official models, on the GPU."""
+"""The golden cases (results of the official models) on the GPU."""
 
 import argparse
 import sys
@@ -23,14 +23,14 @@ ALLOWED = 1e-4
 
 @torch.no_grad()
 def check_golden_cases(family: str, options: argparse.Namespace, report: Report) -> None:
-    """Of a family: logits and kept tokens, dense and pruned, in float32, and what rounding to bfloat16 changes."""
+    """Checks a family's logits and kept tokens, dense and pruned, in float32, and what rounding to bfloat16 changes."""
     if options.golden is None:
         report.say("the golden cases were not given (--golden)")
         return
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    rows = report.table("Beside the official models", "case", "schedule", "logits off by", "tokens kept alike")
+    rows = report.table("Compared with the official models", "case", "schedule", "logits off by", "same tokens kept")
     errors = ("logits off by", "plain PyTorch's", "scores off by", "plain PyTorch's")
-    of_half = report.table("In bfloat16, stage by stage", "case", *errors, "tokens moved", "errors from the cut")
+    of_half = report.table("In bfloat16, stage by stage", "case", *errors, "tokens moved", "errors from the threshold")
     files = sorted(options.golden.glob(f"{family}_{'small_' if options.small else ''}*.npz"))
     for file in files[: 1 if options.small else None]:
         case = GoldenCase.load(options.golden, file.stem)
@@ -49,12 +49,12 @@ def check_golden_cases(family: str, options: argparse.Namespace, report: Report)
             same = alike(outputs.kept_tokens, kept)
             rows.add(file.stem, name, f"{off:.1e}", f"{same:.2%}")
             if not (off <= ALLOWED * (1 + abs(float(outputs.logits.abs().max()))) and same == 1):
-                report.complain(f"{file.stem}, {name}: logits off by {off:.1e}, {same:.2%} of the tokens alike")
+                report.complain(f"{file.stem}, {name}: logits off by {off:.1e}, {same:.2%} of the tokens are the same")
         check_half(file.stem, case, model, of_half, report)
 
 
 def check_half(name: str, case: GoldenCase, model: torch.nn.Module, rows: Table, report: Report) -> None:
-    """A case with weights in bfloat16; see `golden_half`."""
+    """Checks a case with weights in bfloat16; see `golden_half`."""
     variants = run_in_half(case, model)
     stages = [stage for variant in variants for stage in variant.stages]
     logits = over_all([variant.logits for variant in variants])
@@ -66,7 +66,7 @@ def check_half(name: str, case: GoldenCase, model: torch.nn.Module, rows: Table,
 
 
 def alike(found: tuple[Tensor, ...] | None, expected: list[Tensor]) -> float:
-    """The share of the expected tokens that are kept."""
+    """The fraction of the expected tokens that are kept."""
     if not expected:
         return 1.0
     shares = [

@@ -1,4 +1,4 @@
-"""The kernels of scans and convolutions: whether they compute what plain PyTorch does in float64, and how fast."""
+"""The scan and convolution kernels: whether they agree with plain PyTorch in float64, and how fast they are."""
 
 import argparse
 import sys
@@ -27,10 +27,10 @@ from kernel_arguments import CONVOLUTIONS, SCANS, Arguments, convolution, run, s
 
 
 Function = Callable[..., Tensor]
-# What is computed: the operation's name, its tensors, its other arguments.
+# A computation: the operation's name, its tensors, and its other arguments.
 Call = tuple[str, Arguments, dict[str, Any]]
 
-# Of a layer of PlainMamba-L3, of Vim-S's with holes, and of VideoMamba-Ti on eight frames.
+# Layers of PlainMamba-L3, of Vim-S with holes, and of VideoMamba-Ti for eight frames.
 SIZES_OF_MODELS = {
     "PlainMamba-L3": {"batch": 2, "length": 196, "channels": 896, "states": 16, "paths": 4, "direction_B": True},
     "Vim-S, repeat": {"batch": 2, "length": 158, "channels": 768, "states": 16, "largest_gap": 9},
@@ -42,19 +42,19 @@ CONVOLUTIONS_OF_MODELS = {
     "Vim-S's": {"length": 197, "channels": 768, "taps": 4},
     "VideoMamba-Ti's": {"length": 1569, "channels": 384, "taps": 4, "reverse": True},
 }
-# By operation: what is asked for a backend, and what it is checked against.
+# For each operation, the function that uses a backend, and its reference.
 OPERATIONS: dict[str, tuple[Function, Function]] = {
     "selective_scan": (selective_scan, selective_scan_torch),
     "depthwise_conv2d": (depthwise_conv2d, depthwise_conv2d_torch),
     "causal_conv1d": (causal_conv1d, causal_conv1d_torch),
 }
-# Of the largest entry: what the sums in float32 may lose; in half precision what rounding the results costs, twice.
+# Allowed errors relative to the largest value: those of sums in float32, and twice those of rounding in half precision.
 ALLOWED = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (1.6e-2, 3.2e-2), torch.float16: (2e-3, 4e-3)}
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def is_there(name: str, options: argparse.Namespace, report: Report) -> bool:
-    """Whether a kernel can be used; why it cannot is wrong of ours, and said of mamba-ssm's."""
+    """Whether a kernel can be used. If not, the reason is reported, as a mistake unless the kernel is mamba-ssm's."""
     reason = find_mamba_ssm(options) if name == "mamba_ssm" else None
     reason = reason or KERNELS[name].unavailable(options.device)
     if reason is not None:
@@ -63,7 +63,7 @@ def is_there(name: str, options: argparse.Namespace, report: Report) -> bool:
 
 
 def check_kernel(name: str, dtype: torch.dtype, options: argparse.Namespace, report: Report) -> None:
-    """Values and gradients, relative to the largest entry."""
+    """Checks values and gradients; errors are relative to the largest value."""
     if not is_there(name, options, report):
         return
     rows = report.table(f"Largest errors of {name} in {NAMES[dtype]} against float64", "case", "values", "gradients")
@@ -96,7 +96,7 @@ def compute_on(device: str, name: str, operation: str, **arguments: Any) -> Tens
 
 
 def rounded(arguments: Arguments, dtype: torch.dtype) -> Arguments:
-    """With values that the precision has, so that only the kernel's own error is seen."""
+    """Arguments rounded to a precision, so that only the kernel's own error is measured."""
     return {name: t.to(dtype).float() if t.is_floating_point() else t for name, t in arguments.items()}
 
 
@@ -105,7 +105,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def scans_to_time(small: bool) -> dict[str, Callable[[int], Call]]:
-    """A layer's scan, by the batch."""
+    """The scan of a layer, as functions of the batch size."""
     sizes_of_cases = sizes_to_time(SIZES_OF_MODELS, {"length": 9, "channels": 32}, small)
     return {
         case: lambda batch, sizes=sizes: ("selective_scan", scan_arguments(**{**sizes, "batch": batch}), {})
@@ -114,7 +114,7 @@ def scans_to_time(small: bool) -> dict[str, Callable[[int], Call]]:
 
 
 def convolutions_to_time(small: bool) -> dict[str, Callable[[int], Call]]:
-    """A layer's convolution, by the batch."""
+    """The convolution of a layer, as functions of the batch size."""
     sizes_of_cases = sizes_to_time(CONVOLUTIONS_OF_MODELS, {"grid": (2, 2), "channels": 8, "kernel": 3}, small)
     return {
         case: lambda batch, sizes=sizes: convolution(**{**sizes, "batch": batch})
@@ -123,17 +123,17 @@ def convolutions_to_time(small: bool) -> dict[str, Callable[[int], Call]]:
 
 
 def sizes_to_time(sizes: dict[str, Any], smaller: dict[str, Any], small: bool) -> dict[str, Any]:
-    """All, or the first one made smaller."""
+    """All sizes, or only the first, made smaller."""
     first = next(iter(sizes))
     return {first: {**sizes[first], **smaller}} if small else sizes
 
 
-# What is timed, and beside which kernel. PyTorch's convolution: zeros in dropped cells, cuDNN, and a gathering.
+# The timed operations and kernels. PyTorch's convolution fills dropped cells with zeros, uses cuDNN, and gathers.
 TIMED = {"scans": (scans_to_time, ("triton", "mamba_ssm")), "convolutions": (convolutions_to_time, ("triton", "torch"))}
 
 
 class TimedCall(NamedTuple):
-    """A call as a row of the table names it, without and with its gradients."""
+    """A call, without and with its gradients, and the start of its row in the table."""
 
     row: tuple[str, str, int, str]
     forward: Case
@@ -141,11 +141,11 @@ class TimedCall(NamedTuple):
 
 
 def calls_to_time(what: str, names: Sequence[str], options: argparse.Namespace) -> Iterator[TimedCall]:
-    """By batch and precision, with each kernel."""
+    """The calls for each batch size, precision and kernel."""
     for case, make in TIMED[what][0](options.small).items():
         for batch in (1,) if options.small else (1, 8, 64):
             for dtype in (torch.float32, torch.bfloat16):
-                with torch.device("cpu"):  # the arguments' random numbers are the CPU's
+                with torch.device("cpu"):  # random arguments are drawn on the CPU
                     operation, arguments, settings = make(batch)
                 arguments = {
                     name: tensor.to(options.device, dtype if tensor.is_floating_point() else tensor.dtype)
@@ -158,7 +158,7 @@ def calls_to_time(what: str, names: Sequence[str], options: argparse.Namespace) 
 
 
 def time_kernels(what: str, options: argparse.Namespace, report: Report) -> None:
-    """Milliseconds of calls, forward and with their backward."""
+    """Measures calls in milliseconds, forward, and with the backward pass."""
     names = [name for name in TIMED[what][1] if name == "torch" or is_there(name, options, report)]
     rows = report.table("Milliseconds", "case", "dtype", "batch", "kernel", "forward", "forward and backward")
     options.seconds = 0.2
@@ -167,7 +167,7 @@ def time_kernels(what: str, options: argparse.Namespace, report: Report) -> None
 
 
 def compile_kernels(what: str, options: argparse.Namespace, _: Report) -> None:
-    """Every call of Triton's kernels that is timed, once."""
+    """Runs every timed call of a Triton kernel once."""
     for call in calls_to_time(what, ["triton"], options):
         call.forward()
         call.both()

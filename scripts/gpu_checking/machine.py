@@ -1,4 +1,4 @@
-"""Where the check runs; and the one thing that is built there."""
+"""Describes the machine, and builds mamba-ssm's scan there."""
 
 import argparse
 import importlib.util
@@ -37,7 +37,7 @@ def describe(options: argparse.Namespace, report: Report) -> None:
 
 
 def start_building(options: argparse.Namespace) -> subprocess.Popen | None:
-    """Builds mamba-ssm's scan beside the first parts, for the GPU that is there; None where nothing is to be built."""
+    """Starts building mamba-ssm's scan for this GPU, while the first parts run. None: there is nothing to build."""
     if options.mamba_ssm is None or shutil.which("nvcc") is None:
         return None
     command = [sys.executable, "-m", "gpu_checking.machine", str(options.mamba_ssm.resolve())]
@@ -46,7 +46,7 @@ def start_building(options: argparse.Namespace) -> subprocess.Popen | None:
 
 
 def build_mamba_ssm(source: Path) -> None:
-    """Compiles `selective_scan_cuda` with the options of mamba-ssm's own setup.py, into a folder of the source."""
+    """Compiles `selective_scan_cuda` with the options of mamba-ssm's own setup.py, into a folder in its source."""
     from torch.utils.cpp_extension import load
 
     folder = source / BUILD_FOLDER
@@ -66,9 +66,9 @@ def build_mamba_ssm(source: Path) -> None:
 
 
 def find_mamba_ssm(options: argparse.Namespace) -> str | None:
-    """Makes the scan of the built mamba-ssm importable; why there is none, or None where there is one.
+    """Makes the scan of the built mamba-ssm importable. Returns why there is none, or None if there is one.
 
-    The package's own `__init__` is left out: it imports language models, which need more than the scan does.
+    The package's own `__init__` is skipped, because it imports language models, which need more than the scan does.
     """
     if options.mamba_ssm is None:
         return "mamba-ssm was not given (--mamba_ssm)"

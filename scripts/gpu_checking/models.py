@@ -1,4 +1,4 @@
-"""Whole models, dense and pruned, beside transformers' ViT: images a second and memory."""
+"""Whole models, dense and pruned, compared with transformers' ViT: images per second and memory."""
 
 import argparse
 from collections.abc import Callable
@@ -28,7 +28,7 @@ COLUMNS = ["model", "dtype", "batch", "way", "images/s", "dense / this", "MiB"]
 
 
 def make_models(family: str, preset: str, options: argparse.Namespace) -> dict[str, nn.Module]:
-    """Dense and pruned with the same random weights, and for the first family the transformers of like accuracy."""
+    """A dense model, and the same random weights pruned by two methods."""
     entry = FAMILIES[family]
     known = entry.config.__dataclass_fields__
     sizes = {option: value for option, value in SMALL.items() if options.small and option in known}
@@ -50,7 +50,7 @@ def make_transformers(options: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 def time_models(options: argparse.Namespace, report: Report) -> None:
-    """Eager, and replayed as a CUDA graph, in float32 and bfloat16; the cases of a batch take turns."""
+    """Measures models in eager mode and as a CUDA graph, in float32 and bfloat16; the cases of a batch alternate."""
     rows = report.table("Forward", *COLUMNS)
     ways: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]] = {"eager": partial}
     if options.device == "cuda":
@@ -64,7 +64,7 @@ def time_models(options: argparse.Namespace, report: Report) -> None:
 
 @torch.no_grad()
 def compile_models(family: str, preset: str, dtype: torch.dtype, options: argparse.Namespace, _: Report) -> None:
-    """Every forward that `time_models` times, once."""
+    """Runs every forward pass that `time_models` measures once."""
     models = make_models(family, preset, options)
     for batch in batches(options):
         images = random_images(models, dtype, batch, options)
@@ -82,7 +82,7 @@ def random_images(models: dict[str, nn.Module], dtype: torch.dtype, batch: int, 
 
 
 def time_compiled_models(options: argparse.Namespace, report: Report) -> None:
-    """By torch.compile, which takes long to make: the paper's model, and Vim-S, in bfloat16."""
+    """Measures compiled models in bfloat16. Compiling takes long, so only PlainMamba-L3 and Vim-S are measured."""
     rows = report.table("Forward, compiled", *COLUMNS)
     for which in MODELS[: 1 if options.small else 2]:
         models = make_models(*which, options)
@@ -102,7 +102,7 @@ def measure(
     report: Report,
     options: argparse.Namespace,
 ) -> None:
-    """Adds a row for each model and way; one that fails is named, and the others go on."""
+    """Adds a row for each model and way. If one fails, it is named, and the others continue."""
     images = random_images(models, dtype, batch, options)
     for way, make in ways.items():
         cases, memory = {}, {}
@@ -112,7 +112,7 @@ def measure(
                 case = make(model, images)
                 memory[name] = peak_memory(case, options.device)
                 cases[name] = case
-            except Exception as error:  # whatever a compiler or a capture raises costs only this case
+            except Exception as error:  # a compiler or a capture can raise anything; only this case is lost
                 report.complain(f"{name}, {way}, batch {batch}, {dtype}: {type(error).__name__}: {str(error)[:200]}")
         if not cases:
             continue
@@ -125,7 +125,7 @@ def measure(
 
 
 def captured(model: nn.Module, images: Tensor) -> Callable[[], Any]:
-    """A forward as a graph, and its replay."""
+    """Captures a forward pass as a graph, and returns its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -139,7 +139,7 @@ def captured(model: nn.Module, images: Tensor) -> Callable[[], Any]:
 
 
 def peak_memory(case: Callable[[], Any], device: str) -> int | str:
-    """MiB that a GPU has allocated at most."""
+    """The peak memory allocated on a GPU, in MiB."""
     case()
     if device != "cuda":
         return "–"

@@ -1,4 +1,4 @@
-"""What a part of the check found."""
+"""The results of a part of the check."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from hf_vssm_prune.training.checkpoints import write_json
 
 @dataclass
 class Report:
-    """Sentences, tables, and what is not as it should be. All of it is in `file` at once: a part may be ended."""
+    """Sentences, tables and mistakes. All are written to `file` immediately, because a part may be killed."""
 
     file: Path
     lines: list[str] = field(default_factory=list)

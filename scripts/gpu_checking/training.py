@@ -1,4 +1,4 @@
-"""Training steps: images a second and memory, dense, and pruned with the dense model as teacher."""
+"""Training steps without a teacher, dense and pruned: images per second and memory."""
 
 import argparse
 from collections.abc import Callable
@@ -15,7 +15,7 @@ MODELS = (("plainmamba", "L1"), ("plainmamba", "L3"), ("vim", "S"))
 
 
 def time_training(options: argparse.Namespace, report: Report) -> None:
-    """Forward and backward under autocast to bfloat16, no optimizer."""
+    """Measures forward and backward passes with autocast to bfloat16, without an optimizer."""
     rows = report.table("Training step, bfloat16 by autocast", "model", "batch", "images/s", "dense / this", "MiB")
     batch = batch_size(options)
     for which in MODELS[: 1 if options.small else None]:
@@ -34,7 +34,7 @@ def time_training(options: argparse.Namespace, report: Report) -> None:
 
 
 def compile_training(family: str, preset: str, options: argparse.Namespace, _: Report) -> None:
-    """Every step that `time_training` times, once."""
+    """Runs every step that `time_training` measures once."""
     for case in make_steps(family, preset, options).values():
         case()
 

@@ -15,7 +15,7 @@ class ConvolutionArguments(NamedTuple):
     Attributes:
         weight: shape (channels, 1, kernel, kernel) with an odd kernel; for a causal convolution (channels, 1, taps).
         height, width: size of the full grid; for a causal convolution, 1 and the length of the full sequence.
-        looks: 0: the window is centered; 1: causal convolution over the token and those before it; -1: over the token
+        looks: 0: the window is centred; 1: causal convolution over the token and those before it; -1: over the token
             and those after it.
     """
 

@@ -23,7 +23,7 @@ class Detections(NamedTuple):
 
 
 def to_corners(boxes: Tensor) -> Tensor:
-    """Converts boxes (..., 4) from center, width and height to left, top, right and bottom."""
+    """Converts boxes (..., 4) from centre, width and height to left, top, right and bottom."""
     middle, sides = boxes.split(2, dim=-1)
     return torch.cat([middle - sides / 2, middle + sides / 2], dim=-1)
 
@@ -34,7 +34,7 @@ def find_objects(outputs: Any, sizes: Tensor) -> list[Detections]:
 
     Args:
         outputs: outputs with `logits` (batch, queries, classes), whose sigmoid gives probabilities, and `pred_boxes`
-            (batch, queries, 4), center, width and height as fractions of the image's sides.
+            (batch, queries, 4), centre, width and height as fractions of the image's sides.
         sizes: (batch, 2), height and width of the images.
     """
     scores = outputs.logits.float().sigmoid().flatten(1)

@@ -32,7 +32,7 @@ class StageModule(nn.Module):
     """The parameters of a method at one of its stages."""
 
     def init_weights(self) -> None:
-        """Initializes the parameters, with `transformers.initialization` only."""
+        """Initialises the parameters, with `transformers.initialization` only."""
         raise NotImplementedError
 
 

@@ -36,7 +36,7 @@ def list_places(
         tl.store(places + image * cells + cell, first + entry, mask=is_token)
 
 
-# Not specialized for the numbers of remaining tokens and images, which would cause recompilation.
+# Not specialised for the numbers of remaining tokens and images, which would cause recompilation.
 @triton.jit(do_not_specialize=["tokens"])
 def convolve(
     hidden_states, weight, bias,

@@ -208,7 +208,7 @@ def patched_area(image: Image.Image, config: VisionMambaConfig) -> Image.Image:
     """The part of an image that its patches cover evenly.
 
     If the size of the image is not a multiple of the patch size, some families pad the image, and the padding is black;
-    others ignore the rest of the image, which is cropped here. If patches overlap, each stands for its center.
+    others ignore the rest of the image, which is cropped here. If patches overlap, each stands for its centre.
 
     Args:
         image: what the model saw, or one frame of it.

@@ -65,7 +65,7 @@ def load_classifier(
 ) -> ImageClassifier:
     """An image classifier of this package with all its weights, in evaluation mode.
 
-    transformers initializes missing weights randomly and only warns. This is right for a new classifier; otherwise it
+    transformers initialises missing weights randomly and only warns. This is right for a new classifier; otherwise it
     gives a meaningless accuracy, so missing weights are an error here. Weights are read from safetensors only; pickle
     files are not opened.
 

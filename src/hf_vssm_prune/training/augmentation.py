@@ -82,7 +82,7 @@ def random_resized_crop(
 ) -> Image.Image:
     """Crops a rectangle of random area and aspect ratio (3:4 to 4:3) and resizes it to `size` (height, width).
 
-    If ten draws do not fit into the image, the largest centered rectangle within these ratios is used, as in
+    If ten draws do not fit into the image, the largest centred rectangle within these ratios is used, as in
     torchvision.
     """
     width, height = image.size
@@ -321,7 +321,7 @@ def _mix_pixel_values(
 
 
 def _cutmix(pixel_values: torch.Tensor, weight: float, generator: np.random.Generator) -> tuple[torch.Tensor, float]:
-    """Pastes a rectangle whose area is the fraction 1 - `weight` of the image, with a uniformly drawn center. The part
+    """Pastes a rectangle whose area is the fraction 1 - `weight` of the image, with a uniformly drawn centre. The part
     outside the image is lost, so the fraction used for the labels is measured afterwards."""
     height, width = pixel_values.shape[-2:]
     side = math.sqrt(1 - weight)

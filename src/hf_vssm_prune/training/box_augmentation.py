@@ -56,7 +56,7 @@ def augment_boxes(
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """An augmented image of the final size, the boxes in it, and the indices of these boxes.
 
-    A box is kept if its center is inside the result, and clipped at the edges, as in SSD and RT-DETR.
+    A box is kept if its centre is inside the result, and clipped at the edges, as in SSD and RT-DETR.
 
     Args:
         image: image in mode "L" or "RGB".

@@ -35,7 +35,7 @@ def check_training_precision(mixed_precision: str | None, device: torch.device) 
 
 def launch_on_cores(device: torch.device, num_processes: int, batch_size: int) -> str | None:
     """The command to start a run with one single-threaded process per core, which is faster on a CPU: threads
-    synchronize after each operator, processes once per step. None: it does not apply to this run.
+    synchronise after each operator, processes once per step. None: it does not apply to this run.
 
     Args:
         batch_size: current batch size per process.

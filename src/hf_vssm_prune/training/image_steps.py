@@ -23,7 +23,7 @@ Content = TypeVar("Content")
 PROBE_TOLERANCE_IN_LEVELS = 2.5
 # Above this limit, an elongated image is cropped before it is resized: a line of 60,000 pixels would take gigabytes.
 MOST_RESIZED_PIXELS = 2**24
-# Formats that Pillow recognizes but cannot decode, or only with a program that executes the file (EPS).
+# Formats that Pillow recognises but cannot decode, or only with a program that executes the file (EPS).
 UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # How to transpose the pixels for each EXIF orientation.
 TRANSPOSITIONS = {
@@ -56,7 +56,7 @@ def decode_image(stored: Mapping[str, Any] | None, mode: str, name: str) -> Imag
     `mode`.
 
     The pixels are the same as in transformers' pipelines, which use Pillow to convert all images to RGB: transparency
-    is dropped without blending, and grayscale values above 255 are clipped, which is logged. An image processor called
+    is dropped without blending, and greyscale values above 255 are clipped, which is logged. An image processor called
     directly on an image with transparency blends it onto white instead.
 
     Args:
@@ -115,7 +115,7 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 def _check_range(image: Image.Image, name: str) -> None:
     """Rejects pixels of unknown range, and logs when 16-bit values are clipped. Depending on its version and the file,
-    Pillow opens 16-bit grayscale images as "I;16" or as 32-bit integers."""
+    Pillow opens 16-bit greyscale images as "I;16" or as 32-bit integers."""
     pixels = np.asarray(image)
     least, most = pixels.min(), pixels.max()
     if image.mode == "F" or least < 0 or most > 0xFFFF:
@@ -132,7 +132,7 @@ def _check_range(image: Image.Image, name: str) -> None:
 
 
 class ImageProcessorSteps:
-    """The steps of an image processor that resizes, crops the center, rescales and normalises, such as
+    """The steps of an image processor that resizes, crops the centre, rescales and normalises, such as
     `CLIPImageProcessor` and `BitImageProcessor`. They can be called separately, as training does, and for small images
     they are several times as fast as the image processor.
 
@@ -200,7 +200,7 @@ class ImageProcessorSteps:
 
     def crops(self, image: Image.Image, count: int) -> list[Image.Image]:
         """Returns `count` crops of `self.size`, evenly spaced along the image's longer side; a single crop is the
-        center.
+        center crop.
 
         Raises:
             ImageError: the image is too elongated.
@@ -263,7 +263,7 @@ class ImageProcessorSteps:
             actual = self(image)
             if expected.shape != actual.shape or not torch.allclose(actual, expected, rtol=0, atol=tolerance):
                 raise ValueError(
-                    f"{type(image_processor).__name__} does something other than resize, crop the center, rescale and "
+                    f"{type(image_processor).__name__} does something other than resize, crop the centre, rescale and "
                     "normalise with its size, crop_size, rescale_factor, image_mean and image_std: "
                     f"use CLIPImageProcessor or BitImageProcessor. {see('image-processor-not-supported')}"
                 )

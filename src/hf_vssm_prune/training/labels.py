@@ -160,7 +160,7 @@ def reorder_labels(model: ImageClassifier, match: LabelMatch) -> None:
 
 
 def renew_classifier(model: ImageClassifier, label_names: Sequence[str]) -> None:
-    """Gives a model a newly initialized classifier for other labels, of any number."""
+    """Gives a model a newly initialised classifier for other labels, of any number."""
     name_labels(model.config, label_names)
     old = next(model.parameters())
     classifier = image_classifier(model.config).to(old.device, old.dtype)

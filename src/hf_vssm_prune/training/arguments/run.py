@@ -73,7 +73,7 @@ class ScaleArguments:
     batch_norm: str = field(
         default="local",
         metadata=describe(
-            "batch norm statistics of PlainMamba in training: per device, frozen, or synchronized over devices (GPU "
+            "batch norm statistics of PlainMamba in training: per device, frozen, or synchronised over devices (GPU "
             "only)",
             choices=BATCH_NORM_MODES,
         ),

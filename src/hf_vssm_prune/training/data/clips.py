@@ -22,7 +22,7 @@ class Views:
 
     Attributes:
         sampling: how frames of a clip are sampled, a name in `frame_sampling.SAMPLINGS`.
-        num_clips, num_crops: number of clips per video and crops per clip; a single crop is the center.
+        num_clips, num_crops: number of clips per video and crops per clip; a single crop is the center crop.
     """
 
     sampling: str = "uniform"

@@ -15,7 +15,7 @@ SHOWN_IDS = 5
 def decode_mask(stored: Mapping[str, Any] | None, name: str) -> np.ndarray:
     """Class ids, int64 (height, width), of a mask stored by `datasets.Image(decode=False)`.
 
-    These are the pixels of a grayscale image, the indices of a palette image, or the common value of the three channels
+    These are the pixels of a greyscale image, the indices of a palette image, or the common value of the three channels
     of a colour image.
 
     Raises:
@@ -26,7 +26,7 @@ def decode_mask(stored: Mapping[str, Any] | None, name: str) -> np.ndarray:
         pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1]
         if not (pixels == pixels[..., :1]).all():
             raise ImageError(
-                f"{name} is a colour image: a mask must have a class id in each pixel, as a grayscale or palette image."
+                f"{name} is a colour image: a mask must have a class id in each pixel, as a greyscale or palette image."
             )
         pixels = pixels[..., 0]
     if pixels.dtype.kind == "f":
