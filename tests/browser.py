@@ -1,4 +1,4 @@
-"""The demo's server, and a headless Chromium that operates its page."""
+"""Starts the demo's server and a headless Chromium, and operates the page."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Classifies a photo with models from a Hub, by nothing but their names, and prints the answers as JSON.
+"""Classifies a photo with models from a Hub, given only their names, and prints the results as JSON.
 
 Run by test_presets_from_hub.py: `python classify_from_hub.py with|without PHOTO NAME...`; "with" the package imported,
 or "without" it, by the code in the repositories, in an environment that lacks it.

@@ -1,5 +1,5 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and prints the kind of machine code of each; where that
-is NVIDIA's, with its registers and what it spills (`STACK`). With `--all` in more variants, for an H100."""
+"""Compiles the Triton kernels for GPUs that need not be present, and prints the kind of machine code of each and, for
+NVIDIA's, the registers and the stack that it uses (`STACK`). With `--all`, it compiles more variants, for an H100."""
 
 import re
 import subprocess

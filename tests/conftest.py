@@ -1,4 +1,5 @@
-"""What all tests share: no network, one thread for each pytest worker, fixed seeds, tiny configurations."""
+"""Settings and fixtures of all tests: no network, one thread for each pytest worker, fixed seeds, tiny
+configurations."""
 
 import atexit
 import gc

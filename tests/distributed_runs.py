@@ -1,4 +1,4 @@
-"""What `test_distributed.py` starts on two processes: several training runs, one after the other, in one launch.
+"""The training runs that `test_distributed.py` starts on two processes, one after another in a single launch.
 
     python tests/distributed_runs.py FOLDER     # in each process, with a launcher's environment
 

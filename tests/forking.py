@@ -1,6 +1,6 @@
-"""Programs as a user starts them, in a process of their own, without the seconds that importing torch and transformers
-takes: the process is a copy of this one, where all that is loaded. What is tested of the start itself (what is
-imported, what the environment does before) needs a fresh process."""
+"""Runs programs as a user would, in separate processes, but without the seconds that importing torch and transformers
+takes: each process is a copy of this one, in which everything is already imported. Tests of the start itself (what is
+imported, what the environment does before that) need a fresh process."""
 
 import logging
 import multiprocessing

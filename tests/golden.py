@@ -1,4 +1,4 @@
-"""The golden cases: recipes that rebuild a published model's weights, and the results it has to give."""
+"""The golden cases: recipes that recreate a published model's weights, and the expected results."""
 
 import json
 import zlib

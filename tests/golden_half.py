@@ -1,4 +1,4 @@
-"""The golden cases with weights in half precision: how far rounding moves logits and scores.
+"""The golden cases with weights in half precision: how much rounding changes logits and scores.
 
 After a stage that keeps other tokens, neither scores nor logits can be compared. All models therefore keep the official
 model's tokens at every stage, and the tokens that one would have kept itself follow from its scores.

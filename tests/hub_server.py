@@ -1,4 +1,5 @@
-"""A small Hub on the loopback for the tests: repositories with branches, LFS uploads, commits, files with ranges.
+"""A small Hub on the loopback interface for the tests: repositories with branches, LFS uploads, commits and range
+requests.
 
     with HubServer() as hub:
         subprocess.run(..., env={**os.environ, **hub.environment(tmp_path)})

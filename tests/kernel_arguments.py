@@ -1,4 +1,4 @@
-"""Random arguments for the kernels, and how their results are compared."""
+"""Random arguments for the kernels, and comparisons of their results."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""Opens a saved folder as someone does who never installed hf_vssm_prune, and prints as JSON what came out.
+"""Opens a saved folder as a user without hf_vssm_prune would, and prints the results as JSON.
 
 Run by test_remote_code.py, in an environment of its own: `python -I open_without_package.py FOLDER IMAGE`.
 """

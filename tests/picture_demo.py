@@ -1,5 +1,5 @@
-"""Makes the documentation's pictures of the demo, and measures how long the page takes, on a computer and on a phone:
-from a move of its slider, a picture of its camera or the upload of a photo, until it shows the result.
+"""Takes the documentation's screenshots of the demo, and measures how long the page takes, on a computer and on a
+phone, from a move of its slider, a picture of its camera or the upload of a photo until it shows the result.
 
 python tests/picture_demo.py docs/images
 """

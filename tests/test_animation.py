@@ -1,4 +1,4 @@
-"""Moving pictures of what is kept of a video, and the script that draws videos."""
+"""Animations of what is kept of a video, and the command that draws videos."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Augmentation: what each kind does to an image or a batch, and that it draws from its generator alone."""
+"""Augmentation: what each kind does to an image or a batch, and that it uses only its own generator."""
 
 import numpy as np
 import pytest

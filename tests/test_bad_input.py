@@ -1,5 +1,5 @@
-"""Damaged checkpoints and odd images, given to the scripts as a user would: one line that names what is wrong, or the
-right answer; and nothing half-written.
+"""Damaged checkpoints and unusual images, given to the commands as by a user: either one line that names the problem,
+or the right result, and no incomplete files.
 
 What each part refuses on its own is tested with it: options and schedules, tables and folders, published checkpoints.
 """

@@ -1,4 +1,4 @@
-"""The benchmark: its baselines compute what they are compared with, and it writes what it measured."""
+"""The benchmark: its baselines compute the same as our functions, and it writes its measurements."""
 
 import io
 import json

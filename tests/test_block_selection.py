@@ -1,5 +1,5 @@
-"""DyVM's block selection: against models in which every direction runs and its output is multiplied by the gates; what
-is trained; and what else it touches."""
+"""DyVM's block selection: compared with models in which every direction runs and its output is multiplied by the gates;
+what is trained; and its effects elsewhere."""
 
 from dataclasses import replace
 from types import SimpleNamespace

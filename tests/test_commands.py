@@ -1,4 +1,4 @@
-"""`hf-vssm-prune VERB`: every verb on the shipped model, its help, and the scripts of the same names."""
+"""`hf-vssm-prune VERB`: every verb with the example model, its help, and the scripts of the same names."""
 
 import ast
 import json

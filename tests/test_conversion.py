@@ -1,4 +1,4 @@
-"""Published checkpoints to ours and back, whole or damaged, by function and by script."""
+"""Published checkpoints converted to ours and back, intact or damaged, from Python and with the command."""
 
 import argparse
 import json

@@ -1,5 +1,5 @@
-"""Every kernel of the convolutions against the plain PyTorch functions in float64: values, gradients, shapes,
-precisions. Without a GPU Triton interprets its kernels."""
+"""Every kernel of the convolutions compared with the plain PyTorch functions in float64: values, gradients, shapes,
+precisions. Without a GPU, Triton interprets its kernels."""
 
 from collections.abc import Callable
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""Data sets from folders, Parquet and the Hub; samples that depend on seed, epoch and index alone; bad input."""
+"""Data sets from folders, Parquet files and the Hub; samples that depend only on seed, epoch and index; bad input."""
 
 import os
 import re

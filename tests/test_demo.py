@@ -1,4 +1,4 @@
-"""The demo, made short: from the shipped model to a folder that a fresh process opens."""
+"""The demo, shortened: from the example model to a folder that a fresh process opens."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""The demo's page, operated in a headless Chromium as a person would: by pointer, by keyboard, on a phone."""
+"""The demo page, operated in a headless Chromium as by a person: with the pointer, with the keyboard, on a phone."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The demo without a browser: what it takes as an upload, what it says of a model, and that its folder is a Space."""
+"""The demo without a browser: which uploads it accepts, what it says about a model, and that its folder is a Space."""
 
 import io
 import subprocess

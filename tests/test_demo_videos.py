@@ -1,4 +1,4 @@
-"""The demo's page of videos, without a browser."""
+"""The demo's page for videos, without a browser."""
 
 import sys
 from pathlib import Path

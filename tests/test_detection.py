@@ -1,4 +1,4 @@
-"""Detectors: new heads, their labels, what they are trained for, and the commands from data to a pruned detector."""
+"""Detectors: new heads, their labels and losses, and the commands from data to a pruned detector."""
 
 import copy
 import json

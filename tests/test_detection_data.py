@@ -1,4 +1,5 @@
-"""Images with boxes: where they come from, what is refused, how they are augmented, and how answers are measured."""
+"""Images with boxes: where they are found, which are refused, how they are augmented, and how predictions are
+evaluated."""
 
 import json
 import logging

@@ -1,4 +1,5 @@
-"""Training on two processes (gloo, CPU) against one: the same losses, checkpoints that move, lost processes."""
+"""Training on two processes (gloo, CPU) compared with one: the same losses, checkpoints that can be moved, lost
+processes."""
 
 import json
 import os

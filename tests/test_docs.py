@@ -1,5 +1,5 @@
-"""What the documentation shows, it does: commands and code run, their output is what is printed there, error messages
-are those of the code, and what an error points to is there."""
+"""The documentation: its commands and code run and print the output shown, error messages are those in the code, and
+the sections that errors refer to exist."""
 
 import ast
 import glob

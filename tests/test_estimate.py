@@ -1,4 +1,4 @@
-"""The estimate of a run: what it counts against sums by hand, what it measures, and the script."""
+"""The estimate of a run: its counts compared with sums by hand, its measurements, and the command."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Exported files give the model's answers, in runtimes that do not have this package."""
+"""Exported files give the same results as the model, in runtimes that do not have this package."""
 
 import functools
 import json

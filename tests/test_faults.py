@@ -1,4 +1,5 @@
-"""Faults that nothing else tests: killed processes, full disks, cut downloads, hostile files. All: `docs/faults.md`.
+"""Faults that no other test covers: killed processes, full disks, interrupted downloads, malicious files.
+`docs/faults.md` lists all faults.
 
 None may lose or corrupt what was there, and none may hang.
 """

@@ -1,4 +1,4 @@
-"""`docs/faults.md` names tests that exist."""
+"""The tests that `docs/faults.md` names exist."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The counts against the published figures, and against a count of what the models really execute."""
+"""The counts compared with the published figures, and with a count of what the models actually compute."""
 
 from types import SimpleNamespace
 

@@ -1,5 +1,5 @@
-"""Function transforms and higher derivatives through operators, kernels and models: as plain PyTorch in float64 has
-them, or refused in a line that says what to do; never zeros without a word."""
+"""Function transforms and higher derivatives through operators, kernels and models: either equal to those of plain
+PyTorch in float64, or refused with a message that says what to do; never zeros without an error."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Our models against the official ones' results, dense and pruned."""
+"""Our models compared with the results of the official ones, dense and pruned."""
 
 import pytest
 import torch

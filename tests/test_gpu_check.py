@@ -1,4 +1,4 @@
-"""The check for GPUs, rehearsed where there is none: a wrong kernel is named, and what hangs costs only its part."""
+"""The GPU check, rehearsed without a GPU: a wrong kernel is named, and a part that hangs does not affect the others."""
 
 import argparse
 import importlib

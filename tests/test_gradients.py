@@ -1,4 +1,4 @@
-"""Gradients through pruning against finite differences, in float64, with plain PyTorch's scan.
+"""Gradients through pruning compared with finite differences, in float64, with plain PyTorch's scan.
 
 Which tokens stay is a step function of the scores: its derivative is zero, except where two scores tie. So the tokens
 that stay are held fixed, or the scores checked to lie further apart than the differences move them.

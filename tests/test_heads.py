@@ -1,5 +1,5 @@
-"""transformers' models of dense prediction on the backbones of this package: UPerNet, Deformable DETR on one map,
-Mask2Former and RT-DETR on a pyramid."""
+"""transformers' dense prediction models with our backbones: UPerNet, Deformable DETR on one map, Mask2Former and
+RT-DETR on a pyramid."""
 
 import copy
 import json

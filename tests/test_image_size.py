@@ -1,4 +1,4 @@
-"""A checkpoint that was trained at one image size goes on at another."""
+"""A checkpoint trained at one image size is used at another."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Decoding of images of all kinds, and pixel values equal to the image processor's."""
+"""Decoding images of all kinds, and pixel values equal to those of the image processor."""
 
 import io
 import struct

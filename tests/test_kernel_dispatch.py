@@ -1,4 +1,4 @@
-"""Whole models reach the C++ kernels, and say so where they cannot: nothing falls back in silence."""
+"""Whole models use the C++ kernels, and say so if they cannot: there is no silent fallback."""
 
 import time
 import warnings

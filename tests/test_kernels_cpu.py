@@ -1,5 +1,5 @@
-"""What only the C++ kernels have: vectors, threads, operators, building. What they have in common with others:
-test_scan_kernels.py and test_convolution_kernels.py."""
+"""What is specific to the C++ kernels: vectors, threads, operators, compiling. test_scan_kernels.py and
+test_convolution_kernels.py test what they share with other kernels."""
 
 import multiprocessing
 import os

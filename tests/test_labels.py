@@ -1,4 +1,4 @@
-"""Labels of a model and of a data set, compared by name; `id2label` in the forms that people write."""
+"""Labels of a model and a data set, compared by name; `id2label` in the forms that people write."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The loss terms against their definitions, computed by hand in float64."""
+"""The loss terms compared with their definitions, computed by hand in float64."""
 
 import numpy as np
 import pytest

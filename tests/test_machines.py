@@ -1,4 +1,4 @@
-"""Training on two hosts, which are network namespaces with a cable between them (Linux, as root)."""
+"""Training on two hosts, simulated by network namespaces with a virtual cable between them (Linux, as root)."""
 
 import json
 import os

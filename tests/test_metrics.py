@@ -1,4 +1,4 @@
-"""The metrics of the package, as modules of `evaluate`, against slow and plain counts."""
+"""The package's metrics, as `evaluate` modules, compared with slow and simple implementations."""
 
 import json
 import os

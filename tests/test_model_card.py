@@ -1,4 +1,4 @@
-"""Model cards: valid, computed and not invented, and with code that runs."""
+"""Model cards: valid, computed from the model, and with code that runs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The pages in `model_cards/`: up to date, valid, and with code that runs once the model is there."""
+"""The pages in `model_cards/`: up to date, valid, and with code that runs once the model exists."""
 
 import json
 import re

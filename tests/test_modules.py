@@ -1,4 +1,4 @@
-"""Modules are what they claim: hooks run, and what wraps or replaces a layer of PyTorch's finds such a layer."""
+"""Modules behave as expected: hooks run, and tools that wrap or replace PyTorch's layers find such layers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Outputs of pruned models go through whatever cuts a batch into samples, pads it or puts parts of it together."""
+"""Outputs of pruned models can be sliced into samples, padded and gathered by other tools."""
 
 import copy
 import pickle

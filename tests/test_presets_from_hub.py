@@ -1,4 +1,4 @@
-"""Every published size, and the small model that comes along, from a Hub by name: with the package and without it."""
+"""Every published size and the example model, loaded from a Hub by name, with and without the package."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`save_pretrained` and `push_to_hub` of a model: everything that its page needs, not only the weights."""
+"""A model's `save_pretrained` and `push_to_hub`: everything that its page needs, not only the weights."""
 
 import json
 import time

@@ -1,4 +1,5 @@
-"""Each pruning method against a slow reference, token by token in float64; what all of them promise; and in models."""
+"""Each pruning method compared with a slow reference, token by token in float64; the guarantees of all methods; and
+methods in models."""
 
 import itertools
 import math

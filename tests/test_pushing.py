@@ -1,4 +1,4 @@
-"""Pushing to a Hub over HTTP and loading from it, in processes of their own, with faults in the way."""
+"""Pushing to a Hub over HTTP and loading from it, in separate processes, with faults."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""int8 linear layers: close to float32, sample by sample; refused where they cannot be."""
+"""int8 linear layers: close to float32, independent of other samples, and refused where they cannot be used."""
 
 import copy
 

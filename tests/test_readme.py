@@ -1,4 +1,4 @@
-"""What the README says, it does."""
+"""The README's code, commands, links and figures."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""A saved folder opens with `trust_remote_code=True` where hf_vssm_prune is not installed, and answers the same."""
+"""A saved folder opens with `trust_remote_code=True` where hf_vssm_prune is not installed, and gives the same
+results."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Folders for the Hub: complete, right, portable, and never half written."""
+"""Folders for the Hub: complete, correct, portable, and never half written."""
 
 import json
 import resource

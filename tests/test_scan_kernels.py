@@ -1,4 +1,4 @@
-"""Every kernel of the scan against the plain PyTorch function in float64: values, gradients, shapes, precisions.
+"""Every kernel of the scan compared with the plain PyTorch function in float64: values, gradients, shapes, precisions.
 
 Without a GPU Triton interprets its kernels, and the adapter to mamba-ssm scans with a loop that has the arguments of
 its CUDA function.

@@ -1,4 +1,4 @@
-"""Pruning schedules: wrong ones are refused when the configuration is made, budgets are met."""
+"""Pruning schedules: wrong ones are refused when the configuration is created, and budgets are met."""
 
 import copy
 import math

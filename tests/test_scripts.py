@@ -1,4 +1,5 @@
-"""The training scripts as a user runs them: whole runs, killed and resumed ones, two processes, and wrong options."""
+"""The training scripts as a user runs them: complete runs, killed and resumed runs, two processes, and wrong
+options."""
 
 import json
 import os

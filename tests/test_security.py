@@ -1,4 +1,5 @@
-"""What must never happen: code that runs from data, files written outside, a dependency audit that passes in silence.
+"""What must never happen: running code from data, writing files outside a folder, a dependency audit that passes
+without a result.
 
 What happens with hostile repositories and checkpoints is in test_faults.py.
 """

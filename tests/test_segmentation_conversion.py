@@ -1,4 +1,5 @@
-"""mmsegmentation's files against ours: the official models' maps and logits, and the way there and back."""
+"""mmsegmentation's files compared with ours: the official models' maps and logits, and conversion in both
+directions."""
 
 import copy
 from functools import partial

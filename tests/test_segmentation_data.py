@@ -1,4 +1,5 @@
-"""Images with masks: where they come from, what is refused, how they are augmented, and how answers are measured."""
+"""Images with masks: where they are found, which are refused, how they are augmented, and how predictions are
+evaluated."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The plain PyTorch scan against a loop in NumPy, its gradients, precisions and refusals."""
+"""The plain PyTorch scan compared with a loop in NumPy, its gradients, precisions and errors."""
 
 import numpy as np
 import pytest

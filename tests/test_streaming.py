@@ -1,4 +1,5 @@
-"""Training images read as a stream: the order, its middle, what is refused, and a run that goes on in mid-epoch."""
+"""Training images read as a stream: their order, resuming in the middle, errors, and a run that resumes within an
+epoch."""
 
 from pathlib import Path
 

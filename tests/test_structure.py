@@ -1,4 +1,4 @@
-"""The shape of the code: who imports whom, and whether each argument has an entry of its own in a docstring."""
+"""The structure of the code: which module imports which, and whether each argument has its own entry in a docstring."""
 
 import ast
 import re

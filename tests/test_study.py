@@ -1,4 +1,5 @@
-"""The study: its list of pieces, a small one run, stopped and gone on with, and the page that is made of results."""
+"""The study: its list of pieces, a small study that is run, stopped and resumed, and the page written from the
+results."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What every task may rely on, and what the loop promises for each: one set of tests, through all tasks."""
+"""What every task can rely on, and what the loop guarantees for each: one set of tests, run for all tasks."""
 
 import json
 import multiprocessing

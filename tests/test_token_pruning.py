@@ -1,4 +1,4 @@
-"""The method's pure functions against formulas in NumPy and brute force over positions."""
+"""The method's pure functions compared with formulas in NumPy and with brute force over positions."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""A family of models in two files and one line: what the package offers for any family works for it too.
+"""A model family in two files and one line: what the package offers for any family works for it, too.
 
 The toy is one of videos, whose tokens lie on a grid of three dimensions, behind the class token.
 """

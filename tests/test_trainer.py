@@ -1,4 +1,4 @@
-"""transformers' Trainer with this package's losses: the same as our loop's, resumed to the bit, pushed and opened."""
+"""transformers' Trainer with this package's losses: the same as our loop's, resumed bit by bit, pushed and opened."""
 
 import os
 from pathlib import Path

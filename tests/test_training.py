@@ -1,4 +1,4 @@
-"""The parts of the training loop, and the loop itself in this process, on a few small images."""
+"""The parts of the training loop, and the loop itself in this process, with a few small images."""
 
 import io
 import json

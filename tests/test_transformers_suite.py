@@ -1,4 +1,4 @@
-"""All families under transformers' own tests for models, backbones and configurations, dense and with token pruning.
+"""All families in transformers' own tests for models, backbones and configurations, dense and with token pruning.
 
 transformers' `PipelineTesterMixin` is left out: it takes its tiny models from the Hub, and works for classes that are
 part of transformers only. `test_remote_code.py` runs the pipeline.

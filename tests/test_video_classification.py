@@ -1,4 +1,4 @@
-"""Videos of a data set as clips: what is read, augmented, viewed and averaged; and the scripts on them."""
+"""Videos of a data set as clips: reading, augmentation, views and their mean; and the commands."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which frames a clip has, and what becomes of good, odd and broken videos."""
+"""Which frames a clip has, and how good, unusual and broken videos are handled."""
 
 import ctypes
 import gc

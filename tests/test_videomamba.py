@@ -1,4 +1,4 @@
-"""What is VideoMamba's own: clips of any number of frames, image models that become video models, its files."""
+"""What is specific to VideoMamba: clips of any number of frames, image models converted to video models, its files."""
 
 import onnxruntime
 import pytest

@@ -1,4 +1,4 @@
-"""Vim without a class token and with rotary embeddings, as its published backbones for segmentation are."""
+"""Vim without a class token and with rotary embeddings, like its published segmentation backbones."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Pictures of kept tokens: the right patches bright, for both families and any size; bad input refused."""
+"""Pictures of kept tokens: the right patches are bright, for both families and any size; bad input is refused."""
 
 import math
 from pathlib import Path

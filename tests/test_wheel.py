@@ -1,4 +1,4 @@
-"""A wheel with compiled kernels runs them where there is no compiler; one without is for any platform."""
+"""A wheel with compiled kernels runs them without a compiler; a wheel without them works on any platform."""
 
 import os
 import platform

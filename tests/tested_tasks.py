@@ -1,4 +1,5 @@
-"""The tasks that the tests of the loop's guarantees go through: those of the package, and the toy of the docs."""
+"""The tasks with which the loop's guarantees are tested: those of the package, and the toy task of the
+documentation."""
 
 import importlib.util
 import io

@@ -1,4 +1,4 @@
-"""transformers' own model tests, out of the source distribution of the installed version.
+"""transformers' own model tests, from the source distribution of the installed version.
 
 They are no part of transformers' wheel and are not copied into this repository. They are downloaded once for each
 version of transformers, into the user's cache, as a package under another name.

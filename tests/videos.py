@@ -1,4 +1,4 @@
-"""Videos made for the tests."""
+"""Videos that the tests create."""
 
 from collections.abc import Sequence
 from fractions import Fraction

@@ -1,1 +1,1 @@
-"""A family of models as an extension adds one, in two files: see docs/extend.md."""
+"""An example of a model family that an extension adds in two files: see docs/extend.md."""

@@ -1,4 +1,4 @@
-"""Toy's configuration: everything that is to be known of the family, but for its tensors."""
+"""Toy's configuration: everything specific to the family except its modules."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from hf_vssm_prune.publication import Paper, PublishedModel, PublishedResult
 
 @strict
 class ToyConfig(VimConfig):
-    """Vim on short videos, whose tokens lie on a grid (time, height, width), behind the class token.
+    """Vim for short videos, whose tokens form a grid (time, height, width) and come after the class token.
 
     Args:
-        num_frames: of a video; each is cut into patches by itself.
+        num_frames: number of frames of a video; each frame is cut into patches separately.
     """
 
     model_type = "toy"

@@ -1,4 +1,4 @@
-"""Toy's models, made of other families' parts, and what the files of its authors look like."""
+"""Toy's models, made of parts of other families, and the format of its published files."""
 
 import math
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ from .configuration_toy import ToyConfig
 
 
 class ToyEmbeddings(BidirectionalEmbeddings):
-    """As Vim's, of videos of the configuration's size: the patches of all frames, one frame after the other."""
+    """Like Vim's, for videos of the configured size: the patches of all frames, frame by frame."""
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)
         self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.grid_size) + 1, config.hidden_size))
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
-        """From (batch, frames, channels, height, width)."""
+        """Embeds `pixel_values` (batch, frames, channels, height, width)."""
         size = self.config.input_size_of(pixel_values.shape)
         if pixel_values.ndim != 5 or size != self.config.input_size:
             raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}: not {self.config.input_size}.")
@@ -41,7 +41,7 @@ class ToyPreTrainedModel(BidirectionalPreTrainedModel):
     base_model_prefix = "toy"
     input_modalities = ["video"]
     embeddings_class = ToyEmbeddings
-    # Of the files in which the authors published weights. They call everything by our names, but for the beginnings.
+    # The format of the authors' files, which use our names except for the prefixes.
     official_names = [(r"toy\.(.+)", r"body.\1"), (r"classifier\.(.+)", r"top.\1")]
     official_marks = ("body.embeddings.class_token", "top.weight")
     official_weight_keys = ("toy",)
@@ -76,7 +76,7 @@ class ToyPreTrainedModel(BidirectionalPreTrainedModel):
     def complete_official(
         cls, config: ToyConfig, official: dict[str, Tensor], expected: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Old files have the class token without its axes of batch and tokens."""
+        """In old files, the class token lacks the batch and token axes."""
         return {
             name: tensor.view(1, 1, -1) if name == "body.embeddings.class_token" else tensor
             for name, tensor in official.items()
