@@ -384,7 +384,7 @@ def test_frames_that_are_too_large_are_not_decoded(tmp_path, monkeypatch):
 
 def test_pyav_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ValueError, match=r"PyAV, which is not installed: pip install 'hf_vssm_prune\[video\]'"):
+    with pytest.raises(ValueError, match=r"PyAV, which is not installed: pip install av\."):
         read_clip(tmp_path / "video.mp4", 2)
 
 

@@ -79,7 +79,12 @@ def run(verb: str, words: list[str]) -> int:
         extra = VERBS[verb].extra
         if extra is None:
             raise
-        print(f"error: {verb} needs {error.name}: pip install 'hf_vssm_prune[{extra}]'", file=sys.stderr)
+        # Not `pip install 'hf_vssm_prune[...]'`: the package is not on an index, where anyone could take its name.
+        print(
+            f"error: {verb} needs {error.name}: install the package with its extra `{extra}` "
+            f"(in the repository: pip install -e '.[{extra}]')",
+            file=sys.stderr,
+        )
         return 1
     return main(words, f"{PROGRAM} {verb}")
 

@@ -80,9 +80,7 @@ def pyav() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ValueError(
-            "Videos are decoded by PyAV, which is not installed: pip install 'hf_vssm_prune[video]'."
-        ) from error
+        raise ValueError("Videos are decoded by PyAV, which is not installed: pip install av.") from error
     return av
 
 

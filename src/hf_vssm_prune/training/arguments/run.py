@@ -15,7 +15,9 @@ class RunArguments:
 
     _argument_group_name = "run"
 
-    output_dir: str = field(metadata=describe("output folder: best/, last/, last_ema/, checkpoint-*/, all_results.json"))
+    output_dir: str = field(
+        metadata=describe("output folder: best/, last/, last_ema/, checkpoint-*/, all_results.json")
+    )
     seed: int = field(default=0, metadata=describe("random seed"))
     checkpointing_steps: str = field(default="epoch", metadata=describe("steps between checkpoints, or 'epoch'"))
     save_total_limit: int = field(
