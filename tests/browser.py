@@ -29,7 +29,7 @@ def chromium_is_there() -> bool:
 
 @contextmanager
 def running_demo(*options: str, folder: Path = DEMO) -> Iterator[str]:
-    """Serves `app.py` of a folder on the loopback, and gives its address."""
+    """Serves `app.py` of a folder on the loopback interface, and returns its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,10 +66,10 @@ def _wait_until_served(url: str, server: subprocess.Popen, log: Path) -> None:
 
 @contextmanager
 def chromium(camera: Path | None = None) -> Iterator[webdriver.Chrome]:
-    """A browser with an empty profile that asks nobody on the network for anything by itself.
+    """A browser with an empty profile that makes no network requests of its own.
 
     Args:
-        camera: an MJPEG film that its camera shows over and over; None for Chromium's moving test picture.
+        camera: an MJPEG video that its camera shows in a loop; None: Chromium's moving test picture.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = webdriver.ChromeOptions()
@@ -84,7 +84,7 @@ def chromium(camera: Path | None = None) -> Iterator[webdriver.Chrome]:
             "--disable-background-networking",
             "--disable-component-update",
             "--disable-sync",
-            # A camera that films nothing real, and no question whether it may be used.
+            # A fake camera, and no question whether it may be used.
             "--use-fake-device-for-media-stream",
             "--use-fake-ui-for-media-stream",
             "--window-size=1200,900",

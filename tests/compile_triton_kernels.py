@@ -22,14 +22,14 @@ GRADIENTS = (
     "grad_hidden_states", "grad_time_step", "grad_A", "grad_B", "grad_C", "grad_D", "grad_hole_time_step",
 )  # fmt: skip
 HALVES = ("hidden_states", "time_step", "B", "C", "gate", "output")
-# Nothing is known of these but that they are integers.
+# These are only known to be integers.
 ANY_NUMBERS = ("paths", "length", "chunks", "chunk_length", "height", "width", "tokens", "cells", "strips")
 ENDS_OF_STRIDES = ("_batch", "_row", "_channel", "_tap")
 INDICES = {"i64": ("order", "gaps", "moves", "kept", "starts"), "i32": ("shown", "places")}
 
 
 def source(kernel, absent: tuple[str, ...], constants: dict[str, int], dtype: str = "fp32", paths: int = 4):
-    """As Triton sees a call with tensors from PyTorch's allocator and sizes that 16 divides, `paths` but for."""
+    """A call as Triton sees it: tensors from PyTorch's allocator, and all sizes except `paths` are multiples of 16."""
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | dict.fromkeys(absent)
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -45,7 +45,7 @@ def source(kernel, absent: tuple[str, ...], constants: dict[str, int], dtype: st
             signature[name] = "i32"
         else:
             signature[name] = f"*{dtype if name in HALVES else 'fp32'}"
-        # B and C are parts of a projection: neither where they begin nor their rows need be aligned.
+        # B and C are parts of a projection: neither their start nor their rows have to be aligned.
         if name not in (*ANY_NUMBERS, "B", "C", "B_row", "C_row"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -66,7 +66,7 @@ def resources(machine_code: bytes) -> str:
 
 
 def main_cases():
-    """With all options."""
+    """The kernels with all options."""
     yield "forward", source(kernels.scan_forward, (), MANY_CHANNELS)
     yield "backward", source(kernels.scan_backward, (), FEW_CHANNELS)
     yield "sum's gradient", source(kernels.gate_sum, (), SUM)
@@ -74,7 +74,7 @@ def main_cases():
 
 
 def more_cases():
-    """What is launched for models, each with the most or the fewest options."""
+    """The kernels that models launch, each with the most and with the fewest options."""
     whole = ("chunk_states", "chunk_times")
     without_gap = ("chunk_grads", "grad_hole_time_step")
     yield "forward, of paths", source(kernels.scan_forward, ("gate", "block_states", *whole), MANY_CHANNELS)

@@ -18,7 +18,7 @@ from typing import Any
 
 STARTED_WITH = dict(os.environ)
 
-# Libraries read these when they are imported, hence before anything else.
+# Before all imports, because libraries read these when they are imported.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="hf_vssm_prune-tests-")
 os.environ.update(
     HF_HOME=_HF_HOME.name,
@@ -28,7 +28,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
 )
-# Triton's kernels are tested where there is no GPU, too.
+# Triton's kernels are tested without a GPU, too.
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ["TRITON_INTERPRET"] = "1"
 IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -48,15 +48,15 @@ from hf_vssm_prune.export import compilers_paths  # noqa: E402
 
 IMPORTED_WITH = dict(os.environ)  # later, tests run commands in this process
 
-# After each pass over a stream datasets waits so long for threads that read remote files.
+# After each pass over a stream, datasets waits this long for threads that read remote files.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
-# The collector need not look at what the imports made, half a second each time, and forks share it.
+# Imported objects need no garbage collection, which would take half a second each time, and forks share them.
 gc.freeze()
 atexit.register(gc.unfreeze)  # or Triton's bindings report leaks
 if IS_XDIST_WORKER:
     torch.set_num_threads(1)
 
-# No time limits: they are those of the machine.
+# No time limits, because they would depend on the machine.
 hypothesis.settings.register_profile(
     "deterministic", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -65,7 +65,7 @@ hypothesis.settings.load_profile("deterministic")
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """Every test starts from the same random state, in whatever order they run."""
+    """Every test starts from the same random state, regardless of their order."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def seed() -> int:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with golden cases and data, which is not part of the repository."""
+    """The folder with golden cases and data that are not part of the repository."""
     folder = Path(os.environ.get("HF_VSSM_PRUNE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
     if not os.access(folder, os.R_OK | os.X_OK):
         pytest.skip(f"{folder} is missing or closed to this user; HF_VSSM_PRUNE_SHARED may name another folder")
@@ -85,7 +85,7 @@ needs_inductor = pytest.mark.skipif(
     any(" " in path for path in compilers_paths().values()), reason="PyTorch's inductor takes no path with spaces"
 )
 
-# For what takes seconds by itself: after so many it hangs, however busy the machine.
+# A timeout for what takes seconds by itself: after this long it hangs, however busy the machine is.
 PATIENCE = 600
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -139,7 +139,7 @@ def make_vim_config(**changes) -> VimConfig:
 
 
 def make_videomamba_config(**changes) -> VideoMambaConfig:
-    """4 layers, 16 patch tokens and the class token: a model of images, as the others; see `make_video_config`."""
+    """4 layers, 16 patch tokens and the class token. Like the others, for images; see `make_video_config`."""
     defaults = {
         "image_size": 32,
         "patch_size": 8,
@@ -160,7 +160,7 @@ def make_video_config(**changes) -> VideoMambaConfig:
 
 MAKE_CONFIG = {"plainmamba": make_plainmamba_config, "videomamba": make_videomamba_config, "vim": make_vim_config}
 
-# The class token's place among the 16 patches of such a configuration and itself. None: the family has none.
+# The position of the class token among the 17 tokens of such a configuration. None: the family has none.
 CLS_TOKEN_IDS = {"plainmamba": None, "videomamba": 0, "vim": 8}
 NUM_CLS_TOKENS = {family: 0 if place is None else 1 for family, place in CLS_TOKEN_IDS.items()}
 
@@ -209,14 +209,14 @@ def gradients_with_checkpointing(
 
 
 def hear_signals() -> None:
-    """For `preexec_fn`: a process that is to be stopped listens, even if the tests were started with SIGINT ignored, as
-    shells do in the background."""
+    """For `preexec_fn`: lets a process receive signals even if the tests were started with SIGINT ignored, as shells do
+    in the background."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def free_port() -> int:
-    """For processes that find one another on this machine."""
+    """A free port, for processes that communicate on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -47,9 +47,9 @@ CONFIGS = {
 IMAGES_PER_STEP = 12
 FSDP = {"fsdp": True}
 FROZEN = {"batch_norm": "frozen"}
-# What `learned` learns has no part in a step that drops no tokens.
+# The parameters of `learned` are not used in a step that drops no tokens.
 ELASTIC = {"elastic": [0.0, 0.2], "pruning": {"alignment": "learned"}}
-# Adam makes a whole step of what is left of a gradient by rounding; matching would make more of it.
+# Adam turns the rounding error of a gradient into a full step, which matching would amplify.
 BOXES = {"task": "object-detection", "family": "boxes", "adam_epsilon": 1e-3}
 ONE_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -88,7 +88,7 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "fsdp_from_one": {"resume": "one", "scale": FSDP},
     "fsdp_from_fsdp": {"resume": "fsdp", "scale": FSDP},
 }
-# Mixing, drop path and random importance draw anew for each process' own batch; images do not.
+# Mixing, drop path and random importance differ for each process's batch; images do not.
 TASKS = {
     "image-classification": lambda: ImageClassification(AugmentationArguments(mixup=0.0, cutmix=0.0, smoothing=0.1)),
     "mean-colour": MeanColour,
@@ -115,15 +115,15 @@ def train(
     pruning: dict[str, Any] | None = None,
     **optimization: Any,
 ) -> Trainer:
-    """One run with the same images in each step, over however many processes and batches they are spread.
+    """One run with the same images in each step, regardless of the number of processes and batches.
 
     Args:
-        teacher: the precision of its weights; None: no teacher.
-        teacher_family: if it is not the model's; then the losses compare logits alone.
-        tracking: show the trackers what there is to show.
-        resume: name of the run whose checkpoint after half of the steps this one goes on from.
-        elastic: budgets, of which each step draws one.
-        pruning: what differs from `TOKEN_PRUNING`.
+        teacher: precision of the teacher's weights; None: no teacher.
+        teacher_family: the teacher's family, if it is not the model's; the losses then compare only logits.
+        tracking: whether metrics and pictures are logged to the trackers.
+        resume: name of the run from whose checkpoint after half of the steps this one resumes.
+        elastic: budgets, one of which is drawn at each step.
+        pruning: options that differ from `TOKEN_PRUNING`.
     """
     output_dir = folder / name
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -170,7 +170,7 @@ def train(
 
 @cache
 def load(folder: Path, family: str, task: str) -> ImageDatasets:
-    """The stored images of a run, the same for all of a kind."""
+    """The stored images of a run; runs of the same kind have the same ones."""
     if family in ("masks", "boxes"):
         return TASKS[task]().load_datasets(DataArguments(str(folder / family)), seed=0)
     is_video = family == "videos"
@@ -178,7 +178,7 @@ def load(folder: Path, family: str, task: str) -> ImageDatasets:
 
 
 def record(trainer: Trainer, output_dir: Path) -> None:
-    """Lets a run write its losses and accuracies down."""
+    """Makes a run record its losses and accuracies."""
     losses: list[float] = []
     log_losses = trainer._log_losses
 
@@ -192,8 +192,7 @@ def record(trainer: Trainer, output_dir: Path) -> None:
 
 
 def reset() -> None:
-    """Accelerate keeps its state in singletons, and in the environment that FSDP was asked for; torch's process group
-    stays."""
+    """Resets Accelerate's singletons and its environment variable for FSDP; torch's process group is kept."""
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -208,7 +207,7 @@ def main(folder: Path) -> None:
         trainer = train(folder, name, **options)
         assert trainer.accelerator.num_processes == 2
         for part in filter(None, (trainer.model, trainer.teacher, trainer.ema.model)):
-            # What is in no layer stays together after a forward pass that no backward pass follows.
+            # Parameters outside the layers stay gathered after a forward pass without a backward pass.
             kinds = {type(parameter).__name__ for parameter in part.parameters()}
             assert ("DTensor" in kinds) == name.startswith("fsdp"), f"{name} has {kinds}"
         reset()

@@ -21,12 +21,12 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Forked:
-    """What `subprocess.Popen([sys.executable, *command], env=environment)` starts, its output kept.
+    """Like `subprocess.Popen([sys.executable, *command], env=environment)`, with its output captured.
 
     Args:
-        command: a script, `-m` and a module, or `-c` and a program, with the words that follow.
-        environment: its variables; None: those of this process.
-        prepare: called in the new process first, for what libraries read from their environment when they are imported.
+        command: a script, `-m` and a module, or `-c` and a program, followed by arguments.
+        environment: environment variables; None: those of this process.
+        prepare: called first in the new process, for settings that libraries read when they are imported.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Forked:
         self.process.start()
 
     def wait(self) -> subprocess.CompletedProcess:
-        """What `subprocess.run` returns of it."""
+        """Waits for the end, and returns the same as `subprocess.run`."""
         self.process.join(PATIENCE)
         if self.process.exitcode is None:
             self.process.kill()
@@ -60,14 +60,14 @@ def run_forked(*command: str | Path, **options) -> subprocess.CompletedProcess:
 
 
 def start_ranks(*command: str | Path) -> list[Forked]:
-    """A program on two processes, with one thread each, as a launcher would start them, without it."""
+    """Starts a program on two processes with one thread each, like a launcher, but without one."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1"}
     return [Forked(*command, environment={**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
 
 def _run(words: list[str], environment: dict[str, str], files: list[Path], prepare: Callable[[], None]) -> None:
-    """In the new process, whose status `multiprocessing` makes of what is raised, as Python does."""
+    """Runs in the new process. `multiprocessing` turns exceptions into its exit status, as Python does."""
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))

@@ -22,7 +22,7 @@ class GoldenCase:
             return cls(json.loads((folder / f"{name}.json").read_text()), dict(arrays))
 
     def pixel_values(self) -> Tensor:
-        """As our models take them: the frames of a video before its channels."""
+        """The pixel values in our models' layout: the frames of a video come before its channels."""
         frames = self.recipe.get("frames")
         shape = (self.recipe["batch"], 3, *([frames] if frames else []), *self.recipe["image"])
         values = np.random.RandomState(self.recipe["seed"] + 1).standard_normal(shape).astype(np.float32)
@@ -30,7 +30,7 @@ class GoldenCase:
         return pixel_values.transpose(1, 2) if frames else pixel_values
 
     def overrides(self) -> dict[str, Any]:
-        """What the weights do not say of the configuration."""
+        """Options of the configuration that cannot be inferred from the weights."""
         arch = self.recipe["arch"]
         return {"image_size": arch["img_size"]} | ({"patch_stride": arch["stride"]} if "stride" in arch else {})
 

@@ -22,27 +22,27 @@ from hf_vssm_prune.pruning_stage import Reduction, Stage
 from hf_vssm_prune.token_pruning import gather_tokens, select_tokens
 
 
-# Errors of ours, as multiples of plain PyTorch's.
+# Our errors, as multiples of plain PyTorch's.
 MOST_ERROR = 2.0
-# A token's score and the cut can both be off by the largest error of a score.
+# Both a token's score and the threshold can be off by the largest error of a score.
 FARTHEST = 2.0
 
 
 class Errors(NamedTuple):
-    """Root mean squares of errors against the rounded weights in float32, relative to the exact values' spread."""
+    """Root mean square errors compared with float32 and rounded weights, relative to the exact values' spread."""
 
     ours: float
     plain: float
 
 
 class StageInHalf(NamedTuple):
-    """A stage to which all models come with the same tokens.
+    """A stage that all models enter with the same tokens.
 
     Attributes:
         scores: the errors of the scores.
-        moved: the number of tokens that only one of the official model and ours in half precision keeps.
-        farthest: the largest distance of such a token's official score from the cut, which is halfway between the last
-            kept and the first dropped token, in largest errors of plain PyTorch's scores in that image.
+        moved: the number of tokens that either the official model or ours in half precision keeps, but not both.
+        farthest: the largest distance of such a token's official score from the threshold, which is halfway between the
+            last kept and the first dropped token, in units of plain PyTorch's largest error of a score in that image.
     """
 
     scores: Errors
@@ -62,7 +62,7 @@ def run_in_half(case: GoldenCase, model: Any, dtype: torch.dtype = torch.bfloat1
 
     Args:
         model: the model with the official weights in float32.
-        dtype: what the weights are rounded to.
+        dtype: the type to which the weights are rounded.
     """
     pixel_values = case.pixel_values().to(model.device)
     half = copy.deepcopy(model).to(dtype)
@@ -91,7 +91,7 @@ def schedule_of(variant: dict[str, Any]) -> dict[str, Any] | None:
 
 @contextmanager
 def recorded_rows(rows: list[Tensor]) -> Iterator[None]:
-    """Models that prune by the paper's method append the rows that they keep at each stage."""
+    """Records the rows that models keep at each stage with the paper's method."""
     reduce = METHODS[PAPERS_METHOD].reduce
 
     def record(stage: Stage) -> Reduction:
@@ -105,7 +105,7 @@ def recorded_rows(rows: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def kept_rows(rows: Sequence[Tensor]) -> Iterator[None]:
-    """Models that prune by the paper's method keep these rows at their stages, whatever their scores."""
+    """Makes models keep these rows at their stages with the paper's method, regardless of their scores."""
     following = iter(rows)
 
     def keep(stage: Stage) -> Reduction:
@@ -157,12 +157,12 @@ def _moved(scores: dict[str, Tensor], kept: Tensor) -> tuple[int, float]:
 
 
 def over_all(errors: Sequence[Errors]) -> Errors:
-    """Root mean squares."""
+    """Combines errors as root mean squares."""
     return Errors(*(float(torch.tensor(each).pow(2).mean().sqrt()) for each in zip(*errors, strict=True)))
 
 
 def complaints(variants: Sequence[VariantInHalf]) -> list[str]:
-    """What is worse than half precision explains."""
+    """The errors that half precision does not explain."""
     stages = [stage for variant in variants for stage in variant.stages]
     results = {"logits": over_all([variant.logits for variant in variants])}
     results["scores"] = over_all([stage.scores for stage in stages])

@@ -45,15 +45,15 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What happens, in place of an answer, to the next `times` requests that match.
+    """What happens to the next `times` matching requests, instead of a response.
 
     Attributes:
-        status: of the answer.
-        cut_after: close the connection after so many bytes of the body.
-        wrong_bytes: answer with as many bytes, of another content.
-        stall_after: send so many bytes of the body, and then nothing until the client goes.
-        answer_lost: do what was asked, and give the answer `status` nevertheless.
-        skip: so many requests that match pass unhurt.
+        status: HTTP status of the response.
+        cut_after: close the connection after this many bytes of the body.
+        wrong_bytes: respond with the same number of bytes, but different content.
+        stall_after: send this many bytes of the body, and then nothing until the client disconnects.
+        answer_lost: process the request, but respond with `status`.
+        skip: this many matching requests are handled normally first.
     """
 
     method: str
@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    # Answers
+    # Responses
 
     def answer(self, status: int, body: object = None, headers: dict[str, str] | None = None) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, {"error": message or code}, {"X-Error-Code": code, "X-Error-Message": message or code})
 
     def meet_fault(self) -> Fault | None:
-        """The fault that this request runs into; those with a status are answered here."""
+        """The fault that applies to this request; faults with a status are handled here."""
         with self.state.lock:
             for fault in self.state.faults:
                 if fault.times > 0 and fault.method == self.command and re.search(fault.path, self.path):
@@ -357,7 +357,7 @@ class HubServer:
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """Variables under which huggingface_hub talks to this server, with a cache of its own."""
+        """Environment variables with which huggingface_hub uses this server and its own cache."""
         variables = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
@@ -368,7 +368,7 @@ class HubServer:
         return variables if token is None else {**variables, "HF_TOKEN": token}
 
     def use_in_this_process(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-        """What `environment` does, for huggingface_hub that is imported already: quicker than a new process."""
+        """Does the same as `environment` for an imported huggingface_hub, which is faster than a new process."""
         for name, value in {
             "ENDPOINT": self.endpoint,
             "HUGGINGFACE_CO_URL_TEMPLATE": self.endpoint + "/{repo_id}/resolve/{revision}/{filename}",

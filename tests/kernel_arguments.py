@@ -49,7 +49,7 @@ def scan_arguments(
     shared_paths: bool = False,
     seed: int = 0,
 ) -> Arguments:
-    """Random arguments of `selective_scan`, float32, by name."""
+    """Random float32 arguments of `selective_scan` by name."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -158,7 +158,7 @@ def grid_convolution(
 def sequence_convolution(
     length: int, channels: int, taps: int, reverse: bool = False, keep_ratio: float | None = None, batch: int = 2
 ) -> Convolution:
-    """With a ratio, there are stand-ins for what is not kept."""
+    """A causal convolution. With a keep ratio, it has stand-ins for dropped tokens."""
     arguments = convolution_arguments(batch, (1, length), channels, taps, keep_ratio)
     arguments["weight"] = arguments["weight"][:, :, 0].contiguous()
     if keep_ratio is not None:
@@ -167,7 +167,7 @@ def sequence_convolution(
 
 
 def run(function, arguments: Arguments, dtype: torch.dtype = torch.float32, **options) -> dict[str, Tensor]:
-    """What `function` returns, and the gradients of a random weighting of it, by argument."""
+    """The result of `function`, and the gradients of a randomly weighted sum of it by argument."""
     inputs = {
         name: tensor.to(dtype, copy=True).requires_grad_() if tensor.is_floating_point() else tensor
         for name, tensor in arguments.items()
@@ -180,7 +180,7 @@ def run(function, arguments: Arguments, dtype: torch.dtype = torch.float32, **op
 
 
 def assert_close_to_reference(ours: dict[str, Tensor], reference: dict[str, Tensor], value: float, gradient: float):
-    """Largest error relative to the largest entry."""
+    """Checks the largest error relative to the largest value."""
     assert ours.keys() == reference.keys()
     for name, expected in reference.items():
         assert ours[name].shape == expected.shape
@@ -196,10 +196,10 @@ def assert_rounded_once(
     options: Mapping[str, Any],
     half_units: Mapping[torch.dtype, int] = MappingProxyType({}),
 ) -> None:
-    """Values and gradients are those of `plain` in float64, rounded to the type of the tensor that they are of.
+    """Checks that values and gradients are those of `plain` in float64, rounded to the type of their tensor.
 
     Args:
-        half_units: of the last place, by which a result may be off; one where nothing is said.
+        half_units: allowed error of a result by its dtype, in half units in the last place; 1 by default.
     """
     inputs = {name: t.clone().requires_grad_() if t.is_floating_point() else t for name, t in arguments.items()}
     doubles = {name: t.double().requires_grad_() if t.is_floating_point() else t for name, t in arguments.items()}

@@ -29,7 +29,7 @@ def main(folder: str, image_file: str) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     classifier = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
-    # AutoBackbone asks the Hub for a repository of this name before it looks for a folder, and there is no Hub here.
+    # AutoBackbone looks for a repository of this name on the Hub, and only then for a folder; there is no Hub here.
     with mock.patch("huggingface_hub.HfApi.repo_exists", return_value=True):
         backbone = AutoBackbone.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.no_grad():

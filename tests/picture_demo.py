@@ -30,7 +30,7 @@ TURNS = 10  # of each
 BOTTLE = DEMO / "examples" / "waste" / "glass_1.jpg"
 CAMERA_SIZE, PHOTO_SIZE = (480, 640), (3024, 4032)  # of a camera's film, and of a phone's photo of 12 megapixels
 VIDEO_MODEL = {"image_size": 64, "num_frames": 8, "num_hidden_layers": 8, "hidden_size": 64}
-# From an event to the first result without times, which has the label and the pictures, and to the one with times.
+# From an event to the first result, which has the label and the pictures, and to the one with times.
 WATCH = """
 const result = document.querySelector('#result');
 for (const name of ['keydown', 'click', 'change'])
@@ -50,7 +50,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         film = enlarge(BOTTLE, CAMERA_SIZE, Path(scratch) / "film.mjpeg")
-        # Two, because a browser does not upload the same file again.
+        # Two files, because a browser does not upload the same file again.
         photos = [enlarge(BOTTLE, PHOTO_SIZE, Path(scratch) / f"photo{number}.jpg") for number in range(2)]
         with running_demo() as url, chromium(film) as driver:
             set_screen(driver, 1200, 860)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def enlarge(file: Path, size: tuple[int, int], target: Path) -> Path:
-    """With the noise of a camera, without which the larger file would be small."""
+    """Enlarges an image and adds a camera's noise, without which the file would be small."""
     with Image.open(file) as image:
         pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32)
     pixels = pixels + np.random.default_rng(0).normal(0, 4, pixels.shape)
@@ -92,7 +92,7 @@ def wait(driver, condition: Callable):
 
 
 def measure(driver, act: Callable[[], None]) -> tuple[float, float]:
-    """Milliseconds from the act's event until the label and the pictures are there, and until the times are."""
+    """Milliseconds from the event until the label and the pictures are shown, and until the times are shown."""
     driver.execute_script("window.seen = null")
     act()
     seen = wait(driver, lambda: driver.execute_script("return window.seen?.times && seen"))
@@ -106,7 +106,7 @@ def move_slider(driver) -> list[tuple[float, float]]:
 
 
 def take_pictures(driver) -> list[tuple[float, float]]:
-    """Leaves the last one there."""
+    """Takes camera pictures, and leaves the last one on the page."""
     find = driver.find_element
     find(By.CSS_SELECTOR, "#camera button").click()
     times = []
@@ -155,7 +155,7 @@ def whole_page(driver, width: int) -> None:
 
 
 def save_screenshot(driver, file: Path) -> None:
-    """With a palette of 256 colours, which makes the file small."""
+    """Saves a screenshot with a palette of 256 colours, which makes the file small."""
     time.sleep(1)  # for transitions to end
     driver.save_screenshot(str(file))
     with Image.open(file) as screenshot:

@@ -41,11 +41,11 @@ UNMIXED = {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
 
 @dataclass(frozen=True)
 class Tested:
-    """What a task is tested with.
+    """A task and the data with which it is tested.
 
     Attributes:
-        plain, random: the task with nothing random in its batches, and with as much as it has.
-        make_config: of a small model of its kind.
+        plain, random: the task without randomness in its batches, and with all of its randomness.
+        make_config: creates the configuration of a small model for it.
         write_folder: writes 12 training and 5 test examples of each of three classes into an empty folder.
         write_stream: writes 26 training and 5 test examples there, in files that can be streamed.
     """
@@ -86,7 +86,7 @@ def encode_video(channel: int, generator: np.random.Generator) -> bytes:
 
 
 def write_parquet(folder: Path, kind: type, encode: Callable[[int, np.random.Generator], bytes]) -> None:
-    """Three colours, in two files of 13 for training and one of 5."""
+    """Writes examples of three colours, in two files of 13 for training and one of 5."""
     generator = np.random.default_rng(0)
     features = Features({kind.__name__.lower(): kind(), "label": ClassLabel(names=["red", "green", "blue"])})
     for split, count in (("train-0", 13), ("train-1", 13), ("test-0", 5)):
@@ -96,7 +96,7 @@ def write_parquet(folder: Path, kind: type, encode: Callable[[int, np.random.Gen
 
 
 def masked_image(channel: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of a colour, of which a rectangle has another; the mask has the colours' ids."""
+    """An image of one colour with a rectangle of another; the mask has the colours' ids."""
     pixels, other = coloured_frames(channel, generator)[0], coloured_frames((channel + 1) % 3, generator)[0]
     mask = np.full(pixels.shape[:2], channel, np.uint8)
     top, left = generator.integers(0, pixels.shape[0] // 2, 2)
@@ -139,7 +139,7 @@ def write_mask_parquet(folder: Path) -> None:
 
 
 def boxed_image(channel: int, generator: np.random.Generator) -> tuple[np.ndarray, list[int]]:
-    """Pixels of a colour with a rectangle of the next one, whose box it has: left, top, width, height."""
+    """An image of one colour with a rectangle of the next one, and its box: left, top, width, height."""
     pixels, mask = masked_image(channel, generator)
     rows, columns = np.nonzero(mask != channel)
     left, top = columns.min(), rows.min()
@@ -147,7 +147,7 @@ def boxed_image(channel: int, generator: np.random.Generator) -> tuple[np.ndarra
 
 
 def write_box_folder(folder: Path, counts: Mapping[str, int] = {"train": 36, "test": 15}) -> None:
-    """COCO's form, with one object in each image."""
+    """Writes COCO's format, with one object in each image."""
     generator = np.random.default_rng(0)
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(COLOURS.values())]
     for split, count in counts.items():
@@ -162,7 +162,7 @@ def write_box_folder(folder: Path, counts: Mapping[str, int] = {"train": 36, "te
 
 
 def write_box_parquet(folder: Path) -> None:
-    """transformers' "objects"."""
+    """Writes the column `objects` of transformers' examples."""
     generator = np.random.default_rng(0)
     objects = {"bbox": List(List(Value("float32"))), "category": List(ClassLabel(names=list(COLOURS.values())))}
     features = Features({"image": Image(), "objects": objects})

@@ -30,11 +30,11 @@ DOWNLOAD_SECONDS = 300
 
 
 class SuiteUnavailable(Exception):
-    """The source distribution is neither in the cache nor to be had."""
+    """The source distribution is not in the cache and cannot be downloaded."""
 
 
 def import_suite(module: str) -> ModuleType:
-    """Imports one of `MODULES`, after a download where the cache does not have it.
+    """Imports one of `MODULES`, which is first downloaded if it is not in the cache.
 
     Raises:
         SuiteUnavailable: the download failed; the message says how.
@@ -46,7 +46,7 @@ def import_suite(module: str) -> ModuleType:
 
 
 def fetch_suite() -> Path:
-    """The folder that holds the package. Several processes may ask at once; one downloads."""
+    """The folder that contains the package. If several processes call this at once, one of them downloads it."""
     cache = cache_folder()
     folder = cache / f"transformers-{transformers.__version__}-tests"
     with FileLock(f"{folder}.lock"):
@@ -59,7 +59,11 @@ def fetch_suite() -> Path:
 
 
 def cache_folder() -> Path:
-    """The user's; users without a home, or with one that they may not write to, have none."""
+    """The user's cache folder.
+
+    Raises:
+        SuiteUnavailable: there is no home folder, or no permission to write to it.
+    """
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_vssm_prune"
         cache.mkdir(parents=True, exist_ok=True)
@@ -84,7 +88,7 @@ def download(folder: Path) -> Path:
 
 
 def unpack(archive: Path, package: Path) -> None:
-    """Writes the modules and what stands in for the rest of the tests."""
+    """Writes the modules, and stubs for the rest of the tests."""
     root = archive.name.removesuffix(".tar.gz")
     files = dict(STUBS)
     with tarfile.open(archive) as tar:

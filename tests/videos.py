@@ -12,7 +12,7 @@ BITS = 11
 
 
 def numbered_frames(count: int, height: int = 48, width: int = 88) -> list[np.ndarray]:
-    """Frames (height, width, 3) that tell their numbers, see `number_in`: its bits as black and white stripes."""
+    """Frames (height, width, 3) that show their numbers in binary as black and white stripes; see `number_in`."""
     stripes = np.arange(width) * BITS // width
     return [
         np.broadcast_to((40 + 175 * (i >> stripes & 1))[None, :, None], (height, width, 3)).astype(np.uint8)
@@ -40,9 +40,9 @@ def write_video(
     """Writes frames (height, width, 3).
 
     Args:
-        file: a path, whose suffix says the container, or an open file, with `format` among the options.
-        times: of each frame in thousandths of a second, for a variable rate.
-        sound: a second stream, in front of the video.
+        file: a path, whose suffix determines the container, or an open file, with `format` among the options.
+        times: time of each frame in milliseconds, for a variable rate.
+        sound: whether there is an audio stream before the video stream.
         options: `format`; `codec_options`; and attributes of the codec's context.
     """
     import av
@@ -75,7 +75,7 @@ def write_video(
 
 
 def write_class_folders(folder: Path, split: str, per_class: int, generator: np.random.Generator) -> None:
-    """Videos of 5 noisy frames of 32 x 32 pixels, of three colours."""
+    """Writes videos of 5 noisy frames of 32 x 32 pixels in three colours."""
     for number, name in enumerate(("blue", "green", "red")):
         (folder / split / name).mkdir(parents=True)
         for i in range(per_class):
@@ -100,7 +100,7 @@ def moving_square(count: int, side: int = 96) -> list[np.ndarray]:
 
 
 def save_video_model(folder: Path, **sizes: Any) -> Path:
-    """A tiny video model with random weights, as `save_pretrained` of the package writes it."""
+    """Saves a tiny video model with random weights, with the package's `save_pretrained`."""
     import torch
     from conftest import make_video_config
     from transformers import AutoModelForVideoClassification
