@@ -1,10 +1,11 @@
-"""Makes a VideoMamba of a Vim that was trained on images.
+"""Initialises a VideoMamba from a Vim that was trained on images.
 
     python study/videos/inflate.py study/photos/vim-imagenette <folder of videos by class> <model> \
         num_frames=16 image_size=48 tubelet_size=2
 
-The two families have the same blocks. The projection of a patch becomes that of the difference between the last and the
-first frame of a tubelet: where a camera stands still, motion is a few levels of 255, and all else ten times that.
+The two families have the same blocks. The patch projection is applied to the difference between the last and the first
+frame of a tubelet: with a camera that stands still, motion changes pixels by a few levels of 255, and the still
+background varies ten times as much.
 """
 
 import json
@@ -25,13 +26,13 @@ from hf_vssm_prune.training.data.loading import load_image_dataset
 from hf_vssm_prune.training.data.media import VIDEOS
 
 
-SCALE = 1.8  # of the difference: motion is fainter than what is in a photograph
+SCALE = 1.8  # factor of the difference: motion has less contrast than a photograph
 MEAN, STD = 0.5, 0.1
-ZOOM = 7 / 6  # of the frame's short side over what is cropped of it
+ZOOM = 7 / 6  # the frame's short side, relative to the crop's
 
 
 def inflate(image_model: VimForImageClassification, model: VideoMambaForVideoClassification) -> None:
-    """Puts the weights of the one into the other; the classifier and the embeddings of times stay as they are."""
+    """Copies the weights; the classifier and the temporal embeddings remain as they were initialised."""
     own = {name: tensor for name, tensor in model.videomamba.state_dict().items() if "temporal" not in name}
     tensors = {
         name: _inflated(name, tensor, image_model.config, model.config)
@@ -53,7 +54,7 @@ def _inflated(name: str, tensor: Tensor, image: VimConfig, video: VideoMambaConf
         patches, cls_token = split_token(tensor, place)
         patches = resize_position_embeddings(patches, image.grid_size, video.grid_size[1:], interpolate=True)
         return torch.cat([cls_token, patches], dim=1)
-    # A Vim takes the mean of its directions, a VideoMamba their sum.
+    # Vim averages its directions, and VideoMamba sums them.
     return tensor / 2 if name.endswith("out_proj.weight") else tensor
 
 

@@ -1,9 +1,9 @@
-"""Writes a new VideoMamba whose position embeddings take the mean frame of some videos away again.
+"""Saves a new VideoMamba whose position embeddings cancel the mean frame of some videos.
 
     python study/videos/start.py <folder of videos by class> <model> num_frames=16 image_size=32 patch_size=8 ...
 
-Where a camera stands still, what moves is a few levels of 255, and what stands there for all to see is ten times that.
-A small model that begins without knowing what is always there takes long to look past it: this one begins with it.
+With a camera that stands still, motion changes pixels by a few levels of 255, and the still background varies ten times
+as much. A small model takes long to learn to ignore the background; this one ignores its mean from the start.
 """
 
 import json
@@ -21,7 +21,7 @@ from hf_vssm_prune.training.data.loading import load_image_dataset
 from hf_vssm_prune.training.data.media import VIDEOS
 
 
-STD = 0.1  # of all channels: that of the pixels around their mean, roughly
+STD = 0.1  # of all channels: roughly that of the pixels around their mean
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Measures clips a second of a dense video model and of its pruned forms, in turns, by CPU time on one thread.
+"""Measures the clips per second of a dense video model and its pruned variants, interleaved, by CPU time on one thread.
 
     python study/videos/times.py <dense> times.json --flops_reduction 0.416
 

@@ -1,11 +1,10 @@
-"""Trains a small VideoMamba on clips that all lie in memory, for a machine that has no time to decode them each epoch.
+"""Trains a small VideoMamba on clips kept in memory, for a machine on which decoding them each epoch takes too long.
 
     python study/videos/train_cached.py <videos by class> <start> <target> --epochs 20
     python study/videos/train_cached.py <videos by class> <dense> <target> --epochs 5 --flops_reduction 0.416
 
-The clips are those of an evaluation, one of each video, without augmentation but for mixup, a shift and a change of
-brightness, alike in all frames; losses, mixing and metrics are the package's. With a budget the start is the teacher,
-too.
+The clips are those of an evaluation, one of each video. The augmentation is mixup, a shift and a change of brightness,
+the same in all frames; losses, mixing and metrics are the package's. With a budget, the starting model is also the teacher.
 """
 
 import argparse
@@ -46,7 +45,7 @@ def main() -> None:
     for result in _epochs(task, model, teacher, train, test, options):
         history.append(result)
         print(result, flush=True)
-        # After every epoch: what is stopped leaves a model to go on from.
+        # Saved after every epoch, so that a stopped run leaves a model to continue from.
         target = save_for_hub(model, Path(options.target), processor)
         results = {"options": vars(options), "reduction": count_flops(model.config).reduction, "history": history}
         (target / "results.json").write_text(json.dumps(results, indent=1))
@@ -71,7 +70,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def _load_models(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The model, pruned if there is a budget, and then the same model without pruning as its teacher."""
+    """The model, and its teacher: with a budget, the model is pruned and the teacher is the same model without pruning."""
     model = load_classifier(options.start).to(options.device)
     if options.flops_reduction is None:
         return model, None
@@ -96,7 +95,7 @@ def _epochs(
             rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"], step = options.lr * rate, step + 1
             batch = {name: values[torch.from_numpy(ids).to(options.device)].float() for name, values in train.items()}
-            if options.shift or options.brightness:  # else nothing is drawn: earlier runs keep their random numbers
+            if options.shift or options.brightness:  # otherwise nothing is drawn, so that earlier runs can be repeated
                 batch["pixel_values"] = _augment(batch["pixel_values"], options, generator)
             batch = task.mix({**batch, "labels": batch["labels"].long()}, model.config, generator)
             if step == 1 and options.device == "cuda":
@@ -109,7 +108,7 @@ def _epochs(
 
 
 def _with_margin(processor: BaseImageProcessor, margin: int) -> BaseImageProcessor:
-    """A processor that crops so many pixels more at each side, at the same scale."""
+    """An image processor that crops this many more pixels on each side, at the same scale."""
     options = processor.to_dict()
     options["crop_size"] = {side: pixels + 2 * margin for side, pixels in options["crop_size"].items()}
     if margin and options["crop_size"]["height"] > options["size"]["shortest_edge"]:
@@ -118,7 +117,7 @@ def _with_margin(processor: BaseImageProcessor, margin: int) -> BaseImageProcess
 
 
 def _augment(clips: Tensor, options: argparse.Namespace, generator: np.random.Generator) -> Tensor:
-    """Cuts the margins off, so that each clip is moved, and changes its brightness."""
+    """Crops the margins, which shifts each clip, and changes its brightness."""
     side = clips.shape[-1] - 2 * options.shift
     places = generator.integers(0, 2 * options.shift + 1, (len(clips), 2))
     moved = [clip[..., top : top + side, left : left + side] for clip, (top, left) in zip(clips, places, strict=True)]
@@ -141,7 +140,10 @@ class _Loss(nn.Module):
     def __init__(self, task: VideoClassification, model: Any, teacher: Any) -> None:
         super().__init__()
         self.model = model
-        self.rest = task, None if teacher is None else teacher.requires_grad_(False)  # a tuple: not to be trained
+        self.rest = (
+            task,
+            None if teacher is None else teacher.requires_grad_(False),
+        )  # a tuple, so that they are not among the parameters
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> Tensor:
         task, teacher = self.rest
@@ -156,13 +158,13 @@ class _Loss(nn.Module):
 
 
 def _captured(loss: Any, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss and its gradients as CUDA graphs: called operator by operator, so small a model waits for Python."""
+    """The loss and its gradients as CUDA graphs: launched operator by operator, such a small model waits for Python."""
     samples = (batch["pixel_values"].clone(), batch["labels"].clone())
     return torch.cuda.make_graphed_callables(loss, samples, allow_unused_input=True)
 
 
 def _batches(ids: np.ndarray, options: argparse.Namespace) -> list[np.ndarray]:
-    """All clips in batches of nearly the same size; for a CUDA graph of one size, without the rest."""
+    """All clips in batches of nearly the same size; for a CUDA graph, of the same size, without the remainder."""
     batches = len(ids) // options.batch_size
     return np.array_split(ids[: batches * options.batch_size] if options.device == "cuda" else ids, batches)
 

@@ -2,8 +2,8 @@
 
     python study/videos/windows.py <videos by class> <dense> windows.json --windows 2x2x2 1x2x2 2x1x1 1x3x3
 
-A window is frames x rows x columns of tokens. No option of a model sets it, so this script replaces the function that
-`local_top` and `local_merge` ask for it.
+A window is frames x rows x columns of tokens. Models have no option for it, so this script replaces the function from
+which `local_top` and `local_merge` get it.
 """
 
 import argparse
