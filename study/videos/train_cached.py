@@ -4,7 +4,8 @@
     python study/videos/train_cached.py <videos by class> <dense> <target> --epochs 5 --flops_reduction 0.416
 
 The clips are those of an evaluation, one of each video. The augmentation is mixup, a shift and a change of brightness,
-the same in all frames; losses, mixing and metrics are the package's. With a budget, the starting model is also the teacher.
+the same in all frames; losses, mixing and metrics are the package's. With a budget, the starting model is also the
+teacher.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def _load_models(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The model, and its teacher: with a budget, the model is pruned and the teacher is the same model without pruning."""
+    """The model and its teacher: with a budget, a pruned model and the same one without pruning."""
     model = load_classifier(options.start).to(options.device)
     if options.flops_reduction is None:
         return model, None
@@ -140,10 +141,8 @@ class _Loss(nn.Module):
     def __init__(self, task: VideoClassification, model: Any, teacher: Any) -> None:
         super().__init__()
         self.model = model
-        self.rest = (
-            task,
-            None if teacher is None else teacher.requires_grad_(False),
-        )  # a tuple, so that they are not among the parameters
+        # In a tuple, so that the teacher's parameters are not among this module's.
+        self.rest = task, None if teacher is None else teacher.requires_grad_(False)
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> Tensor:
         task, teacher = self.rest
