@@ -76,17 +76,25 @@ def run(verb: str, words: list[str]) -> int:
     try:
         main = main_of(verb)
     except ModuleNotFoundError as error:
-        extra = VERBS[verb].extra
-        if extra is None:
+        extra, missing = VERBS[verb].extra, _missing_module(error)
+        if extra is None or missing is None:
             raise
         # Not `pip install 'hf_vssm_prune[...]'`: the package is not on an index, where anyone could take its name.
         print(
-            f"error: {verb} needs {error.name}: install the package with its extra `{extra}` "
+            f"error: {verb} needs {missing}: install the package with its extra `{extra}` "
             f"(in the repository: pip install -e '.[{extra}]')",
             file=sys.stderr,
         )
         return 1
     return main(words, f"{PROGRAM} {verb}")
+
+
+def _missing_module(error: BaseException | None) -> str | None:
+    """The name of the module that could not be imported. transformers raises a second error, without the name, from the
+    first one."""
+    while isinstance(error, ImportError) and error.name is None:
+        error = error.__cause__
+    return error.name if isinstance(error, ImportError) else None
 
 
 def script_main(file: str) -> Callable[..., int]:
