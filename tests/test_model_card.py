@@ -5,12 +5,12 @@ import re
 
 import pytest
 import yaml
-from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, load_script
+from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, load_script, make_video_config
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification, BitImageProcessorPil
 
-from hf_vssm_prune import PlainMambaModel, VimConfig, count_flops
+from hf_vssm_prune import PlainMambaModel, VideoMambaModel, VimConfig, count_flops
 from hf_vssm_prune.hub import (
     Evaluation,
     Measurement,
@@ -19,7 +19,7 @@ from hf_vssm_prune.hub import (
     create_model_card,
     save_for_hub,
 )
-from hf_vssm_prune.hub.model_card import format_flops
+from hf_vssm_prune.hub.model_card import METRIC_NAMES, format_flops
 from hf_vssm_prune.hub.model_card_file import read_model_card_info
 from hf_vssm_prune.hub.published_results import published_model
 
@@ -120,6 +120,29 @@ def test_headless_model(plainmamba_config, image_processor) -> None:
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert "AutoModelForImageClassification" not in card.text
     assert "Classes" not in card.text
+
+
+def test_the_hub_has_no_task_for_features_of_videos(image_processor) -> None:
+    card = create_model_card(VideoMambaModel(make_video_config()), ModelCardInfo(name="Features"), image_processor)
+    assert card.data.pipeline_tag is None
+
+
+def test_names_cannot_break_a_table(vim_config) -> None:
+    measured = Measurement("pruned | 30%", others={"f1": 50.0, "map": 25.0})
+    card = create_model_card(
+        make_classifier(vim_config),
+        ModelCardInfo(
+            name="Größe | 大きさ",
+            training=TrainingRecipe(hyperparameters={"labels": "a|b\nc"}),
+            evaluation=Evaluation("Data", "data", "test", 10, measured, [Measurement("dense", others={"map": 30.0})]),
+        ),
+    )
+    flops = format_flops(count_flops(vim_config).dense.published)
+    assert "| f1 (%) | Mean average precision (COCO) (%) |" in card.text
+    assert rf"| pruned \| 30% | {flops} | 50.00 | 25.00 | – |" in card.text
+    assert f"| dense | {flops} | – | 30.00 | – |" in card.text
+    assert r"| labels | a\|b c |" in card.text
+    assert [result.metric_name for result in ModelCard(card.content).data.eval_results] == ["f1", METRIC_NAMES["map"]]
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))

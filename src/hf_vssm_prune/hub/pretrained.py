@@ -57,22 +57,20 @@ def save_pretrained(
     push_to_hub = options.pop("push_to_hub", False)
     token = options.get("token")
     push_options = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
-    earlier = _weights_in(folder)
     PreTrainedModel.save_pretrained(model, folder, **options)
     if options.get("is_main_process", True):
-        if "variant" not in options:
-            # A single weights file and shards of an earlier save must not be in the same folder: the single file would
-            # be loaded.
-            for outdated, _ in earlier.items() & _weights_in(folder).items():
-                outdated.unlink()
+        _remove_outdated_weights(folder)
         complete_folder(model, folder, image_processor, card_for(folder, model_card))
         if push_to_hub:
             push_model(folder, push_options.pop("repo_id", folder.name), token=token, **push_options)
 
 
-def _weights_in(folder: Path) -> dict[Path, int]:
-    """The weights files and their modification times."""
-    return {file: file.stat().st_mtime_ns for pattern in WEIGHTS for file in folder.glob(pattern)}
+def _remove_outdated_weights(folder: Path) -> None:
+    """Removes the single weights file of an earlier save next to shards, or the shards' index next to a single file;
+    otherwise the wrong one could be loaded. transformers itself removes earlier shards."""
+    single, shards, index = WEIGHTS
+    outdated = single if any(folder.glob(shards)) else index
+    (folder / outdated).unlink(missing_ok=True)
 
 
 # The parameters of transformers' `save_pretrained` after the folder, in their order.
