@@ -92,7 +92,9 @@ def test_full_card(tiny_pruned_config, image_processor) -> None:
 
 
 def test_metadata(tiny_pruned_config, image_processor) -> None:
-    card = create_model_card(make_classifier(tiny_pruned_config), INFO, image_processor)
+    model = make_classifier(tiny_pruned_config)
+    model.add_model_tags("grey")
+    card = create_model_card(model, INFO, image_processor)
     metadata = yaml.safe_load(card.content.split("---")[1])
     assert metadata["library_name"] == "transformers"
     assert metadata["pipeline_tag"] == "image-classification"
@@ -100,7 +102,7 @@ def test_metadata(tiny_pruned_config, image_processor) -> None:
     assert metadata["base_model"] == "someone/dense"
     assert metadata["base_model_relation"] == "finetune"
     assert metadata["datasets"] == ["zalando-datasets/fashion_mnist"]
-    assert {tiny_pruned_config.model_type, "token-pruning", "fashion"} <= set(metadata["tags"])
+    assert {tiny_pruned_config.model_type, "token-pruning", "fashion", "grey"} <= set(metadata["tags"])
     (result,) = ModelCard(card.content).data.eval_results[:1]
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.9015)
     assert (result.dataset_name, result.dataset_split) == ("Fashion-MNIST", "test")

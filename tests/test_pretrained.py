@@ -180,8 +180,9 @@ def test_saving_twice_within_a_tick_of_the_file_systems_clock(plainmamba, tmp_pa
 
 def test_a_name_alone_is_of_ones_own_account(hub, plainmamba, repo) -> None:
     name = repo.partition("/")[2]
-    plainmamba.push_to_hub(name, commit_message=None)  # the default, in transformers as well
+    plainmamba.push_to_hub(name, commit_message=None, tags="clothes")  # both are allowed in transformers as well
     assert "model.safetensors" in hub.files(f"user/{name}")
+    assert "\n- clothes\n" in hub.files(f"user/{name}")["README.md"].decode()
     assert hub.state.repositories[f"user/{name}"].branches["main"][-1].message == "Upload model"
 
 

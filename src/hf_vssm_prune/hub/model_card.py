@@ -357,6 +357,7 @@ def _metadata(model: VisionMamba, info: ModelCardInfo, has_image_processor: bool
     is_classifier, head, config = _is_classifier(model), _Head.of(model), pruned_config(model.config)
     kinds = [config.model_type, model.config.model_type]
     pruning_tags = ["token-pruning"] if config.token_pruning else []
+    own_tags = model.model_tags or []  # from transformers' `add_model_tags`
     task = f"{config.modality}-classification" if is_classifier else "image-feature-extraction"
     if head is not None:
         task = head.pipeline
@@ -370,7 +371,7 @@ def _metadata(model: VisionMamba, info: ModelCardInfo, has_image_processor: bool
         base_model_relation="finetune" if info.base_model else None,
         datasets=list(info.datasets) or None,
         metrics=[next(iter(info.evaluation.this_model.metrics))] if info.evaluation else None,
-        tags=list(dict.fromkeys([*kinds, "vision", "mamba", *pruning_tags, "custom_code", *info.tags])),
+        tags=list(dict.fromkeys([*kinds, "vision", "mamba", *pruning_tags, "custom_code", *info.tags, *own_tags])),
         **_model_index(info, task),
     )
 

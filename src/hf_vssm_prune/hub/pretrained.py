@@ -85,7 +85,7 @@ def push_to_hub(
     image_processor: ImageProcessingMixin | None = None,
     model_card: ModelCardInfo | None = None,
     max_shard_size: int | str = "50GB",
-    tags: list[str] | None = None,
+    tags: list[str] | str | None = None,
     **options: Any,
 ) -> CommitInfo:
     """Pushes a model to the Hub in one commit: weights, configuration, code, image processor, card and notices.
@@ -98,7 +98,7 @@ def push_to_hub(
         image_processor: None: no image processor is pushed; one that is already in the repository is kept.
         model_card: None: the repository's card is kept; if it has none, one is created from the model itself.
         max_shard_size: maximum size of a weights file.
-        tags: tags for the card, if a new one is written.
+        tags: one or more tags for the card, if a new one is written.
         options: `revision`, `private`, `commit_message`, `create_pr` and `token` of `hub.push_model`.
 
     Returns:
@@ -111,7 +111,8 @@ def push_to_hub(
     if has_adapters(model):
         return PreTrainedModel.push_to_hub(model, repo_id, max_shard_size=max_shard_size, tags=tags, **options)
     card = model_card or ModelCardInfo(name=repo_id.split("/")[-1])
-    card = replace(card, model_id=card.model_id or repo_id, tags=[*card.tags, *(tags or [])])
+    tags = [tags] if isinstance(tags, str) else tags or []
+    card = replace(card, model_id=card.model_id or repo_id, tags=[*card.tags, *tags])
     with tempfile.TemporaryDirectory(prefix="hf_vssm_prune-push-") as folder:
         save_pretrained(model, folder, image_processor=image_processor, model_card=card, max_shard_size=max_shard_size)
         return push_model(folder, repo_id, keep_card=model_card is None, **options)
