@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import MAKE_CONFIG, make_plainmamba_config, make_vim_config
 from forking import run_forked
 from golden import GoldenCase
 from safetensors.torch import load_file, save_file
@@ -276,10 +276,19 @@ def test_file_round_trip(suffix, model, official, pixel_values, tmp_path) -> Non
         assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
 
 
-def test_loading_with_a_pruning_schedule(model, official, pixel_values, tmp_path) -> None:
+@pytest.mark.parametrize("options", [{}, {"method": "dyvm"}, {"alignment": "learned", "method": "top"}], ids=str)
+def test_loading_with_a_pruning_schedule(options, model, official, pixel_values, tmp_path) -> None:
     torch.save({"model": official}, tmp_path / "model.pth")
-    pruned = load_official_model(tmp_path / "model.pth", token_pruning=dict(TOKEN_PRUNING))
+    schedule = {"layers": [1, 3], "keep_ratios": [0.7, 0.6]} | options
+    pruned = load_official_model(tmp_path / "model.pth", family=model.config.model_type, token_pruning=schedule)
     assert len(pruned(pixel_values).kept_tokens) == 2
+    assert pruned.has_pruning_parameters == bool(options)
+    assert_same_tensors(pruned.state_dict() | model.state_dict(), pruned.state_dict())
+    # Parameters of pruning have no published names.
+    save_official_model(pruned, tmp_path / "again.safetensors")
+    assert_same_tensors(load_checkpoint(tmp_path / "again.safetensors"), official)
+    pruned.set_token_pruning(None)
+    assert_same_tensors(convert_to_official_state_dict(pruned.config, pruned.state_dict()), official)
 
 
 def test_pickled_code_does_not_run(convert, tmp_path, capsys) -> None:

@@ -135,3 +135,8 @@ def test_image_sizes(tiny_config) -> None:
     assert count_flops(tiny_config, 64).dense.total > count_flops(tiny_config, (64, 32)).dense.total
     with pytest.raises(ValueError, match=r"is \(1, 2, 3\); it must be a number of pixels or \(height, width\)"):
         count_flops(tiny_config, (1, 2, 3))
+
+
+def test_image_smaller_than_a_patch(vim_config) -> None:
+    with pytest.raises(ValueError, match="`image_size` is 7, which is too small for a patch"):
+        count_flops(vim_config, 7)

@@ -3,7 +3,10 @@ RT-DETR on a pyramid."""
 
 import copy
 import json
+import pickle
+import re
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config
 from fvcore.nn import FlopCountAnalysis
 from PIL import Image
@@ -28,8 +32,10 @@ from transformers import (
 from hf_vssm_prune import count_flops, prunable, put_pretrained_backbone
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.heads import auto_class_of, new_dense_model
+from hf_vssm_prune.hub import ModelCardInfo, create_model_card
 from hf_vssm_prune.hub.saving import save_for_hub
 from hf_vssm_prune.pruned_heads import backbone_of
+from hf_vssm_prune.visualization_of_heads import draw_segmentation, pixel_scores
 
 
 MAKE_CONFIG = {
@@ -198,6 +204,71 @@ def test_saved_and_opened(family, head, tmp_path):
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["backbone_config"]["token_pruning"] is None
 
 
+def test_outputs_can_be_pickled():
+    outputs = make_model("vim", "upernet", token_pruning=dict(TOKEN_PRUNING))(torch.randn(1, 3, 64, 64))
+    copied = pickle.loads(pickle.dumps(outputs))
+    assert type(copied) is type(outputs)
+    assert copied.keys() == outputs.keys()
+    assert all(map(torch.equal, copied.kept_tokens, outputs.kept_tokens))
+
+
+def test_a_model_with_hooks_of_accelerate():
+    """As with `device_map`."""
+    config = make_config("vim", "upernet", token_pruning=dict(TOKEN_PRUNING))
+    model = auto_class_of(config).from_config(config)
+    add_hook_to_module(model, ModelHook())
+    model = prunable(model.eval())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert len(model(images).kept_tokens) == 2
+        assert model(images, token_pruning=None).kept_tokens is None
+
+
+def test_threads_do_not_see_one_another():
+    """Both are in the backbone at the same time, as the replicas of `DataParallel` may be."""
+    model = make_model("vim", "upernet", token_pruning=dict(TOKEN_PRUNING))
+    meeting, outputs = threading.Barrier(2, timeout=60), {}
+    backbone_of(model).register_forward_pre_hook(lambda *_: (meeting.wait(), None)[1])
+    backbone_of(model).register_forward_hook(lambda *_: (meeting.wait(), None)[1])
+
+    def run(batch: int, **options: Any) -> None:
+        with torch.no_grad():
+            outputs[batch] = model(torch.randn(batch, 3, 64, 64), **options)
+
+    dense = {"token_pruning": None}
+    threads = [threading.Thread(target=run, args=(1,)), threading.Thread(target=run, args=(2,), kwargs=dense)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(kept) for kept in outputs[1].kept_tokens] == [1, 1]
+    assert outputs[2].kept_tokens is None
+
+
+def test_the_code_in_a_card_prints_an_entry_of_the_output(head):
+    model = make_model("vim", head)
+    processor = SegformerImageProcessorPil()
+    (name,) = re.findall(
+        r"print\(outputs\.(\w+)\.shape\)", create_model_card(model, ModelCardInfo("M"), processor).text
+    )
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 64))[name] is not None
+
+
+def test_masks_of_queries_are_drawn():
+    model = make_model("vim", "mask2former", token_pruning=dict(TOKEN_PRUNING))
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        outputs = model(images)
+    scores = torch.zeros(1, 3, *outputs.masks_queries_logits.shape[-2:])
+    for query in range(7):
+        classes = outputs.class_queries_logits[0, query].softmax(0)
+        for label in range(3):
+            scores[0, label] += classes[label] * outputs.masks_queries_logits[0, query].sigmoid()
+    torch.testing.assert_close(pixel_scores(outputs), scores)
+    assert draw_segmentation(model, images, [0.5] * 3, [0.25] * 3).width > 4 * 64
+
+
 @pytest.mark.parametrize("head", ["upernet", "deformable_detr"])
 def test_pipelines(family, head, tmp_path):
     model = make_model(family, head, token_pruning=dict(TOKEN_PRUNING))
@@ -261,6 +332,16 @@ def test_a_classifiers_weights_go_into_a_backbone(family):
         states = classifier(images, output_hidden_states=True).hidden_states
         outputs = model(images, output_hidden_states=True)
     torch.testing.assert_close(outputs.hidden_states[-1], states[-1])
+
+
+def test_a_dense_classifiers_weights_go_into_a_backbone_with_parameters_of_pruning():
+    model = make_model("vim", "upernet", token_pruning={"layers": [2], "keep_ratios": [0.5], "method": "dyvm"})
+    before = {name: tensor.clone() for name, tensor in backbone_of(model).state_dict().items()}
+    classifier = FAMILIES["vim"].classifier(MAKE_CONFIG["vim"](**PATCHES))
+    put_pretrained_backbone(model, classifier)
+    expected = before | classifier.base_model.state_dict()
+    assert any(name.startswith("token_predictors.") for name in before)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in backbone_of(model).state_dict().items())
 
 
 def test_a_classifier_of_another_shape_is_refused():

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import yaml
-from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, load_script
+from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, load_script, make_video_config
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification, BitImageProcessorPil
 
-from hf_vssm_prune import PlainMambaModel, VimConfig, count_flops
+from hf_vssm_prune import PlainMambaModel, VideoMambaModel, VimConfig, count_flops
 from hf_vssm_prune.hub import (
     Evaluation,
     Measurement,
@@ -19,7 +19,7 @@ from hf_vssm_prune.hub import (
     create_model_card,
     save_for_hub,
 )
-from hf_vssm_prune.hub.model_card import format_flops
+from hf_vssm_prune.hub.model_card import METRIC_NAMES, format_flops
 from hf_vssm_prune.hub.model_card_file import read_model_card_info
 from hf_vssm_prune.hub.published_results import published_model
 
@@ -92,7 +92,9 @@ def test_full_card(tiny_pruned_config, image_processor) -> None:
 
 
 def test_metadata(tiny_pruned_config, image_processor) -> None:
-    card = create_model_card(make_classifier(tiny_pruned_config), INFO, image_processor)
+    model = make_classifier(tiny_pruned_config)
+    model.add_model_tags("grey")
+    card = create_model_card(model, INFO, image_processor)
     metadata = yaml.safe_load(card.content.split("---")[1])
     assert metadata["library_name"] == "transformers"
     assert metadata["pipeline_tag"] == "image-classification"
@@ -100,7 +102,7 @@ def test_metadata(tiny_pruned_config, image_processor) -> None:
     assert metadata["base_model"] == "someone/dense"
     assert metadata["base_model_relation"] == "finetune"
     assert metadata["datasets"] == ["zalando-datasets/fashion_mnist"]
-    assert {tiny_pruned_config.model_type, "token-pruning", "fashion"} <= set(metadata["tags"])
+    assert {tiny_pruned_config.model_type, "token-pruning", "fashion", "grey"} <= set(metadata["tags"])
     (result,) = ModelCard(card.content).data.eval_results[:1]
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.9015)
     assert (result.dataset_name, result.dataset_split) == ("Fashion-MNIST", "test")
@@ -120,6 +122,29 @@ def test_headless_model(plainmamba_config, image_processor) -> None:
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert "AutoModelForImageClassification" not in card.text
     assert "Classes" not in card.text
+
+
+def test_the_hub_has_no_task_for_features_of_videos(image_processor) -> None:
+    card = create_model_card(VideoMambaModel(make_video_config()), ModelCardInfo(name="Features"), image_processor)
+    assert card.data.pipeline_tag is None
+
+
+def test_names_cannot_break_a_table(vim_config) -> None:
+    measured = Measurement("pruned | 30%", others={"f1": 50.0, "map": 25.0})
+    card = create_model_card(
+        make_classifier(vim_config),
+        ModelCardInfo(
+            name="Größe | 大きさ",
+            training=TrainingRecipe(hyperparameters={"labels": "a|b\nc"}),
+            evaluation=Evaluation("Data", "data", "test", 10, measured, [Measurement("dense", others={"map": 30.0})]),
+        ),
+    )
+    flops = format_flops(count_flops(vim_config).dense.published)
+    assert "| f1 (%) | Mean average precision (COCO) (%) |" in card.text
+    assert rf"| pruned \| 30% | {flops} | 50.00 | 25.00 | – |" in card.text
+    assert f"| dense | {flops} | – | 30.00 | – |" in card.text
+    assert r"| labels | a\|b c |" in card.text
+    assert [result.metric_name for result in ModelCard(card.content).data.eval_results] == ["f1", METRIC_NAMES["map"]]
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))

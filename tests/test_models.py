@@ -1,5 +1,7 @@
 """What users rely on in all families, dense and pruned: precision, training, batching, sizes, loading, exporting."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import MAKE_CONFIG, TOKEN_PRUNING, needs_inductor
@@ -215,6 +217,20 @@ def test_hidden_states(config, model, pixel_values) -> None:
         assert set(second[sample].tolist()) < set(first[sample].tolist()) < set(range(16 + class_tokens))
 
 
+def test_what_the_mixers_add(tiny_config, pixel_values) -> None:
+    model = make_model(tiny_config)
+    backbone = FAMILIES[tiny_config.model_type].classes["Backbone"](tiny_config).eval()
+    with torch.no_grad():
+        for each in (model, backbone):
+            assert each(pixel_values).mixer_states is None
+            outputs = each(pixel_values, output_hidden_states=True, output_mixer_states=True)
+            assert len(outputs.mixer_states) == 4
+            # After the first layer of PlainMamba there is a convolution.
+            states = pairwise(outputs.hidden_states[1:])
+            for (before, after), added in zip(states, outputs.mixer_states[1:], strict=True):
+                torch.testing.assert_close(after, before + added)
+
+
 # ---- Image sizes -------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +346,30 @@ def test_backbone_maps_cover_the_full_grid(size, config, model) -> None:
     if (cls_id := config.cls_token_id(grid[0] * grid[1])) is not None:
         full = torch.cat([full[:, :cls_id], full[:, cls_id + 1 :]], dim=1)
     torch.testing.assert_close(maps[-1], full.transpose(1, 2).unflatten(2, grid))
+
+
+def test_outputs_of_a_backbone_that_are_given_on_loading(tiny_config, tmp_path) -> None:
+    """They replace those of the folder, for another depth as well, before anything is checked."""
+    tiny_config.out_features = ["stage1", "stage4"]
+    tiny_config.save_pretrained(tmp_path)
+    load = type(tiny_config).from_pretrained
+    for options in ({"out_features": ["stem", "stage2"]}, {"out_indices": [0, 2]}):
+        config = load(tmp_path, num_hidden_layers=2, **options)
+        assert (config.out_features, config.out_indices) == (["stem", "stage2"], [0, 2])
+        assert config.stage_names == ["stem", "stage1", "stage2"]
+        assert FAMILIES[config.model_type].classes["Backbone"](config).channels == [16, 16]
+    with pytest.raises(ValueError, match="`feature_source` is 'mixer', but `out_features` has 'stem'"):
+        load(tmp_path, feature_source="mixer", out_features=["stem", "stage2"])
+    with pytest.raises(ValueError, match="has at most 4 levels; `out_features` names 5"):
+        load(tmp_path, feature_pyramid="simple", out_features=tiny_config.stage_names)
+
+
+def test_depth_of_a_backbone_that_is_given_on_loading(tiny_config, tmp_path) -> None:
+    tiny_config.out_features = ["stage1"]
+    tiny_config.save_pretrained(tmp_path)
+    config = type(tiny_config).from_pretrained(tmp_path, num_hidden_layers=2)
+    assert config.out_features == ["stage1"]
+    assert config.stage_names == ["stem", "stage1", "stage2"]
 
 
 # ---- Exporting ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A model's `save_pretrained` and `push_to_hub`: everything that its page needs, not only the weights."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from hub_server import HubServer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 import hf_vssm_prune
@@ -166,10 +167,23 @@ def test_saving_in_other_shards_leaves_no_old_weights(plainmamba, pixel_values, 
         list_pushed_files(tmp_path / "model")
 
 
+def test_saving_twice_within_a_tick_of_the_file_systems_clock(plainmamba, tmp_path, monkeypatch) -> None:
+    def save(tensors: dict, file: str, **options) -> None:
+        save_file(tensors, file, **options)
+        os.utime(file, (0, 0))
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save)
+    for _ in range(2):
+        plainmamba.save_pretrained(tmp_path)
+        assert (tmp_path / "model.safetensors").exists()
+
+
 def test_a_name_alone_is_of_ones_own_account(hub, plainmamba, repo) -> None:
     name = repo.partition("/")[2]
-    plainmamba.push_to_hub(name)
+    plainmamba.push_to_hub(name, commit_message=None, tags="clothes")  # both are allowed in transformers as well
     assert "model.safetensors" in hub.files(f"user/{name}")
+    assert "\n- clothes\n" in hub.files(f"user/{name}")["README.md"].decode()
+    assert hub.state.repositories[f"user/{name}"].branches["main"][-1].message == "Upload model"
 
 
 def test_private_is_not_pushed_to_where_everybody_sees_it(hub, plainmamba, repo) -> None:

@@ -3,6 +3,7 @@ methods in models."""
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from hf_vssm_prune import count_flops, modeling_bidirectional, modeling_plainmam
 from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.mixer_output import MixerOutput, ScanInputs
+from hf_vssm_prune.modeling_common import is_pruning_parameter
 from hf_vssm_prune.pruning_dyvm import TokenPredictor
 from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD, PruningMethod
@@ -851,6 +853,18 @@ def test_parameters_of_pruning_outlive_a_dense_pass(method, tiny_config, pixel_v
         assert torch.equal(pruned(pixel_values).logits, expected)
 
 
+def test_new_parameters_are_on_the_devices_of_their_layers() -> None:
+    model = make_model(MAKE_CONFIG["vim"]())
+    model.vim.layers[2:].to("meta")
+    model.set_token_pruning(pruning("dyvm", alignment="learned", block_keep_ratio=0.9))
+    devices = {name: parameter.device.type for name, parameter in model.named_parameters()}
+    of_pruning = {name: device for name, device in devices.items() if is_pruning_parameter(name)}
+    assert len(of_pruning) == 2 * 10 + 3 * 2 + 4 * 2
+    for name, device in of_pruning.items():
+        index = int(re.search(r"\d+", name)[0]) - ("predictors" in name)  # those of a stage are on the layer before it
+        assert device == ("meta" if index >= 2 else "cpu"), name
+
+
 def test_parameters_of_pruning_that_are_not_there(tiny_config, pixel_values) -> None:
     model = make_model(tiny_config)
     for options, message in (
@@ -893,6 +907,17 @@ def test_merged_tokens_are_composed_over_stages(method, family) -> None:
             assert set(row[move].tolist()) <= set(left.tolist())
         assert torch.equal(merged.gather(1, before), merged), "what met at an earlier stage stays together"
         before = merged
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stage_that_keeps_everything_is_a_stage(method) -> None:
+    config = MAKE_CONFIG["vim"](token_pruning=pruning(method, keep_ratios=[1.0, 0.3]))
+    output = run(make_model(config), config)
+    assert len(output.kept_tokens) == len(output.token_scores) == 2
+    if output.merged_tokens is not None:
+        first, second = output.merged_tokens
+        assert torch.equal(first, torch.arange(17).expand(2, -1))
+        assert not torch.equal(first, second)
 
 
 def run(model: nn.Module, config) -> Any:

@@ -214,13 +214,13 @@ def test_working_directory_as_folder(model, tmp_path, monkeypatch) -> None:
 
 
 def test_picture_travels_with_the_card(model, tmp_path) -> None:
-    picture = tmp_path / "kept_tokens.png"
+    picture = tmp_path / "kept tokens.png"
     picture.write_bytes(b"a picture")
     folder = save_for_hub(model, tmp_path / "model", model_card=ModelCardInfo(name="Model", picture=picture))
-    assert (folder / "kept_tokens.png").read_bytes() == b"a picture"
-    assert "(kept_tokens.png)" in (folder / "README.md").read_text()
-    save_for_hub(model, folder, model_card=ModelCardInfo(name="Model", picture=folder / "kept_tokens.png"))
-    assert (folder / "kept_tokens.png").read_bytes() == b"a picture"
+    assert (folder / picture.name).read_bytes() == b"a picture"
+    assert "](kept%20tokens.png)" in (folder / "README.md").read_text()
+    save_for_hub(model, folder, model_card=ModelCardInfo(name="Model", picture=folder / picture.name))
+    assert (folder / picture.name).read_bytes() == b"a picture"
 
 
 # ---- When it cannot be saved -------------------------------------------------------------------------------------

@@ -199,6 +199,9 @@ def test_schedule_of_one_call(config, pixel_values) -> None:
         assert model.config.token_pruning == TOKEN_PRUNING
         with pytest.raises(ValueError, match="the allowed layers are 1 to 3"):
             model(pixel_values, token_pruning={"layers": [9], "keep_ratios": [0.5]})
+        deeper = make_config(config.model_type, num_hidden_layers=10)
+        with pytest.raises(ValueError, match="the allowed layers are 1 to 3"):
+            model(pixel_values, token_pruning=deeper.complete_token_pruning({"layers": [9], "keep_ratios": [0.5]}))
 
 
 def test_options_of_a_call_that_are_not_known(config, pixel_values) -> None:

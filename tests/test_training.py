@@ -21,12 +21,14 @@ import hf_vssm_prune
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.training.arguments import (
+    DataArguments,
     ElasticArguments,
     OptimizationArguments,
     RunArguments,
     ScaleArguments,
 )
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
+from hf_vssm_prune.training.cards import card_writer
 from hf_vssm_prune.training.checkpoints import find_checkpoints, find_resumed
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
 from hf_vssm_prune.training.distribution import ProcessLostError, lost_processes_named
@@ -757,3 +759,10 @@ def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused(tmp_path):
     assert find_resumed(tmp_path, "latest") is None
     with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         find_resumed(tmp_path, str(tmp_path / "checkpoint-5"))
+
+
+def test_a_card_names_a_base_model_of_the_hub_only() -> None:
+    recipe = Recipe(OptimizationArguments(), ImageClassification(), RunArguments(output_dir="runs/model"))
+    for base_model, on_card in (("someone/dense", "someone/dense"), ("plainmamba_trashnet", None), (".", None)):
+        write = card_writer(DataArguments(dataset_name="someone/data"), recipe, base_model, pruned=False)
+        assert write({"top1": 0.5, "top5": 1.0}, 10).base_model == on_card

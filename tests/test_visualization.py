@@ -119,6 +119,7 @@ def test_class_token_is_left_out_of_the_middle(vim_config) -> None:
     kept = torch.tensor([[0, 7, 8, 9, 16], [1, 2, 8, 10, 11]])
     (patches,) = kept_patches([kept], vim_config)
     assert patches.tolist() == [[0, 7, 8, 15], [1, 2, 9, 10]]
+    assert [each.shape for each in kept_patches([kept[:0]], vim_config)] == [(0, 4)]
 
 
 def test_merged_patches_have_one_colour() -> None:

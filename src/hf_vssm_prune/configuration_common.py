@@ -30,7 +30,7 @@ STAGE_FIELDS = ("kept_tokens", "token_scores", "merged_tokens")
 FEATURE_FILLS = ("last", "merged")
 FEATURE_NORMS = ("final", "per_level", "last", "none")
 FEATURE_SOURCES = ("stream", "mixer")
-_BACKBONE_STAGES = ("stage_names", "out_features", "out_indices")
+_BACKBONE_OUTPUTS = ("out_features", "out_indices")
 
 
 @strict
@@ -124,6 +124,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_sizes()
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
+        kwargs.pop("stage_names", None)  # those of a saved configuration, which may have had another depth
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
@@ -239,11 +240,12 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like transformers' method, except that the given options override those of the dict before anything is
         checked."""
-        own = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+        own = (set(cls.__dataclass_fields__) | set(_BACKBONE_OUTPUTS)) - set(PreTrainedConfig.__dataclass_fields__)
         given = {name: kwargs.pop(name) for name in own & set(kwargs)}
-        if config_dict.get("out_features") == [f"stage{config_dict.get('num_hidden_layers')}"]:
-            # By default, a backbone returns the last layer's output, which depends on the given depth.
-            config_dict = {name: value for name, value in config_dict.items() if name not in _BACKBONE_STAGES}
+        # By default, a backbone returns the last layer's output, which depends on the given depth.
+        is_default = config_dict.get("out_features") == [f"stage{config_dict.get('num_hidden_layers')}"]
+        if is_default or given.keys() & set(_BACKBONE_OUTPUTS):  # each of the two options implies the other
+            config_dict = {name: value for name, value in config_dict.items() if name not in _BACKBONE_OUTPUTS}
         if "token_pruning" in given:
             given["token_pruning"] = inherit_method(given["token_pruning"], config_dict.get("token_pruning"))
         return super().from_dict(config_dict | given, **(kwargs | complete_label_maps(kwargs)))

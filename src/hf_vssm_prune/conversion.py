@@ -5,6 +5,7 @@ changed, except by a family's own `complete_official`.
 """
 
 import argparse
+import copy
 import math
 import os
 import re
@@ -23,6 +24,8 @@ from . import conversion_upernet as upernet
 from .configuration_common import VisionMambaConfig
 from .documentation import see
 from .families import FAMILIES, Family, ImageClassifier
+from .modeling_common import is_pruning_parameter
+from .pruned_heads import backbone_of
 
 
 class OfficialFormat(Protocol):
@@ -95,7 +98,7 @@ def load_official_model(
         family: family of the checkpoint. None: the family whose model type is part of the file's name, if the tensors
             can be of that family; otherwise see `infer_config`.
         **overrides: options of the configuration that the tensors do not imply, see `infer_config`; for instance
-            `token_pruning`.
+            `token_pruning`. Parameters of pruning, which the file does not have, are new.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -104,8 +107,9 @@ def load_official_model(
     state_dict = extract_state_dict(load_checkpoint(path), ema)
     config = infer_config(state_dict, family or _family_named(path, state_dict), **overrides)
     with torch.device("meta"):
-        model = _make_model(config)
+        model = _make_dense_model(config)
     model.load_state_dict(convert_official_state_dict(config, state_dict), assign=True)
+    backbone_of(model).set_token_pruning(_backbone_config(config).token_pruning)
     return model.eval()
 
 
@@ -113,7 +117,7 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
     """Saves a classifier in the format in which its family's weights were published, as `.pth` or, with the tensors
     alone, as `.safetensors`.
 
-    The file appears in one step, complete. It does not include the pruning schedule.
+    The file appears in one step, complete. It includes neither the pruning schedule nor parameters of pruning.
 
     Raises:
         ValueError: the file has another suffix.
@@ -224,7 +228,7 @@ def convert_official_state_dict(
     config: ModelConfig, state_dict: Mapping[str, Any], ema: bool = False
 ) -> dict[str, Tensor]:
     """Converts a published checkpoint to our names, complete, for `load_state_dict(strict=True)` of the image
-    classifier.
+    classifier. Only parameters of pruning, which published checkpoints do not have, are missing.
 
     Args:
         config: configuration of the model to load it into, see `infer_config`; with a `UperNetConfig` whose backbone is
@@ -258,14 +262,17 @@ def convert_official_state_dict(
 
 
 def convert_to_official_state_dict(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of our image classifier, or of UPerNet on our backbone, under the published names.
+    """The state dict of our image classifier, or of UPerNet on our backbone, under the published names, without
+    parameters of pruning.
 
     Raises:
         ValueError: tensors are missing or unexpected; each is named.
     """
     expected = _tensors_of(config)
     problems = [f"missing: {name}" for name in expected if name not in state_dict]
-    problems += [f"unexpected: {name}" for name in state_dict if name not in expected]
+    problems += [
+        f"unexpected: {name}" for name in state_dict if name not in expected and not is_pruning_parameter(name)
+    ]
     if problems:
         raise ValueError(f"these are not the weights of this {config.model_type} model:\n  " + "\n  ".join(problems))
     return {_official_name(config, name): state_dict[name] for name in expected}
@@ -280,16 +287,19 @@ def _backbone_config(config: ModelConfig) -> VisionMambaConfig:
     return config.backbone_config if upernet.is_upernet(config) else config
 
 
-def _make_model(config: ModelConfig) -> Any:
+def _make_dense_model(config: ModelConfig) -> Any:
+    """A model without parameters of pruning."""
+    config = copy.deepcopy(config)
+    _backbone_config(config).token_pruning = None
     if upernet.is_upernet(config):
         return upernet.set_auxiliary_level(UperNetForSemanticSegmentation(config))
     return FAMILIES[config.model_type].classifier(config)
 
 
 def _tensors_of(config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict, with tensors on the meta device."""
+    """Our state dict without parameters of pruning, with tensors on the meta device."""
     with torch.device("meta"):
-        return _make_model(config).state_dict()
+        return _make_dense_model(config).state_dict()
 
 
 def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **overrides: Any) -> ModelConfig:

@@ -70,9 +70,14 @@ def count_flops(
         image_size: pixels, (height, width), or for videos (frames, height, width); None for `config.image_size`.
         block_fraction: the fraction of the scan directions that ran in layers that select blocks, if it was measured
             (the mean of `block_gates`); None for `block_keep_ratio`.
+
+    Raises:
+        ValueError: the inputs are smaller than a patch.
     """
     size = config.input_size if image_size is None else config.input_size_for(image_size)
-    num_patches = math.prod(config.grid_size_for(*size))
+    if min(grid := config.grid_size_for(*size)) < 1:
+        raise ValueError(f"`image_size` is {image_size}, which is too small for a patch.")
+    num_patches = math.prod(grid)
     count = dense = config.count_flops(size, tokens_per_layer(num_patches, config.num_hidden_layers, None))
     if (schedule := config.token_pruning) is not None:
         tokens = tokens_per_layer(num_patches, config.num_hidden_layers, schedule)

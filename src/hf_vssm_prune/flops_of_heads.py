@@ -28,6 +28,9 @@ def count_flops(
         image_size: pixels, (height, width), or for videos (frames, height, width); None for the configuration's
             `image_size`.
         block_fraction: see `flops.count_flops`.
+
+    Raises:
+        ValueError: the inputs are smaller than a patch.
     """
     backbone = pruned_config(config)
     count = flops.count_flops(backbone, image_size, block_fraction)

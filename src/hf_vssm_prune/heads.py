@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from .modeling_common import TokenPruningMixin
+from .modeling_common import TokenPruningMixin, is_pruning_parameter
 from .pruned_heads import backbone_of, prunable
 from .token_pruning import split_token
 
@@ -59,8 +59,9 @@ def put_pretrained_backbone(model: nn.Module, pretrained: TokenPruningMixin) -> 
     """Puts the weights of a classifier, or of another model of this package, into the backbone of a model with a head,
     which transformers creates with random weights.
 
-    Norms of levels and a pyramid, which a classifier does not have, are unchanged. If the backbone has no class token,
-    that of the classifier is left out, with its position embedding.
+    Norms of levels and a pyramid, which a classifier does not have, are unchanged, and so are parameters of pruning
+    that it does not have. If the backbone has no class token, that of the classifier is left out, with its position
+    embedding.
 
     Returns:
         The model.
@@ -71,7 +72,11 @@ def put_pretrained_backbone(model: nn.Module, pretrained: TokenPruningMixin) -> 
     backbone, weights = backbone_of(model), pretrained.base_model.state_dict()
     if getattr(backbone.config, "use_cls_token", True) is False:
         _leave_out_class_token(weights, pretrained.config)
-    own = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(OF_BACKBONES)}
+    own = {
+        name: tensor
+        for name, tensor in backbone.state_dict().items()
+        if not name.startswith(OF_BACKBONES) and (name in weights or not is_pruning_parameter(name))
+    }
     if pretrained.base_model_prefix != backbone.base_model_prefix:
         raise ValueError(
             f"the pretrained model is of type {pretrained.config.model_type!r}, but the backbone is of type "

@@ -47,14 +47,18 @@ class FeatureMaps(BackboneMixin):
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
         """
+        wants_mixer_states = kwargs.get("output_mixer_states", False)
         if self.config.feature_source == "mixer":
             kwargs["output_mixer_states"] = True
         outputs = super(BackboneMixin, self).forward(pixel_values, **kwargs)  # type: ignore[misc]
         grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         states = full_states(self, outputs, self._pruning_of_call(kwargs))
         maps = [self._feature_map(name, each, grid) for name, each in zip(self.out_features, states, strict=True)]
+        entries = stage_fields(outputs)
+        if not wants_mixer_states:
+            entries["mixer_states"] = None
         return PrunedBackboneOutput(
-            feature_maps=tuple(self.with_pyramid(maps)), hidden_states=outputs.hidden_states, **stage_fields(outputs)
+            feature_maps=tuple(self.with_pyramid(maps)), hidden_states=outputs.hidden_states, **entries
         )
 
     def with_pyramid(self: Any, maps: list[Tensor]) -> list[Tensor]:

@@ -455,7 +455,8 @@ class BidirectionalModel(BidirectionalPreTrainedModel):
         if token_pruning is not None and "block_keep_ratio" in token_pruning:
             layout = layout._replace(selects_blocks=True)
         encoding = encode(self.layers, self.token_predictors, layout.rotate(hidden_states), layout, token_pruning)
-        last_hidden_state, cls_row = self.norm(encoding.hidden_states), encoding.layout.cls_row
+        encoding = encoding.with_states(self.norm(encoding.hidden_states))
+        last_hidden_state, cls_row = encoding.hidden_states, encoding.layout.cls_row
         if cls_row is None:
             pooled = mean_over_patches(last_hidden_state, encoding.sizes)
         else:

@@ -4,6 +4,7 @@ initialisation."""
 import importlib
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -22,13 +23,22 @@ from .pruning_options import TokenPruning, pruning_method, selecting_layers
 from .pruning_stage import StageModule
 
 
+# Patterns for the names of the parameters that `TokenPruningMixin.add_pruning_parameters` creates.
+PRUNING_PARAMETERS = (r"hole_time_step\.offset$", r"token_predictors\.", r"block_selector\.")
+
+
+def is_pruning_parameter(name: str) -> bool:
+    """Whether a tensor in a state dict belongs to pruning, so that a dense model may lack it."""
+    return any(re.search(pattern, name) for pattern in PRUNING_PARAMETERS)
+
+
 class VisionMambaKwargs(TransformersKwargs, total=False):
     """Additional options of the models' forward pass.
 
     Attributes:
         token_pruning: the schedule for this call, instead of the configuration's: options as in `config.token_pruning`,
             or None to keep all tokens.
-        output_mixer_states: also return what each layer's mixer adds, see `PrunedModelOutput`.
+        output_mixer_states: also return what each layer's mixer adds, see `StageFields`.
         output_block_gates: also return which scan directions ran, see `StageFields`.
     """
 
@@ -85,7 +95,7 @@ class TokenPruningMixin(PreTrainedModel):
     config: VisionMambaConfig
     hub_module: ClassVar[str | None] = None
     # A model whose pruning is turned off or changed keeps its pruning parameters, in case it is turned on again.
-    _keys_to_ignore_on_load_unexpected: Any = [r"hole_time_step\.offset$", r"token_predictors\.", r"block_selector\."]
+    _keys_to_ignore_on_load_unexpected: Any = [*PRUNING_PARAMETERS]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> Any:
         """Like `hf_vssm_prune.hub.pretrained.save_pretrained` if the package is installed, otherwise as in
@@ -130,10 +140,13 @@ class TokenPruningMixin(PreTrainedModel):
                 f"{list(FORWARD_OPTIONS)}."
             )
         given = options.get("token_pruning", self.config.token_pruning)
-        return given if isinstance(given, TokenPruning) else self.config.complete_token_pruning(given)
+        if isinstance(given, TokenPruning) and given["layers"][-1] < self.config.num_hidden_layers:
+            return given
+        return self.config.complete_token_pruning(given)  # also checks the options of a deeper model
 
     def add_pruning_parameters(self, token_pruning: dict[str, Any] | None) -> None:
-        """Creates the parameters that pruning options need and the model lacks; existing ones are unchanged.
+        """Creates the parameters that pruning options need and the model lacks, on the devices of their layers;
+        existing ones are unchanged.
 
         These are the modules of the method, if it has any (one for each stage); for the `learned` alignment, the
         offsets of the layers after the first stage; and, for `block_keep_ratio`, the selectors of the layers.
@@ -144,23 +157,29 @@ class TokenPruningMixin(PreTrainedModel):
         if token_pruning is None:  # no `isinstance`: a configuration's class may come from another copy of the code
             return
         base: Any = self.base_model
-        like = next(base.layers.parameters())
+
+        def prepare(module: nn.Module, layer: nn.Module) -> nn.Module:
+            like = next(layer.parameters())
+            module = module.to(like.device, like.dtype).train(base.training)
+            return module.apply(self._init_weights)
+
         if (make_module := pruning_method(token_pruning).module) is not None:
-            for layer in map(str, token_pruning["layers"]):
-                if layer not in base.token_predictors:
-                    module = make_module(self.config.hidden_size).to(like.device, like.dtype)
-                    module.apply(self._init_weights)
-                    base.token_predictors[layer] = module.train(base.training)
+            for index in token_pruning["layers"]:
+                if str(index) not in base.token_predictors:
+                    module = make_module(self.config.hidden_size)
+                    base.token_predictors[str(index)] = prepare(module, base.layers[index - 1])
         if token_pruning["alignment"] == "learned":
-            for module in base.layers[token_pruning["layers"][0] :].modules():
-                if isinstance(module, HoleTimeStep) and module.offset is None:
-                    module.offset = nn.Parameter(torch.zeros(module.channels, device=like.device, dtype=like.dtype))
+            for layer in base.layers[token_pruning["layers"][0] :]:
+                like = next(layer.parameters())
+                for module in layer.modules():
+                    if isinstance(module, HoleTimeStep) and module.offset is None:
+                        offset = torch.zeros(module.channels, device=like.device, dtype=like.dtype)
+                        module.offset = nn.Parameter(offset)
         for index in selecting_layers(token_pruning, len(base.layers)):
             mixer = base.layers[index].mixer
             if mixer.block_selector is None:
                 selector = BlockSelector(2 * self.config.intermediate_size, self.config.num_scans)
-                mixer.block_selector = selector.to(like.device, like.dtype).train(base.training)
-                mixer.block_selector.apply(self._init_weights)
+                mixer.block_selector = prepare(selector, base.layers[index])
 
     def freeze_pruning_parameters(self, schedules: Sequence[TokenPruning | None]) -> None:
         """Freezes the parameters created by `add_pruning_parameters`, except those that one of the given schedules

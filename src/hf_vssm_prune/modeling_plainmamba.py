@@ -405,10 +405,10 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
         hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
         layout = PlainMambaTokenLayout.of_grid(grid, hidden_states.device)
         encoding = encode(self.layers, self.token_predictors, hidden_states, layout, token_pruning)
-        last_hidden_state = self.norm(encoding.hidden_states)
+        encoding = encoding.with_states(self.norm(encoding.hidden_states))
         return PrunedModelOutput(
-            last_hidden_state=last_hidden_state,
-            pooler_output=mean_over_patches(last_hidden_state, encoding.sizes),
+            last_hidden_state=encoding.hidden_states,
+            pooler_output=mean_over_patches(encoding.hidden_states, encoding.sizes),
             **encoding.stages,
         )
 

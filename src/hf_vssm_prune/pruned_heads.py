@@ -1,6 +1,8 @@
 """Makes transformers' dense prediction models with a backbone of this package prunable."""
 
 import functools
+import threading
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +42,20 @@ class PrunedHead:
         if options.get("output_hidden_states"):
             of_backbone["output_hidden_states"] = True
         seen: list[Any] = []
-        backbone = backbone_of(self)
+        backbone, thread = backbone_of(self), threading.get_ident()
+
+        # All threads that run the model, and the replicas of `DataParallel`, share its hooks. One that another thread
+        # is just removing may be called without `given`.
+        def add_options(module: nn.Module, inputs: Any, given: Any = None) -> Any:
+            return (inputs, {**given, **of_backbone}) if threading.get_ident() == thread else None
+
+        def see(module: nn.Module, inputs: Any, output: Any) -> None:
+            if threading.get_ident() == thread:
+                seen.append(output)
+
         hooks = (
-            backbone.register_forward_pre_hook(
-                lambda module, inputs, given: (inputs, {**given, **of_backbone}), with_kwargs=True
-            ),
-            backbone.register_forward_hook(lambda module, inputs, output: seen.append(output)),
+            backbone.register_forward_pre_hook(add_options, with_kwargs=True),
+            backbone.register_forward_hook(see),
         )
         try:
             outputs = super().forward(*arguments, **options)  # type: ignore[misc]
@@ -84,8 +94,16 @@ class PrunedHead:
 @functools.cache
 def _with_stages(kind: type) -> type[Any]:
     """Outputs with the results of the pruning stages and the backbone's hidden states."""
-    added = {"backbone_hidden_states": None, "added_entries": ("backbone_hidden_states",)}
+    added = {
+        "backbone_hidden_states": None,
+        "added_entries": ("backbone_hidden_states",),
+        "__reduce__": lambda output: (_output_of, (kind, dict(output))),  # pickle does not find a class made here
+    }
     return dataclass(init=False)(type(f"Pruned{kind.__name__}", (StageFields, kind), added))
+
+
+def _output_of(kind: type, entries: dict[str, Any]) -> Any:
+    return _with_stages(kind)(**entries)
 
 
 @functools.cache
@@ -108,4 +126,6 @@ def prunable(model: Any) -> Any:
     if backbone_of(model) is not model:
         kind: Any = type(model)
         model.__class__ = pruned_class(kind)
+        if "_old_forward" in vars(model):  # Accelerate's hooks (`device_map`) call this, which is the former class's
+            model._old_forward = types.MethodType(type(model).forward, model)
     return model

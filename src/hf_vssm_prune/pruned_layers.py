@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -66,6 +66,24 @@ class Encoding(Generic[Layout]):
             "merged_tokens": self.merged_tokens,
         }
 
+    def with_states(self, hidden_states: Tensor) -> "Encoding[Layout]":
+        """The same with other hidden states. If these are on another device, because the model is spread over several,
+        everything else follows them."""
+        parts = (self.layout, self.kept_tokens, self.token_scores, self.merged_tokens, self.sizes)
+        if hidden_states.device != self.hidden_states.device:
+            parts = _on_device(parts, hidden_states.device)
+        return Encoding(hidden_states, *parts)
+
+
+def _on_device(values: Any, device: torch.device) -> Any:
+    """Tensors in nested tuples, moved to a device; other values are unchanged."""
+    if isinstance(values, Tensor):
+        return values.to(device)
+    if not isinstance(values, tuple):
+        return values
+    moved = [_on_device(value, device) for value in values]
+    return type(values)(*moved) if hasattr(values, "_fields") else tuple(moved)
+
 
 def encode(
     layers: Iterable[nn.Module],
@@ -90,7 +108,7 @@ def encode(
     encoding = Encoding(hidden_states, layout)
     for index, layer in enumerate(layers, start=1):
         hidden_states, mixer = layer(encoding.hidden_states, encoding.layout, reads_mixer and index in stages)
-        encoding = replace(encoding, hidden_states=hidden_states)
+        encoding = encoding.with_states(hidden_states)
         if token_pruning is not None and index in stages:
             encoding = _reduce(encoding, mixer, stages[index], token_pruning, modules.get(str(index)))
     return encoding
@@ -196,7 +214,8 @@ def full_states(backbone: Any, outputs: PrunedModelOutput, token_pruning: TokenP
     filled = []
     for index in map(backbone.stage_names.index, backbone.out_features):
         layers = [layer for layer in (token_pruning.stages if token_pruning else ()) if layer < index]
-        states = [hidden_states[layer] for layer in (*layers, index)]
+        states = tuple(hidden_states[layer] for layer in (*layers, index))
         merged = merged_tokens[len(layers) - 1] if merged_tokens and layers else None
-        filled.append(fill_dropped_tokens(states, kept_tokens[: len(layers)], merged))
+        parts = _on_device((states, kept_tokens[: len(layers)], merged), states[-1].device)
+        filled.append(fill_dropped_tokens(*parts))
     return filled

@@ -10,6 +10,8 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from .configuration_common import STAGE_FIELDS
 
 
+# Entries that are recorded on request. Those of transformers' outputs have no such names.
+_RECORDED = ("block_gates", "mixer_states")
 _STAGE_ENTRY = re.compile(rf"({'|'.join(STAGE_FIELDS)})_\d+")
 
 
@@ -30,18 +32,21 @@ class StageFields:
             or itself if it was kept or dropped, int64 of shape (batch, all tokens). None: the method does not merge.
         block_gates: with `output_block_gates=True`, for each layer that selects blocks whether each scan direction ran,
             1 or 0, shape (batch, directions); see `pruning_block_selection`.
+        mixer_states: with `output_mixer_states=True`, what each layer's mixer adds to the residual stream, shapes
+            (batch, current tokens, hidden).
         added_entries: other entries that a class adds to those of transformers, whose constructor does not know them.
             Outputs can be recreated from their entries, for instance by DDP.
     """
 
     added_entries: ClassVar[tuple[str, ...]] = ()
     block_gates = None
+    mixer_states = None
 
     def __init__(self, *values: Any, **entries: Any) -> None:
         stages = {name: entries.pop(name) for name in [*entries] if _STAGE_ENTRY.fullmatch(name)}
         for field in STAGE_FIELDS:
             stages |= {f"{field}_{stage}": tensor for stage, tensor in enumerate(entries.pop(field, None) or ())}
-        added = {name: entries.pop(name) for name in ("block_gates", *self.added_entries) if name in entries}
+        added = {name: entries.pop(name) for name in (*_RECORDED, *self.added_entries) if name in entries}
         super().__init__(*values, **entries)
         for name, entry in {**added, **stages}.items():
             if entry is not None:
@@ -68,15 +73,7 @@ class StageFields:
 
 @dataclass(init=False)
 class PrunedModelOutput(StageFields, BaseModelOutputWithPooling):
-    """Output of a model that can drop tokens; see `StageFields`.
-
-    Attributes:
-        mixer_states: with `output_mixer_states=True`, what each layer's mixer adds to the residual stream, shapes
-            (batch, current tokens, hidden).
-    """
-
-    mixer_states: tuple[Tensor, ...] | None = None
-    added_entries: ClassVar[tuple[str, ...]] = ("mixer_states",)
+    """Output of a model that can drop tokens; see `StageFields`."""
 
 
 @dataclass(init=False)
@@ -90,5 +87,5 @@ class PrunedBackboneOutput(StageFields, BackboneOutput):
 
 
 def stage_fields(output: StageFields) -> dict[str, tuple[Tensor, ...] | None]:
-    """The entries of an output for the stages and the block gates, to pass them on to another output."""
-    return {field: getattr(output, field) for field in (*STAGE_FIELDS, "block_gates")}
+    """The entries of an output for the stages, and those that were recorded, to pass them on to another output."""
+    return {field: getattr(output, field) for field in (*STAGE_FIELDS, *_RECORDED)}

@@ -65,7 +65,8 @@ def keep_predicted(stage: Stage) -> Reduction:
             "the pruning method 'dyvm' needs a predictor for each stage, but the model has none for this one: "
             "`model.set_token_pruning` creates it."
         )
-    log_probabilities = stage.module(stage.hidden_states)
+    # If a model is spread over several devices, its predictors may be on another one than their stage.
+    log_probabilities = stage.module(stage.hidden_states).to(stage.hidden_states.device)
     scores = log_probabilities.detach()
     if stage.module.training:
         scores = scores - torch.empty_like(scores).exponential_().log()

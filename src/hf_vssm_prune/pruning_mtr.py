@@ -24,12 +24,13 @@ def merge_small_steps(stage: Stage) -> Reduction:
     num_sources, num_targets = _group_sizes(scores.shape[1], stage.num_kept)
     ranking = rank_tokens(scores)
     rows = select_tokens(scores, stage.num_kept)
+    into = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
     if num_sources == 0:
-        return Reduction(rows, stage.hidden_states, scores)
+        return Reduction(rows, stage.hidden_states, scores, into)
     sources = ranking[:, stage.num_kept :]
     targets = ranking[:, stage.num_kept - num_targets : stage.num_kept].sort(dim=1).values
     _, match = most_similar(stage.hidden_states.detach(), sources, targets)
-    into = torch.arange(scores.shape[1], device=scores.device).expand_as(scores).scatter(1, sources, match)
+    into = into.scatter(1, sources, match)
     tokens, _ = merge_tokens(stage.hidden_states, unit_weights(stage.hidden_states), into, rows)
     return Reduction(rows, tokens, scores, into)
 

@@ -97,7 +97,7 @@ def kept_patches(
     cls_token_id = config.cls_token_id(math.prod(grid))
     if cls_token_id is None:
         return list(kept_tokens)
-    without_class = [kept[kept != cls_token_id].view(kept.shape[0], -1) for kept in kept_tokens]
+    without_class = [kept[kept != cls_token_id].view(kept.shape[0], kept.shape[1] - 1) for kept in kept_tokens]
     return [ids - (ids > cls_token_id).long() for ids in without_class]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.image_processing_base import ImageProcessingMixin
@@ -48,7 +49,7 @@ METHOD_PAPERS = {
 }
 
 
-# Of what a card shows, by the names that the Hub has for metrics.
+# Of what a card shows, by the names that the Hub has for metrics. Others are shown by those.
 METRIC_NAMES = {
     "accuracy": "Top-1 accuracy",
     "top_5_accuracy": "Top-5 accuracy",
@@ -254,13 +255,14 @@ def create_model_card(
         num_parameters=model.num_parameters(),
         flops=flops,
         format_flops=format_flops,
+        cell=_cell,
         is_classifier=_is_classifier(model),
         head=_Head.of(model),
         num_labels=model.config.num_labels,
-        metric_names=METRIC_NAMES,
+        metric_names=_column_names(info),
         has_image_processor=image_processor is not None,
         model_id=info.model_id or info.name,
-        picture=None if info.picture is None else Path(info.picture).name,
+        picture=None if info.picture is None else quote(Path(info.picture).name),
         stages=_stages(config),
         measurements=[] if info.evaluation is None else [*info.evaluation.others, info.evaluation.this_model],
         published=published,
@@ -268,6 +270,19 @@ def create_model_card(
         papers=_papers(config),
         method_is_published=config.token_pruning is not None and config.token_pruning["method"] in METHOD_PAPERS,
     )
+
+
+def _column_names(info: ModelCardInfo) -> dict[str, str]:
+    """The headings of an evaluation's metrics, by the names that the Hub has for them."""
+    if info.evaluation is None:
+        return {}
+    short = {"accuracy": "top-1", "top_5_accuracy": "top-5"}
+    return {name: short.get(name) or METRIC_NAMES.get(name, name) for name in info.evaluation.this_model.metrics}
+
+
+def _cell(value: Any) -> str:
+    """A value as the text of a table's cell."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _notes_on_sources(published: PublishedModel) -> list[str]:
@@ -299,11 +314,13 @@ class _Head:
         kind: its model type.
         auto_class: transformers' Auto class of such models, by name.
         pipeline: name of transformers' pipeline for it, which is also the task on the Hub.
+        logits: the entry of its output that has the scores of pixels, queries or masks.
     """
 
     kind: str
     auto_class: str
     pipeline: str
+    logits: str
 
     @classmethod
     def of(cls, model: Any) -> "_Head | None":
@@ -314,6 +331,7 @@ class _Head:
             model.config.model_type,
             auto_class,
             "object-detection" if auto_class.endswith("ObjectDetection") else "image-segmentation",
+            "masks_queries_logits" if auto_class.endswith("UniversalSegmentation") else "logits",
         )
 
 
@@ -339,19 +357,21 @@ def _metadata(model: VisionMamba, info: ModelCardInfo, has_image_processor: bool
     is_classifier, head, config = _is_classifier(model), _Head.of(model), pruned_config(model.config)
     kinds = [config.model_type, model.config.model_type]
     pruning_tags = ["token-pruning"] if config.token_pruning else []
-    task = f"{config.modality}-" + ("classification" if is_classifier else "feature-extraction")
+    own_tags = model.model_tags or []  # from transformers' `add_model_tags`
+    task = f"{config.modality}-classification" if is_classifier else "image-feature-extraction"
     if head is not None:
         task = head.pipeline
+    # The pipelines make images RGB. For features of videos, the Hub has no task.
+    has_pipeline = config.num_channels == 3 and (is_classifier or config.modality == "image")
     return ModelCardData(
         library_name="transformers",
-        # The pipelines make images RGB.
-        pipeline_tag=task if config.num_channels == 3 and (has_image_processor or not is_classifier) else None,
+        pipeline_tag=task if has_pipeline and (has_image_processor or not is_classifier) else None,
         license=info.license,
         base_model=info.base_model,
         base_model_relation="finetune" if info.base_model else None,
         datasets=list(info.datasets) or None,
         metrics=[next(iter(info.evaluation.this_model.metrics))] if info.evaluation else None,
-        tags=list(dict.fromkeys([*kinds, "vision", "mamba", *pruning_tags, "custom_code", *info.tags])),
+        tags=list(dict.fromkeys([*kinds, "vision", "mamba", *pruning_tags, "custom_code", *info.tags, *own_tags])),
         **_model_index(info, task),
     )
 
@@ -369,7 +389,7 @@ def _model_index(info: ModelCardInfo, task: str) -> dict[str, Any]:
             dataset_name=evaluation.dataset_name,
             dataset_split=evaluation.split,
             metric_type=metric,
-            metric_name=METRIC_NAMES[metric],
+            metric_name=METRIC_NAMES.get(metric, metric),
             metric_value=round(percent / 100, 6),
         )
         for metric, percent in measured.items()

@@ -57,22 +57,20 @@ def save_pretrained(
     push_to_hub = options.pop("push_to_hub", False)
     token = options.get("token")
     push_options = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
-    earlier = _weights_in(folder)
     PreTrainedModel.save_pretrained(model, folder, **options)
     if options.get("is_main_process", True):
-        if "variant" not in options:
-            # A single weights file and shards of an earlier save must not be in the same folder: the single file would
-            # be loaded.
-            for outdated, _ in earlier.items() & _weights_in(folder).items():
-                outdated.unlink()
+        _remove_outdated_weights(folder)
         complete_folder(model, folder, image_processor, card_for(folder, model_card))
         if push_to_hub:
             push_model(folder, push_options.pop("repo_id", folder.name), token=token, **push_options)
 
 
-def _weights_in(folder: Path) -> dict[Path, int]:
-    """The weights files and their modification times."""
-    return {file: file.stat().st_mtime_ns for pattern in WEIGHTS for file in folder.glob(pattern)}
+def _remove_outdated_weights(folder: Path) -> None:
+    """Removes the single weights file of an earlier save next to shards, or the shards' index next to a single file;
+    otherwise the wrong one could be loaded. transformers itself removes earlier shards."""
+    single, shards, index = WEIGHTS
+    outdated = single if any(folder.glob(shards)) else index
+    (folder / outdated).unlink(missing_ok=True)
 
 
 # The parameters of transformers' `save_pretrained` after the folder, in their order.
@@ -87,7 +85,7 @@ def push_to_hub(
     image_processor: ImageProcessingMixin | None = None,
     model_card: ModelCardInfo | None = None,
     max_shard_size: int | str = "50GB",
-    tags: list[str] | None = None,
+    tags: list[str] | str | None = None,
     **options: Any,
 ) -> CommitInfo:
     """Pushes a model to the Hub in one commit: weights, configuration, code, image processor, card and notices.
@@ -100,7 +98,7 @@ def push_to_hub(
         image_processor: None: no image processor is pushed; one that is already in the repository is kept.
         model_card: None: the repository's card is kept; if it has none, one is created from the model itself.
         max_shard_size: maximum size of a weights file.
-        tags: tags for the card, if a new one is written.
+        tags: one or more tags for the card, if a new one is written.
         options: `revision`, `private`, `commit_message`, `create_pr` and `token` of `hub.push_model`.
 
     Returns:
@@ -113,7 +111,8 @@ def push_to_hub(
     if has_adapters(model):
         return PreTrainedModel.push_to_hub(model, repo_id, max_shard_size=max_shard_size, tags=tags, **options)
     card = model_card or ModelCardInfo(name=repo_id.split("/")[-1])
-    card = replace(card, model_id=card.model_id or repo_id, tags=[*card.tags, *(tags or [])])
+    tags = [tags] if isinstance(tags, str) else tags or []
+    card = replace(card, model_id=card.model_id or repo_id, tags=[*card.tags, *tags])
     with tempfile.TemporaryDirectory(prefix="hf_vssm_prune-push-") as folder:
         save_pretrained(model, folder, image_processor=image_processor, model_card=card, max_shard_size=max_shard_size)
         return push_model(folder, repo_id, keep_card=model_card is None, **options)

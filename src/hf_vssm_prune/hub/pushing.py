@@ -73,7 +73,7 @@ def push_model(
     *,
     revision: str | None = None,
     private: bool | None = None,
-    commit_message: str = "Upload model",
+    commit_message: str | None = None,
     create_pr: bool = False,
     token: str | None = None,
     keep_card: bool = False,
@@ -85,7 +85,7 @@ def push_model(
         repo_id: `user/name`; without a user, the account of the token is used.
         revision: branch. None: `main`.
         private: whether a new repository is private. None: the default of the account.
-        commit_message: title of the commit.
+        commit_message: title of the commit. None: "Upload model".
         create_pr: open a pull request with the commit instead of changing the branch.
         token: token of the account. None: that of `hf auth login` or `HF_TOKEN`.
         keep_card: keep the repository's model card, if it has one, with its notices.
@@ -125,7 +125,7 @@ def push_model(
                     *(CommitOperationAdd(file.path.name, _content(file.path, repo_id)) for file in files),
                     *(CommitOperationDelete(name) for name in sorted(outdated)),
                 ],
-                commit_message=commit_message,
+                commit_message=commit_message or "Upload model",
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=base.sha,

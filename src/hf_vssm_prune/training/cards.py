@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hf_vssm_prune.commands import command_line
+from hf_vssm_prune.hub.loading import packaged_model
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.training.arguments import DataArguments
 from hf_vssm_prune.training.data.paths import local_path
@@ -23,10 +24,10 @@ def card_writer(data: DataArguments, recipe: Recipe, base_model: str | None, pru
         command=shlex.join(map(_without_folders, command_line())),
         hyperparameters={name: value for name, value in options.items() if value is not None},
     )
-    # The card's metadata links to the Hub, so local folders are left out.
+    # The card's metadata links to the Hub, so local folders and the package's own model are left out.
     dataset_on_hub = not local_path(data.dataset_name).exists()
     dataset_name = data.dataset_name if dataset_on_hub else Path(data.dataset_name).name
-    if base_model is not None and local_path(base_model).exists():
+    if base_model is not None and local_path(packaged_model(base_model)).exists():
         base_model = None
 
     def write(metrics: dict[str, float], num_images: int) -> ModelCardInfo:
