@@ -116,9 +116,9 @@ def test_saving_into_a_file_is_refused(plainmamba, tmp_path) -> None:
 
 
 def test_push_to_hub_is_one_commit_of_everything(hub, model, image_processor, pixel_values, repo) -> None:
-    commit = model.push_to_hub(
-        repo, image_processor=image_processor, private=True, commit_message="First", tags=["clothes"]
-    )
+    about = {"commit_message": "First", "commit_description": "of two"}
+    commit = model.push_to_hub(repo, image_processor=image_processor, private=True, tags=["clothes"], **about)
+    assert commit.commit_description == "of two"
     repository = hub.state.repositories[repo]
     assert repository.private
     assert [each.message for each in repository.branches["main"]] == ["initial commit", "First"]

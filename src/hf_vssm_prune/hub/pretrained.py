@@ -99,7 +99,8 @@ def push_to_hub(
         model_card: None: the repository's card is kept; if it has none, one is created from the model itself.
         max_shard_size: maximum size of a weights file.
         tags: one or more tags for the card, if a new one is written.
-        options: `revision`, `private`, `commit_message`, `create_pr` and `token` of `hub.push_model`.
+        options: `revision`, `private`, `commit_message`, `commit_description`, `create_pr` and `token` of
+            `hub.push_model`.
 
     Returns:
         The commit.

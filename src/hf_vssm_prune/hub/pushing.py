@@ -74,6 +74,7 @@ def push_model(
     revision: str | None = None,
     private: bool | None = None,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     create_pr: bool = False,
     token: str | None = None,
     keep_card: bool = False,
@@ -86,6 +87,7 @@ def push_model(
         revision: branch. None: `main`.
         private: whether a new repository is private. None: the default of the account.
         commit_message: title of the commit. None: "Upload model".
+        commit_description: text below the title.
         create_pr: open a pull request with the commit instead of changing the branch.
         token: token of the account. None: that of `hf auth login` or `HF_TOKEN`.
         keep_card: keep the repository's model card, if it has one, with its notices.
@@ -126,6 +128,7 @@ def push_model(
                     *(CommitOperationDelete(name) for name in sorted(outdated)),
                 ],
                 commit_message=commit_message or "Upload model",
+                commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=base.sha,
