@@ -430,6 +430,27 @@ def test_says_what_is_wrong_with_the_place(without_prebuilt: Path, monkeypatch: 
         build.find_compiler()
 
 
+def test_a_cache_whose_files_cannot_be_locked_is_named(without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch):
+    """On some file systems of clusters, as older versions of filelock say it."""
+
+    def refuse(*_: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock", refuse)
+    monkeypatch.setattr(build, "find_compiler", lambda: ["true"])
+    with pytest.raises(build.BuildError, match=r"does not appear to support flock.*; set HF_VSSM_PRUNE_CACHE"):
+        build.library_path()
+
+
+def test_only_the_sources_count_as_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    digest = build._digest(build._sources())
+    shutil.copytree(build.SOURCE_DIRECTORY, tmp_path / "csrc")
+    (tmp_path / "csrc" / ".DS_Store").write_bytes(b"\xff\x00")  # as macOS puts into folders that it shows
+    (tmp_path / "csrc" / "folder").mkdir()
+    monkeypatch.setattr(build, "SOURCE_DIRECTORY", tmp_path / "csrc")
+    assert build._digest(build._sources.__wrapped__()) == digest
+
+
 @needs_kernel
 @pytest.mark.skipif(sys.platform != "linux", reason="the compiler is a script")
 def test_processes_that_build_at_once_share_one_library(

@@ -59,7 +59,7 @@ def library_path() -> Path:
         with FileLock(path.with_suffix(".lock")):
             if not is_whole(path, variant):
                 compile_library(compiler, variant, path)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter from older filelock, if files cannot be locked there
         raise BuildError(
             f"the kernels' cache {path.parent} cannot be used ({error}); set HF_VSSM_PRUNE_CACHE"
         ) from error
@@ -154,7 +154,8 @@ def _cache_directory() -> Path:
 
 @functools.cache
 def _sources() -> str:
-    return "".join(path.name + path.read_text() for path in sorted(SOURCE_DIRECTORY.iterdir()))
+    files = sorted(path for path in SOURCE_DIRECTORY.iterdir() if path.suffix in (".cpp", ".h"))
+    return "".join(path.name + path.read_text(encoding="utf-8") for path in files)
 
 
 def _checksum_file(library: Path) -> Path:
