@@ -153,6 +153,7 @@ def test_runs_that_differ_or_fail_are_wrong(losses, status, wrong, options, monk
         return subprocess.CompletedProcess(command, status, "", "")
 
     monkeypatch.setattr(subprocess, "run", train)
+    (options.output_dir / ".runs" / "0").mkdir(parents=True)  # of an earlier check
     report = Report(options.output_dir / "report.json")
     distribution.check_distribution(options, report)
     assert report.wrong == ([] if wrong is None else [wrong])
