@@ -177,6 +177,25 @@ def test_golden_cases(options, shared) -> None:
     assert report.tables[0].rows
 
 
+def test_a_part_ends_with_the_check(options, monkeypatch) -> None:
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *_, **__) -> None:
+            super().__init__(["sleep", "600"], start_new_session=True)
+            started.append(self)
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None:
+                raise KeyboardInterrupt
+            return super().wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.run_part("machine", math.inf, 1, options)
+    assert started[0].returncode == -9
+
+
 def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(gpu_check.PARTS, "models", gpu_check.PARTS["models"]._replace(seconds=0.5))
     missing = ["--golden", str(tmp_path / "nothing")]
