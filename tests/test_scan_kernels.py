@@ -255,6 +255,20 @@ def test_triton_is_checked_on_the_gpu_in_use(monkeypatch: pytest.MonkeyPatch):
     assert checked == ["cuda:3"]
 
 
+def test_what_cannot_be_used_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+
+    def fail(*_) -> None:
+        raise RuntimeError("0 active drivers")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", fail)
+    assert triton_backend.unavailable("cuda") == "the GPU cannot be used: 0 active drivers"
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    monkeypatch.setattr("importlib.import_module", fail)
+    assert mamba_ssm.unavailable("cuda") == "the mamba-ssm package cannot be imported: RuntimeError: 0 active drivers"
+
+
 def test_tokens_are_not_limited_by_the_grid_of_triton(monkeypatch: pytest.MonkeyPatch):
     """CUDA launches 65,535 programs at most in the second and third dimension of a grid."""
     pytest.importorskip("triton")

@@ -34,7 +34,11 @@ def unavailable(device_type: str) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
-    return _self_check_on_gpu(torch.cuda.current_device(), torch.is_grad_enabled())
+    try:
+        index = torch.cuda.current_device()
+    except Exception as error:  # a GPU that is taken, a driver that does not fit, a process that was forked
+        return f"the GPU cannot be used: {error}"
+    return _self_check_on_gpu(index, torch.is_grad_enabled())
 
 
 @functools.cache

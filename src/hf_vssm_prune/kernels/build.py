@@ -147,7 +147,7 @@ def _prebuilt_name(variant: str) -> str:
 def _cache_directory() -> Path:
     root = os.environ.get("HF_VSSM_PRUNE_CACHE")
     try:
-        return Path(root or Path.home() / ".cache" / "hf_vssm_prune") / "kernels"
+        return Path(root or Path("~", ".cache", "hf_vssm_prune")).expanduser() / "kernels"
     except RuntimeError as error:  # the user has no home folder
         raise BuildError(f"no folder is available for the kernels' cache ({error}); set HF_VSSM_PRUNE_CACHE") from error
 
@@ -175,7 +175,7 @@ def _version(compiler: list[str]) -> str:
 
 def _digest(*parts: str) -> str:
     text = "\0".join((*parts, *FLAGS, *map(str, map(_instruction_sets, VARIANTS)), platform.machine()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]  # CXX may be any bytes
 
 
 if __name__ == "__main__":
