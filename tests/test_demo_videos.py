@@ -60,6 +60,7 @@ def test_a_bad_upload_is_refused_by_name(model, write, message, tmp_path: Path) 
 
 def test_a_model_of_videos_is_refused_for_images(model, monkeypatch, capsys) -> None:
     monkeypatch.setattr(app, "PrunedModel", lambda _: model)
+    monkeypatch.setattr(app, "build", lambda *_: pytest.fail("the page was made"))
     assert app.main([]) == 1
     assert "is a video model: name an image model" in capsys.readouterr().err
 

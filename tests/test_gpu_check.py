@@ -38,6 +38,24 @@ def test_models_and_training_steps_are_measured(options) -> None:
         assert all(float(row[-3]) > 0 and float(row[-2]) > 0 for row in table.rows)
 
 
+@pytest.mark.parametrize("failing", [{"dense"}, {"dense", "pruned"}])
+def test_steps_that_do_not_fit_into_memory_cost_only_themselves(failing, options, monkeypatch) -> None:
+    """Other models are not compared with one that took the dense one's place."""
+
+    def peak_memory(case, _) -> int:
+        if case() in failing:
+            raise torch.OutOfMemoryError("full")
+        return 0
+
+    monkeypatch.setattr(training, "peak_memory", peak_memory)
+    steps = {name: lambda name=name: name for name in ("dense", "pruned")}
+    monkeypatch.setattr(training, "make_steps", lambda *_: steps)
+    report = Report(options.output_dir / "report.json")
+    training.time_training(options, report)
+    assert len(report.wrong) == len(failing)
+    assert [(row[0], row[3]) for row in report.tables[0].rows] == [(name, "–") for name in steps if name not in failing]
+
+
 @pytest.mark.parametrize("what", gpu_check.COMPILING)
 def test_what_is_compiled_before_runs(what: str, options, triton_is_there) -> None:
     gpu_check.COMPILING[what](options, Report(options.output_dir / "report.json"))

@@ -52,7 +52,7 @@ def library_path() -> Path:
         return prebuilt
     compiler = find_compiler()
     path = _cache_directory() / _digest(_sources(), *compiler, _version(compiler), variant) / "kernels.so"
-    if is_whole(path, variant):  # possibly in a folder that others can write to
+    if is_whole(path, variant):  # without the lock, for a folder that only others may write to
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
