@@ -23,7 +23,11 @@ class PrebuiltKernelsHook(BuildHookInterface):
         if version == "editable" or not load(package / "environment.py").is_switched_on("HF_VSSM_PRUNE_PREBUILT"):
             return
         self.directory = Path(tempfile.mkdtemp())
-        load(package / "kernels" / "build.py").build_prebuilt(self.directory)
+        try:
+            load(package / "kernels" / "build.py").build_prebuilt(self.directory)
+        except BaseException:
+            shutil.rmtree(self.directory)  # without a wheel, `finalize` is not called
+            raise
         for file in self.directory.iterdir():  # libraries and their checksums
             build_data["force_include"][str(file)] = f"hf_vssm_prune/kernels/prebuilt/{file.name}"
         platform_tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")

@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model_name_or_path",
-        default=os.environ.get("HF_VSSM_PRUNE_DEMO_MODEL", str(EXAMPLE_MODEL)),
+        default=os.environ.get("HF_VSSM_PRUNE_DEMO_MODEL") or str(EXAMPLE_MODEL),  # it may be set to nothing
         help="a classifier of this package, in a folder or on the Hub (default: HF_VSSM_PRUNE_DEMO_MODEL, or the small "
         "model in the package)",
     )
@@ -309,6 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         model = PrunedModel(options.model_name_or_path)
+        if model.medium != "image":
+            raise ValueError("The model for the page for images is a video model: name an image model.")
         video_page = None
         if options.video_model_name_or_path:
             video_model = PrunedModel(options.video_model_name_or_path)

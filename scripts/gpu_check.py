@@ -14,6 +14,7 @@ A new machine may lack the package's dependencies (pyproject.toml): bring wheels
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -131,8 +132,10 @@ def run_part(name: str, end: float, beside: int, options: argparse.Namespace) ->
             status = "ok" if process.wait(timeout=seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "too slow"
-            os.killpg(process.pid, 9)
-            process.wait()
+        finally:
+            if process.poll() is None:  # it is too slow, or Ctrl-C stopped this process
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     result: dict[str, Any] = {"status": status, "seconds": round(time.perf_counter() - start, 1)}
     if file.exists():
         report = json.loads(file.read_text(encoding="utf-8"))

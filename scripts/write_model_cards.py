@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def own_card_text(name: str, token_pruning: dict[str, Any] | None) -> str:
-    """The card of the package's model, which is also saved with its weights, and of the model that the demo creates "
-    "from it."""
+    """The card of the package's model, which is also saved with its weights, or of the model that the demo creates from
+    it."""
     model = load_classifier(EXAMPLE_MODEL)
     model.set_token_pruning(token_pruning)
     info = read_model_card_info(SOURCES / f"{name}.yaml")

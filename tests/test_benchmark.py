@@ -91,6 +91,14 @@ def test_an_earlier_checkout_takes_turns_with_this_one(monkeypatch, capsys):
         worker.communicate()
 
 
+def test_a_worker_that_has_ended_is_named():
+    worker = subprocess.Popen([sys.executable, "-c", ""], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    worker.wait()
+    with pytest.raises(RuntimeError, match="a process of the benchmark ended"):
+        earlier.cpu_time(worker, "dense")
+    worker.communicate()
+
+
 def test_each_kernel_is_timed_forward_and_backward(monkeypatch, capsys):
     """Every name that is asked for is answered by a time; where nothing ran, a backward would find no graph."""
     monkeypatch.setattr(earlier_kernels_worker, "SIDE", 3)

@@ -205,6 +205,16 @@ def test_a_model_that_is_not_there_is_named(app, tmp_path, capsys) -> None:
     assert f"error: {tmp_path / 'nothing'} cannot be opened" in capsys.readouterr().err
 
 
+def test_a_variable_that_is_set_to_nothing_names_no_model(app, monkeypatch, capsys) -> None:
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    monkeypatch.setattr(app, "PrunedModel", refuse)
+    monkeypatch.setenv("HF_VSSM_PRUNE_DEMO_MODEL", "")
+    assert app.main([]) == 1
+    assert capsys.readouterr().err == f"error: {EXAMPLE_MODEL}\n"
+
+
 def test_a_photo_of_a_phone_takes_less_than_a_second_of_cpu_time(app, tmp_path) -> None:
     """CPU time does not depend on what else runs; it is about 0.35 s."""
     noise = np.random.default_rng(0).integers(0, 256, (504, 378, 3), dtype=np.uint8)

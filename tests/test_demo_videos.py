@@ -58,6 +58,13 @@ def test_a_bad_upload_is_refused_by_name(model, write, message, tmp_path: Path) 
         page.upload(app.Session(), 30, next(iter(model.methods)), str(tmp_path / "clip.mp4"))
 
 
+def test_a_model_of_videos_is_refused_for_images(model, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(app, "PrunedModel", lambda _: model)
+    monkeypatch.setattr(app, "build", lambda *_: pytest.fail("the page was made"))
+    assert app.main([]) == 1
+    assert "is a video model: name an image model" in capsys.readouterr().err
+
+
 def test_a_model_of_images_is_refused() -> None:
     with pytest.raises(ValueError, match="is an image model: name a video model"):
         clips.opener(app.PrunedModel(str(EXAMPLE_MODEL)))

@@ -17,10 +17,11 @@ from test_models import make_model
 from test_selective_scan import OPTIONS, make_arguments
 from torch import nn
 
-from hf_vssm_prune import EXAMPLE_MODEL
-from hf_vssm_prune.export import FORMATS, check_answers, export_classifier, trace, write_onnx
+from hf_vssm_prune import EXAMPLE_MODEL, export
+from hf_vssm_prune.export import FORMATS, Format, check_answers, export_classifier, trace, write_onnx
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
+from hf_vssm_prune.quantization import quantize_linears
 from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 from hf_vssm_prune.token_pruning import select_tokens
 
@@ -166,6 +167,8 @@ def test_bad_input(tmp_path):
         export_classifier(model.train(), tmp_path / "exported")
     with pytest.raises(ValueError, match=r"weights are torch.bfloat16; call its `float\(\)`"):
         export_classifier(make_small_model("vim", None).bfloat16(), tmp_path / "exported")
+    with pytest.raises(ValueError, match="int8 linear layers, which cannot be exported"):
+        export_classifier(quantize_linears(make_small_model("vim", None)), tmp_path / "exported")
     model.eval().config.scan_backend = "cpu"
     with pytest.raises(ValueError, match="`scan_backend` is 'cpu'"):
         export_classifier(model, tmp_path / "exported")
@@ -177,6 +180,23 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="will not be overwritten"):
         export_classifier(make_small_model("vim", None), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", [".", "linked"])
+def test_an_empty_folder_is_filled(name, tmp_path, monkeypatch):
+    """It stays the same folder: it may be the current one, a link, or the mount point of another disk."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (tmp_path / "linked").symlink_to(folder)
+    monkeypatch.chdir(folder if name == "." else tmp_path)
+    inode = folder.stat().st_ino
+    monkeypatch.setattr(export, "trace", lambda _: None)
+    monkeypatch.setattr(export, "check_answers", lambda *_: None)
+    monkeypatch.setitem(FORMATS, "text", Format("a/b.txt", lambda *words: words[-1].write_text("b"), lambda *_: None))
+    export_classifier(make_small_model("vim", None), name, ["text"])
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "config.json"]
+    assert (folder / "a" / "b.txt").read_text() == "b"
+    assert folder.stat().st_ino == inode
 
 
 def test_wrong_answers_are_not_kept(tmp_path, monkeypatch):

@@ -38,6 +38,24 @@ def test_models_and_training_steps_are_measured(options) -> None:
         assert all(float(row[-3]) > 0 and float(row[-2]) > 0 for row in table.rows)
 
 
+@pytest.mark.parametrize("failing", [{"dense"}, {"dense", "pruned"}])
+def test_steps_that_do_not_fit_into_memory_cost_only_themselves(failing, options, monkeypatch) -> None:
+    """Other models are not compared with one that took the dense one's place."""
+
+    def peak_memory(case, _) -> int:
+        if case() in failing:
+            raise torch.OutOfMemoryError("full")
+        return 0
+
+    monkeypatch.setattr(training, "peak_memory", peak_memory)
+    steps = {name: lambda name=name: name for name in ("dense", "pruned")}
+    monkeypatch.setattr(training, "make_steps", lambda *_: steps)
+    report = Report(options.output_dir / "report.json")
+    training.time_training(options, report)
+    assert len(report.wrong) == len(failing)
+    assert [(row[0], row[3]) for row in report.tables[0].rows] == [(name, "–") for name in steps if name not in failing]
+
+
 @pytest.mark.parametrize("what", gpu_check.COMPILING)
 def test_what_is_compiled_before_runs(what: str, options, triton_is_there) -> None:
     gpu_check.COMPILING[what](options, Report(options.output_dir / "report.json"))
@@ -153,6 +171,7 @@ def test_runs_that_differ_or_fail_are_wrong(losses, status, wrong, options, monk
         return subprocess.CompletedProcess(command, status, "", "")
 
     monkeypatch.setattr(subprocess, "run", train)
+    (options.output_dir / ".runs" / "0").mkdir(parents=True)  # of an earlier check
     report = Report(options.output_dir / "report.json")
     distribution.check_distribution(options, report)
     assert report.wrong == ([] if wrong is None else [wrong])
@@ -174,6 +193,25 @@ def test_golden_cases(options, shared) -> None:
     golden.check_golden_cases("plainmamba", options, report)
     assert report.wrong == []
     assert report.tables[0].rows
+
+
+def test_a_part_ends_with_the_check(options, monkeypatch) -> None:
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *_, **__) -> None:
+            super().__init__(["sleep", "600"], start_new_session=True)
+            started.append(self)
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None:
+                raise KeyboardInterrupt
+            return super().wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.run_part("machine", math.inf, 1, options)
+    assert started[0].returncode == -9
 
 
 def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path, monkeypatch) -> None:

@@ -92,6 +92,12 @@ def test_without_a_compiler_models_run_and_warn_once(without_compiler, pixel_val
             assert torch.equal(model(pixel_values).logits, logits)
 
 
+def test_devices_without_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_table, "_WARNED", set())
+    with pytest.warns(UserWarning, match=r"no fast kernel for mps: .* \(there are kernels for cpu, cuda only\)"):
+        assert kernels.choose_kernel("causal_conv1d", "auto", "mps") is None
+
+
 @needs_kernel
 def test_idle_threads_do_not_spin() -> None:
     threads, arguments = torch.get_num_threads(), scan_arguments(8, 50, 256, 16)

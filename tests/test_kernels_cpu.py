@@ -418,16 +418,42 @@ def test_a_cache_that_others_wrote_is_only_read(quick_compiler: Path, monkeypatc
 
 
 def test_says_what_is_wrong_with_the_place(without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch):
-    def no_home() -> Path:
+    def no_home(_: object) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
+    monkeypatch.setenv("HOME", str(without_prebuilt))
+    monkeypatch.setenv("HF_VSSM_PRUNE_CACHE", "~/cache")  # as in a file that no shell reads
+    assert build._cache_directory() == without_prebuilt / "cache" / "kernels"
     monkeypatch.delenv("HF_VSSM_PRUNE_CACHE")
-    monkeypatch.setattr(Path, "home", no_home)
+    assert build._cache_directory() == without_prebuilt / ".cache" / "hf_vssm_prune" / "kernels"
+    monkeypatch.setattr(Path, "expanduser", no_home)
     with pytest.raises(build.BuildError, match="no folder is available for the kernels' cache"):
         build._cache_directory()
     monkeypatch.setenv("CXX", "g++ 'unbalanced")
     with pytest.raises(build.BuildError, match="CXX is not a command"):
         build.find_compiler()
+    assert build._digest("/\udcff/g++") != build._digest("/\udcfe/g++"), "paths need not be text"
+
+
+def test_a_cache_whose_files_cannot_be_locked_is_named(without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch):
+    """On some file systems of clusters, as older versions of filelock say it."""
+
+    def refuse(*_: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock", refuse)
+    monkeypatch.setattr(build, "find_compiler", lambda: ["true"])
+    with pytest.raises(build.BuildError, match=r"does not appear to support flock.*; set HF_VSSM_PRUNE_CACHE"):
+        build.library_path()
+
+
+def test_only_the_sources_count_as_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    digest = build._digest(build._sources())
+    shutil.copytree(build.SOURCE_DIRECTORY, tmp_path / "csrc")
+    (tmp_path / "csrc" / ".DS_Store").write_bytes(b"\xff\x00")  # as macOS puts into folders that it shows
+    (tmp_path / "csrc" / "folder").mkdir()
+    monkeypatch.setattr(build, "SOURCE_DIRECTORY", tmp_path / "csrc")
+    assert build._digest(build._sources.__wrapped__()) == digest
 
 
 @needs_kernel

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_vssm_prune import PlainMambaForImageClassification
 from hf_vssm_prune.families import FAMILIES
-from hf_vssm_prune.quantization import Int8Linear, quantize_linears
+from hf_vssm_prune.quantization import Int8Linear, _fastest_engine, quantize_linears
 
 
 pytestmark = pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="torch has no int8 matrix product")
@@ -87,6 +87,37 @@ def test_all_wide_layers_are_replaced(tiny_pruned_config, pixel_values) -> None:
     assert not torch.equal(outputs.logits, expected.logits)
 
 
+class Attention(nn.Module):
+    """A head's: PyTorch reads the weight of its `out_proj`, which is never called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.cross_attn = model, nn.MultiheadAttention(16, 2)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        states = self.model(pixel_values).last_hidden_state
+        return self.cross_attn(states, states, states)[0]
+
+
+def test_layers_of_a_head_stay_in_float32(pixel_values) -> None:
+    model = Attention(PlainMambaForImageClassification(make_plainmamba_config()).base_model)
+    quantized = quantize_linears(model)
+    assert {name.split(".")[0] for name, layer in quantized.named_modules() if isinstance(layer, Int8Linear)} == {
+        "model"
+    }
+    with torch.no_grad():
+        assert quantized(pixel_values).isfinite().all()
+
+
+@pytest.mark.skipif(torch.backends.quantized.engine not in ("x86", "fbgemm"), reason="another processor")
+def test_onednn_is_left_alone_where_it_is_missing(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch._C, "_supported_qengines", lambda: [1])  # FBGEMM
+    default = torch.backends.quantized.engine
+    with _fastest_engine():
+        assert torch.backends.quantized.engine == default
+
+
 def test_samples_do_not_disturb_each_other(tiny_config, pixel_values) -> None:
     model = quantize_linears(FAMILIES[tiny_config.model_type].classifier(tiny_config))
     with torch.no_grad():
@@ -100,7 +131,7 @@ def test_what_cannot_be_quantised_is_named() -> None:
     with pytest.raises(ValueError, match=r"`plainmamba.layers.0.mixer.in_proj` is torch.bfloat16 on cpu"):
         quantize_linears(model)
     assert not any(isinstance(layer, Int8Linear) for layer in model.modules())
-    with pytest.raises(ValueError, match="Sequential has no linear layers called in_proj or out_proj"):
+    with pytest.raises(ValueError, match=r"Sequential has no linear layers called mixer\.in_proj or mixer\.out_proj"):
         quantize_linears(nn.Sequential(nn.Linear(2, 2)))
 
 

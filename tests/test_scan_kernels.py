@@ -242,6 +242,49 @@ def test_triton_is_not_used_where_it_computes_something_else(monkeypatch: pytest
     assert "ZeroDivisionError" in triton_backend.self_check("cpu")
 
 
+def test_triton_is_checked_on_the_gpu_in_use(monkeypatch: pytest.MonkeyPatch):
+    """Not on the first one, which is that of a new thread."""
+    pytest.importorskip("triton")
+    checked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(triton_backend, "self_check", lambda device, _: checked.append(device))
+    triton_backend._self_check_on_gpu.cache_clear()
+    assert triton_backend.unavailable("cuda") is None
+    triton_backend._self_check_on_gpu.cache_clear()
+    assert checked == ["cuda:3"]
+
+
+def test_what_cannot_be_used_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+
+    def fail(*_) -> None:
+        raise RuntimeError("0 active drivers")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", fail)
+    assert triton_backend.unavailable("cuda") == "the GPU cannot be used: 0 active drivers"
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    monkeypatch.setattr("importlib.import_module", fail)
+    assert mamba_ssm.unavailable("cuda") == "the mamba-ssm package cannot be imported: RuntimeError: 0 active drivers"
+
+
+def test_tokens_are_not_limited_by_the_grid_of_triton(monkeypatch: pytest.MonkeyPatch):
+    """CUDA launches 65,535 programs at most in the second and third dimension of a grid."""
+    pytest.importorskip("triton")
+    from hf_vssm_prune import triton_scan_kernels
+
+    grids: list[tuple[int, ...]] = []
+
+    class Launch:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            return lambda *_, **__: grids.append(grid)
+
+    monkeypatch.setattr(triton_scan_kernels, "gate_sum", Launch())
+    triton_scan._gate_sum(torch.empty(2, 4, 300_000, 8, device="meta"), None, torch.float32)
+    assert grids == [(150_000, 1)]
+
+
 def test_triton_compiles_for_gpus_that_are_not_here(tmp_path: Path):
     """To machine code for NVIDIA's and AMD's, with and without each option."""
     pytest.importorskip("triton")

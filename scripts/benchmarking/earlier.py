@@ -8,6 +8,7 @@ import argparse
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarking.earlier_kernels_worker import IMAGES, KERNELS, STEPS
@@ -89,7 +90,8 @@ def cpu_time(worker: Worker, case: str) -> float:
     """
     assert worker.stdin is not None
     assert worker.stdout is not None
-    print(case, file=worker.stdin, flush=True)
+    with suppress(BrokenPipeError):  # it ended, as is seen next
+        print(case, file=worker.stdin, flush=True)
     if not (answer := worker.stdout.readline()):
         raise RuntimeError("a process of the benchmark ended; its message is above.")
     return float(answer)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def check_distribution(options: argparse.Namespace, report: Report) -> None:
     """Runs three steps of scripts/train.py under torchrun, resumes after the first on the CPU, and after the second of
     these on the GPU."""
     folder = (options.output_dir / ".runs").resolve()
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier check, whose checkpoints the runs would refuse
     losses = []
     runs = ((options.device, None), ("cpu", "0/checkpoint-1"), (options.device, "1/checkpoint-2"))
     for run, (device, start) in enumerate(runs):

@@ -118,10 +118,15 @@ def measure(
             continue
         options.seconds = 0.2 if options.small else 0.15 * len(cases)
         seconds = {name: min(runs) for name, runs in take_turns("", cases, {}, options).seconds.items()}
-        dense = next(iter(seconds.values()))
+        dense = seconds.get(next(iter(models)))
         for name, fastest in seconds.items():
             kind = str(dtype).removeprefix("torch.")
-            rows.add(name, kind, batch, way, f"{batch / fastest:.0f}", f"{dense / fastest:.2f}", memory[name])
+            rows.add(name, kind, batch, way, f"{batch / fastest:.0f}", times_as_fast(dense, fastest), memory[name])
+
+
+def times_as_fast(dense: float | None, fastest: float) -> str:
+    """The ratio of the times; a dash if the dense model failed."""
+    return "–" if dense is None else f"{dense / fastest:.2f}"
 
 
 def captured(model: nn.Module, images: Tensor) -> Callable[[], Any]:

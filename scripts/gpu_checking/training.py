@@ -7,7 +7,7 @@ import torch
 from benchmarking.measuring import take_turns
 from torch import nn
 
-from gpu_checking.models import make_models, peak_memory
+from gpu_checking.models import make_models, peak_memory, times_as_fast
 from gpu_checking.report import Report
 
 
@@ -20,17 +20,20 @@ def time_training(options: argparse.Namespace, report: Report) -> None:
     batch = batch_size(options)
     for which in MODELS[: 1 if options.small else None]:
         cases, memory = {}, {}
-        for name, case in make_steps(*which, options).items():
+        steps = make_steps(*which, options)
+        for name, case in steps.items():
             try:
                 memory[name] = peak_memory(case, options.device)
                 cases[name] = case
             except torch.OutOfMemoryError as error:
                 report.complain(f"{name}, batch {batch}: {str(error)[:200]}")
+        if not cases:
+            continue
         options.seconds = 0.2 if options.small else 2
         seconds = {name: min(runs) for name, runs in take_turns("", cases, {}, options).seconds.items()}
-        dense = next(iter(seconds.values()))
+        dense = seconds.get(next(iter(steps)))
         for name, fastest in seconds.items():
-            rows.add(name, batch, f"{batch / fastest:.0f}", f"{dense / fastest:.2f}", memory[name])
+            rows.add(name, batch, f"{batch / fastest:.0f}", times_as_fast(dense, fastest), memory[name])
 
 
 def compile_training(family: str, preset: str, options: argparse.Namespace, _: Report) -> None:

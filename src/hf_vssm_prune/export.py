@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from transformers.image_processing_base import ImageProcessingMixin
 
 from hf_vssm_prune.families import ImageClassifier
+from hf_vssm_prune.quantization import Int8Linear
 
 
 # What an exported file computes, from pixel values to the logits and each stage's kept tokens.
@@ -46,8 +47,8 @@ def export_classifier(
 ) -> Path:
     """Exports a classifier, dense or pruned as its configuration says, to files for other runtimes.
 
-    The folder also contains `config.json`, which has the labels, and `preprocessor_config.json`. It appears in one
-    step, complete, and only if every file in it reproduces the model's outputs on random images.
+    The folder also contains `config.json`, which has the labels, and `preprocessor_config.json`. A new folder appears
+    in one step, complete. Files are kept only if all of them reproduce the model's outputs on random images.
 
     Args:
         model: in evaluation mode and float32.
@@ -59,7 +60,7 @@ def export_classifier(
         The folder.
 
     Raises:
-        ValueError: a format is unknown, or the model is in training mode or half precision.
+        ValueError: a format is unknown, or the model is in training mode, half precision or int8.
         FileExistsError: the folder is not empty.
         ImportError: a library that a format needs is not installed; the message names it.
         RuntimeError: the outputs of a file differ from the model's.
@@ -73,7 +74,8 @@ def export_classifier(
         )
     program = trace(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=folder.parent) as scratch:
+    # On the same file system as the folder, which may be a mount point.
+    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=folder if folder.exists() else folder.parent) as scratch:
         staged = Path(scratch) / "model"
         model.config.save_pretrained(staged)
         if image_processor is not None:
@@ -83,8 +85,16 @@ def export_classifier(
             file.parent.mkdir(exist_ok=True)
             FORMATS[name].write(program, staged, file)
             check_answers(model, FORMATS[name].load(file, None), name)
-        staged.rename(folder)
+        _publish(staged, folder)
     return folder
+
+
+def _publish(staged: Path, folder: Path) -> None:
+    if not folder.exists():
+        staged.rename(folder)
+        return
+    for file in list(staged.iterdir()):
+        file.rename(folder / file.name)
 
 
 # ---- Tracing -----------------------------------------------------------------------------------------------------
@@ -106,7 +116,7 @@ def trace(model: ImageClassifier) -> ExportedProgram:
     """Traces the classifier to a program of torch's own operators, for any number of images of one size.
 
     Raises:
-        ValueError: it is in training mode or half precision, or its configuration names a kernel.
+        ValueError: it is in training mode, half precision or int8, or its configuration names a kernel.
         ImportError: torch is too old.
     """
     if not hasattr(torch.compiler, "is_exporting"):
@@ -115,6 +125,8 @@ def trace(model: ImageClassifier) -> ExportedProgram:
         raise ValueError("the model is in training mode; call its `eval()` first.")
     if model.dtype != torch.float32:
         raise ValueError(f"the model's weights are {model.dtype}; call its `float()` first.")
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise ValueError("the model has int8 linear layers, which cannot be exported: export the float32 model.")
     if model.config.scan_backend not in ("auto", "torch"):
         raise ValueError(
             f"`scan_backend` is {model.config.scan_backend!r}; an exported program can only use 'auto' or 'torch'."

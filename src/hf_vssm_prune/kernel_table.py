@@ -43,7 +43,9 @@ def choose_name(
         reasons[name] = reason
     # On a GPU, PyTorch's own convolutions are fast enough not to warn; meta tensors are not computed at all.
     is_scan = operation == "selective_scan"
-    if (reasons and (is_scan or device_type != "cuda")) or device_type not in (*auto, "meta"):
+    if device_type not in (*auto, "meta"):
+        _warn_once(device_type, f"there are kernels for {', '.join(auto)} only")
+    elif reasons and (is_scan or device_type != "cuda"):
         _warn_once(device_type, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     return "torch"
 

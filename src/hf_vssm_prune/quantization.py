@@ -18,8 +18,9 @@ from hf_vssm_prune.function_transforms import is_transformed
 Model = TypeVar("Model", bound=nn.Module)
 
 # The wide projections of the mixers, which account for nearly all multiply-adds. The narrow projections to time steps,
-# B and C and the classifier stay in float32: int8 would save little time there and lose more accuracy.
-QUANTIZED_LAYERS = ("in_proj", "out_proj")
+# B and C and the classifier or head stay in float32: int8 would save little time there and lose more accuracy. A head's
+# attention may have an `out_proj`, too, whose weight PyTorch reads without calling the layer.
+QUANTIZED_LAYERS = ("mixer.in_proj", "mixer.out_proj")
 
 
 def quantize_linears(model: Model) -> Model:
@@ -45,7 +46,7 @@ def quantize_linears(model: Model) -> Model:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in QUANTIZED_LAYERS
+        if isinstance(module, nn.Linear) and ".".join(name.split(".")[-2:]) in QUANTIZED_LAYERS
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layers called {' or '.join(QUANTIZED_LAYERS)}.")
@@ -63,8 +64,8 @@ def quantize_linears(model: Model) -> Model:
 @contextmanager
 def _fastest_engine() -> Iterator[None]:
     """oneDNN is faster than FBGEMM if the processor has int8 instructions (VNNI, AMX), and slower otherwise."""
-    default = torch.backends.quantized.engine
-    if default in ("x86", "fbgemm") and torch.cpu._is_vnni_supported():
+    default, supported = torch.backends.quantized.engine, torch.backends.quantized.supported_engines
+    if default in ("x86", "fbgemm") and "onednn" in supported and torch.cpu._is_vnni_supported():
         torch.backends.quantized.engine = "onednn"
     try:
         yield

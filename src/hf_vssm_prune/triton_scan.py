@@ -177,7 +177,8 @@ def _launch_gate_sum(
     batch, paths, length, channels = parts.shape
     tokens, block_channels = 4, 256
     with torch.cuda.device_of(parts):
-        gate_sum[(batch, math.ceil(length / tokens), math.ceil(channels / block_channels))](
+        # Images and tokens share the first dimension of the grid: the others are limited to 65,535 programs.
+        gate_sum[(batch * math.ceil(length / tokens), math.ceil(channels / block_channels))](
             *(parts, gate, grad_output, output, grad_gate, length, channels, *_row_strides(gate)),
             PATHS=paths,
             BLOCK_TOKENS=tokens,

@@ -287,9 +287,10 @@ def gate_sum(
     length, channels, gate_batch, gate_row,
     PATHS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
-    channel = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
+    blocks = tl.cdiv(length, BLOCK_TOKENS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    token = tl.program_id(0) % blocks * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
     is_entry = (token < length) & (channel < channels)
     entry = token * channels + channel
 

@@ -52,14 +52,14 @@ def library_path() -> Path:
         return prebuilt
     compiler = find_compiler()
     path = _cache_directory() / _digest(_sources(), *compiler, _version(compiler), variant) / "kernels.so"
-    if is_whole(path, variant):  # possibly in a folder that others can write to
+    if is_whole(path, variant):  # without the lock, for a folder that only others may write to
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not is_whole(path, variant):
                 compile_library(compiler, variant, path)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter from older filelock, if files cannot be locked there
         raise BuildError(
             f"the kernels' cache {path.parent} cannot be used ({error}); set HF_VSSM_PRUNE_CACHE"
         ) from error
@@ -147,14 +147,15 @@ def _prebuilt_name(variant: str) -> str:
 def _cache_directory() -> Path:
     root = os.environ.get("HF_VSSM_PRUNE_CACHE")
     try:
-        return Path(root or Path.home() / ".cache" / "hf_vssm_prune") / "kernels"
+        return Path(root or Path("~", ".cache", "hf_vssm_prune")).expanduser() / "kernels"
     except RuntimeError as error:  # the user has no home folder
         raise BuildError(f"no folder is available for the kernels' cache ({error}); set HF_VSSM_PRUNE_CACHE") from error
 
 
 @functools.cache
 def _sources() -> str:
-    return "".join(path.name + path.read_text() for path in sorted(SOURCE_DIRECTORY.iterdir()))
+    files = sorted(path for path in SOURCE_DIRECTORY.iterdir() if path.suffix in (".cpp", ".h"))
+    return "".join(path.name + path.read_text(encoding="utf-8") for path in files)
 
 
 def _checksum_file(library: Path) -> Path:
@@ -174,7 +175,7 @@ def _version(compiler: list[str]) -> str:
 
 def _digest(*parts: str) -> str:
     text = "\0".join((*parts, *FLAGS, *map(str, map(_instruction_sets, VARIANTS)), platform.machine()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]  # CXX may be any bytes
 
 
 if __name__ == "__main__":

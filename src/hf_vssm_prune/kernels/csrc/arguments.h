@@ -1,5 +1,5 @@
-// What Python passes to the kernels, as arrays of 64-bit numbers and addresses: cpu.py lays them out field by field.
-// Strides count elements, a null pointer stands for an argument that was not given.
+// The arguments that Python passes to the kernels, as arrays of 64-bit numbers and addresses; cpu.py writes them field
+// by field. Strides are in elements; a null pointer means that an argument was not given.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct Rows {
     Source row(int64_t sample, int64_t index) const { return data + (sample * batch_stride + index * row_stride); }
 };
 
-// Contiguous integers of shape (batch or 1, paths, length); the batch stride is 0 where the batch shares them.
+// Contiguous integers of shape (batch or 1, paths, length); the batch stride is 0 if all samples share them.
 struct Paths {
     const int32_t* data;
     int64_t batch_stride;
@@ -34,10 +34,10 @@ struct ScanGradients {
     float *A, *B, *C, *D, *time_step_bias, *hole_time_step, *direction_B;
 };
 
-// The cells that a convolution looks at from a cell: a square around it, or, in a sequence, the cell and those to its
-// left or to its right.
+// The window of a convolution at a cell: a square around it or, in a sequence, the cell and those to its left or to its
+// right.
 struct Window {
-    int64_t height, width, left;  // left: cells to the left of the cell itself
+    int64_t height, width, left;  // left: number of cells to the left of the cell itself
 
     int64_t above() const { return height / 2; }
     int64_t taps() const { return height * width; }

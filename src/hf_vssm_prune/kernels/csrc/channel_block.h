@@ -1,4 +1,4 @@
-// A block of channels: kVectors vectors of neighbouring channels, worked through side by side.
+// A block of channels: kVectors vectors of neighbouring channels, processed together.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,12 @@
 constexpr int kVectors = 4;
 constexpr int kBlock = kVectors * kLanes;  // channels of a block
 
-// Rows of one block's channels, one after the other.
+// Rows with the channels of one block, one after another.
 using BlockRows = std::vector<Vec>;
 
 struct ChannelBlock {
     int64_t sample, first_channel;
-    int width[kVectors];  // channels that each vector holds
+    int width[kVectors];  // number of channels in each vector
 
     ChannelBlock(int64_t sample, int64_t first_channel, int64_t channels)
         : sample(sample), first_channel(first_channel) {
@@ -26,7 +26,8 @@ struct ChannelBlock {
         }
     }
 
-    // `channels` points to a row of all channels, whose type is known: a loop over rows is compiled for each type.
+    // `channels` points to a row of all channels. The type is a template argument, so that loops over rows are compiled
+    // for each type.
     template <ElementType type>
     void load_row(const void* channels, Vec* target) const {
         for (int v = 0; v < kVectors; ++v) {
@@ -41,7 +42,7 @@ struct ChannelBlock {
         }
     }
 
-    // Of a matrix (channels, columns), its transpose as rows.
+    // The transpose of the block's part of a matrix (channels, columns), as rows.
     void load_columns(const float* matrix, int64_t columns, BlockRows& target) const {
         target.assign(columns * kVectors, Vec{});
         for (int v = 0; v < kVectors; ++v) {

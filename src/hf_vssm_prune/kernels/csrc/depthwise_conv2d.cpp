@@ -1,8 +1,8 @@
 // Depthwise convolution on the patch grid, at the cells that still hold a token, or along a sequence (a grid of one
 // row), forward and backward.
 //
-// What SiLU is applied to is bias + convolution. A task is a sample and a few blocks of its channels; the sums over
-// samples are made in the samples' order, never that of the threads.
+// SiLU is applied to bias + convolution. A task is a few blocks of channels of one sample. Sums over samples are
+// computed in the order of the samples, regardless of the threads.
 
 #include <algorithm>
 #include <memory>
@@ -15,9 +15,9 @@
 
 namespace {
 
-constexpr int kBlocksPerTask = 256 / kBlock;  // for which one list of neighbours is made
+constexpr int kBlocksPerTask = 256 / kBlock;  // they share a list of neighbours
 
-// Its memory is used again.
+// The memory is reused.
 struct Workspace {
     SparseCells sparse;
     BlockRows weight, inputs, sums, grads, grad_weight;
@@ -37,7 +37,7 @@ void load_tokens(const ConvolutionArguments& arguments, const ChannelBlock& bloc
     });
 }
 
-// `rows` has a row for each cell, `target` for each token of all samples. `change` is applied to each vector before.
+// `rows` has a row for each cell, `target` one for each token of all samples. `change` is applied to each vector first.
 template <typename Cells, typename Change>
 void store_tokens(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells,
                   const BlockRows& rows, Target target, const Change& change) {
@@ -51,7 +51,7 @@ void store_tokens(const ConvolutionArguments& arguments, const ChannelBlock& blo
     });
 }
 
-// Loads a block and puts into work.sums what SiLU is applied to.
+// Loads a block, and writes the input of SiLU to work.sums.
 template <typename Cells>
 void convolve(const ConvolutionArguments& arguments, const ChannelBlock& block, const Cells& cells, Workspace& work) {
     block.load_columns(static_cast<const float*>(arguments.weight.data), arguments.window.taps(), work.weight);
@@ -76,7 +76,7 @@ void forward_block(const ConvolutionArguments& arguments, const ChannelBlock& bl
     }
 }
 
-// `partial_weight` (channels, taps) and `partial_bias` (channels) are this sample's share.
+// `partial_weight` (channels, taps) and `partial_bias` (channels) are this sample's part of the sums.
 template <typename Cells>
 void backward_block(const ConvolutionArguments& arguments, const Rows& grad_output, const ChannelBlock& block,
                     const Cells& cells, Workspace& work, Target grad_hidden_states, float* partial_weight,
@@ -104,7 +104,7 @@ void backward_block(const ConvolutionArguments& arguments, const Rows& grad_outp
     store_tokens(arguments, block, cells, work.sums, grad_hidden_states, [](Vec sum) { return sum; });
 }
 
-// Calls work(block, cells, workspace) for all blocks, with the cells as `prepare(sample, workspace)` returns them.
+// Calls work(block, cells, workspace) for all blocks, with the cells that `prepare(sample, workspace)` returns.
 template <typename Prepare, typename Work>
 void for_blocks(const ConvolutionArguments& arguments, int threads, const Prepare& prepare, const Work& work) {
     constexpr int64_t channels_per_task = kBlock * kBlocksPerTask;
@@ -149,7 +149,7 @@ void add_up(const float* partials, int64_t batch, int64_t size, float* sum) {
     }
 }
 
-// With the weight in float32, which the loops over the kernel read number by number.
+// The arguments with the weight in float32, because the loops over the kernel read it number by number.
 ConvolutionArguments with_floats(const ConvolutionArguments& given, Floats& floats) {
     ConvolutionArguments arguments = given;
     arguments.weight = floats.of(given.weight, given.channels * given.window.taps());
@@ -175,7 +175,7 @@ const char* find_error(const ConvolutionArguments& arguments) {
 
 }  // namespace
 
-// Both return null, or what is wrong with the arguments.
+// Both return null or an error message.
 
 extern "C" const char* depthwise_conv2d_forward(const ConvolutionArguments* given, const Target* output, int threads) {
     if (const char* error = find_error(*given)) return error;

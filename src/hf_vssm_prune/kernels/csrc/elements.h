@@ -1,4 +1,4 @@
-// Numbers in memory: float32, or one of the half precisions, which become float32 when they are read.
+// Numbers in memory: float32, or one of the half precisions, which are converted to float32 when they are read.
 #pragma once
 
 #include <algorithm>
@@ -17,16 +17,19 @@ typedef uint32_t BitsVec __attribute__((vector_size(kLanes * sizeof(uint32_t))))
 [[gnu::always_inline]] inline BitsVec bits_of(Vec x) { return reinterpret_cast<BitsVec>(x); }
 [[gnu::always_inline]] inline Vec with_bits(BitsVec bits) { return reinterpret_cast<Vec>(bits); }
 
-[[gnu::always_inline]] inline Vec from_bfloat16(HalfVec half) { return with_bits(__builtin_convertvector(half, BitsVec) << 16); }
+[[gnu::always_inline]] inline Vec from_bfloat16(HalfVec half) {
+    return with_bits(__builtin_convertvector(half, BitsVec) << 16);
+}
 
-// Rounds to the nearest, of two to the even one, as do all of these; NaN stays NaN.
+// Rounds to the nearest number, and ties to even, as all conversions here do; NaN stays NaN.
 [[gnu::always_inline]] inline HalfVec to_bfloat16(Vec x) {
     const BitsVec bits = bits_of(x), nan = BitsVec{} + 0x7fc0u;
     const BitsVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return __builtin_convertvector(x == x ? rounded : nan, HalfVec);
 }
 
-// A float16 has 5 bits of exponent and 10 of fraction. Shifted to where a float32 has them, it is too small by 2^112.
+// A float16 has 5 bits of exponent and 10 of fraction. Shifted to their places in a float32, it is too small
+// by a factor of 2^112.
 [[gnu::always_inline]] inline Vec from_float16(HalfVec half) {
     const BitsVec bits = __builtin_convertvector(half, BitsVec), sign = (bits & 0x8000u) << 16;
     const BitsVec magnitude = (bits & 0x7fffu) << 13, infinite = BitsVec{} + 0x7f800000u;
@@ -37,7 +40,7 @@ typedef uint32_t BitsVec __attribute__((vector_size(kLanes * sizeof(uint32_t))))
 
 [[gnu::always_inline]] inline HalfVec to_float16(Vec x) {
     const BitsVec bits = bits_of(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-    // What is smaller than 2^-14 has fewer digits: adding 1/2 leaves them in the low bits.
+    // Numbers below 2^-14 have fewer digits: adding 1/2 moves them to the low bits.
     const BitsVec small = bits_of(with_bits(magnitude) + 0.5f) - 0x3f000000u;
     const BitsVec normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     const BitsVec infinite = BitsVec{} + 0x7c00u, nan = BitsVec{} + 0x7e00u;
@@ -46,7 +49,7 @@ typedef uint32_t BitsVec __attribute__((vector_size(kLanes * sizeof(uint32_t))))
     return __builtin_convertvector(sign | result, HalfVec);
 }
 
-// Where numbers of some type lie. Implicit from pointers to float32.
+// A pointer to numbers of one of these types. Pointers to float32 are converted implicitly.
 template <typename Pointer, typename Byte>
 struct Place {
     Pointer data;
@@ -57,9 +60,11 @@ struct Place {
     template <typename Float>
     Place(Float* floats) : data(floats), type(kFloat32) {}
 
-    Place operator+(int64_t count) const { return {type == kFloat32 ? at<kFloat32>(count) : at<kFloat16>(count), type}; }
+    Place operator+(int64_t count) const {
+        return {type == kFloat32 ? at<kFloat32>(count) : at<kFloat16>(count), type};
+    }
 
-    // Where number `index` lies, the type being known.
+    // The address of number `index`, if the type is known when this is compiled.
     template <ElementType known>
     Byte* at(int64_t index) const {
         return static_cast<Byte*>(data) + index * (known == kFloat32 ? sizeof(float) : sizeof(uint16_t));
@@ -69,7 +74,7 @@ struct Place {
 using Source = Place<const void*, const char>;
 using Target = Place<void*, char>;
 
-// Calls visit with the type as a constant, so that a loop inside is compiled for each.
+// Calls `visit` with the type as a constant, so that loops inside are compiled for each type.
 template <typename Visitor>
 void with_type(ElementType type, const Visitor& visit) {
     switch (type) {
@@ -122,7 +127,7 @@ inline void copy_floats(Source source, int64_t count, float* target) {
     });
 }
 
-// The same numbers as float32: themselves, or a copy that lives as long as this.
+// The same numbers in float32: the given ones, or a copy that lives as long as this object.
 class Floats {
 public:
     const float* of(Source source, int64_t count) {

@@ -1,11 +1,11 @@
-// The three ways to sum over the neighbours of cells on the patch grid, or in a sequence. All lay out the cells' rows by `place(token)`,
-// in buffers of `places` rows, and have the same three sums:
+// Three ways to sum over the neighbours of cells on the patch grid, or in a sequence. Each keeps the cells' rows in
+// buffers of `places` rows, a token's at `place(token)`, and has the same three sums:
 //
-//     convolve    sums[i] += weight[tap] rows[j]         over the neighbours j of each cell i, at their taps of the kernel
-//     spread      sums[j] += weight[tap] grads[i]        over the same: the gradient of convolve's rows
+//     convolve    sums[i] += weight[tap] rows[j]         over the neighbours j of each cell i, at their taps
+//     spread      sums[j] += weight[tap] grads[i]        over the same pairs: the gradient of convolve's rows
 //     correlate   grad_weight[tap] += grads[i] rows[j]   over the cells i that have a neighbour j at the tap
 //
-// A tap is a place in the window, row by row; the weight and its gradient have a row for each.
+// A tap is a position in the window, counted row by row; the weight and its gradient have a row for each.
 #pragma once
 
 #include <algorithm>
@@ -15,14 +15,15 @@
 #include "arguments.h"
 #include "channel_block.h"
 
-// Cells of which some are empty. Where they count as zero, each token only gathers from its kept neighbours, so that with
-// a share r of the tokens left the work is about r^2 of the dense one; where another token stands in for them, it is r.
+// Cells, some of which are empty. If these count as zero, each token gathers only from its kept neighbours: with a
+// fraction r of the tokens left, the work is about r^2 of that for the whole grid. If other tokens stand in for them,
+// it is r.
 class SparseCells {
 public:
     int64_t places;
 
-    // `kept`: the cell of each token, or null if every cell has its own. `stand_ins`: the token that is seen in each cell,
-    // or null if none is seen in empty ones.
+    // `kept`: the cell of each token, or null if there is one in every cell. `stand_ins`: the token seen in each cell,
+    // or null if empty cells count as zero.
     void list(const int32_t* kept, const int32_t* stand_ins, int64_t tokens, int64_t height, int64_t width,
               const Window& window) {
         const int64_t padded_width = width + window.width - 1;
@@ -100,14 +101,14 @@ private:
 
     const Vec* row(const BlockRows& rows, int64_t i) const { return &rows[neighbours_[i].token * kVectors]; }
 
-    std::vector<Neighbour> neighbours_;  // of all tokens, one after the other, themselves among them
+    std::vector<Neighbour> neighbours_;  // of all tokens, one after another; each is its own neighbour, too
     std::vector<int64_t> starts_;        // [starts_[i], starts_[i + 1]) are those of token i
     std::vector<int32_t> token_of_cell_;
 };
 
-// A grid of which every cell holds a token: tiles of kTile cells in a row, all in registers. A row of inputs that was
-// loaded goes into all the sums of the tile that it has a part in, a row of the kernel into those of all its cells.
-// There are columns of zeros on both sides, on the right so many that the last tile is whole.
+// A grid with a token in every cell. It is processed in tiles of kTile neighbouring cells of a row, whose sums are in
+// registers. A loaded row of inputs is used for all sums of the tile to which it contributes, and a row of the kernel
+// for all cells of the tile. There are columns of zeros on both sides; on the right, enough to complete the last tile.
 template <int kKernel>
 class DenseGrid {
 public:
@@ -137,7 +138,7 @@ public:
     // If j is i's neighbour at a tap, then i is j's neighbour at the mirrored tap.
     void spread(const BlockRows& weight, const BlockRows& grads, BlockRows& sums) const {
         constexpr int taps = kKernel * kKernel;
-        thread_local BlockRows mirrored(taps * kVectors);  // its memory is used again
+        thread_local BlockRows mirrored(taps * kVectors);  // its memory is reused
         for (int tap = 0; tap < taps; ++tap) {
             std::copy_n(&weight[tap * kVectors], kVectors, &mirrored[(taps - 1 - tap) * kVectors]);
         }
@@ -161,8 +162,8 @@ public:
 private:
     static constexpr int kTile = 7, kRadius = kKernel / 2;
 
-    // work(place of the tile, place of the kernel's corner at the tile's first cell, rows of the kernel in the grid,
-    // vector)
+    // Calls work(place of the tile, place of the kernel's corner at the tile's first cell, first row of the kernel
+    // inside the grid, end of these rows, vector) for all tiles.
     template <typename Work>
     void for_tiles(const Work& work) const {
         for (int v = 0; v < kVectors; ++v) {
@@ -177,7 +178,7 @@ private:
         }
     }
 
-    // work(cell of the tile, tap in a row of the kernel, input) for all pairs, unrolled.
+    // Calls work(cell of the tile, tap in a row of the kernel, input) for all pairs, unrolled.
     template <typename Work>
     [[gnu::always_inline]] static inline void for_pairs(const Vec* inputs, const Work& work) {
 #pragma GCC unroll 16
@@ -203,8 +204,8 @@ private:
     int64_t height_, width_, stride_;
 };
 
-// A sequence without gaps, for a window of kTaps tokens: what a sum still needs of its neighbours stays in registers.
-// There are rows of zeros where the window reaches over an end.
+// A sequence without gaps, and a window of kTaps tokens. The weights and unfinished sums stay in registers. There are
+// rows of zeros where the window extends beyond an end.
 template <int kTaps>
 class DenseSequence {
 public:
@@ -228,7 +229,7 @@ public:
 
     void spread(const BlockRows& weight, const BlockRows& grads, BlockRows& sums) const {
         for (int v = 0; v < kVectors; ++v) {
-            Vec weights[kTaps], totals[kTaps] = {};  // of the rows that the window at a token begins with
+            Vec weights[kTaps], totals[kTaps] = {};  // totals: unfinished sums, of the rows from a token's window on
             for (int tap = 0; tap < kTaps; ++tap) weights[tap] = weight[tap * kVectors + v];
             for (int64_t token = 0; token < tokens_; ++token) {
                 const Vec grad = grads[place(token) * kVectors + v];

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <new>
 
-// The entry point of GNU's runtime, which LLVM's and Intel's have too. Null unless PyTorch has loaded one of them.
+// The entry point of GNU's OpenMP runtime, which LLVM's and Intel's have, too. Null if PyTorch has loaded none of them.
 extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags) __attribute__((weak));
 
 namespace {
@@ -20,7 +20,7 @@ struct Loop {
     std::atomic<int64_t> next{0};
     std::atomic<bool> out_of_memory{false};
 
-    // No exception may leave a thread of the runtime's.
+    // No exception may leave a thread of the runtime.
     void run() noexcept {
         try {
             for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);

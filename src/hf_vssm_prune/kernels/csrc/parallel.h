@@ -1,18 +1,19 @@
-// Loops over the threads of PyTorch's own OpenMP runtime.
+// Loops that run on the threads of PyTorch's own OpenMP runtime.
 //
-// A pool of our own would compete with them: they go on spinning for a while after PyTorch's last operator.
+// Threads of our own would compete with them, because they keep spinning for a while after PyTorch's last operator.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <new>
 
-// Calls task(0), ..., task(count - 1), shared out to at most `threads` threads, and returns when all are done. Where
-// there is no such runtime, and in a forked process, whose copy of it has no threads, the calling thread does it all.
-// Throws std::bad_alloc where a task did; the others may not have been called then.
+// Calls task(0), ..., task(count - 1) on at most `threads` threads, and returns when all are done. Without such a
+// runtime, and in a forked process, whose copy of it has no threads, the calling thread does everything. Throws
+// std::bad_alloc if a task did; the other tasks may not have been called then.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
 
-// What a kernel says of its body: nothing, or that memory ran out. Python must not be ended by an exception.
+// Runs the body of a kernel, and returns null, or an error message if memory ran out: an exception would end the Python
+// process.
 template <class Body>
 const char* with_memory(const Body& body) {
     try {

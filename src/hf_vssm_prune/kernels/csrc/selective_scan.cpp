@@ -7,10 +7,10 @@
 //     y_o += C_t h_t + D u_o                          summed over paths, then multiplied by SiLU(gate)
 //
 // Channels are independent of each other: a block of kLanes channels is one vector, and its states stay in the cache.
-// States are independent as well, up to the sum in C_t h_t: they are taken in slices of S. All paths share delta, A and
-// C, so exp(delta_t A) is computed once for up to four of them.
+// States are independent as well, except for the sum in C_t h_t, and are processed in slices of S. All paths share
+// delta, A and C, so exp(delta_t A) is computed once for up to four of them.
 //
-// Every sum is made in an order that the sizes alone decide, never the number of threads.
+// The order of every sum depends on the sizes alone, not on the number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -24,23 +24,23 @@
 
 namespace {
 
-// Channels that one task works through, block by block. Their rows are read together: four cache lines side by side.
+// A task processes its blocks one by one, but reads their rows together: four neighbouring cache lines.
 constexpr int kBlocksPerTask = 64 / kLanes;
 
-// Up to this gap exp(gap x) is made from exp(x) by multiplications; they would cost too many digits, and time, beyond
-// it.
+// Up to this gap, exp(gap x) is computed from exp(x) by multiplications. Beyond it, they would lose too many digits and
+// take too long.
 constexpr int kLargestPower = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A parameter that `with_floats` has made float32.
+// A parameter that `with_floats` has converted to float32.
 const float* floats(Source parameter) { return static_cast<const float*>(parameter.data); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What all channels of a sample share: the paths, B and C
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Sums over lanes come kLanes at a time, so tables by state have at least that width.
+// Sums over lanes are computed kLanes at a time, so tables by state are at least that wide.
 template <int S>
 constexpr int kTableWidth = S > kLanes ? S : kLanes;
 
@@ -65,7 +65,8 @@ struct Sample {
     const float* C_at(int64_t t) const { return &C[t * padded_states]; }
 };
 
-int32_t entry(const Paths& paths, const ScanArguments& arguments, int64_t sample, int64_t path, int64_t t, int64_t none) {
+int32_t entry(const Paths& paths, const ScanArguments& arguments, int64_t sample, int64_t path, int64_t t,
+              int64_t none) {
     if (!paths.data) return static_cast<int32_t>(none);
     return paths.data[sample * paths.batch_stride + path * arguments.length + t];
 }
@@ -100,22 +101,22 @@ void load_sample(const ScanArguments& arguments, int64_t index, int64_t padded_s
 
 struct Block {
     int64_t sample, first_channel;
-    int width;  // channels in the block: kLanes, fewer in the last one
+    int width;  // number of channels in the block: kLanes, fewer in the last one
 
-    Vec D, bias, hole_step, longest_step;  // bias and longest of delta
+    Vec D, bias, hole_step, longest_step;  // bias: of the time step; longest_step: the longest delta
     std::vector<Vec> u, delta, y;    // by token
 
-    // Only for the backward.
+    // Only for the backward pass.
     Vec grad_D, grad_hole_step;
     std::vector<Vec> grad_y, grad_u, grad_delta;  // by token
 };
 
-// What a thread works with. Its memory is used again.
+// The data that a thread works with. The memory is reused.
 struct Workspace {
     Sample sample;
     Block blocks[kBlocksPerTask];
     int block_count;
-    std::vector<Vec> states, decays;    // for the backward: h_t, from h_0 on, and exp(delta_t A) by step
+    std::vector<Vec> states, decays;    // for the backward pass: h_t from h_0 on, and exp(delta_t A), by step
     std::vector<Vec> grad_direction_B;  // by kind of move
 };
 
@@ -162,7 +163,7 @@ void load_blocks(const ScanArguments& arguments, int64_t sample, int64_t first_c
         for (int b = 0; b < work.block_count; ++b) {
             Block& block = work.blocks[b];
             const Vec delta = softplus(load_token<type>(arguments.time_step, block, token) + block.bias);
-            block.longest_step = delta > block.longest_step ? delta : block.longest_step;  // passes over NaN
+            block.longest_step = delta > block.longest_step ? delta : block.longest_step;  // ignores NaN
             block.delta[token] = delta;
             block.u[token] = load_token<type>(arguments.hidden_states, block, token);
         }
@@ -181,7 +182,7 @@ struct Slice {
     Vec longest[S];     // the step after which nothing of the state is left in float32: exp2 needs |step A| <= 127
     bool within_range;  // no delta of the block is longer than that
     Vec hole_decay[S];  // exp(hole_time_step A)
-    Vec skip;           // D in the first slice, 0 in the others: D u is to be added once
+    Vec skip;           // D in the first slice, 0 in the others, because D u is added once
 
     template <bool kWithinRange = false>
     Vec decay(Vec step, int n) const {
@@ -197,7 +198,8 @@ Slice<S> load_slice(const ScanArguments& arguments, const Block& block, int64_t 
     slice.within_range = true;
     for (int n = 0; n < slice.count; ++n) {
         for (int lane = 0; lane < block.width; ++lane) {
-            slice.A[n][lane] = kLog2E * floats(arguments.A)[(block.first_channel + lane) * arguments.states + first_state + n];
+            slice.A[n][lane] =
+                kLog2E * floats(arguments.A)[(block.first_channel + lane) * arguments.states + first_state + n];
         }
         slice.longest[n] = 127.0f / (slice.A[n] < 0.0f ? -slice.A[n] : slice.A[n]);
         for (int lane = 0; lane < block.width; ++lane) {
@@ -242,8 +244,8 @@ template <int K>
 // Forward
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The state of one path decays over the gap - 1 tokens that were dropped before this step. Most gaps are small: to
-// multiply several times is cheaper than another exp.
+// The state of one path decays over the gap - 1 tokens that were dropped before this step. Most gaps are small, and a
+// few multiplications are cheaper than another exp.
 template <int S>
 void cross_hole(const ScanArguments& arguments, const Block& block, const Slice<S>& slice, Vec delta, const Vec* decay,
                 int gap, Vec* state) {
@@ -265,18 +267,19 @@ void add_lane_sums(const Vec (&vectors)[kTableWidth<S>], float* target) {
     for (int n = 0; n < S; n += kLanes) store(target + n, load(target + n) + sum_lanes(vectors + n));
 }
 
-// Where the forward puts h_t and exp(delta_t A): each step's behind the last one's for the backward to find, or, with
-// strides of 0, over them. The gradient of C needs h_t, and is made on the way where there is a place for it.
+// Where the forward pass stores h_t and exp(delta_t A): one step after another, for the backward pass, or, with strides
+// of 0, each step in place of the last one. The gradient of C needs h_t, and is computed at the same time if there is a
+// place for it.
 struct Trace {
     Vec *states, *decays;
     int64_t state_stride, decay_stride;
-    float* grad_C;  // (length, ...), a row being this long:
+    float* grad_C;  // (length, ...), with rows of this length:
     int64_t grad_C_stride;
 };
 
-// One step: the states move on from `before` to `after`, and what they put out is added to block.y. `decay` is
-// exp(delta_t A), and that of the next step is made beside: an exp is a long chain of operations, whose waits the
-// paths' short ones fill.
+// One step: computes the states `after` from those `before`, and adds their output to block.y. `decay` is
+// exp(delta_t A). That of the next step is computed at the same time: an exp is a long chain of operations, and the
+// short chains of the paths fill its waiting times.
 template <int S, int K, bool kWithinRange, bool kGradC>
 [[gnu::always_inline]] inline void advance(const Sample& sample, const Slice<S>& slice, const Step<K>& step,
                                            Vec next_delta, Block& block, const Vec* before, Vec* after,
@@ -302,7 +305,7 @@ template <int S, int K, bool kWithinRange, bool kGradC>
     for (int k = 0; k < K; ++k) block.y[step.visits[k].token] += y[k];
 }
 
-// Scans K paths and adds what they put out to block.y.
+// Scans K paths, and adds their output to block.y.
 template <int S, int K, bool kWithinRange, bool kGradC>
 void scan_paths(const ScanArguments& arguments, const Sample& sample, Block& block, const Slice<S>& slice,
                 int64_t first_path, const Trace& trace) {
@@ -336,7 +339,7 @@ void scan_paths(const ScanArguments& arguments, const Sample& sample, Block& blo
         arguments, sample, block, slice, first_path, trace);
 }
 
-// Calls visit(K, first_path) so that every path is in one group of K: groups of four while there are as many.
+// Calls visit(K, first_path) for groups of K paths, so that every path is in one group: fours first, then single paths.
 template <typename Visitor>
 void for_path_groups(int64_t paths, const Visitor& visit) {
     int64_t first_path = 0;
@@ -351,7 +354,8 @@ void forward_block(const ScanArguments& arguments, const Sample& sample, Block& 
         for_path_groups(arguments.paths, [&](auto group, int64_t first_path) {
             constexpr int K = decltype(group)::value;
             Vec states[K * S], decays[S];
-            scan_paths<S, K, false>(arguments, sample, block, slice, first_path, Trace{states, decays, 0, 0, nullptr, 0});
+            scan_paths<S, K, false>(arguments, sample, block, slice, first_path,
+                                    Trace{states, decays, 0, 0, nullptr, 0});
         });
     }
 }
@@ -413,8 +417,8 @@ struct PathDecays {
     }
 };
 
-// Sums over samples, or over blocks of channels, are made in two steps: each task has its own partial sums, and these
-// are added up afterwards in the order of the tasks.
+// Sums over samples, or over blocks of channels, are computed in two steps: each task has its own partial sums, and
+// these are added up afterwards in the order of the tasks.
 struct PartialSums {
     int64_t rows, width, padded_width;
     std::unique_ptr<float[]> data;
@@ -459,7 +463,7 @@ struct DecaySteps {
     }
 };
 
-// Gradients that the steps of K paths add up, from the last to the first.
+// Gradients that are summed over the steps of K paths, from the last to the first.
 template <int S, int K>
 struct Reverse {
     Vec carry[K * S] = {};  // exp(s_{t+1} A) times the gradient of h_{t+1}
@@ -467,8 +471,8 @@ struct Reverse {
     Vec* grad_direction_B;  // (move_kinds, S)
 };
 
-// One step in reverse. `before` is h_{t-1}; `of_path` the decays of each path. Adds to block's gradients and returns in
-// `grad_B` that of B, still to be summed over the lanes.
+// One step in reverse. `before` is h_{t-1}, `of_path` the decays of each path. Adds to the block's gradients, and
+// writes that of B, not yet summed over the lanes, to `grad_B`.
 template <int S, int K, bool kMoves, bool kHoles>
 [[gnu::always_inline]] inline void reverse_step(const ScanArguments& arguments, const Sample& sample,
                                                 const Slice<S>& slice, const Step<K>& step, const Vec* const* of_path,
@@ -519,7 +523,7 @@ template <int S, int K, bool kMoves, bool kHoles>
     block.grad_delta[t] += grad_delta;
 }
 
-// The reverse of scan_paths: with the gradient of y known, adds to the gradients of everything that went in.
+// The reverse of scan_paths: given the gradient of y, adds to the gradients of all inputs.
 template <int S, int K, bool kMoves>
 void reverse_paths(const ScanArguments& arguments, Workspace& work, Block& block, const Slice<S>& slice,
                    int64_t first_path, int64_t task, Partials& partials) {
@@ -556,7 +560,7 @@ void reverse_paths(const ScanArguments& arguments, Workspace& work, Block& block
     }
 }
 
-// The gradient of y, the scan's output before the gate; nothing yet in the others.
+// Loads the gradient of y, the scan's output before the gate, and sets the other gradients to 0.
 template <ElementType type>
 void load_gradients(const ScanArguments& arguments, const Rows& grad_output, Workspace& work) {
     for (int b = 0; b < work.block_count; ++b) {
@@ -632,10 +636,11 @@ int64_t tasks_per_sample(const ScanArguments& arguments) {
     return divide_up(arguments.channels, kLanes * kBlocksPerTask);
 }
 
-// Of all kinds, so that a thread knows whether the sample that it has loaded is one of this call.
+// The number of calls, forward and backward, by which a thread knows whether the sample that it has loaded is of this
+// one.
 std::atomic<int64_t> calls{0};
 
-// Calls work(workspace, task) for all tasks, their blocks loaded.
+// Loads the blocks of each task, and calls work(workspace, task).
 template <int S, ElementType type, typename Work>
 void for_tasks(const ScanArguments& arguments, int threads, const Work& work) {
     const int64_t call = ++calls, tasks = tasks_per_sample(arguments);
@@ -710,7 +715,7 @@ const char* find_error(const ScanArguments& arguments) {
     return nullptr;
 }
 
-// With the parameters in float32 that are read number by number.
+// The arguments with those parameters in float32 that are read number by number.
 ScanArguments with_floats(const ScanArguments& given, Floats& floats) {
     ScanArguments arguments = given;
     arguments.A = floats.of(given.A, given.channels * given.states);
@@ -720,7 +725,7 @@ ScanArguments with_floats(const ScanArguments& given, Floats& floats) {
 
 }  // namespace
 
-// Both return null, or what is wrong with the arguments.
+// Both return null or an error message.
 
 extern "C" const char* selective_scan_forward(const ScanArguments* given, const Target* output, int threads) {
     if (const char* error = find_error(*given)) return error;

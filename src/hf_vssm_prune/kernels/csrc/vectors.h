@@ -1,4 +1,4 @@
-// Short vectors of floats, and the elementary functions of the kernels on them.
+// Short vectors of floats, and the elementary functions that the kernels apply to them.
 //
 // The compilers' vector extensions (GCC, Clang) turn the same source into AVX-512, AVX2, SSE2 or NEON instructions. The
 // lanes of a vector are neighbouring channels.
@@ -33,8 +33,8 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 [[gnu::always_inline]] inline void store(float* target, Vec value) { std::memcpy(target, &value, sizeof(Vec)); }
 
-// The first bytes of a vector; the others are 0. These are functions of their own because the compiler would otherwise
-// make one call of memcpy for a whole vector and a part of one.
+// The first bytes of a vector; the others are 0. These are separate functions, because the compiler would otherwise use
+// one call of memcpy for whole and partial vectors.
 template <typename Vector>
 [[gnu::noinline]] Vector load_part(const void* source, size_t bytes) {
     Vector result{};
@@ -62,11 +62,11 @@ template <typename Vector>
 
 // 2^x for x in [-127, 127], within 2e-7 of it; 0 at -127, next to 0 below -126, NaN where x is NaN.
 //
-// Adding a large constant rounds x to a whole number, or to eighths, that are then found in the sum's low bits. 2^f of
-// the rest f is a polynomial, the one of least relative error that is exact at 0.
+// Adding a large constant rounds x to a whole number, or to eighths, which are then in the low bits of the sum. 2^f of
+// the remainder f is a polynomial: the one with the smallest relative error that is exact at 0.
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
-// Of 16 lanes an index has 4 bits: the table stands there twice.
+// With 16 lanes, an index has 4 bits, so the table is needed twice.
 [[gnu::always_inline]] inline IntVec look_up_eighth(const int32_t (&table)[8], IntVec index) {
     const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
     return reinterpret_cast<IntVec>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(index), twice));
@@ -78,7 +78,7 @@ template <typename Vector>
 }
 #endif
 
-// The bits of 2^(j / 8) for j = 0, ..., 7, less j << 20.
+// The bits of 2^(j / 8) for j = 0, ..., 7, minus j << 20.
 constexpr int32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                                  0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 
@@ -86,8 +86,8 @@ constexpr int32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
     constexpr float kRound = 1.5f * (1 << 20);
     const Vec rounded = x + kRound;
     const Vec f = x - (rounded - kRound);
-    // n eighths are n >> 3 for the exponent and 2^((n & 7) / 8) for the fraction: n << 20 has the first where the
-    // exponent is, and spills the second into the fraction, which the table takes back.
+    // Of n eighths, n >> 3 belongs to the exponent, and 2^((n & 7) / 8) is the fraction. n << 20 has the former in the
+    // place of the exponent, and n & 7 at the start of the fraction, which the table cancels.
     const IntVec eighths = reinterpret_cast<IntVec>(rounded);
     const IntVec scale_bits = (eighths << 20) + look_up_eighth(kEighths, eighths);
     Vec power = f * 5.5496221798587306e-2f + 0.24025762982923016f;
@@ -97,7 +97,7 @@ constexpr int32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
 }
 #else
 [[gnu::always_inline]] inline Vec exp2_in_range(Vec x) {
-    // With the exponent's bias added too, the low bits only have to be shifted to become 2^n, and n = -127 becomes 0.
+    // With the exponent's bias added as well, the low bits only have to be shifted to become 2^n; n = -127 becomes 0.
     constexpr float kRound = 1.5f * (1 << 23) + 127.0f;
     const Vec rounded = x + kRound;
     const Vec f = x - (rounded - kRound);
@@ -113,8 +113,10 @@ constexpr int32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// 0 below 2^-126, and never more than 2^127.
-[[gnu::always_inline]] inline Vec exp(Vec x) { return exp2_in_range(minimum(broadcast(127.0f), maximum(broadcast(-127.0f), x * kLog2E))); }
+// 0 if the result would be below 2^-126; never more than 2^127.
+[[gnu::always_inline]] inline Vec exp(Vec x) {
+    return exp2_in_range(minimum(broadcast(127.0f), maximum(broadcast(-127.0f), x * kLog2E)));
+}
 
 // log(1 + y) for y in [0, 1]: 2 artanh(s) with s = y / (2 + y) <= 1/3, which keeps all digits of a small y.
 [[gnu::always_inline]] inline Vec log1p(Vec y) {
@@ -154,7 +156,7 @@ template <int... lanes>
 #endif
 }
 
-// The lane, of the pair (a, b), that add_halves takes as summand `half` (0 or 1) of `lane`.
+// The lane of the pair (a, b) that is summand `half` (0 or 1) of `lane` in add_halves.
 constexpr int half_lane(int lane, int group, int half) {
     const int start = lane / group * group, rest = lane % group;
     return start + half * (group / 2) + (rest < group / 2 ? rest : kLanes - group / 2 + rest);
