@@ -15,7 +15,7 @@ from hf_vssm_prune.commands import demo
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     small_batches = partial(demo.OptimizationArguments, per_device_train_batch_size=8)
     monkeypatch.setattr(demo, "OptimizationArguments", small_batches)
-    short = ["--max_train_samples", "8", "--max_eval_samples", "12", "--epochs", "1"]
+    short = ["--max_train_samples", "8", "--max_eval_samples", "10", "--epochs", "1"]
     assert load_script("demo").main(["--output_dir", str(tmp_path), *short]) == 0
     printed = capsys.readouterr().out
     rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")]

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
     say("Saving the pruned model, and loading it in a new process")
     output.mkdir(parents=True, exist_ok=True)
-    shown = torch.stack([images[index]["pixel_values"] for index in range(0, 12, 2)])
+    shown = torch.stack([images[index]["pixel_values"] for index in range(min(12, len(images)))[::2]])
     picture = output / "kept_tokens.png"
     draw_classification(models[FINETUNED], shown, *image_statistics(image_processor)).save(picture)
     card = model_card(evaluations, picture, shlex.join(command_line()))
