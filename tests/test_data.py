@@ -25,6 +25,7 @@ from hf_vssm_prune.training.data import (
     load_image_stream,
     sources,
 )
+from hf_vssm_prune.training.data.sources import count_parquet_rows
 
 
 IMAGE_PROCESSOR = CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
