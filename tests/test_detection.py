@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,6 +163,9 @@ def test_distillation_does_not_ask_for_the_order_of_queries(kind):
     order = torch.randperm(7)
     student.logits, student.pred_boxes = student.logits[:, order], student.pred_boxes[:, order]
     assert detection_distillation(student, teacher) == pytest.approx(0, abs=1e-5)
+    fewer = SimpleNamespace(logits=student.logits[:, :5], pred_boxes=student.pred_boxes[:, :5])
+    assert detection_distillation(fewer, teacher) == pytest.approx(0, abs=1e-5)
+    assert detection_distillation(teacher, fewer) == pytest.approx(0, abs=1e-5)
     student.logits = (student.logits + torch.randn_like(student.logits)).requires_grad_()
     student.pred_boxes = (student.pred_boxes * 0.9).requires_grad_()
     loss = detection_distillation(student, teacher, temperature=2.0)

@@ -36,7 +36,7 @@ from hf_vssm_prune.training.arguments import (
     TeacherArguments,
     parse_arguments,
 )
-from hf_vssm_prune.training.recipes import read_recipe
+from hf_vssm_prune.training.recipes import insert_recipe, read_recipe
 from hf_vssm_prune.training.tasks import TaskArguments, choose_task
 
 
@@ -387,6 +387,15 @@ def test_a_recipe_is_found_by_its_name_anywhere(tmp_path, monkeypatch):
         read_recipe("few_image")
     (tmp_path / "few_images").write_text("seed: 5\n")
     assert read_recipe("few_images") == {"seed": 5}, "a file of the user's is taken first"
+
+
+def test_a_checkpoint_takes_the_place_of_a_recipes_new_model():
+    recipe = read_recipe("plainmamba_imagenette_80")
+    words = insert_recipe(["--recipe", "plainmamba_imagenette_80", "--model_name_or_path", "m"], recipe)
+    aside = {"family", "preset", "patch_size", "config_overrides"}
+    assert {word.removeprefix("--") for word in words if word.startswith("--")} == {*recipe} - aside | {
+        "model_name_or_path"
+    }
 
 
 @pytest.mark.parametrize(
