@@ -114,12 +114,12 @@ def check_output_dir(run: RunArguments) -> None:
         FileNotFoundError: the checkpoint to resume from does not exist.
     """
     output_dir = Path(run.output_dir)
-    _restore_replaced(output_dir)
     existing = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"--output_dir {output_dir}: {existing} is a file.")
     if not os.access(existing, os.W_OK):
         raise PermissionError(f"--output_dir {output_dir}: no permission to write to {existing}.")
+    _restore_replaced(output_dir)
     if run.resume is not None:
         find_resumed(output_dir, run.resume)
     elif found := find_checkpoints(output_dir):

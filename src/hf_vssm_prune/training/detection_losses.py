@@ -64,9 +64,9 @@ def detection_distillation(student: Any, teacher: Any, temperature: float = 1.0)
     """The distance between the detections of two models, averaged over the batch. No gradient flows into the teacher.
 
     Queries have no common order, so those of student and teacher are matched one to one by class and box, as
-    predictions are matched to labels. If one has more queries, those without a partner do not count. Classes are compared by T² KL of each class's probability, and boxes by L1 and
-    GIoU. Each query is weighted by the teacher's confidence in it, and each image contributes the weighted mean of its
-    queries.
+    predictions are matched to labels. If one has more queries, those without a partner do not count. Classes are
+    compared by T² KL of each class's probability, and boxes by L1 and GIoU. Each query is weighted by the teacher's
+    confidence in it, and each image contributes the weighted mean of its queries.
 
     Args:
         student, teacher: outputs with `logits` and `pred_boxes`, with the same number of classes.
