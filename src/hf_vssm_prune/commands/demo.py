@@ -62,6 +62,15 @@ FINETUNINGS: dict[str, dict[str, Any]] = {"top, aligned, fine-tuned": PAPERS, FI
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = make_parser(prog).parse_args(arguments)
+    try:
+        return prune_example(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def prune_example(options: argparse.Namespace) -> int:
+    """Runs the demo and returns the exit status: 1 if the saved model gives other predictions."""
     start = time.perf_counter()
     output = Path(options.output_dir)
     dataset, _ = load_evaluation_dataset(DATASET, max_samples=options.max_eval_samples)

@@ -24,6 +24,7 @@ from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.flops_of_heads import count_flops
+from hf_vssm_prune.hub.saving import CONFIG
 from hf_vssm_prune.training.arguments import ElasticArguments, OptimizationArguments, RunArguments, ScaleArguments
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
 from hf_vssm_prune.training.checkpoints import (
@@ -294,9 +295,10 @@ class Trainer:
                 f"The processes would resume after different numbers of steps ({sorted(set(steps))}): copy the newest "
                 f"checkpoint to {self.output_dir} on each host."
             )
-        has_best, *_ = of_all_processes(self.accelerator, (self.output_dir / "best").is_dir())
+        has_best, *_ = of_all_processes(self.accelerator, (self.output_dir / "best" / CONFIG).is_file())
         if not has_best:
-            # The checkpoint was copied from another folder, without the best model so far.
+            # The checkpoint was copied from another folder, without the best model so far, or the run was killed while
+            # it replaced that model.
             self.state.best = {}
 
     def _describe(self) -> None:
