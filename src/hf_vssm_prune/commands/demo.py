@@ -117,8 +117,8 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_train_epochs", "--epochs", type=int, default=2, help="epochs of fine-tuning (default: %(default)s)"
     )
-    parser.add_argument("--max_train_samples", type=int, help="maximum number of training images")
-    parser.add_argument("--max_eval_samples", type=int, help="maximum number of evaluation images")
+    parser.add_argument("--max_train_samples", type=int, help="number of training images (default: all)")
+    parser.add_argument("--max_eval_samples", type=int, help="number of evaluation images (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     return parser
 

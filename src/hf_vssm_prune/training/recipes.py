@@ -23,6 +23,7 @@ SET_ASIDE = {
     "no_random_crop": ["random_crop_padding"],
     "random_crop_padding": ["no_random_crop"],
     "prune_method": ["prune_alignment", "importance"],
+    "window": ["window_stride"],
     "model_name_or_path": ["family", "preset", "patch_size", "config_overrides", "image_mean", "image_std", "crop_pct"],
     "family": ["model_name_or_path"],
 }
