@@ -83,7 +83,8 @@ def load_pair_folder(folder: Path) -> DatasetDict:
         logger.warning("%d masks in '%s' have no image; the first is '%s'.", len(idle), folder, idle[0])
     splits: dict[str, list[tuple[Path, Path]]] = {}
     for image in images:
-        splits.setdefault(image.split, []).append((image.path, *partners[image.path]))
+        (mask,) = partners[image.path]
+        splits.setdefault(image.split, []).append((image.path, mask))
     features = Features({"image": Image(decode=False), "mask": Image(decode=False)})
     return DatasetDict(
         {
