@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from conftest import IMPORTED_WITH, PATIENCE, SCRIPTS, STARTED_WITH, load_script
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import PreTrainedConfig, UperNetConfig
 
 import hf_vssm_prune
 from hf_vssm_prune import EXAMPLE_MODEL, VideoMambaConfig, VimConfig, commands
 from hf_vssm_prune.__main__ import main
-from hf_vssm_prune.commands import REPOSITORY_SCRIPTS, VERBS, command_line, make_parser_of
+from hf_vssm_prune.commands import REPOSITORY_SCRIPTS, VERBS, command_line, make_parser_of, reopen
 from hf_vssm_prune.environment import PATIENT_THREADS, WAITING, is_command, let_threads_wait
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.training.arguments import FinetuneArguments
@@ -335,6 +335,15 @@ def test_finetune_card_push_and_reopen(photo, tmp_path, capsys):
     (tmp_path / "card.yaml").write_text("name: a-new-name\n")
     assert main(["write_card", folder, str(tmp_path / "card.yaml")]) == 0
     assert "a-new-name" in (tmp_path / "run" / "best" / "README.md").read_text()
+
+
+def test_images_are_reopened_upright(photo, tmp_path):
+    image = Image.open(photo)
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    first, second = reopen.classify(str(EXAMPLE_MODEL), [photo, str(tmp_path / "turned.png")])["logits"]
+    assert first == pytest.approx(second, abs=1e-5)
 
 
 def save_config(config: PreTrainedConfig, folder: Path) -> str:

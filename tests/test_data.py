@@ -25,6 +25,7 @@ from hf_vssm_prune.training.data import (
     load_image_stream,
     sources,
 )
+from hf_vssm_prune.training.data.sources import count_parquet_rows
 
 
 IMAGE_PROCESSOR = CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
@@ -88,6 +89,7 @@ def test_the_packaged_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert batch["pixel_values"].shape == (2, 3, 16, 16)
     write_class_folders(tmp_path / "trashnet", {"mine": 20, "yours": 20})
     assert load_image_dataset("trashnet").label_names == ["mine", "yours"]
+    assert count_parquet_rows("trashnet", "train") is None
 
 
 def test_class_folders(tmp_path: Path):
@@ -323,6 +325,7 @@ def test_hidden_files_are_no_photos(tmp_path: Path):
         (tmp_path / "cat" / name).write_text("no image")
     (tmp_path / "cat" / "folder.png").mkdir()
     (tmp_path / "cat" / "clip.mpg").write_text("no image")
+    (tmp_path / "._train.csv").write_text("no table")
     datasets = load_image_dataset(tmp_path, validation_share=0.25)
     assert len(datasets.train) + len(datasets.evaluation) == 9
 

@@ -12,10 +12,16 @@ from test_training import fresh_accelerator  # noqa: F401
 from hf_vssm_prune.commands import demo
 
 
+def test_wrong_numbers_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert demo.main(["--output_dir", str(tmp_path), "--max_eval_samples", "1000"]) == 1
+    error = "error: max_samples is 1000: it must be from 1 to 488, the number of images.\n"
+    assert capsys.readouterr().err.endswith(error)
+
+
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     small_batches = partial(demo.OptimizationArguments, per_device_train_batch_size=8)
     monkeypatch.setattr(demo, "OptimizationArguments", small_batches)
-    short = ["--max_train_samples", "8", "--max_eval_samples", "12", "--epochs", "1"]
+    short = ["--max_train_samples", "8", "--max_eval_samples", "10", "--epochs", "1"]
     assert load_script("demo").main(["--output_dir", str(tmp_path), *short]) == 0
     printed = capsys.readouterr().out
     rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")]

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from hf_vssm_prune.pruned_heads import backbone_of
 from hf_vssm_prune.training import dense_models
 from hf_vssm_prune.training.detection_losses import detection_distillation, generalized_overlap, predictions_of
 from hf_vssm_prune.training.detection_models import DetectionHead, DetectionModels, detection_processor
+from hf_vssm_prune.training.optimization import parameter_groups
 from hf_vssm_prune.training.segmentation_models import SegmentationModels
 from hf_vssm_prune.training.tasks.object_detection import DetectionArguments, ObjectDetection
 from hf_vssm_prune.visualization_of_heads import visualize_dense
@@ -68,6 +70,18 @@ def test_a_new_head_learns_from_boxes_and_from_none(kind, family):
         idle = [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None]
         assert all("denoising" in name for name in idle)  # with boxes to restore these learn, too
         assert not (idle and any(counts))
+
+
+def test_layer_decay_is_for_the_backbone(kind):
+    """An encoder and a decoder have layers of their own."""
+    model = make_models(kind).from_config(make_vim_config(**IMAGES, patch_stride=None))
+    names = {id(each): name for name, each in model.named_parameters()}
+    groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.0, layer_decay=0.5)
+    rates = {names[id(each)]: group["lr"] for group in groups for each in group["params"]}
+    lowered = {name: rate for name, rate in rates.items() if rate < 1}
+    assert all(".embeddings." in name or ".layers." in name for name in lowered)
+    assert {rate for name, rate in lowered.items() if ".layers.0." in name} == {0.5**4}
+    assert all(rate == 1 for name, rate in rates.items() if "backbone" not in name)
 
 
 def test_a_small_image_has_as_many_queries_as_cells():
@@ -149,6 +163,9 @@ def test_distillation_does_not_ask_for_the_order_of_queries(kind):
     order = torch.randperm(7)
     student.logits, student.pred_boxes = student.logits[:, order], student.pred_boxes[:, order]
     assert detection_distillation(student, teacher) == pytest.approx(0, abs=1e-5)
+    fewer = SimpleNamespace(logits=student.logits[:, :5], pred_boxes=student.pred_boxes[:, :5])
+    assert detection_distillation(fewer, teacher) == pytest.approx(0, abs=1e-5)
+    assert detection_distillation(teacher, fewer) == pytest.approx(0, abs=1e-5)
     student.logits = (student.logits + torch.randn_like(student.logits)).requires_grad_()
     student.pred_boxes = (student.pred_boxes * 0.9).requires_grad_()
     loss = detection_distillation(student, teacher, temperature=2.0)

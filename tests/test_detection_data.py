@@ -80,6 +80,17 @@ def test_folders_of_cocos_form(layout, tmp_path):
         assert all(split in row["image"]["path"] for row in side.rows)
 
 
+def test_files_that_number_categories_differently_are_compared_by_name(tmp_path):
+    for split, names in (("train", ("ball", "cube")), ("val", ("cube", "ball"))):
+        for name in range(3):
+            write_image(tmp_path / split / f"{name}.jpg")
+        content = coco([{"image_id": 10, "category_id": 7 * (1 + i), "bbox": BOX} for i in (0, 1)], names)
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    datasets = load(tmp_path)
+    assert datasets.label_names == ["ball", "cube"]
+    assert [part.rows[0]["labels"] for part in (datasets.train, datasets.evaluation)] == [[0, 1], [1, 0]]
+
+
 @pytest.mark.parametrize(
     ("annotation", "message"),
     [
@@ -150,6 +161,20 @@ def test_folders_of_pascal_vocs_form(listed, tmp_path):
     assert row["image"]["path"].endswith("3.jpg")
 
 
+def test_lists_of_several_years_are_read_together(tmp_path):
+    for year, name in (("VOC2007", "7"), ("VOC2012", "12")):
+        for split in ("train", "val"):
+            stem = f"{name}_{split}"
+            write_image(tmp_path / year / "JPEGImages" / f"{stem}.jpg")
+            write_voc(tmp_path / year / "Annotations" / f"{stem}.xml", f"{stem}.jpg", [("dog", (1, 1, 20, 10), 0)])
+            lists = tmp_path / year / "ImageSets" / "Main"
+            lists.mkdir(parents=True, exist_ok=True)
+            (lists / f"{split}.txt").write_text(f"{stem}\n")
+    datasets = load(tmp_path)
+    assert [Path(row["image"]["path"]).stem for row in datasets.train.rows] == ["7_train", "12_train"]
+    assert [Path(row["image"]["path"]).stem for row in datasets.evaluation.rows] == ["7_val", "12_val"]
+
+
 # Tables
 
 
@@ -175,6 +200,14 @@ def test_objects_as_dicts_of_lists_and_as_lists_of_dicts(tmp_path):
         write_table(tmp_path / "other" / f"{split}.parquet", written, features)
     row = load(tmp_path / "other").evaluation.rows[0]
     assert (row["boxes"], row["labels"], row["crowd"]) == ([[1, 2, 3, 4]] * 2, [1, 0], [True, False])
+
+
+def test_a_stream_has_as_many_images_as_are_asked_for(tmp_path):
+    for split in ("train", "test"):
+        write_table(tmp_path / f"{split}.parquet", [{"bbox": [BOX], "category": [1]}] * 3)
+    assert len(load(tmp_path, streaming=True, max_train_samples=2).train) == 2
+    with pytest.raises(ValueError, match="max_train_samples is 4: split 'train' has 3 images"):
+        load(tmp_path, streaming=True, max_train_samples=4)
 
 
 def test_corners_and_names_from_a_file(tmp_path):

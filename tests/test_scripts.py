@@ -36,7 +36,7 @@ from hf_vssm_prune.training.arguments import (
     TeacherArguments,
     parse_arguments,
 )
-from hf_vssm_prune.training.recipes import read_recipe
+from hf_vssm_prune.training.recipes import insert_recipe, read_recipe
 from hf_vssm_prune.training.tasks import TaskArguments, choose_task
 
 
@@ -321,6 +321,7 @@ EVALUATE = ["--dataset_name", "d", "--model_name_or_path", "m"]
         ("finetune", [*FINETUNE, "--clip_grad", "nan"], "--clip_grad is nan"),
         ("finetune", [*FINETUNE, "--mixed_precision", "int8"], "invalid choice: 'int8'"),
         ("finetune", [*FINETUNE, "--checkpointing_steps", "often"], "--checkpointing_steps is 'often'"),
+        ("finetune", [*FINETUNE, "--seed", str(2**32)], "--seed is 4294967296: it must be from 0 to 4294967295"),
         ("finetune", [*FINETUNE, "--push_to_hub"], "--push_to_hub needs --hub_model_id"),
         ("finetune", [*FINETUNE, "--train_val_split", "1"], "--train_val_split is 1.0"),
         ("finetune", [*FINETUNE, "--max_train_samples", "0"], "--max_train_samples is 0"),
@@ -336,6 +337,7 @@ EVALUATE = ["--dataset_name", "d", "--model_name_or_path", "m"]
         ("train", [*CONTINUE, "--config_overrides", "hidden_size=8"], "--config_overrides is for a new model"),
         ("train", [*CONTINUE, "--image_mean", "0", "0", "0"], "--image_mean is for a new model"),
         ("estimate", [*CONTINUE[4:], "--crop_pct", "1"], "--crop_pct is for a new model"),
+        ("evaluate", [*EVALUATE, "--seed", "-1"], "--seed is -1"),
         ("evaluate", [*EVALUATE, "--json", "/nowhere/out.json"], "does not exist"),
         ("evaluate", [*EVALUATE, "--dtype", "bfloat16", "--mixed_precision", "bf16"], "give only one of them"),
     ],
@@ -378,10 +380,22 @@ def test_recipes_say_what_they_set(recipe):
 def test_a_recipe_is_found_by_its_name_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_recipe("few_images") == read_recipe(RECIPES / "few_images.yaml")
+    (tmp_path / "few_images").mkdir()
+    assert read_recipe("few_images") == read_recipe(RECIPES / "few_images.yaml"), "a folder is no recipe"
+    (tmp_path / "few_images").rmdir()
     with pytest.raises(ValueError, match=r"neither a file nor one of the package's recipes: .*few_images"):
         read_recipe("few_image")
     (tmp_path / "few_images").write_text("seed: 5\n")
     assert read_recipe("few_images") == {"seed": 5}, "a file of the user's is taken first"
+
+
+def test_a_checkpoint_takes_the_place_of_a_recipes_new_model():
+    recipe = read_recipe("plainmamba_imagenette_80")
+    words = insert_recipe(["--recipe", "plainmamba_imagenette_80", "--model_name_or_path", "m"], recipe)
+    aside = {"family", "preset", "patch_size", "config_overrides"}
+    assert {word.removeprefix("--") for word in words if word.startswith("--")} == {*recipe} - aside | {
+        "model_name_or_path"
+    }
 
 
 @pytest.mark.parametrize(
@@ -392,6 +406,7 @@ def test_a_recipe_is_found_by_its_name_anywhere(tmp_path, monkeypatch):
             ["--flops_reduction", "0.3"],
             {"flops_reduction": 0.3, "keep_ratios": None, "prune_layers": [6, 12, 18], "importance": "clip"},
         ),
+        ("top_plainmamba_l3_imagenet", ["--flops-reduction=0.3"], {"flops_reduction": 0.3, "keep_ratios": None}),
         (
             "top_plainmamba_l3_imagenet",
             ["--prune_method=tome"],

@@ -45,6 +45,8 @@ LAYOUTS = {
     "kinds in splits": ("{split}/images/{name}.png", "{split}/masks/{name}.png"),
     "splits in kinds": ("img_dir/{split}/{name}.jpg", "ann_dir/{split}/{name}.png"),
     "deep": ("leftImg8bit/{split}/ulm/{name}_leftImg8bit.png", "gtFine/{split}/ulm/{name}_gtFine_labelIds.png"),
+    "endings on both sides": ("images/{split}/{name}_l.png", "masks/{split}/{name}_l.png"),
+    "another ending on both sides": ("images/{split}/{name}_img.png", "masks/{split}/{name}_img.png"),
     "beside": ("{split}/{name}.jpg", "{split}/{name}.png"),
     "beside, by name": ("{split}/{name}.png", "{split}/{name}_mask.png"),
 }
@@ -73,6 +75,30 @@ def test_a_part_is_set_apart_where_there_is_no_split(tmp_path):
     rows = [row["row"] for part in (datasets.train, datasets.evaluation) for row in part.rows]
     assert (len(datasets.train), len(datasets.evaluation), sorted(rows)) == (8, 2, list(range(10)))
     assert len(load(tmp_path, max_train_samples=3).train) == 3
+
+
+def test_names_with_and_without_an_ending_are_not_confused(tmp_path):
+    for name in ("a", "a_img", "a_l"):
+        write_pair(tmp_path / "images" / f"{name}.png", tmp_path / "masks" / f"{name}.png")
+    datasets = load(tmp_path)
+    rows = [row for part in (datasets.train, datasets.evaluation) for row in part.rows]
+    assert len(rows) == 3
+    assert all(Path(row["image"]["path"]).name == Path(row["mask"]["path"]).name for row in rows)
+    write_pair(tmp_path / "images" / "b.png", tmp_path / "masks" / "b.png")
+    write_pair(tmp_path / "images" / "b.png", tmp_path / "masks" / "b_mask.png")
+    with pytest.raises(ValueError, match=r"1 of 4 images in '.*' have several masks; the first is '.*b\.png'"):
+        load(tmp_path)
+
+
+def test_a_class_of_images_set_apart_has_a_name(tmp_path):
+    """The image that alone has the highest id is held out for evaluation with one of these seeds."""
+    for i in range(4):
+        write_pair(
+            tmp_path / "images" / f"{i}.png", tmp_path / "masks" / f"{i}.png", ids=(0, 1, 2) if i == 3 else (0, 1)
+        )
+    data = DataArguments(str(tmp_path), dataloader_num_workers=0, train_val_split=0.5)
+    for seed in range(4):
+        assert len(load_segmentation_datasets(data, None, 255, False, seed).label_names) == 3
 
 
 def test_an_image_without_a_mask_is_named(tmp_path):
@@ -143,6 +169,8 @@ def test_streams(tmp_path):
     (tmp_path / "classes.txt").write_text("air\nground\n")
     datasets = load(tmp_path, streaming=True, shuffle_buffer_size=2)
     assert (len(datasets.train), datasets.train.num_labels, len(datasets.evaluation)) == (4, 2, 4)
+    with pytest.raises(ValueError, match="max_train_samples is 5: split 'train' has 4 images"):
+        load(tmp_path, streaming=True, max_train_samples=5)
 
 
 # Masks

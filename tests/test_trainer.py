@@ -200,6 +200,8 @@ def test_wrong_layers_and_budgets_are_refused(tmp_path):
         TokenPruningTrainer(model, arguments(tmp_path), losses=LossWeights(alignment_weight=1, alignment_layers=(9,)))
     with pytest.raises(ValueError, match=r"--elastic_budgets has \[1.5\]"):
         TokenPruningTrainer(model, arguments(tmp_path), elastic_budgets=[1.5])
+    with pytest.raises(ValueError, match="compute_loss_func is not supported"):
+        TokenPruningTrainer(model, arguments(tmp_path), compute_loss_func=torch.nn.functional.cross_entropy)
 
 
 PROGRAM = """

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers import AutoModelForImageClassification
 import hf_vssm_prune
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.model_card import ModelCardInfo
+from hf_vssm_prune.training import loop
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     ElasticArguments,
@@ -42,6 +44,7 @@ from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optim
 from hf_vssm_prune.training.sampling import EpochSampler
 from hf_vssm_prune.training.saved_models import PICTURE
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification, score_predictions
+from hf_vssm_prune.training.tasks.object_detection import DetectionArguments, ObjectDetection
 
 
 CLASSES = ("blue", "green", "red")
@@ -720,6 +723,34 @@ def test_a_checkpoint_is_saved_again_in_its_place(datasets, tmp_path):
     folder = trainer._save_checkpoint()
     assert json.loads((folder / "training_state.json").read_text())["state"]["history"][-1] == {"epoch": 2}
     assert [each.name for each in tmp_path.glob("*checkpoint*")] == ["checkpoint-1"]
+    elsewhere = folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(elsewhere)
+    trainer._save_checkpoint()
+    assert [each.name for each in tmp_path.glob("*checkpoint*")] == ["checkpoint-1"]
+    assert not folder.is_symlink()
+    assert find_resumed(tmp_path, str(elsewhere)) == elsewhere
+
+
+def test_a_run_that_was_killed_while_it_replaced_its_checkpoint_goes_on_from_it(datasets, tmp_path):
+    recipe = make_recipe(tmp_path, max_train_steps=1)
+    make_trainer(make_vim_config(), datasets, recipe).train()
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".replaced-checkpoint-1")
+    recipe.run.resume = "latest"
+    assert make_trainer(make_vim_config(), datasets, recipe).state.steps == 1
+
+
+def test_hosts_without_a_shared_disk_resume_alike(datasets, tmp_path, monkeypatch):
+    """The others have a copy of the checkpoint alone."""
+    recipe = make_recipe(tmp_path, max_train_steps=1)
+    best = make_trainer(make_vim_config(), datasets, recipe).train()["best"]
+    (tmp_path / "best" / "config.json").unlink()
+    recipe.run.resume = "latest"
+    assert make_trainer(make_vim_config(), datasets, recipe).state.best == {}
+    monkeypatch.setattr(loop, "of_all_processes", lambda accelerator, value: [1, int(value)])
+    assert make_trainer(make_vim_config(), datasets, recipe).state.best == best
+    monkeypatch.setattr(loop, "of_all_processes", lambda accelerator, value: [0, int(value)])
+    with pytest.raises(ValueError, match=r"resume after different numbers of steps \(\[0, 1\]\): copy the newest"):
+        make_trainer(make_vim_config(), datasets, recipe)
 
 
 def test_a_run_with_other_settings_is_not_continued(datasets, tmp_path):
@@ -766,3 +797,17 @@ def test_a_card_names_a_base_model_of_the_hub_only() -> None:
     for base_model, on_card in (("someone/dense", "someone/dense"), ("plainmamba_trashnet", None), (".", None)):
         write = card_writer(DataArguments(dataset_name="someone/data"), recipe, base_model, pruned=False)
         assert write({"top1": 0.5, "top5": 1.0}, 10).base_model == on_card
+
+
+@pytest.mark.parametrize(("name", "on_card"), [("someone/data", ["someone/data"]), ("trashnet", []), (".", [])])
+def test_a_card_names_data_of_the_hub_only_and_no_folder_of_this_machine(name, on_card, monkeypatch) -> None:
+    words = ["hf-vssm-prune", "train", "--label_file", "/home/me/names.json", "--output_dir=/home/me/a=b"]
+    monkeypatch.setattr(sys, "argv", words)
+    task = ObjectDetection(DetectionArguments(label_file="/home/me/names.json"))
+    recipe = Recipe(OptimizationArguments(), task, RunArguments(output_dir="runs/model"))
+    metrics = dict.fromkeys(task.shown_metrics, 0.5)
+    card = card_writer(DataArguments(dataset_name=name), recipe, None, pruned=False)(metrics, 10)
+    assert card.evaluation.dataset_name
+    assert card.datasets == on_card
+    assert card.training.hyperparameters["label_file"] == "names.json"
+    assert card.training.command == "hf-vssm-prune train --label_file names.json --output_dir=a=b"

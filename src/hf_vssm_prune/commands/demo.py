@@ -62,6 +62,15 @@ FINETUNINGS: dict[str, dict[str, Any]] = {"top, aligned, fine-tuned": PAPERS, FI
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = make_parser(prog).parse_args(arguments)
+    try:
+        return prune_example(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def prune_example(options: argparse.Namespace) -> int:
+    """Runs the demo and returns the exit status: 1 if the saved model gives other predictions."""
     start = time.perf_counter()
     output = Path(options.output_dir)
     dataset, _ = load_evaluation_dataset(DATASET, max_samples=options.max_eval_samples)
@@ -82,7 +91,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
     say("Saving the pruned model, and loading it in a new process")
     output.mkdir(parents=True, exist_ok=True)
-    shown = torch.stack([images[index]["pixel_values"] for index in range(0, 12, 2)])
+    shown = torch.stack([images[index]["pixel_values"] for index in range(min(12, len(images)))[::2]])
     picture = output / "kept_tokens.png"
     draw_classification(models[FINETUNED], shown, *image_statistics(image_processor)).save(picture)
     card = model_card(evaluations, picture, shlex.join(command_line()))
@@ -108,8 +117,8 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_train_epochs", "--epochs", type=int, default=2, help="epochs of fine-tuning (default: %(default)s)"
     )
-    parser.add_argument("--max_train_samples", type=int, help="maximum number of training images")
-    parser.add_argument("--max_eval_samples", type=int, help="maximum number of evaluation images")
+    parser.add_argument("--max_train_samples", type=int, help="number of training images (default: all)")
+    parser.add_argument("--max_eval_samples", type=int, help="number of evaluation images (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     return parser
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_vssm_prune.commands.parsing import command_parser
@@ -49,7 +49,9 @@ def classify(name: str, files: Sequence[str]) -> dict[str, list[Any]]:
     name = packaged_model(name)
     image_processor = AutoImageProcessor.from_pretrained(name)
     model = AutoModelForImageClassification.from_pretrained(name).eval()
-    inputs = image_processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")
+    # Upright, as the pipeline sees them.
+    images = [ImageOps.exif_transpose(Image.open(file)).convert("RGB") for file in files]
+    inputs = image_processor(images, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
     by_pipeline = pipeline("image-classification", model=name, top_k=1)(list(files))

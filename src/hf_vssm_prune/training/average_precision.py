@@ -31,7 +31,8 @@ def coco() -> Any:
 def average_precision(
     detections: Sequence[np.ndarray], objects: Sequence[np.ndarray], num_labels: int
 ) -> dict[str, float]:
-    """COCO's metrics by name, from 0 to 1. Metrics for object sizes that do not occur are left out.
+    """COCO's metrics by name, from 0 to 1. Metrics for object sizes that do not occur are left out. An object's size is
+    the area of its box; in COCO's own evaluation, it is that of its mask.
 
     Args:
         detections: for each image, (n, 6): left, top, right and bottom in pixels, score, class id.

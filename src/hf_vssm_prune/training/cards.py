@@ -9,6 +9,7 @@ from hf_vssm_prune.hub.loading import packaged_model
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.training.arguments import DataArguments
 from hf_vssm_prune.training.data.paths import local_path
+from hf_vssm_prune.training.data.sources import PACKAGED_NAMES
 from hf_vssm_prune.training.loop import Recipe
 from hf_vssm_prune.training.saved_models import WriteCard
 
@@ -22,11 +23,15 @@ def card_writer(data: DataArguments, recipe: Recipe, base_model: str | None, pru
         options |= asdict(recipe.losses)
     training = TrainingRecipe(
         command=shlex.join(map(_without_folders, command_line())),
-        hyperparameters={name: value for name, value in options.items() if value is not None},
+        hyperparameters={
+            name: _without_folders(value) if isinstance(value, str) else value
+            for name, value in options.items()
+            if value is not None
+        },
     )
-    # The card's metadata links to the Hub, so local folders and the package's own model are left out.
-    dataset_on_hub = not local_path(data.dataset_name).exists()
-    dataset_name = data.dataset_name if dataset_on_hub else Path(data.dataset_name).name
+    # The card's metadata links to the Hub, so local folders and the package's own data and model are left out.
+    dataset_on_hub = not local_path(data.dataset_name).exists() and data.dataset_name not in PACKAGED_NAMES
+    dataset_name = data.dataset_name if dataset_on_hub else Path(data.dataset_name).absolute().name
     if base_model is not None and local_path(packaged_model(base_model)).exists():
         base_model = None
 
@@ -46,7 +51,8 @@ def card_writer(data: DataArguments, recipe: Recipe, base_model: str | None, pru
 
 
 def _without_folders(word: str) -> str:
-    """A word of the command line; absolute paths are reduced to the file name, because cards are published."""
-    option, equals, value = word.rpartition("=")
+    """A word of the command line or an option's value; absolute paths are reduced to the file name, because cards are
+    published."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     path = local_path(value)
     return f"{option}{equals}{path.name}" if path.is_absolute() else word

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from hf_vssm_prune.training.ema import ExponentialMovingAverage
 
 RESULTS = "all_results.json"  # written at the end of a run
 STATE, MODEL, EMA, OPTIMIZER = "training_state.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+UNFINISHED, REPLACED = ".unfinished-", ".replaced-"  # prefixes of folders that are being written or moved
 # These only change the random numbers for mixup, CutMix and drop path, which each process draws for its own batch.
 SPREAD = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 # Checkpoints of version 0.1 called this "updates"; they have no task, because there was only one.
@@ -118,6 +119,7 @@ def check_output_dir(run: RunArguments) -> None:
         raise NotADirectoryError(f"--output_dir {output_dir}: {existing} is a file.")
     if not os.access(existing, os.W_OK):
         raise PermissionError(f"--output_dir {output_dir}: no permission to write to {existing}.")
+    _restore_replaced(output_dir)
     if run.resume is not None:
         find_resumed(output_dir, run.resume)
     elif found := find_checkpoints(output_dir):
@@ -127,12 +129,29 @@ def check_output_dir(run: RunArguments) -> None:
         )
 
 
+def _restore_replaced(output_dir: Path) -> None:
+    """Moves back the checkpoint that a killed run had moved away, but not yet replaced."""
+    for replaced in output_dir.glob(f"{REPLACED}*"):
+        folder = output_dir / replaced.name.removeprefix(REPLACED)
+        if not folder.exists():
+            with suppress(FileNotFoundError):  # another process of the run was faster
+                replaced.rename(folder)
+
+
 def remove_unfinished(output_dir: Path) -> None:
     """Removes what a killed run was writing or replacing: a checkpoint, or a model that `save_for_hub` had not yet
     moved into place."""
-    for pattern in (".unfinished-*", ".replaced-*", ".saving-*", "*/.saving-*"):
+    for pattern in (f"{UNFINISHED}*", f"{REPLACED}*", ".saving-*", "*/.saving-*"):
         for folder in output_dir.glob(pattern):
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, or a link to one."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)
@@ -167,7 +186,7 @@ def save_checkpoint(
         OSError: it cannot be written; earlier checkpoints are unchanged.
     """
     folder = output_dir / f"checkpoint-{state.steps}"
-    unfinished = output_dir / f".unfinished-{folder.name}"
+    unfinished = output_dir / f"{UNFINISHED}{folder.name}"
     files = {MODEL: whole_model_state(parts.model)}
     if parts.ema is not None:
         files[EMA] = whole_model_state(parts.ema.model)
@@ -190,19 +209,19 @@ def save_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"The checkpoint could not be saved to {folder}: {error}") from error
         for old in find_checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     accelerator.wait_for_everyone()
     return folder
 
 
 def _replace_folder(folder: Path, by: Path) -> None:
     """Moves another folder into a folder's place, and only then removes the old one."""
-    replaced = folder.with_name(f".replaced-{folder.name}")
+    replaced = folder.with_name(f"{REPLACED}{folder.name}")
     if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
     by.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        _remove(replaced)
 
 
 def load_checkpoint(

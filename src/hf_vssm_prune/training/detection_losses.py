@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -63,33 +64,37 @@ def detection_distillation(student: Any, teacher: Any, temperature: float = 1.0)
     """The distance between the detections of two models, averaged over the batch. No gradient flows into the teacher.
 
     Queries have no common order, so those of student and teacher are matched one to one by class and box, as
-    predictions are matched to labels. Classes are compared by T² KL of each class's probability, and boxes by L1 and
-    GIoU. Each query is weighted by the teacher's confidence in it, and each image contributes the weighted mean of its
-    queries.
+    predictions are matched to labels. If one has more queries, those without a partner do not count. Classes are
+    compared by T² KL of each class's probability, and boxes by L1 and GIoU. Each query is weighted by the teacher's
+    confidence in it, and each image contributes the weighted mean of its queries.
 
     Args:
-        student, teacher: outputs with `logits` and `pred_boxes`, with the same numbers of queries and classes.
+        student, teacher: outputs with `logits` and `pred_boxes`, with the same number of classes.
         temperature: T > 0.
     """
     logits, boxes = map(at_least_float32, predictions_of(student))
     own_logits, own_boxes = (at_least_float32(each.detach()) for each in predictions_of(teacher))
     images = []
     for index in range(len(logits)):
-        order = _match(logits[index].detach(), boxes[index].detach(), own_logits[index], own_boxes[index])
+        own, order = _match(logits[index].detach(), boxes[index].detach(), own_logits[index], own_boxes[index])
         images.append(
-            _distance(logits[index][order], boxes[index][order], own_logits[index], own_boxes[index], temperature)
+            _distance(
+                *(logits[index][order], boxes[index][order]),
+                *(own_logits[index][own], own_boxes[index][own]),
+                temperature,
+            )
         )
     return torch.stack(images).mean()
 
 
 def _match(logits: Tensor, boxes: Tensor, own_logits: Tensor, own_boxes: Tensor) -> Tensor:
-    """The index of a student query for each of the teacher's queries."""
+    """Indices (2, matches) of the teacher's queries, ascending, and of the student's queries that match them."""
     from scipy.optimize import linear_sum_assignment  # installed only with the training extra
 
     classes = torch.cdist(own_logits.sigmoid(), logits.sigmoid(), p=1)
     cost = CLASS_WEIGHT * classes + BOX_WEIGHT * torch.cdist(own_boxes, boxes, p=1)
     finite = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=1e6)
-    return torch.as_tensor(linear_sum_assignment(finite.cpu().numpy())[1], device=logits.device)
+    return torch.as_tensor(np.stack(linear_sum_assignment(finite.cpu().numpy())), device=logits.device)
 
 
 def _distance(logits: Tensor, boxes: Tensor, own_logits: Tensor, own_boxes: Tensor, temperature: float) -> Tensor:

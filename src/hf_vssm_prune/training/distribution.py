@@ -177,6 +177,11 @@ def load_whole_optimizer_state(
     set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=options)
 
 
+def of_all_processes(accelerator: Accelerator, value: int) -> list[int]:
+    """A whole number of each process, that of the main process first. All processes call it."""
+    return accelerator.gather(torch.tensor([int(value)], device=accelerator.device)).tolist()
+
+
 def share_buffers(model: nn.Module) -> None:
     """Copies the main process's buffers to all processes: each process has batch norm statistics of its own images."""
     if torch.distributed.is_initialized():

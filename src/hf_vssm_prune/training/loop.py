@@ -24,6 +24,7 @@ from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.flops_of_heads import count_flops
+from hf_vssm_prune.hub.saving import CONFIG
 from hf_vssm_prune.training.arguments import ElasticArguments, OptimizationArguments, RunArguments, ScaleArguments
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
 from hf_vssm_prune.training.checkpoints import (
@@ -45,6 +46,7 @@ from hf_vssm_prune.training.distribution import (
     choose_deterministic_algorithms,
     lost_processes_named,
     make_accelerator,
+    of_all_processes,
     shard_by_layers,
     share_buffers,
     spread_frozen,
@@ -274,12 +276,30 @@ class Trainer:
                     "Each step has the same images as before, but drop path and the mixing of images use other random "
                     f"numbers: {differing}."
                 )
-            if not (self.output_dir / "best").is_dir():
-                # The checkpoint was copied from another folder, without the best model so far.
-                self.state.best = {}
             self.log.write(f"Resuming from {folder}, after {self.state.steps} steps.")
         elif resume is not None:
             self.log.write(f"No checkpoint in {self.output_dir} yet: starting a new run.")
+        if resume is not None:
+            self._agree_on_progress()
+
+    def _agree_on_progress(self) -> None:
+        """Makes sure that all processes resume at the same place. On hosts that do not share a disk, each has its own
+        copy of the checkpoint, and only the first has the best model so far.
+
+        Raises:
+            ValueError: they do not.
+        """
+        steps = of_all_processes(self.accelerator, self.state.steps)
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"The processes would resume after different numbers of steps ({sorted(set(steps))}): copy the newest "
+                f"checkpoint to {self.output_dir} on each host."
+            )
+        has_best, *_ = of_all_processes(self.accelerator, (self.output_dir / "best" / CONFIG).is_file())
+        if not has_best:
+            # The checkpoint was copied from another folder, without the best model so far, or the run was killed while
+            # it replaced that model.
+            self.state.best = {}
 
     def _describe(self) -> None:
         flops = count_flops(self.plain_model.config)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_vssm_prune.configuration_common import pruned_config
+from hf_vssm_prune.pruned_heads import backbone_of
 
 
 # Biases, norms and D have one dimension, so they are not listed here.
@@ -29,14 +30,16 @@ def parameter_groups(
         model: a model of this package, with any head.
         learning_rate: learning rate of the last norm and the head.
         weight_decay: weight decay of the other parameters.
-        layer_decay: factor by which the learning rate decreases from each layer to the previous one (timm's
-            `--layer-decay`); None: the same learning rate everywhere.
+        layer_decay: factor by which the learning rate decreases from each layer of the backbone to the previous one
+            (timm's `--layer-decay`); None: the same learning rate everywhere.
     """
     depth = pruned_config(model.config).num_hidden_layers
+    # A detector's encoder and decoder have layers, too.
+    lowered = set() if layer_decay is None else {id(parameter) for parameter in backbone_of(model).parameters()}
     groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            distance = 0 if layer_decay is None else depth + 1 - _depth_of(name, depth)
+            distance = depth + 1 - _depth_of(name, depth) if id(parameter) in lowered else 0
             groups[distance, decays(name, parameter)].append(parameter)
     return [
         {

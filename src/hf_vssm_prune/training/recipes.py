@@ -23,6 +23,9 @@ SET_ASIDE = {
     "no_random_crop": ["random_crop_padding"],
     "random_crop_padding": ["no_random_crop"],
     "prune_method": ["prune_alignment", "importance"],
+    "window": ["window_stride"],
+    "model_name_or_path": ["family", "preset", "patch_size", "config_overrides", "image_mean", "image_std", "crop_pct"],
+    "family": ["model_name_or_path"],
 }
 
 
@@ -45,7 +48,7 @@ def insert_recipe(arguments: Sequence[str], options: Collection[str]) -> list[st
     recipe = read_recipe(given.recipe)
     if unknown := sorted(set(recipe) - set(options)):
         raise ValueError(f"--recipe {given.recipe} has {unknown}, which are not options of this command; see --help.")
-    over = [word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--")]
+    over = [word.removeprefix("--").partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
     aside = {name for option in over for name in SET_ASIDE.get(option, [])}
     kept = {name: value for name, value in recipe.items() if value is not None and name not in aside}
     return [word for name, value in kept.items() for word in _words(name, value)] + rest
@@ -58,7 +61,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
         ValueError: neither exists.
     """
     path = Path(name_or_path)
-    if path.exists() or path.suffix or len(path.parts) > 1:
+    if path.is_file() or path.suffix or len(path.parts) > 1:
         return path
     file = PACKAGED_RECIPES / f"{name_or_path}.yaml"
     if not file.exists():

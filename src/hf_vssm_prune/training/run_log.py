@@ -55,7 +55,7 @@ class RunLog:
 
 
 class LossWindow:
-    """Loss terms and gradient norms between two log lines.
+    """Loss terms and gradient norms since the last log line, or since the start of the epoch.
 
     Attributes:
         terms: loss terms of the current step, averaged over its batches, on the device.

@@ -18,7 +18,7 @@ class HeadOptions:
         channels, auxiliary_channels: width of the decode head and of the auxiliary head.
         levels: layers, counted from 1, whose outputs are used; None: one at each quarter of the depth.
         feature_norm, feature_pyramid: options of the backbone.
-        ignore_index: id of pixels that belong to no class.
+        ignore_index: id of pixels that belong to no class, in a saved model as well.
         image_size: (height, width) to which a classifier's position embeddings are resized; None: they are unchanged.
     """
 
@@ -54,6 +54,10 @@ class SegmentationModels(DenseModels):
     auto_class: ClassVar[Any] = AutoModelForSemanticSegmentation
     class_layers: ClassVar[re.Pattern[str]] = re.compile(r"^(decode_head|auxiliary_head)\.classifier\.")
     head: HeadOptions = HeadOptions()
+
+    def prepare(self, model: Any) -> Any:
+        model.config.loss_ignore_index = self.head.ignore_index  # may be another one in a saved model
+        return super().prepare(model)
 
 
 def segmentation_processor(image_processor: BaseImageProcessor, short_side: int | None) -> BaseImageProcessor:

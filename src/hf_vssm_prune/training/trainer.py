@@ -42,7 +42,8 @@ class TokenPruningTrainer(transformers.Trainer):
         layer_decay: factor by which the learning rate decreases from each layer to the previous one.
 
     Raises:
-        ValueError: a layer to align does not exist, a budget cannot be met, or labels would be smoothed twice.
+        ValueError: a layer to align does not exist, a budget cannot be met, labels would be smoothed twice, or there is
+            a `compute_loss_func`.
     """
 
     model: PrunableModel
@@ -60,6 +61,8 @@ class TokenPruningTrainer(transformers.Trainer):
         layer_decay: float | None = None,
         **options: Any,
     ) -> None:
+        if options.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func is not supported, because the loss is that of `losses` and `task`.")
         self.losses = LossWeights(kd_weight=1.0, alignment_weight=1.0) if losses is None else losses
         self.elastic = ElasticArguments(list(elastic_budgets))
         self.layer_decay = layer_decay

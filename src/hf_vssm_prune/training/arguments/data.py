@@ -25,7 +25,9 @@ class EvaluationDataArguments:
     label_column_name: str | None = field(
         default=None, metadata=describe("column of the labels; inferred from the type by default")
     )
-    max_eval_samples: int | None = field(default=None, metadata=describe("maximum number of evaluation images"))
+    max_eval_samples: int | None = field(
+        default=None, metadata=describe("number of evaluation images, drawn at random; by default all")
+    )
     dataloader_num_workers: int = field(default=2, metadata=describe("data-loading workers", "--workers"))
 
     def __post_init__(self) -> None:
@@ -41,7 +43,12 @@ class DataArguments(EvaluationDataArguments):
     train_val_split: float = field(
         default=0.1, metadata=describe("fraction held out for evaluation if there is no evaluation split")
     )
-    max_train_samples: int | None = field(default=None, metadata=describe("maximum number of training images"))
+    max_train_samples: int | None = field(
+        default=None,
+        metadata=describe(
+            "number of training images, drawn at random (with --streaming, the first ones); by default all"
+        ),
+    )
     streaming: bool = field(
         default=False, metadata=describe("stream the training images instead of downloading them first")
     )

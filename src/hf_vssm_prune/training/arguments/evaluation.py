@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from hf_vssm_prune.training.arguments.model import WEIGHT_DTYPES
-from hf_vssm_prune.training.arguments.parsing import check_output_file, check_range, describe
+from hf_vssm_prune.training.arguments.parsing import MOST_SEED, check_output_file, check_range, describe
 
 
 @dataclass
@@ -36,6 +36,7 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         check_range("per_device_eval_batch_size", self.per_device_eval_batch_size, 1, math.inf)
+        check_range("seed", self.seed, 0, MOST_SEED)
         if self.dtype != "float32" and self.mixed_precision != "no":
             raise ValueError(
                 f"--mixed_precision {self.mixed_precision} needs weights in float32, but --dtype is {self.dtype}: give "

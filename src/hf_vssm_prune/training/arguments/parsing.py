@@ -11,6 +11,9 @@ from hf_vssm_prune.training.arguments.help import OptionParser
 from hf_vssm_prune.training.recipes import insert_recipe
 
 
+MOST_SEED = 2**32 - 1  # NumPy's global generator accepts no more
+
+
 def parse_arguments(
     dataclass_types: list[Any], arguments: Sequence[str] | None, description: str | None, prog: str | None = None
 ) -> tuple:

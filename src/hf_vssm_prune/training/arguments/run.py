@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from hf_vssm_prune.training.arguments.parsing import check_range, describe
+from hf_vssm_prune.training.arguments.parsing import MOST_SEED, check_range, describe
 
 
 BATCH_NORM_MODES = ("local", "frozen", "sync")
@@ -44,8 +44,7 @@ class RunArguments:
     hub_model_id: str | None = field(default=None, metadata=describe("Hub repository to push to, 'user/name'"))
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed is {self.seed}: it must be from 0 to 2^63 - 1.")
+        check_range("seed", self.seed, 0, MOST_SEED)
         if self.checkpointing_steps != "epoch" and not (
             self.checkpointing_steps.isdecimal() and int(self.checkpointing_steps) > 0
         ):

@@ -37,15 +37,21 @@ def read_coco(
                 "its own split (train, val, test), or remove it."
             )
         files_of_split[split] = file
-    used = {each.get("category_id") for content in contents.values() for each in content["annotations"]}
-    names: dict[int, str] = {}
+    # By name, because the files of two splits may have numbered the same categories differently.
+    numbers: dict[str, int] = {}
     for content in contents.values():
-        for category in content["categories"]:
-            if category["id"] in used:
-                names.setdefault(category["id"], str(category["name"]))
+        used = {each.get("category_id") for each in content["annotations"]}
+        for number, name in _names_of(content).items():
+            if number in used:
+                numbers.setdefault(name, number)
     places = _Places(folder, images)
-    rows = {split: _rows(file, split, contents[file], names, places) for split, file in files_of_split.items()}
-    return rows, [names[label] for label in sorted(names)]
+    rows = {split: _rows(file, split, contents[file], places) for split, file in files_of_split.items()}
+    return rows, sorted(numbers, key=lambda name: (numbers[name], name))
+
+
+def _names_of(content: dict[str, Any]) -> dict[int, str]:
+    """The names of a file's categories by id."""
+    return {category["id"]: str(category["name"]) for category in content["categories"]}
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -66,9 +72,8 @@ def _split_of(file: Path) -> str:
     return "train"
 
 
-def _rows(
-    file: Path, split: str, content: dict[str, Any], names: dict[int, str], places: "_Places"
-) -> list[tuple[str, list[dict[str, Any]]]]:
+def _rows(file: Path, split: str, content: dict[str, Any], places: "_Places") -> list[tuple[str, list[dict[str, Any]]]]:
+    names = _names_of(content)
     objects: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     known = {image["id"] for image in content["images"]}
     for each in content["annotations"]:

@@ -22,7 +22,7 @@ from datasets import (
 
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, store_stream
-from hf_vssm_prune.training.data.loading import choose_split, count_rows, draw_samples, find_evaluation_split
+from hf_vssm_prune.training.data.loading import choose_split, count_streamed, draw_samples, find_evaluation_split
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.object_files import holds_object_files, load_object_files
 from hf_vssm_prune.training.data.objects import Fields, find_fields, read_objects
@@ -88,7 +88,6 @@ def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: i
     splits = _load_splits(data, data.streaming)
     train = choose_split(splits, data.train_split, name)
     reader = _ObjectReader.of_rows(train, data, options)
-    count = data.max_train_samples or (count_rows(train, name, data.train_split) if data.streaming else None)
     train_rows = reader.read(train)
     eval_split = data.eval_split or find_evaluation_split(splits, excluded=data.train_split)
     if eval_split is not None:
@@ -106,10 +105,7 @@ def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: i
         train_rows = draw_samples(train_rows, data.max_train_samples, "max_train_samples", seed, IMAGES)
         _refuse_without_objects(train_rows)
         return ImageDatasets(BoxedImages(train_rows), BoxedImages(evaluation_rows), reader.names)
-    if count is None:
-        raise ValueError(
-            f"'{name}' does not say how many images split '{data.train_split}' has: give it with --max_train_samples."
-        )
+    count = count_streamed(train, name, data.train_split, data.max_train_samples, IMAGES)
     taken = train_rows if data.max_train_samples is None else train_rows.take(count)
     stream = BoxedStream(taken, count, data.shuffle_buffer_size, data.train_split)
     return ImageDatasets(stream, BoxedImages(evaluation_rows), reader.names)

@@ -108,18 +108,9 @@ def load_image_stream(
     """
     splits = load_splits(name_or_path, config_name, streaming=True, medium=medium)
     rows = choose_split(splits, train_split, name_or_path)
-    num_images = count_rows(rows, name_or_path, train_split)
+    num_images = count_streamed(rows, name_or_path, train_split, max_train_samples, medium)
     if max_train_samples is not None:
-        if num_images is not None and max_train_samples > num_images:
-            raise ValueError(
-                f"max_train_samples is {max_train_samples}: split '{train_split}' has {num_images} {medium.name}s."
-            )
-        rows, num_images = rows.take(max_train_samples), max_train_samples
-    if num_images is None:
-        raise ValueError(
-            f"'{name_or_path}' does not say how many {medium.name}s split '{train_split}' has: give it with "
-            "--max_train_samples."
-        )
+        rows = rows.take(max_train_samples)
     rows, label_names = standardize_stream(rows, image_column, label_column, medium)
     eval_split = eval_split or find_evaluation_split(splits, excluded=train_split)
     if eval_split is None:
@@ -173,12 +164,26 @@ def find_evaluation_split(splits: DatasetDict | IterableDatasetDict, excluded: s
     return next((split for split in EVALUATION_SPLITS if split in splits and split != excluded), None)
 
 
-def count_rows(rows: IterableDataset, name_or_path: str | Path, split: str) -> int | None:
-    """The number of rows in a stream, from its description or its Parquet files; None if neither has it."""
+def count_streamed(
+    rows: IterableDataset, name_or_path: str | Path, split: str, max_samples: int | None, medium: Medium
+) -> int:
+    """The number of images to train on in a stream: `max_samples`, or that of its rows, from its description or its
+    Parquet files.
+
+    Raises:
+        ValueError: there are fewer than `max_samples`, or neither says how many there are.
+    """
     described = (rows.info.splits or {}).get(split)
-    if described is not None and described.num_examples:
-        return described.num_examples
-    return count_parquet_rows(name_or_path, split)
+    count = described.num_examples if described is not None else None
+    count = count or count_parquet_rows(name_or_path, split)
+    if max_samples is not None and count is not None and max_samples > count:
+        raise ValueError(f"max_train_samples is {max_samples}: split '{split}' has {count} {medium.name}s.")
+    if (count := max_samples or count) is None:
+        raise ValueError(
+            f"'{name_or_path}' does not say how many {medium.name}s split '{split}' has: give it with "
+            "--max_train_samples."
+        )
+    return count
 
 
 def _labels_of(dataset: Dataset) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +31,13 @@ LOSSY = {".jpg", ".jpeg", ".webp"}  # such files are never masks
 
 
 class _File(NamedTuple):
-    """An image file: its split, whether it is a mask, and the key that it shares with its partner."""
+    """An image file: its split, whether it is a mask, its name with the folders that distinguish it, and the same
+    without an ending such as "_mask". It shares one of the two with its partner."""
 
     path: Path
     split: str
     is_mask: bool
+    name: str
     key: str
 
 
@@ -60,30 +62,29 @@ def load_pair_folder(folder: Path) -> DatasetDict:
         ValueError: an image has no mask or several, or there are no images.
     """
     files = _describe(folder, _find_images(folder))
-    images = {(file.split, file.key): file for file in files if not file.is_mask}
-    masks: dict[tuple[str, str], list[Path]] = {}
-    for file in files:
-        if file.is_mask:
-            masks.setdefault((file.split, file.key), []).append(file.path)
+    images = sorted((file for file in files if not file.is_mask), key=lambda file: (file.split, file.key, file.path))
+    masks = [file for file in files if file.is_mask]
     if not images or not masks:
         raise ValueError(
             f"The folder '{folder}' contains {len(images)} images and {len(masks)} masks: each image needs a mask, "
             "in a folder 'masks' next to 'images', or next to the image ('a.jpg' and 'a.png', or 'a_mask.png')."
         )
+    partners = _find_partners(images, masks)
     for problem, wrong in (
-        ("no mask", [image for place, image in images.items() if place not in masks]),
-        ("several masks", [image for place, image in images.items() if len(masks.get(place, ())) > 1]),
+        ("no mask", [path for path, found in partners.items() if not found]),
+        ("several masks", [path for path, found in partners.items() if len(found) > 1]),
     ):
         if wrong:
-            first = min(file.path for file in wrong)
             raise ValueError(
-                f"{len(wrong)} of {len(images)} images in '{folder}' have {problem}; the first is '{first}'."
+                f"{len(wrong)} of {len(images)} images in '{folder}' have {problem}; the first is '{min(wrong)}'."
             )
-    if idle := sorted(path for place, paths in masks.items() if place not in images for path in paths):
+    used = {mask for found in partners.values() for mask in found}
+    if idle := sorted(mask.path for mask in masks if mask.path not in used):
         logger.warning("%d masks in '%s' have no image; the first is '%s'.", len(idle), folder, idle[0])
     splits: dict[str, list[tuple[Path, Path]]] = {}
-    for (split, key), image in sorted(images.items()):
-        splits.setdefault(split, []).append((image.path, masks[split, key][0]))
+    for image in images:
+        (mask,) = partners[image.path]
+        splits.setdefault(image.split, []).append((image.path, mask))
     features = Features({"image": Image(decode=False), "mask": Image(decode=False)})
     return DatasetDict(
         {
@@ -98,6 +99,25 @@ def load_pair_folder(folder: Path) -> DatasetDict:
             for split, pairs in splits.items()
         }
     )
+
+
+def _find_partners(images: Sequence[_File], masks: Sequence[_File]) -> dict[Path, set[Path]]:
+    """The masks of each image. A mask with the name of an image belongs to no other image: in separate folders, names
+    may end in "_l" or "_img" on both sides."""
+    by_name: dict[tuple[str, str], list[_File]] = {}
+    for mask in masks:
+        for name in {mask.name, mask.key}:
+            by_name.setdefault((mask.split, name), []).append(mask)
+    taken = {(image.split, image.name) for image in images}
+    return {
+        image.path: {
+            mask.path
+            for name in (image.name, image.key)
+            for mask in by_name.get((image.split, name), ())
+            if mask.name == image.name or (mask.split, mask.name) not in taken
+        }
+        for image in images
+    }
 
 
 def _describe(folder: Path, paths: Iterable[Path]) -> list[_File]:
@@ -117,4 +137,5 @@ def _describe_file(folder: Path, path: Path, photos: set[Path]) -> _File:
     named = next((part for part in parts if part.lower() in SPLIT_NAMES), None)
     rest = [part for part in parts if part != named and part not in kinds]
     stem = (MASK_ENDS if is_mask else IMAGE_ENDS).sub("", path.stem)
-    return _File(path, "train" if named is None else SPLIT_NAMES[named.lower()], is_mask, "/".join([*rest, stem]))
+    split = "train" if named is None else SPLIT_NAMES[named.lower()]
+    return _File(path, split, is_mask, "/".join([*rest, path.stem]), "/".join([*rest, stem]))

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, store_stream
-from hf_vssm_prune.training.data.loading import choose_split, count_rows, draw_samples, find_evaluation_split
+from hf_vssm_prune.training.data.loading import choose_split, count_streamed, draw_samples, find_evaluation_split
 from hf_vssm_prune.training.data.masks import IGNORED_AFTER_REDUCTION, decode_mask, reduced
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.pairs import holds_pairs, load_pair_folder
@@ -69,6 +69,13 @@ def load_segmentation_datasets(
     splits = _load_splits(data, data.streaming)
     train = choose_split(splits, data.train_split, name)
     train_rows = standardize_pairs(train, data.image_column_name, data.label_column_name)
+    label_names = read_label_names(name, label_file)
+    if label_names is None:
+        if data.streaming:
+            raise ValueError(
+                f"'{name}' does not name its classes, and the masks are streamed: name them with --label_file."
+            )
+        label_names = _names_of_ids(train_rows, ignore_index, reduce_labels)
     eval_split = data.eval_split or find_evaluation_split(splits, excluded=data.train_split)
     if eval_split is not None:
         evaluation = choose_split(splits, eval_split, name)
@@ -79,20 +86,8 @@ def load_segmentation_datasets(
         raise ValueError(f"'{name}' has no split to evaluate on, which --streaming needs: name one with --eval_split.")
     else:
         train_rows, evaluation_rows = set_apart(train_rows, data.train_val_split, seed)
-    label_names = read_label_names(name, label_file)
-    if label_names is None:
-        if data.streaming:
-            raise ValueError(
-                f"'{name}' does not name its classes, and the masks are streamed: name them with --label_file."
-            )
-        label_names = _names_of_ids(train_rows, ignore_index, reduce_labels)
     if data.streaming:
-        count = data.max_train_samples or count_rows(train, name, data.train_split)
-        if count is None:
-            raise ValueError(
-                f"'{name}' does not say how many images split '{data.train_split}' has: give it with "
-                "--max_train_samples."
-            )
+        count = count_streamed(train, name, data.train_split, data.max_train_samples, IMAGES)
         taken = train_rows if data.max_train_samples is None else train_rows.take(count)
         pairs: Pairs | PairStream = PairStream(
             taken, count, data.shuffle_buffer_size, data.train_split, len(label_names)

@@ -94,7 +94,7 @@ def _load_folder(folder: Path, streaming: bool, medium: Medium) -> DatasetDict |
                 *(len(others), medium.name, folder, min(others)),
             )
         return _load_parquet(parquet_files, streaming)
-    tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in TABLE_SUFFIXES and file.is_file())
+    tables = sorted(file for file in files if file.suffix.lower() in TABLE_SUFFIXES and file.parent == folder)
     if tables and not saved:
         return _load_tables(tables, streaming, medium)
     if streaming:
@@ -153,8 +153,9 @@ def _load_parquet(files: Sequence[Path], streaming: bool) -> DatasetDict | Itera
 
 def count_parquet_rows(name_or_path: str | Path, split: str) -> int | None:
     """The number of rows in a split's local Parquet files; None if there are none."""
-    packaged = str(name_or_path) in PACKAGED_NAMES
-    path = PACKAGED_DATA / str(name_or_path) if packaged else local_path(name_or_path)
+    path = local_path(name_or_path)
+    if not path.exists() and str(name_or_path) in PACKAGED_NAMES:
+        path = PACKAGED_DATA / str(name_or_path)
     files = [path] if path.is_file() else sorted(find_files(path)[0]) if path.is_dir() else []
     found = _files_of_splits([file for file in files if file.suffix == ".parquet"]).get(split)
     return sum(ParquetFile(file).metadata.num_rows for file in found) if found else None

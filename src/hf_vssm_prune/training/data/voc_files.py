@@ -78,13 +78,18 @@ def _split_of(folder: Path, file: Path) -> str:
 
 
 def _splits(folder: Path, files: Sequence[Path], annotations: list[Path]) -> dict[str, list[Path]]:
-    lists = {file.stem: file for file in files if file.suffix == ".txt" and file.parent.name == "Main"}
-    by_stem = {file.stem: file for file in annotations}
+    lists: dict[str, list[Path]] = {}  # a folder of several years has several lists of the same name
+    for file in files:
+        if file.suffix == ".txt" and file.parent.name == "Main":
+            lists.setdefault(file.stem, []).append(file)
+    by_stem: dict[str, list[Path]] = {}
+    for file in annotations:
+        by_stem.setdefault(file.stem, []).append(file)
     splits: dict[str, list[Path]] = {}
     for split, names in LISTS.items():
         for name in names:
             if split not in splits and name in lists:
-                splits[split] = [_listed(stem, by_stem, lists[name]) for stem in _stems(lists[name])]
+                splits[split] = [_listed(stem, by_stem, file) for file in lists[name] for stem in _stems(file)]
     if splits:
         return splits
     for file in annotations:
@@ -96,7 +101,8 @@ def _stems(file: Path) -> list[str]:
     return [line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
-def _listed(stem: str, by_stem: dict[str, Path], file: Path) -> Path:
+def _listed(stem: str, by_stem: dict[str, list[Path]], file: Path) -> Path:
+    """The XML file of a list's image, in the folder around the list's `ImageSets/Main` if there are several."""
     if stem not in by_stem:
         raise ValueError(f"'{file}' lists '{stem}', for which there is no XML file.")
-    return by_stem[stem]
+    return min(by_stem[stem], key=lambda each: file.parent.parent.parent not in each.parents)

@@ -81,6 +81,11 @@ class MaskArguments:
         for name in ("window", "window_stride"):
             if (value := getattr(self, name)) is not None:
                 _height_width(name, value)
+        if (windows := self.windows()) and any(step > side for side, step in zip(*windows, strict=True)):
+            raise ValueError(
+                f"--window_stride is {self.window_stride}: it must be at most --window {self.window}, or windows would "
+                "leave gaps."
+            )
 
     def windows(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """The sliding window's (height, width) and stride; None: images are segmented as a whole."""
@@ -234,13 +239,17 @@ class SemanticSegmentation(DenseTask):
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         labels = batch["labels"]
-        # The model's loss is a mean over labelled pixels: without any, it would be 0 / 0.
-        labelled = bool((labels != self.arguments.ignore_index).any())
-        return {"pixel_values": batch["pixel_values"]} | ({"labels": labels} if labelled else {})
+        if not self._has_labels(labels):
+            # The model's loss is a mean over labelled pixels, which would be 0 / 0; `losses` multiplies this one by 0.
+            # All parameters still get a gradient, for which other processes wait.
+            labels = torch.full_like(labels, 1 if self.arguments.ignore_index == 0 else 0)
+        return {"pixel_values": batch["pixel_values"], "labels": labels}
 
     def losses(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
-        loss = outputs.loss
-        return {"segmentation": at_least_float32(outputs.logits.sum() * 0.0 if loss is None else loss)}
+        return {"segmentation": at_least_float32(outputs.loss) * self._has_labels(batch["labels"])}
+
+    def _has_labels(self, labels: Tensor) -> bool:
+        return bool((labels != self.arguments.ignore_index).any())
 
     def distillation(self, student: Any, teacher: Any, temperature: float) -> Tensor:
         """Averaged over all pixels, labelled or not."""
