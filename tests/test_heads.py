@@ -260,12 +260,12 @@ def test_masks_of_queries_are_drawn():
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         outputs = model(images)
-    scores = torch.zeros(1, 3, *outputs.masks_queries_logits.shape[-2:])
+    scores = torch.zeros(3, *outputs.masks_queries_logits.shape[-2:])
     for query in range(7):
         classes = outputs.class_queries_logits[0, query].softmax(0)
         for label in range(3):
-            scores[0, label] += classes[label] * outputs.masks_queries_logits[0, query].sigmoid()
-    torch.testing.assert_close(pixel_scores(outputs), scores)
+            scores[label] += classes[label] * outputs.masks_queries_logits[0, query].sigmoid()
+    torch.testing.assert_close(pixel_scores(outputs, 0), scores)
     assert draw_segmentation(model, images, [0.5] * 3, [0.25] * 3).width > 4 * 64
 
 

@@ -125,14 +125,14 @@ def visualize_dense(
 Answer = tuple[Image.Image, list[tuple[int, str]]]
 
 
-def pixel_scores(output: Any) -> Tensor:
-    """The scores of each class at each pixel, (batch, classes, height, width), in an output of a segmentation model:
-    its logits or, if it has queries with a class and a mask each, the sums that transformers'
+def pixel_scores(output: Any, index: int) -> Tensor:
+    """The scores of each class at each pixel of an image, (classes, height, width), in an output of a segmentation
+    model: its logits or, if it has queries with a class and a mask each, the sums that transformers'
     `post_process_semantic_segmentation` computes from them."""
     if "logits" in output:
-        return output.logits.float()
-    classes = output.class_queries_logits.float().softmax(dim=-1)[..., :-1]  # the last one: no object
-    return torch.einsum("bqc,bqhw->bchw", classes, output.masks_queries_logits.float().sigmoid())
+        return output.logits[index].float()
+    classes = output.class_queries_logits[index].float().softmax(dim=-1)[..., :-1]  # the last one: no object
+    return torch.einsum("qc,qhw->chw", classes, output.masks_queries_logits[index].float().sigmoid())
 
 
 def draw_segmentation(model: Any, pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
@@ -150,7 +150,7 @@ def draw_segmentation(model: Any, pixel_values: Tensor, mean: Sequence[float], s
     names = _names(model)
 
     def answer(output: Any, index: int, image: Image.Image) -> Answer:
-        labels = pixel_scores(output)[index].argmax(dim=0)
+        labels = pixel_scores(output, index).argmax(dim=0)
         return fit(draw_label_map(image, labels), PANEL_SIZE), shares_of_classes(labels, names)
 
     return _draw_answers(model, pixel_values, mean, std, "classes", answer)

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         else:
             config = load_config(model.model_name_or_path)
         pruned = pruned_config(config)
-        if model.model_name_or_path is not None and model.image_size is not None:
+        if model.image_size is not None:  # a new model has this size already
             pruned.image_size = config_at_size(pruned, model.image_size).image_size
         pruned.token_pruning = pruning.schedule(pruned)
         estimate = estimate_run(task(of_task), config, optimization, losses, elastic, scale, options)

@@ -12,6 +12,7 @@ from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.label_maps import complete_label_maps
 from hf_vssm_prune.training.arguments.parsing import check_range, describe
 from hf_vssm_prune.training.losses import ALIGNMENT_DISTANCES, BLOCK_RATIO_WEIGHT, LossWeights
+from hf_vssm_prune.training.recipes import SET_ASIDE
 
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
@@ -128,10 +129,6 @@ class FinetuneArguments(LossArguments):
             )
 
 
-# Options of `DenseModelArguments` that a checkpoint determines.
-OF_NEW_MODELS = ("preset", "patch_size", "config_overrides", "image_mean", "image_std", "crop_pct")
-
-
 @dataclass
 class DenseModelArguments:
     """A new model of a family, or a checkpoint to start from."""
@@ -177,7 +174,7 @@ class DenseModelArguments:
                 "Give either --family, for a new model, or --model_name_or_path, to start from a checkpoint."
             )
         if self.model_name_or_path is not None:
-            if given := [name for name in OF_NEW_MODELS if getattr(self, name) not in (None, [])]:
+            if given := [name for name in SET_ASIDE["model_name_or_path"] if getattr(self, name) not in (None, [])]:
                 raise ValueError(
                     f"--{given[0]} is for a new model; with --model_name_or_path it comes from the checkpoint."
                 )

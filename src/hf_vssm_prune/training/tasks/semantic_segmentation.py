@@ -248,8 +248,8 @@ class SemanticSegmentation(DenseTask):
     def losses(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         return {"segmentation": at_least_float32(outputs.loss) * self._has_labels(batch["labels"])}
 
-    def _has_labels(self, labels: Tensor) -> bool:
-        return bool((labels != self.arguments.ignore_index).any())
+    def _has_labels(self, labels: Tensor) -> Tensor:
+        return (labels != self.arguments.ignore_index).any()
 
     def distillation(self, student: Any, teacher: Any, temperature: float) -> Tensor:
         """Averaged over all pixels, labelled or not."""
