@@ -5,16 +5,18 @@
 
 The clips are those of an evaluation, one of each video. The augmentation is mixup, a shift and a change of brightness,
 the same in all frames; losses, mixing and metrics are the package's. With a budget, the starting model is also the
-teacher.
+teacher. The same command continues a run that was stopped, from its last whole epoch.
 """
 
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,14 +44,23 @@ def main() -> None:
     train = _all(task, datasets.train, _with_margin(processor, options.shift), options.device)
     test = _all(task, datasets.evaluation, processor, options.device)
     model, teacher = _load_models(options)
-    history: list[dict[str, float]] = [_evaluate(task, model, test)] if teacher else []
-    for result in _epochs(task, model, teacher, train, test, options):
-        history.append(result)
+    run = _Run(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05),
+        np.random.default_rng(options.seed),
+        vars(options),
+    )
+    target = Path(options.target)
+    if not run.resume(target) and teacher:
+        run.history.append(_evaluate(task, model, test))
+    for result in _epochs(task, run, teacher, train, test, options):
         print(result, flush=True)
-        # Saved after every epoch, so that a stopped run leaves a model to continue from.
-        target = save_for_hub(model, Path(options.target), processor)
-        results = {"options": vars(options), "reduction": count_flops(model.config).reduction, "history": history}
+        save_for_hub(model, target, processor)
+        reduction = count_flops(model.config).reduction
+        results = {"options": run.options, "reduction": reduction, "history": run.history}
         (target / "results.json").write_text(json.dumps(results, indent=1))
+        run.save(target)
+    (target / _Run.FILE).unlink()
 
 
 def parse_options() -> argparse.Namespace:
@@ -81,31 +92,85 @@ def _load_models(options: argparse.Namespace) -> tuple[Any, Any]:
     return model, load_classifier(options.start).to(options.device)
 
 
+@dataclass
+class _Run:
+    """What a training changes, and what it was started with."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    generator: np.random.Generator
+    options: dict[str, Any]
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    FILE: ClassVar[str] = "training_state.pt"
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs that are done."""
+        return sum("epoch" in result for result in self.history)
+
+    def save(self, target: Path) -> None:
+        """Saves the state; a kill leaves the file of this epoch or of the one before."""
+        state = {
+            "options": self.options,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": json.dumps(self.generator.bit_generator.state),
+            "torch": torch.get_rng_state(),
+        }
+        torch.save(state, target / "training_state.new")
+        os.replace(target / "training_state.new", target / self.FILE)
+
+    def resume(self, target: Path) -> bool:
+        """Whether the target folder holds a run that was stopped, which is then loaded.
+
+        Raises:
+            SystemExit: If that run was started with other options.
+        """
+        if not (target / self.FILE).exists():
+            return False
+        state = torch.load(target / self.FILE, weights_only=True)
+        if state["options"] != self.options:
+            raise SystemExit(
+                f"{target} holds an unfinished run with other options: {state['options']}. Remove it first."
+            )
+        self.history = state["history"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.bit_generator.state = json.loads(state["generator"])
+        torch.set_rng_state(state["torch"])
+        print(f"Resumed after epoch {self.epochs}.", flush=True)
+        return True
+
+
 def _epochs(
-    task: VideoClassification, model: Any, teacher: Any, train: Batch, test: Batch, options: argparse.Namespace
+    task: VideoClassification, run: _Run, teacher: Any, train: Batch, test: Batch, options: argparse.Namespace
 ) -> Iterator[dict[str, float]]:
     """Trains, and yields the results of every epoch on the test clips."""
-    generator = np.random.default_rng(options.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
+    model, optimizer, generator = run.model, run.optimizer, run.generator
     compute_loss: Callable[[Tensor, Tensor], Tensor] = _Loss(task, model, teacher).train()
-    steps, step = options.epochs * (len(train["labels"]) // options.batch_size), 0
-    start = time.process_time()
-    for epoch in range(options.epochs):
+    steps = len(train["labels"]) // options.batch_size
+    step, captured = run.epochs * steps, options.device != "cuda"
+    seconds, start = run.history[-1].get("cpu_seconds", 0.0) if run.history else 0.0, time.process_time()
+    for epoch in range(run.epochs, options.epochs):
         model.train()
         for ids in _batches(generator.permutation(len(train["labels"])), options):
-            rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / (options.epochs * steps)))
             optimizer.param_groups[0]["lr"], step = options.lr * rate, step + 1
             batch = {name: values[torch.from_numpy(ids).to(options.device)].float() for name, values in train.items()}
             if options.shift or options.brightness:  # otherwise nothing is drawn, so that earlier runs can be repeated
                 batch["pixel_values"] = _augment(batch["pixel_values"], options, generator)
             batch = task.mix({**batch, "labels": batch["labels"].long()}, model.config, generator)
-            if step == 1 and options.device == "cuda":
-                compute_loss = _captured(compute_loss, batch)
+            if not captured:
+                compute_loss, captured = _captured(compute_loss, batch), True
             compute_loss(batch["pixel_values"], batch["labels"]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        yield {"epoch": epoch + 1, "cpu_seconds": time.process_time() - start, **_evaluate(task, model, test)}
+        used = seconds + time.process_time() - start
+        run.history.append({"epoch": epoch + 1, "cpu_seconds": used, **_evaluate(task, model, test)})
+        yield run.history[-1]
 
 
 def _with_margin(processor: BaseImageProcessor, margin: int) -> BaseImageProcessor:
