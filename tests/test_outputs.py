@@ -84,6 +84,21 @@ def test_as_a_tuple(model, pixel_values, output) -> None:
     values = model(pixel_values, return_dict=False)
     assert isinstance(values, tuple)
     assert all(map(torch.equal, values, output.to_tuple()))
+    model.config.return_dict = False
+    values = model(pixel_values)
+    assert isinstance(values, tuple)
+    assert all(map(torch.equal, values, output.to_tuple()))
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_feature_maps_as_a_tuple(family, pixel_values) -> None:
+    backbone = FAMILIES[family].classes["Backbone"](MAKE_CONFIG[family](token_pruning=dict(TOKEN_PRUNING))).eval()
+    with torch.no_grad():
+        output = backbone(pixel_values)
+        backbone.config.return_dict = False
+        values = backbone(pixel_values)
+    assert isinstance(values, tuple)
+    assert all(map(torch.equal, values[0], output.feature_maps))
 
 
 def halves(model, images):

@@ -50,7 +50,7 @@ class FeatureMaps(BackboneMixin):
         wants_mixer_states = kwargs.get("output_mixer_states", False)
         if self.config.feature_source == "mixer":
             kwargs["output_mixer_states"] = True
-        outputs = super(BackboneMixin, self).forward(pixel_values, **kwargs)  # type: ignore[misc]
+        outputs = super(BackboneMixin, self).forward(pixel_values, return_dict=True, **kwargs)  # type: ignore[misc]
         grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         states = full_states(self, outputs, self._pruning_of_call(kwargs))
         maps = [self._feature_map(name, each, grid) for name, each in zip(self.out_features, states, strict=True)]

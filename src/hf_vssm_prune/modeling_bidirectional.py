@@ -479,7 +479,7 @@ class ClassTokenClassifier(BidirectionalPreTrainedModel):
                 videos (batch, frames, channels, height, width).
             labels: class ids (batch,), or labels in the form of `config.problem_type`. If given, `loss` is returned.
         """
-        outputs = self.base_model(pixel_values, **kwargs)
+        outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return PrunedImageClassifierOutput(

@@ -432,7 +432,7 @@ class PlainMambaForImageClassification(PlainMambaPreTrainedModel):
             pixel_values: shape (batch, channels, height, width), normalised.
             labels: class ids (batch,), or labels in the form of `config.problem_type`. If given, `loss` is returned.
         """
-        outputs = self.plainmamba(pixel_values, **kwargs)
+        outputs = self.plainmamba(pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return PrunedImageClassifierOutput(
