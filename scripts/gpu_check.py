@@ -116,6 +116,7 @@ def run_part(name: str, end: float, beside: int, options: argparse.Namespace) ->
     if seconds <= 1:
         return {"status": "no time left", "seconds": 0.0}
     file = report_file(name, options)
+    file.unlink(missing_ok=True)  # of a check that was killed
     command = [sys.executable, __file__, "--part", name, "--output_dir", str(options.output_dir)]
     command += ["--device", options.device, *(["--small"] if options.small else [])]
     for option in ("golden", "mamba_ssm"):

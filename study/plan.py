@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_vssm_prune.pruning_methods import PAPERS_METHOD
 from hf_vssm_prune.training.recipes import read_recipe
 
 
@@ -211,6 +212,12 @@ def _elastic_options(study: Study) -> dict[str, Any]:
 def _elastic_schedules(study: Study) -> dict[str, dict[str, Any]]:
     pruning = study.variants[study.elastic["variant"]].pruning
     return {tuned_name("elastic", budget): {"flops_reduction": budget, **pruning} for budget in study.budgets}
+
+
+def with_method(schedule: dict[str, Any]) -> dict[str, Any]:
+    """A comparison's schedule with its method. In a study, the default is the paper's method; elsewhere, it is that of
+    the model, or the one recommended by the study."""
+    return {"method": PAPERS_METHOD, **schedule}
 
 
 def _untrained_schedules(study: Study) -> dict[str, dict[str, Any]]:
