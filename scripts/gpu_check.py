@@ -150,7 +150,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     lines = ["# GPU check", "", "| part | status | seconds |", "| --- | --- | ---: |"]
     lines += [f"| {name} | {result['status']} | {result['seconds']:.0f} |" for name, result in results.items()]
     for name, result in results.items():
-        lines += ["", f"## {name.capitalize()}", "", *result.get("lines", [])]
+        lines += ["", f"## {name[0].upper()}{name[1:]}", "", *result.get("lines", [])]
         lines += [f"- **wrong**: {wrong}" for wrong in result.get("wrong", [])]
         for table in result.get("tables", []):
             lines += ["", f"### {table['title']}", "", f"| {' | '.join(table['columns'])} |"]

@@ -95,10 +95,15 @@ def read_study(file: Path) -> Study:
     names = [each.name for each in fields(Study)]
     if sorted(content) != sorted(names):
         raise ValueError(f"{file} has {sorted(content)}; a study has exactly {sorted(names)}.")
+    for name, parts in content["datasets"].items():
+        if sorted(parts) != ["dataset_name", "dense"]:
+            raise ValueError(f"{file}: data set {name!r} has {sorted(parts)}; it needs 'dataset_name' and 'dense'.")
     variants, more_variants = (
         {name: _read_variant(file, name, parts) for name, parts in content[key].items()}
         for key in ("variants", "more_variants")
     )
+    if twice := sorted(set(variants) & set(more_variants)):
+        raise ValueError(f"{file}: {twice} are in both variants and more_variants.")
     if unknown := sorted(set(content["every_budget"]) - set(variants)):
         raise ValueError(f"{file}: every_budget has {unknown}; the variants are {sorted(variants)}.")
     if content["elastic"].get("variant") not in variants:

@@ -114,6 +114,11 @@ def test_order_of_pieces(tmp_path) -> None:
         ({"lengths": 1}, "a study has exactly"),
         ({"variants": {"paper": {"losses": {}}}}, "variant 'paper' has .'losses'."),
         ({"variants": {"paper": {"pruning": {"keep": 1}}}}, "variant 'paper' has the pruning options .'keep'."),
+        ({"more_variants": {"paper": {}}}, ".'paper'. are in both variants and more_variants"),
+        (
+            {"datasets": {"images": {"dataset_name": "trashnet", "train": {}}}},
+            "data set 'images' has .'dataset_name', 'tr",
+        ),
         ({"every_budget": ["best"]}, "every_budget has .'best'.; the variants are"),
         ({"elastic": {"variant": "best"}}, "elastic needs a 'variant', one of"),
         ({"main_budget": 0.5}, "main_budget is 0.5; it must be one of"),
@@ -294,7 +299,7 @@ def test_study_may_get_more_variants(tmp_path) -> None:
     more = {"paper": {}, "naive": {"pruning": {"alignment": "none"}}, "random": {"pruning": {"importance": "random"}}}
     old, new = (
         {piece.name: piece for piece in list_pieces(read_study(write_study(tmp_path / f"{name}.yaml", **changes)))}
-        for name, changes in (("old", {}), ("new", {"variants": more}))
+        for name, changes in (("old", {}), ("new", {"variants": more, "more_variants": {}}))
     )
     record = {"options": old["untrained"].options}
     assert may_be_of(record, old["untrained"])
@@ -331,7 +336,7 @@ def test_times_are_those_of_the_compared_schedules(tmp_path) -> None:
     """A variant without a method is pruned by the paper's, whatever the one before it was pruned by."""
     variants = {"paper": {}, "merged": {"pruning": {"method": "local_merge"}}, "l1": {"pruning": {"importance": "l1"}}}
     study = read_study(write_study(tmp_path / "study.yaml", variants=variants))
-    model = PlainMambaForImageClassification(make_plainmamba_config(patch_size=4)).eval()
+    model = PlainMambaForImageClassification(make_plainmamba_config(patch_size=4, stem_channels=4)).eval()
     cases = make_cases(study, "plainmamba", model, torch.randn(1, 3, 32, 32))
     schedules = {name: case.keywords["token_pruning"] for name, case in cases.items()}
     methods = {name: schedule and (schedule["method"], schedule["alignment"]) for name, schedule in schedules.items()}
