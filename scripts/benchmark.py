@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hf_vssm_prune import PlainMambaConfig  # first: it chooses how idle threads wait, which torch reads when loaded
 
@@ -29,7 +30,7 @@ from benchmarking.earlier import earlier_kernels_section, earlier_section
 from benchmarking.exported import export_section
 from benchmarking.heads import heads_section
 from benchmarking.int8 import int8_section
-from benchmarking.measuring import describe_machine, make_tensors_on
+from benchmarking.measuring import Group, describe_machine, make_tensors_on
 from benchmarking.models import model_section, parts_section, resolution_section, transformer_section
 from benchmarking.peers import peers_section
 from benchmarking.roofline import roofline_section
@@ -79,19 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_tensors_on(options.device)
     machine = describe_machine(options.device)
     print(", ".join(f"{name}: {value}" for name, value in machine.items()))
-    groups = [group for section in options.sections for group in SECTIONS[section](options)]
-    if options.json is not None:
-        results = [
-            {
-                **asdict(group),
-                "ratios": {
-                    name: dict(zip(("fastest", "median"), group.ratio(name), strict=True)) for name in group.ratios
-                },
-            }
-            for group in groups
-        ]
-        write_json({"machine": machine, "groups": results}, Path(options.json))
+    results: list[dict[str, Any]] = []
+    for section in options.sections:
+        results += [as_json(group) for group in SECTIONS[section](options)]
+        if options.json is not None:  # now, in case that a later section fails
+            write_json({"machine": machine, "groups": results}, Path(options.json))
     return 0
+
+
+def as_json(group: Group) -> dict[str, Any]:
+    ratios = {name: dict(zip(("fastest", "median"), group.ratio(name), strict=True)) for name in group.ratios}
+    return {**asdict(group), "ratios": ratios}
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -116,6 +116,7 @@ def run_part(name: str, end: float, beside: int, options: argparse.Namespace) ->
     if seconds <= 1:
         return {"status": "no time left", "seconds": 0.0}
     file = report_file(name, options)
+    file.unlink(missing_ok=True)  # of a check that was killed
     command = [sys.executable, __file__, "--part", name, "--output_dir", str(options.output_dir)]
     command += ["--device", options.device, *(["--small"] if options.small else [])]
     for option in ("golden", "mamba_ssm"):
@@ -149,7 +150,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     lines = ["# GPU check", "", "| part | status | seconds |", "| --- | --- | ---: |"]
     lines += [f"| {name} | {result['status']} | {result['seconds']:.0f} |" for name, result in results.items()]
     for name, result in results.items():
-        lines += ["", f"## {name.capitalize()}", "", *result.get("lines", [])]
+        lines += ["", f"## {name[0].upper()}{name[1:]}", "", *result.get("lines", [])]
         lines += [f"- **wrong**: {wrong}" for wrong in result.get("wrong", [])]
         for table in result.get("tables", []):
             lines += ["", f"### {table['title']}", "", f"| {' | '.join(table['columns'])} |"]

@@ -109,17 +109,19 @@ def main() -> int:
     parser.add_argument("--flops_reduction", type=float, default=0.416, help="default: %(default)s")
     options, of_comparison = parser.parse_known_args()
 
-    def compare(schedules: dict[str, Any]) -> None:
+    def compare(schedules: dict[str, Any]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "schedules.json")
             file.write_text(json.dumps(schedules), encoding="utf-8")
-            compare_methods([*of_comparison, "--schedules", str(file)])
+            return compare_methods([*of_comparison, "--schedules", str(file)])
 
     def schedule(method: str, alignment: str) -> dict[str, Any]:
         return {"flops_reduction": options.flops_reduction, "method": method, "alignment": alignment}
 
     known = ("none", "repeat", "zero_input")
-    compare({f"{method}, {alignment}": schedule(method, alignment) for method in METHODS for alignment in known})
+    status = compare(
+        {f"{method}, {alignment}": schedule(method, alignment) for method in METHODS for alignment in known}
+    )
     for name in ("own", "relative"):
         own = OwnSteps(relative=name == "relative")
         with (
@@ -127,8 +129,8 @@ def main() -> int:
             mock.patch.object(modeling_plainmamba, "selective_scan", own.scan),
             mock.patch.object(modeling_bidirectional, "selective_scan", own.scan),
         ):
-            compare({f"{method}, {name}": schedule(method, "repeat") for method in METHODS})
-    return 0
+            status = max(status, compare({f"{method}, {name}": schedule(method, "repeat") for method in METHODS}))
+    return status
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_vssm_prune.pruning_methods import PAPERS_METHOD
 from hf_vssm_prune.training.recipes import read_recipe
 
 
@@ -94,10 +95,15 @@ def read_study(file: Path) -> Study:
     names = [each.name for each in fields(Study)]
     if sorted(content) != sorted(names):
         raise ValueError(f"{file} has {sorted(content)}; a study has exactly {sorted(names)}.")
+    for name, parts in content["datasets"].items():
+        if sorted(parts) != ["dataset_name", "dense"]:
+            raise ValueError(f"{file}: data set {name!r} has {sorted(parts)}; it needs 'dataset_name' and 'dense'.")
     variants, more_variants = (
         {name: _read_variant(file, name, parts) for name, parts in content[key].items()}
         for key in ("variants", "more_variants")
     )
+    if twice := sorted(set(variants) & set(more_variants)):
+        raise ValueError(f"{file}: {twice} are in both variants and more_variants.")
     if unknown := sorted(set(content["every_budget"]) - set(variants)):
         raise ValueError(f"{file}: every_budget has {unknown}; the variants are {sorted(variants)}.")
     if content["elastic"].get("variant") not in variants:
@@ -211,6 +217,12 @@ def _elastic_options(study: Study) -> dict[str, Any]:
 def _elastic_schedules(study: Study) -> dict[str, dict[str, Any]]:
     pruning = study.variants[study.elastic["variant"]].pruning
     return {tuned_name("elastic", budget): {"flops_reduction": budget, **pruning} for budget in study.budgets}
+
+
+def with_method(schedule: dict[str, Any]) -> dict[str, Any]:
+    """A comparison's schedule with its method. In a study, the default is the paper's method; elsewhere, it is that of
+    the model, or the one recommended by the study."""
+    return {"method": PAPERS_METHOD, **schedule}
 
 
 def _untrained_schedules(study: Study) -> dict[str, dict[str, Any]]:

@@ -240,7 +240,7 @@ def _variants_table(group: Group) -> str:
                 mean_and_spread(untrained),
                 mean_and_spread(tuned),
                 mean_and_spread(difference(tuned, group.tuned_losses(study.baseline, budget)), signed=True),
-                mean_and_spread(group.time_shares("untrained", group.schedule_name(variant, budget))),
+                _time_share(group, group.schedule_name(variant, budget)),
             ]
         )
     titles = [
@@ -252,6 +252,13 @@ def _variants_table(group: Group) -> str:
         "time / dense",
     ]
     return _table(titles, rows)
+
+
+def _time_share(group: Group, schedule: str) -> str:
+    """The time relative to the dense model's. A time of study/times.py is one measurement for all seeds, so it has no
+    spread over them."""
+    shares = group.time_shares("untrained", schedule)
+    return f"{group.times[schedule]:.2f}" if shares and schedule in group.times else mean_and_spread(shares)
 
 
 def _budgets_table(group: Group) -> str:

@@ -29,13 +29,14 @@ from hf_vssm_prune.hub.loading import sha256_of_file
 from hf_vssm_prune.pruning_methods import PAPERS_METHOD
 from hf_vssm_prune.training.checkpoints import RESULTS, find_checkpoints, write_json, write_text
 from hf_vssm_prune.training.interruption import StopRequest
-from study.plan import Piece, Study, list_pieces
+from study.plan import Piece, Study, list_pieces, with_method
 
 
 logger = logging.getLogger(__name__)
 
 COMPARISON = "comparison.json"
 WEIGHTS = Path("last", "model.safetensors")
+BEGUN = "start_weights.txt"  # SHA-256 of the weights from which a piece's checkpoints come
 
 
 # ---- Results -----------------------------------------------------------------------------------------------------
@@ -223,12 +224,16 @@ class StudyRunner:
         return piece.key in self.results and self.results[piece.key]["options"] == piece.options
 
     def _start_pieces(self) -> int:
-        """Starts pieces on all free workers, and returns their number."""
+        """Starts pieces on all free workers, and returns their number, including those that failed at once."""
         free = self.workers - len(self._running)
-        started = list(itertools.islice(filter(self._is_ready, self.pieces), free))  # stops searching early
-        for piece in started:
-            self._running[piece.key] = (piece, self._start(piece), time.perf_counter())
-        return len(started)
+        ready = list(itertools.islice(filter(self._is_ready, self.pieces), free))  # stops searching early
+        for piece in ready:
+            try:
+                self._running[piece.key] = (piece, self._start(piece), time.perf_counter())
+            except ValueError as error:
+                logger.error("%s", error)
+                self.failed.append(piece)
+        return len(ready)
 
     def _is_ready(self, piece: Piece) -> bool:
         if self._is_done(piece) or piece.key in self._running or piece in self.failed:
@@ -237,17 +242,36 @@ class StudyRunner:
         return start is None or (start in self.results and (self.folder / start / "last").is_dir())
 
     def _start(self, piece: Piece) -> subprocess.Popen:
+        """
+        Raises:
+            ValueError: its checkpoints come from other weights than the current ones.
+        """
         folder = self.folder / piece.key
         folder.mkdir(parents=True, exist_ok=True)
+        resumes = bool(find_checkpoints(folder))
+        self._check_start(piece, folder / BEGUN, resumes)
         recipe = self._recipe(piece, folder)
         write_text(yaml.safe_dump(recipe, sort_keys=False), folder / "recipe.yaml")
         command = [sys.executable, str(self.scripts / f"{piece.script}.py"), "--recipe", str(folder / "recipe.yaml")]
-        if find_checkpoints(folder):
+        if resumes:
             command += ["--resume", "latest"]
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             # Its own session, so that it receives Ctrl-C only once, from this process.
             return subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def _check_start(self, piece: Piece, begun: Path, resumes: bool) -> None:
+        """Notes the weights from which a piece starts. Where it resumes, they must be the same: its options are checked
+        by the script itself, but a checkpoint does not say from which weights the run started."""
+        if (weights := self._start_weights(piece)) is None:
+            return
+        if not resumes:
+            write_text(weights, begun)
+        elif begun.exists() and begun.read_text(encoding="utf-8") != weights:
+            raise ValueError(
+                f"{piece.key} cannot be resumed, because it started from other weights than the current ones of "
+                f"{piece.key_of_start()!r}: remove {begun.parent} to run it again."
             )
 
     def _recipe(self, piece: Piece, folder: Path) -> dict[str, Any]:
@@ -256,14 +280,11 @@ class StudyRunner:
         start = piece.key_of_start()
         if start is not None:
             recipe["model_name_or_path"] = str(self.folder / start / "last")
-        # In a study, the default method is the paper's; everywhere else, it is the one recommended by the study.
-        if piece.script == "finetune":
+        if piece.script == "finetune":  # see `with_method`
             recipe = {"prune_method": PAPERS_METHOD, **recipe}
         if piece.script != "compare_methods":
             return {**recipe, "output_dir": str(folder)}
-        schedules = {
-            name: {"method": PAPERS_METHOD, **schedule} for name, schedule in piece.options["schedules"].items()
-        }
+        schedules = {name: with_method(schedule) for name, schedule in piece.options["schedules"].items()}
         write_json(schedules, folder / "schedules.json")
         return {**recipe, "schedules": str(folder / "schedules.json"), "json": str(folder / COMPARISON)}
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the study is not
 from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.checkpoints import write_json
 from hf_vssm_prune.training.data import load_evaluation_dataset
-from study.plan import Study, list_pieces, read_study, smaller_name
+from study.plan import Study, list_pieces, read_study, smaller_name, with_method
 
 
 def main() -> None:
@@ -43,9 +43,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8, help="number of times that each model runs")
     parser.add_argument("--batch_size", type=int, default=8)
     options = parser.parse_args()
-    check_output_file("output", options.output)
+    try:
+        check_output_file("output", options.output)
+        study = read_study(options.study)
+        check_study(study)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
-    study = read_study(options.study)
     rows, _ = load_evaluation_dataset("trashnet", max_samples=options.batch_size)
     photographs = [Image.open(BytesIO(row["image"]["bytes"])) for row in rows]
     shares = {}
@@ -59,12 +63,26 @@ def main() -> None:
     write_json(shares, options.output)
 
 
+def check_study(study: Study) -> None:
+    """
+    Raises:
+        ValueError: the models would not be those of the study, or not at its image size.
+    """
+    if new := [name for name, options in study.families.items() if "model_name_or_path" not in options]:
+        raise ValueError(f"--study has no weights for {', '.join(new)}: only models that start from some are measured.")
+    if resized := [name for name, options in study.datasets.items() if "image_size" in options["dense"]]:
+        raise ValueError(
+            f"--study trains with another image size on {', '.join(resized)}: only models of one size are measured."
+        )
+
+
 def make_cases(study: Study, family: str, model: Any, pixel_values: Tensor) -> dict[str, Callable[[], object]]:
     """Forward passes of the dense model, and by the names of the report, of the pruned ones and the smaller ones."""
     untrained = next(piece for piece in list_pieces(study) if (piece.family, piece.name) == (family, "untrained"))
     cases: dict[str, Callable[[], object]] = {"dense": partial(model, pixel_values, token_pruning=None)}
     for name, schedule in untrained.options["schedules"].items():
-        model.set_token_pruning(schedule)  # finds the schedule of the budget, and creates what it needs
+        # Finds the schedule of the budget, and creates what it needs. Without a method, it would be the previous one's.
+        model.set_token_pruning(with_method(schedule))
         cases[name] = partial(model, pixel_values, token_pruning=model.config.token_pruning)
     for name, changes in study.smaller.items():
         resized = F.interpolate(pixel_values, changes["image_size"], mode="bilinear", antialias=True)

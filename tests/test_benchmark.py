@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import load_script, make_plainmamba_config
 
-from hf_vssm_prune import PlainMambaForImageClassification
+from hf_vssm_prune import PlainMambaForImageClassification, VideoMambaConfig, VideoMambaForVideoClassification
 from hf_vssm_prune.modeling_common import TimeStepProjection
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.selective_scan_torch import selective_scan_torch
@@ -29,6 +29,7 @@ from benchmarking import (  # noqa: E402
     earlier_worker,
     int8,
     measuring,
+    models,
     peer_worker,
     peers,
     profiling,
@@ -208,6 +209,41 @@ def test_figures_are_written(tmp_path, capsys):
     assert results["machine"]["threads"] == str(threads)
     assert set(group["ratios"]["torch / ours, all cells"]) == {"fastest", "median"}
     assert "| torch / ours, all cells |" in capsys.readouterr().out
+
+
+def test_a_section_that_fails_costs_only_itself(tmp_path, monkeypatch):
+    """The figures of those before it are in the file."""
+
+    def fail(options):
+        raise RuntimeError("out of memory")
+
+    sections = {"scan": lambda options: [measuring.Group("measured", {"ours": [1.0]})], "model": fail}
+    monkeypatch.setattr(benchmark, "SECTIONS", sections)
+    file = tmp_path / "benchmark.json"
+    threads = str(torch.get_num_threads())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        benchmark.main(["--sections", "scan", "model", "--json", str(file), "--threads", threads])
+    assert [group["title"] for group in json.loads(file.read_text())["groups"]] == ["measured"]
+
+
+def test_models_of_videos_are_measured_too(monkeypatch):
+    """They have fewer labels than models of images, and a clip at every size."""
+    config = VideoMambaConfig(
+        num_labels=2, num_frames=2, image_size=32, patch_size=8, hidden_size=8, num_hidden_layers=2
+    )
+    model = VideoMambaForVideoClassification(config).eval()
+    assert models.random_labels(model, 50).max() < 2
+    shapes = {}
+
+    def look(title, cases, ratios, options):
+        shapes.update({name: tuple(case.args[0].shape) for name, case in cases.items()})
+
+    monkeypatch.setattr(models, "make_models", lambda options: {"pruned, aligned": model})
+    monkeypatch.setattr(models, "ViTForImageClassification", lambda config: torch.nn.Identity())
+    monkeypatch.setattr(models, "take_turns", look)
+    models.resolution_section(benchmark.parse_options(["--family", "videomamba", "--preset", "Ti"]))
+    assert shapes["pruned, 448²"] == (1, 2, 3, 448, 448)
+    assert shapes["ViT-S/16, 448²"] == (1, 3, 448, 448)
 
 
 def test_scan_inputs_with_holes_are_those_of_a_pruned_model():

@@ -38,6 +38,19 @@ def test_models_and_training_steps_are_measured(options) -> None:
         assert all(float(row[-3]) > 0 and float(row[-2]) > 0 for row in table.rows)
 
 
+def test_memory_is_what_a_run_adds_to_the_weights(options, monkeypatch) -> None:
+    """Of whatever is in memory, none is counted: the weights of the other models, or their gradients."""
+    for name, value in {"synchronize": None, "memory_allocated": 3 << 30, "max_memory_allocated": 5 << 30}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    assert models.peak_memory(lambda: None, "cuda") == 2048
+    assert models.peak_memory(lambda: None, "cpu") == "–"
+    kept = torch.nn.Linear(2, 2)
+    kept.forward = lambda images, labels: argparse.Namespace(loss=torch.nn.functional.linear(images, kept.weight).sum())
+    training.step(kept, torch.ones(1, 2), torch.zeros(1))()
+    assert kept.weight.grad is None
+
+
 @pytest.mark.parametrize("failing", [{"dense"}, {"dense", "pruned"}])
 def test_steps_that_do_not_fit_into_memory_cost_only_themselves(failing, options, monkeypatch) -> None:
     """Other models are not compared with one that took the dense one's place."""
@@ -195,6 +208,13 @@ def test_golden_cases(options, shared) -> None:
     assert report.tables[0].rows
 
 
+def test_golden_cases_that_are_not_there_are_wrong(options, tmp_path) -> None:
+    options.golden = tmp_path / "nothing"
+    report = Report(options.output_dir / "report.json")
+    golden.check_golden_cases("plainmamba", options, report)
+    assert report.wrong == [f"--golden {tmp_path / 'nothing'} has no cases of plainmamba"]
+
+
 def test_a_part_ends_with_the_check(options, monkeypatch) -> None:
     started = []
 
@@ -218,9 +238,12 @@ def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path, monkeypatch) -> 
     monkeypatch.setitem(gpu_check.PARTS, "models", gpu_check.PARTS["models"]._replace(seconds=0.5))
     missing = ["--golden", str(tmp_path / "nothing")]
     arguments = ["--output_dir", str(tmp_path / "out"), "--device", "cpu", "--small", *missing]
+    (tmp_path / "out").mkdir()
+    Report(tmp_path / "out" / ".models.json").say("of a check that was killed")
     assert gpu_check.main([*arguments, "--patience", "4", "--parts", "models", "machine"]) == 1
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {name: result["status"] for name, result in results.items()} == {"models": "too slow", "machine": "ok"}
     page = (tmp_path / "out" / "gpu_check.md").read_text()
     assert "| models | too slow |" in page
+    assert "killed" not in page
     assert f"torch {torch.__version__}" in page

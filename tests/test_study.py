@@ -12,10 +12,12 @@ from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
+import torch
 import yaml
-from conftest import PATIENCE, SCRIPTS, hear_signals
+from conftest import PATIENCE, SCRIPTS, hear_signals, make_plainmamba_config
 from forking import Forked, run_forked
 
+from hf_vssm_prune import PlainMambaForImageClassification
 from study import runner
 from study.plan import list_pieces, read_study, tuned_name
 from study.report import Group, difference, mean_and_spread, verdict, write_report
@@ -28,6 +30,7 @@ from study.runner import (
     select_pieces,
     write_results,
 )
+from study.times import check_study, make_cases
 
 
 RECIPES = SCRIPTS.parent / "recipes"
@@ -111,6 +114,11 @@ def test_order_of_pieces(tmp_path) -> None:
         ({"lengths": 1}, "a study has exactly"),
         ({"variants": {"paper": {"losses": {}}}}, "variant 'paper' has .'losses'."),
         ({"variants": {"paper": {"pruning": {"keep": 1}}}}, "variant 'paper' has the pruning options .'keep'."),
+        ({"more_variants": {"paper": {}}}, ".'paper'. are in both variants and more_variants"),
+        (
+            {"datasets": {"images": {"dataset_name": "trashnet", "train": {}}}},
+            "data set 'images' has .'dataset_name', 'tr",
+        ),
         ({"every_budget": ["best"]}, "every_budget has .'best'.; the variants are"),
         ({"elastic": {"variant": "best"}}, "elastic needs a 'variant', one of"),
         ({"main_budget": 0.5}, "main_budget is 0.5; it must be one of"),
@@ -185,6 +193,8 @@ def test_run_stopped_and_gone_on_with(tmp_path) -> None:
     assert len({record["start_weights"] for record in everything.values() if "start_weights" in record}) == 2
     assert list(everything["images/plainmamba/0/untrained"]["figures"]) == ["dense", "paper at 40.0%", "naive at 40.0%"]
 
+    begun = (tmp_path / "pieces/images/plainmamba/0/dense tuned/start_weights.txt").read_text()
+    assert begun == everything["images/plainmamba/0/dense tuned"]["start_weights"]
     schedules = json.loads((tmp_path / "pieces/images/plainmamba/0/untrained/schedules.json").read_text())
     assert {schedule["method"] for schedule in schedules.values()} == {"top"}, "no method is the paper's in a study"
 
@@ -221,6 +231,27 @@ def test_pieces_without_a_model_to_start_from_are_named(tmp_path) -> None:
         "1 pieces were not run, the first of them 'images/plainmamba/0/dense tuned': there is no model of "
         "'images/plainmamba/0/dense'" in finished.stderr
     )
+
+
+def test_a_piece_is_not_resumed_after_its_start_has_changed(tmp_path, caplog, monkeypatch) -> None:
+    """Its checkpoint would go on from weights of which the results know nothing."""
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace())  # starts nothing
+    study = read_study(write_study(tmp_path / "study.yaml"))
+    dense, tuned = list_pieces(study)[:2]
+    write_results({dense.key: {"piece": dense.key, "options": dense.options}}, tmp_path / "results.jsonl")
+    files = {
+        tmp_path / dense.key / "last" / "model.safetensors": "the new weights",
+        tmp_path / tuned.key / "checkpoint-1" / "training_state.json": "{}",
+        tmp_path / tuned.key / "start_weights.txt": "the old ones",
+    }
+    for file, content in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    study_runner = StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "results.jsonl", {}, only=["*/dense tuned"])
+    assert study_runner.run() is None
+    assert study_runner.failed == [tuned]
+    assert f"{tuned.key} cannot be resumed, because it started from other weights than the current ones" in caplog.text
+    assert str(tmp_path / tuned.key) in caplog.text
 
 
 def test_select_pieces(tmp_path) -> None:
@@ -268,7 +299,7 @@ def test_study_may_get_more_variants(tmp_path) -> None:
     more = {"paper": {}, "naive": {"pruning": {"alignment": "none"}}, "random": {"pruning": {"importance": "random"}}}
     old, new = (
         {piece.name: piece for piece in list_pieces(read_study(write_study(tmp_path / f"{name}.yaml", **changes)))}
-        for name, changes in (("old", {}), ("new", {"variants": more}))
+        for name, changes in (("old", {}), ("new", {"variants": more, "more_variants": {}}))
     )
     record = {"options": old["untrained"].options}
     assert may_be_of(record, old["untrained"])
@@ -299,6 +330,36 @@ def test_expected_seconds(tmp_path) -> None:
     assert expected_seconds(dense, others) == 9
     assert expected_seconds(dense, others[1:]) == 5
     assert expected_seconds(dense, [*others, {**like, "seconds": 2}, {**like, "seconds": 4}]) == 3
+
+
+def test_times_are_those_of_the_compared_schedules(tmp_path) -> None:
+    """A variant without a method is pruned by the paper's, whatever the one before it was pruned by."""
+    variants = {"paper": {}, "merged": {"pruning": {"method": "local_merge"}}, "l1": {"pruning": {"importance": "l1"}}}
+    study = read_study(write_study(tmp_path / "study.yaml", variants=variants))
+    model = PlainMambaForImageClassification(make_plainmamba_config(patch_size=4, stem_channels=4)).eval()
+    cases = make_cases(study, "plainmamba", model, torch.randn(1, 3, 32, 32))
+    schedules = {name: case.keywords["token_pruning"] for name, case in cases.items()}
+    methods = {name: schedule and (schedule["method"], schedule["alignment"]) for name, schedule in schedules.items()}
+    assert methods == {
+        "dense": None,
+        "paper at 40.0%": ("top", "repeat"),
+        "merged at 40.0%": ("local_merge", "none"),
+        "l1 at 40.0%": ("top", "repeat"),
+        "naive at 40.0%": ("top", "none"),
+        "dense, 8 pixels": None,
+    }
+    assert schedules["l1 at 40.0%"]["importance"] == "l1"
+    assert cases["dense, 8 pixels"].args[0].shape == (1, 3, 8, 8)
+
+
+def test_times_of_models_without_weights_or_of_another_size_are_refused(tmp_path) -> None:
+    new = read_study(write_study(tmp_path / "new.yaml"))
+    with pytest.raises(ValueError, match="--study has no weights for plainmamba"):
+        check_study(new)
+    families = {"plainmamba": {"model_name_or_path": "study/photos/plainmamba-imagenette"}}
+    with pytest.raises(ValueError, match="--study trains with another image size on images"):
+        check_study(read_study(write_study(tmp_path / "resized.yaml", families=families)))
+    check_study(read_study(RECIPES / "study_photos.yaml"))
 
 
 def test_every_schedule_that_the_page_needs_is_compared() -> None:
@@ -376,6 +437,7 @@ def test_page_of_made_up_results(tmp_path) -> None:
     (tmp_path / "times.json").write_text(json.dumps({"plainmamba": {paper: 0.7, "dense, 8 pixels": 0.5}}))
     write_report(study, records, tmp_path / "STUDY.md", tmp_path)
     page = (tmp_path / "STUDY.md").read_text()
-    assert "| paper |  | 5.00 ± 0.00 | 1.00 ± 0.00 | +0.00 ± 0.00 | 0.70 ± 0.00 |" in page
+    assert "| paper |  | 5.00 ± 0.00 | 1.00 ± 0.00 | +0.00 ± 0.00 | 0.70 |" in page
+    assert "| naive | alignment none | 9.00 ± 0.00 | 1.50 ± 2.12 | +0.50 ± 2.12 | 0.62 ± 0.00 |" in page
     assert "| 8 pixels | 0.45 ± 0.00 | 0.50 | 3.00 ± 0.00 |" in page
     assert (tmp_path / "images-plainmamba.svg").read_bytes() != drawing

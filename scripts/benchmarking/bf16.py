@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarking.measuring import Case, Group, take_turns
-from benchmarking.models import make_models, random_inputs
+from benchmarking.models import make_models, random_inputs, random_labels
 from benchmarking.profiling import converts, operators, profiled
 
 
@@ -77,7 +77,7 @@ def conversions(model: nn.Module, seconds: list[float], batch: int, options: arg
 
 def step(model: nn.Module, batch: int, options: argparse.Namespace) -> Group:
     """Forward and backward of the dense model, in float32 and as `--mixed_precision bf16` trains."""
-    images, labels = random_inputs(model, batch), torch.randint(1000, (batch,))
+    images, labels = random_inputs(model, batch), random_labels(model, batch)
     model.train()
     cases: dict[str, Case] = {
         "float32": partial(train, model, images, labels, half=False),

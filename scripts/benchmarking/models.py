@@ -35,6 +35,10 @@ def random_inputs(model: nn.Module, batch: int) -> Tensor:
     return torch.randn(model.config.pixel_values_shape(batch))
 
 
+def random_labels(model: nn.Module, batch: int) -> Tensor:
+    return torch.randint(model.config.num_labels, (batch,))
+
+
 def model_section(options: argparse.Namespace) -> list[Group]:
     models = make_models(options)
     reduction = count_flops(models["pruned, aligned"].config).reduction
@@ -122,9 +126,9 @@ def resolution_section(options: argparse.Namespace) -> list[Group]:
     vit = ViTForImageClassification(ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)).eval()
     cases: dict[str, Case] = {}
     for side in (224, 448, 896):
-        images = torch.randn(1, 3, side, side)
-        cases[f"pruned, {side}²"] = partial(model, images, interpolate_pos_encoding=True)
-        cases[f"ViT-S/16, {side}²"] = partial(vit, images, interpolate_pos_encoding=True)
+        inputs = torch.randn(*model.config.pixel_values_shape(1)[:-2], side, side)
+        cases[f"pruned, {side}²"] = partial(model, inputs, interpolate_pos_encoding=True)
+        cases[f"ViT-S/16, {side}²"] = partial(vit, torch.randn(1, 3, side, side), interpolate_pos_encoding=True)
     ratios = {
         f"{name}: time per token at {side}² / at 224²": ((224 / side) ** 2, f"{name}, {side}²", f"{name}, 224²")
         for name in ("pruned", "ViT-S/16")

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarking.measuring import Case, Group, growth, take_turns
-from benchmarking.models import make_models, random_inputs
+from benchmarking.models import make_models, random_inputs, random_labels
 from hf_vssm_prune.pruning_methods import RECOMMENDED_METHOD
 
 
 def training_section(options: argparse.Namespace) -> list[Group]:
     models = make_models(options)
     batch = options.batch_sizes[-1]
-    images, labels = random_inputs(models["dense"], batch), torch.randint(1000, (batch,))
+    images, labels = random_inputs(models["dense"], batch), random_labels(models["dense"], batch)
 
     def step(model: nn.Module) -> Case:
         def run() -> None:

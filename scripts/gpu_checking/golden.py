@@ -32,6 +32,8 @@ def check_golden_cases(family: str, options: argparse.Namespace, report: Report)
     errors = ("logits off by", "plain PyTorch's", "scores off by", "plain PyTorch's")
     of_half = report.table("In bfloat16, stage by stage", "case", *errors, "tokens moved", "errors from the threshold")
     files = sorted(options.golden.glob(f"{family}_{'small_' if options.small else ''}*.npz"))
+    if not files:
+        report.complain(f"--golden {options.golden} has no cases of {family}")
     for file in files[: 1 if options.small else None]:
         case = GoldenCase.load(options.golden, file.stem)
         config = infer_config(case.state_dict(), case.recipe["family"], **case.overrides())

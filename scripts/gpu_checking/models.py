@@ -24,7 +24,7 @@ TRANSFORMERS = {
 BATCHES = (1, 8, 64, 128)
 REDUCTION = 0.416
 SMALL = {"image_size": 64, "hidden_size": 32, "num_hidden_layers": 8, "state_size": 4, "stem_channels": 4}
-COLUMNS = ["model", "dtype", "batch", "way", "images/s", "dense / this", "MiB"]
+COLUMNS = ["model", "dtype", "batch", "way", "images/s", "dense / this", "additional MiB"]
 
 
 def make_models(family: str, preset: str, options: argparse.Namespace) -> dict[str, nn.Module]:
@@ -144,11 +144,14 @@ def captured(model: nn.Module, images: Tensor) -> Callable[[], Any]:
 
 
 def peak_memory(case: Callable[[], Any], device: str) -> int | str:
-    """The peak memory allocated on a GPU, in MiB."""
+    """The memory that a run allocates on a GPU at its peak, in MiB, in addition to what is allocated between runs: the
+    weights of all models. A graph has its memory before it runs, so this is 0 for its replay."""
     case()
     if device != "cuda":
         return "–"
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     case()
     torch.cuda.synchronize()
-    return round(torch.cuda.max_memory_allocated() / 2**20)
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20)

@@ -16,7 +16,8 @@ MODELS = (("plainmamba", "L1"), ("plainmamba", "L3"), ("vim", "S"))
 
 def time_training(options: argparse.Namespace, report: Report) -> None:
     """Measures forward and backward passes with autocast to bfloat16, without an optimizer."""
-    rows = report.table("Training step, bfloat16 by autocast", "model", "batch", "images/s", "dense / this", "MiB")
+    columns = ("model", "batch", "images/s", "dense / this", "additional MiB")
+    rows = report.table("Training step, bfloat16 by autocast", *columns)
     batch = batch_size(options)
     for which in MODELS[: 1 if options.small else None]:
         cases, memory = {}, {}
@@ -57,9 +58,9 @@ def make_steps(family: str, preset: str, options: argparse.Namespace) -> dict[st
 
 def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
     def run() -> None:
-        model.zero_grad()
         with torch.autocast(images.device.type, torch.bfloat16):
             loss = model(images, labels=labels).loss
         loss.backward()
+        model.zero_grad()  # last, so that no gradients are in memory when the next model is measured
 
     return run
