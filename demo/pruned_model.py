@@ -121,12 +121,15 @@ class PrunedModel:
         config = self.model.config
         size = config.input_size_of(pixel_values.shape)
         schedule = self._schedule(percent, method)
+        selects = schedule is not None and "block_keep_ratio" in schedule
         with self._lock:
             self.model.set_token_pruning(None)
             dense = self.model(pixel_values)
             self.model.set_token_pruning(schedule)
-            pruned = self.model(pixel_values)
-            flops = count_flops(config, size[-2:])
+            pruned = self.model(pixel_values, output_block_gates=selects)
+            # With a block ratio, the FLOPs are those of the scan directions that ran for this image.
+            ran = torch.stack(list(pruned.block_gates)).mean().item() if selects else None
+            flops = count_flops(config, size, ran)
         grid = config.grid_size_for(*size)
         kept = [ids[0] for ids in kept_patches(pruned.kept_tokens or (), config, size)]
         seen = frames_from_pixel_values(pixel_values[0], *image_statistics(self.image_processor), config)
