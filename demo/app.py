@@ -76,7 +76,10 @@ REMOVE, INSERT = (f"() => ({{__type__: 'update', visible: {visible}}})" for visi
 IN_RANGE = f"(session, percent, ...others) => [session, Math.min(Math.max(percent, 0), {MOST_PERCENT}), ...others]"
 SELECT_EXAMPLE = """element.addEventListener("click", (event) => {
     const button = event.target.closest("button");
-    if (button) trigger("select", {name: button.dataset.name});
+    if (button) {
+        props.value = button.dataset.name;
+        trigger("select");
+    }
 });"""
 
 
@@ -134,12 +137,12 @@ class Page:
     def choose_first(self, session: Session, percent: int, method: str) -> Any:
         return self._choose(session, self.examples[0], percent, method)
 
-    def choose_example(self, session: Session, percent: int, method: str, selected: gr.EventData) -> Any:
+    def choose_example(self, session: Session, percent: int, method: str, name: str) -> Any:
         # The name comes from the browser.
         by_name = {file.stem: file for file in self.examples}
-        if selected.name not in by_name:
-            raise gr.Error(f"There is no example {selected.name!r}.", print_exception=False)
-        return self._choose(session, by_name[selected.name], percent, method)
+        if name not in by_name:
+            raise gr.Error(f"There is no example {name!r}.", print_exception=False)
+        return self._choose(session, by_name[name], percent, method)
 
     def upload(self, session: Session, percent: int, method: str, file: str | None) -> Any:
         # None: a camera picture was discarded
@@ -175,14 +178,14 @@ class Page:
             output: displays the result.
         """
         session = gr.State(Session())
-        private: dict[str, Any] = {"api_visibility": "private", "js": IN_RANGE}
-        # "always_last" repeats the waiting event's first occurrence: another example than the last one chosen.
-        choice = private | {"show_progress": "minimal", "trigger_mode": "multiple"}
-        options = private | {"show_progress": "hidden", "trigger_mode": "always_last"}
-        shown = [event(action, [session, *how, *inputs], output, **choice) for event, action, inputs in sources]
-        shown.append(gr.on([control.change for control in how], self.show, [session, *how], output, **options))
+        # An event that had to wait takes the values that its inputs have then.
+        options: dict[str, Any] = {"trigger_mode": "always_last", "api_visibility": "private", "js": IN_RANGE}
+        quick = options | {"show_progress": "hidden"}
+        slow = options | {"show_progress": "minimal"}  # it opens a file
+        shown = [event(action, [session, *how, *inputs], output, **slow) for event, action, inputs in sources]
+        shown.append(gr.on([control.change for control in how], self.show, [session, *how], output, **quick))
         for each in shown:
-            each.success(self.add_times, [session, *how], output, **options)
+            each.success(self.add_times, [session, *how], output, **quick)
 
     def _choose(self, session: Session, file: Path, percent: int, method: str) -> Any:
         number = next(self._numbers)
@@ -319,7 +322,9 @@ def build(page: Page, video_page: Page | None = None) -> gr.Blocks:
         gr.Markdown(INTRODUCTION + ("\n" + ABOUT_EXAMPLE_MODEL if page.is_example_model else ""))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                examples = gr.HTML(example_buttons(page.examples), js_on_load=SELECT_EXAMPLE, elem_id="examples")
+                # Its value is the name of the example that was chosen last.
+                buttons = example_buttons(page.examples)
+                examples = gr.HTML(html_template=buttons, js_on_load=SELECT_EXAMPLE, elem_id="examples")
                 # With "image", phones offer their camera.
                 upload = gr.UploadButton("Upload an image", file_types=["image", *SUFFIXES], elem_id="upload")
                 with gr.Accordion(CAMERA, open=False, elem_id="camera") as tile:
@@ -342,7 +347,7 @@ def build(page: Page, video_page: Page | None = None) -> gr.Blocks:
                 output = gr.HTML(elem_id="result")
         sources = [
             (blocks.load, page.choose_first, []),
-            (examples.select, page.choose_example, []),
+            (examples.select, page.choose_example, [examples]),
             (upload.upload, page.upload, [upload]),
             (camera.input, page.upload, [camera]),
         ]

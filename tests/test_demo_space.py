@@ -6,7 +6,6 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,9 +205,9 @@ def test_what_the_browser_sends_is_checked(app, model) -> None:
     page = app.Page(model, is_example_model=False)
     for name in ("../../app", "bag", None, 3):
         with pytest.raises(app.gr.Error, match="There is no example"):
-            page.choose_example(app.Session(), 30, OWN, SimpleNamespace(name=name))
+            page.choose_example(app.Session(), 30, OWN, name)
     session = app.Session()
-    page.choose_example(session, 30, OWN, SimpleNamespace(name="cat"))
+    page.choose_example(session, 30, OWN, "cat")
     with pytest.raises(app.gr.Error, match="There is no method 'all'; the methods are As this model was saved"):
         page.show(session, 30, "all")
     with pytest.raises(app.gr.Error, match=r"`flops_reduction` is 0\.99"):
@@ -257,7 +256,7 @@ def test_the_last_choice_is_shown_even_if_an_earlier_one_takes_longer(app, model
     session = app.Session()
 
     def open_slowly(file: str) -> Image.Image:
-        page.choose_example(session, 30, OWN, SimpleNamespace(name="cat"))
+        page.choose_example(session, 30, OWN, "cat")
         return Image.new("RGB", (40, 50))
 
     page = app.Page(model, False, lambda file: open_slowly(file) if file == "slow.png" else open_upload(file))
@@ -274,7 +273,7 @@ def test_what_was_classified_is_not_shown_after_another_choice(app, model, monke
     def choose_meanwhile(*arguments):
         calls.append(arguments)
         if len(calls) == 1:
-            page.choose_example(session, 30, OWN, SimpleNamespace(name="cat"))
+            page.choose_example(session, 30, OWN, "cat")
         return classify(*arguments)
 
     monkeypatch.setattr(model, "classify", choose_meanwhile)
@@ -294,7 +293,7 @@ def test_a_budget_chosen_while_a_file_is_opened_is_used(app, model) -> None:
 
     page = app.Page(model, False, open_while_the_slider_moves)
     page.choose_first(session, 30, OWN)
-    assert fewer(page, session, 30) in page.choose_example(session, 30, OWN, SimpleNamespace(name="cat"))
+    assert fewer(page, session, 30) in page.choose_example(session, 30, OWN, "cat")
     assert fewer(page, session, 40) in page.add_times(session, 40, OWN)
 
 
@@ -327,7 +326,7 @@ def test_a_result_is_read_out(app, model) -> None:
 
 def test_times_are_not_measured_for_what_is_no_longer_shown(app, model, monkeypatch) -> None:
     page, session = app.Page(model, is_example_model=False), app.Session()
-    page.choose_example(session, 30, OWN, SimpleNamespace(name="cat"))
+    page.choose_example(session, 30, OWN, "cat")
     turns = []
 
     def move_the_slider_meanwhile(*arguments):
