@@ -162,12 +162,11 @@ class Page:
         shown = session.shown
         if shown is None:
             return gr.skip()
-        output: Any = gr.skip()
+        measurement = None
         for measurement in self.model.measure(shown.chosen, *shown.how):
             if session.shown is not shown:
                 return gr.skip()
-            output = result(shown.classification, measurement)
-        return output
+        return result(shown.classification, measurement)
 
     def connect(self, sources: Sequence[tuple[Callable, Callable, list[Any]]], how: list[Any], output: gr.HTML) -> None:
         """Lets controls act.

@@ -27,6 +27,7 @@ from hf_vssm_prune.visualization import (
 
 # Seconds for measuring both models alternately, short enough for a responsive slider.
 MEASURING_SECONDS, MIN_TURNS, MAX_TURNS = 0.15, 5, 15
+PAUSE = 0.002  # seconds between them: a lock that is taken again at once does not pass to another thread
 METHODS = {
     f"Merge similar neighbours ({RECOMMENDED_METHOD}, our default)": {"method": RECOMMENDED_METHOD},
     f"Drop the least important ({PAPERS_METHOD}, the paper's)": {"method": PAPERS_METHOD},
@@ -160,6 +161,7 @@ class PrunedModel:
             turns.append([self._seconds(batch, schedule) for schedule in schedules])
             dense, pruned = (1000 * min(times) / len(batch) for times in zip(*turns, strict=True))
             yield Measurement(dense, pruned, len(turns), len(batch))
+            time.sleep(PAUSE)
 
     def _find_schedule(self, percent: int, method: str) -> dict[str, Any] | None:
         if method not in self.methods:
