@@ -162,11 +162,12 @@ class Page:
         shown = session.shown
         if shown is None:
             return gr.skip()
-        measurement = None
+        latest = None
         for measurement in self.model.measure(shown.chosen, *shown.how):
             if session.shown is not shown:
                 return gr.skip()
-        return result(shown.classification, measurement)
+            latest = measurement
+        return result(shown.classification, latest)
 
     def connect(self, sources: Sequence[tuple[Callable, Callable, list[Any]]], how: list[Any], output: gr.HTML) -> None:
         """Lets controls act.
