@@ -39,7 +39,7 @@ demo: .venv-demo/installed  ## Create .venv-demo, prune and fine-tune the exampl
 space:  ## Create build/space: the demo page with the package, ready for the Hub
 	rm -rf '$(SPACE)'
 	mkdir -p '$(SPACE)'
-	tar -c -f - --exclude __pycache__ -C demo . -C ../src hf_vssm_prune | tar -x -o -f - -C '$(SPACE)'
+	tar -c -f - --exclude __pycache__ --exclude ./web -C demo . -C ../src hf_vssm_prune | tar -x -o -f - -C '$(SPACE)'
 
 browser:  ## Install Chromium for the tests of the demo page (Debian and Ubuntu, as root)
 	command -v chromium && command -v chromedriver || \

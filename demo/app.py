@@ -11,6 +11,7 @@ Hub.
 import argparse
 import base64
 import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,9 @@ PHOTOS = sorted((HERE / "examples" / "photos").iterdir())
 THUMBNAIL_SIZE = 128  # pixels
 MOST_PERCENT, FIRST_PERCENT = 60, 42
 HOUR = 3600
+# Gradio keeps what this many visitors have chosen, also of those who left: a megabyte each, or ten for a clip.
+MOST_VISITORS = 100
+MOST_WAITING = 60  # requests; others are told that the server is busy
 
 TITLE = "Token pruning for vision Mambas"
 INTRODUCTION = """# Token pruning for vision Mambas
@@ -61,19 +65,55 @@ NO_VIDEOS = (
 BUDGET = "Computation to remove (% of FLOPs)"
 METHOD = "Pruning method"
 CAMERA = "Take a picture"
+CAMERA_REMARK = (
+    "If nothing happens, the browser does not let this page use the camera (it must be on `https://` or `localhost`, "
+    "and have your permission): upload an image instead."
+)
 REAR_CAMERA = gr.WebcamOptions(mirror=False, constraints={"video": {"facingMode": "environment"}})  # if there are two
+# Gradio turns a camera off when it is removed from the page, but not when it is hidden. These run in the browser.
+REMOVE, INSERT = (f"() => ({{__type__: 'update', visible: {visible}}})" for visible in ("false", "true"))
+# While a number is being typed, the slider's value may be null or too large.
+IN_RANGE = f"(session, percent, ...others) => [session, Math.min(Math.max(percent, 0), {MOST_PERCENT}), ...others]"
 SELECT_EXAMPLE = """element.addEventListener("click", (event) => {
     const button = event.target.closest("button");
-    if (button) trigger("select", {name: button.dataset.name});
+    if (button) {
+        props.value = button.dataset.name;
+        trigger("select");
+    }
 });"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result on the page, with what it was computed from.
+
+    Attributes:
+        chosen: the model's input.
+        how: the budget in percent, and the method.
+        classification: the result.
+    """
+
+    chosen: Tensor
+    how: tuple[int, str]
+    classification: Classification
 
 
 @dataclass
 class Session:
-    """What one visitor has chosen, and the result of it; None while there is none."""
+    """What one visitor has chosen, and the result that is shown; None while there is none. Several requests of a
+    visitor may be processed at once, and end in any order.
 
+    Attributes:
+        number: the number of the request that chose.
+        chosen: the model's input.
+        moved_to: what the controls of budget and method were last moved to.
+        shown: the result.
+    """
+
+    number: int = 0
     chosen: Tensor | None = None
-    classification: Classification | None = None
+    moved_to: tuple[int, str] | None = None
+    shown: Result | None = None
 
 
 class Page:
@@ -92,44 +132,42 @@ class Page:
         self.open_input = open_input
         self.is_example_model = is_example_model
         self.examples = WASTE if is_example_model else PHOTOS
+        self._numbers = itertools.count(1)
 
-    def choose_first(self, session: Session, percent: int, method: str) -> str:
+    def choose_first(self, session: Session, percent: int, method: str) -> Any:
         return self._choose(session, self.examples[0], percent, method)
 
-    def choose_example(self, session: Session, percent: int, method: str, selected: gr.EventData) -> str:
+    def choose_example(self, session: Session, percent: int, method: str, name: str) -> Any:
         # The name comes from the browser.
         by_name = {file.stem: file for file in self.examples}
-        if selected.name not in by_name:
-            raise gr.Error(f"There is no example {selected.name!r}.", print_exception=False)
-        return self._choose(session, by_name[selected.name], percent, method)
+        if name not in by_name:
+            raise gr.Error(f"There is no example {name!r}.", print_exception=False)
+        return self._choose(session, by_name[name], percent, method)
 
     def upload(self, session: Session, percent: int, method: str, file: str | None) -> Any:
         # None: a camera picture was discarded
         return gr.skip() if file is None else self._choose(session, Path(file), percent, method)
 
-    def show(self, session: Session, percent: int, method: str) -> str:
-        """The result without times, which are added later."""
-        if session.chosen is None:
-            raise gr.Error(f"No {self.model.medium} is chosen yet.", print_exception=False)
-        session.classification = None
-        try:
-            session.classification = self.model.classify(session.chosen, int(percent), method)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        return result(session.classification, None)
+    def show(self, session: Session, percent: int, method: str) -> Any:
+        """The result for controls that were moved, without times, which are added later."""
+        session.moved_to = (int(percent), method)
+        return self._show(session, session.moved_to)
 
     def add_times(self, session: Session, percent: int, method: str) -> Any:
         """The result with times. Measuring takes a second or more, and stops if there is another result to show, so
         that the slider does not wait for it."""
-        shown = session.classification
-        if session.chosen is None or shown is None:
+        how = (int(percent), method)
+        if session.shown is not None and session.shown.how != how == session.moved_to:
+            self._show(session, how)  # the controls were moved while a file was opened, before it was chosen
+        shown = session.shown
+        if shown is None:
             return gr.skip()
-        output: Any = gr.skip()
-        for measurement in self.model.measure(session.chosen, int(percent), method):
-            if session.classification is not shown:
+        latest = None
+        for measurement in self.model.measure(shown.chosen, *shown.how):
+            if session.shown is not shown:
                 return gr.skip()
-            output = result(shown, measurement)
-        return output
+            latest = measurement
+        return result(shown.classification, latest)
 
     def connect(self, sources: Sequence[tuple[Callable, Callable, list[Any]]], how: list[Any], output: gr.HTML) -> None:
         """Lets controls act.
@@ -140,19 +178,42 @@ class Page:
             output: displays the result.
         """
         session = gr.State(Session())
-        options = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-        shown = [event(action, [session, *how, *inputs], output, **options) for event, action, inputs in sources]
-        shown.append(gr.on([control.change for control in how], self.show, [session, *how], output, **options))
+        # An event that had to wait takes the values that its inputs have then.
+        options: dict[str, Any] = {"trigger_mode": "always_last", "api_visibility": "private", "js": IN_RANGE}
+        quick = options | {"show_progress": "hidden"}
+        slow = options | {"show_progress": "minimal"}  # it opens a file
+        shown = [event(action, [session, *how, *inputs], output, **slow) for event, action, inputs in sources]
+        shown.append(gr.on([control.change for control in how], self.show, [session, *how], output, **quick))
         for each in shown:
-            each.success(self.add_times, [session, *how], output, **options)
+            each.success(self.add_times, [session, *how], output, **quick)
 
-    def _choose(self, session: Session, file: Path, percent: int, method: str) -> str:
+    def _choose(self, session: Session, file: Path, percent: int, method: str) -> Any:
+        number = next(self._numbers)
         try:
             image = self.open_input(str(file))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        session.chosen = self.model.prepare(image)
-        return self.show(session, percent, method)
+        chosen = self.model.prepare(image)
+        if number < session.number:
+            return gr.skip()  # this file took longer than one that was chosen later
+        session.number, session.chosen = number, chosen
+        return self._show(session, (int(percent), method))
+
+    def _show(self, session: Session, how: tuple[int, str]) -> Any:
+        session.shown = None  # first, so that a measurement ends
+        chosen = session.chosen
+        if chosen is None:
+            raise gr.Error(
+                f"No {self.model.medium} is chosen, or the server no longer has it: choose one.", print_exception=False
+            )
+        try:
+            classification = self.model.classify(chosen, *how)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        if session.chosen is not chosen:
+            return gr.skip()  # the request that chose something else shows that
+        session.shown = Result(chosen, how, classification)
+        return result(classification, None)
 
 
 # ---- HTML --------------------------------------------------------------------------------------------------------
@@ -182,8 +243,14 @@ def _thumbnail(file: Path) -> Image.Image:
 
 
 def result(classification: Classification, measurement: Measurement | None) -> str:
-    """The pictures of the stages above a table that compares dense and pruned."""
-    return f'<div class="stages">{"".join(_figures(classification))}</div>{_table(classification, measurement)}'
+    """The pictures of the stages above a table that compares dense and pruned, and a sentence for screen readers, which
+    read it out when it changes."""
+    (dense, _), (pruned, _) = classification.dense[0], classification.pruned[0]
+    sentence = f"Dense: {dense}. Pruned by {classification.flops.reduction:.1%}: {pruned}."
+    return (
+        f'<p class="spoken" role="status">{escape(sentence)}</p>'
+        f'<div class="stages">{"".join(_figures(classification))}</div>{_table(classification, measurement)}'
+    )
 
 
 def _figures(classification: Classification) -> list[str]:
@@ -255,10 +322,12 @@ def build(page: Page, video_page: Page | None = None) -> gr.Blocks:
         gr.Markdown(INTRODUCTION + ("\n" + ABOUT_EXAMPLE_MODEL if page.is_example_model else ""))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                examples = gr.HTML(example_buttons(page.examples), js_on_load=SELECT_EXAMPLE, elem_id="examples")
+                # Its value is the name of the example that was chosen last.
+                buttons = example_buttons(page.examples)
+                examples = gr.HTML(html_template=buttons, js_on_load=SELECT_EXAMPLE, elem_id="examples")
                 # With "image", phones offer their camera.
                 upload = gr.UploadButton("Upload an image", file_types=["image", *SUFFIXES], elem_id="upload")
-                with gr.Accordion(CAMERA, open=False, elem_id="camera"):
+                with gr.Accordion(CAMERA, open=False, elem_id="camera") as tile:
                     camera = gr.Image(
                         sources="webcam",
                         type="filepath",
@@ -267,6 +336,9 @@ def build(page: Page, video_page: Page | None = None) -> gr.Blocks:
                         buttons=[],
                         webcam_options=REAR_CAMERA,
                     )
+                    gr.Markdown(CAMERA_REMARK, elem_classes="remark")
+                tile.collapse(None, None, camera, js=REMOVE, api_visibility="private")
+                tile.expand(None, None, camera, js=INSERT, api_visibility="private")
                 gr.Markdown(UPLOAD_LIMITS, elem_classes="remark")
                 methods = list(page.model.methods)
                 method = gr.Radio(methods, value=methods[0], label=METHOD, elem_id="method")
@@ -275,7 +347,7 @@ def build(page: Page, video_page: Page | None = None) -> gr.Blocks:
                 output = gr.HTML(elem_id="result")
         sources = [
             (blocks.load, page.choose_first, []),
-            (examples.select, page.choose_example, []),
+            (examples.select, page.choose_example, [examples]),
             (upload.upload, page.upload, [upload]),
             (camera.input, page.upload, [camera]),
         ]
@@ -319,9 +391,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     page = Page(model, is_example_model=Path(options.model_name_or_path).resolve() == EXAMPLE_MODEL.resolve())
-    build(page, video_page).launch(
+    build(page, video_page).queue(max_size=MOST_WAITING).launch(
         server_port=options.port,
         max_file_size=MAX_BYTES,
+        state_session_capacity=MOST_VISITORS,
         theme=gr.themes.Base(primary_hue="blue", font=("system-ui", "sans-serif")),
         css_paths=HERE / "page.css",
         footer_links=[],

@@ -13,15 +13,19 @@ from hf_vssm_prune.training.video_decoding import decode_frames
 
 
 MAX_FRAMES = 600  # 24 seconds at 25 frames per second
-LIMITS = f"Any format that FFmpeg reads; at most {MAX_BYTES // 1024**2} MB and {MAX_FRAMES} frames."
+MAX_FRAME_PIXELS = 9_000_000  # 4K; a clip's frames are held in memory, and ten megabytes may hold far larger ones
+LIMITS = (
+    f"Any format that FFmpeg reads; at most {MAX_BYTES // 1024**2} MB, {MAX_FRAMES} frames, and "
+    f"{MAX_FRAME_PIXELS // 10**6} million pixels in each."
+)
 
 
 def open_clip(path: str, num_frames: int) -> list[Image.Image]:
     """Frames spread over an uploaded video.
 
     Raises:
-        ValueError: the file is too large or too long, or not a readable video. The message is for the person who
-            uploaded it.
+        ValueError: the file or its frames are too large, it is too long, or not a readable video. The message is for
+            the person who uploaded it.
     """
     name = os.path.basename(path)
     if os.path.getsize(path) > MAX_BYTES:
@@ -32,7 +36,8 @@ def open_clip(path: str, num_frames: int) -> list[Image.Image]:
             raise ValueError(f"{name} has {count} frames; at most {MAX_FRAMES} are accepted: shorten it.")
         return list(clips_of("uniform", count, num_frames, 1))
 
-    return decode_frames({"bytes": None, "path": path}, choose, lambda frame: frame.convert("RGB"), name)[0]
+    stored = {"bytes": None, "path": path}
+    return decode_frames(stored, choose, lambda frame: frame.convert("RGB"), name, MAX_FRAME_PIXELS)[0]
 
 
 def opener(model: Any) -> partial:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_vssm_prune.flops import ModelFlops, count_flops
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
-from hf_vssm_prune.pruning_options import method_options
+from hf_vssm_prune.pruning_options import TokenPruning, method_options
 from hf_vssm_prune.visualization import (
     draw_stages,
     frames_from_pixel_values,
@@ -27,6 +27,7 @@ from hf_vssm_prune.visualization import (
 
 # Seconds for measuring both models alternately, short enough for a responsive slider.
 MEASURING_SECONDS, MIN_TURNS, MAX_TURNS = 0.15, 5, 15
+PAUSE = 0.002  # seconds between them: a lock that is taken again at once does not pass to another thread
 METHODS = {
     f"Merge similar neighbours ({RECOMMENDED_METHOD}, our default)": {"method": RECOMMENDED_METHOD},
     f"Drop the least important ({PAPERS_METHOD}, the paper's)": {"method": PAPERS_METHOD},
@@ -94,7 +95,7 @@ class PrunedModel:
         self.image_processor = load_image_processor(name_or_path)
         self.medium = "clip" if self.model.config.modality == "video" else "image"
         # While the model is dense, its configuration has no pruning options.
-        own = method_options(self.model.config.token_pruning)
+        own = _own_method(self.model.config.token_pruning)
         self.methods = ({f"As this model was saved ({own['method']})": own} if own else {}) | METHODS
         self._lock = threading.Lock()
         self._schedule = lru_cache(maxsize=101 * len(self.methods))(self._find_schedule)
@@ -121,12 +122,15 @@ class PrunedModel:
         config = self.model.config
         size = config.input_size_of(pixel_values.shape)
         schedule = self._schedule(percent, method)
+        selects = schedule is not None and "block_keep_ratio" in schedule
         with self._lock:
             self.model.set_token_pruning(None)
             dense = self.model(pixel_values)
             self.model.set_token_pruning(schedule)
-            pruned = self.model(pixel_values)
-            flops = count_flops(config, size[-2:])
+            pruned = self.model(pixel_values, output_block_gates=selects)
+            # With a block ratio, the FLOPs are those of the scan directions that ran for this image.
+            ran = torch.stack(list(pruned.block_gates)).mean().item() if selects else None
+            flops = count_flops(config, size, ran)
         grid = config.grid_size_for(*size)
         kept = [ids[0] for ids in kept_patches(pruned.kept_tokens or (), config, size)]
         seen = frames_from_pixel_values(pixel_values[0], *image_statistics(self.image_processor), config)
@@ -157,6 +161,7 @@ class PrunedModel:
             turns.append([self._seconds(batch, schedule) for schedule in schedules])
             dense, pruned = (1000 * min(times) / len(batch) for times in zip(*turns, strict=True))
             yield Measurement(dense, pruned, len(turns), len(batch))
+            time.sleep(PAUSE)
 
     def _find_schedule(self, percent: int, method: str) -> dict[str, Any] | None:
         if method not in self.methods:
@@ -179,3 +184,12 @@ class PrunedModel:
             (self.labels[index], share)
             for share, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
+
+
+def _own_method(saved: TokenPruning | None) -> dict[str, Any]:
+    """How a model was saved to prune, regardless of its budget. Where pruning has trained parameters, it keeps its
+    layers: in others they would be new and untrained."""
+    own = method_options(saved)
+    if saved is not None and (saved.method.module or "block_keep_ratio" in own or own["alignment"] == "learned"):
+        own["layers"] = saved["layers"]
+    return own

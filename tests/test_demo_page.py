@@ -137,6 +137,12 @@ def test_the_first_example_is_there_without_a_click(page) -> None:
 def test_an_example_is_chosen_by_pointer(page) -> None:
     page.change(page.find("button[aria-label='glass 1']").click)
     assert [cell.split()[0] for cell in page.cells[0]] == ["glass", "glass"]
+    # Before the first is answered, the second is clicked.
+    click = "document.querySelector(`button[aria-label='{}']`).click()"
+    page.browser.execute_script(";".join(click.format(name) for name in ("metal 1", "paper 1")))
+    page.wait(lambda: page.cells[0][0].startswith("paper"))
+    page.wait_for_times()
+    assert page.cells[0][0].startswith("paper")
 
 
 def test_a_method_is_chosen(page) -> None:
@@ -153,6 +159,14 @@ def test_a_method_is_chosen(page) -> None:
 
 
 def test_a_picture_is_taken(page) -> None:
+    page.find("#camera button").click()
+    page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, ALLOW_CAMERA))
+    page.find(ALLOW_CAMERA).click()
+    page.wait(lambda: page.query("document.querySelector('#camera video').readyState") == 4)
+    page.browser.execute_script("window.stream = document.querySelector('#camera video').srcObject")
+    assert page.query("stream.active")
+    page.find("#camera button").click()
+    page.wait(lambda: not page.query("stream.active"))  # the camera is off
     page.find("#camera button").click()
     page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, ALLOW_CAMERA))
     page.find(ALLOW_CAMERA).click()
@@ -203,6 +217,12 @@ def test_everything_is_reached_and_done_by_keyboard(page) -> None:
     assert "0.0% fewer" in page.cells[1][1]
     page.change(lambda: page.browser.switch_to.active_element.send_keys(Keys.END))
     page.wait(lambda: "60." in page.cells[1][1])
+    number = page.find("#budget input[type=number]")
+    number.send_keys(Keys.BACKSPACE * 2)
+    page.wait(lambda: "0.0% fewer" in page.cells[1][1])
+    number.send_keys("30")
+    page.wait(lambda: "30." in page.cells[1][1])
+    assert page.errors == ""
 
 
 def test_an_image_is_uploaded(page, tmp_path) -> None:
@@ -250,6 +270,9 @@ def test_a_phone_shows_everything_without_scrolling_sideways(page) -> None:
     set_screen(page.browser, PHONE_WIDTH, PHONE_HEIGHT, mobile=True)
     page.wait(lambda: page.query("innerWidth") == PHONE_WIDTH)
     page.change(page.find("button[aria-label='metal 1']").click)
+    assert page.query("document.documentElement.scrollWidth") == PHONE_WIDTH
+    # A long label without a space: the page is taller, not wider.
+    page.browser.execute_script("document.querySelector('.comparison strong').textContent = 'x'.repeat(99)")
     assert page.query("document.documentElement.scrollWidth") == PHONE_WIDTH
     right_edges = page.query("[...document.querySelectorAll('#result *')].map(e => e.getBoundingClientRect().right)")
     assert max(right_edges) <= PHONE_WIDTH

@@ -6,7 +6,6 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,6 +146,22 @@ def test_methods_are_those_that_they_say(model) -> None:
     ]
 
 
+def test_flops_are_those_of_the_scan_directions_that_ran(tmp_path) -> None:
+    pruning = {"layers": [2, 4], "keep_ratios": [0.7, 0.7], "method": "dyvm", "block_keep_ratio": 0.6}
+    config = MAKE_CONFIG["vim"](token_pruning=pruning, hidden_size=32, num_hidden_layers=8)
+    classifier = AutoModelForImageClassification.from_config(config)
+    processor = new_image_processor(config, [0.5] * 3, [0.5] * 3, crop_pct=1.0)
+    model = PrunedModel(str(save_for_hub(classifier, tmp_path / "m", processor)))
+    pixel_values = model.prepare(Image.new("RGB", (40, 50)))
+    classification = model.classify(pixel_values, 40, "As this model was saved (dyvm)")
+    assert classification.layers == [2, 4], "only there are predictors that were trained"
+    with torch.no_grad():
+        gates = model.model(pixel_values, output_block_gates=True).block_gates
+    ran = torch.stack(list(gates)).mean().item()
+    assert ran != pytest.approx(0.6, abs=0.01)
+    assert classification.flops == count_flops(model.model.config, block_fraction=ran)
+
+
 def test_without_a_budget_nothing_is_dropped(model) -> None:
     classification = model.classify(model.prepare(Image.new("RGB", (40, 50))), 0, OWN)
     assert classification.pruned == classification.dense
@@ -191,9 +206,9 @@ def test_what_the_browser_sends_is_checked(app, model) -> None:
     page = app.Page(model, is_example_model=False)
     for name in ("../../app", "bag", None, 3):
         with pytest.raises(app.gr.Error, match="There is no example"):
-            page.choose_example(app.Session(), 30, OWN, SimpleNamespace(name=name))
+            page.choose_example(app.Session(), 30, OWN, name)
     session = app.Session()
-    page.choose_example(session, 30, OWN, SimpleNamespace(name="cat"))
+    page.choose_example(session, 30, OWN, "cat")
     with pytest.raises(app.gr.Error, match="There is no method 'all'; the methods are As this model was saved"):
         page.show(session, 30, "all")
     with pytest.raises(app.gr.Error, match=r"`flops_reduction` is 0\.99"):
@@ -229,9 +244,90 @@ def test_a_photo_of_a_phone_takes_less_than_a_second_of_cpu_time(app, tmp_path) 
     assert min(seconds) < 1
 
 
+# The actions of the page are the same for every model.
+with_one_model = pytest.mark.parametrize("model", ["plainmamba"], indirect=True)
+
+
+def fewer(page, session, percent: int) -> str:
+    return f"{page.model.classify(session.chosen, percent, OWN).flops.reduction:.1%} fewer"
+
+
+@with_one_model
+def test_the_last_choice_is_shown_even_if_an_earlier_one_takes_longer(app, model, tmp_path) -> None:
+    session = app.Session()
+
+    def open_slowly(file: str) -> Image.Image:
+        page.choose_example(session, 30, OWN, "cat")
+        return Image.new("RGB", (40, 50))
+
+    page = app.Page(model, False, lambda file: open_slowly(file) if file == "slow.png" else open_upload(file))
+    assert page.upload(session, 30, OWN, "slow.png") == app.gr.skip()
+    assert session.shown.chosen.std() > 0.1, "not the grey image"
+
+
+@with_one_model
+def test_what_was_classified_is_not_shown_after_another_choice(app, model, monkeypatch) -> None:
+    page, session = app.Page(model, is_example_model=False), app.Session()
+    page.choose_first(session, 30, OWN)
+    classify, calls = model.classify, []
+
+    def choose_meanwhile(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            page.choose_example(session, 30, OWN, "cat")
+        return classify(*arguments)
+
+    monkeypatch.setattr(model, "classify", choose_meanwhile)
+    assert page.show(session, 40, OWN) == app.gr.skip()
+    assert session.shown.how == (30, OWN)
+    assert fewer(page, session, 40) in page.add_times(session, 40, OWN), "the budget is the slider's after all"
+
+
+@with_one_model
+def test_a_budget_chosen_while_a_file_is_opened_is_used(app, model) -> None:
+    session = app.Session()
+
+    def open_while_the_slider_moves(file: str) -> Image.Image:
+        if session.chosen is not None:
+            page.show(session, 40, OWN)
+        return open_upload(file)
+
+    page = app.Page(model, False, open_while_the_slider_moves)
+    page.choose_first(session, 30, OWN)
+    assert fewer(page, session, 30) in page.choose_example(session, 30, OWN, "cat")
+    assert fewer(page, session, 40) in page.add_times(session, 40, OWN)
+
+
+@with_one_model
+def test_times_are_those_of_the_budget_that_is_shown(app, model, monkeypatch) -> None:
+    """While the slider moves, it is further than the result."""
+    page, session, measured = app.Page(model, is_example_model=False), app.Session(), []
+    page.choose_first(session, 30, OWN)
+    measure = PrunedModel.measure
+    monkeypatch.setattr(model, "measure", lambda *given: measured.append(given[1:]) or measure(model, *given))
+    assert fewer(page, session, 30) in page.add_times(session, 40, OWN)
+    assert measured == [(30, OWN)]
+
+
+@with_one_model
+def test_the_server_limits_visitors_and_requests_that_it_remembers(app, model, monkeypatch) -> None:
+    launched = {}
+    monkeypatch.setattr(app, "PrunedModel", lambda _: model)
+    monkeypatch.setattr(app.gr.Blocks, "launch", lambda blocks, **options: launched.update(options, blocks=blocks))
+    assert app.main([]) == 0
+    assert launched["state_session_capacity"] == app.MOST_VISITORS
+    assert launched["blocks"]._queue.max_size == app.MOST_WAITING
+
+
+@with_one_model
+def test_a_result_is_read_out(app, model) -> None:
+    html = app.result(model.classify(model.prepare(Image.new("RGB", (40, 50))), 30, OWN), None)
+    assert html.startswith('<p class="spoken" role="status">Dense: ')
+
+
 def test_times_are_not_measured_for_what_is_no_longer_shown(app, model, monkeypatch) -> None:
     page, session = app.Page(model, is_example_model=False), app.Session()
-    page.choose_example(session, 30, OWN, SimpleNamespace(name="cat"))
+    page.choose_example(session, 30, OWN, "cat")
     turns = []
 
     def move_the_slider_meanwhile(*arguments):
@@ -293,6 +389,7 @@ def test_the_space_installs_what_the_package_needs() -> None:
 
 def test_the_space_has_its_own_package(tmp_path) -> None:
     subprocess.run(["make", "--silent", "space", f"SPACE={tmp_path}"], cwd=ROOT, check=True)
+    assert not (tmp_path / "web").exists(), "another page"
     (tmp_path / "which.py").write_text("import pruned_model, hf_vssm_prune; print(hf_vssm_prune.EXAMPLE_MODEL)")
     command = [sys.executable, str(tmp_path / "which.py")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True, cwd="/")

@@ -47,9 +47,13 @@ def test_a_clip_is_classified_and_drawn(model, tmp_path: Path) -> None:
     [
         (lambda file: write_video(file, numbered_frames(601, 16, 22)), "has 601 frames; at most 600 are accepted"),
         (lambda file: file.write_bytes(bytes(10 * 1024**2 + 1)), "is larger than 10 MB"),
+        (
+            lambda file: write_video(file, numbered_frames(1, 3000, 3002)),
+            "frames of 3002 x 3000 pixels: at most 9,000,000",
+        ),
         (lambda file: file.write_text("no video"), r"clip\.mp4 cannot be read"),
     ],
-    ids=["long", "large", "text"],
+    ids=["long", "large", "large frames", "text"],
 )
 def test_a_bad_upload_is_refused_by_name(model, write, message, tmp_path: Path) -> None:
     write(tmp_path / "clip.mp4")

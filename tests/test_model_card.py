@@ -91,6 +91,18 @@ def test_full_card(tiny_pruned_config, image_processor) -> None:
     assert "2409.18962" in card.text
 
 
+def test_a_variant_has_its_own_flops(tiny_pruned_config, tmp_path) -> None:
+    result = {"metrics": {"top1": 0.5, "top5": 1.0}, "num_images": 9, "images_per_second": 2.0}
+    (tmp_path / "results.json").write_text(
+        json.dumps({"dense": result | {"gflops_published": 1.5}, "pruned": result | {"gflops_published": 0.75}})
+    )
+    about = {"dataset_name": "Data", "dataset_id": "data", "split": "test"}
+    evaluation = Evaluation.from_results(tmp_path / "results.json", **about)
+    card = create_model_card(make_classifier(tiny_pruned_config), ModelCardInfo("M", evaluation=evaluation))
+    assert "| dense | 1.50 G | 50.00 |" in card.text
+    assert "| pruned | 750.0 M | 50.00 |" in card.text
+
+
 def test_metadata(tiny_pruned_config, image_processor) -> None:
     model = make_classifier(tiny_pruned_config)
     model.add_model_tags("grey")

@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_vssm_prune import EXAMPLE_MODEL, visualize
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
-from hf_vssm_prune.panels import DROPPED, DROPPED_OPACITY
+from hf_vssm_prune.panels import DROPPED, DROPPED_OPACITY, wrap
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.visualization import (
     NO_IMPORTANCE,
@@ -34,6 +34,7 @@ from hf_vssm_prune.visualization import (
     kept_patches,
     patched_area,
 )
+from hf_vssm_prune.visualization_of_heads import draw_legend, shares_of_classes
 
 
 GREY = (100, 100, 100)
@@ -92,6 +93,27 @@ def test_long_captions_and_images_of_different_sizes_fit() -> None:
     assert long.height > short.height
     margins = np.asarray(long)[:, [0, -1]]
     assert (margins == 255).all(), "text runs over the edge"
+
+
+def test_a_label_of_many_words_takes_several_lines() -> None:
+    """As those of ImageNet; the panels stay next to one another."""
+    name = "great white shark, white shark, man-eater, man-eating shark, Carcharodon carcharias"
+    kept = [torch.tensor([[0, 3]])]
+    short, long = (
+        draw_kept_tokens([Image.new("RGB", (28, 28))], kept, (2, 2), captions=[text]) for text in ("shark", name)
+    )
+    assert long.width == short.width
+    assert long.height > short.height
+    assert wrap(name, 224).replace("\n", " ") == name
+
+
+def test_a_legend_fits_its_panel() -> None:
+    long = shares_of_classes(torch.tensor([[0, 0], [0, 1]]), ["a name that is much wider than the panel", "sky"])
+    assert [text[:3] for _, text in long] == ["75%", "25%"]
+    legend = np.asarray(draw_legend(long))
+    assert (legend[:, -1] == 255).all(), "text runs over the edge"
+    whole = np.asarray(draw_legend([(label, text[:10]) for label, text in long]))
+    assert (legend[:, :80] == whole[:, :80]).all(), "the number is there"
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))

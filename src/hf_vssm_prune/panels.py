@@ -81,9 +81,36 @@ def _borders(values: Tensor, size: tuple[int, int]) -> list[tuple[float, float, 
     return lines + [(x * width, (y + 1) * height, (x + 1) * width, (y + 1) * height) for y, x in below]
 
 
-def lay_out(rows: list[list[Image.Image | None]], headings: list[str], captions: list[list[str]]) -> Image.Image:
-    """Panels in rows and columns, some places empty, a heading above each column and a caption below each panel."""
+def wrap(text: str, width: float) -> str:
+    """The text with line breaks at spaces, so that a line is at most so many pixels wide unless it is a single word."""
+    font, lines = ImageFont.load_default(FONT_SIZE), []
+    for line in text.split("\n"):
+        words = line.split(" ")
+        lines.append(words[0])
+        for word in words[1:]:
+            if font.getlength(longer := f"{lines[-1]} {word}") <= width:
+                lines[-1] = longer
+            else:
+                lines.append(word)
+    return "\n".join(lines)
+
+
+def shorten(text: str, width: float) -> str:
+    """The text, without its end if it is wider than so many pixels."""
     font = ImageFont.load_default(FONT_SIZE)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}…"
+
+
+def lay_out(rows: list[list[Image.Image | None]], headings: list[str], captions: list[list[str]]) -> Image.Image:
+    """Panels in rows and columns, some places empty, a heading above each column and a caption below each panel.
+    Captions wider than all panels continue on another line."""
+    font = ImageFont.load_default(FONT_SIZE)
+    widest = max(PANEL_SIZE, *(panel.width for row in rows for panel in row if panel))
+    captions = [[wrap(text, widest) for text in row] for row in captions]
     texts = [*headings, *(text for row in captions for text in row)]
     line_height = round(1.6 * FONT_SIZE)
     text_heights = [line_height * max(text.count("\n") + 1 for text in row) for row in captions]

@@ -12,7 +12,7 @@ from transformers import AutoModelForObjectDetection, BaseImageProcessor
 
 from .configuration_common import pruned_config
 from .detections import Detections, find_objects
-from .panels import BACKGROUND, FONT_SIZE, MARGIN, PANEL_SIZE, TEXT, fit, headings, lay_out
+from .panels import BACKGROUND, FONT_SIZE, MARGIN, PANEL_SIZE, TEXT, fit, headings, lay_out, shorten
 from .visualization import (
     draw_stages,
     image_from_pixel_values,
@@ -59,7 +59,9 @@ def draw_legend(entries: Sequence[tuple[int, str]]) -> Image.Image:
     for number, (label, text) in enumerate(entries):
         top = number * line
         draw.rectangle((0, top + 3, line - 6, top + line - 4), fill=class_colour(label))
-        draw.text((line + MARGIN / 2, top), text, fill=TEXT, font=ImageFont.load_default(FONT_SIZE))
+        left = line + MARGIN / 2
+        text = shorten(text, PANEL_SIZE - left)
+        draw.text((left, top), text, fill=TEXT, font=ImageFont.load_default(FONT_SIZE))
     return panel
 
 
@@ -67,7 +69,8 @@ def shares_of_classes(labels: Tensor, names: Sequence[str]) -> list[tuple[int, s
     """For the legend of a label map: its classes, the largest first, with the fractions that they cover."""
     counts = torch.bincount(labels.flatten().cpu(), minlength=len(names))
     present = [label for label in counts.argsort(descending=True).tolist() if counts[label] > 0]
-    return [(label, f"{names[label]}  {100 * int(counts[label]) / labels.numel():.0f}%") for label in present]
+    # The number comes first: in a legend, long names are cut.
+    return [(label, f"{100 * int(counts[label]) / labels.numel():.0f}% {names[label]}") for label in present]
 
 
 def draw_boxes(image: Image.Image, found: Detections, names: Sequence[str]) -> Image.Image:

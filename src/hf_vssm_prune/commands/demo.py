@@ -166,6 +166,7 @@ def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: 
             100 * evaluation.metrics["top5"],
             evaluation.images_per_second,
             pruned=name != DENSE,
+            multiply_adds=round(1e9 * evaluation.gflops_published),
         )
         for name, evaluation in evaluations.items()
     ]

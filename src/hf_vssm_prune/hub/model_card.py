@@ -75,6 +75,8 @@ class Measurement:
         images_per_second: None if it was not measured.
         pruned: whether this model's pruning schedule was used; this determines which FLOPs are shown.
         others: metrics of other tasks than classification, in percent, by their names on the Hub.
+        multiply_adds: those of the published convention for one image. None: those of this model, pruned or dense. A
+            variant with another method or another image size has its own.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Measurement:
     images_per_second: float | None = None
     pruned: bool = False
     others: Mapping[str, float] = field(default_factory=dict)
+    multiply_adds: int | None = None
 
     def __post_init__(self) -> None:
         for metric, value in {"top1": self.top1, "top5": self.top5, **self.others}.items():
@@ -145,6 +148,7 @@ class Evaluation:
                     **_in_percent(result["metrics"]),
                     images_per_second=result["images_per_second"],
                     pruned=name == "pruned",
+                    multiply_adds=_multiply_adds(result),
                 )
                 for name, result in results.items()
             }
@@ -153,6 +157,11 @@ class Evaluation:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} was not written by `hf-vssm-prune evaluate --json`: {error!r}") from error
         return cls(num_images=num_images, this_model=this_model, others=list(measured.values()), **about)
+
+
+def _multiply_adds(result: Mapping[str, Any]) -> int | None:
+    gflops = result.get("gflops_published")
+    return None if gflops is None else round(1e9 * gflops)
 
 
 def _in_percent(metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def decode_frames(
     choose: Callable[[int], Sequence[Sequence[int]]],
     prepare: Callable[[Image.Image], Prepared],
     name: str,
+    most_pixels: int | None = None,
 ) -> list[list[Prepared]]:
     """Decodes clips of a video stored by `datasets.Video(decode=False)`.
 
@@ -125,6 +126,7 @@ def decode_frames(
             a different number of frames than it announces.
         prepare: converts a frame to the value that is kept for it; called once per frame, in ascending order.
         name: name of the video in error messages.
+        most_pixels: largest number of pixels of a frame. None: `MOST_PIXELS`.
 
     Returns:
         For each clip, the prepared values of its frames.
@@ -132,8 +134,9 @@ def decode_frames(
     Raises:
         VideoError: the video cannot be decoded; see there.
     """
+    limit = MOST_PIXELS if most_pixels is None else most_pixels
     with _errors_named(name):
-        announced = _read_packets(stored, name)
+        announced = _read_packets(stored, name, limit)
     num_frames = announced.count
     for attempt in range(3):
         clips = choose(num_frames)
@@ -141,7 +144,7 @@ def decode_frames(
         jumps = attempt == 0 and announced.times is not None and wanted[-1] > FEW_FRAMES
         prepared = {}
         try:
-            for number, frame in _decode(stored, wanted, announced if jumps else None, name):
+            for number, frame in _decode(stored, wanted, announced if jumps else None, name, limit):
                 prepared[number] = prepare(frame)
         except _OtherFramesError as other:
             num_frames = num_frames if other.num_frames is None else other.num_frames
@@ -168,7 +171,7 @@ def _errors_named(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(stored: Mapping[str, Any] | None, name: str) -> Iterator[tuple[Any, Any]]:
+def _opened(stored: Mapping[str, Any] | None, name: str, most_pixels: int) -> Iterator[tuple[Any, Any]]:
     """The opened container and its video stream."""
     av, stored = pyav(), stored or {"bytes": None, "path": None}
     if stored["bytes"] is None and stored["path"] is None:
@@ -187,22 +190,22 @@ def _opened(stored: Mapping[str, Any] | None, name: str) -> Iterator[tuple[Any, 
                 raise VideoError(f"{name} has no video stream: it contains {kinds}.")
             if stream.disposition & av.stream.Disposition.attached_pic:
                 raise VideoError(f"{name} has no video stream: its only picture is a cover image.")
-            _check_size(stream.codec_context, name)
-            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+            _check_size(stream.codec_context, name, most_pixels)
+            stream.codec_context.options = {"max_pixels": str(most_pixels)}
             stream.codec_context.thread_count = 1  # a data loader already uses several processes
             yield container, stream
 
 
-def _check_size(picture: Any, name: str) -> None:
-    if picture.width * picture.height > MOST_PIXELS:
+def _check_size(picture: Any, name: str, most_pixels: int) -> None:
+    if picture.width * picture.height > most_pixels:
         raise VideoError(
-            f"{name} has frames of {picture.width} x {picture.height} pixels: at most {MOST_PIXELS:,} are read."
+            f"{name} has frames of {picture.width} x {picture.height} pixels: at most {most_pixels:,} are read."
         )
 
 
-def _read_packets(stored: Mapping[str, Any] | None, name: str) -> _Announced:
+def _read_packets(stored: Mapping[str, Any] | None, name: str, most_pixels: int) -> _Announced:
     """Counts the frames without decoding them, because the number in a file's header may be missing or wrong."""
-    with _opened(stored, name) as (container, stream):
+    with _opened(stored, name, most_pixels) as (container, stream):
         packets = [
             (packet.pts, packet.is_keyframe)
             for packet in container.demux(stream)
@@ -220,11 +223,15 @@ def _read_packets(stored: Mapping[str, Any] | None, name: str) -> _Announced:
 
 
 def _decode(
-    stored: Mapping[str, Any] | None, wanted: Sequence[int], announced: _Announced | None, name: str
+    stored: Mapping[str, Any] | None,
+    wanted: Sequence[int],
+    announced: _Announced | None,
+    name: str,
+    most_pixels: int,
 ) -> Iterator[tuple[int, Image.Image]]:
     """Yields the wanted frames, given by ascending indices. If the frames are announced, decoding skips the frames
     between them where possible."""
-    with _errors_named(name), _opened(stored, name) as (container, stream):
+    with _errors_named(name), _opened(stored, name, most_pixels) as (container, stream):
         if announced is None:
             frames = _one_by_one(container, stream, wanted)
         else:
@@ -232,7 +239,7 @@ def _decode(
         # Shared by all frames, because each reformatter starts its own threads.
         converter = pyav().video.reformatter.VideoReformatter()
         for number, frame in frames:
-            _check_size(frame, name)
+            _check_size(frame, name, most_pixels)
             _say_hdr(frame, name)
             pixels = converter.reformat(frame, format="rgb24").to_ndarray()
             yield number, _upright(Image.fromarray(pixels), frame.side_data)
