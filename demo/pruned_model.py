@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_vssm_prune.flops import ModelFlops, count_flops
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
-from hf_vssm_prune.pruning_options import TokenPruning, method_options
+from hf_vssm_prune.pruning_options import method_options
 from hf_vssm_prune.visualization import (
     draw_stages,
     frames_from_pixel_values,
@@ -95,7 +95,7 @@ class PrunedModel:
         self.image_processor = load_image_processor(name_or_path)
         self.medium = "clip" if self.model.config.modality == "video" else "image"
         # While the model is dense, its configuration has no pruning options.
-        own = _own_method(self.model.config.token_pruning)
+        own = method_options(self.model.config.token_pruning)
         self.methods = ({f"As this model was saved ({own['method']})": own} if own else {}) | METHODS
         self._lock = threading.Lock()
         self._schedule = lru_cache(maxsize=101 * len(self.methods))(self._find_schedule)
@@ -184,12 +184,3 @@ class PrunedModel:
             (self.labels[index], share)
             for share, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-
-
-def _own_method(saved: TokenPruning | None) -> dict[str, Any]:
-    """How a model was saved to prune, regardless of its budget. Where pruning has trained parameters, it keeps its
-    layers: in others they would be new and untrained."""
-    own = method_options(saved)
-    if saved is not None and (saved.method.module or "block_keep_ratio" in own or own["alignment"] == "learned"):
-        own["layers"] = saved["layers"]
-    return own

@@ -241,6 +241,23 @@ def test_another_budget_keeps_the_method(config) -> None:
     assert model.config.token_pruning["method"] == RECOMMENDED_METHOD
 
 
+@pytest.mark.parametrize(
+    "options", [{"method": "dyvm"}, {"alignment": "learned"}, {"method": "top", "block_keep_ratio": 0.9}], ids=str
+)
+def test_another_budget_uses_the_parameters_that_were_trained(options) -> None:
+    """They belong to layers, and the layers found for a budget may be others."""
+    model = FAMILIES["vim"].classifier(make_config("vim"))
+    model.set_token_pruning({"layers": [2, 3], "keep_ratios": [0.8, 0.8], **options})
+    names = set(model.state_dict())
+    model.set_token_pruning({"flops_reduction": 0.2})
+    assert model.config.token_pruning["layers"] == [2, 3]
+    assert set(model.state_dict()) == names
+    config = type(model.config).from_dict(model.config.to_dict(), token_pruning={"flops_reduction": 0.25})
+    assert config.token_pruning["layers"] == [2, 3]
+    model.set_token_pruning({"flops_reduction": 0.2, "layers": [1, 3]})
+    assert model.config.token_pruning["layers"] == [1, 3]
+
+
 def test_schedule_of_a_loaded_model(config, pixel_values) -> None:
     model = FAMILIES[config.model_type].classifier(config).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

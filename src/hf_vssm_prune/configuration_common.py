@@ -193,7 +193,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
 
         Options without a `method` use the method of this configuration, with its `alignment`, `importance` and
         `block_keep_ratio` unless they specify their own, so that weights trained for a method can be given another
-        budget. If the model is dense, `pruning_methods.RECOMMENDED_METHOD` is used.
+        budget. Where these options have parameters, they use its `layers`, too. If the model is dense,
+        `pruning_methods.RECOMMENDED_METHOD` is used.
 
         Raises:
             ValueError: see `pruning_options.check_token_pruning` and `flops.schedule_for_budget`.

@@ -119,7 +119,8 @@ class TokenPruningMixin(PreTrainedModel):
 
         Args:
             token_pruning: like `config.token_pruning`; with `{"flops_reduction": 0.416}` a schedule is found. Without a
-                `method` the model keeps its own; a dense model gets the recommended one.
+                `method` the model keeps its own, with its layers if the method has parameters; a dense model gets the
+                recommended one.
 
         Raises:
             ValueError: the schedule is not allowed; the model's schedule does not change.

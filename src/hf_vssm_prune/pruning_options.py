@@ -49,8 +49,17 @@ class TokenPruning(dict[str, Any]):
 
 
 def method_options(token_pruning: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The pruning options that say how a model prunes, regardless of its budget."""
-    return {name: value for name, value in (token_pruning or {}).items() if name in METHOD_OPTIONS}
+    """The pruning options that say how a model prunes, regardless of its budget. Where pruning has trained parameters,
+    the layers are among them: before other layers, these parameters would be new and untrained."""
+    given = token_pruning or {}
+    method = METHODS.get(given.get("method", RECOMMENDED_METHOD))
+    has_parameters = (
+        (method is not None and method.module is not None)
+        or given.get("alignment") == "learned"
+        or given.get("block_keep_ratio") is not None
+    )
+    names = ("layers", *METHOD_OPTIONS) if has_parameters else METHOD_OPTIONS
+    return {name: value for name, value in given.items() if name in names}
 
 
 def inherit_method(token_pruning: Any, own: Mapping[str, Any] | None) -> Any:
