@@ -193,6 +193,18 @@ def pixel_values(seed: int) -> torch.Tensor:
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference as a fraction of the expected norm, so that small values need no other limit."""
+    return float(((actual - expected).norm() / expected.norm()).detach())
+
+
+def same_tensors(first: Sequence[torch.Tensor] | None, second: Sequence[torch.Tensor] | None) -> bool:
+    """Whether both are None, or equal tensors in the same number."""
+    if first is None or second is None:
+        return first is second
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
 def gradients_with_checkpointing(
     model: Any, compute_loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:

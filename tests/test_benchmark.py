@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import load_script, make_plainmamba_config
+from conftest import load_script, make_plainmamba_config, relative_error
 
 from hf_vssm_prune import PlainMambaForImageClassification
 from hf_vssm_prune.modeling_common import TimeStepProjection
@@ -79,7 +79,9 @@ def test_an_earlier_checkout_takes_turns_with_this_one(monkeypatch, capsys):
     monkeypatch.setattr(earlier_worker.PlainMambaConfig, "from_preset", lambda preset, **options: config)
     monkeypatch.setattr("sys.stdin", io.StringIO("dense\npruned\n"))
     earlier_worker.main("L3", 0.4, "top", 1, torch.get_num_threads())
-    assert all(float(line) > 0 for line in capsys.readouterr().out.split())
+    printed = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(printed) == 2
+    assert min(printed) > 0
 
     command = [sys.executable, "-c", "import sys\nfor line in sys.stdin: print(len(line), flush=True)"]
     workers = [subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
@@ -137,13 +139,16 @@ def test_a_project_that_cannot_be_installed_or_run_is_left_out(tmp_path, capfd, 
 def test_int8_beside_torchao():
     """torchao's, where it is installed, computes nearly the same on our models."""
     model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # at first, the layers change little
+            parameter.add_(0.2 * torch.randn_like(parameter))
     images = torch.randn(2, 3, 32, 32)
     models = int8.int8_models(model)
     assert {"float32", int8.OURS} <= models.keys()
     with torch.no_grad():
         expected = model(images).logits
         for name, other in models.items():
-            torch.testing.assert_close(other(images).logits, expected, rtol=0.05, atol=0.05, msg=name)
+            assert relative_error(other(images).logits, expected) < 0.05, name
 
 
 def test_calls_of_a_layer_and_conversions_of_dtype_are_counted():
@@ -218,11 +223,17 @@ def test_scan_inputs_with_holes_are_those_of_a_pruned_model():
     assert selective_scan(**inputs).isfinite().all()
 
 
-def test_a_step_keeps_little_more_than_its_matrix_products(capsys):
-    model = PlainMambaForImageClassification(make_plainmamba_config()).train()
-    images, labels = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
-    training.report_memory(model, "small", lambda: model(images, labels=labels).loss.backward())
-    assert "kept for the backward" in capsys.readouterr().out
+def test_memory_of_a_step_is_what_is_kept_for_the_backward(capsys):
+    """Of two layers with a square between them: the inputs and the square's, in units of the products' inputs and
+    outputs."""
+    first, second = torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)
+    model, rows = torch.nn.ModuleList([first, second]), torch.randn(2**13, 64)
+    training.report_memory(model, "small", lambda: second(first(rows).square()).sum().backward())
+    kept, products = (64 + 128 + 128) * 2**15, (64 + 128 + 128 + 64) * 2**15  # float32
+    assert capsys.readouterr().out.startswith(
+        f"small: {kept / 2**20:.0f} MiB are kept for the backward, {kept / products:.2f} times the inputs and outputs "
+        f"of the matrix products ({products / 2**20:.0f} MiB); "
+    )
 
 
 def test_the_roofline_is_above_the_scan(capsys):

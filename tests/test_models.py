@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG, TOKEN_PRUNING, needs_inductor
+from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, needs_inductor, relative_error
 from torch import Tensor, nn
 
 from hf_vssm_prune.families import FAMILIES
@@ -12,7 +12,6 @@ from hf_vssm_prune.kernels import cpu
 from hf_vssm_prune.token_pruning import fill_dropped_tokens
 
 
-CLASS_TOKENS = {"plainmamba": 0, "videomamba": 1, "vim": 1}
 FLOAT32_ALWAYS = {
     "plainmamba": {"A_log", "D", "direction_B"},
     "videomamba": {"A_log", "D"},
@@ -48,26 +47,38 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 # ---- Precision ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights(dtype, config, pixel_values) -> None:
-    model = FAMILIES[config.model_type].classifier(config)
+# Errors of the logits relative to their norm. With five seeds, they were at most half of this.
+HALF_PRECISION = [(torch.bfloat16, 0.06), (torch.float16, 0.01)]
+
+
+@pytest.fixture
+def rounded_model(config) -> nn.Module:
+    """Its tokens are pruned by place, so that rounding cannot change which ones are kept."""
+    if config.token_pruning is not None:
+        config.token_pruning = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "uniform", "alignment": "repeat"}
+    return make_model(config)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), HALF_PRECISION)
+def test_half_precision_weights(dtype, limit, rounded_model, pixel_values) -> None:
+    model = rounded_model
     expected = model(pixel_values).logits
     model.to(dtype)
     outputs = model(pixel_values.to(dtype), labels=torch.tensor([0, 2]))
     assert outputs.logits.dtype == dtype
-    torch.testing.assert_close(outputs.logits.float(), expected, atol=0.05, rtol=0.05)
+    assert 0 < relative_error(outputs.logits.float(), expected) < limit
     outputs.loss.backward()
     for name, gradient in gradients(model).items():
         assert gradient.isfinite().all(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype, config, pixel_values) -> None:
-    model = FAMILIES[config.model_type].classifier(config)
+@pytest.mark.parametrize(("dtype", "limit"), HALF_PRECISION)
+def test_autocast(dtype, limit, rounded_model, pixel_values) -> None:
+    model = rounded_model
     expected = model(pixel_values).logits
     with torch.autocast("cpu", dtype=dtype):
         outputs = model(pixel_values, labels=torch.tensor([0, 2]))
-    torch.testing.assert_close(outputs.logits.float(), expected, atol=0.05, rtol=0.05)
+    assert 0 < relative_error(outputs.logits.float(), expected) < limit
     outputs.loss.backward()
     for name, gradient in gradients(model).items():
         assert gradient.dtype == torch.float32
@@ -185,7 +196,7 @@ def test_keeping_every_token_changes_nothing(alignment, tiny_config, pixel_value
         model.set_token_pruning({"layers": [1, 2], "keep_ratios": [1.0, 1], "alignment": alignment})
         outputs = model(pixel_values)
     assert torch.equal(outputs.logits, dense)
-    count = 16 + CLASS_TOKENS[tiny_config.model_type]
+    count = 16 + NUM_CLS_TOKENS[tiny_config.model_type]
     for kept in outputs.kept_tokens:
         assert kept.tolist() == [list(range(count))] * 2
 
@@ -202,7 +213,7 @@ def test_alignment_matters(tiny_config, pixel_values) -> None:
 def test_hidden_states(config, model, pixel_values) -> None:
     with torch.no_grad():
         outputs = model(pixel_values, output_hidden_states=True)
-    class_tokens = CLASS_TOKENS[config.model_type]
+    class_tokens = NUM_CLS_TOKENS[config.model_type]
     # What comes out of layer l-1 has lost no token yet; what comes out of layer l has.
     patches = [16] * 5 if config.token_pruning is None else [16, 16, 12, 12, 8]
     assert [tuple(states.shape) for states in outputs.hidden_states] == [(2, n + class_tokens, 16) for n in patches]
@@ -241,7 +252,7 @@ def test_other_image_sizes(size, config, model) -> None:
     with torch.no_grad():
         hidden_states = model(images, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
         assert model(images).logits.isfinite().all()
-    assert hidden_states[0].shape[1] == grid[0] * grid[1] + CLASS_TOKENS[config.model_type]
+    assert hidden_states[0].shape[1] == grid[0] * grid[1] + NUM_CLS_TOKENS[config.model_type]
     with pytest.raises(ValueError, match=rf"{grid[0]} x {grid[1]} patches, .* position embeddings are for 4 x 4"):
         model(images, interpolate_pos_encoding=False)
 
