@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config, same_tensors
 from fvcore.nn import FlopCountAnalysis
 from PIL import Image
 from test_remote_code import python_without_package  # noqa: F401
@@ -209,7 +209,7 @@ def test_outputs_can_be_pickled():
     copied = pickle.loads(pickle.dumps(outputs))
     assert type(copied) is type(outputs)
     assert copied.keys() == outputs.keys()
-    assert all(map(torch.equal, copied.kept_tokens, outputs.kept_tokens))
+    assert same_tensors(copied.kept_tokens, outputs.kept_tokens)
 
 
 def test_a_model_with_hooks_of_accelerate():
@@ -317,7 +317,7 @@ def test_without_the_package(family, head, tmp_path, python_without_package):  #
     with torch.no_grad():
         outputs = model(images)
     torch.testing.assert_close(logits, outputs.logits, rtol=1e-4, atol=1e-5)
-    assert all(map(torch.equal, kept_tokens, outputs.kept_tokens))
+    assert same_tensors(kept_tokens, outputs.kept_tokens)
 
 
 def test_a_classifiers_weights_go_into_a_backbone(family):

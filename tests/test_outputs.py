@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import concatenate, find_batch_size, pad_across_processes, recursively_apply
-from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from conftest import MAKE_CONFIG, TOKEN_PRUNING, same_tensors
 from PIL import Image
 from torch.nn.parallel import scatter_gather
 from torch.utils import _pytree as pytree
@@ -37,11 +37,9 @@ def output(model, pixel_values) -> PrunedImageClassifierOutput:
 
 def same(one: PrunedImageClassifierOutput, other: PrunedImageClassifierOutput) -> bool:
     """Each tensor of each stage, and the logits."""
-    for field in STAGE_FIELDS:
-        a, b = getattr(one, field), getattr(other, field)
-        if (a is None) != (b is None) or not all(map(torch.equal, a or (), b or ())):
-            return False
-    return torch.equal(one.logits, other.logits)
+    return torch.equal(one.logits, other.logits) and all(
+        same_tensors(getattr(one, field), getattr(other, field)) for field in STAGE_FIELDS
+    )
 
 
 def test_by_stage(output, model) -> None:
@@ -83,7 +81,7 @@ def test_copies(way, output) -> None:
 def test_as_a_tuple(model, pixel_values, output) -> None:
     values = model(pixel_values, return_dict=False)
     assert isinstance(values, tuple)
-    assert all(map(torch.equal, values, output.to_tuple()))
+    assert same_tensors(values, output.to_tuple())
 
 
 def halves(model, images):
@@ -104,7 +102,7 @@ def test_gathered(model, monkeypatch) -> None:
     for gathered in (PrunedImageClassifierOutput(joined), scatter_gather.gather(parts, "cpu")):
         assert isinstance(gathered, PrunedImageClassifierOutput)
         torch.testing.assert_close(gathered.logits, whole.logits)
-        assert all(map(torch.equal, gathered.kept_tokens, whole.kept_tokens))
+        assert same_tensors(gathered.kept_tokens, whole.kept_tokens)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

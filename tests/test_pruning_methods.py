@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import CLS_TOKEN_IDS, MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, gradients_with_checkpointing
+from conftest import (
+    CLS_TOKEN_IDS,
+    MAKE_CONFIG,
+    NUM_CLS_TOKENS,
+    TOKEN_PRUNING,
+    gradients_with_checkpointing,
+    same_tensors,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -607,7 +614,7 @@ def test_backends_keep_the_same_tokens(method, family) -> None:
         config.scan_backend = backend
         with torch.no_grad():
             kept.append(model(images).kept_tokens)
-    assert all(map(torch.equal, *kept))
+    assert same_tensors(*kept)
 
 
 # ---- DyVM's predictor --------------------------------------------------------------------------------------------
@@ -754,7 +761,10 @@ def test_convolutions_see_stand_ins(tiny_config, pixel_values, monkeypatch) -> N
     if (cls_token_id := CLS_TOKEN_IDS[tiny_config.model_type]) is not None:
         places.insert(cls_token_id, None)
 
+    filled = []
+
     def fill(hidden_states, kept):
+        filled.append(kept.shape[1])
         rows = [nearest_rows(ids, places) for ids in kept.tolist()]
         return torch.stack([tokens[each] for tokens, each in zip(hidden_states, rows, strict=True)])
 
@@ -772,6 +782,8 @@ def test_convolutions_see_stand_ins(tiny_config, pixel_values, monkeypatch) -> N
     monkeypatch.setattr(modeling_bidirectional, "causal_conv1d", along_the_sequence)
     with torch.no_grad():
         assert torch.allclose(model(pixel_values).logits, logits, atol=1e-5)
+    class_tokens, directions = NUM_CLS_TOKENS[tiny_config.model_type], 2 if cls_token_id is not None else 1
+    assert filled == [count + class_tokens for count in (12, 12, 4) for _ in range(directions)]  # from layer 1 on
 
 
 @pytest.mark.parametrize("method", METHODS)

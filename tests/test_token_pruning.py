@@ -133,8 +133,11 @@ def test_selection_in_a_model(family, importance) -> None:
         assert first == sorted(set(first))
         assert set(second) <= set(first) <= set(range(16 + class_tokens))
         assert cls_token_id is None or {cls_token_id} <= set(second)
-        if importance != "random":
-            assert first != second
+        left = [place for place in range(16 + class_tokens) if place != cls_token_id]
+        for kept, scores, count in ((first, outputs.token_scores[0], 12), (second, outputs.token_scores[1], 8)):
+            ranking = np.argsort(-scores[sample].numpy(), kind="stable")
+            left = [left[i] for i in sorted(ranking[:count])]
+            assert [place for place in kept if place != cls_token_id] == left
 
 
 # ---- Positions ---------------------------------------------------------------------------------------------------
