@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -482,7 +483,14 @@ def test_workers_give_the_same_samples_and_see_the_epoch(dataset: Dataset, conte
 def test_horizontal_flip_probability(dataset: Dataset):
     flip = AugmentationConfig(None, 0, 1.0, 0, random_erasing=0.0)
     flipped = TrainingImages(dataset, IMAGE_PROCESSOR, flip)[4]["pixel_values"]
-    assert torch.equal(flipped, EvaluationImages(dataset, IMAGE_PROCESSOR)[4]["pixel_values"].flip(-1))
+    plain = EvaluationImages(dataset, IMAGE_PROCESSOR)[4]["pixel_values"]
+    assert torch.equal(flipped, plain.flip(-1))
+    sometimes = TrainingImages(dataset, IMAGE_PROCESSOR, replace(flip, horizontal_flip=0.3))
+    flips = 0
+    for epoch in range(300):
+        sometimes.set_epoch(epoch)
+        flips += torch.equal(sometimes[4]["pixel_values"], flipped)
+    assert flips / 300 == pytest.approx(0.3, abs=0.08)
 
 
 def test_one_channel_for_one_mean(dataset: Dataset):

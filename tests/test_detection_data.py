@@ -1,6 +1,7 @@
 """Images with boxes: where they are found, which are refused, how they are augmented, and how predictions are
 evaluated."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -78,6 +79,7 @@ def test_folders_of_cocos_form(layout, tmp_path):
         assert [row["crowd"] for row in side.rows] == [[False], [], [True, False]]
         assert side.rows[0]["boxes"] == [BOX]
         assert all(split in row["image"]["path"] for row in side.rows)
+        assert [Path(row["image"]["path"]).stem for row in side.rows] == ["0", "1", "2"]
 
 
 def test_files_that_number_categories_differently_are_compared_by_name(tmp_path):
@@ -335,11 +337,13 @@ def test_boxes_move_with_what_is_in_them(seed, low, high):
 def test_what_is_random_depends_on_seed_epoch_and_index(tmp_path):
     for split in ("train", "test"):
         write_table(tmp_path / f"{split}.parquet", [{"bbox": [BOX], "category": [0]}] * 2)
-    items = TrainingBoxes(load(tmp_path).train, PROCESSOR, BoxAugmentation((32, 48)), seed=3)
-    first = items[1]
-    assert torch.equal(items[1]["labels"]["boxes"], first["labels"]["boxes"])
+    rows = load(tmp_path).train
+    items, others = (TrainingBoxes(rows, PROCESSOR, BoxAugmentation((32, 48)), seed=seed) for seed in (3, 4))
+    first, neighbour = items[1]["labels"]["boxes"], items[0]["labels"]["boxes"]
+    assert torch.equal(items[1]["labels"]["boxes"], first)
     items.set_epoch(1)
-    assert not torch.equal(items[1]["labels"]["boxes"], first["labels"]["boxes"])
+    drawn = [first, neighbour, items[1]["labels"]["boxes"], others[1]["labels"]["boxes"]]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
 
 
 @pytest.mark.parametrize(
