@@ -26,6 +26,7 @@ from conftest import load_script
 import hf_vssm_prune
 from hf_vssm_prune import PlainMambaConfig
 from hf_vssm_prune.__main__ import main
+from hf_vssm_prune.commands import VERBS, make_parser_of
 from hf_vssm_prune.conversion import infer_config
 from hf_vssm_prune.documentation import DOCUMENTATION, see
 from hf_vssm_prune.families import FAMILIES
@@ -33,6 +34,7 @@ from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.training import data
+from hf_vssm_prune.training.arguments.help import OptionParser
 from hf_vssm_prune.training.data import load_evaluation_dataset
 from hf_vssm_prune.training.tasks import TASKS
 
@@ -148,12 +150,23 @@ def matches(printed: str, shown: str) -> bool:
     return re.fullmatch(pattern, printed.strip()) is not None
 
 
-# Of `accelerate launch`, of Slurm's `sbatch`, and of transformers' example scripts.
+# Options of `accelerate launch`, of Slurm's `sbatch` and `srun`, of transformers' example scripts, of Python's
+# `http.server`, and of the toy task in docs/extend.md.
 OTHERS_OPTIONS = {
     *("main_process_ip", "main_process_port", "machine_rank", "multi_gpu", "num_machines", "num_processes"),
-    *("cpus", "gpus", "nodes", "ntasks", "requeue"),
-    *("do_eval", "do_train", "image_processor_name", "max_steps", "train_dir"),
+    *("cpus-per-task", "gpus-per-node", "job-name", "kill-on-bad-exit", "nodes", "ntasks-per-node", "requeue"),
+    *("signal", "do_eval", "do_train", "image_processor_name", "max_steps", "remove_unused_columns", "train_dir"),
+    *("trust_remote_code", "bind", "noise"),
 }
+
+
+def options_that_exist() -> set[str]:
+    """Options of all verbs, tasks and scripts."""
+    parsers = [make_parser_of(verb)() for verb in VERBS]
+    parsers += [OptionParser([task.training_arguments], "") for task in TASKS.values()]
+    code = "".join(file.read_text() for folder in ("demo", "docs", "scripts") for file in (ROOT / folder).rglob("*.py"))
+    names = {name for parser in parsers for action in parser._actions for name in action.option_strings}
+    return {name.lstrip("-") for name in names} | set(re.findall(r"[\"']--([a-z][\w-]*\w)", code))
 
 
 def test_what_sentences_name_exists():
@@ -163,12 +176,9 @@ def test_what_sentences_name_exists():
         assert (ROOT / file).exists(), file
     for target in re.findall(r"`make (\w+)`", text):
         assert re.search(rf"^{target}: .*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), target
-    code = "".join(
-        file.read_text() for folder in ("demo", "docs", "scripts", "src") for file in (ROOT / folder).rglob("*.py")
-    )
-    text = text.replace("http.server --bind", "")  # Python's own
-    for option in set(re.findall(r"(?<![\w-])--([a-z]\w+)", text)) - OTHERS_OPTIONS:
-        assert re.search(rf"\b{option}\b", code), option
+    options = set(re.findall(r"(?<![\w-])--([a-z][\w-]*\w)", text))
+    assert options - OTHERS_OPTIONS - options_that_exist() == set()
+    assert options >= OTHERS_OPTIONS, "no page names them any more"
     for name in re.findall(r"`(hf_vssm_prune(?:\.\w+)+)", text):
         pkgutil.resolve_name(name)
 
@@ -208,6 +218,7 @@ def strings() -> list[str]:
 @pytest.mark.parametrize("message", quoted_messages())
 def test_quoted_messages_are_those_of_the_code(message: str, strings: list[str]):
     parts = [part.strip() for part in message.split("…") if len(part.strip()) > 1]
+    assert parts
     assert any(all(part in text for part in parts) for text in strings)
 
 
