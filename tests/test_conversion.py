@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG, make_plainmamba_config, make_vim_config
+from conftest import MAKE_CONFIG, SCRIPTS, load_script, make_plainmamba_config, make_vim_config
 from forking import run_forked
-from golden import GoldenCase
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -29,7 +28,7 @@ from hf_vssm_prune.conversion import (
 from hf_vssm_prune.families import FAMILIES
 
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert.py"
+SCRIPT = SCRIPTS / "convert.py"
 PRESETS = [(config, name) for config in (PlainMambaConfig, VimConfig, VideoMambaConfig) for name in config.presets]
 FIRST_A_LOG = {
     "plainmamba": "backbone.layers.0.mamba.A_log",
@@ -61,12 +60,10 @@ def official(model) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def convert(monkeypatch):
+def convert():
     """The script's `main`, in this process."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    import convert
-
-    return lambda *arguments: convert.main([str(argument) for argument in arguments])
+    main = load_script("convert").main
+    return lambda *arguments: main([str(argument) for argument in arguments])
 
 
 def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -137,25 +134,6 @@ def test_counters_that_old_checkpoints_lack() -> None:
     old = {name: tensor for name, tensor in official.items() if not name.endswith("num_batches_tracked")}
     assert len(old) < len(official)
     assert_same_tensors(convert_official_state_dict(model.config, old), model.state_dict())
-
-
-GOLDEN = [
-    *("plainmamba_l3_full", "plainmamba_small_even", "plainmamba_small_odd", "plainmamba_small_padded"),
-    *("plainmamba_small_resized", "vim_s_full", "vim_small_even", "vim_small_odd", "vim_small_stride"),
-]
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_published_names_and_shapes(name, shared) -> None:
-    case = GoldenCase.load(shared / "golden", name)
-    published = {key: torch.empty(entry["shape"], device="meta") for key, entry in case.recipe["parameters"].items()}
-    config = infer_config(published, **case.overrides())
-    with torch.device("meta"):
-        ours = FAMILIES[config.model_type].classifier(config).state_dict()
-    official = convert_to_official_state_dict(config, ours)
-    assert {key: tensor.shape for key, tensor in official.items()} == {
-        key: tensor.shape for key, tensor in published.items()
-    }
 
 
 # ---- Sizes -------------------------------------------------------------------------------------------------------

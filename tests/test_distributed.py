@@ -107,12 +107,14 @@ def test_bf16_on_two_processes(runs):
     alone = losses(runs, "one_bf16")
     np.testing.assert_allclose(losses(runs, "fsdp_bf16"), alone, rtol=0, atol=0.02)
     assert not np.array_equal(alone, losses(runs, "one"))
+    assert not np.array_equal(losses(runs, "fsdp_bf16"), losses(runs, "fsdp"))
 
 
 def test_a_teacher_in_half_precision_and_in_shards(runs):
     alone = losses(runs, "one_half_teacher")
     np.testing.assert_allclose(losses(runs, "fsdp_half_teacher"), alone, rtol=0, atol=1e-4)
     assert not np.array_equal(alone, losses(runs, "one"))
+    assert not np.array_equal(losses(runs, "fsdp_half_teacher"), losses(runs, "fsdp"))
     np.testing.assert_allclose(alone, losses(runs, "one"), rtol=0, atol=0.05)
 
 

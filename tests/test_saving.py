@@ -82,15 +82,6 @@ def test_folder_holds_everything_and_nothing_else(family, image_processor, tmp_p
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
-def test_code_is_the_packages_own(family, tmp_path) -> None:
-    folder = save_for_hub(make_classifier(family), tmp_path / "model")
-    files = list(folder.glob("*.py"))
-    assert folder / f"modeling_{family}.py" in files
-    for file in files:
-        assert file.read_bytes() == (PACKAGE / file.name).read_bytes()
-
-
-@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 def test_auto_map_names_classes_that_exist(family) -> None:
     config = MAKE_CONFIG[family]()
     names = {file.stem for file in code_files(config)}

@@ -80,10 +80,17 @@ def test_triton_in_chunks(case: str, sizes: dict[str, int], monkeypatch: pytest.
     """Several blocks of channels, chunks of several blocks of steps, and a last one that is shorter."""
     if reason := triton_backend.unavailable("cuda" if HAS_GPU else "cpu"):
         pytest.skip(reason)
-    monkeypatch.setattr(triton_scan, "plan_scan", lambda *_, **__: triton_scan.Plan(16, 2, chunk_length=4))
+    planned = []
+
+    def plan(*_, is_backward: bool = False) -> triton_scan.Plan:
+        planned.append(is_backward)
+        return triton_scan.Plan(16, 2, chunk_length=4)
+
+    monkeypatch.setattr(triton_scan, "plan_scan", plan)
     arguments = scan_arguments(**{**SCANS[case], "batch": 1, "length": 9, **sizes})
     reference = run(selective_scan_torch, arguments, torch.float64)
     assert_close_to_reference(run(SCAN_KERNELS["triton"], arguments), reference, value=1e-6, gradient=2e-6)
+    assert set(planned) == {False, True}
 
 
 def test_plans_of_triton_fill_a_gpu_with_programs(monkeypatch: pytest.MonkeyPatch):

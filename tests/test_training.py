@@ -434,8 +434,14 @@ def test_elastic_training_goes_on_from_before_all_budgets_were_drawn(datasets, t
 
 def test_bf16_autocast(datasets, tmp_path):
     recipe = make_recipe(tmp_path, max_train_steps=2, mixed_precision="bf16")
-    results = make_trainer(make_vim_config(token_pruning=dict(TOKEN_PRUNING)), datasets, recipe).train()
-    assert math.isfinite(results["eval_loss"])
+    trainer = make_trainer(make_vim_config(token_pruning=dict(TOKEN_PRUNING)), datasets, recipe)
+    dtypes = {True: set(), False: set()}  # in training, in the evaluation
+    trainer.plain_model.vim.layers[0].mixer.in_proj.register_forward_hook(
+        lambda module, inputs, output: dtypes[module.training].add(output.dtype)
+    )
+    assert math.isfinite(trainer.train()["eval_loss"])
+    assert dtypes == {True: {torch.bfloat16}, False: {torch.bfloat16}}
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.plain_model.parameters())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(datasets, tmp_path):
@@ -543,16 +549,6 @@ def test_weights_that_are_not_finite_do_not_replace_the_last_good_checkpoint(dat
         trainer.train()
     assert [folder.name for folder in find_checkpoints(tmp_path)] == ["checkpoint-2"]
     assert all(value.isfinite().all() for value in load_file(tmp_path / "checkpoint-2" / "model.safetensors").values())
-
-
-def test_a_damaged_checkpoint_is_refused_by_name(datasets, tmp_path):
-    make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=1)).train()
-    file = tmp_path / "checkpoint-1" / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    recipe = make_recipe(tmp_path, max_train_steps=1)
-    recipe.run.resume = "latest"
-    with pytest.raises(ValueError, match="checkpoint-1 is damaged"):
-        make_trainer(make_vim_config(), datasets, recipe)
 
 
 # Numbers to trust
@@ -686,6 +682,23 @@ def test_layers_to_align_must_exist(datasets, tmp_path):
 def test_a_batch_must_be_filled(datasets, tmp_path):
     with pytest.raises(ValueError, match="36 training images do not fill one batch of 64"):
         make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, per_device_train_batch_size=64))
+
+
+def test_options_of_the_optimizer_the_schedule_and_the_mixing(datasets, tmp_path):
+    options = {
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-6,
+        "lr_scheduler_type": "linear",
+        "min_lr": 0.0,
+    }
+    trainer = make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, **options))
+    for group in trainer.optimizer.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
+    assert trainer.schedule.factor(3) == pytest.approx(1 - 3 / 9)
+    mixing = AugmentationArguments(mixup=0.2, cutmix=0.4, mixup_prob=0.6, mixup_switch_prob=0.7, smoothing=0.3).mix()
+    assert (mixing.mixup_alpha, mixing.cutmix_alpha, mixing.label_smoothing) == (0.2, 0.4, 0.3)
+    assert (mixing.probability, mixing.switch_probability) == (0.6, 0.7)
 
 
 def test_warmup_is_a_share_of_the_run(datasets, tmp_path):

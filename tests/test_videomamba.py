@@ -202,7 +202,9 @@ def test_every_method_prunes_clips(method, model, clips) -> None:
         before = set(kept[0].tolist())
     assert [scores.shape[1] for scores in outputs.token_scores] == [48, 34]
     outputs.loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)

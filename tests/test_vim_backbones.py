@@ -28,7 +28,9 @@ def test_a_classifier_without_class_token(method, options, tmp_path):
     outputs = model(images, labels=torch.tensor([0, 2]))
     assert [kept.shape for kept in outputs.kept_tokens] == [(2, 12), (2, 6)]
     outputs.loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
     model.save_pretrained(tmp_path)
     opened = VimForImageClassification.from_pretrained(tmp_path)
     with torch.no_grad():
