@@ -44,6 +44,7 @@ import torch  # noqa: E402
 from hf_vssm_prune import PlainMambaConfig, VideoMambaConfig, VimConfig  # noqa: E402
 from hf_vssm_prune.configuration_common import VisionMambaConfig  # noqa: E402
 from hf_vssm_prune.export import compilers_paths  # noqa: E402
+from hf_vssm_prune.families import FAMILIES  # noqa: E402
 
 
 IMPORTED_WITH = dict(os.environ)  # later, tests run commands in this process
@@ -191,6 +192,16 @@ def tiny_pruned_config(request: pytest.FixtureRequest) -> VisionMambaConfig:
 def pixel_values(seed: int) -> torch.Tensor:
     """Two images for any of the tiny configurations."""
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def make_model(config: VisionMambaConfig) -> Any:
+    """A classifier in evaluation mode, with weights large enough for every part of the model to matter: at first, the
+    logits depend little on the layers."""
+    model = FAMILIES[config.model_type].classifier(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import load_script, make_plainmamba_config, relative_error
+from conftest import load_script, make_model, make_plainmamba_config, relative_error
 
 from hf_vssm_prune import PlainMambaForImageClassification
 from hf_vssm_prune.modeling_common import TimeStepProjection
@@ -49,7 +49,7 @@ def test_baselines_compute_the_scan():
 
 
 def test_the_reference_kernel_computes_a_dense_model():
-    model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
+    model = make_model(make_plainmamba_config())
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(images).logits
@@ -138,10 +138,7 @@ def test_a_project_that_cannot_be_installed_or_run_is_left_out(tmp_path, capfd, 
 
 def test_int8_beside_torchao():
     """torchao's, where it is installed, computes nearly the same on our models."""
-    model = PlainMambaForImageClassification(make_plainmamba_config()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # at first, the layers change little
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    model = make_model(make_plainmamba_config())
     images = torch.randn(2, 3, 32, 32)
     models = int8.int8_models(model)
     assert {"float32", int8.OURS} <= models.keys()
@@ -258,7 +255,7 @@ def test_the_plot_is_drawn(tmp_path):
 
 
 def test_layers_alone_compute_what_they_compute_in_the_model():
-    model = PlainMambaForImageClassification(make_plainmamba_config(image_size=112)).eval().plainmamba
+    model = make_model(make_plainmamba_config(image_size=112)).plainmamba
     with torch.no_grad():
         tokens, grid = model.embeddings(torch.randn(1, 3, 112, 112), False)
         assert grid == scan.GRID

@@ -12,8 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import MAKE_CONFIG, PATIENCE, load_script, needs_inductor
-from test_models import make_model
+from conftest import MAKE_CONFIG, PATIENCE, load_script, make_model, needs_inductor
 from test_selective_scan import OPTIONS, make_arguments
 from torch import nn
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, needs_inductor, relative_error
+from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, make_model, needs_inductor, relative_error
 from torch import Tensor, nn
 
 from hf_vssm_prune.families import FAMILIES
@@ -24,15 +24,6 @@ def config(request, tiny_config):
     """All families, dense and pruned."""
     tiny_config.token_pruning = tiny_config.complete_token_pruning(request.param)
     return tiny_config
-
-
-def make_model(config) -> nn.Module:
-    """In evaluation mode, with weights large enough for every part of the model to matter."""
-    model = FAMILIES[config.model_type].classifier(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from conftest import (
     NUM_CLS_TOKENS,
     TOKEN_PRUNING,
     gradients_with_checkpointing,
+    make_model,
     same_tensors,
 )
 from hypothesis import given, settings
@@ -669,15 +670,6 @@ def test_missing_predictor() -> None:
 
 
 # ---- In models ---------------------------------------------------------------------------------------------------
-
-
-def make_model(config) -> nn.Module:
-    """In evaluation mode, with weights large enough for every part of the model to matter."""
-    model = FAMILIES[config.model_type].classifier(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 def pruning(method: str, **changes) -> dict:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_plainmamba_config, relative_error
+from conftest import make_model, make_plainmamba_config, relative_error
 from torch import nn
 
 from hf_vssm_prune import PlainMambaForImageClassification
@@ -73,15 +73,6 @@ def test_an_empty_batch_has_no_logits(tiny_pruned_config) -> None:
     model = quantize_linears(FAMILIES[tiny_pruned_config.model_type].classifier(tiny_pruned_config))
     with torch.no_grad():
         assert model(torch.zeros(0, 3, 32, 32)).logits.shape == (0, 3)
-
-
-def make_model(config) -> nn.Module:
-    """With weights large enough for every part of the model to matter."""
-    model = FAMILIES[config.model_type].classifier(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 def test_all_wide_layers_are_replaced(tiny_config, pixel_values) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE, TOKEN_PRUNING, make_plainmamba_config
+from conftest import PATIENCE, TOKEN_PRUNING, make_model, make_plainmamba_config
 from kernel_arguments import SCANS, Arguments, assert_close_to_reference, run, scan_arguments
 from torch import Tensor
 
-from hf_vssm_prune import PlainMambaForImageClassification, triton_backend, triton_scan
 from hf_vssm_prune import mamba_ssm_scan as mamba_ssm
+from hf_vssm_prune import triton_backend, triton_scan
 from hf_vssm_prune.kernels import KERNELS, cpu
 from hf_vssm_prune.scan_operator import ScanArguments
 from hf_vssm_prune.selective_scan import selective_scan
@@ -210,11 +210,11 @@ def test_a_whole_model_by_the_triton_kernel():
     if HAS_GPU or triton_backend.unavailable("cpu"):
         pytest.skip("Triton interprets its kernels on a CPU where it is installed, and where there is no GPU")
     config = make_plainmamba_config(conv_kernel=3, token_pruning=dict(TOKEN_PRUNING))
-    model = PlainMambaForImageClassification(config).eval()
+    model = make_model(config)
     images = torch.randn(1, 3, 32, 32)
     expected = model(images).logits
     config.scan_backend = "triton"
-    torch.testing.assert_close(model(images).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(images).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_cpu_kernel_is_what_auto_takes_on_a_cpu(monkeypatch: pytest.MonkeyPatch):

@@ -3,7 +3,14 @@
 import onnxruntime
 import pytest
 import torch
-from conftest import TOKEN_PRUNING, load_script, make_video_config, make_videomamba_config
+from conftest import (
+    TOKEN_PRUNING,
+    load_script,
+    make_model,
+    make_video_config,
+    make_videomamba_config,
+    relative_error,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForVideoClassification
 
@@ -23,7 +30,6 @@ from hf_vssm_prune.conversion import (
     save_official_model,
 )
 from hf_vssm_prune.export import export_classifier
-from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.quantization import quantize_linears
@@ -38,15 +44,6 @@ NUM_TOKENS = 3 * 16 + 1
 def clips() -> Tensor:
     """Two for the tiny model of videos."""
     return torch.randn(2, 3, 3, 32, 32)
-
-
-def make_model(config: VideoMambaConfig) -> nn.Module:
-    """In evaluation mode, with weights large enough for every part of the model to matter."""
-    model = FAMILIES["videomamba"].classifier(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture
@@ -244,14 +241,16 @@ def test_budget_quantization_autocast_and_pictures(pruned_model, clips) -> None:
     model = pruned_model
     model.set_token_pruning({"flops_reduction": 0.4})
     assert count_flops(model.config).reduction == pytest.approx(0.4, abs=0.005)
-    expected = model(clips)
+    expected, dense = model(clips), model(clips, token_pruning=None)  # rounding may change which tokens are kept
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(model(clips).logits.float(), expected.logits, atol=1.0, rtol=0.2)
+        assert model(clips).logits.isfinite().all()
+        assert 0 < relative_error(model(clips, token_pruning=None).logits.float(), dense.logits) < 0.06
     picture = draw_classification(model, clips, [0.5] * 3, [0.25] * 3)
     assert picture.width > 224
     assert all(scores.isfinite().all() for scores in expected.token_scores)
     quantized = quantize_linears(model)
     assert quantized(clips).logits.isfinite().all()
+    assert 0 < relative_error(quantized(clips, token_pruning=None).logits, dense.logits) < 0.15
 
 
 @torch.no_grad()
