@@ -1,4 +1,4 @@
-"""Adapters (PEFT) on pruned models, from training to a Hub and back."""
+"""Adapters (PEFT) on pruned models, from training to loading from a Hub."""
 
 import os
 import runpy
@@ -107,7 +107,7 @@ def test_adapters_are_pushed_and_loaded_by_name(tmp_path):
 
 
 def test_the_comparison_in_the_docs(tmp_path, capsys):
-    """`docs/examples/compare_adapters.py`: a row for each way of training, and a file of results."""
+    """`docs/examples/compare_adapters.py` prints a row per training method and writes a results file."""
     main = runpy.run_path(str(Path(__file__).resolve().parents[1] / "docs" / "examples" / "compare_adapters.py"))[
         "main"
     ]
