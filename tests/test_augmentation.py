@@ -1,4 +1,4 @@
-"""Augmentation: what each kind does to an image or a batch, and that it uses only its own generator."""
+"""Augmentation: what each kind does to an image or a batch, and that it uses no randomness but its own generator's."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_random_resized_crop_has_the_asked_size(height: int, width: int, seed: i
 
 
 def test_random_resized_crop_takes_areas_within_the_scale():
-    """Column x holds the value x and row y the value y, so the corners of a crop tell where it was."""
+    """Pixel values are coordinates, so the corners of a crop show where it was taken."""
     rows, columns = np.mgrid[:200, :200].astype(np.uint8)
     image = Image.fromarray(np.stack([rows, columns, rows], axis=-1))
     shares, tops = [], set()
@@ -211,7 +211,7 @@ def test_random_erasing_leaves_what_is_too_small():
 
 
 def make_batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image i has the value i everywhere, and the label i."""
+    """Every pixel of image i is i, and so is its label."""
     labels = torch.arange(size)
     return labels.float()[:, None, None, None].expand(size, 3, 16, 12).contiguous(), labels
 
