@@ -1,7 +1,8 @@
-"""Damaged checkpoints and unusual images, given to the commands as by a user: either one line that names the problem,
-or the right result, and no incomplete files.
+"""Damaged checkpoints and unusual images passed to the commands: either a one-line error that names the problem, or the
+right result; never incomplete files.
 
-What each part refuses on its own is tested with it: options and schedules, tables and folders, published checkpoints.
+Input that a single part rejects is tested with that part: options and schedules, tables and folders, published
+checkpoints.
 """
 
 import json
