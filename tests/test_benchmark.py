@@ -74,7 +74,7 @@ def test_the_frame_of_other_projects_scans_computes_ours():
 
 
 def test_an_earlier_checkout_takes_turns_with_this_one(monkeypatch, capsys):
-    """A worker prints one CPU time for each name it reads, and each of the two is asked as often."""
+    """A worker prints one CPU time for each name it reads. Both workers are asked equally often."""
     config = make_plainmamba_config(scan_backend="torch")
     monkeypatch.setattr(earlier_worker.PlainMambaConfig, "from_preset", lambda preset, **options: config)
     monkeypatch.setattr("sys.stdin", io.StringIO("dense\npruned\n"))
@@ -102,7 +102,7 @@ def test_a_worker_that_has_ended_is_named():
 
 
 def test_each_kernel_is_timed_forward_and_backward(monkeypatch, capsys):
-    """Every name that is asked for is answered by a time; where nothing ran, a backward would find no graph."""
+    """Every requested name gets a time. If the forward pass had not run, the backward pass would fail."""
     monkeypatch.setattr(earlier_kernels_worker, "SIDE", 3)
     monkeypatch.setattr(earlier_kernels_worker, "CHANNELS", 8)
     sizes = {"image_size": 32, "num_hidden_layers": 1, "hidden_size": 16}
@@ -137,7 +137,7 @@ def test_a_project_that_cannot_be_installed_or_run_is_left_out(tmp_path, capfd, 
 
 
 def test_int8_beside_torchao():
-    """torchao's, where it is installed, computes nearly the same on our models."""
+    """If torchao is installed, its int8 layers give nearly the same results on our models."""
     model = make_model(make_plainmamba_config())
     images = torch.randn(2, 3, 32, 32)
     models = int8.int8_models(model)
@@ -221,8 +221,7 @@ def test_scan_inputs_with_holes_are_those_of_a_pruned_model():
 
 
 def test_memory_of_a_step_is_what_is_kept_for_the_backward(capsys):
-    """Of two layers with a square between them: the inputs and the square's, in units of the products' inputs and
-    outputs."""
+    """Two layers with a square in between keep their inputs and the input of the square."""
     first, second = torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)
     model, rows = torch.nn.ModuleList([first, second]), torch.randn(2**13, 64)
     training.report_memory(model, "small", lambda: second(first(rows).square()).sum().backward())
