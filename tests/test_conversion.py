@@ -1,4 +1,4 @@
-"""Published checkpoints converted to ours and back, intact or damaged, from Python and with the command."""
+"""Conversion of published checkpoints, intact or damaged, in both directions, from Python and on the command line."""
 
 import argparse
 import json
@@ -40,7 +40,7 @@ WEIGHT_KEYS = {"plainmamba": "state_dict", "videomamba": "model", "vim": "model"
 
 
 def make_model(config) -> torch.nn.Module:
-    """Random weights, every one different: zeros and ones that stay what they are would hide a mix-up."""
+    """A model whose weights are all different; unchanged zeros and ones would hide a mix-up."""
     model = FAMILIES[config.model_type].classifier(config).eval()
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -61,7 +61,7 @@ def official(model) -> dict[str, Tensor]:
 
 @pytest.fixture
 def convert():
-    """The script's `main`, in this process."""
+    """The script's `main`, run in this process."""
     main = load_script("convert").main
     return lambda *arguments: main([str(argument) for argument in arguments])
 
@@ -120,7 +120,7 @@ def test_averaged_weights_missing(model, official) -> None:
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_second_weights_of_plainmambas_training(ema) -> None:
-    """They lie beside the averaged ones, as buffers whose names have underscores for dots."""
+    """They are buffers next to the averaged weights, with underscores instead of dots in their names."""
     model = make_model(make_plainmamba_config())
     official = convert_to_official_state_dict(model.config, model.state_dict())
     last = {f"ema_{name.replace('.', '_')}": tensor + 1 for name, tensor in official.items()}
@@ -320,7 +320,7 @@ def run_script(*arguments: Path | str) -> str:
 
 
 def test_script_there_and_back(tmp_path) -> None:
-    """Both directions as a user runs them, from a checkpoint in half precision with everything a training leaves."""
+    """Converts both ways like a user, starting from a half-precision checkpoint with everything that training saves."""
     model = make_model(make_vim_config())
     official = {
         name: tensor.half() for name, tensor in convert_to_official_state_dict(model.config, model.state_dict()).items()
@@ -409,7 +409,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def what_is_there(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, whole and damaged models, and `FILES`."""
+    """A folder with a checkpoint, intact and damaged models, and `FILES`."""
     root = tmp_path_factory.mktemp("there")
     for name, text in FILES.items():
         (root / name).parent.mkdir(exist_ok=True)
