@@ -73,7 +73,7 @@ def test_a_new_head_learns_from_boxes_and_from_none(kind, family):
 
 
 def test_layer_decay_is_for_the_backbone(kind):
-    """An encoder and a decoder have layers of their own."""
+    """The head's encoder and decoder have layers, too; these keep the full rate."""
     model = make_models(kind).from_config(make_vim_config(**IMAGES, patch_stride=None))
     names = {id(each): name for name, each in model.named_parameters()}
     groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.0, layer_decay=0.5)
@@ -150,7 +150,7 @@ def test_options_that_are_not_allowed(options, message):
 
 
 def test_boxes_are_read_in_the_format_that_is_named():
-    """By default as in COCO."""
+    """The default is COCO's format."""
     assert [BoxArguments(**given).objects().corners for given in ({}, {"box_format": "corners"})] == [False, True]
 
 
@@ -182,7 +182,7 @@ def test_distillation_does_not_ask_for_the_order_of_queries(kind):
 
 
 def test_distillation_by_hand():
-    """Of two queries whose partners are obvious, in the other order."""
+    """Two queries in swapped order, whose partners are obvious."""
     teacher = SimpleNamespace(
         logits=torch.tensor([[[2.0, -1.0], [-3.0, 0.5]]]),
         pred_boxes=torch.tensor([[[0.2, 0.2, 0.2, 0.2], [0.7, 0.7, 0.2, 0.4]]]),
