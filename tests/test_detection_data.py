@@ -1,5 +1,4 @@
-"""Images with boxes: where they are found, which are refused, how they are augmented, and how predictions are
-evaluated."""
+"""Images with boxes: where they are found, which are rejected, augmentation, and evaluation."""
 
 import itertools
 import json
@@ -306,7 +305,7 @@ def test_items_to_train_and_to_evaluate(tmp_path):
 
 @given(seed=st.integers(0, 10_000), low=st.floats(0.3, 1.0), high=st.floats(1.0, 3.0))
 def test_boxes_move_with_what_is_in_them(seed, low, high):
-    """Rectangles of colours of their own: where one was drawn, the box says."""
+    """Draws rectangles in different colours: each box must be where its colour is."""
     generator = np.random.default_rng(seed)
     pixels = np.zeros((60, 80, 3), np.uint8)
     boxes = []
@@ -367,8 +366,8 @@ def rows(*values) -> np.ndarray:
 
 
 def test_average_precision_by_hand():
-    """Of two objects one is found, and before it something that is not there: a precision of 1/2 up to a recall of
-    1/2, which COCO reads at 51 of 101 places."""
+    """One of two objects is found, after a false positive: precision is 1/2 up to a recall of 1/2, which covers 51 of
+    COCO's 101 points."""
     objects = [rows([0, 0, 10, 10, 0, 0], [20, 20, 30, 30, 0, 0])]
     detections = [rows([50, 50, 60, 60, 0.9, 0], [0, 0, 10, 10, 0.8, 0])]
     metrics = average_precision(detections, objects, num_labels=1)
