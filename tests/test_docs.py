@@ -1,4 +1,4 @@
-"""The documentation: its commands and code run and print the output shown, error messages are those in the code, and
+"""The documentation: its commands and code run and print the output shown, quoted error messages match the code, and
 the sections that errors refer to exist."""
 
 import ast
@@ -49,9 +49,9 @@ class Block(NamedTuple):
     """A block of code on a page.
 
     Attributes:
-        language: as its fence names it.
+        language: language named by its fence.
         code: its lines.
-        output: of the block of text that follows at once, what it prints; None where there is no such block.
+        output: the text block directly after it, which shows what it prints; None if there is none.
     """
 
     language: str
@@ -72,8 +72,8 @@ def pages_with(*languages: str) -> list[str]:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder in which commands find what they find in the repository, and write nothing into it. Where a page limits
-    the evaluation images itself, there are fewer."""
+    """A folder with links to what commands use in the repository, so that they write nothing into it. If a page limits
+    the number of evaluation images, the limit is lowered."""
     for name in ("scripts", "recipes", "src", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -111,8 +111,8 @@ def test_what_a_page_shows_runs(page: str, repository: Path):
 
 
 def commands_of(code: str) -> list[list[str]]:
-    """The words of each command, lines joined where they end in a backslash, patterns of file names filled in,
-    few evaluation images asked for."""
+    """Words of each command: lines ending in a backslash are joined, file name patterns expanded, and the number of
+    evaluation images lowered."""
     commands = []
     code = re.sub(r"(--max_eval_samples) \d+", rf"\1 {FEW}", code.replace("\\\n", " "))
     for line in code.splitlines():
@@ -122,7 +122,8 @@ def commands_of(code: str) -> list[list[str]]:
 
 
 def run_command(command: list[str]) -> None:
-    """Runs a script as a user does, in this process for speed; what would change the machine is looked up instead."""
+    """Runs a script like a user would, but in this process, for speed. Commands that would change the machine are only
+    looked up."""
     match command:
         case ["python", script, *arguments] | ["accelerate", "launch", script, *arguments] if script.endswith(".py"):
             assert script == f"scripts/{Path(script).name}"
@@ -145,7 +146,7 @@ def run_command(command: list[str]) -> None:
 
 
 def matches(printed: str, shown: str) -> bool:
-    """Whether text is what a page shows, in which "…" stands for anything within a line."""
+    """Whether the printed text matches what a page shows, where "…" stands for anything within a line."""
     pattern = ".*".join(map(re.escape, shown.strip().split("…")))
     return re.fullmatch(pattern, printed.strip()) is not None
 
@@ -170,7 +171,7 @@ def options_that_exist() -> set[str]:
 
 
 def test_what_sentences_name_exists():
-    """Files, targets of make, options of the scripts, names in the package."""
+    """Checks files, make targets, command-line options, and names in the package."""
     text = "".join((DOCS / page).read_text() for page in PAGES)
     for file in re.findall(r"`((?:scripts|recipes|tests|docs|src)/[\w/.]+)", text):
         assert (ROOT / file).exists(), file
@@ -200,7 +201,7 @@ def quoted_messages() -> list[str]:
 
 
 def strings_of(source: str) -> Iterator[str]:
-    """All strings of a module, "…" where a value is put in."""
+    """All strings in a module, with "…" in place of inserted values."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
