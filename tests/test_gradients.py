@@ -1,7 +1,7 @@
 """Gradients through pruning compared with finite differences, in float64, with plain PyTorch's scan.
 
-Which tokens stay is a step function of the scores: its derivative is zero, except where two scores tie. So the tokens
-that stay are held fixed, or the scores checked to lie further apart than the differences move them.
+Which tokens are kept is a step function of the scores: its derivative is zero, except where two scores tie. Therefore
+either the kept tokens are fixed, or scores are checked to be further apart than the differences move them.
 """
 
 import pytest
@@ -31,7 +31,7 @@ def make_model(family: str, alignment: str) -> torch.nn.Module:
 
 
 def smallest_distance_at_the_cut(model: torch.nn.Module, output) -> float:
-    """Between the worst score that stays and the best that goes, over stages and samples."""
+    """Smallest gap between the worst kept and the best dropped score, over stages and samples."""
     class_tokens = NUM_CLS_TOKENS[model.config.model_type]  # not scored
     distances = []
     for kept, scores in zip(output.kept_tokens, output.token_scores, strict=True):
