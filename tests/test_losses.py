@@ -1,4 +1,4 @@
-"""The loss terms compared with their definitions, computed by hand in float64."""
+"""Loss terms compared with their definitions, computed by hand in float64."""
 
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ def normalised(states: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def pruned_states():
-    """Hidden states of 4 layers and 6 tokens; layers 1 and 3 keep 4 and then 2 of them."""
+    """Hidden states of 4 layers and 6 tokens. Layer 1 keeps 4 tokens, and layer 3 keeps 2 of them."""
     kept = (torch.tensor([[0, 2, 3, 5], [1, 2, 4, 5]]), torch.tensor([[2, 5], [1, 4]]))
     tokens_after_embedding_and_layers = (6, 6, 4, 4, 2)
     student = tuple(torch.randn(2, n, 8, dtype=torch.float64) for n in tokens_after_embedding_and_layers)
@@ -114,7 +114,7 @@ def test_segment_ends_are_the_last_layers_of_the_stages():
 
 @pytest.fixture(params=sorted(MAKE_CONFIG))
 def student_and_teacher(request):
-    """The same weights pruned and dense."""
+    """The same weights, pruned and dense."""
     teacher = AutoModelForImageClassification.from_config(MAKE_CONFIG[request.param]())
     student = AutoModelForImageClassification.from_config(MAKE_CONFIG[request.param]())
     teacher.classifier.weight.data *= 30  # or the logits differ by no more than what float32 rounds
@@ -150,7 +150,7 @@ def test_the_terms_add_up_and_reach_the_student_only(student_and_teacher, pixel_
 
 
 def hand_made_alignment(outputs, targets) -> torch.Tensor:
-    """Of the outputs of layers 2 and 3, before and after the second stage."""
+    """Alignment loss of layers 2 and 3, before and after the second stage."""
     losses = []
     for layer, stage in ((2, 0), (3, 1)):
         student = outputs.hidden_states[layer + 1]
