@@ -21,7 +21,7 @@ FLOAT32_ALWAYS = {
 
 @pytest.fixture(params=[None, TOKEN_PRUNING], ids=["dense", "pruned"])
 def config(request, tiny_config):
-    """All families, dense and pruned."""
+    """Each family, dense and pruned."""
     tiny_config.token_pruning = tiny_config.complete_token_pruning(request.param)
     return tiny_config
 
@@ -44,7 +44,7 @@ HALF_PRECISION = [(torch.bfloat16, 0.06), (torch.float16, 0.01)]
 
 @pytest.fixture
 def rounded_model(config) -> nn.Module:
-    """Its tokens are pruned by place, so that rounding cannot change which ones are kept."""
+    """A model whose tokens are pruned by position, so that rounding does not change which ones are kept."""
     if config.token_pruning is not None:
         config.token_pruning = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "uniform", "alignment": "repeat"}
     return make_model(config)
@@ -305,7 +305,7 @@ def test_pruning_on_loading(tiny_config, pixel_values, tmp_path) -> None:
 
 
 def test_nothing_but_weights_is_made_on_meta(config) -> None:
-    """Loading builds the model there first: a tensor that is no part of the state dict would hold garbage."""
+    """Loading creates the model on the meta device: tensors outside the state dict would contain garbage."""
     with torch.device("meta"):
         model = FAMILIES[config.model_type].classifier(config)
     assert {name for name, _ in model.named_buffers()} <= set(model.state_dict())
@@ -351,7 +351,7 @@ def test_backbone_maps_cover_the_full_grid(size, config, model) -> None:
 
 
 def test_outputs_of_a_backbone_that_are_given_on_loading(tiny_config, tmp_path) -> None:
-    """They replace those of the folder, for another depth as well, before anything is checked."""
+    """They replace the saved ones before anything is checked, also if the depth changes."""
     tiny_config.out_features = ["stage1", "stage4"]
     tiny_config.save_pretrained(tmp_path)
     load = type(tiny_config).from_pretrained
@@ -378,14 +378,14 @@ def test_depth_of_a_backbone_that_is_given_on_loading(tiny_config, tmp_path) -> 
 
 
 def make_small_pruned_model(family: str, scan_backend: str, alignment: str) -> nn.Module:
-    """Two layers and nine tokens: the plain scan becomes as many operations as there are tokens."""
+    """Two layers and nine tokens, because the plain scan is unrolled into one operation per token."""
     schedule = {"layers": [1], "keep_ratios": [0.6], "alignment": alignment}
     options = {"image_size": 24, "num_hidden_layers": 2, "scan_backend": scan_backend, "token_pruning": schedule}
     return make_model(MAKE_CONFIG[family](**options))
 
 
 def test_export_with_dynamic_batch() -> None:
-    """With its own outputs; test_export.py has the others, without."""
+    """Keeps the model's own output class; test_export.py covers exports without it."""
     model = make_small_pruned_model("plainmamba", "torch", "none")
     images, batch = torch.randn(2, 3, 24, 24), torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(model, (), {"pixel_values": images}, dynamic_shapes={"pixel_values": {0: batch}})
@@ -423,11 +423,11 @@ def test_compile_in_one_graph(family, scan_backend, alignment) -> None:
 @needs_inductor
 @pytest.mark.skipif(cpu.unavailable("cpu") is not None, reason="without kernels the scan is unrolled")
 def test_compile_by_inductor(tmp_path, monkeypatch) -> None:
-    """Generated code around the kernels, for inference alone.
+    """Compiles code around the kernels, for inference only.
 
-    Gradients are not tested: where a stage follows PlainMamba-L1's depthwise layer at once, torch 2.13's inductor
-    loses, in evaluation mode, those of all that lies before it (they come out zero; by `aot_eager`, and in training,
-    they are right).
+    Gradients are not tested: if a stage directly follows PlainMamba-L1's depthwise layer, torch 2.13's inductor loses
+    the gradients of everything before it in evaluation mode (they become zero; with `aot_eager`, and in training, they
+    are correct).
     """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, images = make_small_pruned_model("vim", "cpu", "none"), torch.randn(2, 3, 24, 24)
@@ -443,7 +443,7 @@ def test_compile_by_inductor(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def embeddings() -> nn.Module:
-    """With running statistics as after training, and a patch that does not divide the image."""
+    """Embeddings with running statistics as after training, for images that patches do not divide evenly."""
     embeddings = make_model(MAKE_CONFIG["plainmamba"](image_size=36)).plainmamba.embeddings
     for module in embeddings.modules():
         if isinstance(module, nn.BatchNorm2d):
