@@ -36,7 +36,7 @@ def output(model, pixel_values) -> PrunedImageClassifierOutput:
 
 
 def same(one: PrunedImageClassifierOutput, other: PrunedImageClassifierOutput) -> bool:
-    """Each tensor of each stage, and the logits."""
+    """Whether logits and all tensors of all stages are equal."""
     return torch.equal(one.logits, other.logits) and all(
         same_tensors(getattr(one, field), getattr(other, field)) for field in STAGE_FIELDS
     )
@@ -89,7 +89,7 @@ def halves(model, images):
 
 
 def test_gathered(model, monkeypatch) -> None:
-    """By Accelerate, and as `DataParallel` does, whose gathering of single tensors wants a GPU."""
+    """Gathers with Accelerate and like `DataParallel`, whose own function for single tensors needs a GPU."""
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         whole, parts = model(images), halves(model, images)
@@ -108,7 +108,7 @@ def test_gathered(model, monkeypatch) -> None:
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("task", ["image-classification", "image-feature-extraction"])
 def test_pipelines_in_batches(task, count, model) -> None:
-    """Fewer images than stages, as many, and more."""
+    """Tests fewer images than stages, equally many, and more."""
     processor = new_image_processor(model.config, [0.5] * 3, [0.5] * 3, crop_pct=1.0)
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(count)]
