@@ -1,4 +1,4 @@
-"""A model's `save_pretrained` and `push_to_hub`: everything that its page needs, not only the weights."""
+"""`save_pretrained` and `push_to_hub` of the models: everything that a model's page needs, not only the weights."""
 
 import json
 import os
@@ -42,7 +42,8 @@ def image_processor(vim_config):
 
 @pytest.fixture
 def repo(tmp_path) -> str:
-    """Another one for each test: transformers remembers commits of repositories as long as a process lives."""
+    """A different name in each test, because transformers caches commits of repositories for the lifetime of a
+    process."""
     return f"user/{tmp_path.name}"
 
 
