@@ -1,4 +1,4 @@
-"""int8 linear layers: close to float32, independent of other samples, and refused where they cannot be used."""
+"""int8 linear layers: close to float32, independent of other samples, and rejected where they cannot be used."""
 
 import copy
 
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(torch.backends.quantized.engine == "none", reaso
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_layer_is_close_to_float32(bias: bool) -> None:
-    """Rounding to 7 and 8 bits, whose errors are independent, leaves about 1%, of each token however large."""
+    """Rounding to 7 and 8 bits, with independent errors, leaves an error of about 1% for each token, whatever its
+    magnitude."""
     linear = nn.Linear(256, 64, bias=bias)
     tokens = torch.randn(3, 10, 256) * torch.logspace(-3, 3, 10)[:, None]
     tokens[0, 0] = 0
@@ -87,7 +88,7 @@ def test_all_wide_layers_are_replaced(tiny_config, pixel_values) -> None:
 
 
 class Attention(nn.Module):
-    """A head's: PyTorch reads the weight of its `out_proj`, which is never called."""
+    """Attention as in a head: PyTorch reads the weight of `out_proj` without calling the layer."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
