@@ -1,7 +1,7 @@
-"""Every kernel of the scan compared with the plain PyTorch function in float64: values, gradients, shapes, precisions.
+"""Every scan kernel compared with plain PyTorch in float64: values, gradients, shapes, precisions.
 
-Without a GPU Triton interprets its kernels, and the adapter to mamba-ssm scans with a loop that has the arguments of
-its CUDA function.
+Without a GPU, Triton interprets its kernels, and the adapter for mamba-ssm calls a loop with the same arguments as its
+CUDA function.
 """
 
 import os
@@ -26,7 +26,7 @@ from hf_vssm_prune.triton_machine import PROGRAMS_THAT_FILL_A_GPU
 
 
 def mamba_scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """What mamba-ssm's `selective_scan_fn` computes without its options, channels before length."""
+    """What mamba-ssm's `selective_scan_fn` computes without its options; channels come before length."""
     state, outputs = torch.zeros_like(delta[..., :1] * A), []
     for t in range(u.shape[-1]):
         entering = (delta[..., t] * u[..., t]).unsqueeze(-1) * B[:, None, :, t]
@@ -77,7 +77,7 @@ def test_values_and_gradients(case: str, scan):
 
 @pytest.mark.parametrize(("case", "sizes"), [("one path", {}), ("zero_input", {"paths": 2})])
 def test_triton_in_chunks(case: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch):
-    """Several blocks of channels, chunks of several blocks of steps, and a last one that is shorter."""
+    """Several blocks of channels, and chunks of several blocks of steps, the last of which is shorter."""
     if reason := triton_backend.unavailable("cuda" if HAS_GPU else "cpu"):
         pytest.skip(reason)
     planned = []
@@ -108,7 +108,7 @@ def test_plans_of_triton_fill_a_gpu_with_programs(monkeypatch: pytest.MonkeyPatc
 
 
 def test_values_and_gradients_at_the_size_of_a_model():
-    """On the CPU only: an interpreted kernel would take minutes."""
+    """Only on the CPU: an interpreted kernel would take minutes."""
     if reason := cpu.unavailable("cpu"):
         pytest.skip(reason)
     arguments = scan_arguments(2, 196, 96, 16, paths=4, direction_B=True)
@@ -250,7 +250,7 @@ def test_triton_is_not_used_where_it_computes_something_else(monkeypatch: pytest
 
 
 def test_triton_is_checked_on_the_gpu_in_use(monkeypatch: pytest.MonkeyPatch):
-    """Not on the first one, which is that of a new thread."""
+    """It must not be checked on the first GPU, which is the default in a new thread."""
     pytest.importorskip("triton")
     checked: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -277,7 +277,7 @@ def test_what_cannot_be_used_is_a_reason_and_no_error(monkeypatch: pytest.Monkey
 
 
 def test_tokens_are_not_limited_by_the_grid_of_triton(monkeypatch: pytest.MonkeyPatch):
-    """CUDA launches 65,535 programs at most in the second and third dimension of a grid."""
+    """CUDA launches at most 65,535 programs in the second and third dimension of a grid."""
     pytest.importorskip("triton")
     from hf_vssm_prune import triton_scan_kernels
 
@@ -293,7 +293,7 @@ def test_tokens_are_not_limited_by_the_grid_of_triton(monkeypatch: pytest.Monkey
 
 
 def test_triton_compiles_for_gpus_that_are_not_here(tmp_path: Path):
-    """To machine code for NVIDIA's and AMD's, with and without each option."""
+    """Compiles to machine code for NVIDIA and AMD, with and without each option."""
     pytest.importorskip("triton")
     paths = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
     environment = {**os.environ, "TRITON_INTERPRET": "0", **paths}
