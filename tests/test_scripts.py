@@ -47,7 +47,7 @@ SMALL = ["--batch_size", "4", "--grad_accum_steps", "3", "--lr", "1e-3", "--work
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 training and 9 test images of random noise, of three classes."""
+    """50 training and 9 test images of random noise in three classes."""
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for split, count in (("train", 50), ("test", 9)):
@@ -87,8 +87,8 @@ def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess:
 
 
 def launch_on_two(script: str, *arguments: str | Path) -> None:
-    """By `accelerate launch`, which knows several processes on a CPU as several GPUs; the script's --use_cpu is what
-    counts."""
+    """Uses `accelerate launch`, which treats several processes on a CPU as several GPUs; the script's --use_cpu takes
+    precedence."""
     python, *words = command(script, *arguments)
     launcher = [python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     launcher += [f"--main_process_port={free_port()}", "--mixed_precision=no", "--dynamo_backend=no"]
@@ -108,7 +108,7 @@ def begin_session() -> None:
 
 
 def stop(script: str, *arguments: str | Path, awaited: Path, number: signal.Signals) -> subprocess.CompletedProcess:
-    """Starts a script, and sends it and its children a signal once a file or folder is there."""
+    """Starts a script, and sends a signal to it and its children as soon as a file or folder exists."""
     forked = Forked(SCRIPTS / script, *arguments, environment=ENVIRONMENT, prepare=begin_session)
     deadline = time.monotonic() + PATIENCE
     while not awaited.exists():
@@ -127,7 +127,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
 
 
 def finetuning(image_folder: Path, checkpoint: Path) -> list[str | Path]:
-    """Everything random at once: augmentation, mixing, drop path. An epoch is 4 steps of 3 batches of 4 images."""
+    """All randomness at once: augmentation, mixing, drop path. An epoch has 4 steps of 3 batches of 4 images."""
     options = ["--num_train_epochs", "6", "--checkpointing_steps", "4", "--drop_path", "0.3", "--logging_steps", "5"]
     model = ["--model_name_or_path", checkpoint, "--model_ema_decay", "0.9", "--alignment_layers", "1", "3"]
     return ["--dataset_name", image_folder, *model, *options, *SCHEDULE, *SMALL]
@@ -238,7 +238,7 @@ def test_schedules_side_by_side(image_folder, checkpoint, tmp_path, capsys):
 
 
 def test_no_model_is_pruned_in_a_way_that_it_cannot_be(checkpoint):
-    """The fixture's is a PlainMamba, whose mixers lack what one importance reads."""
+    """The checkpoint is a PlainMamba, whose mixers lack what one importance needs."""
     schedules = jobs.method_schedules(str(checkpoint), 0.02)
     config = load_config(str(checkpoint))
     assert all(config.complete_token_pruning(schedule) for schedule in schedules.values())
@@ -263,7 +263,7 @@ def test_methods_side_by_side(image_folder, tmp_path, capsys):
 
 
 def test_weights_in_half_precision(image_folder, checkpoint, tmp_path, capsys, monkeypatch):
-    """The weights are those of `from_pretrained(dtype=...)`, which keeps the parameters of the state in float32."""
+    """Weights are those of `from_pretrained(dtype=...)`, which keeps the parameters of the state in float32."""
     script, evaluated = load_script("evaluate"), {}
     compare_models = jobs.compare_models
 
