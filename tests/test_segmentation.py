@@ -1,4 +1,4 @@
-"""Segmentation: the loss of batches without labelled pixels, and options that do not fit."""
+"""Segmentation: the loss of batches without labelled pixels, image sizes, and wrong options."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def loss_of(task: SemanticSegmentation, model: torch.nn.Module, labels: torch.Te
 
 @pytest.mark.parametrize("ignore_index", [255, 0])
 def test_a_batch_without_labels_changes_nothing_but_gives_every_parameter_a_gradient(ignore_index):
-    """Other processes wait for each gradient."""
+    """Other processes wait for every gradient."""
     task = make_task(ignore_index=ignore_index)
     model = task.auto_class.from_config(make_vim_config()).train()
     loss = loss_of(task, model, torch.full((2, 32, 32), ignore_index))
