@@ -1,5 +1,4 @@
-"""Images with masks: where they are found, which are refused, how they are augmented, and how predictions are
-evaluated."""
+"""Images with masks: where they are found, which are rejected, augmentation, and evaluation."""
 
 import json
 import zlib
@@ -26,7 +25,7 @@ UNCHANGED = {"scale": (1.0, 1.0), "horizontal_flip": 0.0, "photometric_distortio
 
 
 def write_pair(image: Path, mask: Path, ids=(0, 1), size=(12, 8)) -> None:
-    """An image (width, height) whose red is 100 times its mask's id. Each path has other pixels."""
+    """Writes an image (width, height) whose red channel is 100 times its mask's id. Pixels differ between paths."""
     pixels = np.random.default_rng(zlib.crc32(str(image).encode())).choice(ids, size[::-1]).astype(np.uint8)
     for file in (image, mask):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +92,7 @@ def test_names_with_and_without_an_ending_are_not_confused(tmp_path):
 
 
 def test_a_class_of_images_set_apart_has_a_name(tmp_path):
-    """The image that alone has the highest id is held out for evaluation with one of these seeds."""
+    """With one of these seeds, the only image with the highest id is held out for evaluation."""
     for i in range(4):
         write_pair(
             tmp_path / "images" / f"{i}.png", tmp_path / "masks" / f"{i}.png", ids=(0, 1, 2) if i == 3 else (0, 1)
@@ -239,7 +238,7 @@ def test_bad_masks_are_named(write, message, tmp_path):
 
 
 def striped(height: int, width: int) -> tuple[PILImage.Image, np.ndarray]:
-    """An image whose grey is 20 times its mask's id: vertical stripes of 4 pixels."""
+    """An image whose grey value is 20 times its mask's id: vertical stripes, 4 pixels wide."""
     ids = np.broadcast_to(np.arange(width) // 4 % 10, (height, width)).astype(np.int64)
     return PILImage.fromarray((20 * ids).astype(np.uint8)), ids
 
