@@ -1,7 +1,7 @@
-"""Models whose layers are spread over several devices, as with `device_map="auto"` on a machine with several GPUs.
+"""Models whose layers are on several devices, as with `device_map="auto"` on a machine with several GPUs.
 
-No such machine is needed: every tensor belongs to a device in name only. Operators refuse tensors of different devices,
-as those of GPUs do, and everything is computed on the CPU.
+Such a machine is not needed: each tensor belongs to a device in name only. As on GPUs, operators reject tensors on
+different devices, but everything is computed on the CPU.
 """
 
 from typing import Any
@@ -22,14 +22,14 @@ CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda", 0), torch.device(
 
 
 class Devices(TorchFunctionMode):
-    """Gives tensors their devices."""
+    """Assigns devices to tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.of = WeakIdKeyDictionary()
 
     def put(self, module: nn.Module, device: torch.device) -> None:
-        """Its inputs follow it, as with Accelerate's hooks; its outputs stay there."""
+        """Puts a module on a device: inputs are moved there, as by Accelerate's hooks, and outputs stay there."""
         for tensor in (*module.parameters(), *module.buffers()):
             self.of[tensor] = device
         module.register_forward_pre_hook(
