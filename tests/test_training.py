@@ -1,4 +1,4 @@
-"""The parts of the training loop, and the loop itself in this process, with a few small images."""
+"""Parts of the training loop, and the loop itself, in this process and with a few small images."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def write_images(folder: Path, split: str, per_class: int, generator: np.random.
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 training and 5 test images of each of three colours."""
+    """12 training and 5 test images in each of three colours."""
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     write_images(folder, "train", 12, generator)
@@ -83,7 +83,7 @@ def fresh_accelerator():
 
 
 def plain_augmentation(**changes) -> AugmentationArguments:
-    """None at all, unless asked for."""
+    """No augmentation, except for what is passed."""
     nothing = {
         "no_random_crop": True,
         "hflip": 0.0,
@@ -279,8 +279,8 @@ def test_a_run_leaves_models_checkpoints_and_results(datasets, tmp_path):
 
 
 def test_steps_average_the_gradients_of_their_batches(datasets, tmp_path):
-    """5 batches of 4 in groups of 3: the second step has 2. Adam hides the gradient's size in what it does, not in its
-    moments: with a rate near 0 the first moment is 0.9 * 0.1 * first gradient + 0.1 * second."""
+    """5 batches of 4 in groups of 3, so the second step has 2. Adam's update hides the magnitude of gradients, but its
+    moments do not: with a learning rate near 0, the first moment is 0.9 * 0.1 * first gradient + 0.1 * second."""
     config = make_vim_config(num_labels=3)
     datasets = replace(datasets, train=datasets.train.select(range(5, 25)))
     recipe = make_recipe(tmp_path, gradient_accumulation_steps=3, learning_rate=1e-20, warmup_lr=0.0, min_lr=0.0)
@@ -350,7 +350,7 @@ def test_elastic_training_prunes_each_step_by_a_budget_drawn(datasets, tmp_path)
 
 
 def test_batches_of_a_step_share_its_budget(datasets, tmp_path):
-    """And are pruned as one large batch is."""
+    """They are pruned like a single large batch."""
     used: dict[int, list[str]] = {}
     for accumulation in (1, 3):
         elastic = ElasticArguments(elastic_budgets=[0, 0.25, 0.394])
@@ -369,7 +369,7 @@ def test_batches_of_a_step_share_its_budget(datasets, tmp_path):
 
 
 def test_parameters_of_pruning_are_trained(datasets, tmp_path):
-    """Also those of elastic schedules that the model's own does not need, whose steps may draw none."""
+    """Includes those that only elastic schedules need; a step may not use them."""
     options = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "dyvm", "alignment": "learned"}
     elastic = ElasticArguments(elastic_budgets=[0, 0.394])
     recipe = replace(make_recipe(tmp_path, num_train_epochs=1, learning_rate=0.01), elastic=elastic)
@@ -390,7 +390,7 @@ def test_parameters_of_pruning_are_trained(datasets, tmp_path):
 
 
 def test_what_an_earlier_schedule_has_learned_stays_as_it_is(datasets, tmp_path):
-    """Nor does a run with parameters that it does not use fail to go on."""
+    """Also, a run whose model has unused parameters can be resumed."""
     recipe = make_recipe(tmp_path, max_train_steps=2)
     recipe.run.checkpointing_steps = "1"
     learned = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "dyvm", "alignment": "learned"}
@@ -457,7 +457,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(datas
 
 
 def break_at_step(trainer: Trainer, step: int, module: str, change) -> None:
-    """From a step on, changes what a module puts out."""
+    """Changes a module's output from a step on."""
 
     def hook(layer: nn.Module, inputs: object, output):
         if layer.training and trainer.state.steps >= step - 1:
@@ -499,7 +499,7 @@ def test_a_teacher_that_overflows_is_named(datasets, tmp_path):
 
 
 def test_gradients_that_no_scale_makes_finite_stop_the_run(datasets, tmp_path):
-    """fp16 needs a GPU: here the scaler is made up, and halves its scale as torch's does."""
+    """fp16 needs a GPU, so the scaler is a fake that lowers its scale like torch's."""
 
     class Scaler:
         factor = 32.0
@@ -556,7 +556,7 @@ def test_weights_that_are_not_finite_do_not_replace_the_last_good_checkpoint(dat
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 def test_training_learns(family, datasets, tmp_path):
-    """Three colours, told apart after 12 epochs: by the pruned model, on images that it has not seen."""
+    """After 12 epochs, the pruned model tells three colours apart on images that it has not seen."""
     config = MAKE_CONFIG[family](token_pruning=dict(TOKEN_PRUNING))
     recipe = make_recipe(tmp_path, num_train_epochs=12, per_device_train_batch_size=6, learning_rate=1e-2)
     recipe.run.checkpointing_steps = "1000"
@@ -591,8 +591,8 @@ def test_deterministic_runs_are_the_same_to_the_bit(family, datasets, tmp_path):
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 def test_without_pruning_there_is_nothing_to_align(family, datasets, tmp_path):
-    """The loss is exactly 0 while the student is its teacher, and the gradient that it sends is 0, too. PlainMamba's
-    batch norm must not see other statistics than the teacher's."""
+    """While the student equals its teacher, the loss is exactly 0, and so is its gradient. PlainMamba's batch norm must
+    not use other statistics than the teacher's."""
     config = MAKE_CONFIG[family]()
     recipe = make_recipe(tmp_path, LossWeights(alignment_weight=1.0), max_train_steps=1)
     torch.manual_seed(0)
@@ -720,7 +720,7 @@ def test_two_runs_do_not_mix_in_a_folder(datasets, tmp_path):
 
 
 def test_going_back_behind_a_later_checkpoint_is_refused(datasets, tmp_path):
-    """What was trained from there would not be what `--resume latest` finds."""
+    """Otherwise, `--resume latest` would not find what was trained from there."""
     recipe = make_recipe(tmp_path, max_train_steps=3)
     recipe.run.checkpointing_steps, recipe.run.save_total_limit = "1", 5
     make_trainer(make_vim_config(), datasets, recipe).train()
@@ -753,7 +753,7 @@ def test_a_run_that_was_killed_while_it_replaced_its_checkpoint_goes_on_from_it(
 
 
 def test_hosts_without_a_shared_disk_resume_alike(datasets, tmp_path, monkeypatch):
-    """The others have a copy of the checkpoint alone."""
+    """Other hosts have only a copy of the checkpoint."""
     recipe = make_recipe(tmp_path, max_train_steps=1)
     best = make_trainer(make_vim_config(), datasets, recipe).train()["best"]
     (tmp_path / "best" / "config.json").unlink()
@@ -775,7 +775,7 @@ def test_a_run_with_other_settings_is_not_continued(datasets, tmp_path):
 
 
 def test_a_checkpoint_of_before_steps_were_called_so_goes_on(datasets, tmp_path):
-    """It has "updates", and no task."""
+    """It has "updates" instead of steps, and no task."""
     recipe = make_recipe(tmp_path, max_train_steps=3)
     recipe.run.checkpointing_steps, recipe.run.save_total_limit = "1", 9
     whole = make_trainer(make_vim_config(), datasets, recipe)
