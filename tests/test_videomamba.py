@@ -1,4 +1,5 @@
-"""What is specific to VideoMamba: clips of any number of frames, image models converted to video models, its files."""
+"""What is specific to VideoMamba: clips with any number of frames, image models converted to video models, its
+files."""
 
 import onnxruntime
 import pytest
@@ -42,7 +43,7 @@ NUM_TOKENS = 3 * 16 + 1
 
 @pytest.fixture
 def clips() -> Tensor:
-    """Two for the tiny model of videos."""
+    """Two clips for the tiny video model."""
     return torch.randn(2, 3, 3, 32, 32)
 
 
@@ -60,7 +61,8 @@ def pruned_model() -> nn.Module:
 
 
 def image_model_of(video_model: nn.Module) -> nn.Module:
-    """The image model that shows one frame what the video model, of tubelets of one frame, shows all of them."""
+    """An image model that computes for one frame what the video model, with tubelets of one frame, computes for all of
+    them."""
     config = make_videomamba_config(num_labels=video_model.config.num_labels)
     image_model = VideoMambaForImageClassification(config).eval()
     state_dict = video_model.state_dict()
@@ -217,7 +219,7 @@ def test_every_alignment_and_importance(alignment, importance, model, clips) -> 
 
 @torch.no_grad()
 def test_gap_from_the_class_token_counts(model, clips, monkeypatch) -> None:
-    """Kept patches that do not begin behind the class token: the scan decays over those between."""
+    """If the first kept patch does not directly follow the class token, the scan decays over the gap."""
     from hf_vssm_prune import modeling_bidirectional
 
     seen = []
@@ -255,7 +257,7 @@ def test_budget_quantization_autocast_and_pictures(pruned_model, clips) -> None:
 
 @torch.no_grad()
 def test_export(clips, tmp_path) -> None:
-    """By the method that has most to write; test_export.py has the others."""
+    """Uses the method with the most operators; test_export.py covers the others."""
     schedule = {"layers": [1], "keep_ratios": [0.6], "method": "local_merge"}
     model = make_model(make_video_config(num_hidden_layers=2, token_pruning=schedule))
     processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3)
