@@ -1,4 +1,4 @@
-"""Starts the demo's server and a headless Chromium, and operates the page."""
+"""Starts the demo server and a headless Chromium, and drives the page."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def chromium_is_there() -> bool:
 
 @contextmanager
 def running_demo(*options: str, folder: Path = DEMO) -> Iterator[str]:
-    """Serves `app.py` of a folder on the loopback interface, and returns its address."""
+    """Serves a folder's `app.py` on the loopback interface and yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,7 +69,7 @@ def chromium(camera: Path | None = None) -> Iterator[webdriver.Chrome]:
     """A browser with an empty profile that makes no network requests of its own.
 
     Args:
-        camera: an MJPEG video that its camera shows in a loop; None: Chromium's moving test picture.
+        camera: MJPEG video that the camera plays in a loop; None: Chromium's moving test picture.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = webdriver.ChromeOptions()

@@ -1,7 +1,7 @@
-"""Classifies a photo with models from a Hub, given only their names, and prints the results as JSON.
+"""Classifies a photo with models loaded from a Hub by name, and prints the results as JSON.
 
-Run by test_presets_from_hub.py: `python classify_from_hub.py with|without PHOTO NAME...`; "with" the package imported,
-or "without" it, by the code in the repositories, in an environment that lacks it.
+test_presets_from_hub.py runs it as `python classify_from_hub.py with|without PHOTO NAME...`: "with" the package, or
+"without" it, using the code in the repositories, in an environment where it is not installed.
 """
 
 import importlib.util

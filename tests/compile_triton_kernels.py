@@ -1,5 +1,5 @@
-"""Compiles the Triton kernels for GPUs that need not be present, and prints the kind of machine code of each and, for
-NVIDIA's, the registers and the stack that it uses (`STACK`). With `--all`, it compiles more variants, for an H100."""
+"""Compiles the Triton kernels for GPUs that need not be present. Prints the kind of machine code of each kernel and,
+for NVIDIA, its registers and stack (`STACK`). `--all` compiles more variants for an H100."""
 
 import re
 import subprocess
@@ -29,7 +29,8 @@ INDICES = {"i64": ("order", "gaps", "moves", "kept", "starts"), "i32": ("shown",
 
 
 def source(kernel, absent: tuple[str, ...], constants: dict[str, int], dtype: str = "fp32", paths: int = 4):
-    """A call as Triton sees it: tensors from PyTorch's allocator, and all sizes except `paths` are multiples of 16."""
+    """A call as Triton sees it: tensors come from PyTorch's allocator, and all sizes except `paths` are multiples of
+    16."""
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | dict.fromkeys(absent)
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -66,7 +67,7 @@ def resources(machine_code: bytes) -> str:
 
 
 def main_cases():
-    """The kernels with all options."""
+    """Each kernel with all options."""
     yield "forward", source(kernels.scan_forward, (), MANY_CHANNELS)
     yield "backward", source(kernels.scan_backward, (), FEW_CHANNELS)
     yield "sum's gradient", source(kernels.gate_sum, (), SUM)
@@ -74,7 +75,7 @@ def main_cases():
 
 
 def more_cases():
-    """The kernels that models launch, each with the most and with the fewest options."""
+    """The variants that models launch: each kernel with the most and the fewest options."""
     whole = ("chunk_states", "chunk_times")
     without_gap = ("chunk_grads", "grad_hole_time_step")
     yield "forward, of paths", source(kernels.scan_forward, ("gate", "block_states", *whole), MANY_CHANNELS)

@@ -1,5 +1,4 @@
-"""Settings and fixtures of all tests: no network, one thread for each pytest worker, fixed seeds, tiny
-configurations."""
+"""Settings and fixtures for all tests: no network, one thread per pytest worker, fixed seeds, tiny configurations."""
 
 import atexit
 import gc
@@ -44,6 +43,7 @@ import torch  # noqa: E402
 from hf_vssm_prune import PlainMambaConfig, VideoMambaConfig, VimConfig  # noqa: E402
 from hf_vssm_prune.configuration_common import VisionMambaConfig  # noqa: E402
 from hf_vssm_prune.export import compilers_paths  # noqa: E402
+from hf_vssm_prune.families import FAMILIES  # noqa: E402
 
 
 IMPORTED_WITH = dict(os.environ)  # later, tests run commands in this process
@@ -65,7 +65,7 @@ hypothesis.settings.load_profile("deterministic")
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """Every test starts from the same random state, regardless of their order."""
+    """Every test starts from the same random state, whatever ran before."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 def load_script(name: str) -> ModuleType:
-    """A script as a module, whose `main` takes the arguments of its command line."""
+    """Imports a script as a module; its `main` takes command-line arguments."""
     if str(SCRIPTS) not in sys.path:
         sys.path.append(str(SCRIPTS))  # a script imports what lies beside it; last, as its names are common ones
     spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
@@ -139,7 +139,8 @@ def make_vim_config(**changes) -> VimConfig:
 
 
 def make_videomamba_config(**changes) -> VideoMambaConfig:
-    """4 layers, 16 patch tokens and the class token. Like the others, for images; see `make_video_config`."""
+    """4 layers, 16 patch tokens and the class token. For images, like the others; see `make_video_config` for
+    videos."""
     defaults = {
         "image_size": 32,
         "patch_size": 8,
@@ -193,10 +194,32 @@ def pixel_values(seed: int) -> torch.Tensor:
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
+def make_model(config: VisionMambaConfig) -> Any:
+    """A classifier in evaluation mode with perturbed weights. With freshly initialised weights, the layers barely
+    affect the logits."""
+    model = FAMILIES[config.model_type].classifier(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference relative to the norm of `expected`, so that small values need no special tolerance."""
+    return float(((actual - expected).norm() / expected.norm()).detach())
+
+
+def same_tensors(first: Sequence[torch.Tensor] | None, second: Sequence[torch.Tensor] | None) -> bool:
+    """Whether both are None, or have the same number of tensors and all are equal."""
+    if first is None or second is None:
+        return first is second
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
 def gradients_with_checkpointing(
     model: Any, compute_loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The gradients of each parameter without and with activation checkpointing, from the same random numbers."""
+    """Gradients of each parameter without and with activation checkpointing, from the same random state."""
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -209,8 +232,8 @@ def gradients_with_checkpointing(
 
 
 def hear_signals() -> None:
-    """For `preexec_fn`: lets a process receive signals even if the tests were started with SIGINT ignored, as shells do
-    in the background."""
+    """For `preexec_fn`: makes a process receive signals even if the tests run with SIGINT ignored, as in a shell's
+    background jobs."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

@@ -2,8 +2,8 @@
 
     python tests/distributed_runs.py FOLDER     # in each process, with a launcher's environment
 
-Every run leaves its losses in FOLDER/<name>/losses.json, and its checkpoints and models beside them. The same
-functions run in the test's own process, for one process.
+Every run writes its losses to FOLDER/<name>/losses.json, with its checkpoints and models next to it. The test's own
+process calls the same functions for runs on one process.
 """
 
 import json
@@ -170,7 +170,7 @@ def train(
 
 @cache
 def load(folder: Path, family: str, task: str) -> ImageDatasets:
-    """The stored images of a run; runs of the same kind have the same ones."""
+    """Stored images for a run. Runs of the same kind share them."""
     if family in ("masks", "boxes"):
         return TASKS[task]().load_datasets(DataArguments(str(folder / family)), seed=0)
     is_video = family == "videos"
@@ -178,7 +178,7 @@ def load(folder: Path, family: str, task: str) -> ImageDatasets:
 
 
 def record(trainer: Trainer, output_dir: Path) -> None:
-    """Makes a run record its losses and accuracies."""
+    """Makes a run write its losses to a file."""
     losses: list[float] = []
     log_losses = trainer._log_losses
 
@@ -192,7 +192,7 @@ def record(trainer: Trainer, output_dir: Path) -> None:
 
 
 def reset() -> None:
-    """Resets Accelerate's singletons and its environment variable for FSDP; torch's process group is kept."""
+    """Resets Accelerate's singletons and its FSDP environment variable, but keeps torch's process group."""
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

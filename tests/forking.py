@@ -1,6 +1,6 @@
-"""Runs programs as a user would, in separate processes, but without the seconds that importing torch and transformers
-takes: each process is a copy of this one, in which everything is already imported. Tests of the start itself (what is
-imported, what the environment does before that) need a fresh process."""
+"""Runs programs in separate processes, like a user, but without the seconds it takes to import torch and transformers:
+each process is a fork of this one, in which everything is already imported. Tests of the start itself (imports, and the
+environment before them) need a fresh process."""
 
 import logging
 import multiprocessing
@@ -43,7 +43,7 @@ class Forked:
         self.process.start()
 
     def wait(self) -> subprocess.CompletedProcess:
-        """Waits for the end, and returns the same as `subprocess.run`."""
+        """Waits for the process to end and returns the same as `subprocess.run`."""
         self.process.join(PATIENCE)
         if self.process.exitcode is None:
             self.process.kill()
@@ -55,19 +55,19 @@ class Forked:
 
 
 def run_forked(*command: str | Path, **options) -> subprocess.CompletedProcess:
-    """Starts a `Forked` and waits for its end."""
+    """Starts a `Forked` and waits for it to end."""
     return Forked(*command, **options).wait()
 
 
 def start_ranks(*command: str | Path) -> list[Forked]:
-    """Starts a program on two processes with one thread each, like a launcher, but without one."""
+    """Starts a program on two processes with one thread each, as a launcher would."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1"}
     return [Forked(*command, environment={**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
 
 def _run(words: list[str], environment: dict[str, str], files: list[Path], prepare: Callable[[], None]) -> None:
-    """Runs in the new process. `multiprocessing` turns exceptions into its exit status, as Python does."""
+    """Runs in the new process. `multiprocessing` converts exceptions to its exit status, as Python does."""
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))

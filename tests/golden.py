@@ -1,4 +1,4 @@
-"""The golden cases: recipes that recreate a published model's weights, and the expected results."""
+"""Golden cases: recipes that recreate a published model's weights, and the expected results."""
 
 import json
 import zlib
@@ -22,7 +22,7 @@ class GoldenCase:
             return cls(json.loads((folder / f"{name}.json").read_text()), dict(arrays))
 
     def pixel_values(self) -> Tensor:
-        """The pixel values in our models' layout: the frames of a video come before its channels."""
+        """Pixel values in our layout, where the frames of a video come before its channels."""
         frames = self.recipe.get("frames")
         shape = (self.recipe["batch"], 3, *([frames] if frames else []), *self.recipe["image"])
         values = np.random.RandomState(self.recipe["seed"] + 1).standard_normal(shape).astype(np.float32)
@@ -30,7 +30,7 @@ class GoldenCase:
         return pixel_values.transpose(1, 2) if frames else pixel_values
 
     def overrides(self) -> dict[str, Any]:
-        """Options of the configuration that cannot be inferred from the weights."""
+        """Configuration options that cannot be inferred from the weights."""
         arch = self.recipe["arch"]
         return {"image_size": arch["img_size"]} | ({"patch_stride": arch["stride"]} if "stride" in arch else {})
 

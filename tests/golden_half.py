@@ -1,11 +1,11 @@
-"""The golden cases with weights in half precision: how much rounding changes logits and scores.
+"""Golden cases with weights in half precision: how much rounding changes logits and scores.
 
-After a stage that keeps other tokens, neither scores nor logits can be compared. All models therefore keep the official
-model's tokens at every stage, and the tokens that one would have kept itself follow from its scores.
+If models keep different tokens at a stage, their scores and logits cannot be compared afterwards. All models therefore
+keep the official model's tokens at every stage; the tokens that each would have kept follow from its scores.
 
-A kernel may add no more to the rounding than plain PyTorch operators do with the same weights. Both errors are those
-against the same rounded weights in float32. The weights of the golden cases are random, and some of the models multiply
-a small difference by a hundred, so one result says little: errors are averaged over a case.
+A kernel must not round worse than plain PyTorch operators with the same weights. Both errors are measured against the
+same rounded weights in float32. The weights of the golden cases are random, and some of the models amplify small
+differences a hundredfold, so a single result says little, and errors are averaged over a case.
 """
 
 import copy
@@ -91,7 +91,7 @@ def schedule_of(variant: dict[str, Any]) -> dict[str, Any] | None:
 
 @contextmanager
 def recorded_rows(rows: list[Tensor]) -> Iterator[None]:
-    """Records the rows that models keep at each stage with the paper's method."""
+    """Records which rows models keep at each stage with the paper's method."""
     reduce = METHODS[PAPERS_METHOD].reduce
 
     def record(stage: Stage) -> Reduction:
@@ -105,7 +105,7 @@ def recorded_rows(rows: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def kept_rows(rows: Sequence[Tensor]) -> Iterator[None]:
-    """Makes models keep these rows at their stages with the paper's method, regardless of their scores."""
+    """Makes models keep these rows at each stage with the paper's method, whatever their scores."""
     following = iter(rows)
 
     def keep(stage: Stage) -> Reduction:
@@ -157,12 +157,12 @@ def _moved(scores: dict[str, Tensor], kept: Tensor) -> tuple[int, float]:
 
 
 def over_all(errors: Sequence[Errors]) -> Errors:
-    """Combines errors as root mean squares."""
+    """Root mean square of several errors."""
     return Errors(*(float(torch.tensor(each).pow(2).mean().sqrt()) for each in zip(*errors, strict=True)))
 
 
 def complaints(variants: Sequence[VariantInHalf]) -> list[str]:
-    """The errors that half precision does not explain."""
+    """Errors that half precision does not explain."""
     stages = [stage for variant in variants for stage in variant.stages]
     results = {"logits": over_all([variant.logits for variant in variants])}
     results["scores"] = over_all([stage.scores for stage in stages])

@@ -1,10 +1,9 @@
-"""A small Hub on the loopback interface for the tests: repositories with branches, LFS uploads, commits and range
-requests.
+"""A small Hub on the loopback interface: repositories with branches, LFS uploads, commits and range requests.
 
     with HubServer() as hub:
         subprocess.run(..., env={**os.environ, **hub.environment(tmp_path)})
 
-Faults can be put in its way: `hub.fail("PUT", "/lfs/", status=503, times=2)`.
+It can be told to fail: `hub.fail("PUT", "/lfs/", status=503, times=2)`.
 """
 
 import base64
@@ -357,7 +356,7 @@ class HubServer:
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """Environment variables with which huggingface_hub uses this server and its own cache."""
+        """Environment variables that make huggingface_hub use this server, with its own cache."""
         variables = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
@@ -368,7 +367,7 @@ class HubServer:
         return variables if token is None else {**variables, "HF_TOKEN": token}
 
     def use_in_this_process(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-        """Does the same as `environment` for an imported huggingface_hub, which is faster than a new process."""
+        """Like `environment`, but for the huggingface_hub that is already imported here. Faster than a new process."""
         for name, value in {
             "ENDPOINT": self.endpoint,
             "HUGGINGFACE_CO_URL_TEMPLATE": self.endpoint + "/{repo_id}/resolve/{revision}/{filename}",

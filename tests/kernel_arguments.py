@@ -1,4 +1,4 @@
-"""Random arguments for the kernels, and comparisons of their results."""
+"""Random arguments for the kernels, and checks of their results."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -158,7 +158,7 @@ def grid_convolution(
 def sequence_convolution(
     length: int, channels: int, taps: int, reverse: bool = False, keep_ratio: float | None = None, batch: int = 2
 ) -> Convolution:
-    """A causal convolution. With a keep ratio, it has stand-ins for dropped tokens."""
+    """A causal convolution; with a keep ratio, dropped tokens have stand-ins."""
     arguments = convolution_arguments(batch, (1, length), channels, taps, keep_ratio)
     arguments["weight"] = arguments["weight"][:, :, 0].contiguous()
     if keep_ratio is not None:
@@ -167,7 +167,7 @@ def sequence_convolution(
 
 
 def run(function, arguments: Arguments, dtype: torch.dtype = torch.float32, **options) -> dict[str, Tensor]:
-    """The result of `function`, and the gradients of a randomly weighted sum of it by argument."""
+    """Calls `function`. Returns its result, and the gradients of a randomly weighted sum of it by argument."""
     inputs = {
         name: tensor.to(dtype, copy=True).requires_grad_() if tensor.is_floating_point() else tensor
         for name, tensor in arguments.items()

@@ -1,6 +1,6 @@
-"""Opens a saved folder as a user without hf_vssm_prune would, and prints the results as JSON.
+"""Opens a saved folder like a user who has not installed hf_vssm_prune, and prints the results as JSON.
 
-Run by test_remote_code.py, in an environment of its own: `python -I open_without_package.py FOLDER IMAGE`.
+test_remote_code.py runs it in a separate environment: `python -I open_without_package.py FOLDER IMAGE`.
 """
 
 import importlib.util

@@ -1,5 +1,5 @@
-"""Takes the documentation's screenshots of the demo, and measures how long the page takes, on a computer and on a
-phone, from a move of its slider, a picture of its camera or the upload of a photo until it shows the result.
+"""Takes screenshots of the demo for the documentation. Also measures, on a computer and on a phone, how long it takes
+to show a result after the slider moves, the camera takes a picture or a photo is uploaded.
 
 python tests/picture_demo.py docs/images
 """
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def enlarge(file: Path, size: tuple[int, int], target: Path) -> Path:
-    """Enlarges an image and adds a camera's noise, without which the file would be small."""
+    """Enlarges an image and adds camera noise; without it, the file would be small."""
     with Image.open(file) as image:
         pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32)
     pixels = pixels + np.random.default_rng(0).normal(0, 4, pixels.shape)
@@ -92,7 +92,7 @@ def wait(driver, condition: Callable):
 
 
 def measure(driver, act: Callable[[], None]) -> tuple[float, float]:
-    """Milliseconds from the event until the label and the pictures are shown, and until the times are shown."""
+    """Milliseconds from the event until the label and pictures are shown, and until the times are shown."""
     driver.execute_script("window.seen = null")
     act()
     seen = wait(driver, lambda: driver.execute_script("return window.seen?.times && seen"))
@@ -106,7 +106,7 @@ def move_slider(driver) -> list[tuple[float, float]]:
 
 
 def take_pictures(driver) -> list[tuple[float, float]]:
-    """Takes camera pictures, and leaves the last one on the page."""
+    """Takes pictures with the camera and leaves the last one on the page."""
     find = driver.find_element
     find(By.CSS_SELECTOR, "#camera button").click()
     times = []
@@ -155,7 +155,7 @@ def whole_page(driver, width: int) -> None:
 
 
 def save_screenshot(driver, file: Path) -> None:
-    """Saves a screenshot with a palette of 256 colours, which makes the file small."""
+    """Saves a screenshot with a palette of 256 colours, to keep the file small."""
     time.sleep(1)  # for transitions to end
     driver.save_screenshot(str(file))
     with Image.open(file) as screenshot:

@@ -1,4 +1,4 @@
-"""Adapters (PEFT) on pruned models, from training to a Hub and back."""
+"""Adapters (PEFT) on pruned models, from training to loading from a Hub."""
 
 import os
 import runpy
@@ -43,6 +43,7 @@ def test_train_save_load_and_merge(make_config, use_dora, pixel_values, tmp_path
     before = logits(model, pixel_values)
     adapted = peft.get_peft_model(model, lora(use_dora=use_dora))
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if "running_" in name}
+    assert bool(frozen) == (make_config is make_plainmamba_config)  # the others have no batch norm
     train(adapted, tmp_path / "run")
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in frozen.items())
     trained = logits(adapted, pixel_values)
@@ -106,7 +107,7 @@ def test_adapters_are_pushed_and_loaded_by_name(tmp_path):
 
 
 def test_the_comparison_in_the_docs(tmp_path, capsys):
-    """`docs/examples/compare_adapters.py`: a row for each way of training, and a file of results."""
+    """`docs/examples/compare_adapters.py` prints a row per training method and writes a results file."""
     main = runpy.run_path(str(Path(__file__).resolve().parents[1] / "docs" / "examples" / "compare_adapters.py"))[
         "main"
     ]

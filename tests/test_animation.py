@@ -1,4 +1,4 @@
-"""Animations of what is kept of a video, and the command that draws videos."""
+"""Animations of the tokens kept of a video, and drawing videos with the command."""
 
 from pathlib import Path
 
@@ -35,13 +35,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def covered(picture: Image.Image) -> int:
-    """Pixels that are more blue than grey."""
+    """Number of pixels that are more blue than grey."""
     pixels = np.asarray(picture.convert("RGB")).astype(int)
     return int((pixels[..., 2] - pixels[..., 0] > DROPPED[2] // 3).sum())
 
 
 def test_each_frame_shows_what_is_dropped_of_it() -> None:
-    """On grey frames the covered area of all pictures is that of the dropped patches, and each lies in its frame."""
+    """With grey frames, the covered area of each picture equals the area of the patches dropped from its frame."""
     model, processor = make_model()
     frames = [Image.new("RGB", (40, 32), GREY)] * 3
     pictures = animated_frames(model, processor, frames)
@@ -74,7 +74,7 @@ def test_tubelets_are_one_picture_each() -> None:
 
 
 def test_a_tubelet_is_shown_by_its_first_frame() -> None:
-    """Whatever is left over at the end."""
+    """Frames left over at the end are not shown."""
     clip = (torch.arange(11.0) / 255).view(11, 1, 1, 1).expand(11, 3, 32, 32)
     config = make_video_config(num_frames=11, tubelet_size=4)
     shown = frames_from_pixel_values(clip, [0.0] * 3, [1.0] * 3, config)

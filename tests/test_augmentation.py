@@ -1,4 +1,4 @@
-"""Augmentation: what each kind does to an image or a batch, and that it uses only its own generator."""
+"""Augmentation: what each kind does to an image or a batch, and that it uses no randomness but its own generator's."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_random_resized_crop_has_the_asked_size(height: int, width: int, seed: i
 
 
 def test_random_resized_crop_takes_areas_within_the_scale():
-    """Column x holds the value x and row y the value y, so the corners of a crop tell where it was."""
+    """Pixel values are coordinates, so the corners of a crop show where it was taken."""
     rows, columns = np.mgrid[:200, :200].astype(np.uint8)
     image = Image.fromarray(np.stack([rows, columns, rows], axis=-1))
     shares, tops = [], set()
@@ -125,6 +125,37 @@ def test_geometric_operations_fill_with_the_given_color():
     assert (shifted[:, -14:] == GEOMETRY["fillcolor"]).all()
 
 
+def test_geometric_operations_move_pixels_along_their_axis():
+    pixels = np.random.default_rng(1).integers(0, 256, (24, 24), dtype=np.uint8)
+
+    def apply(name: str, argument: float) -> np.ndarray:
+        geometry = {"resample": Image.Resampling.NEAREST, "fillcolor": 7}
+        return np.asarray(RANDAUGMENT_OPERATIONS[name].apply(Image.fromarray(pixels), argument, geometry))
+
+    assert np.array_equal(apply("translate_x", 0.25)[:, :-6], pixels[:, 6:])
+    assert np.array_equal(apply("translate_y", 0.25)[:-6], pixels[6:])
+    assert np.array_equal(apply("rotate", 90), np.rot90(pixels))  # to the left
+    by_rows, by_columns = apply("shear_x", 1.0), apply("shear_y", 1.0)
+    for i in range(23):  # about the corner at the top left, from the middle of a pixel
+        assert np.array_equal(by_rows[i, : 23 - i], pixels[i, i + 1 :])
+        assert np.array_equal(by_columns[: 23 - i, i], pixels[i + 1 :, i])
+
+
+def test_operations_on_values_by_their_formulas():
+    values = np.arange(256)
+    image = Image.fromarray(values.astype(np.uint8).reshape(16, 16))
+    for name, argument, expected in (
+        ("invert", 0, 255 - values),
+        ("posterize", 2, values // 64 * 64),
+        ("solarize", 100, np.where(values < 100, values, 255 - values)),
+        ("solarize_add", 50, np.where(values < 128, values + 50, values)),
+        ("brightness", 0.5, values / 2),
+        ("contrast", 0.5, (values + 128) / 2),  # the mean is 127.5, rounded
+    ):
+        found = np.asarray(RANDAUGMENT_OPERATIONS[name].apply(image, argument, GEOMETRY)).ravel()
+        assert np.abs(found - expected).max() <= 0.5, name
+
+
 @given(seed=st.integers(0, 2**63), magnitude=st.floats(0, 10), std=st.floats(0, 5), num_ops=st.integers(0, 4))
 def test_randaugment_depends_on_its_generator_alone(seed: int, magnitude: float, std: float, num_ops: int):
     config = AugmentationConfig(
@@ -180,7 +211,7 @@ def test_random_erasing_leaves_what_is_too_small():
 
 
 def make_batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image i has the value i everywhere, and the label i."""
+    """Every pixel of image i is i, and so is its label."""
     labels = torch.arange(size)
     return labels.float()[:, None, None, None].expand(size, 3, 16, 12).contiguous(), labels
 

@@ -1,12 +1,12 @@
-"""DyVM's block selection: compared with models in which every direction runs and its output is multiplied by the gates;
-what is trained; and its effects elsewhere."""
+"""DyVM's block selection: results compared with models that run every direction and multiply its output by the gates,
+training, and effects on other features."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG, gradients_with_checkpointing, make_plainmamba_config, make_vim_config
+from conftest import MAKE_CONFIG, gradients_with_checkpointing, make_plainmamba_config, make_vim_config, same_tensors
 from test_training import datasets, fresh_accelerator, image_folder, make_recipe, make_trainer  # noqa: F401
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,7 +37,7 @@ def pruning(method: str = "dyvm", **changes) -> dict:
 
 
 def make_model(config) -> nn.Module:
-    """In evaluation mode and float64, with weights large enough for every part of the model to matter."""
+    """A float64 model in evaluation mode, with weights large enough for every part of it to matter."""
     model = FAMILIES[config.model_type].classifier(config).eval().double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -47,8 +47,8 @@ def make_model(config) -> nn.Module:
 
 
 def decide_by_image(model: nn.Module, images: torch.Tensor) -> None:
-    """Gives the selectors weights with which every direction runs for about half of the images, after the first layer,
-    whose class token is the same for all."""
+    """Sets the selectors' weights so that each direction runs for about half of the images. The first layer is skipped,
+    because its class token is the same for all images."""
     for index, layer in enumerate(model.base_model.layers):
         selector, seen = layer.mixer.block_selector, []
         if selector is None or index == 0:
@@ -66,7 +66,7 @@ def selectors_of(model: nn.Module) -> list[BlockSelector]:
 
 
 def set_gates(model: nn.Module, gates: torch.Tensor) -> None:
-    """Replaces the decisions of the layers that select by the given ones (layers, batch, directions)."""
+    """Replaces the decisions of the selecting layers by the given ones (layers, batch, directions)."""
     for selector, of_layer in zip(selectors_of(model), gates, strict=True):
         selector.register_forward_hook(lambda module, inputs, output, of_layer=of_layer: of_layer)
 
@@ -78,8 +78,8 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def mixed_gates() -> torch.Tensor:
-    """All combinations: of 4 layers and 5 images, with a direction that no image selects and one that all select, and
-    with an image that selects neither direction."""
+    """Gates of 4 layers and 5 images, including a direction that no image selects, one that all select, and an image
+    that selects neither."""
     gates = (torch.rand(4, 5, 2) < 0.5).double()
     gates[1, :, 0], gates[1, :, 1], gates[3, 2] = 0, 1, 0
     assert 0 < gates.mean() < 1
@@ -92,7 +92,7 @@ def mixed_gates() -> torch.Tensor:
 @pytest.mark.parametrize("family", WITH_CLASS_TOKEN)
 @pytest.mark.parametrize(("method", "alignment"), [("dyvm", "none"), ("dyvm", "repeat"), ("local_top", "repeat")])
 def test_skipping_is_multiplying_by_the_gates(family, method, alignment, images, mixed_gates) -> None:
-    """Gaps and stand-ins, which differ from image to image, follow the images that a direction runs for."""
+    """Gaps and stand-ins differ between images, and stay with the images for which a direction runs."""
     model = make_model(MAKE_CONFIG[family](token_pruning=pruning(method, alignment=alignment)))
     gates = mixed_gates[SELECTING[method]]
     everything = {name: value for name, value in model.config.token_pruning.items() if name != "block_keep_ratio"}
@@ -108,7 +108,7 @@ def test_skipping_is_multiplying_by_the_gates(family, method, alignment, images,
         dense = model(images, token_pruning=everything)
         set_gates(model, gates)
         skipped = model(images, output_block_gates=True)
-    assert all(map(torch.equal, skipped.kept_tokens, multiplied.kept_tokens))
+    assert same_tensors(skipped.kept_tokens, multiplied.kept_tokens)
     torch.testing.assert_close(skipped.logits, multiplied.logits, rtol=0, atol=1e-12)
     assert (skipped.logits - dense.logits).abs().amax(1).min() > 1e-6
     assert torch.equal(torch.stack(skipped.block_gates), gates)
@@ -181,8 +181,8 @@ def test_drawn_gates_are_0_or_1_by_probability() -> None:
 
 
 def test_the_gradient_reaches_the_selector() -> None:
-    """Through one mixer, against the derivative by hand: that of a gate is what the direction would have added, times
-    the slope s (1 - s) / 2 of the sigmoid at the noisy logit."""
+    """Compares one mixer with a derivative by hand: a gate's gradient is what the direction would have added, times the
+    slope s (1 - s) / 2 of the sigmoid at the noisy logit."""
     model = make_model(make_vim_config(token_pruning=pruning())).train()
     mixer, hidden_states = model.base_model.layers[0].mixer, torch.randn(3, 17, 16, dtype=torch.float64)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_the_gradient_reaches_the_selector() -> None:
 
 
 def layout_of(model: nn.Module, hidden_states: torch.Tensor):
-    """The layout with which the first layer is called."""
+    """The layout passed to the first layer."""
     seen = []
     hook = model.base_model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_the_loss_brings_the_fraction_to_its_target() -> None:
 
 @pytest.mark.parametrize("method", ["dyvm", "top"])
 def test_every_selector_is_trained_with_and_without_checkpointing(method, images) -> None:
-    """Including that layers which never select have none, for which distributed training would wait."""
+    """Layers that never select have no selector, because distributed training would wait for its gradient."""
     model = make_model(make_vim_config(token_pruning=pruning(method))).train()
     with torch.no_grad():
         for selector in selectors_of(model):
@@ -302,7 +302,7 @@ def test_log_means_are_over_the_steps_that_have_a_term() -> None:
 
 
 def test_training_measures_what_runs(datasets, tmp_path) -> None:  # noqa: F811
-    """Also with elastic budgets, of which a dense step has no block ratio."""
+    """Also works with elastic budgets, where a dense step has no block ratio."""
     config = make_vim_config(token_pruning=pruning("uniform"))
     recipe = make_recipe(tmp_path, max_train_steps=3, learning_rate=1e-4)
     recipe = replace(recipe, elastic=ElasticArguments(elastic_budgets=[0, 0.35]))
@@ -332,7 +332,7 @@ def test_evaluation_counts_what_runs(images) -> None:
 @pytest.mark.parametrize("family", WITH_CLASS_TOKEN)
 @pytest.mark.parametrize("method", ["uniform", "top"])
 def test_flops_are_those_that_run(family, method, monkeypatch) -> None:
-    """Linear layers and convolutions of four images, of which half select a direction."""
+    """Counts linear layers and convolutions for four images, half of which select a direction."""
     no_scan = SimpleNamespace(unavailable=lambda device_type: None, selective_scan=lambda u, *others: u)
     monkeypatch.setitem(KERNELS, "no scan", no_scan)
     config = MAKE_CONFIG[family](token_pruning=pruning(method), scan_backend="no scan")
@@ -349,8 +349,8 @@ def test_flops_are_those_that_run(family, method, monkeypatch) -> None:
 
 
 def test_published_flops() -> None:
-    """Of Vim-S with the ratios of the authors' script; the paper has -35.2%, with the fraction of blocks that its model
-    ran."""
+    """Vim-S with the ratios of the authors' script. The paper reports -35.2%, with the fraction of blocks that its
+    model ran."""
     schedule = {"layers": [6, 12, 18], "keep_ratios": [0.7] * 3, "method": "dyvm", "block_keep_ratio": 0.8}
     assert count_flops(VimConfig.from_preset("S", token_pruning=schedule)).reduction == pytest.approx(0.352, abs=0.007)
 
@@ -453,7 +453,7 @@ def test_compiled_models_multiply(small_model) -> None:
 
 
 def test_per_sample_gradients_of_inputs(small_model) -> None:
-    """`torch.func` cannot skip images either."""
+    """`torch.func` cannot skip images either, so outputs are multiplied by the gates."""
     images = torch.randn(3, 3, 32, 32)
     found = torch.func.vmap(torch.func.grad(lambda image: small_model(image[None]).logits.square().sum()))(images)
     images.requires_grad_()

@@ -1,4 +1,4 @@
-"""`hf-vssm-prune VERB`: every verb with the example model, its help, and the scripts of the same names."""
+"""`hf-vssm-prune VERB`: each verb with the example model, its help, and the script of the same name."""
 
 import ast
 import json
@@ -44,7 +44,7 @@ def fresh_accelerator():
 
 
 def printed(capsys: pytest.CaptureFixture[str], function, *arguments) -> str:
-    """What a command prints that ends by itself, with status 0."""
+    """The output of a command that exits with status 0."""
     with pytest.raises(SystemExit) as exit_:
         function(*arguments)
     assert exit_.value.code == 0
@@ -64,7 +64,8 @@ def test_a_script_of_the_repository_is_no_verb_and_named(capsys):
 
 
 def test_an_option_is_the_same_option_in_every_verb():
-    """Two verbs that take one name mean one thing by it; a batch is that of the verb, of training or of evaluation."""
+    """An option means the same in all verbs. The exception is the batch size, which is for training or for
+    evaluation."""
     meanings: dict[str, set[str]] = {}
     for verb in VERBS:
         for action in make_parser_of(verb)()._actions:
@@ -92,7 +93,7 @@ def test_help_fits_two_screens(verb, capsys):
 
 
 def options_in(text: str) -> set[str]:
-    """Those of the lines that list options."""
+    """Options on the lines that list options."""
     lines = [line for line in text.splitlines() if line.startswith(("  --", "  -h"))]
     return {word.strip(",") for line in lines for word in line.split() if word.startswith("--")}
 
@@ -166,7 +167,7 @@ def test_own_commands_are_known(started, words, expected, monkeypatch):
 
 
 def test_commands_choose_how_threads_wait():
-    """In a process as a user starts it, whose report ends with the variables that are set."""
+    """Runs `env` in a new process, as a user would. Its report ends with the environment variables that are set."""
     environment = {name: value for name, value in os.environ.items() if name not in WAITING}
     command = [sys.executable, "-m", "hf_vssm_prune", "env"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=True)
@@ -183,13 +184,13 @@ def test_the_user_wins(set_by_user, monkeypatch):
 
 
 def test_the_library_changes_no_environment():
-    """That imports it in a process which was not started to run a command, as this one."""
+    """Importing the library in a process that is not one of its commands, like this one, sets no variables."""
     assert all(IMPORTED_WITH.get(name) == STARTED_WITH.get(name) for name in WAITING)
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda script: script.stem)
 def test_scripts_choose_before_torch_is_loaded(script):
-    """A choice that comes later affects the processes that a script starts and not the script itself."""
+    """If set later, the variables would affect only child processes and not the script itself."""
     imports = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
     packages = [name.partition(".")[0] for name in names]
@@ -402,7 +403,7 @@ def test_estimate(capsys):
 
 
 def test_convert_and_visualize(photo, tmp_path, monkeypatch):
-    """test_export.py exports."""
+    """test_export.py covers `export`."""
     monkeypatch.chdir(tmp_path)
     assert main(["convert", str(EXAMPLE_MODEL), "published.safetensors"]) == 0
     assert main(["convert", "published.safetensors", "model"]) == 0

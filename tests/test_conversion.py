@@ -1,4 +1,4 @@
-"""Published checkpoints converted to ours and back, intact or damaged, from Python and with the command."""
+"""Conversion of published checkpoints, intact or damaged, in both directions, from Python and on the command line."""
 
 import argparse
 import json
@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG, make_plainmamba_config, make_vim_config
+from conftest import MAKE_CONFIG, SCRIPTS, load_script, make_plainmamba_config, make_vim_config
 from forking import run_forked
-from golden import GoldenCase
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -29,7 +28,7 @@ from hf_vssm_prune.conversion import (
 from hf_vssm_prune.families import FAMILIES
 
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert.py"
+SCRIPT = SCRIPTS / "convert.py"
 PRESETS = [(config, name) for config in (PlainMambaConfig, VimConfig, VideoMambaConfig) for name in config.presets]
 FIRST_A_LOG = {
     "plainmamba": "backbone.layers.0.mamba.A_log",
@@ -41,7 +40,7 @@ WEIGHT_KEYS = {"plainmamba": "state_dict", "videomamba": "model", "vim": "model"
 
 
 def make_model(config) -> torch.nn.Module:
-    """Random weights, every one different: zeros and ones that stay what they are would hide a mix-up."""
+    """A model whose weights are all different; unchanged zeros and ones would hide a mix-up."""
     model = FAMILIES[config.model_type].classifier(config).eval()
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -61,12 +60,10 @@ def official(model) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def convert(monkeypatch):
-    """The script's `main`, in this process."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    import convert
-
-    return lambda *arguments: convert.main([str(argument) for argument in arguments])
+def convert():
+    """The script's `main`, run in this process."""
+    main = load_script("convert").main
+    return lambda *arguments: main([str(argument) for argument in arguments])
 
 
 def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -123,7 +120,7 @@ def test_averaged_weights_missing(model, official) -> None:
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_second_weights_of_plainmambas_training(ema) -> None:
-    """They lie beside the averaged ones, as buffers whose names have underscores for dots."""
+    """They are buffers next to the averaged weights, with underscores instead of dots in their names."""
     model = make_model(make_plainmamba_config())
     official = convert_to_official_state_dict(model.config, model.state_dict())
     last = {f"ema_{name.replace('.', '_')}": tensor + 1 for name, tensor in official.items()}
@@ -137,25 +134,6 @@ def test_counters_that_old_checkpoints_lack() -> None:
     old = {name: tensor for name, tensor in official.items() if not name.endswith("num_batches_tracked")}
     assert len(old) < len(official)
     assert_same_tensors(convert_official_state_dict(model.config, old), model.state_dict())
-
-
-GOLDEN = [
-    *("plainmamba_l3_full", "plainmamba_small_even", "plainmamba_small_odd", "plainmamba_small_padded"),
-    *("plainmamba_small_resized", "vim_s_full", "vim_small_even", "vim_small_odd", "vim_small_stride"),
-]
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_published_names_and_shapes(name, shared) -> None:
-    case = GoldenCase.load(shared / "golden", name)
-    published = {key: torch.empty(entry["shape"], device="meta") for key, entry in case.recipe["parameters"].items()}
-    config = infer_config(published, **case.overrides())
-    with torch.device("meta"):
-        ours = FAMILIES[config.model_type].classifier(config).state_dict()
-    official = convert_to_official_state_dict(config, ours)
-    assert {key: tensor.shape for key, tensor in official.items()} == {
-        key: tensor.shape for key, tensor in published.items()
-    }
 
 
 # ---- Sizes -------------------------------------------------------------------------------------------------------
@@ -342,7 +320,7 @@ def run_script(*arguments: Path | str) -> str:
 
 
 def test_script_there_and_back(tmp_path) -> None:
-    """Both directions as a user runs them, from a checkpoint in half precision with everything a training leaves."""
+    """Converts both ways like a user, starting from a half-precision checkpoint with everything that training saves."""
     model = make_model(make_vim_config())
     official = {
         name: tensor.half() for name, tensor in convert_to_official_state_dict(model.config, model.state_dict()).items()
@@ -431,7 +409,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def what_is_there(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, whole and damaged models, and `FILES`."""
+    """A folder with a checkpoint, intact and damaged models, and `FILES`."""
     root = tmp_path_factory.mktemp("there")
     for name, text in FILES.items():
         (root / name).parent.mkdir(exist_ok=True)

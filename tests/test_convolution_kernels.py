@@ -1,5 +1,5 @@
-"""Every kernel of the convolutions compared with the plain PyTorch functions in float64: values, gradients, shapes,
-precisions. Without a GPU, Triton interprets its kernels."""
+"""Every convolution kernel against plain PyTorch in float64: values, gradients, shapes, precisions. Without a GPU,
+Triton kernels are interpreted."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -34,7 +34,7 @@ Function = Callable[..., Tensor]
 
 @pytest.fixture(params=["cpu", "triton"])
 def kernel(request: pytest.FixtureRequest) -> ModuleType:
-    """Each in turn."""
+    """Each kernel in turn."""
     if reason := KERNELS[request.param].unavailable(device_of(KERNELS[request.param])):
         pytest.skip(reason)
     return KERNELS[request.param]
@@ -45,7 +45,7 @@ def device_of(kernel: ModuleType) -> str:
 
 
 def by(kernel: ModuleType, operation: str) -> Function:
-    """A kernel's function for tensors on the CPU."""
+    """A kernel's function, for tensors on the CPU."""
 
     def compute(hidden_states: Tensor, **others) -> Tensor:
         there = {
@@ -73,7 +73,7 @@ def test_values_and_gradients(case: str, kernel):
 )
 @pytest.mark.parametrize("case", ["3 x 3, kept cells", "3 x 3, stand-ins", "causal, reversed"])
 def test_half_precision_is_rounded_once(case: str, dtype: torch.dtype, weights_too: bool, kernel):
-    """Values and gradients are those of the rounded inputs in float64, rounded to the tensor's own type."""
+    """Values and gradients equal those of the rounded inputs in float64, rounded to the tensor's own dtype."""
     operation, arguments, options = convolution(**CONVOLUTIONS[case])
     rounded = floating(arguments, lambda tensor: tensor.to(dtype))
     if not weights_too:
@@ -96,7 +96,7 @@ def call(name: str) -> Convolution:
 
 @pytest.mark.parametrize("case", ["3 x 3, stand-ins", "causal, stand-ins"])
 def test_split_projections_and_int32_indices(case: str, kernel):
-    """Rows of channels are read where they lie: of a part of a projection, and of the gradient of one."""
+    """Strided inputs and gradients (parts of a larger projection) are read in place."""
     operation, arguments, options = call(case)
     expected = run(by(kernel, operation), arguments, **options)
     strided = {name: tensor if tensor.is_floating_point() else tensor.int() for name, tensor in arguments.items()}

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def write_class_folders(folder: Path, counts: dict[str, int], suffix: str = ".pn
 
 
 def make_table(count: int, labels=None, **columns) -> Dataset:
-    """Row i holds picture(i) and the label i % 3."""
+    """Row i has picture(i) and label i % 3."""
     values = {"image": [picture(i) for i in range(count)], "label": labels or [i % 3 for i in range(count)], **columns}
     features = {"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog", "ox"])}
     features |= {name: Value("int64") for name in columns}
@@ -67,7 +68,7 @@ def parquet_file(tmp_path_factory: pytest.TempPathFactory, table: Dataset) -> Pa
 
 
 def as_hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Dataset]) -> None:
-    """Makes the name "org/name" a data set on the Hub."""
+    """Makes "org/name" resolve to a data set on the Hub."""
     dataset_dict = DatasetDict({split: Dataset(table.data, split=split) for split, table in splits.items()})
 
     def load_dataset(name: str, config_name: str | None, streaming: bool) -> DatasetDict:
@@ -93,7 +94,7 @@ def test_the_packaged_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_class_folders(tmp_path: Path):
-    """A file called test_… is no test split, and other files and hidden folders are no images."""
+    """A file named test_… is not a test split. Other files and hidden folders are not images."""
     folder = write_class_folders(tmp_path / "pets [new]", {"dog": 12, "cat": 20}, suffix=".jpg")
     os.replace(folder / "cat" / "0.jpg", folder / "cat" / "test_0.JPG")
     (folder / "cat" / "notes.txt").write_text("not an image")
@@ -122,13 +123,13 @@ def test_files_that_are_left_out_are_named(tmp_path: Path, caplog):
 
 
 def count(folder: Path) -> dict[str, int]:
-    """The images of each class."""
+    """Number of images per class."""
     dataset, names = load_evaluation_dataset(folder)
     return dict(zip(names, np.bincount(dataset["label"][:], minlength=len(names)).tolist(), strict=True))
 
 
 def test_links_are_followed(tmp_path: Path, caplog):
-    """To folders inside a class, to the folder of a class and of a split, to a file; through one another."""
+    """Links to folders within a class, to class and split folders, to files, and through other links."""
     elsewhere = write_class_folders(tmp_path / "elsewhere", {"a": 4, "b": 5, "c": 2})
     folder = write_class_folders(tmp_path / "pets", {"train/cat": 1, "train/dog": 1})
     (folder / "train" / "cat" / "more").symlink_to(elsewhere / "a", target_is_directory=True)
@@ -364,7 +365,8 @@ def test_hub(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_named_columns_of_other_types(monkeypatch: pytest.MonkeyPatch):
-    """Encoded images without a feature type, labels as integers or as strings (in another order for evaluation)."""
+    """Encoded images without a feature type, and labels as integers or as strings (in a different order for
+    evaluation)."""
     images = [ImageFeature().encode_example(picture(i)) for i in range(6)]
     train = Dataset.from_dict({"png": images, "number": [0, 1, 2] * 2, "word": ["b", "a", "c"] * 2})
     evaluation = Dataset.from_dict({"png": images[:2], "number": [0, 1], "word": ["c", "a"]})
@@ -408,7 +410,7 @@ def test_samples_are_drawn_by_the_seed(parquet_file: Path):
 
 
 def test_images_are_not_copied(parquet_file: Path):
-    """The columns that are added lie beside the memory-mapped images."""
+    """Added columns are stored separately; the images stay memory-mapped."""
     before = set(parquet_file.parent.rglob("*"))
     datasets = load_image_dataset(parquet_file)
     cached = {file["filename"] for file in datasets.train.cache_files}
@@ -482,7 +484,14 @@ def test_workers_give_the_same_samples_and_see_the_epoch(dataset: Dataset, conte
 def test_horizontal_flip_probability(dataset: Dataset):
     flip = AugmentationConfig(None, 0, 1.0, 0, random_erasing=0.0)
     flipped = TrainingImages(dataset, IMAGE_PROCESSOR, flip)[4]["pixel_values"]
-    assert torch.equal(flipped, EvaluationImages(dataset, IMAGE_PROCESSOR)[4]["pixel_values"].flip(-1))
+    plain = EvaluationImages(dataset, IMAGE_PROCESSOR)[4]["pixel_values"]
+    assert torch.equal(flipped, plain.flip(-1))
+    sometimes = TrainingImages(dataset, IMAGE_PROCESSOR, replace(flip, horizontal_flip=0.3))
+    flips = 0
+    for epoch in range(300):
+        sometimes.set_epoch(epoch)
+        flips += torch.equal(sometimes[4]["pixel_values"], flipped)
+    assert flips / 300 == pytest.approx(0.3, abs=0.08)
 
 
 def test_one_channel_for_one_mean(dataset: Dataset):
@@ -508,7 +517,7 @@ def test_missing_paths(tmp_path: Path):
 
 
 def test_unreachable_hub():
-    """The tests run offline."""
+    """Tests run offline."""
     with pytest.raises(ValueError, match=r"'no-such-org/no-such-data' is not a local folder .* from the Hub"):
         load_image_dataset("no-such-org/no-such-data")
 

@@ -1,4 +1,4 @@
-"""The demo, shortened: from the example model to a folder that a fresh process opens."""
+"""A shortened demo: from the example model to a folder that a new process opens."""
 
 import json
 from functools import partial

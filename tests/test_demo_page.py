@@ -1,4 +1,4 @@
-"""The demo page, operated in a headless Chromium as by a person: with the pointer, with the keyboard, on a phone."""
+"""The demo page in a headless Chromium, operated like a person would: by pointer, by keyboard, on a phone."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ PATIENCE = 60  # seconds, on a busy machine
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory):
-    """The Space, as it goes to the Hub, with a page for clips."""
+    """Serves the Space as it is uploaded to the Hub, with a page for clips."""
     folder = tmp_path_factory.mktemp("space")
     subprocess.run(["make", "--silent", "space", f"SPACE={folder}"], cwd=DEMO.parent, check=True)
     video_model = save_video_model(tmp_path_factory.mktemp("model") / "m", num_hidden_layers=8, hidden_size=32)
@@ -56,7 +56,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, url):
-    """The page, opened afresh, with the result of its first example."""
+    """The page, newly opened, with the result of its first example."""
     set_screen(browser, 1200, 900)
     browser.get(url)
     return Page(browser)
@@ -93,7 +93,7 @@ class Page:
 
     @property
     def cells(self) -> list[list[str]]:
-        """The table: label, FLOPs and milliseconds, each of the dense and of the pruned model."""
+        """The table: label, FLOPs and milliseconds of the dense and the pruned model."""
         rows = "[...document.querySelectorAll('.comparison tbody tr')]"
         return self.query(f"{rows}.map(row => [...row.querySelectorAll('td')].map(cell => cell.innerText))")
 
@@ -109,7 +109,7 @@ class Page:
         self.find("input[type=file]").send_keys(str(file))
 
     def change(self, act) -> None:
-        """Acts, and waits until the pictures are others and times are there."""
+        """Calls `act`, and waits until the pictures have changed and the times are shown."""
         before = self.pictures
         act()
         self.wait(lambda: self.pictures and self.pictures != before)
@@ -117,7 +117,7 @@ class Page:
 
 
 def kept(page: Page) -> list[int]:
-    """Patches left after each stage, as the captions tell."""
+    """Number of patches left after each stage, according to the captions."""
     return [int(caption.split(": ")[1].split(" of ")[0]) for caption in page.captions[1:]]
 
 
@@ -194,7 +194,7 @@ def test_a_clip_is_uploaded_on_the_page_for_videos(page, url, tmp_path) -> None:
 
 
 def test_everything_is_reached_and_done_by_keyboard(page) -> None:
-    """From the top with the tabulator: the examples, the button for uploads, the number, the slider."""
+    """Tabs through the page from the top: examples, upload button, number, slider."""
     reached = []
     for _ in range(30):
         page.browser.switch_to.active_element.send_keys(Keys.TAB)

@@ -1,4 +1,5 @@
-"""The demo without a browser: which uploads it accepts, what it says about a model, and that its folder is a Space."""
+"""The demo without a browser: which uploads it accepts, what it says about a model, and whether its folder is a valid
+Space."""
 
 import io
 import subprocess
@@ -49,7 +50,7 @@ def test_an_upload_is_opened_upright_whatever_its_name(format, tmp_path) -> None
 
 
 def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header has any size."""
+    """A tiny PNG whose header claims any size."""
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
     stream = io.BytesIO()
@@ -93,7 +94,7 @@ OWN = "As this model was saved (top)"
 
 @pytest.fixture(scope="module", params=sorted(MAKE_CONFIG))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PrunedModel:
-    """Each family in turn, saved with a schedule of its own, and with labels that are no HTML."""
+    """Each family in turn, saved with its own schedule, and with labels that must be escaped in HTML."""
     pruning = {**TOKEN_PRUNING, "importance": "l2", "alignment": "none"}
     sizes = {"hidden_size": 32, "num_hidden_layers": 8}
     if request.param == "plainmamba":
@@ -231,7 +232,7 @@ def test_a_variable_that_is_set_to_nothing_names_no_model(app, monkeypatch, caps
 
 
 def test_a_photo_of_a_phone_takes_less_than_a_second_of_cpu_time(app, tmp_path) -> None:
-    """CPU time does not depend on what else runs; it is about 0.35 s."""
+    """CPU time, about 0.35 s, does not depend on what else is running."""
     noise = np.random.default_rng(0).integers(0, 256, (504, 378, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((3024, 4032)).save(tmp_path / "photo.jpg", quality=90)
     page = app.Page(PrunedModel(str(EXAMPLE_MODEL)), is_example_model=True)

@@ -24,7 +24,7 @@ from hf_vssm_prune.training.detection_losses import detection_distillation, gene
 from hf_vssm_prune.training.detection_models import DetectionHead, DetectionModels, detection_processor
 from hf_vssm_prune.training.optimization import parameter_groups
 from hf_vssm_prune.training.segmentation_models import SegmentationModels
-from hf_vssm_prune.training.tasks.object_detection import DetectionArguments, ObjectDetection
+from hf_vssm_prune.training.tasks.object_detection import BoxArguments, DetectionArguments, ObjectDetection
 from hf_vssm_prune.visualization_of_heads import visualize_dense
 
 
@@ -73,7 +73,7 @@ def test_a_new_head_learns_from_boxes_and_from_none(kind, family):
 
 
 def test_layer_decay_is_for_the_backbone(kind):
-    """An encoder and a decoder have layers of their own."""
+    """The head's encoder and decoder have layers, too; these keep the full rate."""
     model = make_models(kind).from_config(make_vim_config(**IMAGES, patch_stride=None))
     names = {id(each): name for name, each in model.named_parameters()}
     groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.0, layer_decay=0.5)
@@ -140,12 +140,18 @@ def test_a_model_of_another_task_is_named(tmp_path):
         ({"head_channels": 48, "head": "deformable_detr"}, "--head_channels is 48: deformable_detr needs a multiple"),
         ({"levels": [3, 1]}, "--levels is .3, 1.: it must be ascending"),
         ({"scale": [2.0, 1.0]}, "scale is .2.0, 1.0."),
+        ({"scale": [0.5, 1.0, 2.0]}, "--scale is .0.5, 1.0, 2.0.: give the smallest and the largest factor"),
         ({"num_queries": 0}, "--num_queries is 0"),
     ],
 )
 def test_options_that_are_not_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         DetectionArguments(**options)
+
+
+def test_boxes_are_read_in_the_format_that_is_named():
+    """The default is COCO's format."""
+    assert [BoxArguments(**given).objects().corners for given in ({}, {"box_format": "corners"})] == [False, True]
 
 
 # What is learned beside the boxes
@@ -175,6 +181,29 @@ def test_distillation_does_not_ask_for_the_order_of_queries(kind):
     assert student.pred_boxes.grad.abs().sum() > 0
 
 
+def test_distillation_by_hand():
+    """Two queries in swapped order, whose partners are obvious."""
+    teacher = SimpleNamespace(
+        logits=torch.tensor([[[2.0, -1.0], [-3.0, 0.5]]]),
+        pred_boxes=torch.tensor([[[0.2, 0.2, 0.2, 0.2], [0.7, 0.7, 0.2, 0.4]]]),
+    )
+    student = SimpleNamespace(
+        logits=torch.tensor([[[-2.0, 1.0], [1.5, -0.5]]]),
+        pred_boxes=torch.tensor([[[0.7, 0.7, 0.2, 0.2], [0.25, 0.2, 0.1, 0.2]]]),
+    )
+
+    def divergence(student_logit: float, teacher_logit: float) -> float:
+        p, q = (1 / (1 + np.exp(-logit / 2)) for logit in (teacher_logit, student_logit))
+        return 2**2 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+
+    classes = [divergence(1.5, 2.0) + divergence(-0.5, -1.0), divergence(-2.0, -3.0) + divergence(1.0, 0.5)]
+    # Each student's box is half of the teacher's, which is their hull: an IoU and a GIoU of 1/2.
+    boxes = [5 * (0.05 + 0.1) + 2 * 0.5, 5 * 0.2 + 2 * 0.5]
+    confidence = [1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(-0.5))]
+    expected = sum(c * (2 * k + b) for c, k, b in zip(confidence, classes, boxes, strict=True)) / sum(confidence)
+    assert detection_distillation(student, teacher, temperature=2.0).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_generalized_overlap():
     boxes, others = (to_corners(0.3 + 0.2 * torch.rand(20, 4)) for _ in range(2))
     others[:5] += 0.5  # apart from one another
@@ -193,6 +222,7 @@ def test_found_objects_are_those_of_transformers(tmp_path):
     expected = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
     for found, theirs in zip(find_objects(outputs, sizes), expected, strict=True):
         count = len(theirs["scores"])  # it takes as many as there are queries
+        assert count == 7
         torch.testing.assert_close(found.scores[:count], theirs["scores"])
         torch.testing.assert_close(found.boxes[:count], theirs["boxes"])
         assert torch.equal(found.labels[:count], theirs["labels"])
@@ -251,6 +281,7 @@ def test_from_boxes_to_a_pruned_detector(tmp_path, capsys):
     picture = ["--output", str(tmp_path / "picture.png")]
     assert load_script("visualize").main([image, "--model_name_or_path", f"{out[1]}/best", *picture]) == 0
     answers = pipeline("object-detection", model=f"{out[1]}/best", device="cpu")(image, threshold=0.0)
+    assert answers
     assert {each["label"] for each in answers} <= {"red", "green", "blue"}
     about = f"name: Cells\nevaluation: {{results: {tmp_path}/out.json, dataset_name: a, dataset_id: a, split: test}}\n"
     (tmp_path / "card.yaml").write_text(about)

@@ -1,6 +1,6 @@
-"""Images with boxes: where they are found, which are refused, how they are augmented, and how predictions are
-evaluated."""
+"""Images with boxes: where they are found, which are rejected, augmentation, and evaluation."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -78,6 +78,7 @@ def test_folders_of_cocos_form(layout, tmp_path):
         assert [row["crowd"] for row in side.rows] == [[False], [], [True, False]]
         assert side.rows[0]["boxes"] == [BOX]
         assert all(split in row["image"]["path"] for row in side.rows)
+        assert [Path(row["image"]["path"]).stem for row in side.rows] == ["0", "1", "2"]
 
 
 def test_files_that_number_categories_differently_are_compared_by_name(tmp_path):
@@ -304,7 +305,7 @@ def test_items_to_train_and_to_evaluate(tmp_path):
 
 @given(seed=st.integers(0, 10_000), low=st.floats(0.3, 1.0), high=st.floats(1.0, 3.0))
 def test_boxes_move_with_what_is_in_them(seed, low, high):
-    """Rectangles of colours of their own: where one was drawn, the box says."""
+    """Draws rectangles in different colours: each box must be where its colour is."""
     generator = np.random.default_rng(seed)
     pixels = np.zeros((60, 80, 3), np.uint8)
     boxes = []
@@ -335,11 +336,13 @@ def test_boxes_move_with_what_is_in_them(seed, low, high):
 def test_what_is_random_depends_on_seed_epoch_and_index(tmp_path):
     for split in ("train", "test"):
         write_table(tmp_path / f"{split}.parquet", [{"bbox": [BOX], "category": [0]}] * 2)
-    items = TrainingBoxes(load(tmp_path).train, PROCESSOR, BoxAugmentation((32, 48)), seed=3)
-    first = items[1]
-    assert torch.equal(items[1]["labels"]["boxes"], first["labels"]["boxes"])
+    rows = load(tmp_path).train
+    items, others = (TrainingBoxes(rows, PROCESSOR, BoxAugmentation((32, 48)), seed=seed) for seed in (3, 4))
+    first, neighbour = items[1]["labels"]["boxes"], items[0]["labels"]["boxes"]
+    assert torch.equal(items[1]["labels"]["boxes"], first)
     items.set_epoch(1)
-    assert not torch.equal(items[1]["labels"]["boxes"], first["labels"]["boxes"])
+    drawn = [first, neighbour, items[1]["labels"]["boxes"], others[1]["labels"]["boxes"]]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
 
 
 @pytest.mark.parametrize(
@@ -363,8 +366,8 @@ def rows(*values) -> np.ndarray:
 
 
 def test_average_precision_by_hand():
-    """Of two objects one is found, and before it something that is not there: a precision of 1/2 up to a recall of
-    1/2, which COCO reads at 51 of 101 places."""
+    """One of two objects is found, after a false positive: precision is 1/2 up to a recall of 1/2, which covers 51 of
+    COCO's 101 points."""
     objects = [rows([0, 0, 10, 10, 0, 0], [20, 20, 30, 30, 0, 0])]
     detections = [rows([50, 50, 60, 60, 0.9, 0], [0, 0, 10, 10, 0.8, 0])]
     metrics = average_precision(detections, objects, num_labels=1)

@@ -1,5 +1,4 @@
-"""Training on two processes (gloo, CPU) compared with one: the same losses, checkpoints that can be moved, lost
-processes."""
+"""Training on two processes (gloo, CPU) compared with one: equal losses, portable checkpoints, lost processes."""
 
 import json
 import os
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("distributed")
 
 
 def write_images(folder: Path) -> None:
-    """146 training and 9 test images of three classes, as files and as Parquet."""
+    """Writes 146 training and 9 test images of three classes, as files and as Parquet."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 146), ("test", 9)):
         for i in range(count):
@@ -49,7 +48,7 @@ def embed_bytes(row: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which each of `ONE_PROCESS_RUNS` and `TWO_PROCESS_RUNS` has its own."""
+    """A folder with a subfolder for each of `ONE_PROCESS_RUNS` and `TWO_PROCESS_RUNS`."""
     folder = tmp_path_factory.mktemp("runs")
     write_images(folder)
     for split, per_class in (("train", 49), ("test", 3)):
@@ -103,21 +102,23 @@ def test_accumulated_batches_on_two_processes_have_the_losses_of_one_large_batch
 
 
 def test_bf16_on_two_processes(runs):
-    """In shards; else it is `autocast`, as on one process."""
+    """With sharding; without it, bf16 is `autocast`, as on one process."""
     alone = losses(runs, "one_bf16")
     np.testing.assert_allclose(losses(runs, "fsdp_bf16"), alone, rtol=0, atol=0.02)
     assert not np.array_equal(alone, losses(runs, "one"))
+    assert not np.array_equal(losses(runs, "fsdp_bf16"), losses(runs, "fsdp"))
 
 
 def test_a_teacher_in_half_precision_and_in_shards(runs):
     alone = losses(runs, "one_half_teacher")
     np.testing.assert_allclose(losses(runs, "fsdp_half_teacher"), alone, rtol=0, atol=1e-4)
     assert not np.array_equal(alone, losses(runs, "one"))
+    assert not np.array_equal(losses(runs, "fsdp_half_teacher"), losses(runs, "fsdp"))
     np.testing.assert_allclose(alone, losses(runs, "one"), rtol=0, atol=0.05)
 
 
 def test_a_teacher_of_the_other_family_in_shards(runs):
-    """With trackers on, to which the main process alone shows what the sharded model keeps."""
+    """Trackers are on: only the main process sends them the picture of what the sharded model keeps."""
     alone = losses(runs, "one_plainmamba_teacher")
     np.testing.assert_allclose(losses(runs, "fsdp_plainmamba_teacher"), alone, rtol=0, atol=1e-4)
     assert list((runs / "fsdp_plainmamba_teacher" / "hf_vssm_prune").glob("events*"))
@@ -144,8 +145,8 @@ def test_elastic_training_with_parameters_that_some_budgets_do_not_use(runs, spr
     ],
 )
 def test_checkpoints_move(runs, name, source):
-    """From the middle of an epoch, to the same images: the losses and the weights are those of the run that went on.
-    What `ddp` writes and reads is what one process does."""
+    """Resumes in the middle of an epoch with the same images, and ends with the losses and weights of the uninterrupted
+    run. `ddp` reads and writes the same checkpoints as one process."""
     np.testing.assert_allclose(losses(runs, name), losses(runs, source)[6:], rtol=0, atol=1e-4)
     for model in ("last", "last_ema"):
         weights, others = (load_file(runs / run / model / "model.safetensors") for run in (name, source))
@@ -164,7 +165,7 @@ def test_streams_are_the_same_on_two_processes(runs):
 
 @pytest.mark.parametrize("name", ["ddp_long", "fsdp_long"])
 def test_an_uneven_last_batch_counts_each_image_once(runs, name):
-    """9 images in batches of 4 on two processes: the last image goes to one, and the other gets a copy."""
+    """With 9 images in batches of 4, one process gets the last image and the other a copy of it."""
     alone, spread = (json.loads((runs / run / "all_results.json").read_text()) for run in ("one_long", name))
     assert len(alone["history"]) == 3
     for mine, others in zip(spread["history"], alone["history"], strict=True):
@@ -178,7 +179,7 @@ def test_an_uneven_last_batch_counts_each_image_once(runs, name):
 
 @pytest.fixture
 def endless_run(tmp_path):
-    """The two processes of a run that has begun to train, by rank."""
+    """The two processes, by rank, of a run that has started training."""
     write_images(tmp_path)
     sizes = ["hidden_size=16", "num_hidden_layers=4", "state_size=4"]
     options = ["--family", "vim", "--image_size", "32", "--patch_size", "8", "--config_overrides", *sizes]
@@ -199,7 +200,7 @@ def endless_run(tmp_path):
 
 
 def error_of(rank: Forked) -> str:
-    """The last line of what a process says that ends because another one is not there any more."""
+    """The last line of stderr of a process that ends because the other one is gone."""
     result = rank.wait()
     assert result.returncode == 1, result.stderr[-3000:]
     line = result.stderr.splitlines()[-1]

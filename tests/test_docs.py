@@ -1,4 +1,4 @@
-"""The documentation: its commands and code run and print the output shown, error messages are those in the code, and
+"""The documentation: its commands and code run and print the output shown, quoted error messages match the code, and
 the sections that errors refer to exist."""
 
 import ast
@@ -26,6 +26,7 @@ from conftest import load_script
 import hf_vssm_prune
 from hf_vssm_prune import PlainMambaConfig
 from hf_vssm_prune.__main__ import main
+from hf_vssm_prune.commands import VERBS, make_parser_of
 from hf_vssm_prune.conversion import infer_config
 from hf_vssm_prune.documentation import DOCUMENTATION, see
 from hf_vssm_prune.families import FAMILIES
@@ -33,6 +34,7 @@ from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.selective_scan import selective_scan
 from hf_vssm_prune.training import data
+from hf_vssm_prune.training.arguments.help import OptionParser
 from hf_vssm_prune.training.data import load_evaluation_dataset
 from hf_vssm_prune.training.tasks import TASKS
 
@@ -47,9 +49,9 @@ class Block(NamedTuple):
     """A block of code on a page.
 
     Attributes:
-        language: as its fence names it.
+        language: language named by its fence.
         code: its lines.
-        output: of the block of text that follows at once, what it prints; None where there is no such block.
+        output: the text block directly after it, which shows what it prints; None if there is none.
     """
 
     language: str
@@ -70,8 +72,8 @@ def pages_with(*languages: str) -> list[str]:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder in which commands find what they find in the repository, and write nothing into it. Where a page limits
-    the evaluation images itself, there are fewer."""
+    """A folder with links to what commands use in the repository, so that they write nothing into it. If a page limits
+    the number of evaluation images, the limit is lowered."""
     for name in ("scripts", "recipes", "src", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -109,8 +111,8 @@ def test_what_a_page_shows_runs(page: str, repository: Path):
 
 
 def commands_of(code: str) -> list[list[str]]:
-    """The words of each command, lines joined where they end in a backslash, patterns of file names filled in,
-    few evaluation images asked for."""
+    """Words of each command: lines ending in a backslash are joined, file name patterns expanded, and the number of
+    evaluation images lowered."""
     commands = []
     code = re.sub(r"(--max_eval_samples) \d+", rf"\1 {FEW}", code.replace("\\\n", " "))
     for line in code.splitlines():
@@ -120,7 +122,8 @@ def commands_of(code: str) -> list[list[str]]:
 
 
 def run_command(command: list[str]) -> None:
-    """Runs a script as a user does, in this process for speed; what would change the machine is looked up instead."""
+    """Runs a script like a user would, but in this process, for speed. Commands that would change the machine are only
+    looked up."""
     match command:
         case ["python", script, *arguments] | ["accelerate", "launch", script, *arguments] if script.endswith(".py"):
             assert script == f"scripts/{Path(script).name}"
@@ -143,32 +146,40 @@ def run_command(command: list[str]) -> None:
 
 
 def matches(printed: str, shown: str) -> bool:
-    """Whether text is what a page shows, in which "…" stands for anything within a line."""
+    """Whether the printed text matches what a page shows, where "…" stands for anything within a line."""
     pattern = ".*".join(map(re.escape, shown.strip().split("…")))
     return re.fullmatch(pattern, printed.strip()) is not None
 
 
-# Of `accelerate launch`, of Slurm's `sbatch`, and of transformers' example scripts.
+# Options of `accelerate launch`, of Slurm's `sbatch` and `srun`, of transformers' example scripts, of Python's
+# `http.server`, and of the toy task in docs/extend.md.
 OTHERS_OPTIONS = {
     *("main_process_ip", "main_process_port", "machine_rank", "multi_gpu", "num_machines", "num_processes"),
-    *("cpus", "gpus", "nodes", "ntasks", "requeue"),
-    *("do_eval", "do_train", "image_processor_name", "max_steps", "train_dir"),
+    *("cpus-per-task", "gpus-per-node", "job-name", "kill-on-bad-exit", "nodes", "ntasks-per-node", "requeue"),
+    *("signal", "do_eval", "do_train", "image_processor_name", "max_steps", "remove_unused_columns", "train_dir"),
+    *("trust_remote_code", "bind", "noise"),
 }
 
 
+def options_that_exist() -> set[str]:
+    """Options of all verbs, tasks and scripts."""
+    parsers = [make_parser_of(verb)() for verb in VERBS]
+    parsers += [OptionParser([task.training_arguments], "") for task in TASKS.values()]
+    code = "".join(file.read_text() for folder in ("demo", "docs", "scripts") for file in (ROOT / folder).rglob("*.py"))
+    names = {name for parser in parsers for action in parser._actions for name in action.option_strings}
+    return {name.lstrip("-") for name in names} | set(re.findall(r"[\"']--([a-z][\w-]*\w)", code))
+
+
 def test_what_sentences_name_exists():
-    """Files, targets of make, options of the scripts, names in the package."""
+    """Checks files, make targets, command-line options, and names in the package."""
     text = "".join((DOCS / page).read_text() for page in PAGES)
     for file in re.findall(r"`((?:scripts|recipes|tests|docs|src)/[\w/.]+)", text):
         assert (ROOT / file).exists(), file
     for target in re.findall(r"`make (\w+)`", text):
         assert re.search(rf"^{target}: .*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), target
-    code = "".join(
-        file.read_text() for folder in ("demo", "docs", "scripts", "src") for file in (ROOT / folder).rglob("*.py")
-    )
-    text = text.replace("http.server --bind", "")  # Python's own
-    for option in set(re.findall(r"(?<![\w-])--([a-z]\w+)", text)) - OTHERS_OPTIONS:
-        assert re.search(rf"\b{option}\b", code), option
+    options = set(re.findall(r"(?<![\w-])--([a-z][\w-]*\w)", text))
+    assert options - OTHERS_OPTIONS - options_that_exist() == set()
+    assert options >= OTHERS_OPTIONS, "no page names them any more"
     for name in re.findall(r"`(hf_vssm_prune(?:\.\w+)+)", text):
         pkgutil.resolve_name(name)
 
@@ -190,7 +201,7 @@ def quoted_messages() -> list[str]:
 
 
 def strings_of(source: str) -> Iterator[str]:
-    """All strings of a module, "…" where a value is put in."""
+    """All strings in a module, with "…" in place of inserted values."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
@@ -208,6 +219,7 @@ def strings() -> list[str]:
 @pytest.mark.parametrize("message", quoted_messages())
 def test_quoted_messages_are_those_of_the_code(message: str, strings: list[str]):
     parts = [part.strip() for part in message.split("…") if len(part.strip()) > 1]
+    assert parts
     assert any(all(part in text for part in parts) for text in strings)
 
 

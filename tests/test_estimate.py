@@ -1,4 +1,4 @@
-"""The estimate of a run: its counts compared with sums by hand, its measurements, and the command."""
+"""The estimate of a run: counts checked by hand, measurements, and the command."""
 
 import json
 from dataclasses import replace

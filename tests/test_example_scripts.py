@@ -1,6 +1,5 @@
-"""The steps that transformers' run_image_classification.py and its no_trainer version take with a model, in their order
-and with their arguments. The scripts themselves need torchvision, which has to match torch, and metrics from the
-Hub."""
+"""The steps of transformers' run_image_classification.py and its no_trainer version, in the same order and with the
+same arguments. The scripts themselves need torchvision, which has to match torch, and metrics from the Hub."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Exported files give the same results as the model, in runtimes that do not have this package."""
+"""Exported files give the same results as the model, in runtimes without this package."""
 
 import functools
 import json
@@ -12,8 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import MAKE_CONFIG, PATIENCE, load_script, needs_inductor
-from test_models import make_model
+from conftest import MAKE_CONFIG, PATIENCE, load_script, make_model, needs_inductor
 from test_selective_scan import OPTIONS, make_arguments
 from torch import nn
 
@@ -31,14 +30,14 @@ pytestmark = pytest.mark.xdist_group("export")
 
 
 def make_small_model(family: str, alignment: str | None) -> nn.Module:
-    """Two layers and 16 patches, of which the second layer gets 10 if the model is pruned."""
+    """A model with two layers and 16 patches; if pruned, the second layer gets 10."""
     schedule = {"layers": [1], "keep_ratios": [0.6], "method": "top", "alignment": alignment} if alignment else None
     return make_model(MAKE_CONFIG[family](num_hidden_layers=2, token_pruning=schedule))
 
 
 @pytest.fixture(scope="module")
 def export_small_model(tmp_path_factory):
-    """Makes and exports a small model, once for each family and alignment."""
+    """Creates and exports a small model, once per family and alignment."""
 
     @functools.cache
     def export(family: str, alignment: str | None) -> tuple[nn.Module, Path]:
@@ -184,7 +183,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 @pytest.mark.parametrize("name", [".", "linked"])
 def test_an_empty_folder_is_filled(name, tmp_path, monkeypatch):
-    """It stays the same folder: it may be the current one, a link, or the mount point of another disk."""
+    """The folder is not replaced, because it may be the current one, a link, or a mount point."""
     folder = tmp_path / "empty"
     folder.mkdir()
     (tmp_path / "linked").symlink_to(folder)
@@ -237,12 +236,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def loaders(language: str) -> list[str]:
-    """The blocks of code in docs/export.md."""
+    """Code blocks in docs/export.md."""
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), flags=re.DOTALL)
 
 
 def test_rows_that_merge_are_not_lost_where_several_threads_add_them(tmp_path):
-    """In the shipped model, whose tokens are worth several threads; its first two layers will do."""
+    """Uses the first two layers of the example model, which has enough tokens for several threads."""
     model = load_classifier(EXAMPLE_MODEL)
     del model.base_model.layers[2:]
     model.config.num_hidden_layers = 2
@@ -257,7 +256,7 @@ def test_rows_that_merge_are_not_lost_where_several_threads_add_them(tmp_path):
 @needs_inductor
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="AOTInductor needs a C++ compiler")
 def test_aotinductor(tmp_path, monkeypatch):
-    """Its batch is free, its answers are the model's, and the documentation's code opens it."""
+    """Any batch size works, outputs equal the model's, and the documentation's code loads the file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     model = make_small_model("vim", "repeat")

@@ -1,4 +1,4 @@
-"""The tests that `docs/faults.md` names exist."""
+"""The tests named in `docs/faults.md` exist."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The counts compared with the published figures, and with a count of what the models actually compute."""
+"""FLOP counts compared with the published figures, and with what the models actually compute."""
 
 from types import SimpleNamespace
 
@@ -56,7 +56,8 @@ NORMS = 5 * 16 * 17 * 5, 5 * 16 * (17 + 13 + 13 + 9 + 9)
 
 
 def test_conventions(tiny_pruned_config) -> None:
-    """PlainMamba's published figures count everything, Vim's one direction of two, VideoMamba's none, but norms."""
+    """Published figures count everything for PlainMamba and one of two directions for Vim; for VideoMamba no
+    directions, but norms."""
     dense, pruned = count_flops(tiny_pruned_config).dense, count_flops(tiny_pruned_config).pruned
     for count in (dense, pruned):
         assert sum(count.breakdown.values()) == count.total
@@ -107,9 +108,9 @@ def test_linear_layers_and_convolutions_are_those_that_run(
 
 
 def extra_convolutions(model: torch.nn.Module, height: int, width: int) -> int:
-    """What plain PyTorch computes beside what is needed, by the shapes of its calls.
+    """What plain PyTorch computes in addition to what is needed, from the shapes of its calls.
 
-    It evaluates PlainMamba's convolutions at the dropped cells of the grid, too.
+    It evaluates PlainMamba's convolutions at dropped cells of the grid, too.
     """
     config = model.config
     if config.model_type != "plainmamba":
@@ -121,7 +122,7 @@ def extra_convolutions(model: torch.nn.Module, height: int, width: int) -> int:
 
 
 def tokens_of_each_layer(model: torch.nn.Module, height: int, width: int) -> list[int]:
-    """How many tokens go into each layer, as the model itself says."""
+    """Number of tokens that enter each layer, according to the model."""
     with torch.no_grad():
         outputs = model(torch.randn(1, model.config.num_channels, height, width), output_hidden_states=True)
     counts = [states.shape[1] for states in outputs.hidden_states[:-1]]

@@ -1,5 +1,5 @@
-"""Function transforms and higher derivatives through operators, kernels and models: either equal to those of plain
-PyTorch in float64, or refused with a message that says what to do; never zeros without an error."""
+"""Function transforms and higher derivatives of operators, kernels and models: either equal to plain PyTorch in
+float64, or rejected with a helpful message, but never silently zero."""
 
 import sys
 from collections.abc import Callable
@@ -68,7 +68,8 @@ WITHIN_AUTOGRAD = ("jacobian by a batch of gradients", "hvp", "gradient penalty"
 
 
 def along_directions(function: Callable[..., Tensor], arguments: dict[str, Tensor], dtype: torch.dtype) -> Function:
-    """`function` where each of its floating-point arguments moves with a small vector, each in its own directions."""
+    """`function` as a function of a small vector that moves each floating-point argument along its own random
+    directions."""
     generator = torch.Generator().manual_seed(7)
     base = {name: tensor.to(dtype) for name, tensor in arguments.items() if tensor.is_floating_point()}
     directions = {
@@ -120,7 +121,7 @@ def test_operators(backend, operator, transform) -> None:
 
 
 class OpaqueScan(torch.autograd.Function):
-    """As mamba-ssm's: made outside of PyTorch, with one derivative."""
+    """A stand-in for mamba-ssm's scan: opaque to PyTorch, and differentiable once."""
 
     @staticmethod
     def forward(ctx, *inputs: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def test_models(family, pruned, transform) -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.skipif(kernels.cpu.unavailable("cpu") is not None, reason="no C++ kernels")
 def test_kernels_compute_what_is_not_transformed(operator) -> None:
-    """Compiled too, with their gradients."""
+    """Checks compiled forward and backward passes."""
     function, arguments = OPERATORS[operator]
     graphs = []
 

@@ -1,4 +1,4 @@
-"""Our models compared with the results of the official ones, dense and pruned."""
+"""Our models compared with the official ones, dense and pruned."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_what_rounding_does_not_explain_is_noticed(case, model, monkeypatch):
     scan = cpu.selective_scan
 
     def coarse(hidden_states, *arguments, **options):
-        """Values with four bits less than bfloat16 has."""
+        """Rounds values to four bits less than bfloat16."""
         values = scan(hidden_states, *arguments, **options)
         fraction, exponent = torch.frexp(values)
         return values if values.dtype == torch.float32 else torch.ldexp((fraction * 16).round() / 16, exponent)

@@ -53,7 +53,7 @@ def test_memory_is_what_a_run_adds_to_the_weights(options, monkeypatch) -> None:
 
 @pytest.mark.parametrize("failing", [{"dense"}, {"dense", "pruned"}])
 def test_steps_that_do_not_fit_into_memory_cost_only_themselves(failing, options, monkeypatch) -> None:
-    """Other models are not compared with one that took the dense one's place."""
+    """If the dense model does not fit, other models are not compared with one that took its place."""
 
     def peak_memory(case, _) -> int:
         if case() in failing:
@@ -71,7 +71,9 @@ def test_steps_that_do_not_fit_into_memory_cost_only_themselves(failing, options
 
 @pytest.mark.parametrize("what", gpu_check.COMPILING)
 def test_what_is_compiled_before_runs(what: str, options, triton_is_there) -> None:
-    gpu_check.COMPILING[what](options, Report(options.output_dir / "report.json"))
+    report = Report(options.output_dir / "report.json")
+    gpu_check.COMPILING[what](options, report)
+    assert report.wrong == []
 
 
 @pytest.fixture
@@ -191,7 +193,7 @@ def test_runs_that_differ_or_fail_are_wrong(losses, status, wrong, options, monk
 
 
 def test_arguments_are_drawn_on_the_cpu(options) -> None:
-    """Whatever is the default, which is the GPU after the first case was timed: the generators are the CPU's."""
+    """Generators are on the CPU, whatever the default device; after the first timed case, it is the GPU."""
     torch.set_default_device("meta")
     try:
         calls = [next(kernels.calls_to_time(what, ["torch"], options)) for what in kernels.TIMED]

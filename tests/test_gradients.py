@@ -1,12 +1,12 @@
 """Gradients through pruning compared with finite differences, in float64, with plain PyTorch's scan.
 
-Which tokens stay is a step function of the scores: its derivative is zero, except where two scores tie. So the tokens
-that stay are held fixed, or the scores checked to lie further apart than the differences move them.
+Which tokens are kept is a step function of the scores: its derivative is zero, except where two scores tie. Therefore
+either the kept tokens are fixed, or scores are checked to be further apart than the differences move them.
 """
 
 import pytest
 import torch
-from conftest import MAKE_CONFIG, NUM_CLS_TOKENS
+from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, same_tensors
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
@@ -31,7 +31,7 @@ def make_model(family: str, alignment: str) -> torch.nn.Module:
 
 
 def smallest_distance_at_the_cut(model: torch.nn.Module, output) -> float:
-    """Between the worst score that stays and the best that goes, over stages and samples."""
+    """Smallest gap between the worst kept and the best dropped score, over stages and samples."""
     class_tokens = NUM_CLS_TOKENS[model.config.model_type]  # not scored
     distances = []
     for kept, scores in zip(output.kept_tokens, output.token_scores, strict=True):
@@ -58,7 +58,7 @@ def test_gradients_of_a_pruned_model_are_those_of_finite_differences(family, ali
 
     def loss(*parameters: Tensor) -> Tensor:
         result = torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (pixel_values,))
-        assert all(map(torch.equal, result.kept_tokens, output.kept_tokens))
+        assert same_tensors(result.kept_tokens, output.kept_tokens)
         return result.logits
 
     gradients = torch.autograd.grad(loss(*values).square().sum(), values)
@@ -76,6 +76,6 @@ def test_gradients_reach_the_pixels_through_pruning(family):
     (gradient,) = torch.autograd.grad(output.logits.sum(), pixel_values)
     with torch.no_grad():
         ahead, behind = (model(pixel_values + sign * STEP * direction) for sign in (1, -1))
-    assert all(map(torch.equal, ahead.kept_tokens, behind.kept_tokens))
+    assert same_tensors(ahead.kept_tokens, behind.kept_tokens)
     difference = (ahead.logits.sum() - behind.logits.sum()) / (2 * STEP)
     torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-5, atol=1e-8)

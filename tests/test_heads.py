@@ -1,5 +1,5 @@
-"""transformers' dense prediction models with our backbones: UPerNet, Deformable DETR on one map, Mask2Former and
-RT-DETR on a pyramid."""
+"""transformers' dense prediction models with our backbones: UPerNet, Deformable DETR with a single map, Mask2Former,
+and RT-DETR with a pyramid."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config, same_tensors
 from fvcore.nn import FlopCountAnalysis
 from PIL import Image
 from test_remote_code import python_without_package  # noqa: F401
@@ -131,7 +131,7 @@ def make_model(family: str, head: str, **backbone: Any) -> Any:
 
 
 def labels_for(head: str, height: int, width: int) -> dict[str, Any]:
-    """What the model's own loss takes for two images."""
+    """Labels of two images for the model's own loss."""
     if head not in WITHOUT_SCIPY:
         pytest.importorskip("scipy")
     if head == "upernet":
@@ -209,11 +209,11 @@ def test_outputs_can_be_pickled():
     copied = pickle.loads(pickle.dumps(outputs))
     assert type(copied) is type(outputs)
     assert copied.keys() == outputs.keys()
-    assert all(map(torch.equal, copied.kept_tokens, outputs.kept_tokens))
+    assert same_tensors(copied.kept_tokens, outputs.kept_tokens)
 
 
 def test_a_model_with_hooks_of_accelerate():
-    """As with `device_map`."""
+    """`device_map` adds such hooks."""
     config = make_config("vim", "upernet", token_pruning=dict(TOKEN_PRUNING))
     model = auto_class_of(config).from_config(config)
     add_hook_to_module(model, ModelHook())
@@ -225,7 +225,7 @@ def test_a_model_with_hooks_of_accelerate():
 
 
 def test_threads_do_not_see_one_another():
-    """Both are in the backbone at the same time, as the replicas of `DataParallel` may be."""
+    """Both threads are in the backbone at the same time, like replicas of `DataParallel`."""
     model = make_model("vim", "upernet", token_pruning=dict(TOKEN_PRUNING))
     meeting, outputs = threading.Barrier(2, timeout=60), {}
     backbone_of(model).register_forward_pre_hook(lambda *_: (meeting.wait(), None)[1])
@@ -317,7 +317,7 @@ def test_without_the_package(family, head, tmp_path, python_without_package):  #
     with torch.no_grad():
         outputs = model(images)
     torch.testing.assert_close(logits, outputs.logits, rtol=1e-4, atol=1e-5)
-    assert all(map(torch.equal, kept_tokens, outputs.kept_tokens))
+    assert same_tensors(kept_tokens, outputs.kept_tokens)
 
 
 def test_a_classifiers_weights_go_into_a_backbone(family):
@@ -370,7 +370,7 @@ def test_another_backbone_is_refused():
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)])
 @pytest.mark.parametrize("pyramid", [None, "vim", "simple"])
 def test_flops_of_a_head_by_another_counter(family, pyramid, size):
-    """fvcore counts what the head and the pyramid compute on maps, operation by operation."""
+    """fvcore counts the head and the pyramid on feature maps, operation by operation."""
     config = make_config(family, "upernet", feature_pyramid=pyramid)
     counted = count_flops(config, size).dense
     model = new_dense_model(copy.deepcopy(config)).eval()
@@ -456,7 +456,7 @@ def test_options_that_are_not_allowed(options, message):
 
 
 def test_the_code_of_a_head_is_small(tmp_path: Path):
-    """Beside what a classifier's folder has there are two files."""
+    """A head's folder has two more files than a classifier's."""
     save_for_hub(make_model("plainmamba", "upernet"), tmp_path / "head")
     save_for_hub(FAMILIES["plainmamba"].classifier(make_plainmamba_config()), tmp_path / "classifier")
     code = {folder: {file.name for file in (tmp_path / folder).glob("*.py")} for folder in ("head", "classifier")}

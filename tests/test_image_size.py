@@ -1,4 +1,4 @@
-"""A checkpoint trained at one image size is used at another."""
+"""Using a checkpoint at a different image size than it was trained at."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def make_model(family: str) -> torch.nn.Module:
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 @pytest.mark.parametrize("image_size", [24, 40, 64])
 def test_a_resized_model_gives_what_it_gave_at_that_size(family, image_size):
-    """And needs no resizing any more."""
+    """After resizing, position embeddings need no interpolation at that size."""
     model = make_model(family)
     pixel_values = torch.randn(2, 3, image_size, image_size)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_a_processor_that_only_resizes():
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 def test_training_goes_on_at_another_size(family, image_folder: Path, tmp_path, capsys):  # noqa: F811
-    """Dense, then pruned with the same checkpoint as its teacher."""
+    """Trains a dense model, then prunes it with the same checkpoint as its teacher."""
     model = make_model(family)
     processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3, crop_pct=0.8)
     checkpoint = save_for_hub(model, tmp_path / "checkpoint", processor)

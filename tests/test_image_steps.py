@@ -216,7 +216,7 @@ def test_1_bit():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation: int):
-    """The EXIF standard says at which side of the upright picture the first stored row and column are."""
+    """The EXIF standard defines on which side of the upright picture the first stored row and column are."""
     first_row, first_column = {
         1: ("top", "left"),
         2: ("top", "right"),
@@ -238,7 +238,7 @@ def test_exif_orientation(orientation: int):
 
 
 def test_exif_that_cannot_be_read_says_nothing():
-    """A resolution that is a text: Pillow fails to write it again, viewers show the picture."""
+    """The resolution is a string: Pillow cannot write it again, but viewers show the picture."""
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = Image.fromarray(random_pixels(8, 12))

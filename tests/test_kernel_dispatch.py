@@ -1,4 +1,4 @@
-"""Whole models use the C++ kernels, and say so if they cannot: there is no silent fallback."""
+"""Whole models use the C++ kernels, and warn if they cannot: there is no silent fallback."""
 
 import time
 import warnings
@@ -21,7 +21,7 @@ needs_kernel = pytest.mark.skipif(NO_KERNEL is not None, reason=NO_KERNEL or "")
 
 
 class OperatorCount(TorchDispatchMode):
-    """Counts the calls of this package's operators, in forward and backward passes."""
+    """Counts calls of this package's operators, in forward and backward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def test_gradients_run_the_kernels(training, tiny_pruned_config, pixel_values) -
 
 @pytest.fixture
 def without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A machine on which nothing was compiled and nothing can be."""
+    """Simulates a machine without a compiler and without compiled kernels."""
     monkeypatch.setattr(build, "PREBUILT_DIRECTORY", tmp_path / "prebuilt")
     monkeypatch.setenv("HF_VSSM_PRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))

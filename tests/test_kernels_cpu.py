@@ -1,5 +1,5 @@
 """What is specific to the C++ kernels: vectors, threads, operators, compiling. test_scan_kernels.py and
-test_convolution_kernels.py test what they share with other kernels."""
+test_convolution_kernels.py test what they have in common with other kernels."""
 
 import multiprocessing
 import os
@@ -326,8 +326,8 @@ def test_compiles_to_one_graph_and_exports():
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(weight, arguments), expected)
     weight = weight.clone().requires_grad_()
-    compiled(weight, arguments).sum().backward()
-    assert weight.grad is not None
+    found, own = (torch.autograd.grad(function(weight, arguments).sum(), weight) for function in (compiled, mixer))
+    torch.testing.assert_close(found, own)
     program = torch.export.export(mixer, (convolution["weight"], arguments))
     assert torch.equal(program.module()(convolution["weight"], arguments), expected)
 
@@ -357,7 +357,7 @@ def test_what_does_not_turn_it_off(value: str, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="module")
 def compiled() -> Path:
-    """The library that the other tests use."""
+    """The library used by the other tests."""
     return build.library_path()
 
 
@@ -378,7 +378,7 @@ def test_says_that_a_compiler_is_missing(without_prebuilt: Path, monkeypatch: py
 
 @pytest.mark.parametrize("write", [str, shlex.quote, lambda path: f"{shlex.quote(path)} -O1"])
 def test_says_what_the_compiler_said(write: Callable, without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch):
-    """Wherever the compiler is, however CXX writes that, with options or without."""
+    """Works wherever the compiler is, and however CXX is quoted, with options or without."""
     compiler = without_prebuilt / "a ß" / "compiler"
     compiler.parent.mkdir()
     compiler.write_text("#!/bin/sh\necho broken compiler >&2\nexit 1\n")
@@ -391,7 +391,7 @@ def test_says_what_the_compiler_said(write: Callable, without_prebuilt: Path, mo
 
 @pytest.fixture
 def quick_compiler(compiled: Path, without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Copies what was compiled before; each time that it does, a line is added to the file that is returned."""
+    """A compiler that copies the existing library. Each call adds a line to the returned log file."""
     log, compiler = without_prebuilt / "log", without_prebuilt / "compiler"
     compiler.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit\nfor output; do :; done\nsleep "${COMPILER_SECONDS:-0}"\n'
@@ -436,7 +436,7 @@ def test_says_what_is_wrong_with_the_place(without_prebuilt: Path, monkeypatch: 
 
 
 def test_a_cache_whose_files_cannot_be_locked_is_named(without_prebuilt: Path, monkeypatch: pytest.MonkeyPatch):
-    """On some file systems of clusters, as older versions of filelock say it."""
+    """Older versions of filelock raise this error on some cluster file systems."""
 
     def refuse(*_: object) -> None:
         raise NotImplementedError("FileSystem does not appear to support flock")
@@ -579,7 +579,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_half_precision_is_rounded_once(operation: str, dtype: torch.dtype, weights_too: bool):
-    """Values and gradients are those of the rounded inputs in float64, rounded to the tensor's own type."""
+    """Values and gradients equal those of the rounded inputs in float64, rounded to the tensor's own dtype."""
     kernel, plain, arguments, options = OPERATIONS[operation]
     rounded = {
         name: tensor.to(dtype) if tensor.is_floating_point() and (weights_too or name not in OF_WEIGHTS) else tensor
@@ -591,7 +591,7 @@ def test_half_precision_is_rounded_once(operation: str, dtype: torch.dtype, weig
 @needs_kernel
 @pytest.mark.parametrize("dtype", HALVES)
 def test_every_number_of_half_precision_is_read_and_written(dtype: torch.dtype):
-    """Infinity, NaN and the smallest ones too; what lies between two numbers is rounded as PyTorch rounds it."""
+    """Includes infinity, NaN and subnormal numbers. Values between two numbers are rounded as in PyTorch."""
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(1, 256, 256)
     for factor in (1.0, 1 / 3, 1e-3, 1e-6, 1e3):
         weight = torch.full((256, 1, 1, 1), factor)
@@ -614,7 +614,7 @@ def test_rows_of_different_precision_go_together():
 
 @needs_kernel
 def test_half_precision_is_not_converted():
-    """No copy for a layer with weights in bfloat16."""
+    """A layer with bfloat16 weights copies nothing."""
     scan = scan_arguments(2, 8, 24, 16, paths=2, largest_gap=3, direction_B=True)
     convolution = convolution_arguments(2, (4, 5), 24, 3, 0.6)
     for function, arguments, options in (

@@ -1,4 +1,4 @@
-"""Labels of a model and a data set, compared by name; `id2label` in the forms that people write."""
+"""Labels of a model and a data set, matched by name, and the forms of `id2label` that people write."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Training on two hosts, simulated by network namespaces with a virtual cable between them (Linux, as root)."""
+"""Training on two hosts, simulated by network namespaces connected by a virtual cable (Linux, as root)."""
 
 import json
 import os
@@ -36,7 +36,7 @@ TRAIN += [
 
 
 class Hosts:
-    """Two hosts, 0 and 1, and the launchers that run on them."""
+    """Two hosts, 0 and 1, and the launchers running on them."""
 
     def __init__(self, name: str) -> None:
         self.names = [f"{name}a", f"{name}b"]
@@ -59,7 +59,7 @@ class Hosts:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
     def start(self, host: int, *words: str) -> subprocess.Popen:
-        """`accelerate launch` on one of the hosts, as the page on several machines has it."""
+        """Starts `accelerate launch` on a host, as shown in docs/machines.md."""
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=2"]
         launch += ["--num_processes=2", f"--machine_rank={host}", "--main_process_ip=10.231.0.1"]
         launch += ["--main_process_port=29512", "--mixed_precision=no", "--dynamo_backend=no", "-m", "hf_vssm_prune"]

@@ -1,4 +1,4 @@
-"""The package's metrics, as `evaluate` modules, compared with slow and simple implementations."""
+"""The package's metrics as `evaluate` modules, compared with slow and simple implementations."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_top_k_accuracy_refuses_more_guesses_than_there_are(k):
 
 
 def plain_iou(predictions, references, num_labels: int, ignore_index: int) -> list[float]:
-    """The intersection over union of each label, pixel by pixel."""
+    """Intersection over union of each label, pixel by pixel."""
     shared, either = [0] * num_labels, [0] * num_labels
     for prediction, reference in zip(predictions, references, strict=True):
         for guess, label in zip(prediction.flat, reference.flat, strict=True):
@@ -139,7 +139,7 @@ print(metric.compute(k=[1, 2]))
 
 
 def test_modules_load_without_a_network_and_compute_over_processes(tmp_path):
-    """As `evaluate` itself spreads a metric over processes, by files in a shared folder."""
+    """`evaluate` combines results of several processes through files in a shared folder."""
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     other = Forked("-c", PROGRAM, 1, tmp_path, environment=environment)
     command = [sys.executable, "-c", PROGRAM, "0", str(tmp_path)]
@@ -162,7 +162,7 @@ def test_every_module_says_what_it_takes(name):
 
 @pytest.fixture(scope="module")
 def labelled():
-    """The first of the images that the package ships, as `datasets` has them, and the names of their labels."""
+    """The first images of the packaged data set as a `datasets.Dataset`, the label names, and the data set's name."""
     (name,) = (folder.name for folder in EXAMPLE_MODEL.parent.iterdir() if folder != EXAMPLE_MODEL)
     rows, names = load_evaluation_dataset(name, max_samples=24)
     images = [Image.open(BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]

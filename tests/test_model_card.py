@@ -249,9 +249,9 @@ def test_script_writes_the_page_of_a_folder(tiny_pruned_config, image_processor,
     [
         ("- a list", "it must map names to values"),
         ("name: [", "does not describe a model card"),
-        ("license: mit", "name"),
-        ("name: M\ntraining: {recipe: none}", "recipe"),
-        ("name: M\nevaluation: {split: test}", "results"),
+        ("license: mit", "missing 1 required positional argument: 'name'"),
+        ("name: M\ntraining: {recipe: none}", "unexpected keyword argument 'recipe'"),
+        ("name: M\nevaluation: {split: test}", "does not describe a model card: 'results'"),
     ],
 )
 def test_wrong_descriptions_are_refused(content, message, tmp_path) -> None:

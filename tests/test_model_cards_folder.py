@@ -1,4 +1,4 @@
-"""The pages in `model_cards/`: up to date, valid, and with code that runs once the model exists."""
+"""Cards in `model_cards/`: up to date, valid, and with code that will run once the model is uploaded."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def test_figures_are_those_of_the_evaluation(file: Path, which: str) -> None:
 
 
 def stand_in(card: Path) -> torch.nn.Module:
-    """A small model of the family in the place of the weights; of our own models the shipped one."""
+    """A small model of the same family instead of the real weights; for our own cards, the packaged model."""
     if card in OWN_CARDS:
         model = load_classifier(EXAMPLE_MODEL)
         model.set_token_pruning({"flops_reduction": 0.416} if card.stem.endswith("-pruned") else None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import concatenate, find_batch_size, pad_across_processes, recursively_apply
-from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from conftest import MAKE_CONFIG, TOKEN_PRUNING, same_tensors
 from PIL import Image
 from torch.nn.parallel import scatter_gather
 from torch.utils import _pytree as pytree
@@ -36,12 +36,10 @@ def output(model, pixel_values) -> PrunedImageClassifierOutput:
 
 
 def same(one: PrunedImageClassifierOutput, other: PrunedImageClassifierOutput) -> bool:
-    """Each tensor of each stage, and the logits."""
-    for field in STAGE_FIELDS:
-        a, b = getattr(one, field), getattr(other, field)
-        if (a is None) != (b is None) or not all(map(torch.equal, a or (), b or ())):
-            return False
-    return torch.equal(one.logits, other.logits)
+    """Whether logits and all tensors of all stages are equal."""
+    return torch.equal(one.logits, other.logits) and all(
+        same_tensors(getattr(one, field), getattr(other, field)) for field in STAGE_FIELDS
+    )
 
 
 def test_by_stage(output, model) -> None:
@@ -83,11 +81,11 @@ def test_copies(way, output) -> None:
 def test_as_a_tuple(model, pixel_values, output) -> None:
     values = model(pixel_values, return_dict=False)
     assert isinstance(values, tuple)
-    assert all(map(torch.equal, values, output.to_tuple()))
+    assert same_tensors(values, output.to_tuple())
     model.config.return_dict = False
     values = model(pixel_values)
     assert isinstance(values, tuple)
-    assert all(map(torch.equal, values, output.to_tuple()))
+    assert same_tensors(values, output.to_tuple())
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
@@ -98,7 +96,7 @@ def test_feature_maps_as_a_tuple(family, pixel_values) -> None:
         backbone.config.return_dict = False
         values = backbone(pixel_values)
     assert isinstance(values, tuple)
-    assert all(map(torch.equal, values[0], output.feature_maps))
+    assert same_tensors(values[0], output.feature_maps)
 
 
 def halves(model, images):
@@ -106,7 +104,7 @@ def halves(model, images):
 
 
 def test_gathered(model, monkeypatch) -> None:
-    """By Accelerate, and as `DataParallel` does, whose gathering of single tensors wants a GPU."""
+    """Gathers with Accelerate and like `DataParallel`, whose own function for single tensors needs a GPU."""
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         whole, parts = model(images), halves(model, images)
@@ -119,13 +117,13 @@ def test_gathered(model, monkeypatch) -> None:
     for gathered in (PrunedImageClassifierOutput(joined), scatter_gather.gather(parts, "cpu")):
         assert isinstance(gathered, PrunedImageClassifierOutput)
         torch.testing.assert_close(gathered.logits, whole.logits)
-        assert all(map(torch.equal, gathered.kept_tokens, whole.kept_tokens))
+        assert same_tensors(gathered.kept_tokens, whole.kept_tokens)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("task", ["image-classification", "image-feature-extraction"])
 def test_pipelines_in_batches(task, count, model) -> None:
-    """Fewer images than stages, as many, and more."""
+    """Tests fewer images than stages, equally many, and more."""
     processor = new_image_processor(model.config, [0.5] * 3, [0.5] * 3, crop_pct=1.0)
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(count)]

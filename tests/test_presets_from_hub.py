@@ -36,7 +36,8 @@ NAMES = [name for name in PRESETS if name not in LARGE or os.environ.get("HF_VSS
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    """Random weights in half precision, for images of 64 pixels: all tensors but one are of the published sizes."""
+    """Hosts models with random half-precision weights for 64-pixel images. All tensors but one have the published
+    sizes."""
     folder = tmp_path_factory.mktemp("saved")
     with HubServer() as server:
         for name in NAMES:
@@ -62,7 +63,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(how: str, hub: HubServer, home: Path, photo: Path, python: Path | None = None) -> dict:
-    """In a new process of an interpreter; None: in a copy of this process."""
+    """Runs the client in a new process of `python`; None: in a fork of this process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment |= {**hub.environment(home), "OMP_NUM_THREADS": "1"}
     words = [CLIENT, how, photo, *NAMES, EXAMPLE]

@@ -1,4 +1,4 @@
-"""Properties of any model: random configurations, schedules, image sizes and images of both families (hypothesis)."""
+"""Properties of all models: random configurations, schedules, image sizes and images of all families (hypothesis)."""
 
 import math
 import tempfile
@@ -89,7 +89,7 @@ def images_for(config: VisionMambaConfig, height_width: tuple[int, int], seed: i
 
 @st.composite
 def sizes_for(draw: st.DrawFn, config: VisionMambaConfig) -> tuple[int, int]:
-    """Any image that holds a patch, of other sides than the model was laid out for, too."""
+    """Any image size with at least one patch, including sizes that the model was not configured for."""
     height, width = (draw(st.integers(config.patch_size, 5 * config.patch_size)) for _ in "hw")
     return height, width
 
@@ -137,7 +137,8 @@ def test_converted_there_and_back_no_bit_changes(config) -> None:
 @quick
 @given(data=st.data(), config=configs())
 def test_tokens_that_are_kept(data, config) -> None:
-    """As many as the schedule says, in raster order, each from those before; the class token is always among them."""
+    """Each stage keeps the scheduled number of the previous tokens in raster order, always including the class
+    token."""
     height, width = data.draw(sizes_for(config))
     has_class_token = NUM_CLS_TOKENS[config.model_type]
     num_patches = math.prod(config.grid_size_for(height, width))

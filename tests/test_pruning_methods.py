@@ -1,5 +1,5 @@
-"""Each pruning method compared with a slow reference, token by token in float64; the guarantees of all methods; and
-methods in models."""
+"""Each pruning method compared with a slow reference, token by token in float64; guarantees of all methods; and methods
+in models."""
 
 import itertools
 import math
@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import CLS_TOKEN_IDS, MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, gradients_with_checkpointing
+from conftest import (
+    CLS_TOKEN_IDS,
+    MAKE_CONFIG,
+    NUM_CLS_TOKENS,
+    TOKEN_PRUNING,
+    gradients_with_checkpointing,
+    make_model,
+    same_tensors,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -51,7 +59,7 @@ def make_scans(family: str, batch: int, num_tokens: int) -> tuple[ScanInputs, ..
 def make_stage(
     family: str, grid: tuple[int, ...], num_tokens: int, num_kept: int, batch: int = 2, merged: bool = False
 ) -> Stage:
-    """Random tokens in some of a grid's cells; with a class token in another row of each sample where there is one."""
+    """Random tokens in some cells of a grid. If the family has a class token, it is in a random row of each sample."""
     cells = torch.stack([torch.randperm(math.prod(grid))[:num_tokens].sort().values for _ in range(batch)])
     patch_rows, cls_row, cls_token, total = None, None, None, num_tokens
     if NUM_CLS_TOKENS[family]:
@@ -91,7 +99,7 @@ def float64():
 
 
 class Sample:
-    """One sample of a stage, in NumPy: what belongs to patch token i is at i."""
+    """One sample of a stage in NumPy. Index i of each attribute belongs to patch token i."""
 
     def __init__(self, stage: Stage, index: int) -> None:
         scans = stage.mixer.scans
@@ -132,7 +140,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Expected(NamedTuple):
-    """The places of the tokens that are left, their hidden states, and how many patches are in each."""
+    """Indices of the remaining tokens, their hidden states, and the number of patches in each."""
 
     kept: list[int]
     tokens: list[np.ndarray]
@@ -259,7 +267,7 @@ def reference_dyvm(sample: Sample) -> Expected:
 
 
 def bayer(size: int) -> np.ndarray:
-    """By its recursion: four copies of the next smaller matrix, times 4, plus 0, 2, 3, 1."""
+    """Recursively: four copies of the next smaller matrix, times 4, plus 0, 2, 3, 1."""
     if size == 1:
         return np.zeros((1, 1), dtype=int)
     smaller = 4 * bayer(size // 2)
@@ -293,7 +301,8 @@ def reference_stand_in(sample: Sample) -> Expected:
 
 
 def nearest_rows(kept: list[int], places: list[tuple[int, int] | None]) -> list[int]:
-    """For each place of a sequence which of the kept ones is nearest; a class token, at None, is so to its own only."""
+    """For each place of a sequence, the row of the nearest kept token. A class token, whose place is None, is nearest
+    only to itself."""
 
     def distance(row: int, place: tuple[int, int] | None) -> float:
         other = places[kept[row]]
@@ -388,7 +397,7 @@ def test_mirrored_backward(family, float64) -> None:
 
 
 def test_mirrored_backward_is_the_backward_scans_own_order(float64) -> None:
-    """Against the model: the scan's part, read from the last token on."""
+    """Compared with a model: the backward scan's output, read from the last token on."""
     config = MAKE_CONFIG["vim"](
         token_pruning={"layers": [1], "keep_ratios": [0.5], "method": "top", "importance": "mirrored_backward"}
     )
@@ -525,7 +534,7 @@ def test_stm_leaves_the_tokens_around_the_class_token(cls_row, num_kept, kept) -
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_through_a_stage(method, float64) -> None:
-    """Of the kept and merged tokens with respect to the tokens that were there, against finite differences."""
+    """Gradients of the kept and merged tokens with respect to the input tokens, against finite differences."""
     stage = make_stage("vim", (3, 4), num_tokens=9, num_kept=4)
 
     def tokens(hidden_states: Tensor) -> Tensor:
@@ -582,7 +591,7 @@ RANKS_ALL = [name for name in METHODS if name not in ("local_merge", "tome", "r_
     ids=lambda options: "-".join(options.values()),
 )
 def test_distinct_tokens_have_distinct_scores(options, family) -> None:
-    """Else rounding would decide, and each backend would keep others; on a grid that has a middle and axes of
+    """Otherwise rounding would decide, and backends would keep different tokens. The grid has a centre and axes of
     symmetry."""
     if family == "plainmamba" and options.get("importance") == "mirrored_backward":
         pytest.skip("a PlainMamba has no backward scan")
@@ -607,7 +616,7 @@ def test_backends_keep_the_same_tokens(method, family) -> None:
         config.scan_backend = backend
         with torch.no_grad():
             kept.append(model(images).kept_tokens)
-    assert all(map(torch.equal, *kept))
+    assert same_tensors(*kept)
 
 
 # ---- DyVM's predictor --------------------------------------------------------------------------------------------
@@ -631,7 +640,8 @@ def test_gates_are_one_with_the_gradient_of_the_probabilities(float64) -> None:
 
 
 def test_loss_trains_the_predictors_through_the_layers(tiny_config, pixel_values) -> None:
-    """Norms come first in a layer, and would hide a factor on the tokens; activation checkpointing must not either."""
+    """Each layer starts with a norm, which would hide a factor on the tokens. Activation checkpointing must not hide it
+    either."""
     tiny_config.token_pruning = tiny_config.complete_token_pruning(pruning("dyvm"))
     model = make_model(tiny_config).double().train()
     predictors, labels = [*model.base_model.token_predictors.parameters()], torch.tensor([0, 2])
@@ -644,7 +654,7 @@ def test_loss_trains_the_predictors_through_the_layers(tiny_config, pixel_values
 
 
 def test_training_draws_by_probability() -> None:
-    """Gumbel-top-1 draws a token with its share of the probabilities."""
+    """Gumbel-top-1 draws each token with its probability."""
     stage = make_stage("plainmamba", (1, 3), num_tokens=3, num_kept=1, batch=1)
     with torch.no_grad():
         stage.module.output.weight.mul_(8)
@@ -662,15 +672,6 @@ def test_missing_predictor() -> None:
 
 
 # ---- In models ---------------------------------------------------------------------------------------------------
-
-
-def make_model(config) -> nn.Module:
-    """In evaluation mode, with weights large enough for every part of the model to matter."""
-    model = FAMILIES[config.model_type].classifier(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 def pruning(method: str, **changes) -> dict:
@@ -741,7 +742,7 @@ def test_methods_differ(tiny_config, pixel_values) -> None:
 
 
 def test_convolutions_see_stand_ins(tiny_config, pixel_values, monkeypatch) -> None:
-    """As if every place had a token in every convolution: its own, or a copy of the nearest one."""
+    """Convolutions see a token at every place: its own, or a copy of the nearest one."""
     model = make_model(tiny_config)
     with torch.no_grad():
         model.set_token_pruning(pruning("top"))
@@ -754,7 +755,10 @@ def test_convolutions_see_stand_ins(tiny_config, pixel_values, monkeypatch) -> N
     if (cls_token_id := CLS_TOKEN_IDS[tiny_config.model_type]) is not None:
         places.insert(cls_token_id, None)
 
+    filled = []
+
     def fill(hidden_states, kept):
+        filled.append(kept.shape[1])
         rows = [nearest_rows(ids, places) for ids in kept.tolist()]
         return torch.stack([tokens[each] for tokens, each in zip(hidden_states, rows, strict=True)])
 
@@ -772,6 +776,8 @@ def test_convolutions_see_stand_ins(tiny_config, pixel_values, monkeypatch) -> N
     monkeypatch.setattr(modeling_bidirectional, "causal_conv1d", along_the_sequence)
     with torch.no_grad():
         assert torch.allclose(model(pixel_values).logits, logits, atol=1e-5)
+    class_tokens, directions = NUM_CLS_TOKENS[tiny_config.model_type], 2 if cls_token_id is not None else 1
+    assert filled == [count + class_tokens for count in (12, 12, 4) for _ in range(directions)]  # from layer 1 on
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -785,7 +791,8 @@ def test_every_method_works_under_autocast(method, tiny_config, pixel_values) ->
 
 
 def test_no_method_means_the_recommended_one(tiny_config) -> None:
-    """Everywhere the same; it ranks tokens in its own way, so that an importance means the paper's."""
+    """The default is the same everywhere. It has its own ranking, so if an importance is given, the paper's method is
+    meant."""
     stages = {name: TOKEN_PRUNING[name] for name in ("layers", "keep_ratios")}
     assert tiny_config.complete_token_pruning(stages)["method"] == RECOMMENDED_METHOD == "local_merge"
     options = stages | {"importance": "clip", "alignment": "repeat"}
@@ -800,7 +807,7 @@ def test_defaults_are_the_methods_own(tiny_config) -> None:
 
 
 def test_mean_over_merged_tokens_counts_patches(pixel_values) -> None:
-    """Merging tokens behind the last layer that mixes them would leave their mean as it is."""
+    """If tokens are merged after the last layer that mixes them, their mean must not change."""
     from hf_vssm_prune.modeling_common import mean_over_patches
 
     tokens, sizes = torch.randn(2, 3, 5), torch.tensor([[1.0, 4, 2], [3, 1, 1]])
@@ -928,7 +935,7 @@ def run(model: nn.Module, config) -> Any:
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_filled_by_merged_tokens(method, family) -> None:
-    """They differ from those filled by last states where something was merged, and nowhere else."""
+    """They differ from maps filled with last states only where tokens were merged."""
     config = MAKE_CONFIG[family](out_indices=[0, 2, 4], token_pruning=pruning(method))
     model = FAMILIES[family].classes["Backbone"](config).eval()
     images = torch.randn(config.pixel_values_shape(2))
@@ -974,8 +981,8 @@ def multiply_adds_that_run(family: str, method: str, keep_ratios: tuple[float, f
     ],
 )
 def test_matrix_products_of_a_stage_are_those_that_run(method, family, keep_ratios) -> None:
-    """Of one image, by the difference to a method that computes none. The reference of a convolution with stand-ins
-    goes over all places; counted are those of the tokens that are left, which are all that a kernel looks at."""
+    """For one image, the difference from a method that computes none. With stand-ins, the plain PyTorch convolution
+    covers all places; FLOPs count only the remaining tokens, which is all that a kernel computes."""
     config = MAKE_CONFIG[family](token_pruning=pruning(method, keep_ratios=list(keep_ratios)))
     flops = count_flops(config).pruned
     without = "stand_in" if method in ("stand_in", "local_top", "local_merge") else "top"

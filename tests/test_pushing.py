@@ -46,7 +46,7 @@ def hub() -> Iterator[HubServer]:
 
 
 class Client:
-    """Processes of a user, with one cache."""
+    """A user's processes, which share a cache."""
 
     def __init__(self, hub: HubServer, home: Path) -> None:
         self.hub, self.home = hub, home
@@ -56,13 +56,13 @@ class Client:
         return others | self.hub.environment(self.home, token) | {"OMP_NUM_THREADS": "1"}
 
     def run(self, *command: str | Path, token: str | None = "hf_test", **variables: str) -> subprocess.CompletedProcess:
-        """In a fresh process, for what depends on how huggingface_hub and transformers are imported."""
+        """Runs in a new process, for what depends on how huggingface_hub and transformers are imported."""
         environment = self.environment(token) | variables
         arguments = [sys.executable, *map(str, command)]
         return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
     def fork(self, *command: str | Path, token: str | None = "hf_test") -> subprocess.CompletedProcess:
-        """In a copy of this process, which waits less between attempts."""
+        """Runs in a fork of this process, with shorter waits between attempts."""
         return run_forked(*command, environment=self.environment(token), prepare=self.prepare)
 
     def prepare(self) -> None:
@@ -137,7 +137,7 @@ def test_the_examples_of_a_pushed_card_load_the_repository(hub, client, folder):
 
 
 def test_a_pushed_model_loads_by_name_and_then_offline(hub, client, folder):
-    """Offline in a fresh process, as a user's. What is not in the cache is named."""
+    """Offline in a new process, like a user's. A model that is not cached is named."""
     assert_ok(client.push(folder, REPO))
     expected = bias(folder)
     assert json.loads(assert_ok(client.load())) == expected
@@ -150,7 +150,7 @@ def test_a_pushed_model_loads_by_name_and_then_offline(hub, client, folder):
 
 
 def test_remote_code_and_pipeline(hub, client, folder):
-    """By the code files in the repository; test_remote_code.py has an environment without the package."""
+    """Uses the code files in the repository; test_remote_code.py does so in an environment without the package."""
     assert_ok(client.push(folder, REPO))
     program = (
         "from transformers import AutoModel, pipeline; from PIL import Image\n"
@@ -328,7 +328,7 @@ def test_models_that_cannot_be_loaded_are_named(repo, options, message, hub, cli
 
 
 def test_the_trainers_way_to_the_hub(hub, client, folder, tmp_path):
-    """`--push_to_hub` of the training scripts ends with a message, not with a lost model, where the Hub refuses."""
+    """If the Hub rejects `--push_to_hub`, training ends with a message, and the model is not lost."""
     program = (
         "import sys; from pathlib import Path; from types import SimpleNamespace\n"
         "from hf_vssm_prune.training import jobs\n"

@@ -63,7 +63,7 @@ def test_table_of_flops(name: str):
 
 
 def printed_like(flops: int, figure: str) -> bool:
-    """Whether a count, rounded to the digits that a figure such as "14.41 G" shows, is that figure."""
+    """Whether a count, rounded to as many digits as a figure such as "14.41 G", equals it."""
     number = figure.removesuffix(" G")
     digits = len(number.partition(".")[2])
     return f"{flops / 1e9:.{digits}f}" == number

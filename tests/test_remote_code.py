@@ -1,4 +1,4 @@
-"""A saved folder opens with `trust_remote_code=True` where hf_vssm_prune is not installed, and gives the same
+"""A saved folder loads with `trust_remote_code=True` where hf_vssm_prune is not installed, and gives the same
 results."""
 
 import importlib.util
@@ -27,7 +27,7 @@ CLIENT = Path(__file__).with_name("open_without_package.py")
 
 @pytest.fixture(scope="module")
 def python_without_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a new environment that has everything this one has, but for hf_vssm_prune."""
+    """The interpreter of a new environment with everything that this one has, except hf_vssm_prune."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True, with_pip=False)
     new_site_packages = next(folder.glob("lib/python*/site-packages"))
@@ -143,7 +143,7 @@ for backend in sys.argv[3:]:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_triton_kernels_travel_with_the_model(tmp_path: Path, python_without_package: Path) -> None:
-    """Interpreted on the CPU. The C++ kernels, which stay at home, are refused by name."""
+    """Interpreted on the CPU. The C++ kernels are not included, and requesting them is an error that says so."""
     config = MAKE_CONFIG["plainmamba"](num_hidden_layers=2, token_pruning={"layers": [1], "keep_ratios": [0.5]})
     folder = tmp_path / "model"
     save_for_hub(FAMILIES["plainmamba"].classifier(config), folder)
@@ -161,7 +161,7 @@ def test_triton_kernels_travel_with_the_model(tmp_path: Path, python_without_pac
 
 
 def open_without_package(python: Path, folder: Path, image: Image.Image, scratch: Path) -> dict:
-    """What `open_without_package.py` prints, run far from this repository and with a cache of its own."""
+    """The output of `open_without_package.py`, run outside this repository and with its own cache."""
     image_file = scratch / "image.png"
     image.save(image_file)
     environment = {**os.environ, "HF_HOME": str(scratch / "hf_home"), "HF_HUB_OFFLINE": "1"}

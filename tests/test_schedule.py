@@ -1,4 +1,4 @@
-"""Pruning schedules: wrong ones are refused when the configuration is created, and budgets are met."""
+"""Pruning schedules: wrong ones are rejected when the configuration is created, and budgets are met."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ PRESETS = [(config, name) for config in (PlainMambaConfig, VimConfig, VideoMamba
 
 
 def schedule(**changes) -> dict:
-    """Of the tiny models, which have four layers."""
+    """A schedule for the tiny models, which have four layers."""
     options = {"layers": [1, 3], "keep_ratios": [0.7, 0.6]} | changes
     return {name: value for name, value in options.items() if value is not ...}
 
@@ -162,7 +162,7 @@ def test_schedule_cannot_be_changed_in_place(config) -> None:
 
 
 def test_options_of_from_pretrained_in_any_order(config, tmp_path) -> None:
-    """A schedule and the depth that it is for, over those of the folder; nothing is checked before all are there."""
+    """A schedule and its depth override the saved ones; nothing is checked before both are set."""
     config.token_pruning = TOKEN_PRUNING | {"method": "local_top"}
     config.save_pretrained(tmp_path)
     budget = {"flops_reduction": 0.24}
@@ -312,7 +312,8 @@ def test_budget_near_the_paper_needs_the_papers_layers() -> None:
 
 
 def test_budget_of_a_clip_counts_what_matching_costs() -> None:
-    """Matching is quadratic in the tokens, of which clips have thousands: it decides which layers are early enough."""
+    """Matching is quadratic in the number of tokens, and clips have thousands. Its cost decides which layers are early
+    enough."""
     budget = {"flops_reduction": 0.8, "method": "r_meeto"}
     config = VideoMambaConfig.from_preset("Ti", token_pruning=budget)
     assert config.token_pruning["layers"] == [2, 4, 6]
@@ -323,7 +324,7 @@ def test_budget_of_a_clip_counts_what_matching_costs() -> None:
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 def test_budget_that_few_tokens_cannot_meet(family) -> None:
-    """Four tokens: the possible cuts lie far apart."""
+    """With four tokens, the possible reductions are far apart."""
     with pytest.raises(
         ValueError, match=r"`flops_reduction` is 0\.05; with 4 tokens .* the nearest one removes 0\.\d+"
     ):

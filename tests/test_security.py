@@ -1,7 +1,7 @@
-"""What must never happen: running code from data, writing files outside a folder, a dependency audit that passes
+"""What must never happen: running code from data, writing files outside a folder, or a dependency audit that passes
 without a result.
 
-What happens with hostile repositories and checkpoints is in test_faults.py.
+test_faults.py covers malicious repositories and checkpoints.
 """
 
 import ast

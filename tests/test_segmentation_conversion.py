@@ -1,4 +1,4 @@
-"""mmsegmentation's files compared with ours: the official models' maps and logits, and conversion in both
+"""mmsegmentation's files compared with ours: feature maps and logits of the official models, and conversion in both
 directions."""
 
 import copy
@@ -48,7 +48,7 @@ def make_model(case: GoldenCase) -> UperNetForSemanticSegmentation:
 
 
 def assert_close(actual, expected):
-    """Within 1e-4 of the largest value's scale."""
+    """Within 1e-4 of the largest value."""
     scale = float(abs(expected).max())
     torch.testing.assert_close(actual, torch.from_numpy(expected), rtol=0, atol=1e-4 * scale)
 
@@ -86,7 +86,7 @@ def test_there_and_back(case):
 
 @pytest.fixture(scope="module")
 def l1_upernet() -> UperNetForSemanticSegmentation:
-    """Of random weights, as mmsegmentation's configuration for ADE20K has it."""
+    """Random weights, with the sizes of mmsegmentation's configuration for ADE20K."""
     torch.manual_seed(0)
     backbone = PlainMambaConfig.from_preset("L1", out_features=LEVELS, feature_norm="per_level")
     config = UperNetConfig(backbone_config=backbone, hidden_size=512, auxiliary_channels=256, num_labels=150)
@@ -216,7 +216,7 @@ def vim_case(shared):
 
 
 def make_vim_model(case, arrangement):
-    """UPerNet on Vim with the case's weights, and what is given to the pyramid."""
+    """UPerNet on Vim with the case's weights, and a list that collects the inputs of the pyramid."""
     backbone = VimConfig(
         image_size=96,
         hidden_size=32,
@@ -244,7 +244,7 @@ def make_vim_model(case, arrangement):
 
 
 def vim_runs(case):
-    """By name the arrangement of the backbone, and the schedule."""
+    """Arrangement of the backbone and schedule, by name."""
     dense = {name: (name, None) for name in VIM_BACKBONES}
     return dense | {each["name"]: (each["arrangement"], schedule_of(each)) for each in case.recipe["pruned"]}
 

@@ -1,4 +1,4 @@
-"""The plain PyTorch scan compared with a loop in NumPy, its gradients, precisions and errors."""
+"""The plain PyTorch scan compared with a loop in NumPy; its gradients, precisions and errors."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ INTEGERS = ("order", "gaps", "moves")
 def make_arguments(
     names: list[str], batch: int = BATCH, length: int = LENGTH, shared: bool = False
 ) -> dict[str, Tensor]:
-    """Random arguments in float64: the required ones, and the optional ones with these names."""
+    """Random float64 arguments: the required ones, and the optional ones with these names."""
     double = {"dtype": torch.float64}
     paths = (1 if shared else batch, PATHS if "order" in names else 1, length)
     arguments = {
@@ -107,9 +107,9 @@ def test_gradients(names) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_have_a_float32_state(dtype) -> None:
-    """One rounding of the result apart, the answer is that of the rounded inputs in float64.
+    """Results equal those of the rounded inputs in float64, up to a single rounding.
 
-    A state in half precision would be off by ten times as much after so many steps.
+    With a state in half precision, the error after so many steps would be ten times as large.
     """
     arguments = make_arguments(OPTIONS["all"], length=200)
     arguments["time_step"] -= 3  # a long memory
@@ -145,7 +145,7 @@ def test_no_samples_or_one_token(names, batch, length) -> None:
 
 
 def test_values_can_enter_a_graph() -> None:
-    """What was computed without gradients can be saved for those of a layer after it."""
+    """Outputs computed without gradients can be saved for the backward pass of a later layer."""
     output = selective_scan_torch(**make_arguments(OPTIONS["all"]))
     weight = torch.ones(output.shape[-1], dtype=output.dtype, requires_grad=True)
     (output * weight).sum().backward()

@@ -1,7 +1,7 @@
-"""Models whose layers are spread over several devices, as with `device_map="auto"` on a machine with several GPUs.
+"""Models whose layers are on several devices, as with `device_map="auto"` on a machine with several GPUs.
 
-No such machine is needed: every tensor belongs to a device in name only. Operators refuse tensors of different devices,
-as those of GPUs do, and everything is computed on the CPU.
+Such a machine is not needed: each tensor belongs to a device in name only. As on GPUs, operators reject tensors on
+different devices, but everything is computed on the CPU.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from conftest import MAKE_CONFIG, TOKEN_PRUNING, same_tensors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -22,14 +22,14 @@ CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda", 0), torch.device(
 
 
 class Devices(TorchFunctionMode):
-    """Gives tensors their devices."""
+    """Assigns devices to tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.of = WeakIdKeyDictionary()
 
     def put(self, module: nn.Module, device: torch.device) -> None:
-        """Its inputs follow it, as with Accelerate's hooks; its outputs stay there."""
+        """Puts a module on a device: inputs are moved there, as by Accelerate's hooks, and outputs stay there."""
         for tensor in (*module.parameters(), *module.buffers()):
             self.of[tensor] = device
         module.register_forward_pre_hook(
@@ -83,7 +83,7 @@ def test_classifiers(method, family, pixel_values) -> None:
     outputs, devices = run_on_two_devices(model, pixel_values)
     assert devices.of[outputs.logits] == SECOND
     torch.testing.assert_close(outputs.logits, expected.logits)
-    assert all(map(torch.equal, outputs.kept_tokens or (), expected.kept_tokens or ()))
+    assert same_tensors(outputs.kept_tokens, expected.kept_tokens)
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))

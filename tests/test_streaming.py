@@ -1,5 +1,4 @@
-"""Training images read as a stream: their order, resuming in the middle, errors, and a run that resumes within an
-epoch."""
+"""Streamed training images: their order, resuming in the middle, errors, and a run that resumes within an epoch."""
 
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from hf_vssm_prune.training.tasks.classification import AugmentationArguments
 
 @pytest.fixture(scope="module")
 def parquet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 training images in three files and 4 test images; the label of image i is i, its pixels are all i."""
+    """30 training images in three files, and 4 test images. The label and every pixel of image i are i."""
     folder = tmp_path_factory.mktemp("parquet")
     write(folder / "train-0.parquet", range(0, 10))
     write(folder / "train-1.parquet", range(10, 20))

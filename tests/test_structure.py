@@ -1,4 +1,4 @@
-"""The structure of the code: which module imports which, and whether each argument has its own entry in a docstring."""
+"""The structure of the code: which modules import each other, and whether each argument has its own docstring entry."""
 
 import ast
 import re
@@ -13,13 +13,13 @@ SOURCES = Path(__file__).resolve().parents[1] / "src"
 
 
 def modules_in(folder: Path) -> dict[str, Path]:
-    """Files by the names that an import statement has for them."""
+    """Files by module name."""
     files = {file.relative_to(folder).with_suffix(""): file for file in folder.rglob("*.py")}
     return {".".join(name.parts).removesuffix(".__init__"): file for name, file in files.items()}
 
 
 def imported_names(module: str, file: Path) -> Iterator[tuple[str, str]]:
-    """Of all import statements, those within functions too: the module named, and what is taken from it or nothing."""
+    """For every import statement, also within functions, the module and the name imported from it (or "")."""
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -31,9 +31,9 @@ def imported_names(module: str, file: Path) -> Iterator[tuple[str, str]]:
 
 
 def import_graph(folder: Path) -> dict[str, set[str]]:
-    """For each module under `folder` those of the others that it imports.
+    """For each module in `folder`, the other modules there that it imports.
 
-    What is taken from a package is the module of that name, or the package's own file where there is none.
+    A name imported from a package counts as the module of that name, or as the package itself if there is none.
     """
     modules, graph = modules_in(folder), {}
     for module, file in modules.items():
@@ -44,7 +44,8 @@ def import_graph(folder: Path) -> dict[str, set[str]]:
 
 
 def circle_in(graph: dict[str, set[str]]) -> list[str]:
-    """Modules each of which is imported by the one after it, the first and the last being the same; or nothing."""
+    """Modules in a circle, each imported by the next one, with the first repeated at the end; empty if there is
+    none."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -85,8 +86,8 @@ def test_kernels_import_mathematics_and_not_the_files_that_choose_a_kernel() -> 
 
 
 def swallowed_entries(source: str) -> list[str]:
-    """Lines of docstrings that begin with the name of an argument, a field or an error, but are indented like the
-    continuation of another one's description, so that Sphinx shows them as a part of it."""
+    """Docstring lines that start a new entry (an argument, field or error), but are indented like the continuation of
+    the previous one, so that Sphinx shows them as part of it."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

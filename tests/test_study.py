@@ -136,7 +136,7 @@ def options(tmp_path: Path) -> list[str]:
 
 
 class ForkedPiece:
-    """The runner's `subprocess.Popen`, without the seconds that a new Python takes for each piece."""
+    """Replaces the runner's `subprocess.Popen`, to save the seconds that a new Python takes for each piece."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], stdout: TextIO, **_: Any) -> None:
         self.forked = Forked(*command[1:], environment=env, prepare=lambda: begin(stdout.fileno()))
@@ -157,7 +157,7 @@ class ForkedPiece:
 
 
 def begin(log: int) -> None:
-    """What is not the same in a copy of the runner and in a new Python."""
+    """Sets what differs between a fork of the runner and a new Python."""
     os.setsid()
     hear_signals()
     for number in (1, 2):
@@ -165,7 +165,7 @@ def begin(log: int) -> None:
 
 
 def fork_pieces() -> None:
-    """In the runner's process, which is itself a copy of this one."""
+    """Called in the runner's process, which is itself a fork of this one."""
     hear_signals()
     runner.subprocess = SimpleNamespace(Popen=ForkedPiece, STDOUT=subprocess.STDOUT)
 
@@ -204,7 +204,7 @@ def test_run_stopped_and_gone_on_with(tmp_path) -> None:
 
 
 def test_piece_that_fails_is_named_and_the_others_run(tmp_path, caplog, monkeypatch) -> None:
-    """The first one in a new Python, as a user's."""
+    """The first piece runs in a new Python, as for a user."""
 
     def start(command: Sequence[str], **options: Any) -> subprocess.Popen | ForkedPiece:
         return (subprocess.Popen if Path(command[1]).stem == "train" else ForkedPiece)(command, **options)
@@ -295,7 +295,8 @@ def test_results_from_other_weights_are_refused(tmp_path) -> None:
 
 
 def test_study_may_get_more_variants(tmp_path) -> None:
-    """A comparison that lacks one is run again, its figures are shown until then; others' options are as strict."""
+    """A comparison that lacks a variant is run again; until then, its figures are shown. For other pieces, options must
+    match exactly."""
     more = {"paper": {}, "naive": {"pruning": {"alignment": "none"}}, "random": {"pruning": {"importance": "random"}}}
     old, new = (
         {piece.name: piece for piece in list_pieces(read_study(write_study(tmp_path / f"{name}.yaml", **changes)))}
@@ -388,7 +389,7 @@ def test_figures_of_the_page() -> None:
 
 
 def test_page_of_made_up_results(tmp_path) -> None:
-    """Losses, advantages, times and verdicts, worked out by hand."""
+    """Losses, advantages, times and verdicts worked out by hand."""
     study = read_study(write_study(tmp_path / "study.yaml", seeds=[0, 1]))
     records = {}
 

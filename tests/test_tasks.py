@@ -1,4 +1,4 @@
-"""What every task can rely on, and what the loop guarantees for each: one set of tests, run for all tasks."""
+"""What every task can rely on, and what the loop guarantees: one set of tests, run for all tasks."""
 
 import json
 import multiprocessing
@@ -36,13 +36,13 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(params=sorted(EVERY_TASK))
 def task(request: pytest.FixtureRequest) -> str:
-    """The name of each task in turn."""
+    """Each task's name in turn."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path]:
-    """By a task's name: 12 training and 5 test examples of each of three colours; 26 and 5 to be streamed."""
+    """Data by task: 12 training and 5 test examples in each of three colours, or 26 and 5 to be streamed."""
 
     @cache
     def of_writer(write: Callable[[Path], None]) -> Path:
@@ -55,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], P
 
 @cache
 def load_datasets(task: str, data: Path, streaming: bool) -> ImageDatasets:
-    """Of a stream the evaluation images are read and stored, which takes longer than the run."""
+    """Cached, because evaluation images of a stream are read and stored, which takes longer than the run."""
     arguments = DataArguments(str(data), streaming=streaming, shuffle_buffer_size=5, dataloader_num_workers=0)
     return TESTED[task].random().load_datasets(arguments, seed=0)
 
@@ -63,8 +63,8 @@ def load_datasets(task: str, data: Path, streaming: bool) -> ImageDatasets:
 def prepare(
     task: Task, data: Path, output_dir: Path, resume: str | None = None, streaming: bool = False, **optimization
 ) -> Trainer:
-    """Everything at once: pruned by budgets drawn, with teacher, drop path, average of the weights and accumulation.
-    36 images are 5 steps of an epoch, the last one of a single batch; 26 images of a stream are 3."""
+    """A run with everything at once: elastic budgets, teacher, drop path, EMA and gradient accumulation. An epoch has 5
+    steps with 36 images (the last step has a single batch), or 3 steps with a stream of 26."""
     losses = LossWeights(kd_weight=1.0, alignment_weight=1.0)
     defaults = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "model_ema": True, "model_ema_decay": 0.9}
     recipe = make_recipe(output_dir, losses, **{**defaults, **optimization})
@@ -80,14 +80,15 @@ def prepare(
 
 @pytest.fixture(autouse=True)
 def heard_signals() -> Iterator[None]:
-    """Whatever the tests were started with: see `conftest.hear_signals`."""
+    """SIGTERM must not be ignored, see `conftest.hear_signals`."""
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 def stop_after(trainer: Trainer, step: int, number: signal.Signals) -> None:
-    """Sends this process a signal in the middle of the step that follows; a second one would end it at once."""
+    """Sends this process a signal in the middle of the next step. Only one, because a second one would end it at
+    once."""
 
     def stop(module: torch.nn.Module, inputs: object) -> None:
         if module.training and trainer.state.steps == step:
@@ -206,7 +207,7 @@ def test_a_task_has_all_that_the_loop_asks_for(task):
 
 
 def test_the_loop_names_no_task():
-    """Nor its data, its loss, its metrics or its head."""
+    """It must not name a task's data, loss, metrics or head either."""
     folder = Path(__file__).resolve().parents[1] / "src" / "hf_vssm_prune" / "training"
     for name in (
         "loop",

@@ -1,4 +1,4 @@
-"""The method's pure functions compared with formulas in NumPy and with brute force over positions."""
+"""The method's pure functions compared with formulas in NumPy and with brute force."""
 
 import itertools
 import math
@@ -62,7 +62,7 @@ FORMULAS = {
 
 
 def importance_of(y: torch.Tensor, importance: str) -> torch.Tensor:
-    """Of tokens on a grid of one row, from a mixer's gated output."""
+    """Importance of tokens on a one-row grid, from a mixer's gated output."""
     cells = torch.arange(y.shape[1]).expand(len(y), -1)
     return IMPORTANCES[importance](Stage(y, 1, cells, (1, y.shape[1]), MixerOutput(y, y, ())))
 
@@ -133,15 +133,18 @@ def test_selection_in_a_model(family, importance) -> None:
         assert first == sorted(set(first))
         assert set(second) <= set(first) <= set(range(16 + class_tokens))
         assert cls_token_id is None or {cls_token_id} <= set(second)
-        if importance != "random":
-            assert first != second
+        left = [place for place in range(16 + class_tokens) if place != cls_token_id]
+        for kept, scores, count in ((first, outputs.token_scores[0], 12), (second, outputs.token_scores[1], 8)):
+            ranking = np.argsort(-scores[sample].numpy(), kind="stable")
+            left = [left[i] for i in sorted(ranking[:count])]
+            assert [place for place in kept if place != cls_token_id] == left
 
 
 # ---- Positions ---------------------------------------------------------------------------------------------------
 
 
 def walk_snake(height: int, width: int, path: int) -> list[tuple[int, int]]:
-    """The cells of one of the four paths, by a walk that turns round at the end of each row or column."""
+    """Cells of one of the four paths, which turns around at the end of each row or column."""
     if path >= 2:
         return [(row, column) for column, row in walk_snake(width, height, path - 2)]
     cells = [(row, column if row % 2 == 0 else width - 1 - column) for row in range(height) for column in range(width)]
@@ -214,7 +217,8 @@ def test_dropped_tokens_keep_their_last_state() -> None:
 
 
 def dense_scan(u, time_step, A, B, C) -> np.ndarray:
-    """y of one sample along one path, token by token: u and time_step (length, channels), B and C (length, states)."""
+    """Output y of one sample along one path, token by token. u and time_step are (length, channels), B and C (length,
+    states)."""
     state, outputs = np.zeros_like(A), []
     for i in range(len(u)):
         state = np.exp(time_step[i][:, None] * A) * state + (time_step[i] * u[i])[:, None] * B[i][None, :]
@@ -224,7 +228,7 @@ def dense_scan(u, time_step, A, B, C) -> np.ndarray:
 
 @pytest.mark.parametrize("alignment", ["repeat", "zero_input", "none"])
 def test_aligned_scan_is_a_dense_one_whose_dropped_tokens_put_nothing_in(alignment) -> None:
-    """With `none` it is not: the tokens behind a hole see another state, which shows that the check can fail."""
+    """With `none` it is not, because tokens after a hole see a different state. This shows that the check can fail."""
     grid, channels, states = (4, 5), 3, 4
     kept = torch.tensor([sorted(np.random.permutation(20)[:9].tolist())])
     count = kept.shape[1]

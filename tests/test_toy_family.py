@@ -1,6 +1,6 @@
-"""A model family in two files and one line: what the package offers for any family works for it, too.
+"""A model family in two files and one line: what the package offers for all families works for it, too.
 
-The toy is one of videos, whose tokens lie on a grid of three dimensions, behind the class token.
+The toy is a video model, whose tokens are on a three-dimensional grid and follow the class token.
 """
 
 import math
@@ -32,7 +32,7 @@ from hf_vssm_prune.visualization import draw_classification, draw_stages, kept_p
 
 @pytest.fixture(scope="module", autouse=True)
 def toy():
-    """The one line. It is gone again for the other tests."""
+    """Registers the family with one line, and removes it for the other tests."""
     yield register(configuration_toy, modeling_toy)
     del FAMILIES["toy"]
 
@@ -52,7 +52,7 @@ CODE = [file for folder in ("src", "scripts", "demo") for file in sorted((ROOT /
 
 
 def test_nothing_else_asks_which_family_a_model_is_of() -> None:
-    """Neither by comparing model types, nor by a table of them."""
+    """No code compares model types, or has a table of them."""
     names = "|".join(FAMILIES)
     pattern = re.compile(rf"model_type (==|!=|in|not in) |[\"']({names})[\"']\s*:|[=!]= *[\"']({names})[\"']")
     found = [f"{file.relative_to(ROOT)}: {match[0]}" for file in CODE for match in pattern.finditer(file.read_text())]

@@ -1,7 +1,7 @@
-"""All families in transformers' own tests for models, backbones and configurations, dense and with token pruning.
+"""transformers' own tests for models, backbones and configurations, run for all families, dense and pruned.
 
-transformers' `PipelineTesterMixin` is left out: it takes its tiny models from the Hub, and works for classes that are
-part of transformers only. `test_remote_code.py` runs the pipeline.
+transformers' `PipelineTesterMixin` is left out: it downloads its tiny models from the Hub, and works only for classes
+that are part of transformers. `test_remote_code.py` tests pipelines.
 """
 
 import unittest
@@ -33,14 +33,15 @@ TABLES = {
 
 @pytest.fixture(autouse=True)
 def known_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite looks names up in the tables of transformers' own models, to which `AutoModel.register` adds none."""
+    """The suite looks up names in the tables of transformers' own models, which `AutoModel.register` does not
+    extend."""
     for model_type, family in FAMILIES.items():
         for end, found in family.classes.items():
             monkeypatch.setitem(getattr(modeling_auto, TABLES[end]), model_type, found.__name__)
 
 
 class PlainMambaTester:
-    """What the suite wants to know: a tiny configuration, inputs, and the sizes to expect in the outputs."""
+    """What the suite asks for: a tiny configuration, inputs, and the expected sizes of outputs."""
 
     config_class = hf_vssm_prune.PlainMambaConfig
     options = {"num_stem_convs": 1, "depthwise_layers": [0]}
@@ -85,7 +86,7 @@ class VideoMambaImageTester(PlainMambaTester):
 
 
 class VideoMambaTester(PlainMambaTester):
-    """Of clips; the others' inputs are images."""
+    """Inputs are clips instead of images."""
 
     config_class = hf_vssm_prune.VideoMambaConfig
     options = {"num_frames": 4, "tubelet_size": 2}
@@ -96,7 +97,7 @@ class VideoMambaTester(PlainMambaTester):
 
 
 class ModelTest(modeling.ModelTesterMixin):
-    """What all families differ in from the language models that the suite is made for."""
+    """What differs from the language models for which the suite is written."""
 
     model_tester_class: type[PlainMambaTester]
     token_pruning: dict | None = None
@@ -121,7 +122,7 @@ class ModelTest(modeling.ModelTesterMixin):
         config_tester.run_common_tests()
 
     def test_model_get_set_embeddings(self):
-        """The suite's wants `nn.Embedding`; an image model embeds patches with a convolution."""
+        """The suite expects `nn.Embedding`, but an image model embeds patches with a convolution."""
         config = self.model_tester.get_config()
         for model_class in self.all_model_classes:
             model = model_class(config)

@@ -1,4 +1,4 @@
-"""Videos of a data set as clips: reading, augmentation, views and their mean; and the commands."""
+"""Videos as clips: reading, augmentation, views and their mean; and the commands."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ from hf_vssm_prune.training.video_decoding import VideoError, read_clip
 
 
 def make_processor(**changes):
-    """Pixel values from 0 to 1."""
+    """An image processor whose pixel values are from 0 to 1."""
     return new_image_processor(make_video_config(**changes), [0.0] * 3, [1.0] * 3)
 
 
@@ -43,13 +43,13 @@ def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def wide_videos(tmp_path: Path) -> Dataset:
-    """One of 20 frames, 88 x 48 pixels, that tell their numbers."""
+    """A single video of 20 numbered frames, 88 x 48 pixels."""
     write_video(tmp_path / "video.mp4", numbered_frames(20))
     return in_rows([tmp_path / "video.mp4"])
 
 
 def in_rows(files: list[Path]) -> Dataset:
-    """As `load_image_dataset` gives them."""
+    """Rows as returned by `load_image_dataset`."""
     return Dataset.from_dict(
         {
             "image": [{"bytes": None, "path": str(file)} for file in files],
@@ -151,7 +151,7 @@ def test_parquet_with_videos_and_none_in_a_row(class_folders, tmp_path):
 
 
 def test_views_are_clips_by_crops(wide_videos):
-    """Three crops along the longer side, their pixels those of the resized frame; the middle one is the processor's."""
+    """Three crops along the longer side of the resized frame. The middle one is the image processor's."""
     processor = make_processor()
     items = EvaluationClips(wide_videos, processor, Views("segments", num_clips=2, num_crops=3))
     views = items[0]["pixel_values"]
@@ -181,7 +181,8 @@ def test_crops_of_upright_videos_go_from_top_to_bottom(tmp_path):
 
 
 def test_all_frames_of_a_clip_are_augmented_alike(tmp_path):
-    """A video that stands still stays so, whatever is done to it; but for erasing's noise, which lies in one place."""
+    """Augmentation leaves a still video still, except for the noise of random erasing, whose place is the same in all
+    frames."""
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     write_video(tmp_path / "still.mkv", [pixels] * 6, codec="ffv1", pix_fmt="bgr0")
     rows = in_rows([tmp_path / "still.mkv"] * 30)
@@ -358,7 +359,7 @@ def test_the_pipeline_takes_a_file(checkpoint, tmp_path):
 
 
 def test_another_image_size(checkpoint):
-    """The embeddings of a frame's places are resized, as a forward pass at that size does it."""
+    """Position embeddings are resized as in a forward pass at that size."""
     model = AutoModelForVideoClassification.from_pretrained(checkpoint).eval()
     clip = torch.randn(1, 3, 3, 48, 48)
     with torch.no_grad():

@@ -1,9 +1,17 @@
-"""What is specific to VideoMamba: clips of any number of frames, image models converted to video models, its files."""
+"""What is specific to VideoMamba: clips with any number of frames, image models converted to video models, its
+files."""
 
 import onnxruntime
 import pytest
 import torch
-from conftest import TOKEN_PRUNING, load_script, make_video_config, make_videomamba_config
+from conftest import (
+    TOKEN_PRUNING,
+    load_script,
+    make_model,
+    make_video_config,
+    make_videomamba_config,
+    relative_error,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForVideoClassification
 
@@ -23,7 +31,6 @@ from hf_vssm_prune.conversion import (
     save_official_model,
 )
 from hf_vssm_prune.export import export_classifier
-from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.quantization import quantize_linears
@@ -36,17 +43,8 @@ NUM_TOKENS = 3 * 16 + 1
 
 @pytest.fixture
 def clips() -> Tensor:
-    """Two for the tiny model of videos."""
+    """Two clips for the tiny video model."""
     return torch.randn(2, 3, 3, 32, 32)
-
-
-def make_model(config: VideoMambaConfig) -> nn.Module:
-    """In evaluation mode, with weights large enough for every part of the model to matter."""
-    model = FAMILIES["videomamba"].classifier(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture
@@ -63,7 +61,8 @@ def pruned_model() -> nn.Module:
 
 
 def image_model_of(video_model: nn.Module) -> nn.Module:
-    """The image model that shows one frame what the video model, of tubelets of one frame, shows all of them."""
+    """An image model that computes for one frame what the video model, with tubelets of one frame, computes for all of
+    them."""
     config = make_videomamba_config(num_labels=video_model.config.num_labels)
     image_model = VideoMambaForImageClassification(config).eval()
     state_dict = video_model.state_dict()
@@ -202,7 +201,9 @@ def test_every_method_prunes_clips(method, model, clips) -> None:
         before = set(kept[0].tolist())
     assert [scores.shape[1] for scores in outputs.token_scores] == [48, 34]
     outputs.loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
@@ -218,7 +219,7 @@ def test_every_alignment_and_importance(alignment, importance, model, clips) -> 
 
 @torch.no_grad()
 def test_gap_from_the_class_token_counts(model, clips, monkeypatch) -> None:
-    """Kept patches that do not begin behind the class token: the scan decays over those between."""
+    """If the first kept patch does not directly follow the class token, the scan decays over the gap."""
     from hf_vssm_prune import modeling_bidirectional
 
     seen = []
@@ -242,19 +243,21 @@ def test_budget_quantization_autocast_and_pictures(pruned_model, clips) -> None:
     model = pruned_model
     model.set_token_pruning({"flops_reduction": 0.4})
     assert count_flops(model.config).reduction == pytest.approx(0.4, abs=0.005)
-    expected = model(clips)
+    expected, dense = model(clips), model(clips, token_pruning=None)  # rounding may change which tokens are kept
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(model(clips).logits.float(), expected.logits, atol=1.0, rtol=0.2)
+        assert model(clips).logits.isfinite().all()
+        assert 0 < relative_error(model(clips, token_pruning=None).logits.float(), dense.logits) < 0.06
     picture = draw_classification(model, clips, [0.5] * 3, [0.25] * 3)
     assert picture.width > 224
     assert all(scores.isfinite().all() for scores in expected.token_scores)
     quantized = quantize_linears(model)
     assert quantized(clips).logits.isfinite().all()
+    assert 0 < relative_error(quantized(clips, token_pruning=None).logits, dense.logits) < 0.15
 
 
 @torch.no_grad()
 def test_export(clips, tmp_path) -> None:
-    """By the method that has most to write; test_export.py has the others."""
+    """Uses the method with the most operators; test_export.py covers the others."""
     schedule = {"layers": [1], "keep_ratios": [0.6], "method": "local_merge"}
     model = make_model(make_video_config(num_hidden_layers=2, token_pruning=schedule))
     processor = new_image_processor(model.config, [0.5] * 3, [0.25] * 3)

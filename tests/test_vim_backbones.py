@@ -28,7 +28,9 @@ def test_a_classifier_without_class_token(method, options, tmp_path):
     outputs = model(images, labels=torch.tensor([0, 2]))
     assert [kept.shape for kept in outputs.kept_tokens] == [(2, 12), (2, 6)]
     outputs.loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
     model.save_pretrained(tmp_path)
     opened = VimForImageClassification.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -53,7 +55,7 @@ def test_flops_are_those_of_one_token_less():
 
 
 def test_rotation_by_the_formula(seed):
-    """Each pair of channels by its own angle, in float64."""
+    """Each pair of channels is rotated by its own angle, computed in float64."""
     grid, channels = (3, 5), 12
     tokens = torch.randn(2, 15, channels, dtype=torch.float64)
     turned = rotate(tokens, grid_rotation(grid, channels, torch.device("cpu")).double())
@@ -79,7 +81,7 @@ def test_all_tokens_kept_is_dense(pixel_values):
 
 @pytest.mark.parametrize("family", ["plainmamba", "vim"])
 def test_maps_of_what_mixers_add(family, pixel_values):
-    """They are the differences between what the layers leave behind."""
+    """They are differences between the outputs of consecutive layers."""
     make = {"plainmamba": make_plainmamba_config, "vim": make_vim_config}[family]
     options = {"out_features": ["stage2", "stage3"], "feature_norm": "none"}
     maps = {}
@@ -106,7 +108,7 @@ def test_only_the_last_map_is_normed(pixel_values):
 
 
 def test_pretrained_weights_without_their_class_token():
-    """What is left of a classifier is at its own place."""
+    """The classifier's other position embeddings are at the right places."""
     classifier = VimForImageClassification(make_vim_config(image_size=64, patch_size=16, patch_stride=16)).eval()
     backbone = make_vim_config(
         image_size=64, patch_size=16, patch_stride=16, use_cls_token=False, out_features=["stage2", "stage4"]

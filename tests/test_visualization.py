@@ -1,4 +1,4 @@
-"""Pictures of kept tokens: the right patches are bright, for both families and any size; bad input is refused."""
+"""Pictures of kept tokens: the right patches are bright, for all families and any size; bad input is rejected."""
 
 import math
 from pathlib import Path
@@ -44,7 +44,8 @@ COVERED = tuple(
 
 
 def patch_colours(picture: Image.Image, panel_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-    """Which patches of a one-row, two-column picture's second panel are covered, from the colour in their middle."""
+    """Which patches are covered in the second panel of a picture with one row and two columns, from the colour at their
+    centre."""
     pixels = np.asarray(picture).astype(int)
     is_grey, is_covered = (np.abs(pixels - colour).max(-1) <= 2 for colour in (GREY, COVERED))
     is_panel = (is_grey | is_covered)[:, pixels.shape[1] // 2 :]
@@ -145,7 +146,7 @@ def test_class_token_is_left_out_of_the_middle(vim_config) -> None:
 
 
 def test_merged_patches_have_one_colour() -> None:
-    """The mean of theirs; what was dropped is covered."""
+    """It is the mean of their colours. Dropped patches are covered."""
     colours = [(200, 0, 0), (100, 0, 0), (0, 200, 0), (0, 0, 250)]
     image = Image.new("RGB", (2, 2))
     image.putdata(colours)
@@ -161,7 +162,7 @@ def test_merged_patches_have_one_colour() -> None:
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_drawn(method, family) -> None:
-    """Those that merge with a second row, of what became one token."""
+    """Methods that merge have a second row, which shows the merged tokens."""
     config = MAKE_CONFIG[family](token_pruning={"layers": [1, 3], "keep_ratios": [0.6, 0.6], "method": method})
     model = FAMILIES[family].classifier(config).eval()
     images = torch.randn(config.pixel_values_shape(1))

@@ -33,7 +33,7 @@ if platform.system() != "Linux":
 
 
 def build_wheel(directory: Path, prebuilt: str) -> Path:
-    """With kernels that are compiled in half of the time; the instructions that they may have are the same."""
+    """Compiles kernels with -O1, in half the time; the allowed instructions are the same."""
     compiler = directory / "compiler"
     compiler.write_text(f'#!/bin/sh\nexec {shlex.join(build.find_compiler())} "$@" -O1\n')
     compiler.chmod(0o755)
@@ -46,7 +46,7 @@ def build_wheel(directory: Path, prebuilt: str) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with nothing but the package, from a wheel with compiled kernels."""
+    """A folder with only the package, from a wheel with compiled kernels."""
     wheel = build_wheel(tmp_path_factory.mktemp("wheel"), "1")
     assert wheel.stem.endswith("-py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_"))
     folder = tmp_path_factory.mktemp("installed")
@@ -93,7 +93,7 @@ def test_prebuilt_kernels_run_without_a_compiler(capability: str | None, install
 
 @pytest.mark.skipif(not build.IS_X86 or shutil.which("objdump") is None, reason="needs objdump on an x86-64")
 def test_baseline_runs_on_any_x86_64(installed: Path):
-    """AVX and what came after has names that begin with v; SSE3 to SSE4.2 are looked for by name."""
+    """Instructions since AVX start with v; those of SSE3 to SSE4.2 are searched by name."""
     newer = re.compile(
         r"\t(v[a-z0-9]+|p?blendv?[a-z]+|dpp[sd]|round[sp][sd]|pmulld|haddp[sd]|pshufb|insertps|popcnt)\s"
     )

@@ -1,5 +1,4 @@
-"""The tasks with which the loop's guarantees are tested: those of the package, and the toy task of the
-documentation."""
+"""Tasks for which the loop's guarantees are tested: those of the package, and the toy task of the documentation."""
 
 import importlib.util
 import io
@@ -24,7 +23,7 @@ from hf_vssm_prune.training.tasks.video_classification import VideoClassificatio
 
 
 def load_toy() -> type[Task]:
-    """The task that docs/extend.md shows."""
+    """The task shown in docs/extend.md."""
     file = Path(__file__).resolve().parents[1] / "docs" / "examples" / "mean_colour.py"
     spec = importlib.util.spec_from_file_location("mean_colour", file)
     module = importlib.util.module_from_spec(spec)
@@ -86,7 +85,7 @@ def encode_video(channel: int, generator: np.random.Generator) -> bytes:
 
 
 def write_parquet(folder: Path, kind: type, encode: Callable[[int, np.random.Generator], bytes]) -> None:
-    """Writes examples of three colours, in two files of 13 for training and one of 5."""
+    """Writes examples in three colours: two files of 13 for training, and one of 5."""
     generator = np.random.default_rng(0)
     features = Features({kind.__name__.lower(): kind(), "label": ClassLabel(names=["red", "green", "blue"])})
     for split, count in (("train-0", 13), ("train-1", 13), ("test-0", 5)):
@@ -96,7 +95,7 @@ def write_parquet(folder: Path, kind: type, encode: Callable[[int, np.random.Gen
 
 
 def masked_image(channel: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An image of one colour with a rectangle of another; the mask has the colours' ids."""
+    """An image in one colour with a rectangle in another. The mask has the colours' ids."""
     pixels, other = coloured_frames(channel, generator)[0], coloured_frames((channel + 1) % 3, generator)[0]
     mask = np.full(pixels.shape[:2], channel, np.uint8)
     top, left = generator.integers(0, pixels.shape[0] // 2, 2)
@@ -139,7 +138,7 @@ def write_mask_parquet(folder: Path) -> None:
 
 
 def boxed_image(channel: int, generator: np.random.Generator) -> tuple[np.ndarray, list[int]]:
-    """An image of one colour with a rectangle of the next one, and its box: left, top, width, height."""
+    """An image in one colour with a rectangle in the next one, and its box (left, top, width, height)."""
     pixels, mask = masked_image(channel, generator)
     rows, columns = np.nonzero(mask != channel)
     left, top = columns.min(), rows.min()
@@ -147,7 +146,7 @@ def boxed_image(channel: int, generator: np.random.Generator) -> tuple[np.ndarra
 
 
 def write_box_folder(folder: Path, counts: Mapping[str, int] = {"train": 36, "test": 15}) -> None:
-    """Writes COCO's format, with one object in each image."""
+    """Writes COCO's format, with one object per image."""
     generator = np.random.default_rng(0)
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(COLOURS.values())]
     for split, count in counts.items():
@@ -162,7 +161,7 @@ def write_box_folder(folder: Path, counts: Mapping[str, int] = {"train": 36, "te
 
 
 def write_box_parquet(folder: Path) -> None:
-    """Writes the column `objects` of transformers' examples."""
+    """Writes the column `objects` as in transformers' examples."""
     generator = np.random.default_rng(0)
     objects = {"bbox": List(List(Value("float32"))), "category": List(ClassLabel(names=list(COLOURS.values())))}
     features = Features({"image": Image(), "objects": objects})

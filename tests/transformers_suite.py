@@ -1,7 +1,7 @@
 """transformers' own model tests, from the source distribution of the installed version.
 
-They are no part of transformers' wheel and are not copied into this repository. They are downloaded once for each
-version of transformers, into the user's cache, as a package under another name.
+transformers' wheel does not contain them, and they are not copied into this repository. They are downloaded once per
+version of transformers into the user's cache, as a package with another name.
 """
 
 import importlib
@@ -34,7 +34,7 @@ class SuiteUnavailable(Exception):
 
 
 def import_suite(module: str) -> ModuleType:
-    """Imports one of `MODULES`, which is first downloaded if it is not in the cache.
+    """Imports one of `MODULES`, after downloading it if it is not cached.
 
     Raises:
         SuiteUnavailable: the download failed; the message says how.
@@ -46,7 +46,7 @@ def import_suite(module: str) -> ModuleType:
 
 
 def fetch_suite() -> Path:
-    """The folder that contains the package. If several processes call this at once, one of them downloads it."""
+    """The folder that contains the package. If several processes call this at once, only one downloads it."""
     cache = cache_folder()
     folder = cache / f"transformers-{transformers.__version__}-tests"
     with FileLock(f"{folder}.lock"):
@@ -88,7 +88,7 @@ def download(folder: Path) -> Path:
 
 
 def unpack(archive: Path, package: Path) -> None:
-    """Writes the modules, and stubs for the rest of the tests."""
+    """Writes the modules, and stubs for the other tests that they import."""
     root = archive.name.removesuffix(".tar.gz")
     files = dict(STUBS)
     with tarfile.open(archive) as tar:

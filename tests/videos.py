@@ -1,4 +1,4 @@
-"""Videos that the tests create."""
+"""Videos created by the tests."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,7 +12,7 @@ BITS = 11
 
 
 def numbered_frames(count: int, height: int = 48, width: int = 88) -> list[np.ndarray]:
-    """Frames (height, width, 3) that show their numbers in binary as black and white stripes; see `number_in`."""
+    """Frames (height, width, 3) that show their index in binary as black and white stripes; see `number_in`."""
     stripes = np.arange(width) * BITS // width
     return [
         np.broadcast_to((40 + 175 * (i >> stripes & 1))[None, :, None], (height, width, 3)).astype(np.uint8)
@@ -21,7 +21,7 @@ def numbered_frames(count: int, height: int = 48, width: int = 88) -> list[np.nd
 
 
 def number_in(pixels: Any) -> int:
-    """The number of one of `numbered_frames`."""
+    """The index shown by one of `numbered_frames`."""
     brightness = np.asarray(pixels, float).mean((0, 2))
     middles = (np.arange(BITS) + 0.5) * len(brightness) / BITS
     return sum(1 << bit for bit, place in enumerate(middles) if brightness[int(place)] > 128)

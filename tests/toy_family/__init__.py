@@ -1,1 +1,1 @@
-"""An example of a model family that an extension adds in two files: see docs/extend.md."""
+"""Example of a model family that an extension adds in two files; see docs/extend.md."""

@@ -1,4 +1,4 @@
-"""Toy's models, made of parts of other families, and the format of its published files."""
+"""Toy's models, built from parts of other families, and the format of its published files."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .configuration_toy import ToyConfig
 
 
 class ToyEmbeddings(BidirectionalEmbeddings):
-    """Like Vim's, for videos of the configured size: the patches of all frames, frame by frame."""
+    """Like Vim's, for videos of the configured size: patches of all frames, frame by frame."""
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)

@@ -42,12 +42,18 @@ def save_pretrained(
         image_processor, model_card: as in `hub.save_for_hub`.
 
     Raises:
-        TypeError, NotADirectoryError: as for `hub.save_for_hub`.
+        TypeError: there are too many positional arguments, or as for `hub.save_for_hub`.
+        NotADirectoryError: as for `hub.save_for_hub`.
         PushError: as for `hub.push_model`.
     """
     check_arguments(model, image_processor)
     folder = Path(os.path.abspath(save_directory))
     check_folder(folder)
+    if len(arguments) > len(SAVE_ARGUMENTS):
+        raise TypeError(
+            f"`save_pretrained` got {1 + len(arguments)} positional arguments; allowed are at most "
+            f"{1 + len(SAVE_ARGUMENTS)}: save_directory, {', '.join(SAVE_ARGUMENTS)}."
+        )
     options |= dict(zip(SAVE_ARGUMENTS[: len(arguments)], arguments, strict=True))
     if has_adapters(model):
         PreTrainedModel.save_pretrained(model, folder, **options)

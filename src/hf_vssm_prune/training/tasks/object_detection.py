@@ -139,6 +139,8 @@ class DetectionArguments(BoxArguments):
             raise ValueError("--decoder_layers is 1: transformers' deformable_detr needs at least 2.")
         if self.levels is not None and (sorted(set(self.levels)) != self.levels or self.levels[0] < 1):
             raise ValueError(f"--levels is {self.levels}: it must be ascending layer numbers, counted from 1.")
+        if len(self.scale) > 2:
+            raise ValueError(f"--scale is {self.scale}: give the smallest and the largest factor, or one number.")
         size, divisor = self.size(), SIZE_DIVISOR[self.head]
         if size is not None and any(side % divisor for side in size):
             raise ValueError(f"--input_size is {self.input_size}: {self.head} needs multiples of {divisor}.")

@@ -152,6 +152,8 @@ class SegmentationArguments(MaskArguments):
             check_range(name, getattr(self, name), 1, 2**16)
         if self.levels is not None and (sorted(set(self.levels)) != self.levels or self.levels[0] < 1):
             raise ValueError(f"--levels is {self.levels}: it must be ascending layer numbers, counted from 1.")
+        if len(self.scale) > 2:
+            raise ValueError(f"--scale is {self.scale}: give the smallest and the largest factor, or one number.")
         self.augmentation()
 
     def augmentation(self) -> MaskAugmentation:
