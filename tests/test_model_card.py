@@ -251,7 +251,7 @@ def test_script_writes_the_page_of_a_folder(tiny_pruned_config, image_processor,
         ("name: [", "does not describe a model card"),
         ("license: mit", "missing 1 required positional argument: 'name'"),
         ("name: M\ntraining: {recipe: none}", "unexpected keyword argument 'recipe'"),
-        ("name: M\nevaluation: {split: test}", "does not describe a model card: 'results'"),
+        ("name: M\nevaluation: {split: test}", r"model card: evaluation has \['split'\], but no results"),
     ],
 )
 def test_wrong_descriptions_are_refused(content, message, tmp_path) -> None:

@@ -34,7 +34,7 @@ def read_model_card_info(file: str | os.PathLike[str]) -> ModelCardInfo:
         if not isinstance(fields, dict):
             raise TypeError(f"it must map names to values, but is {fields!r}")
         return ModelCardInfo(**_with_objects(fields, file.parent))
-    except (yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} does not describe a model card: {error}") from error
 
 
@@ -43,6 +43,8 @@ def _with_objects(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
         fields["training"] = TrainingRecipe(**fields["training"])
     if "evaluation" in fields:
         about = dict(fields["evaluation"])
+        if "results" not in about:
+            raise TypeError(f"evaluation has {sorted(about)}, but no results (a file of `evaluate --json`)")
         fields["evaluation"] = Evaluation.from_results(folder / about.pop("results"), **about)
     if "picture" in fields:
         fields["picture"] = folder / fields["picture"]
