@@ -11,17 +11,19 @@ from benchmarking.measuring import Case, Group, take_turns
 from benchmarking.models import random_inputs
 from hf_vssm_prune import count_flops
 from hf_vssm_prune.families import FAMILIES
+from hf_vssm_prune.pruning_methods import PAPERS_METHOD
 
 
 @torch.no_grad()
 def budgets_section(options: argparse.Namespace) -> list[Group]:
-    """One model with increasing budgets: does the time follow the FLOPs? `--plot` draws it."""
+    """One model with increasing budgets and the paper's method: does the time follow the FLOPs? `--plot` draws it."""
     family = FAMILIES[options.family]
     dense = family.classifier(family.config.from_preset(options.preset)).eval()
     models, shares = {"dense": dense}, {"dense": 1.0}
     for reduction in (0.2, 0.3, 0.416, 0.5, 0.6):
         name = f"{reduction:.1%} fewer FLOPs"
-        config = family.config.from_preset(options.preset, token_pruning={"flops_reduction": reduction})
+        schedule = {"flops_reduction": reduction, "method": PAPERS_METHOD}
+        config = family.config.from_preset(options.preset, token_pruning=schedule)
         models[name] = family.classifier(config).eval()
         models[name].load_state_dict(dense.state_dict())
         shares[name] = 1 - count_flops(config).reduction
