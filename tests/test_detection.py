@@ -20,6 +20,7 @@ from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.saving import save_for_hub
 from hf_vssm_prune.pruned_heads import backbone_of
 from hf_vssm_prune.training import dense_models
+from hf_vssm_prune.training.data.dense_items import fixed_size
 from hf_vssm_prune.training.detection_losses import detection_distillation, generalized_overlap, predictions_of
 from hf_vssm_prune.training.detection_models import DetectionHead, DetectionModels, detection_processor
 from hf_vssm_prune.training.optimization import parameter_groups
@@ -301,7 +302,12 @@ def test_estimate_of_a_detector(capsys):
 
 
 def test_example_batches_are_of_the_models_size():
-    batch = ObjectDetection().example_batch(make_vim_config(), 2, torch.device("cpu"))
+    detector = make_models("rt_detr").from_config(make_vim_config()).config
+    batch = ObjectDetection().example_batch(detector, 2, torch.device("cpu"))
     assert batch["pixel_values"].shape == (2, 3, 32, 32)
+    # For a detector made from a classifier, training resizes images to this size.
+    size = fixed_size(ObjectDetection().image_processor(new_image_processor(make_vim_config())))
+    batch = ObjectDetection().example_batch(make_vim_config(), 2, torch.device("cpu"))
+    assert batch["pixel_values"].shape == (2, 3, *size)
     small = ObjectDetection(DetectionArguments(input_size=[64, 96]))
     assert small.example_batch(make_vim_config(), 2, torch.device("cpu"))["pixel_values"].shape == (2, 3, 64, 96)
