@@ -136,14 +136,28 @@ def _load_teacher(
     """
     if name_or_path is None or not recipe.losses.needs_teacher:
         return None
+    _check_pixel_values("teacher", name_or_path, processor)
+    return recipe.task.load_teacher(name_or_path, student.config, recipe.losses, dtype, image_size)
+
+
+def _check_pixel_values(role: str, name_or_path: str, processor: BaseImageProcessor) -> None:
+    """Raises an error for a checkpoint that cannot be given the pixel values of a model.
+
+    Args:
+        role: what error messages call the checkpoint.
+        name_or_path: the checkpoint.
+        processor: the model's image processor.
+
+    Raises:
+        ValueError: it expects pixel values that are rescaled or normalised in another way.
+    """
     own, its = (json.loads(each.to_json_string()) for each in (processor, load_image_processor(name_or_path)))
     for step in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
         if own.get(step) != its.get(step):
             raise ValueError(
-                f"The teacher {name_or_path} expects pixel values made with {step} {its.get(step)}, but those of the "
+                f"The {role} {name_or_path} expects pixel values made with {step} {its.get(step)}, but those of the "
                 f"model are made with {own.get(step)}, and both are given the same ones."
             )
-    return recipe.task.load_teacher(name_or_path, student.config, recipe.losses, dtype, image_size)
 
 
 def _at_size(model: PrunableModel, processor: BaseImageProcessor, image_size: int | None) -> BaseImageProcessor:
@@ -185,6 +199,9 @@ def evaluate(
     rows, label_names = _load_rows(task, data, options)
     load = partial(task.load_model, label_names=label_names, some_labels=True, dtype=options.dtype)
     models = {"dense": load(beside.dense_name_or_path or options.model_name_or_path)}
+    if beside.dense_name_or_path is not None:
+        processor = load_image_processor(options.model_name_or_path)
+        _check_pixel_values("dense model", beside.dense_name_or_path, processor)
     models["dense"].set_token_pruning(None)
     if schedule is not None:
         models["pruned"] = load(options.model_name_or_path)
