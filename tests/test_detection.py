@@ -16,6 +16,7 @@ from transformers import pipeline
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from hf_vssm_prune.detections import find_objects, to_corners
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.saving import save_for_hub
 from hf_vssm_prune.pruned_heads import backbone_of
@@ -291,6 +292,24 @@ def test_from_boxes_to_a_pruned_detector(tmp_path, capsys):
     assert "# Cells" in card
     assert "Mean average precision at IoU 0.5" in card
     assert load_script("push").main([f"{out[1]}/best", "user/detector", "--dry_run"]) == 0
+
+
+def test_a_new_detector_is_made_for_the_size_of_its_images(tmp_path, capsys):
+    config = make_vim_config(**IMAGES, patch_stride=None)
+    model = FAMILIES["vim"].classifier(config)
+    processor = new_image_processor(config)
+    checkpoint = save_for_hub(model, tmp_path / "model", processor)
+    task = ObjectDetection(DetectionArguments(head_channels=16, head_ffn_channels=16, decoder_layers=1))
+    backbone = backbone_of(task.load_model(str(checkpoint), ["red", "green"]))
+    assert backbone.config.input_size == fixed_size(task.image_processor(processor)) == (640, 640)
+    assert backbone.embeddings.position_embeddings.shape[1] == 40 * 40 + 1
+    (tmp_path / "data").mkdir()
+    write_box_folder(tmp_path / "data", {"train": 4, "test": 4})
+    options = ["--task", "object-detection", "--dataset_name", tmp_path / "data", "--model_name_or_path", checkpoint]
+    options += ["--image_size", "32", "--head_channels", "16", "--decoder_layers", "1", "--use_cpu"]
+    assert load_script("train").main([str(each) for each in [*options, "--output_dir", tmp_path / "run"]]) == 1
+    said = capsys.readouterr().err
+    assert "--image_size is 32, but --task object-detection resizes images to (height, width) (640, 640)" in said
 
 
 def test_estimate_of_a_detector(capsys):

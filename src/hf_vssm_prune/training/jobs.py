@@ -40,12 +40,12 @@ from hf_vssm_prune.training.devices import check_training_precision, find_device
 from hf_vssm_prune.training.distribution import ProcessLostError
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models, comparison_table
-from hf_vssm_prune.training.image_size import config_at_size, resize_image_processor, resize_model
+from hf_vssm_prune.training.image_size import config_at_size, output_size, resize_image_processor, resize_model
 from hf_vssm_prune.training.image_steps import ImageError
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.tasks import default_task
-from hf_vssm_prune.training.tasks.task import PrunableModel, Task
+from hf_vssm_prune.training.tasks.task import PrunableModel, Task, image_processor_of
 
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def prepare_finetuning(
     student = recipe.task.load_model(
         model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes
     )
-    processor = _at_size(student, load_image_processor(model.model_name_or_path), model.image_size)
+    processor = _at_size(recipe.task, student, load_image_processor(model.model_name_or_path), model.image_size)
     student.set_token_pruning(schedule)
     name = model.teacher_name_or_path or model.model_name_or_path
     teacher = _load_teacher(name, student, processor, recipe, model.teacher_dtype, model.image_size)
@@ -113,7 +113,7 @@ def prepare_dense_training(
             model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes
         )
         network.set_token_pruning(None)
-        processor = _at_size(network, load_image_processor(model.model_name_or_path), model.image_size)
+        processor = _at_size(recipe.task, network, load_image_processor(model.model_name_or_path), model.image_size)
     other = _load_teacher(
         teacher.teacher_name_or_path, network, processor, recipe, teacher.teacher_dtype, model.image_size
     )
@@ -160,12 +160,25 @@ def _check_pixel_values(role: str, name_or_path: str, processor: BaseImageProces
             )
 
 
-def _at_size(model: PrunableModel, processor: BaseImageProcessor, image_size: int | None) -> BaseImageProcessor:
-    """Adapts a model to another image size, if one is given, and returns the image processor for it."""
+def _at_size(
+    task: Task, model: PrunableModel, processor: BaseImageProcessor, image_size: int | None
+) -> BaseImageProcessor:
+    """Adapts a model to another image size, if one is given, and returns the image processor for it.
+
+    Raises:
+        ValueError: the task resizes images to another size.
+    """
     if image_size is None:
         return processor
+    processor = resize_image_processor(processor, image_size)
+    size = output_size(image_processor_of(task, processor))
+    if size not in (None, (image_size, image_size)):
+        raise ValueError(
+            f"--image_size is {image_size}, but --task {task.name} resizes images to (height, width) {size}: see its "
+            "own options for their size."
+        )
     resize_model(model, image_size)
-    return resize_image_processor(processor, image_size)
+    return processor
 
 
 def evaluate(

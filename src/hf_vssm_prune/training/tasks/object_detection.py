@@ -176,7 +176,7 @@ class DetectionArguments(BoxArguments):
             levels=None if self.levels is None else tuple(self.levels),
             feature_norm=self.feature_norm,
             feature_pyramid=self.feature_pyramid,
-            image_size=self.size(),
+            image_size=self.size() or NEW_DETECTORS_SIZE,
         )
 
 
