@@ -16,10 +16,12 @@ from transformers import pipeline
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from hf_vssm_prune.detections import find_objects, to_corners
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.saving import save_for_hub
 from hf_vssm_prune.pruned_heads import backbone_of
 from hf_vssm_prune.training import dense_models
+from hf_vssm_prune.training.data.dense_items import fixed_size
 from hf_vssm_prune.training.detection_losses import detection_distillation, generalized_overlap, predictions_of
 from hf_vssm_prune.training.detection_models import DetectionHead, DetectionModels, detection_processor
 from hf_vssm_prune.training.optimization import parameter_groups
@@ -292,6 +294,24 @@ def test_from_boxes_to_a_pruned_detector(tmp_path, capsys):
     assert load_script("push").main([f"{out[1]}/best", "user/detector", "--dry_run"]) == 0
 
 
+def test_a_new_detector_is_made_for_the_size_of_its_images(tmp_path, capsys):
+    config = make_vim_config(**IMAGES, patch_stride=None)
+    model = FAMILIES["vim"].classifier(config)
+    processor = new_image_processor(config)
+    checkpoint = save_for_hub(model, tmp_path / "model", processor)
+    task = ObjectDetection(DetectionArguments(head_channels=16, head_ffn_channels=16, decoder_layers=1))
+    backbone = backbone_of(task.load_model(str(checkpoint), ["red", "green"]))
+    assert backbone.config.input_size == fixed_size(task.image_processor(processor)) == (640, 640)
+    assert backbone.embeddings.position_embeddings.shape[1] == 40 * 40 + 1
+    (tmp_path / "data").mkdir()
+    write_box_folder(tmp_path / "data", {"train": 4, "test": 4})
+    options = ["--task", "object-detection", "--dataset_name", tmp_path / "data", "--model_name_or_path", checkpoint]
+    options += ["--image_size", "32", "--head_channels", "16", "--decoder_layers", "1", "--use_cpu"]
+    assert load_script("train").main([str(each) for each in [*options, "--output_dir", tmp_path / "run"]]) == 1
+    said = capsys.readouterr().err
+    assert "--image_size is 32, but --task object-detection resizes images to (height, width) (640, 640)" in said
+
+
 def test_estimate_of_a_detector(capsys):
     options = ["--task", "object-detection", "--family", "vim", "--image_size", "32", "--patch_size", "8"]
     options += ["--config_overrides", "hidden_size=16", "num_hidden_layers=4", "state_size=4", "--num_classes", "3"]
@@ -301,7 +321,12 @@ def test_estimate_of_a_detector(capsys):
 
 
 def test_example_batches_are_of_the_models_size():
-    batch = ObjectDetection().example_batch(make_vim_config(), 2, torch.device("cpu"))
+    detector = make_models("rt_detr").from_config(make_vim_config()).config
+    batch = ObjectDetection().example_batch(detector, 2, torch.device("cpu"))
     assert batch["pixel_values"].shape == (2, 3, 32, 32)
+    # For a detector made from a classifier, training resizes images to this size.
+    size = fixed_size(ObjectDetection().image_processor(new_image_processor(make_vim_config())))
+    batch = ObjectDetection().example_batch(make_vim_config(), 2, torch.device("cpu"))
+    assert batch["pixel_values"].shape == (2, 3, *size)
     small = ObjectDetection(DetectionArguments(input_size=[64, 96]))
     assert small.example_batch(make_vim_config(), 2, torch.device("cpu"))["pixel_values"].shape == (2, 3, 64, 96)

@@ -18,16 +18,23 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.devices import launch_on_cores
 from hf_vssm_prune.training.estimate import RunEstimate, estimate_run, estimate_text
+from hf_vssm_prune.training.length import RunLength
 from hf_vssm_prune.training.tasks.classification import ImageClassification
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
-def estimate(elastic: ElasticArguments | None = None, scale: ScaleArguments | None = None, **losses) -> RunEstimate:
-    config = make_vim_config(num_hidden_layers=8, token_pruning=dict(TOKEN_PRUNING))
+def estimate(
+    elastic: ElasticArguments | None = None,
+    scale: ScaleArguments | None = None,
+    gradient_accumulation_steps: int = 2,
+    pruning: dict | None = None,
+    **losses,
+) -> RunEstimate:
+    config = make_vim_config(num_hidden_layers=8, token_pruning=pruning or dict(TOKEN_PRUNING))
     optimization = OptimizationArguments(
-        num_train_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=2
+        num_train_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=gradient_accumulation_steps
     )
     options = EstimateArguments(
         num_images=100,
@@ -67,6 +74,37 @@ def test_updates_flops_and_hours(monkeypatch):
     without_teacher = estimate(kd_weight=0.0, alignment_weight=0.0)
     assert without_teacher.flops_per_image == 6 * flops.pruned.total
     assert without_teacher.state_bytes == pytest.approx(found.state_bytes * 5 / 6)
+
+
+def test_the_last_step_of_an_epoch_may_be_shorter():
+    found = estimate(gradient_accumulation_steps=5, kd_weight=0.0, alignment_weight=0.0)
+    assert found.num_steps == 9, "of 5, 5 and 2 batches in each epoch"
+    evaluations = 3 * 2 * 10 * found.flops_per_image / 3
+    assert found.total_flops == 3 * (5 + 5 + 2) * 4 * 2 * found.flops_per_image + evaluations
+    for max_steps, batches in ((1, 5), (3, 12), (4, 17), (6, 24), (8, 34)):
+        assert RunLength(12, 5, 3, max_steps).num_batches == batches
+
+
+def test_every_scan_direction_runs_in_training():
+    half = TOKEN_PRUNING | {"block_keep_ratio": 0.5}
+    found = estimate(pruning=half, kd_weight=0.0, alignment_weight=0.0)
+    config = make_vim_config(num_hidden_layers=8, token_pruning=dict(TOKEN_PRUNING))
+    # From the projected class token to 2 directions, in all layers but those whose mixer's output ranks tokens.
+    selectors = (8 - 2) * 2 * 2 * config.intermediate_size
+    trained = 6 * (count_flops(config).pruned.total + selectors)
+    assert found.flops_per_image == trained
+    config.token_pruning = half
+    evaluated = found.total_flops - 18 * 16 * trained
+    assert evaluated == 3 * 2 * 10 * 2 * count_flops(config).pruned.total
+
+
+def test_speed_is_that_of_the_measured_schedule():
+    found = estimate(ElasticArguments([0, 0.25]))
+    flops = count_flops(make_vim_config(num_hidden_layers=8, token_pruning=dict(TOKEN_PRUNING)))
+    measured = 2 * (3 * flops.pruned.total + flops.dense.total)
+    assert measured < found.flops_per_image
+    assert 1e12 * found.measured_tflops == pytest.approx(found.measured_images_per_second * measured)
+    assert found.hours_on_this_machine == pytest.approx(found.total_flops / (1e12 * found.measured_tflops) / 3600)
 
 
 def test_one_process_per_core_is_recommended_where_the_batch_can_be_divided(monkeypatch):

@@ -15,9 +15,9 @@ from transformers import AutoModelForImageClassification
 
 import hf_vssm_prune
 from hf_vssm_prune import EXAMPLE_MODEL
-from hf_vssm_prune.hub import ModelCardInfo
+from hf_vssm_prune.hub import ModelCardInfo, pretrained
 from hf_vssm_prune.hub.loading import load_classifier, load_config, load_image_processor, new_image_processor
-from hf_vssm_prune.hub.pushing import PushError, list_pushed_files
+from hf_vssm_prune.hub.pushing import PushError, list_pushed_files, push_model
 from hf_vssm_prune.hub.saving import auto_map
 
 
@@ -201,8 +201,16 @@ def test_a_hub_that_is_not_there_is_named(plainmamba, monkeypatch) -> None:
         plainmamba.push_to_hub("user/name")
 
 
-def test_save_pretrained_pushes_on_request(hub, plainmamba, tmp_path, repo) -> None:
-    plainmamba.save_pretrained(tmp_path / "tiny", push_to_hub=True, repo_id=repo, commit_message="From here")
+def test_save_pretrained_pushes_on_request(hub, plainmamba, tmp_path, repo, monkeypatch) -> None:
+    about, given = {"commit_message": "From here", "commit_description": "of two"}, {}
+
+    def push(*arguments, **options):
+        given.update(options)
+        return push_model(*arguments, **options)
+
+    monkeypatch.setattr(pretrained, "push_model", push)
+    plainmamba.save_pretrained(tmp_path / "tiny", push_to_hub=True, repo_id=repo, **about)
+    assert given.items() >= about.items()
     assert hub.state.repositories[repo].branches["main"][-1].message == "From here"
     assert hub.files(repo)["model.safetensors"] == (tmp_path / "tiny" / "model.safetensors").read_bytes()
 

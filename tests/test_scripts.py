@@ -222,6 +222,17 @@ def test_a_model_learns_from_a_teacher_of_another_family(image_folder, checkpoin
     assert "kd_temperature" in (tmp_path / "student" / "last" / "README.md").read_text()
 
 
+def test_a_dense_model_is_given_the_pixel_values_that_it_knows(image_folder, checkpoint, tmp_path, capsys):
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    arguments = ["--dataset_name", image_folder, "--model_name_or_path", checkpoint, "--dense_name_or_path", other]
+    arguments = [str(argument) for argument in [*arguments, "--workers", "0", "--device", "cpu"]]
+    file = other / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_std": [0.5] * 3}))
+    assert load_script("evaluate").main(arguments) == 1
+    said = capsys.readouterr().err
+    assert f"The dense model {other} expects pixel values made with image_std [0.5, 0.5, 0.5], but those" in said
+
+
 def test_schedules_side_by_side(image_folder, checkpoint, tmp_path, capsys):
     schedules = {"one": {"layers": [2], "keep_ratios": [0.5]}, "two": {"layers": [1, 2], "keep_ratios": [0.9, 0.8]}}
     (tmp_path / "schedules.json").write_text(json.dumps(schedules))
@@ -305,11 +316,13 @@ EVALUATE = ["--dataset_name", "d", "--model_name_or_path", "m"]
         ("finetune", [*FINETUNE, "--prune_layers", "6", "--keep_ratios", "1.5"], "--keep_ratios has [1.5]"),
         ("finetune", [*FINETUNE, *SCHEDULE, "--flops_reduction", "0.4"], "cannot be combined"),
         ("compare_methods", [*EVALUATE, "--int8"], "--int8"),
+        ("compare_methods", [*EVALUATE, "--schedules", "s", "--flops_reduction", "0.3"], "cannot be combined"),
         ("finetune", [*FINETUNE, "--flops_reduction", "41.6"], "--flops_reduction is 41.6"),
         ("finetune", [*FINETUNE, "--prune_alignment", "copy"], "invalid choice: 'copy'"),
         ("finetune", [*FINETUNE, "--importance", "max"], "invalid choice: 'max'"),
         ("finetune", [*FINETUNE, "--prune_method", "ToMe"], "invalid choice: 'ToMe'"),
         ("train", [*TRAIN, "--elastic_budgets", "0", "1"], "--elastic_budgets has [1.0]"),
+        ("finetune", [*FINETUNE, "--elastic_importance", "l2"], "'l2': it needs --elastic_budgets"),
         ("finetune", [*FINETUNE, "--kd_temperature", "0"], "--kd_temperature is 0.0"),
         ("finetune", [*FINETUNE, "--kd_weight", "-1"], "--kd_weight is -1.0"),
         ("finetune", [*FINETUNE, "--alignment_weight", "0", "--alignment_layers", "3"], "needs an --alignment_weight"),
@@ -476,6 +489,12 @@ def test_what_is_not_given_is_the_checkpoints(given, of_dense, of_pruned):
             assert arguments.schedule(config) is None
         else:
             assert arguments.schedule(config).items() >= expected.items()
+
+
+def test_another_method_keeps_the_blocks_of_a_checkpoint():
+    config = make_vim_config(token_pruning=STAGES | OTHERS | {"block_keep_ratio": 0.5})
+    for given, expected in ({}, 0.5), ({"prune_method": "mtr"}, 0.5), ({"block_keep_ratio": 0.25}, 0.25):
+        assert PruningArguments(**given).schedule(config)["block_keep_ratio"] == expected
 
 
 @pytest.mark.parametrize(

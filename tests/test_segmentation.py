@@ -6,8 +6,11 @@ from conftest import make_vim_config
 from PIL import Image
 from tested_tasks import SMALL_HEAD
 
+from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.saving import save_for_hub
+from hf_vssm_prune.training import evaluation
+from hf_vssm_prune.training.sliding_window import slide
 from hf_vssm_prune.training.tasks.semantic_segmentation import (
     MaskArguments,
     SegmentationArguments,
@@ -65,6 +68,44 @@ def test_short_side_is_the_size_of_images():
 def test_scale_has_two_values():
     with pytest.raises(ValueError, match=r"--scale is \[0.5, 1.0, 2.0\]: give the smallest and the largest factor"):
         make_task(scale=[0.5, 1.0, 2.0])
+
+
+def test_many_windows_in_half_precision():
+    """With windows of 8 x 8 at every position, up to 64 values are added at a pixel."""
+    image = torch.rand(1, 1, 24, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def segment(part: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part + part.mean(), part * part.amax()], dim=1)
+
+    sums, counts = torch.zeros(2, 24, 24, dtype=torch.float64), torch.zeros(24, 24, dtype=torch.float64)
+    for top in range(17):
+        for left in range(17):
+            rows, columns = slice(top, top + 8), slice(left, left + 8)
+            sums[:, rows, columns] += segment(image[..., rows, columns])[0].double()
+            counts[rows, columns] += 1
+    found = slide(segment, image, (8, 8), (1, 1))[0].double()
+    torch.testing.assert_close(found, sums / counts, rtol=1e-5, atol=1e-5)
+
+
+def test_an_evaluation_counts_all_windows_and_times_whole_batches(monkeypatch):
+    task = make_task(window=[32], window_stride=[24])
+    model = task.auto_class.from_config(make_vim_config())
+    batches = [{"pixel_values": torch.rand(n, 3, 32, 64), "labels": torch.zeros(n, 32, 64).long()} for n in (2, 1)]
+    monkeypatch.setattr(evaluation, "_timed", lambda compute, device: (1.0, compute()))
+    seen = []
+
+    def see(module, inputs, options):
+        seen.append(options["pixel_values"].shape)
+
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    found = evaluation.compare_models(task, {"it": model}, batches, torch.device("cpu"))["it"]
+    assert seen[:3] == [(1, 3, 32, 32)] * 3, "at 0, 24 and 32"
+    assert len(seen) == 3 * (2 + 3), "the first batch runs twice"
+    one = count_flops(model.config, (32, 32)).pruned
+    assert (found.gflops_total, found.gflops_published) == pytest.approx((3 * one.total / 1e9, 3 * one.published / 1e9))
+    assert found.images_per_second == 2, "the last batch has one image"
+    assert task.parts((32, 80)) == [(32, 32)] * 3
+    assert make_task().parts((32, 80)) == [(32, 80)]
 
 
 def test_windows_leave_no_gap():

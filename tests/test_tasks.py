@@ -198,8 +198,9 @@ def test_a_task_has_all_that_the_loop_asks_for(task):
     assert all(hasattr(kind(None), name) for name in members)
     assert kind.metric_for_best_model in kind.shown_metrics
     config = TESTED[task].make_config()
-    batch = kind(None).example_batch(config, 3, torch.device("cpu"))
-    outputs = kind.auto_class.from_config(config)(**kind(None).inputs(batch))
+    model = kind.auto_class.from_config(config)
+    batch = kind(None).example_batch(model.config, 3, torch.device("cpu"))
+    outputs = model(**kind(None).inputs(batch))
     assert all(term.shape == () for term in kind(None).losses(outputs, batch).values())
     scores = kind(None).scores(outputs, batch)
     assert len(scores) == 3

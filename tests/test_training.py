@@ -774,6 +774,18 @@ def test_a_run_with_other_settings_is_not_continued(datasets, tmp_path):
         make_trainer(make_vim_config(), datasets, recipe)
 
 
+def test_steps_of_other_images_are_not_continued(datasets, tmp_path):
+    """Of 22 images, the second step of an epoch has 2 batches of 4, or 1 batch of 6."""
+    few = replace(datasets, train=datasets.train.select(range(22)))
+    options = {"max_train_steps": 2, "gradient_accumulation_steps": 3}
+    make_trainer(make_vim_config(), few, make_recipe(tmp_path, **options)).train()
+    options |= {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
+    recipe = make_recipe(tmp_path, **options)
+    recipe.run.resume = "latest"
+    with pytest.raises(ValueError, match=r"differently: the images in whole batches of an epoch were 20 and are 18\."):
+        make_trainer(make_vim_config(), few, recipe)
+
+
 def test_a_checkpoint_of_before_steps_were_called_so_goes_on(datasets, tmp_path):
     """It has "updates" instead of steps, and no task."""
     recipe = make_recipe(tmp_path, max_train_steps=3)

@@ -94,7 +94,9 @@ def load_official_model(
 
     Args:
         path: path of the file.
-        ema: load the weights averaged over training instead of the last ones.
+        ema: load the weights averaged over training instead of the last ones. If a file has both under other names,
+            see `OfficialFormat.official_last_weights`, the averaged ones are loaded in any case, as in the authors'
+            evaluation.
         family: family of the checkpoint. None: the family whose model type is part of the file's name, if the tensors
             can be of that family; otherwise see `infer_config`.
         **overrides: options of the configuration that the tensors do not imply, see `infer_config`; for instance

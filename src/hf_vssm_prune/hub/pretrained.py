@@ -37,8 +37,8 @@ def save_pretrained(
         model: a model of this package.
         save_directory: the folder.
         arguments, options: those of transformers' `save_pretrained`. With `push_to_hub`, the model is pushed
-            afterwards, with `repo_id` (default: the folder's name), `commit_message`, `create_pr`, `private`,
-            `revision` and `token`.
+            afterwards, with `repo_id` (default: the folder's name), `commit_message`, `commit_description`,
+            `create_pr`, `private`, `revision` and `token`.
         image_processor, model_card: as in `hub.save_for_hub`.
 
     Raises:
@@ -81,7 +81,7 @@ def _remove_outdated_weights(folder: Path) -> None:
 
 # The parameters of transformers' `save_pretrained` after the folder, in their order.
 SAVE_ARGUMENTS = [*inspect.signature(PreTrainedModel.save_pretrained).parameters][2:-1]
-PUSH_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "revision")
+PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "create_pr", "private", "revision")
 
 
 def push_to_hub(

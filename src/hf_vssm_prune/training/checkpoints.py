@@ -244,7 +244,10 @@ def load_checkpoint(
         for name in settings
         if settings[name] != saved_settings.get(name)
     }
-    if fixed := [words for name, words in differing.items() if name not in SPREAD]:
+    fixed = [words for name, words in differing.items() if name not in SPREAD]
+    if (was := _images_per_epoch(saved_settings)) != (images := _images_per_epoch(settings)):
+        fixed.append(f"the images in whole batches of an epoch were {was} and are {images}")
+    if fixed:
         listed = "; ".join(fixed)
         raise ValueError(f"{folder} cannot be resumed exactly, because the run was set up differently: {listed}.")
     with _named_where_damaged(folder):
@@ -256,6 +259,13 @@ def load_checkpoint(
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
     return state, list(differing.values())
+
+
+def _images_per_epoch(settings: dict[str, Any]) -> int:
+    """Number of training images of an epoch, without those that do not fill a batch of all processes: with batches of
+    another size, the last step of an epoch may have others."""
+    batch_size = settings["per_device_train_batch_size"] * settings["num_processes"]
+    return settings["num_training_images"] // batch_size * batch_size
 
 
 def _with_new_names(saved: dict[str, Any]) -> dict[str, Any]:

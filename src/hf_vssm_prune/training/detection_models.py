@@ -14,6 +14,8 @@ from hf_vssm_prune.training.dense_models import DenseModels, backbone_of_levels,
 from hf_vssm_prune.training.detection_losses import FiniteLoss
 
 
+# (height, width) to which images are resized for a detector that is made from a classifier, unless another is given.
+NEW_DETECTORS_SIZE = (640, 640)
 # Image sides must be multiples of this, because RT-DETR's encoder upsamples its coarsest map by 2.
 SIZE_DIVISOR = {"rt_detr": PYRAMID_STRIDES[-1], "deformable_detr": 1}
 
@@ -148,6 +150,6 @@ def detection_processor(image_processor: BaseImageProcessor, size: tuple[int, in
     # Without torchvision, transformers warns when this is imported.
     from transformers import RTDetrImageProcessor
 
-    height, width = size or (640, 640)
+    height, width = size or NEW_DETECTORS_SIZE
     options = statistics_of(image_processor)
     return RTDetrImageProcessor(do_resize=True, size={"height": height, "width": width}, do_pad=False, **options)

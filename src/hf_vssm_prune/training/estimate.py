@@ -47,7 +47,8 @@ class RunEstimate:
         device_hours: total hours of all devices at that speed.
         hours: wall-clock hours at that speed.
         measured_on: this machine's device.
-        measured_images_per_second: training speed on it, with the larger of the two batch sizes, in float32.
+        measured_images_per_second: training speed on it with the model's own schedule and the larger of the two batch
+            sizes, in float32.
         measured_tflops: the same in 1e12 FLOPs per second.
         hours_on_this_machine: hours of the whole run at that speed.
         faster_launch: command for a faster run on this machine. None: there is none.
@@ -86,6 +87,7 @@ def estimate_run(
     Args:
         config: configuration of a model for the task, or of a model that the task can convert to one.
     """
+    given = config
     with torch.device("meta"):
         config = task.auto_class.from_config(config).config
     pruned = pruned_config(config)
@@ -105,22 +107,28 @@ def estimate_run(
     images_per_step = (
         optimization.per_device_train_batch_size * optimization.gradient_accumulation_steps * options.num_devices
     )
-    size = tuple(task.example_batch(config, 1, torch.device("cpu"))["pixel_values"].shape[-2:])
-    forward = 2 * statistics.mean(_multiply_adds(config, schedule, size) for schedule in _schedules(pruned, elastic))
+    size = tuple(task.example_batch(given, 1, torch.device("cpu"))["pixel_values"].shape[-2:])
     dense = 2 * count_flops(config, size).dense.total
-    # A backward pass counts as two forward passes; checkpointing repeats the forward pass.
-    flops_per_image = forward * (4 if scale.gradient_checkpointing else 3) + dense * has_teacher
+
+    def trained(schedule: Mapping[str, Any] | None) -> float:
+        # A backward pass counts as two forward passes; checkpointing repeats the forward pass.
+        passes = 4 if scale.gradient_checkpointing else 3
+        return passes * 2 * _multiply_adds(config, schedule, size) + dense * has_teacher
+
+    flops_per_image = statistics.mean(map(trained, _schedules(pruned, elastic)))
     evaluations = options.num_eval_images * views_of(task) * (1 + optimization.model_ema)
     evaluated = 2 * count_flops(config, size).pruned.total * evaluations
-    total = flops_per_image * images_per_step * length.num_steps + evaluated * length.num_epochs
+    num_images = length.num_batches * optimization.per_device_train_batch_size * options.num_devices
+    total = flops_per_image * num_images + evaluated * length.num_epochs
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, step = _synthetic_step(task, config, losses, scale, device, has_teacher)
+    student, step = _synthetic_step(task, given, config, losses, scale, device, has_teacher)
     memory, seconds = _measure(step, options.measured_batch_sizes, device)
     small, large = options.measured_batch_sizes
     slope = (memory[large] - memory[small]) / (large - small)
     activations = memory[large] + slope * (optimization.per_device_train_batch_size - large)
     speed = large / seconds
+    measured_flops = speed * trained(pruned.token_pruning)
     hours = total / (options.device_tflops * 1e12 * options.num_devices) / 3600
     return RunEstimate(
         images_per_step=images_per_step,
@@ -139,8 +147,8 @@ def estimate_run(
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
         measured_images_per_second=speed,
-        measured_tflops=speed * flops_per_image / 1e12,
-        hours_on_this_machine=total / (speed * flops_per_image) / 3600,
+        measured_tflops=measured_flops / 1e12,
+        hours_on_this_machine=total / measured_flops / 3600,
         faster_launch=launch_on_cores(device, 1, optimization.per_device_train_batch_size),
     )
 
@@ -150,7 +158,8 @@ def _schedules(config: VisionMambaConfig, elastic: ElasticArguments) -> Sequence
 
 
 def _multiply_adds(config: Any, schedule: Mapping[str, Any] | None, size: tuple[int, int]) -> int:
-    return count_flops(_with_schedule(config, schedule), size).pruned.total
+    """Those of a forward pass in training, in which every scan direction runs."""
+    return count_flops(_with_schedule(config, schedule), size, block_fraction=1.0).pruned.total
 
 
 def _with_schedule(config: Any, schedule: Mapping[str, Any] | None) -> Any:
@@ -176,6 +185,7 @@ def _state_bytes(
 
 def _synthetic_step(
     task: Task,
+    given: VisionMambaConfig,
     config: VisionMambaConfig,
     losses: LossArguments,
     scale: ScaleArguments,
@@ -183,7 +193,12 @@ def _synthetic_step(
     has_teacher: bool,
 ) -> tuple[PreTrainedModel, Callable[[int], None]]:
     """The model, and a function that runs one step without the optimizer on a batch of random images of a given
-    size."""
+    size.
+
+    Args:
+        given, config: the configuration before and after the task converted it.
+        The rest: as for `estimate_run`.
+    """
     weights = losses.loss_weights()
     student = task.auto_class.from_config(config).to(device).train()
     freeze_batch_norm(student)  # batch norm in a head cannot compute statistics of a single image
@@ -197,7 +212,7 @@ def _synthetic_step(
     with_states = weights.alignment_weight > 0 and has_teacher
 
     def step(batch_size: int) -> None:
-        batch = task.example_batch(config, batch_size, device)
+        batch = task.example_batch(given, batch_size, device)
         inputs = task.inputs(batch) | weights.model_options(block_keep_ratio) | {"output_hidden_states": with_states}
         outputs = student(**inputs)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_vssm_prune.configuration_common import pruned_config
+from hf_vssm_prune.flops import FlopCount
 from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.pruning_block_selection import BlockSelector
-from hf_vssm_prune.training.tasks.task import Scores, Task, predict
+from hf_vssm_prune.training.tasks.task import Scores, Task, parts_of, predict
 
 
 @torch.no_grad()
@@ -89,9 +91,10 @@ class ModelEvaluation:
     Attributes:
         metrics: the task's metrics on the data set.
         num_images: number of images.
-        gflops_total: all FLOPs, in 1e9 multiply-adds, with the block fraction below.
-        gflops_published: FLOPs counted like the published figures, in 1e9 multiply-adds.
-        images_per_second: median over batches.
+        gflops_total: all FLOPs of the first image, in all windows if there are any, or of one view of a video, in 1e9
+            multiply-adds, with the block fraction below.
+        gflops_published: the same, counted like the published figures.
+        images_per_second: median over the batches, without a smaller last one.
         block_fraction: the fraction of the scan directions that ran in layers that select blocks. None: the model does
             not select any.
     """
@@ -118,21 +121,22 @@ def compare_models(
     Args:
         task: the task, which defines the metrics.
         models: models of the task, by name.
-        loader: batches of the task. The first batch is run once more beforehand to warm up; the speed is measured with
-            its batch size and image size.
+        loader: batches of the task. The first batch is run once more beforehand to warm up, and the speed is measured
+            with its batch size.
         device: device to compute on.
         autocast_dtype: data type for mixed precision; None: that of the weights.
     """
     scores: dict[str, list[Scores]] = {name: [] for name in models}
     speeds: dict[str, list[float]] = {name: [] for name in models}
     gates: dict[str, list[Tensor]] = {name: [] for name in models}
-    num_images, shape = 0, None
+    num_images, full_batch, shape = 0, 0, None
     for model in models.values():
         nn.Module.to(model, device).eval()  # a decorator hides the type of PreTrainedModel.to
     for index, batch in enumerate(tqdm(loader, desc="evaluating")):
         batch = send_to_device(batch, device)
         batch_size = len(batch["pixel_values"])
         num_images += batch_size
+        full_batch = full_batch or batch_size
         shape = shape or batch["pixel_values"][0].shape
         for name, model in models.items():
             with _autocast(device, autocast_dtype):
@@ -142,21 +146,28 @@ def compare_models(
                     seconds, outputs = _timed(partial(predict, task, model, batch), device)
             gates[name] += of_batch
             scores[name].append(_on_cpu(task.scores(outputs, batch)))
-            speeds[name].append(batch_size / seconds)
+            if batch_size == full_batch:
+                speeds[name].append(batch_size / seconds)
     evaluations = {}
     for name, model in models.items():
         block_fraction = torch.cat(gates[name]).mean().item() if gates[name] else None
-        input_size = pruned_config(model.config).input_size_of(shape)
-        flops = count_flops(model.config, input_size, block_fraction).pruned
+        flops = _count_parts(task, model.config, pruned_config(model.config).input_size_of(shape), block_fraction)
         evaluations[name] = ModelEvaluation(
             task.metrics(scores[name]),
             num_images,
-            flops.total / 1e9,
-            flops.published / 1e9,
+            sum(each.total for each in flops) / 1e9,
+            sum(each.published for each in flops) / 1e9,
             statistics.median(speeds[name]),
             block_fraction,
         )
     return evaluations
+
+
+def _count_parts(task: Task, config: Any, input_size: tuple[int, ...], block_fraction: float | None) -> list[FlopCount]:
+    """The FLOPs of each input for which a model runs in the evaluation of one image of this size."""
+    sizes = Counter(parts_of(task, input_size))
+    counts = {size: count_flops(config, size, block_fraction).pruned for size in sizes}
+    return [counts[size] for size in sizes.elements()]
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

@@ -46,6 +46,14 @@ def resize_model(model: nn.Module, image_size: int | tuple[int, int]) -> None:
     config.image_size = image_size
 
 
+def output_size(image_processor: BaseImageProcessor) -> tuple[int, int] | None:
+    """(height, width) of an image processor's images; None: they differ in size."""
+    options = image_processor.to_dict()
+    resized = options.get("size") if options.get("do_resize") else None
+    size = (options.get("crop_size") if options.get("do_center_crop") else resized) or {}
+    return (size["height"], size["width"]) if size.get("height") and size.get("width") else None
+
+
 def resize_image_processor(image_processor: BaseImageProcessor, image_size: int) -> BaseImageProcessor:
     """An image processor that crops to `image_size` × `image_size` pixels, or resizes to this size if it does not crop,
     and is otherwise like the given one. The crop is the same fraction of the image as before.

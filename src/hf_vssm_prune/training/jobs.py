@@ -40,12 +40,12 @@ from hf_vssm_prune.training.devices import check_training_precision, find_device
 from hf_vssm_prune.training.distribution import ProcessLostError
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models, comparison_table
-from hf_vssm_prune.training.image_size import config_at_size, resize_image_processor, resize_model
+from hf_vssm_prune.training.image_size import config_at_size, output_size, resize_image_processor, resize_model
 from hf_vssm_prune.training.image_steps import ImageError
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.tasks import default_task
-from hf_vssm_prune.training.tasks.task import PrunableModel, Task
+from hf_vssm_prune.training.tasks.task import PrunableModel, Task, image_processor_of
 
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def prepare_finetuning(
     student = recipe.task.load_model(
         model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes
     )
-    processor = _at_size(student, load_image_processor(model.model_name_or_path), model.image_size)
+    processor = _at_size(recipe.task, student, load_image_processor(model.model_name_or_path), model.image_size)
     student.set_token_pruning(schedule)
     name = model.teacher_name_or_path or model.model_name_or_path
     teacher = _load_teacher(name, student, processor, recipe, model.teacher_dtype, model.image_size)
@@ -113,7 +113,7 @@ def prepare_dense_training(
             model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes
         )
         network.set_token_pruning(None)
-        processor = _at_size(network, load_image_processor(model.model_name_or_path), model.image_size)
+        processor = _at_size(recipe.task, network, load_image_processor(model.model_name_or_path), model.image_size)
     other = _load_teacher(
         teacher.teacher_name_or_path, network, processor, recipe, teacher.teacher_dtype, model.image_size
     )
@@ -136,22 +136,49 @@ def _load_teacher(
     """
     if name_or_path is None or not recipe.losses.needs_teacher:
         return None
+    _check_pixel_values("teacher", name_or_path, processor)
+    return recipe.task.load_teacher(name_or_path, student.config, recipe.losses, dtype, image_size)
+
+
+def _check_pixel_values(role: str, name_or_path: str, processor: BaseImageProcessor) -> None:
+    """Raises an error for a checkpoint that cannot be given the pixel values of a model.
+
+    Args:
+        role: what error messages call the checkpoint.
+        name_or_path: the checkpoint.
+        processor: the model's image processor.
+
+    Raises:
+        ValueError: it expects pixel values that are rescaled or normalised in another way.
+    """
     own, its = (json.loads(each.to_json_string()) for each in (processor, load_image_processor(name_or_path)))
     for step in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
         if own.get(step) != its.get(step):
             raise ValueError(
-                f"The teacher {name_or_path} expects pixel values made with {step} {its.get(step)}, but those of the "
+                f"The {role} {name_or_path} expects pixel values made with {step} {its.get(step)}, but those of the "
                 f"model are made with {own.get(step)}, and both are given the same ones."
             )
-    return recipe.task.load_teacher(name_or_path, student.config, recipe.losses, dtype, image_size)
 
 
-def _at_size(model: PrunableModel, processor: BaseImageProcessor, image_size: int | None) -> BaseImageProcessor:
-    """Adapts a model to another image size, if one is given, and returns the image processor for it."""
+def _at_size(
+    task: Task, model: PrunableModel, processor: BaseImageProcessor, image_size: int | None
+) -> BaseImageProcessor:
+    """Adapts a model to another image size, if one is given, and returns the image processor for it.
+
+    Raises:
+        ValueError: the task resizes images to another size.
+    """
     if image_size is None:
         return processor
+    processor = resize_image_processor(processor, image_size)
+    size = output_size(image_processor_of(task, processor))
+    if size not in (None, (image_size, image_size)):
+        raise ValueError(
+            f"--image_size is {image_size}, but --task {task.name} resizes images to (height, width) {size}: see its "
+            "own options for their size."
+        )
     resize_model(model, image_size)
-    return resize_image_processor(processor, image_size)
+    return processor
 
 
 def evaluate(
@@ -185,6 +212,9 @@ def evaluate(
     rows, label_names = _load_rows(task, data, options)
     load = partial(task.load_model, label_names=label_names, some_labels=True, dtype=options.dtype)
     models = {"dense": load(beside.dense_name_or_path or options.model_name_or_path)}
+    if beside.dense_name_or_path is not None:
+        processor = load_image_processor(options.model_name_or_path)
+        _check_pixel_values("dense model", beside.dense_name_or_path, processor)
     models["dense"].set_token_pruning(None)
     if schedule is not None:
         models["pruned"] = load(options.model_name_or_path)

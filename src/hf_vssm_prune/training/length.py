@@ -33,6 +33,12 @@ class RunLength:
         return self.max_train_steps or self.num_train_epochs * self.steps_per_epoch
 
     @property
+    def num_batches(self) -> int:
+        """Number of batches of the whole run on each device."""
+        epochs, steps = divmod(self.num_steps, self.steps_per_epoch)
+        return epochs * self.batches_per_epoch + steps * self.gradient_accumulation_steps
+
+    @property
     def num_epochs(self) -> int:
         """Number of epochs; the last one may end early."""
         return math.ceil(self.num_steps / self.steps_per_epoch)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from hf_vssm_prune.precision import at_least_float32
 
 
 def slide(
     segment: Callable[[Tensor], Tensor], images: Tensor, window: tuple[int, int], stride: tuple[int, int]
 ) -> Tensor:
     """The logits of whole images, averaged where windows overlap. The last window of a row or column ends at the
-    image's edge.
+    image's edge. They are added in at least float32, because half precision is too coarse for the sum of many windows.
 
     Args:
         segment: function from parts (batch, channels, height, width) to logits (batch, classes, height, width) of the
@@ -19,9 +22,9 @@ def slide(
         stride: distance between windows, (vertical, horizontal).
     """
     boxes = window_boxes((images.shape[-2], images.shape[-1]), window, stride)
-    sums, counts = None, images.new_zeros(images.shape[-2:])
+    sums, counts = None, images.new_zeros(images.shape[-2:], dtype=torch.float32)
     for top, left, bottom, right in boxes:
-        logits = segment(images[..., top:bottom, left:right])
+        logits = at_least_float32(segment(images[..., top:bottom, left:right]))
         if sums is None:
             sums = logits.new_zeros(*logits.shape[:2], *images.shape[-2:])
         sums[..., top:bottom, left:right] += logits

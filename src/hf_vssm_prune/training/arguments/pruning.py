@@ -97,6 +97,8 @@ class PruningArguments:
             "block_keep_ratio": self.block_keep_ratio,
         }
         choices = {name: value for name, value in given.items() if value is not None}
+        if own is not None and "block_keep_ratio" in own:  # belongs to no method, so another one does not replace it
+            choices.setdefault("block_keep_ratio", own["block_keep_ratio"])
         return config.complete_token_pruning(stages | choices)
 
     def _stages(self) -> dict[str, Any] | None:
@@ -138,6 +140,8 @@ class ElasticArguments:
     def __post_init__(self) -> None:
         if outside := [budget for budget in self.elastic_budgets if not 0 <= budget < 1]:
             raise ValueError(f"--elastic_budgets has {outside}: each must be at least 0 and less than 1.")
+        if self.elastic_importance is not None and not self.elastic_budgets:
+            raise ValueError(f"--elastic_importance is {self.elastic_importance!r}: it needs --elastic_budgets.")
 
     def schedules(self, config: VisionMambaConfig) -> list[TokenPruning | None]:
         """`token_pruning` options for each budget and a model with this configuration; None for a budget of 0.

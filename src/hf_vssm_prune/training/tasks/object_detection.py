@@ -29,6 +29,7 @@ from hf_vssm_prune.training.data.detection import (
 from hf_vssm_prune.training.detection_losses import detection_distillation, loss_per_box
 from hf_vssm_prune.training.detection_models import (
     HEADS,
+    NEW_DETECTORS_SIZE,
     SIZE_DIVISOR,
     DetectionHead,
     DetectionModels,
@@ -144,7 +145,7 @@ class DetectionArguments(BoxArguments):
         size, divisor = self.size(), SIZE_DIVISOR[self.head]
         if size is not None and any(side % divisor for side in size):
             raise ValueError(f"--input_size is {self.input_size}: {self.head} needs multiples of {divisor}.")
-        self.augmentation(size or (640, 640))
+        self.augmentation(size or NEW_DETECTORS_SIZE)
 
     def size(self) -> tuple[int, int] | None:
         if self.input_size is None:
@@ -175,7 +176,7 @@ class DetectionArguments(BoxArguments):
             levels=None if self.levels is None else tuple(self.levels),
             feature_norm=self.feature_norm,
             feature_pyramid=self.feature_pyramid,
-            image_size=self.size(),
+            image_size=self.size() or NEW_DETECTORS_SIZE,
         )
 
 
@@ -229,7 +230,7 @@ class ObjectDetection(DenseTask):
 
     def example_batch(self, config: Any, batch_size: int, device: torch.device) -> Batch:
         backbone = pruned_config(config)
-        height, width = self._training.size() or backbone.input_size
+        height, width = self._training.size() or (NEW_DETECTORS_SIZE if backbone is config else backbone.input_size)
         shape = (batch_size, backbone.num_channels, height, width)
         box = torch.tensor([[0.5, 0.5, 0.2, 0.2]], device=device)
         label = torch.randint(config.num_labels, (1,), device=device)

@@ -31,7 +31,7 @@ from hf_vssm_prune.training.data.segmentation import (
 from hf_vssm_prune.training.losses import distillation_loss
 from hf_vssm_prune.training.mask_augmentation import MaskAugmentation
 from hf_vssm_prune.training.segmentation_models import HeadOptions, SegmentationModels, segmentation_processor
-from hf_vssm_prune.training.sliding_window import slide
+from hf_vssm_prune.training.sliding_window import slide, window_boxes
 from hf_vssm_prune.training.tasks.dense_task import DenseTask
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Scores
 from hf_vssm_prune.visualization import image_statistics
@@ -273,6 +273,12 @@ class SemanticSegmentation(DenseTask):
                 slide(lambda part: model(pixel_values=part).logits, image.unsqueeze(0), *windows)[0] for image in images
             ]
         )
+
+    def parts(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """The (height, width) of each of the windows in which `predict` looks at an image of this size."""
+        if (windows := self.arguments.windows()) is None:
+            return [image_size]
+        return [(bottom - top, right - left) for top, left, bottom, right in window_boxes(image_size, *windows)]
 
     def scores(self, outputs: Any, batch: Batch) -> Scores:
         return torch.stack(

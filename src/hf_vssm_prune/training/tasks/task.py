@@ -53,9 +53,10 @@ class Task(Protocol):
     """What a model is trained for, and how it is evaluated.
 
     A task may also define `predict(model, batch)`, if an evaluation needs more than a forward pass of the batch's
-    inputs; `num_views`, if that is several forward passes for each video; `image_processor(image_processor)`, if its
-    models need another image processor than their checkpoint's; and `idle_parameters = True`, if some batches leave
-    parameters without a gradient. See `predict`, `views_of`, `image_processor_of` and `leaves_parameters_idle`.
+    inputs; `parts(image_size)`, if that is a forward pass for each part of an image; `num_views`, if it is several
+    forward passes for each video; `image_processor(image_processor)`, if its models need another image processor than
+    their checkpoint's; and `idle_parameters = True`, if some batches leave parameters without a gradient. See
+    `predict`, `parts_of`, `views_of`, `image_processor_of` and `leaves_parameters_idle`.
 
     Attributes:
         name: name on the command line (`--task`) and in checkpoints; that of transformers' pipeline if there is one.
@@ -98,7 +99,8 @@ class Task(Protocol):
         and dicts of tensors, are moved to the device."""
 
     def example_batch(self, config: VisionMambaConfig, batch_size: int, device: torch.device) -> Batch:
-        """A random batch for a model with this configuration, used to measure memory and speed."""
+        """A random training batch for a model with this configuration, or for one that is created from it, used to
+        measure memory and speed."""
 
     # Models
 
@@ -164,6 +166,13 @@ def predict(task: Task, model: Any, batch: Batch) -> Any:
     outputs."""
     own = getattr(task, "predict", None)
     return model(**task.inputs(batch)) if own is None else own(model, batch)
+
+
+def parts_of(task: Task, input_size: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The sizes of the inputs for which a model runs in the evaluation of one image of this size: the image itself, or
+    its parts. The views of a video are not parts: each is as large as the video."""
+    own = getattr(task, "parts", None)
+    return [input_size] if own is None else own(input_size)
 
 
 def views_of(task: Task) -> int:
