@@ -14,8 +14,12 @@ from .publication import R_MEETO, VIDEOMAMBA, Paper, PublishedModel, PublishedRe
 # As in the official code, regardless of the patch size. Patches of videos never overlap.
 IMAGE_PATCH_STRIDE = 16
 FLOPS_PER_NORMALIZED_VALUE = 5  # in the published figures
-# R-MeeTo's figures include more than those of VideoMamba's authors: a merged Ti has more FLOPs than a dense one.
-COUNTED_DIFFERENTLY = "{} (counted differently)"
+
+
+def _merged(inputs: str, top1: float, flops: str) -> PublishedResult:
+    """R-MeeTo's result. Its FLOPs include more than those of VideoMamba's authors: a merged Ti has more than a
+    dense one."""
+    return PublishedResult(f"token merging, retrained{inputs}", R_MEETO, top1, f"{flops} (counted differently)")
 
 
 def _of_videos(
@@ -35,9 +39,7 @@ def _of_videos(
                 for method, values in rows
                 for size, value in zip(inputs, values, strict=False)
             ),
-            PublishedResult(
-                "token merging, retrained, 8 frames", R_MEETO, merged[0], COUNTED_DIFFERENTLY.format(merged[1])
-            ),
+            _merged(", 8 frames", *merged),
         ),
         "Kinetics-400, 3 crops of 4 clips; multiply-adds of one view",
         "Kinetics-400",
@@ -48,9 +50,7 @@ def _of_images(results: Sequence[tuple[float, str]], merged: tuple[float, str] |
     """Results reported in papers on ImageNet-1k: top-1 and FLOPs at 224, 448 and 576 pixels."""
     at_sizes = zip((224, 448, 576), results, strict=False)
     rows = [PublishedResult(f"dense, {size} × {size}", VIDEOMAMBA, *result) for size, result in at_sizes]
-    if merged is not None:
-        flops = COUNTED_DIFFERENTLY.format(merged[1])
-        rows.append(PublishedResult("token merging, retrained", R_MEETO, merged[0], flops))
+    rows += [] if merged is None else [_merged("", *merged)]
     schedule = {"flops_reduction": 0.3, "method": "top"}
     return PublishedModel("OpenGVLab/VideoMamba", schedule, tuple(rows), options={"num_frames": None})
 

@@ -52,7 +52,7 @@ def method_options(token_pruning: Mapping[str, Any] | None) -> dict[str, Any]:
     """The pruning options that say how a model prunes, regardless of its budget. Where pruning has trained parameters,
     the layers are among them: before other layers, these parameters would be new and untrained."""
     given = token_pruning or {}
-    method = METHODS.get(given.get("method", RECOMMENDED_METHOD))
+    method = METHODS.get(given.get("method", ""))  # the default ones have none
     has_parameters = (
         (method is not None and method.module is not None)
         or given.get("alignment") == "learned"

@@ -11,6 +11,18 @@ from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel
 
 
+def check_levels(levels: list[int] | None) -> None:
+    """Raises an error if `--levels` is not the layers of a backbone in their order."""
+    if levels is not None and (sorted(set(levels)) != levels or levels[0] < 1):
+        raise ValueError(f"--levels is {levels}: it must be ascending layer numbers, counted from 1.")
+
+
+def check_scale(scale: list[float]) -> None:
+    """Raises an error if `--scale` is not a range of factors."""
+    if len(scale) > 2:
+        raise ValueError(f"--scale is {scale}: give the smallest and the largest factor, or one number.")
+
+
 class DenseTask:
     """Models with a head on a backbone (see `dense_models`). Images are not mixed."""
 

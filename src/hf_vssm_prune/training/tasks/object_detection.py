@@ -35,7 +35,7 @@ from hf_vssm_prune.training.detection_models import (
     DetectionModels,
     detection_processor,
 )
-from hf_vssm_prune.training.tasks.dense_task import DenseTask
+from hf_vssm_prune.training.tasks.dense_task import DenseTask, check_levels, check_scale
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Scores
 from hf_vssm_prune.visualization import image_statistics
 from hf_vssm_prune.visualization_of_heads import draw_detection
@@ -138,10 +138,8 @@ class DetectionArguments(BoxArguments):
             raise ValueError(f"--head_channels is {self.head_channels}: deformable_detr needs a multiple of 32.")
         if self.head == "deformable_detr" and self.decoder_layers == 1:
             raise ValueError("--decoder_layers is 1: transformers' deformable_detr needs at least 2.")
-        if self.levels is not None and (sorted(set(self.levels)) != self.levels or self.levels[0] < 1):
-            raise ValueError(f"--levels is {self.levels}: it must be ascending layer numbers, counted from 1.")
-        if len(self.scale) > 2:
-            raise ValueError(f"--scale is {self.scale}: give the smallest and the largest factor, or one number.")
+        check_levels(self.levels)
+        check_scale(self.scale)
         size, divisor = self.size(), SIZE_DIVISOR[self.head]
         if size is not None and any(side % divisor for side in size):
             raise ValueError(f"--input_size is {self.input_size}: {self.head} needs multiples of {divisor}.")

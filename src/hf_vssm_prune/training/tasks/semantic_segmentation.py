@@ -32,7 +32,7 @@ from hf_vssm_prune.training.losses import distillation_loss
 from hf_vssm_prune.training.mask_augmentation import MaskAugmentation
 from hf_vssm_prune.training.segmentation_models import HeadOptions, SegmentationModels, segmentation_processor
 from hf_vssm_prune.training.sliding_window import slide, window_boxes
-from hf_vssm_prune.training.tasks.dense_task import DenseTask
+from hf_vssm_prune.training.tasks.dense_task import DenseTask, check_levels, check_scale
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Scores
 from hf_vssm_prune.visualization import image_statistics
 from hf_vssm_prune.visualization_of_heads import draw_segmentation
@@ -150,10 +150,8 @@ class SegmentationArguments(MaskArguments):
         super().__post_init__()
         for name in ("short_side", "head_channels", "auxiliary_channels"):
             check_range(name, getattr(self, name), 1, 2**16)
-        if self.levels is not None and (sorted(set(self.levels)) != self.levels or self.levels[0] < 1):
-            raise ValueError(f"--levels is {self.levels}: it must be ascending layer numbers, counted from 1.")
-        if len(self.scale) > 2:
-            raise ValueError(f"--scale is {self.scale}: give the smallest and the largest factor, or one number.")
+        check_levels(self.levels)
+        check_scale(self.scale)
         self.augmentation()
 
     def augmentation(self) -> MaskAugmentation:
