@@ -1,5 +1,6 @@
 """The plan of a study: its file, and the list of pieces derived from it."""
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +47,9 @@ class Study:
         families: for each name, options of scripts/train.py; with `model_name_or_path`, dense models start from
             existing weights.
         training, dense, finetuning: options of all training pieces, of scripts/train.py, and of scripts/finetune.py.
-        smaller: dense models to compare with, by name: options of scripts/train.py, such as `image_size`. Each
-            continues from the dense model, for as long as the pruned ones.
+        smaller: dense models to compare with. A name is a number and what it counts ("96 pixels"), and the values are
+            options of scripts/train.py, such as `image_size`. Each model continues from the dense one, for as long as
+            the pruned ones, or from its own `model_name_or_path`, which belongs to one `family`.
         elastic: the `variant` that is trained for all budgets at once, and options that override its own.
         variants: variants by name; the first one is the baseline.
         more_variants: further variants, which are run after everything else.
@@ -82,6 +84,14 @@ class Study:
     def all_variants(self) -> dict[str, Variant]:
         return {**self.variants, **self.more_variants}
 
+    def smaller_models(self, family: str) -> dict[str, dict[str, Any]]:
+        """The options of scripts/train.py for a family's smaller dense models, by name."""
+        return {
+            name: {option: value for option, value in options.items() if option != "family"}
+            for name, options in self.smaller.items()
+            if options.get("family", family) == family
+        }
+
 
 def read_study(file: Path) -> Study:
     """Reads a study's file. If it has a `base`, missing entries are taken from that file in the same folder.
@@ -108,11 +118,22 @@ def read_study(file: Path) -> Study:
         raise ValueError(f"{file}: every_budget has {unknown}; the variants are {sorted(variants)}.")
     if content["elastic"].get("variant") not in variants:
         raise ValueError(f"{file}: elastic needs a 'variant', one of {sorted(variants)}.")
+    for name, options in content["smaller"].items():
+        _check_smaller(file, name, options, content["families"])
     if content["main_budget"] not in content["budgets"]:
         raise ValueError(
             f"{file}: main_budget is {content['main_budget']}; it must be one of the budgets {content['budgets']}."
         )
     return Study(**{**content, "variants": variants, "more_variants": more_variants})
+
+
+def _check_smaller(file: Path, name: str, options: dict[str, Any], families: dict[str, Any]) -> None:
+    if not re.fullmatch(r"\d+ \w+", name):
+        raise ValueError(f"{file}: smaller has {name!r}; a name is a number and what it counts, like '96 pixels'.")
+    if ("family" in options) != ("model_name_or_path" in options):
+        raise ValueError(f"{file}: smaller {name!r} needs both 'family' and 'model_name_or_path', or neither.")
+    if options.get("family", next(iter(families))) not in families:
+        raise ValueError(f"{file}: smaller {name!r} has the family {options['family']!r}, not one of {[*families]}.")
 
 
 def _read_variant(file: Path, name: str, parts: dict[str, Any]) -> Variant:
@@ -189,8 +210,12 @@ def _templates(study: Study, dataset: str, family: str) -> dict[str, Template]:
         **_tuned(study, [(name, study.main_budget) for name in study.variants]),
         "untrained": Template("compare_methods", "dense", evaluated | {"schedules": _untrained_schedules(study)}),
         **{
-            smaller_name(name): Template("train", "dense", {**study.trained, **study.finetuning, **options})
-            for name, options in study.smaller.items()
+            smaller_name(name): Template(
+                "train",
+                None if "model_name_or_path" in options else "dense",
+                {**study.trained, **study.finetuning, **options},
+            )
+            for name, options in study.smaller_models(family).items()
         },
         **_tuned(study, at_other_budgets),
         "elastic": Template("finetune", "dense", _elastic_options(study)),

@@ -401,7 +401,8 @@ def _lines(group: Group) -> dict[str, list[Point]]:
         lines["elastic (one checkpoint for all budgets)"].append(
             _point(group, "elastic compared", schedule, seeds, top1)
         )
-    lines["smaller dense models"] = [dense, *(_smaller_point(group, name) for name in study.smaller)]
+    for name in study.smaller:
+        lines.setdefault(f"dense, fewer {name.split()[1]}", [dense]).append(_smaller_point(group, name))
     return lines
 
 

@@ -84,9 +84,12 @@ def make_cases(study: Study, family: str, model: Any, pixel_values: Tensor) -> d
         # Finds the schedule of the budget, and creates what it needs. Without a method, it would be the previous one's.
         model.set_token_pruning(with_method(schedule))
         cases[name] = partial(model, pixel_values, token_pruning=model.config.token_pruning)
-    for name, changes in study.smaller.items():
-        resized = F.interpolate(pixel_values, changes["image_size"], mode="bilinear", antialias=True)
-        cases[smaller_name(name)] = partial(model, resized, token_pruning=None, interpolate_pos_encoding=True)
+    for name, options in study.smaller_models(family).items():
+        own = options.get("model_name_or_path")
+        smaller = AutoModelForImageClassification.from_pretrained(own).eval() if own else model
+        size = options.get("image_size", pixel_values.shape[-1])
+        resized = F.interpolate(pixel_values, size, mode="bilinear", antialias=True)
+        cases[smaller_name(name)] = partial(smaller, resized, token_pruning=None, interpolate_pos_encoding=True)
     return cases
 
 

@@ -93,9 +93,9 @@ def test_studies_of_the_repository(file) -> None:
         assert piece.key not in keys
         assert piece.start is None or piece.key_of_start() in keys  # what it starts from comes before
         keys.add(piece.key)
-    groups = len(study.datasets) * len(study.families) * len(study.seeds)
-    tuned = len(study.all_variants) + len(study.smaller) + len(study.every_budget) * (len(study.budgets) - 1)
-    assert len(keys) == groups * (5 + tuned)
+    tuned = len(study.all_variants) + len(study.every_budget) * (len(study.budgets) - 1)
+    of_families = [5 + tuned + len(study.smaller_models(family)) for family in study.families]
+    assert len(keys) == len(study.datasets) * len(study.seeds) * sum(of_families)
 
 
 def test_order_of_pieces(tmp_path) -> None:
@@ -108,10 +108,26 @@ def test_order_of_pieces(tmp_path) -> None:
     assert options["untrained"]["schedules"]["naive at 40.0%"] == {"flops_reduction": 0.4, "alignment": "none"}
 
 
+def test_smaller_model_with_its_own_weights(tmp_path) -> None:
+    own = {"family": "plainmamba", "model_name_or_path": "shallow", "num_train_epochs": 2}
+    families = {**SMALL["families"], "vim": {}}
+    study = read_study(write_study(tmp_path / "study.yaml", families=families, smaller={"2 layers": own}))
+    (piece,) = [piece for piece in list_pieces(study) if piece.name == "dense, 2 layers"]
+    assert (piece.family, piece.start) == ("plainmamba", None)
+    assert (piece.options["model_name_or_path"], piece.options["num_train_epochs"]) == ("shallow", 2)
+    assert "family" not in piece.options
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"lengths": 1}, "a study has exactly"),
+        ({"smaller": {"shallow": {}}}, "smaller has 'shallow'; a name is a number and"),
+        ({"smaller": {"2 layers": {"model_name_or_path": "shallow"}}}, "'2 layers' needs both 'family' and"),
+        (
+            {"smaller": {"2 layers": {"model_name_or_path": "shallow", "family": "vim"}}},
+            "'2 layers' has the family 'vim', not one of .'plainmamba'.",
+        ),
         ({"variants": {"paper": {"losses": {}}}}, "variant 'paper' has .'losses'."),
         ({"variants": {"paper": {"pruning": {"keep": 1}}}}, "variant 'paper' has the pruning options .'keep'."),
         ({"more_variants": {"paper": {}}}, ".'paper'. are in both variants and more_variants"),
@@ -336,8 +352,14 @@ def test_expected_seconds(tmp_path) -> None:
 def test_times_are_those_of_the_compared_schedules(tmp_path) -> None:
     """A variant without a method is pruned by the paper's, whatever the one before it was pruned by."""
     variants = {"paper": {}, "merged": {"pruning": {"method": "local_merge"}}, "l1": {"pruning": {"importance": "l1"}}}
-    study = read_study(write_study(tmp_path / "study.yaml", variants=variants))
-    model = PlainMambaForImageClassification(make_plainmamba_config(patch_size=4, stem_channels=4)).eval()
+    shallow = {"family": "plainmamba", "model_name_or_path": str(tmp_path / "shallow")}
+    smaller = {**SMALL["smaller"], "1 layers": shallow}
+    study = read_study(write_study(tmp_path / "study.yaml", variants=variants, smaller=smaller))
+    model, shallow_model = (
+        PlainMambaForImageClassification(make_plainmamba_config(patch_size=4, stem_channels=4, **changes)).eval()
+        for changes in ({}, {"num_hidden_layers": 1})
+    )
+    shallow_model.save_pretrained(tmp_path / "shallow")
     cases = make_cases(study, "plainmamba", model, torch.randn(1, 3, 32, 32))
     schedules = {name: case.keywords["token_pruning"] for name, case in cases.items()}
     methods = {name: schedule and (schedule["method"], schedule["alignment"]) for name, schedule in schedules.items()}
@@ -348,7 +370,9 @@ def test_times_are_those_of_the_compared_schedules(tmp_path) -> None:
         "l1 at 40.0%": ("top", "repeat"),
         "naive at 40.0%": ("top", "none"),
         "dense, 8 pixels": None,
+        "dense, 1 layers": None,
     }
+    assert cases["dense, 1 layers"].func.config.num_hidden_layers == 1
     assert schedules["l1 at 40.0%"]["importance"] == "l1"
     assert cases["dense, 8 pixels"].args[0].shape == (1, 3, 8, 8)
 
