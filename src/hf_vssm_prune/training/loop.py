@@ -29,9 +29,12 @@ from hf_vssm_prune.training.arguments import ElasticArguments, OptimizationArgum
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
 from hf_vssm_prune.training.checkpoints import (
     RESULTS,
+    TRAINING_IMAGES,
     TrainedParts,
     TrainingState,
     check_output_dir,
+    describe_config,
+    describe_image_processor,
     find_checkpoints,
     find_resumed,
     load_checkpoint,
@@ -41,6 +44,7 @@ from hf_vssm_prune.training.checkpoints import (
     write_json,
 )
 from hf_vssm_prune.training.data import ImageDatasets
+from hf_vssm_prune.training.data.fingerprints import fingerprint
 from hf_vssm_prune.training.devices import launch_on_cores
 from hf_vssm_prune.training.distribution import (
     choose_deterministic_algorithms,
@@ -130,6 +134,12 @@ class Trainer:
         self.task = recipe.task
         image_processor = image_processor_of(self.task, image_processor)
         self.output_dir = Path(recipe.run.output_dir)
+        self.described = {
+            "config": describe_config(model.config),
+            "image_processor": describe_image_processor(image_processor),
+            "labels": list(datasets.label_names),
+            TRAINING_IMAGES: fingerprint(datasets.train),
+        }
         self.elastic_schedules = recipe.elastic.schedules(pruned_config(model.config))
         for schedule in self.elastic_schedules:
             model.add_pruning_parameters(schedule)
@@ -214,6 +224,7 @@ class Trainer:
             **asdict(self.recipe.elastic),
             "mixed_precision": self.accelerator.mixed_precision,
             "batch_norm": self.recipe.scale.batch_norm,
+            **self.described,
         }
 
     def _images_per_step(self) -> int:
