@@ -793,7 +793,7 @@ def test_a_run_whose_data_or_model_has_changed_is_not_continued(datasets, tmp_pa
     reordered = replace(datasets, train=datasets.train.select(range(len(datasets.train) - 1, -1, -1)))
     larger = make_vim_config(image_size=make_vim_config().image_size + 8)
     for config, data, message in (
-        (make_vim_config(), renamed, "labels was .* and is .*a new name"),
+        (make_vim_config(), renamed, "label_names was .* and is .*a new name"),
         (make_vim_config(), reordered, "the names, the labels or the order of the training images were others"),
         (larger, datasets, "config.image_size was .* and is .*; image_processor.size.shortest_edge was"),
     ):

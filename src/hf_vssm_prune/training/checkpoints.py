@@ -49,7 +49,7 @@ FIRST_TASK = "image-classification"
 # transformers or of this package.
 DESCRIPTIONS = ("config", "image_processor")
 TRAINING_IMAGES = "training_images"
-ADDED = (*DESCRIPTIONS, "labels", TRAINING_IMAGES)  # checkpoints of version 0.1 do not have them
+ADDED = (*DESCRIPTIONS, "label_names", TRAINING_IMAGES)  # checkpoints of version 0.1 do not have them
 MOST_SHOWN = 100  # characters of a setting in a message
 # Entries of a configuration that are settings of their own, or depend on the machine or on the version of transformers.
 NOT_DESCRIBED = {

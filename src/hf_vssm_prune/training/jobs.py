@@ -142,7 +142,7 @@ def _load_teacher(
 
 # Entries of an image processor for how pixel values are normalised, and for their size.
 NORMALIZATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-SIZES = ("do_resize", "size", "do_center_crop", "crop_size", "num_frames")
+SIZES = ("do_center_crop", "crop_size", "do_resize", "size", "num_frames")
 
 
 def _check_pixel_values(

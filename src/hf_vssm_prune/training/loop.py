@@ -137,7 +137,7 @@ class Trainer:
         self.described = {
             "config": describe_config(model.config),
             "image_processor": describe_image_processor(image_processor),
-            "labels": list(datasets.label_names),
+            "label_names": list(datasets.label_names),
             TRAINING_IMAGES: fingerprint(datasets.train),
         }
         self.elastic_schedules = recipe.elastic.schedules(pruned_config(model.config))
