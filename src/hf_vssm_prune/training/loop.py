@@ -67,6 +67,7 @@ from hf_vssm_prune.training.elastic import draw_schedule, what_is_pruned
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import evaluate_model
 from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError
+from hf_vssm_prune.training.labels import say_labels
 from hf_vssm_prune.training.length import plan_steps
 from hf_vssm_prune.training.loaders import make_loaders
 from hf_vssm_prune.training.losses import LossWeights, training_loss
@@ -134,7 +135,7 @@ class Trainer:
         self.task = recipe.task
         image_processor = image_processor_of(self.task, image_processor)
         self.output_dir = Path(recipe.run.output_dir)
-        self.described = {
+        self.described: dict[str, Any] = {
             "config": describe_config(model.config),
             "image_processor": describe_image_processor(image_processor),
             "label_names": list(datasets.label_names),
@@ -315,7 +316,8 @@ class Trainer:
     def _describe(self) -> None:
         flops = count_flops(self.plain_model.config)
         self.log.write(
-            f"{len(self.loaders.train_items)} training images, {self.length.num_epochs} epochs, "
+            f"{len(self.loaders.train_items)} training and {len(self.loaders.eval_items)} evaluation images, "
+            f"{say_labels(self.described['label_names'])}; {self.length.num_epochs} epochs, "
             f"{self.length.num_steps} steps of {self._images_per_step()} images; "
             f"{self.plain_model.num_parameters():,} parameters, "
             f"{flops.pruned.published / 1e9:.4g} GFLOPs ({flops.reduction:.1%} pruned)."
