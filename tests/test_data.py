@@ -16,6 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor
 
+from hf_vssm_prune.training import jobs
+from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments
 from hf_vssm_prune.training.augmentation import AugmentationConfig
 from hf_vssm_prune.training.data import (
     EvaluationImages,
@@ -27,6 +29,7 @@ from hf_vssm_prune.training.data import (
     sources,
 )
 from hf_vssm_prune.training.data.sources import count_parquet_rows
+from hf_vssm_prune.training.tasks.classification import ImageClassification
 
 
 IMAGE_PROCESSOR = CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
@@ -120,6 +123,71 @@ def test_files_that_are_left_out_are_named(tmp_path: Path, caplog):
     load_image_dataset(tmp_path)
     message = caplog.records[-1].getMessage()
     assert f"5 files in '{tmp_path}' are not among its images: 3 .heic, 2 .png; the first is" in message
+
+
+def write_table(folder: Path, first: str, line: str) -> Path:
+    """A table of the images 0 and 1 of each class."""
+    lines = [line.format(path=f"{name}/{i}.png", label=name) for name in ("cat", "dog") for i in (0, 1)]
+    (folder / "pets.csv").write_text("\n".join([*filter(None, [first]), *lines]))
+    return folder / "pets.csv"
+
+
+def test_columns_of_a_table_are_named(tmp_path: Path):
+    write_class_folders(tmp_path, {"cat": 2, "dog": 2})
+    table = write_table(tmp_path, "id,filepath,species", "7,{path},{label}")
+    columns = {"image_column": "filepath", "label_column": "species"}
+    rows, names = load_evaluation_dataset(table, **columns)
+    assert (names, rows["label"][:]) == (["cat", "dog"], [0, 0, 1, 1])
+    assert rows[3]["image"]["path"] == str(tmp_path / "dog" / "1.png")
+    for named, message in (
+        (
+            {},
+            r"Line 1 of '.*' is \['id', .*path and a label\. If it is a header, name the columns with --image_column_",
+        ),
+        ({**columns, "label_column": "kind"}, r"no column 'kind' in '.*csv'; its first line is \['id', 'filepath'"),
+        ({"label_column": "species"}, r"first line of '.*csv' is \['id'.* name its columns of paths and of labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_evaluation_dataset(table, **named)
+    write_table(tmp_path, "filepath,species", "{path},{label}")
+    with pytest.raises(
+        ValueError, match=r"Line 1 of '.*' is .*, and there is no file '.*/filepath'\. If it is a header"
+    ):
+        load_evaluation_dataset(table)
+
+
+def test_images_that_a_folders_table_does_not_list_are_named(tmp_path: Path, caplog):
+    write_class_folders(tmp_path, {"cat": 2, "dog": 2})
+    write_table(tmp_path, "path,label", "{path},{label}")
+    load_evaluation_dataset(tmp_path)
+    write_table(tmp_path, "", f"{tmp_path.resolve()}/../{tmp_path.name}/{{path}},{{label}}")
+    load_evaluation_dataset(tmp_path)
+    assert not caplog.records
+    (tmp_path / "dog" / "0.png").rename(tmp_path / "dog" / "9.png")
+    (tmp_path / "pets.csv").write_text("cat/0.png,cat\ncat/1.png,cat\ndog/1.png,dog\n")
+    assert count(tmp_path) == {"cat": 2, "dog": 1}
+    message = f"1 images in '{tmp_path}' are left out, because they are not listed in 'pets.csv'; the first is"
+    assert message in caplog.text
+
+
+def test_names_of_files_that_are_not_utf8_are_named(tmp_path: Path):
+    write_class_folders(tmp_path, {"cat": 2, "dog": 2})
+    os.rename(tmp_path / "cat" / "0.png", os.fsencode(tmp_path / "cat") + b"/caf\xe9.png")
+    with pytest.raises(ValueError, match=r"The name of the file '.*caf\\udce9\.png' is not valid UTF-8: rename it"):
+        load_evaluation_dataset(tmp_path)
+
+
+def test_the_images_that_a_run_held_out_are_evaluated(tmp_path: Path, caplog):
+    write_class_folders(tmp_path, {"cat": 8, "dog": 8})
+    task, data = ImageClassification(), EvaluationDataArguments(str(tmp_path))
+    rows, _ = jobs._load_rows(task, data, EvaluationArguments("a model", seed=3))
+    assert len(rows) == 16
+    assert "all its 16 rows are evaluated" in caplog.text
+    caplog.clear()
+    rows, _ = jobs._load_rows(task, data, EvaluationArguments("a model", seed=3, train_val_split=0.25))
+    held_out = load_image_dataset(tmp_path, validation_share=0.25, seed=3).evaluation
+    assert rows["row"][:] == held_out["row"][:]
+    assert (len(rows), caplog.records) == (4, [])
 
 
 def count(folder: Path) -> dict[str, int]:

@@ -168,7 +168,12 @@ def test_bad_input(tmp_path):
         export_classifier(make_small_model("vim", None).bfloat16(), tmp_path / "exported")
     with pytest.raises(ValueError, match="int8 linear layers, which cannot be exported"):
         export_classifier(quantize_linears(make_small_model("vim", None)), tmp_path / "exported")
-    model.eval().config.scan_backend = "cpu"
+    larger = new_image_processor(MAKE_CONFIG["vim"](image_size=40))
+    with pytest.raises(
+        ValueError, match=r"makes images of \(height, width\) \(40, 40\), but .* `image_size`, \(32, 32\)"
+    ):
+        export_classifier(model.eval(), tmp_path / "exported", image_processor=larger)
+    model.config.scan_backend = "cpu"
     with pytest.raises(ValueError, match="`scan_backend` is 'cpu'"):
         export_classifier(model, tmp_path / "exported")
     assert not list(tmp_path.iterdir())

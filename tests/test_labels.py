@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_vssm_prune import VimConfig
 from hf_vssm_prune.label_maps import complete_label_maps
-from hf_vssm_prune.training.labels import Match, match_labels, say_difference, say_labels
+from hf_vssm_prune.training.labels import Match, match_labels, read_label_file, say_difference, say_labels
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.models import load_model, load_teacher
 
@@ -21,6 +21,17 @@ from hf_vssm_prune.training.models import load_model, load_teacher
 SAME, REORDERED, ADOPTED, DIFFERENT = Match.SAME, Match.REORDERED, Match.ADOPTED, Match.DIFFERENT
 NUMBERED = [f"LABEL_{i}" for i in range(12)]
 SORTED_AS_TEXT = sorted(str(i) for i in range(12))
+
+
+# Reading
+
+
+def test_blank_lines_of_a_label_file(tmp_path) -> None:
+    (tmp_path / "names.txt").write_text("ant\nsea lion \n\n")
+    assert read_label_file(tmp_path / "names.txt") == ["ant", "sea lion"]
+    (tmp_path / "names.txt").write_text("ant\n\nbee\n")
+    with pytest.raises(ValueError, match=r"Line 2 of .*names\.txt is blank: each line must name a label"):
+        read_label_file(tmp_path / "names.txt")
 
 
 # Comparing
@@ -167,6 +178,12 @@ def test_numbers_are_the_other_sides_ids(checkpoint, tmp_path, caplog) -> None:
     numbered = save(tmp_path, [f"LABEL_{i}" for i in range(4)])
     assert load_model(str(numbered), NAMES).config.label_names == NAMES
     assert all("numbers without names" in record.getMessage() for record in caplog.records)
+    treated = [
+        "'0' of the data set is treated as 'ant'",
+        "'1' of the data set is treated as 'bee'",
+        "'ant' of the data",
+    ]
+    assert all(words in record.getMessage() for words, record in zip(treated, caplog.records, strict=True))
     assert len(caplog.records) == 3
     # Somebody asks for a new classifier: digits are no animals.
     renewed = load_model(str(checkpoint), ["0", "1", "2", "3"], ignore_mismatched_sizes=True)

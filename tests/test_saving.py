@@ -196,6 +196,17 @@ def test_own_card_and_image_processor_stay_where_none_is_given(model, image_proc
     assert "# Another card" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("save", [save_for_hub, lambda model, folder: model.save_pretrained(folder)])
+def test_a_card_of_another_schedule_is_named(save, tmp_path, caplog) -> None:
+    model = make_classifier(token_pruning=dict(TOKEN_PRUNING))
+    for _ in range(2):
+        save(model, tmp_path)
+    assert not caplog.records
+    model.set_token_pruning(None)
+    save(model, tmp_path)
+    assert f"{tmp_path / 'README.md'} is kept, but it describes another pruning schedule" in caplog.text
+
+
 def test_working_directory_as_folder(model, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").write_text("mine")

@@ -231,6 +231,10 @@ def test_a_dense_model_is_given_the_pixel_values_that_it_knows(image_folder, che
     assert load_script("evaluate").main(arguments) == 1
     said = capsys.readouterr().err
     assert f"The dense model {other} expects pixel values made with image_std [0.5, 0.5, 0.5], but those" in said
+    shutil.copy(Path(checkpoint) / file.name, file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"crop_size": {"height": 40, "width": 40}}))
+    assert load_script("evaluate").main(arguments) == 1
+    assert f"The dense model {other} expects pixel values made with crop_size" in capsys.readouterr().err
 
 
 def test_schedules_side_by_side(image_folder, checkpoint, tmp_path, capsys):

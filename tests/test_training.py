@@ -31,7 +31,7 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.cards import card_writer
-from hf_vssm_prune.training.checkpoints import find_checkpoints, find_resumed
+from hf_vssm_prune.training.checkpoints import ADDED, find_checkpoints, find_resumed
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
 from hf_vssm_prune.training.distribution import ProcessLostError, lost_processes_named
 from hf_vssm_prune.training.divergence import TrainingDivergedError
@@ -782,6 +782,30 @@ def test_steps_of_other_images_are_not_continued(datasets, tmp_path):
     recipe.run.resume = "latest"
     with pytest.raises(ValueError, match=r"differently: the images in whole batches of an epoch were 20 and are 18\."):
         make_trainer(make_vim_config(), few, recipe)
+
+
+def test_a_run_whose_data_or_model_has_changed_is_not_continued(datasets, tmp_path):
+    make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=1)).train()
+    recipe = make_recipe(tmp_path, max_train_steps=1)
+    recipe.run.resume = "latest"
+    *others, _ = datasets.label_names
+    renamed = replace(datasets, label_names=[*others, "a new name"])
+    reordered = replace(datasets, train=datasets.train.select(range(len(datasets.train) - 1, -1, -1)))
+    larger = make_vim_config(image_size=make_vim_config().image_size + 8)
+    for config, data, message in (
+        (make_vim_config(), renamed, "label_names was .* and is .*a new name"),
+        (make_vim_config(), reordered, "the names, the labels or the order of the training images were others"),
+        (larger, datasets, "config.image_size was .* and is .*; image_processor.size.shortest_edge was"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot be resumed exactly, .*differently: {message}"):
+            make_trainer(config, data, recipe)
+    # Checkpoints of version 0.1 say nothing about these.
+    file = tmp_path / "checkpoint-1" / "training_state.json"
+    content = json.loads(file.read_text())
+    for name in ADDED:
+        del content["settings"][name]
+    file.write_text(json.dumps(content))
+    assert make_trainer(make_vim_config(), renamed, recipe).state.steps == 1
 
 
 def test_a_checkpoint_of_before_steps_were_called_so_goes_on(datasets, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers.image_processing_base import ImageProcessingMixin
@@ -60,7 +61,8 @@ def export_classifier(
         The folder.
 
     Raises:
-        ValueError: a format is unknown, or the model is in training mode, half precision or int8.
+        ValueError: a format is unknown; the model is in training mode, half precision or int8; or the image processor
+            makes images of another size than the configuration's, which the files cannot process.
         FileExistsError: the folder is not empty.
         ImportError: a library that a format needs is not installed; the message names it.
         RuntimeError: the outputs of a file differ from the model's.
@@ -72,6 +74,8 @@ def export_classifier(
         raise FileExistsError(
             f"{folder} already exists and will not be overwritten: remove it, or choose another folder."
         )
+    if image_processor is not None:
+        check_size(model, image_processor)
     program = trace(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # On the same file system as the folder, which may be a mount point.
@@ -136,6 +140,21 @@ def trace(model: ImageClassifier) -> ExportedProgram:
     with torch.no_grad():
         return torch.export.export(
             _Outputs(model), (), inputs, dynamic_shapes={"pixel_values": {0: Dim("batch", min=1)}}, strict=False
+        )
+
+
+def check_size(model: ImageClassifier, image_processor: Any) -> None:
+    """Raises an error if the image processor does not make images of the size in the model's configuration.
+
+    Raises:
+        ValueError: it does not.
+    """
+    image = Image.new("L" if model.config.num_channels == 1 else "RGB", (53, 37))
+    made = tuple(image_processor(image, return_tensors="pt")["pixel_values"].shape[-2:])
+    if made != (expected := model.config.input_size[-2:]):
+        raise ValueError(
+            f"the image processor makes images of (height, width) {made}, but exported files take only those of the "
+            f"model's `image_size`, {expected}: make the two sizes equal."
         )
 
 

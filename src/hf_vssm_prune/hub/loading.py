@@ -54,7 +54,9 @@ def load_config(name_or_path: str, revision: str = "main", **place: Any) -> Any:
     except StrictDataclassError as error:
         raise ValueError(f"The configuration of {name_or_path} is not valid: {error}") from error
     except OSError as error:
-        raise OSError(f"{name_or_path} cannot be opened: {error}") from error
+        is_there = Path(packaged_model(name_or_path)).exists()
+        where = "" if is_there else ": there is no such folder; as a name on the Hub"
+        raise OSError(f"{name_or_path} cannot be opened{where}: {error}") from error
     if not isinstance(pruned_config(config), VisionMambaConfig):
         raise ValueError(f"{name_or_path} is a {config.model_type!r} model; it must be a {family_names()} model.")
     return config

@@ -63,10 +63,11 @@ def save_pretrained(
     push_to_hub = options.pop("push_to_hub", False)
     token = options.get("token")
     push_options = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
+    model_card = card_for(model, folder, model_card)
     PreTrainedModel.save_pretrained(model, folder, **options)
     if options.get("is_main_process", True):
         _remove_outdated_weights(folder)
-        complete_folder(model, folder, image_processor, card_for(folder, model_card))
+        complete_folder(model, folder, image_processor, model_card)
         if push_to_hub:
             push_model(folder, push_options.pop("repo_id", folder.name), token=token, **push_options)
 

@@ -8,12 +8,14 @@ imports are copied unchanged.
 
 import inspect
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -27,6 +29,8 @@ from hf_vssm_prune.hub import heads_code
 from hf_vssm_prune.hub.model_card import ModelCardInfo, create_model_card
 from hf_vssm_prune.pruned_heads import PrunedHead
 
+
+logger = logging.getLogger(__name__)
 
 CARD, CONFIG = "README.md", "config.json"
 # The code's licence has to be included; a file named LICENSE would be taken for the licence of the weights.
@@ -71,7 +75,7 @@ def save_for_hub(
         )
     folder = Path(os.path.abspath(folder))
     check_folder(folder)
-    model_card = card_for(folder, model_card)
+    model_card = card_for(model, folder, model_card)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # On the same file system as the folder, so that moves are atomic.
@@ -135,11 +139,32 @@ def check_folder(folder: Path) -> None:
         raise NotADirectoryError(f"The model cannot be saved to {folder}: {first_existing} is a file.")
 
 
-def card_for(folder: Path, model_card: ModelCardInfo | None) -> ModelCardInfo | None:
-    """The information for a folder's card. None: the folder already has a card, and no new one was requested."""
+def card_for(model: VisionMamba, folder: Path, model_card: ModelCardInfo | None) -> ModelCardInfo | None:
+    """The information for a folder's card. None: the folder already has a card, and no new one was requested; if the
+    model in the folder has another pruning schedule, this is logged."""
+    if model_card is None and (folder / CARD).exists():
+        if _saved_schedule(folder) not in (UNKNOWN, pruned_config(model.config).token_pruning):
+            logger.warning(
+                "%s is kept, but it describes another pruning schedule than the model's: pass a `model_card`, or "
+                "remove the file first.",
+                folder / CARD,
+            )
+        return None
     if model_card is None:
-        return None if (folder / CARD).exists() else ModelCardInfo(name=folder.name, model_id=folder.name)
+        return ModelCardInfo(name=folder.name, model_id=folder.name)
     return model_card if model_card.model_id is not None else replace(model_card, model_id=folder.name)
+
+
+UNKNOWN = object()
+
+
+def _saved_schedule(folder: Path) -> Any:
+    """The `token_pruning` of the model in a folder; `UNKNOWN` if there is none that can be read."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return config.get("backbone_config", config).get("token_pruning")
+    except (OSError, ValueError, AttributeError):
+        return UNKNOWN
 
 
 def complete_folder(

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BaseImageProcessor
 
 from hf_vssm_prune.training.arguments import RunArguments
 from hf_vssm_prune.training.distribution import (
@@ -44,6 +45,21 @@ NEW_NAMES = {
     "images_per_update": "images_per_step",
 }
 FIRST_TASK = "image-classification"
+# Settings that are dicts and compared entry by entry. An entry that only one side has is from another version of
+# transformers or of this package.
+DESCRIPTIONS = ("config", "image_processor")
+TRAINING_IMAGES = "training_images"
+ADDED = (*DESCRIPTIONS, "label_names", TRAINING_IMAGES)  # checkpoints of version 0.1 do not have them
+MOST_SHOWN = 100  # characters of a setting in a message
+# Entries of a configuration that are settings of their own, or depend on the machine or on the version of transformers.
+NOT_DESCRIBED = {
+    *("id2label", "label2id", "num_labels", "token_pruning", "drop_path_rate"),
+    *("scan_backend", "transformers_version", "dtype", "architectures", "auto_map"),
+}
+DESCRIBED_STEPS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "num_frames"),
+)
 
 
 @dataclass
@@ -239,11 +255,7 @@ def load_checkpoint(
     with _named_where_damaged(folder):
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
         saved_settings, state = _with_new_names(saved["settings"]), _read_state(saved["state"])
-    differing = {
-        name: f"{name} was {saved_settings.get(name)} and is {settings[name]}"
-        for name in settings
-        if settings[name] != saved_settings.get(name)
-    }
+    differing = _differences(saved_settings, settings)
     fixed = [words for name, words in differing.items() if name not in SPREAD]
     if (was := _images_per_epoch(saved_settings)) != (images := _images_per_epoch(settings)):
         fixed.append(f"the images in whole batches of an epoch were {was} and are {images}")
@@ -259,6 +271,53 @@ def load_checkpoint(
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
     return state, list(differing.values())
+
+
+def _differences(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
+    """For each setting that differs, a description."""
+    before, now = _entries(saved), _entries(settings)
+    return {
+        name: "the names, the labels or the order of the training images were others"
+        if name == TRAINING_IMAGES
+        else f"{name} was {_shown(before.get(name))} and is {_shown(value)}"
+        for name, value in now.items()
+        if value != before.get(name) and (name in before or name.split(".")[0] not in ADDED)
+    }
+
+
+def _entries(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings, with those in `DESCRIPTIONS` replaced by their entries, as "config.image_size"."""
+    entries: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and (prefix or name in DESCRIPTIONS):
+            entries |= _entries(value, f"{prefix}{name}.")
+        else:
+            entries[f"{prefix}{name}"] = value
+    return entries
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+
+
+def describe_config(config: Any) -> dict[str, Any]:
+    """The options of a model's configuration that a resumed run must share and that are not settings of their own."""
+    return _without(json.loads(config.to_json_string(use_diff=False)))
+
+
+def _without(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without(value) if isinstance(value, dict) else value
+        for name, value in options.items()
+        if name not in NOT_DESCRIBED and not name.startswith("_")
+    }
+
+
+def describe_image_processor(image_processor: BaseImageProcessor) -> dict[str, Any]:
+    """The steps of an image processor, which a resumed run must share."""
+    options = json.loads(image_processor.to_json_string())
+    return {name: options[name] for name in DESCRIBED_STEPS if name in options}
 
 
 def _images_per_epoch(settings: dict[str, Any]) -> int:

@@ -140,19 +140,27 @@ def _load_teacher(
     return recipe.task.load_teacher(name_or_path, student.config, recipe.losses, dtype, image_size)
 
 
-def _check_pixel_values(role: str, name_or_path: str, processor: BaseImageProcessor) -> None:
+# Entries of an image processor for how pixel values are normalised, and for their size.
+NORMALIZATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+SIZES = ("do_center_crop", "crop_size", "do_resize", "size", "num_frames")
+
+
+def _check_pixel_values(
+    role: str, name_or_path: str, processor: BaseImageProcessor, others: Sequence[str] = ()
+) -> None:
     """Raises an error for a checkpoint that cannot be given the pixel values of a model.
 
     Args:
         role: what error messages call the checkpoint.
         name_or_path: the checkpoint.
         processor: the model's image processor.
+        others: entries of image processors that must be the same, in addition to `NORMALIZATION`.
 
     Raises:
-        ValueError: it expects pixel values that are rescaled or normalised in another way.
+        ValueError: it expects pixel values that were made in another way.
     """
     own, its = (json.loads(each.to_json_string()) for each in (processor, load_image_processor(name_or_path)))
-    for step in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
+    for step in (*NORMALIZATION, *others):
         if own.get(step) != its.get(step):
             raise ValueError(
                 f"The {role} {name_or_path} expects pixel values made with {step} {its.get(step)}, but those of the "
@@ -169,6 +177,13 @@ def _at_size(
         ValueError: the task resizes images to another size.
     """
     if image_size is None:
+        size, configured = output_size(processor), pruned_config(model.config).input_size[-2:]
+        if size not in (None, configured) and image_processor_of(task, processor) is processor:
+            logger.warning(
+                "The image processor makes images of (height, width) %s, but the model's configuration has image_size "
+                "%s, to which budgets and FLOPs refer: --image_size sets both.",
+                *(size, configured),
+            )
         return processor
     processor = resize_image_processor(processor, image_size)
     size = output_size(image_processor_of(task, processor))
@@ -214,7 +229,7 @@ def evaluate(
     models = {"dense": load(beside.dense_name_or_path or options.model_name_or_path)}
     if beside.dense_name_or_path is not None:
         processor = load_image_processor(options.model_name_or_path)
-        _check_pixel_values("dense model", beside.dense_name_or_path, processor)
+        _check_pixel_values("dense model", beside.dense_name_or_path, processor, SIZES)
     models["dense"].set_token_pruning(None)
     if schedule is not None:
         models["pruned"] = load(options.model_name_or_path)
@@ -283,7 +298,17 @@ def _sharing_weights(task: Task, model: ImageClassifier, token_pruning: dict[str
 def _load_rows(task: Task, data: EvaluationDataArguments, options: EvaluationArguments) -> tuple[Any, Sequence[str]]:
     """The rows of the data set chosen by the options, and the names of its labels."""
     set_seed(options.seed)
-    return task.load_evaluation_dataset(data, options.seed)
+    if options.train_val_split is None:
+        rows, label_names = task.load_evaluation_dataset(data, options.seed)
+        if data.eval_split is None and str(getattr(rows, "split", None)) == "train":
+            logger.warning(
+                "'%s' has no split for evaluation: all its %d rows are evaluated. For a model that was trained on some "
+                "of them, the results are too good; --train_val_split evaluates those that were held out.",
+                *(data.dataset_name, len(rows)),
+            )
+        return rows, label_names
+    datasets = task.load_datasets(DataArguments(**asdict(data), train_val_split=options.train_val_split), options.seed)
+    return datasets.evaluation, datasets.label_names
 
 
 def _make_loader(task: Task, rows: Any, data: EvaluationDataArguments, options: EvaluationArguments) -> DataLoader:

@@ -106,15 +106,18 @@ def ids_as_names(names: Sequence[str]) -> list[int] | None:
 
 def read_label_file(file: Path) -> list[str]:
     """Label names in the order of their ids, from JSON in any form that `label_maps` supports, or text with one name
-    per line.
+    per line. Blank lines at the end are ignored.
 
     Raises:
-        ValueError: it is a JSON file with other content.
+        ValueError: it is a JSON file with other content, or has a blank line between names.
         OSError: it cannot be read.
     """
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix != ".json":
-        return text.splitlines()
+        names = [line.strip() for line in text.rstrip().splitlines()]
+        if "" in names:
+            raise ValueError(f"Line {names.index('') + 1} of {file} is blank: each line must name a label.")
+        return names
     try:
         return names_by_id(json.loads(text))
     except ValueError as error:

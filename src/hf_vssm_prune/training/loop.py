@@ -29,9 +29,12 @@ from hf_vssm_prune.training.arguments import ElasticArguments, OptimizationArgum
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
 from hf_vssm_prune.training.checkpoints import (
     RESULTS,
+    TRAINING_IMAGES,
     TrainedParts,
     TrainingState,
     check_output_dir,
+    describe_config,
+    describe_image_processor,
     find_checkpoints,
     find_resumed,
     load_checkpoint,
@@ -41,6 +44,7 @@ from hf_vssm_prune.training.checkpoints import (
     write_json,
 )
 from hf_vssm_prune.training.data import ImageDatasets
+from hf_vssm_prune.training.data.fingerprints import fingerprint
 from hf_vssm_prune.training.devices import launch_on_cores
 from hf_vssm_prune.training.distribution import (
     choose_deterministic_algorithms,
@@ -63,6 +67,7 @@ from hf_vssm_prune.training.elastic import draw_schedule, what_is_pruned
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import evaluate_model
 from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError
+from hf_vssm_prune.training.labels import say_labels
 from hf_vssm_prune.training.length import plan_steps
 from hf_vssm_prune.training.loaders import make_loaders
 from hf_vssm_prune.training.losses import LossWeights, training_loss
@@ -130,6 +135,12 @@ class Trainer:
         self.task = recipe.task
         image_processor = image_processor_of(self.task, image_processor)
         self.output_dir = Path(recipe.run.output_dir)
+        self.described: dict[str, Any] = {
+            "config": describe_config(model.config),
+            "image_processor": describe_image_processor(image_processor),
+            "label_names": list(datasets.label_names),
+            TRAINING_IMAGES: fingerprint(datasets.train),
+        }
         self.elastic_schedules = recipe.elastic.schedules(pruned_config(model.config))
         for schedule in self.elastic_schedules:
             model.add_pruning_parameters(schedule)
@@ -214,6 +225,7 @@ class Trainer:
             **asdict(self.recipe.elastic),
             "mixed_precision": self.accelerator.mixed_precision,
             "batch_norm": self.recipe.scale.batch_norm,
+            **self.described,
         }
 
     def _images_per_step(self) -> int:
@@ -304,7 +316,8 @@ class Trainer:
     def _describe(self) -> None:
         flops = count_flops(self.plain_model.config)
         self.log.write(
-            f"{len(self.loaders.train_items)} training images, {self.length.num_epochs} epochs, "
+            f"{len(self.loaders.train_items)} training and {len(self.loaders.eval_items)} evaluation images, "
+            f"{say_labels(self.described['label_names'])}; {self.length.num_epochs} epochs, "
             f"{self.length.num_steps} steps of {self._images_per_step()} images; "
             f"{self.plain_model.num_parameters():,} parameters, "
             f"{flops.pruned.published / 1e9:.4g} GFLOPs ({flops.reduction:.1%} pruned)."

@@ -62,11 +62,11 @@ def load_model(
         logger.info("%s gets a new classifier for the data set's %s.", name_or_path, say_labels(label_names))
         renew_classifier(model, label_names)
     else:
-        _take_labels(model, match, name_or_path)
+        _take_labels(model, match, name_or_path, label_names)
     return model
 
 
-def _take_labels(model: ImageClassifier, match: LabelMatch, name_or_path: str) -> None:
+def _take_labels(model: ImageClassifier, match: LabelMatch, name_or_path: str, label_names: Sequence[str]) -> None:
     own_names = model.config.label_names
     reorder_labels(model, match)
     if match.kind is Match.REORDERED:
@@ -75,9 +75,9 @@ def _take_labels(model: ImageClassifier, match: LabelMatch, name_or_path: str) -
         )
     elif match.kind is Match.ADOPTED:
         logger.warning(
-            "The labels of %s or of the data set are numbers without names: label 0 is treated as %r in one and "
-            "%r in the other, and all other labels are also matched by id.",
-            *(name_or_path, own_names[0], match.names[0]),
+            "The labels of %s or of the data set are numbers without names: %r of the data set is treated as %r, and "
+            "all other labels are also matched by id.",
+            *(name_or_path, label_names[0], own_names[match.ids[0]]),
         )
 
 
@@ -123,5 +123,5 @@ def load_teacher(
         resize_model(teacher, image_size)
     teacher.set_token_pruning(None)
     if match is not None:
-        _take_labels(teacher, match, name_or_path)
+        _take_labels(teacher, match, name_or_path, student.label_names)
     return teacher

@@ -13,18 +13,18 @@ class EvaluationDataArguments:
     _argument_group_name = "data"
 
     dataset_name: str = field(
-        metadata=describe("a Hub data set, a folder of images by class, or Parquet files", "--data_dir")
+        metadata=describe(
+            "a Hub data set, a folder of images by class, a table of paths and labels, or Parquet files", "--data_dir"
+        )
     )
     dataset_config_name: str | None = field(default=None, metadata=describe("configuration of the Hub data set"))
     eval_split: str | None = field(
         default=None, metadata=describe("split to evaluate on; inferred from the name by default")
     )
     image_column_name: str | None = field(
-        default=None, metadata=describe("column of the images; inferred from the type by default")
+        default=None, metadata=describe("column of the images, or of their paths in a table; inferred by default")
     )
-    label_column_name: str | None = field(
-        default=None, metadata=describe("column of the labels; inferred from the type by default")
-    )
+    label_column_name: str | None = field(default=None, metadata=describe("column of the labels; inferred by default"))
     max_eval_samples: int | None = field(
         default=None, metadata=describe("number of evaluation images, drawn at random; by default all")
     )

@@ -25,7 +25,17 @@ class EvaluationArguments:
         default="no",
         metadata=describe("precision of the computation with weights in float32", choices=("no", "fp16", "bf16")),
     )
-    seed: int = field(default=0, metadata=describe("random seed for choosing --max_eval_samples images"))
+    seed: int = field(
+        default=0,
+        metadata=describe("random seed for choosing --max_eval_samples images, or those of --train_val_split"),
+    )
+    train_val_split: float | None = field(
+        default=None,
+        metadata=describe(
+            "evaluate the images that a training run with this --train_val_split (0.1 if it was not given) and --seed "
+            "held out; by default, all images of a data set without an evaluation split"
+        ),
+    )
     json: str | None = field(default=None, metadata=describe("file to write the results to"))
     save_results: str | None = field(
         default=None,
@@ -37,6 +47,8 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         check_range("per_device_eval_batch_size", self.per_device_eval_batch_size, 1, math.inf)
         check_range("seed", self.seed, 0, MOST_SEED)
+        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
+            raise ValueError(f"--train_val_split is {self.train_val_split}: it must be between 0 and 1.")
         if self.dtype != "float32" and self.mixed_precision != "no":
             raise ValueError(
                 f"--mixed_precision {self.mixed_precision} needs weights in float32, but --dtype is {self.dtype}: give "

@@ -47,7 +47,7 @@ def load_image_dataset(
         train_split: Split to train on.
         eval_split: Split to evaluate on; None: validation if it exists, otherwise test, otherwise a part of the
             training split.
-        image_column: Column of the images; None: the only one of type `datasets.Image`.
+        image_column: Column of the images, or of their paths in a table; None: the only one of type `datasets.Image`.
         label_column: Column of the labels; None: the only one of type `datasets.ClassLabel`. A named column may also
             contain integers or strings.
         validation_share: Fraction of the training split to evaluate on if there is no other split: drawn at random, the
@@ -64,7 +64,7 @@ def load_image_dataset(
     """
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}: it must be greater than 0 and less than 1.")
-    splits = load_splits(name_or_path, config_name, medium=medium)
+    splits = load_splits(name_or_path, config_name, medium=medium, headings=(image_column, label_column))
     rows = choose_split(splits, train_split, name_or_path)
     train, label_names = standardize(rows, image_column, label_column, medium=medium)
     if len(np.unique(_labels_of(train))) < 2:
@@ -145,7 +145,7 @@ def load_evaluation_dataset(
 
     For arguments and errors, see `load_image_dataset`.
     """
-    splits = load_splits(name_or_path, config_name, medium=medium)
+    splits = load_splits(name_or_path, config_name, medium=medium, headings=(image_column, label_column))
     split = split or find_evaluation_split(splits, excluded=None) or next(iter(splits))
     rows = choose_split(splits, split, name_or_path)
     dataset, label_names = standardize(rows, image_column, label_column, medium=medium)

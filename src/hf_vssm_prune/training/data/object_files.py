@@ -9,6 +9,7 @@ from datasets import Sequence as Repeated
 
 from hf_vssm_prune.training.data.coco_files import read_coco
 from hf_vssm_prune.training.data.media import IMAGES
+from hf_vssm_prune.training.data.paths import stored_file
 from hf_vssm_prune.training.data.sources import find_files, find_saved
 from hf_vssm_prune.training.data.voc_files import read_voc
 
@@ -57,7 +58,7 @@ def _dataset(split: str, rows: Iterable[ImageObjects], names: list[str], feature
     rows = list(rows)
     ids = {name: label for label, name in enumerate(names)}
     columns = {
-        "image": [{"bytes": None, "path": path} for path, _ in rows],
+        "image": [stored_file(path) for path, _ in rows],
         "objects": [
             {
                 "bbox": [each["bbox"] for each in objects],

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from datasets import Dataset, DatasetDict, Features, Image, NamedSplit
 
 from hf_vssm_prune.training.data.media import IMAGES
+from hf_vssm_prune.training.data.paths import stored_file
 from hf_vssm_prune.training.data.sources import SPLIT_NAMES, find_files, find_saved
 
 
@@ -90,8 +91,8 @@ def load_pair_folder(folder: Path) -> DatasetDict:
         {
             split: Dataset.from_dict(
                 {
-                    "image": [{"bytes": None, "path": str(image)} for image, _ in pairs],
-                    "mask": [{"bytes": None, "path": str(mask)} for _, mask in pairs],
+                    "image": [stored_file(image) for image, _ in pairs],
+                    "mask": [stored_file(mask) for _, mask in pairs],
                 },
                 features=features,
                 split=NamedSplit(split),

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from datasets import (
     ClassLabel,
@@ -22,7 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from pyarrow.parquet import ParquetFile
 
 from hf_vssm_prune.training.data.media import IMAGES, Medium
-from hf_vssm_prune.training.data.paths import local_path
+from hf_vssm_prune.training.data.paths import local_path, stored_file
 from hf_vssm_prune.training.data.tables import TABLE_SUFFIXES, read_tables
 
 
@@ -47,8 +48,16 @@ SAVED_DATASET = ("dataset_info.json", "state.json")
 SAVED_SPLITS = "dataset_dict.json"
 
 
+# Headings of the columns of paths and labels in tables; None: the usual ones.
+Headings: TypeAlias = tuple[str | None, str | None]
+
+
 def load_splits(
-    name_or_path: str | Path, config_name: str | None, streaming: bool = False, medium: Medium = IMAGES
+    name_or_path: str | Path,
+    config_name: str | None,
+    streaming: bool = False,
+    medium: Medium = IMAGES,
+    headings: Headings = (None, None),
 ) -> DatasetDict | IterableDatasetDict:
     """The splits of a data set of images (or of another medium), with whatever columns it has.
 
@@ -59,7 +68,7 @@ def load_splits(
     path = local_path(name_or_path)
     if path.is_file():
         if path.suffix.lower() in TABLE_SUFFIXES:
-            return _load_tables([path], streaming, medium)
+            return _load_tables([path], streaming, medium, headings)
         if path.suffix != ".parquet":
             raise ValueError(
                 f"'{path}' is a file of type '{path.suffix}': a data set must be a folder, a .parquet file or a .csv "
@@ -67,7 +76,7 @@ def load_splits(
             )
         return _load_parquet([path], streaming)
     if path.is_dir():
-        return _load_folder(path, streaming, medium)
+        return _load_folder(path, streaming, medium, headings)
     name = str(name_or_path)
     if name in PACKAGED_NAMES:
         return _load_parquet(sorted((PACKAGED_DATA / name).glob("*.parquet")), streaming)
@@ -83,7 +92,9 @@ def load_splits(
         ) from error
 
 
-def _load_folder(folder: Path, streaming: bool, medium: Medium) -> DatasetDict | IterableDatasetDict:
+def _load_folder(
+    folder: Path, streaming: bool, medium: Medium, headings: Headings
+) -> DatasetDict | IterableDatasetDict:
     saved = find_saved(folder)
     files, _ = find_files(folder)
     parquet_files = sorted(file for file in files if file.suffix == ".parquet")
@@ -96,7 +107,9 @@ def _load_folder(folder: Path, streaming: bool, medium: Medium) -> DatasetDict |
         return _load_parquet(parquet_files, streaming)
     tables = sorted(file for file in files if file.suffix.lower() in TABLE_SUFFIXES and file.parent == folder)
     if tables and not saved:
-        return _load_tables(tables, streaming, medium)
+        splits = _load_tables(tables, streaming, medium, headings)
+        _warn_of_unlisted(folder, files, tables, splits, medium)
+        return splits
     if streaming:
         raise ValueError(f"The {medium.name}s in '{folder}' are read only when needed in any case: omit --streaming.")
     return _load_saved(folder, saved) if saved else _load_class_folders(folder, medium)
@@ -173,10 +186,28 @@ def _files_of_splits(files: Sequence[Path]) -> dict[str, list[str]]:
 # Tables of paths and labels
 
 
-def _load_tables(files: Sequence[Path], streaming: bool, medium: Medium) -> DatasetDict:
+def _load_tables(files: Sequence[Path], streaming: bool, medium: Medium, headings: Headings) -> DatasetDict:
     if streaming:
         raise ValueError(f"The {medium.name}s in '{files[0]}' are read only when needed in any case: omit --streaming.")
-    return read_tables(_files_of_splits(files), medium)
+    return read_tables(_files_of_splits(files), medium, *headings)
+
+
+def _warn_of_unlisted(
+    folder: Path, files: Sequence[Path], tables: Sequence[Path], splits: DatasetDict, medium: Medium
+) -> None:
+    """Logs which images of a folder are left out because its tables do not list them."""
+    listed = {stored["path"] for rows in splits.values() for stored in rows[rows.column_names[0]]}
+    suffixes = medium.suffixes()
+    others = [file for file in files if file.suffix.lower() in suffixes and str(file) not in listed]
+    if others:  # or listed by other names, such as absolute paths
+        real = {os.path.realpath(path) for path in listed}
+        others = [file for file in others if os.path.realpath(file) not in real]
+    if others:
+        logger.warning(
+            "%d %ss in '%s' are left out, because they are not listed in %s; the first is '%s'. Without tables in the "
+            "folder, its class folders are read.",
+            *(len(others), medium.name, folder, " or ".join(f"'{table.name}'" for table in tables), min(others)),
+        )
 
 
 # Folders by class
@@ -210,7 +241,7 @@ def _load_class_folders(folder: Path, medium: Medium) -> DatasetDict:
     return DatasetDict(
         {
             split: Dataset.from_dict(
-                {"image": [{"bytes": None, "path": path} for path in paths], "label": labels},
+                {"image": [stored_file(path) for path in paths], "label": labels},
                 features=features,
                 split=NamedSplit(split),
             )

@@ -1,7 +1,7 @@
 """Tables of paths and labels in CSV format, the usual format for lists of videos.
 
-Each line has a path and a label, separated by a comma, semicolon, tab or space. There may be a header line. Paths are
-relative to the table's folder. Labels are names or numbers.
+Each line has a path and a label, separated by a comma, semicolon, tab or space. There may be a header line; then, other
+columns are ignored. Paths are relative to the table's folder. Labels are names or numbers.
 """
 
 import csv
@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, DatasetDict, Features, NamedSplit
 
 from hf_vssm_prune.training.data.media import Medium
-from hf_vssm_prune.training.data.paths import local_path
+from hf_vssm_prune.training.data.paths import local_path, stored_file
 
 
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -20,27 +20,39 @@ PATH_HEADINGS = ("path", "file", "file_name", "filename", "image", "video", "vid
 LABEL_HEADINGS = ("label", "labels", "class", "category")
 
 
-def read_tables(files_of_split: Mapping[str, Sequence[str | Path]], medium: Medium) -> DatasetDict:
-    """The splits of a data set that is listed in tables, with the columns "image" and "label".
+def read_tables(
+    files_of_split: Mapping[str, Sequence[str | Path]],
+    medium: Medium,
+    path_column: str | None = None,
+    label_column: str | None = None,
+) -> DatasetDict:
+    """The splits of a data set that is listed in tables, with one column for the files and one for the labels.
+
+    Args:
+        files_of_split: the tables of each split.
+        medium: what is listed.
+        path_column, label_column: headings of the two columns, which become their names. None: usual headings, or the
+            first and the second column if there is no header; the columns are called "image" and "label".
 
     Raises:
-        ValueError: a table cannot be read, or a line does not consist of a path and a label.
+        ValueError: a table cannot be read or does not have these columns, or a line does not consist of a path and a
+            label.
     """
-    rows = {split: [row for file in files for row in _read(Path(file))] for split, files in files_of_split.items()}
+    columns = path_column, label_column
+    rows = {
+        split: [row for file in files for row in _read(Path(file), *columns)] for split, files in files_of_split.items()
+    }
     names = {label for of_split in rows.values() for _, label in of_split}
     are_numbers = all(name.isdecimal() for name in names)
-    features = Features(
-        {
-            "image": medium.feature(decode=False),
-            "label": ClassLabel(names=sorted(names, key=int) if are_numbers else sorted(names)),
-        }
-    )
+    image, label = path_column or "image", label_column or "label"
+    kind = ClassLabel(names=sorted(names, key=int) if are_numbers else sorted(names))
+    features = Features({image: medium.feature(decode=False), label: kind})
     return DatasetDict(
         {
             split: Dataset.from_dict(
                 {
-                    "image": [{"bytes": None, "path": path} for path, _ in of_split],
-                    "label": [features["label"].str2int(label) for _, label in of_split],
+                    image: [stored_file(path) for path, _ in of_split],
+                    label: [kind.str2int(name) for _, name in of_split],
                 },
                 features=features,
                 split=NamedSplit(split),
@@ -50,7 +62,7 @@ def read_tables(files_of_split: Mapping[str, Sequence[str | Path]], medium: Medi
     )
 
 
-def _read(file: Path) -> list[tuple[str, str]]:
+def _read(file: Path, path_column: str | None, label_column: str | None) -> list[tuple[str, str]]:
     try:
         lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -62,18 +74,37 @@ def _read(file: Path) -> list[tuple[str, str]]:
         cells = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)]
     except csv.Error as error:
         raise ValueError(f"'{file}' cannot be read: {error}") from error
-    path, label, first = _find_columns(cells[0])
+    path, label, first = _find_columns(file, cells[0], path_column, label_column)
     rows = []
     for number, row in enumerate(cells[first:], first + 1):
         if len(row) <= max(path, label) or not (row[path] and row[label]) or (not first and len(row) != 2):
-            raise ValueError(f"Line {number} of '{file}' is {row}: it must have a path and a label.")
+            raise ValueError(
+                f"Line {number} of '{file}' is {row}: it must have a path and a label.{NAMED if number == 1 else ''}"
+            )
         rows.append((str(file.parent / local_path(row[path])), row[label]))
+    if not first and len(rows) > 1 and not Path(rows[0][0]).exists() and Path(rows[1][0]).exists():
+        raise ValueError(f"Line 1 of '{file}' is {cells[0]}, and there is no file '{rows[0][0]}'.{NAMED}")
     return rows
 
 
-def _find_columns(headings: Sequence[str]) -> tuple[int, int, int]:
+NAMED = " If it is a header, name the columns with --image_column_name and --label_column_name."
+
+
+def _find_columns(
+    file: Path, headings: Sequence[str], path_column: str | None, label_column: str | None
+) -> tuple[int, int, int]:
     """The columns of paths and labels, and the number of header lines."""
+    for name in (path_column, label_column):
+        if name is not None and name not in headings:
+            raise ValueError(f"There is no column '{name}' in '{file}'; its first line is {list(headings)}.")
     lower = [heading.lower() for heading in headings]
-    paths = [i for i, heading in enumerate(lower) if heading in PATH_HEADINGS]
-    labels = [i for i, heading in enumerate(lower) if heading in LABEL_HEADINGS]
+    paths, labels = (
+        [i for i, heading in enumerate(lower) if heading in usual] if name is None else [headings.index(name)]
+        for name, usual in ((path_column, PATH_HEADINGS), (label_column, LABEL_HEADINGS))
+    )
+    if (path_column or label_column) and not (paths and labels):
+        raise ValueError(
+            f"The first line of '{file}' is {list(headings)}: name its columns of paths and of labels with "
+            "--image_column_name and --label_column_name."
+        )
     return (paths[0], labels[0], 1) if paths and labels else (0, 1, 0)
