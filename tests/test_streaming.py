@@ -1,17 +1,20 @@
 """Streamed training images: their order, resuming in the middle, errors, and a run that resumes within an epoch."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from hf_vssm_prune.hub.loading import new_image_processor
+from hf_vssm_prune.training.arguments import DataArguments
 from hf_vssm_prune.training.data import ImageStream, StreamedTrainingImages, collate, load_image_stream
 from hf_vssm_prune.training.data.columns import store_stream
 from hf_vssm_prune.training.sampling import StreamSampler
+from hf_vssm_prune.training.tasks import TASKS
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments
 
 
@@ -149,3 +152,32 @@ def test_rows_that_datasets_cannot_read_are_named(tmp_path):
     message = "'photos' cannot be read: After 2 rows of split 'train', a row cannot be read: An image"
     with pytest.raises(ValueError, match=message):
         store_stream(broken.rows, "train", "photos")
+
+
+LABELS = {
+    "image-classification": (ClassLabel(names=["ball", "cube"]), [0, 1]),
+    "semantic-segmentation": (Image(), [PILImage.new("L", (30, 20), label) for label in (0, 1)]),
+    "object-detection": (
+        {"bbox": List(List(Value("float32"))), "category": List(ClassLabel(names=["ball", "cube"]))},
+        [{"bbox": [[1, 1, 5, 5]], "category": [label]} for label in (0, 1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("task", LABELS)
+def test_streamed_images_are_those_of_the_files(task, tmp_path):
+    """JPEG files that were decoded and encoded again would have other pixels than in an evaluation without a stream."""
+    kind, labels = LABELS[task]
+    noise = PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
+    noise.save(file := io.BytesIO(), "JPEG", quality=95)
+    stored = {"bytes": file.getvalue(), "path": None}
+    rows = Dataset.from_dict(
+        {"photo": [stored] * 2, "label": labels}, features=Features({"photo": Image(), "label": kind})
+    )
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    (tmp_path / "classes.txt").write_text("ball\ncube\n")
+    data = DataArguments(str(tmp_path), streaming=True, image_column_name="photo", label_column_name="label")
+    datasets = TASKS[task](None).load_datasets(data, seed=0)
+    for part in (datasets.train.rows, getattr(datasets.evaluation, "rows", datasets.evaluation)):
+        assert [row["image"]["bytes"] for row in part] == [file.getvalue()] * 2

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,8 @@ def standardize(
     Raises:
         ValueError: a column is missing or has another type; a row has no image or no label.
     """
-    image_column = _find_column(dataset, image_column, medium.feature, "image")
-    label_column = _find_column(dataset, label_column, ClassLabel, "label")
-    if image_column == label_column:
-        raise ValueError(f"image_column and label_column are both '{image_column}'.")
-    dataset = dataset.select_columns([image_column, label_column])
-    dataset = dataset.rename_columns(
-        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
-    )
+    image_column, label_column = _find_columns(dataset, image_column, label_column, medium)
+    dataset = take_columns(dataset, {image_column: "image", label_column: "label"})
     try:
         dataset = dataset.cast_column("image", medium.feature(decode=False))
     except (NotImplementedError, TypeError, ValueError) as error:
@@ -102,24 +96,31 @@ def standardize_stream(
     Raises:
         ValueError: a column is missing, or the labels have no names.
     """
-    if rows.features is None:
-        rows = rows._resolve_features()
-    image_column = _find_column(rows, image_column, medium.feature, "image")
-    label_column = _find_column(rows, label_column, ClassLabel, "label")
+    image_column, label_column = _find_columns(rows, image_column, label_column, medium)
     kind = rows.features[label_column]
     if not isinstance(kind, ClassLabel):
         raise ValueError(
             f"Column '{label_column}' has the type {kind}: in a stream, labels need names (datasets.ClassLabel), "
             "because they cannot all be read beforehand. Omit --streaming."
         )
-    rows = rows.select_columns([image_column, label_column])
+    rows = take_columns(rows, {image_column: "image", label_column: "label"})
     # Bytes and paths are not given a type: `datasets` would reject rows that have neither, without naming the row.
-    if not isinstance(rows.features[image_column], dict):
-        rows = rows.cast_column(image_column, medium.feature(decode=False))  # before renaming, which decodes
-    rows = rows.rename_columns(
-        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
-    )
+    if not isinstance(rows.features["image"], dict):
+        rows = rows.cast_column("image", medium.feature(decode=False))
     return rows, list(kind.names)
+
+
+def take_columns(rows: Any, names: Mapping[str, str]) -> Any:
+    """Only these columns of stored or streamed rows, each under a new name. Images and videos remain as they were
+    stored: a stream decodes the columns that it renames or stores, and a JPEG file that is encoded again has other
+    pixels."""
+    rows = rows.select_columns([*names])
+    for column in names:
+        kind = rows.features[column]
+        if getattr(kind, "decode", False):
+            rows = rows.cast_column(column, type(kind)(decode=False))
+    renamed = {old: new for old, new in names.items() if old != new}
+    return rows.rename_columns(renamed) if renamed else rows
 
 
 def read_rows(rows: IterableDataset, split: str) -> Iterator[dict[str, Any]]:
@@ -141,7 +142,7 @@ def store_stream(rows: IterableDataset, split: str, name_or_path: str | Path) ->
     """Reads a stream into the cache of `datasets`.
 
     Args:
-        rows: the stream, with known features.
+        rows: the stream, with known features; its images are not decoded, see `take_columns`.
         split: name of the split.
         name_or_path: name of the data set in error messages.
 
@@ -154,6 +155,16 @@ def store_stream(rows: IterableDataset, split: str, name_or_path: str | Path) ->
         )
     except DatasetGenerationError as error:
         raise ValueError(f"'{name_or_path}' cannot be read: {error.__cause__}") from error
+
+
+def _find_columns(
+    rows: Dataset | IterableDataset, image_column: str | None, label_column: str | None, medium: Medium
+) -> tuple[str, str]:
+    image_column = _find_column(rows, image_column, medium.feature, "image")
+    label_column = _find_column(rows, label_column, ClassLabel, "label")
+    if image_column == label_column:
+        raise ValueError(f"image_column and label_column are both '{image_column}'.")
+    return image_column, label_column
 
 
 def _find_column(dataset: Dataset | IterableDataset, name: str | None, kind: type, meaning: str) -> str:

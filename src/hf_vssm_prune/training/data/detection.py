@@ -7,28 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import (
-    ClassLabel,
-    Dataset,
-    Features,
-    Image,
-    IterableDataset,
-    Value,
-    concatenate_datasets,
-)
-from datasets import (
-    Sequence as Repeated,
-)
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
+from datasets import Sequence as Repeated
 
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
-from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, store_stream
-from hf_vssm_prune.training.data.loading import choose_split, count_streamed, draw_samples, find_evaluation_split
+from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, take_columns
+from hf_vssm_prune.training.data.dense_splits import DenseSplits, read_label_names, set_apart
+from hf_vssm_prune.training.data.loading import count_streamed, draw_samples
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.object_files import holds_object_files, load_object_files
 from hf_vssm_prune.training.data.objects import Fields, find_fields, read_objects
-from hf_vssm_prune.training.data.paths import local_path
-from hf_vssm_prune.training.data.segmentation import read_label_names, set_apart
-from hf_vssm_prune.training.data.sources import load_splits
 
 
 logger = logging.getLogger(__name__)
@@ -84,19 +72,12 @@ def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: i
         FileNotFoundError, ValueError: the data set does not exist, a column or a split is missing, or an object is not
             valid.
     """
-    name = data.dataset_name
-    splits = _load_splits(data, data.streaming)
-    train = choose_split(splits, data.train_split, name)
+    splits = SPLITS.load(data, data.streaming)
+    train = SPLITS.choose(splits, data.train_split, data)
     reader = _ObjectReader.of_rows(train, data, options)
     train_rows = reader.read(train)
-    eval_split = data.eval_split or find_evaluation_split(splits, excluded=data.train_split)
-    if eval_split is not None:
-        evaluation = choose_split(splits, eval_split, name)
-        if data.streaming:
-            evaluation = store_stream(evaluation, eval_split, name)
+    if (evaluation := SPLITS.choose_evaluation(splits, data)) is not None:
         evaluation_rows = _ObjectReader.of_rows(evaluation, data, options, reader.names).read(evaluation)
-    elif data.streaming:
-        raise ValueError(f"'{name}' has no split to evaluate on, which --streaming needs: name one with --eval_split.")
     else:
         train_rows, evaluation_rows = set_apart(train_rows, data.train_val_split, seed)
     evaluation_rows = draw_samples(evaluation_rows, data.max_eval_samples, "max_eval_samples", seed, IMAGES)
@@ -105,7 +86,7 @@ def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: i
         train_rows = draw_samples(train_rows, data.max_train_samples, "max_train_samples", seed, IMAGES)
         _refuse_without_objects(train_rows)
         return ImageDatasets(BoxedImages(train_rows), BoxedImages(evaluation_rows), reader.names)
-    count = count_streamed(train, name, data.train_split, data.max_train_samples, IMAGES)
+    count = count_streamed(train, data.dataset_name, data.train_split, data.max_train_samples, IMAGES)
     taken = train_rows if data.max_train_samples is None else train_rows.take(count)
     stream = BoxedStream(taken, count, data.shuffle_buffer_size, data.train_split)
     return ImageDatasets(stream, BoxedImages(evaluation_rows), reader.names)
@@ -115,22 +96,24 @@ def load_detection_evaluation(
     data: EvaluationDataArguments, options: ObjectOptions, seed: int
 ) -> tuple[BoxedImages, list[str]]:
     """The rows to evaluate, and the classes' names; see `load_detection_datasets`."""
-    splits = _load_splits(data, streaming=False)
-    split = data.eval_split or find_evaluation_split(splits, excluded=None) or next(iter(splits))
-    stored = choose_split(splits, split, data.dataset_name)
+    stored = SPLITS.load_evaluation(data)
     reader = _ObjectReader.of_rows(stored, data, options)
     rows = draw_samples(reader.read(stored), data.max_eval_samples, "max_eval_samples", seed, IMAGES)
     _refuse_without_objects(rows)
     return BoxedImages(rows), reader.names
 
 
-def _load_splits(data: EvaluationDataArguments, streaming: bool) -> Any:
-    folder = local_path(data.dataset_name)
-    if not holds_object_files(folder):
-        return load_splits(data.dataset_name, data.dataset_config_name, streaming)
-    if streaming:
-        raise ValueError(f"The images in '{folder}' are read only when needed in any case: omit --streaming.")
-    return load_object_files(folder)
+def _find_columns(
+    features: Mapping[str, Any], image_column: str | None, object_column: str | None
+) -> tuple[str | None, str | None]:
+    images = [name for name, kind in features.items() if isinstance(kind, Image)]
+    return (
+        image_column or (images[0] if len(images) == 1 else None),
+        object_column or next((name for name in OBJECT_COLUMNS if name in features), None),
+    )
+
+
+SPLITS = DenseSplits(holds_object_files, load_object_files, "objects", _find_columns)
 
 
 def _refuse_without_objects(rows: Dataset) -> None:
@@ -161,12 +144,11 @@ class _ObjectReader:
     ) -> "_ObjectReader":
         """
         Args:
-            rows: rows of a split, stored or streamed.
+            rows: rows of `SPLITS`, stored or streamed.
             names: for other splits, the classes of the training split.
         """
-        features = rows.features if rows.features is not None else rows._resolve_features().features
-        image_column, object_column = _find_columns(features, rows.split, data)
-        kinds = _fields_of(features[object_column], object_column)
+        image_column, object_column = rows.column_names
+        kinds = _fields_of(rows.features[object_column], object_column)
         fields = find_fields(list(kinds), options.corners, object_column)
         own = kinds[fields.label]
         own_names = list(own.names) if isinstance(own, ClassLabel) else None
@@ -196,19 +178,15 @@ class _ObjectReader:
         _refuse_fractions([each["boxes"] for each in objects], str(rows.split))
         if left_out := sum(each.pop("without_area") for each in objects):
             logger.warning("%d boxes of split '%s' have zero area and are left out.", left_out, rows.split)
-        images = rows.select_columns([self.image_column])
-        if self.image_column != "image":
-            images = images.rename_column(self.image_column, "image")
         columns = Dataset.from_dict(
             {name: [each[name] for each in objects] for name in COLUMNS} | {"row": np.arange(len(objects))},
             features=Features(COLUMNS | {"row": Value("int64")}),
             split=rows.split,
         )
-        images = images.cast_column("image", Image(decode=False))
+        images = take_columns(rows, {self.image_column: "image"}).cast_column("image", Image(decode=False))
         return concatenate_datasets([images, columns], split=rows.split, axis=1)
 
     def _read_stream(self, rows: IterableDataset) -> IterableDataset:
-        rows = rows.select_columns([self.image_column, self.object_column])
         features = rows.features
         rows = rows.cast_column(self.image_column, Image(decode=False))
         image_column, object_column = self.image_column, self.object_column
@@ -243,21 +221,6 @@ class _ObjectReader:
         if text not in self.names:
             raise ValueError(f"{name}: the class {text!r} is unknown; the classes are {', '.join(self.names)}.")
         return self.names.index(text)
-
-
-def _find_columns(features: Mapping[str, Any], split: Any, data: EvaluationDataArguments) -> tuple[str, str]:
-    for name in (data.image_column_name, data.label_column_name):
-        if name is not None and name not in features:
-            raise ValueError(f"There is no column '{name}' in split '{split}'; the columns are {', '.join(features)}.")
-    images = [name for name, kind in features.items() if isinstance(kind, Image)]
-    image_column = data.image_column_name or (images[0] if len(images) == 1 else None)
-    object_column = data.label_column_name or next((name for name in OBJECT_COLUMNS if name in features), None)
-    if image_column is None or object_column is None:
-        raise ValueError(
-            f"Split '{split}' has the columns {dict(features)}: a column of images and a column of objects are "
-            "needed; name them with --image_column_name and --label_column_name."
-        )
-    return image_column, object_column
 
 
 def _fields_of(kind: Any, column: str) -> dict[str, Any]:

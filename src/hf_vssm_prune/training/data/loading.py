@@ -153,11 +153,15 @@ def load_evaluation_dataset(
 
 
 def choose_split(splits: DatasetDict | IterableDatasetDict, split: str, name_or_path: str | Path) -> Any:
+    """The rows of a split. If they are streamed, their features are known."""
     if split not in splits:
         raise ValueError(f"'{name_or_path}' has no split '{split}'; it has {', '.join(splits)}.")
-    if isinstance(splits[split], Dataset) and not len(splits[split]):
+    rows = splits[split]
+    if isinstance(rows, IterableDataset):
+        return rows._resolve_features()
+    if not len(rows):
         raise ValueError(f"Split '{split}' of '{name_or_path}' is empty.")
-    return splits[split]
+    return rows
 
 
 def find_evaluation_split(splits: DatasetDict | IterableDatasetDict, excluded: str | None) -> str | None:
