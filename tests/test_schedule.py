@@ -242,6 +242,26 @@ def test_another_budget_keeps_the_method(config) -> None:
 
 
 @pytest.mark.parametrize(
+    "wrong", [{"method": "tpo"}, {"method": ["top"]}, {"method": "top", "alignment": "hold"}, {"layers": [9]}], ids=str
+)
+def test_another_budget_inherits_nothing_from_a_schedule_that_is_not_valid(wrong, config) -> None:
+    """It keeps the method of the last valid one."""
+    budget, own = {"flops_reduction": 0.3}, {"method": "local_top", "alignment": "none", "importance": "l1"}
+    config.token_pruning = TOKEN_PRUNING | own
+    for _ in range(2):
+        config.token_pruning = {"layers": [1], "keep_ratios": [0.5], **wrong}
+        with pytest.raises(ValueError, match="`token_pruning"):
+            _ = config.token_pruning
+        assert config.complete_token_pruning(budget).items() >= own.items()
+    config.token_pruning = budget
+    assert config.token_pruning.items() >= own.items()
+    copied = copy.deepcopy(config)
+    copied.num_hidden_layers = 2  # which its schedule does not fit
+    copied.token_pruning = {"layers": [1], "keep_ratios": [0.5]}
+    assert copied.token_pruning.items() >= own.items()
+
+
+@pytest.mark.parametrize(
     "options", [{"method": "dyvm"}, {"alignment": "learned"}, {"method": "top", "block_keep_ratio": 0.9}], ids=str
 )
 def test_another_budget_uses_the_parameters_that_were_trained(options) -> None:

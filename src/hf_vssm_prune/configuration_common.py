@@ -199,7 +199,19 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         Raises:
             ValueError: see `pruning_options.check_token_pruning` and `flops.schedule_for_budget`.
         """
-        return self._complete(inherit_method(token_pruning, self.__dict__.get("_token_pruning")))
+        return self._complete(inherit_method(token_pruning, self._valid_token_pruning))
+
+    @property
+    def _valid_token_pruning(self) -> Any:
+        """The schedule whose method others inherit: this configuration's own, or, if that is not valid, the one before
+        it."""
+        own = self.__dict__
+        if own.get("_token_pruning_depth") is not None:  # it was valid for that depth
+            return own["_token_pruning"]
+        try:
+            return None if own.get("_token_pruning") is None else self.token_pruning
+        except ValueError:
+            return own["_token_pruning_before"]
 
     def _complete(self, token_pruning: Any) -> TokenPruning | None:
         if token_pruning is None:
@@ -232,7 +244,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        for name in ("_token_pruning", "_token_pruning_depth"):
+        for name in ("_token_pruning", "_token_pruning_depth", "_token_pruning_before"):
             values.pop(name, None)
         token_pruning = self.token_pruning
         return values | {"token_pruning": None if token_pruning is None else copy.deepcopy(dict(token_pruning))}
@@ -357,8 +369,9 @@ class _TokenPruningOption:
         return config._token_pruning
 
     def __set__(self, config: VisionMambaConfig, token_pruning: dict[str, Any] | None) -> None:
-        config._token_pruning = inherit_method(token_pruning, config.__dict__.get("_token_pruning"))
-        config._token_pruning_depth = None
+        before = config._valid_token_pruning
+        config._token_pruning = inherit_method(token_pruning, before)
+        config._token_pruning_depth, config._token_pruning_before = None, before
 
 
 # Set outside the class body, where the dataclass would use it as the default value.

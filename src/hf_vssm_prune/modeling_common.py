@@ -19,17 +19,22 @@ from .configuration_common import VisionMambaConfig
 from .function_transforms import is_transformed
 from .precision import at_least_float32
 from .pruning_block_selection import BlockSelector
-from .pruning_options import TokenPruning, pruning_method, selecting_layers
+from .pruning_options import TokenPruning, layers_with_parameters, pruning_method
 from .pruning_stage import StageModule
 
 
-# Patterns for the names of the parameters that `TokenPruningMixin.add_pruning_parameters` creates.
-PRUNING_PARAMETERS = (r"hole_time_step\.offset$", r"token_predictors\.", r"block_selector\.")
+# Patterns for the names of the parameters that `TokenPruningMixin.add_pruning_parameters` creates, and their layers, by
+# the kinds in `pruning_options.layers_with_parameters`.
+PRUNING_PARAMETERS = {
+    "token_predictors": r"token_predictors\.(\d+)\.",
+    "hole_time_step": r"layers\.(\d+)\..*hole_time_step\.offset$",
+    "block_selector": r"layers\.(\d+)\..*block_selector\.",
+}
 
 
 def is_pruning_parameter(name: str) -> bool:
     """Whether a tensor in a state dict belongs to pruning, so that a dense model may lack it."""
-    return any(re.search(pattern, name) for pattern in PRUNING_PARAMETERS)
+    return any(re.search(pattern, name) for pattern in PRUNING_PARAMETERS.values())
 
 
 class VisionMambaKwargs(TransformersKwargs, total=False):
@@ -95,7 +100,7 @@ class TokenPruningMixin(PreTrainedModel):
     config: VisionMambaConfig
     hub_module: ClassVar[str | None] = None
     # A model whose pruning is turned off or changed keeps its pruning parameters, in case it is turned on again.
-    _keys_to_ignore_on_load_unexpected: Any = [*PRUNING_PARAMETERS]
+    _keys_to_ignore_on_load_unexpected: Any = [*PRUNING_PARAMETERS.values()]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> Any:
         """Like `hf_vssm_prune.hub.pretrained.save_pretrained` if the package is installed, otherwise as in
@@ -149,8 +154,7 @@ class TokenPruningMixin(PreTrainedModel):
         """Creates the parameters that pruning options need and the model lacks, on the devices of their layers;
         existing ones are unchanged.
 
-        These are the modules of the method, if it has any (one for each stage); for the `learned` alignment, the
-        offsets of the layers after the first stage; and, for `block_keep_ratio`, the selectors of the layers.
+        For the kinds of parameters and their layers, see `pruning_options.layers_with_parameters`.
 
         Args:
             token_pruning: complete options; None: nothing is needed.
@@ -164,19 +168,19 @@ class TokenPruningMixin(PreTrainedModel):
             module = module.to(like.device, like.dtype).train(base.training)
             return module.apply(self._init_weights)
 
-        if (make_module := pruning_method(token_pruning).module) is not None:
-            for index in token_pruning["layers"]:
-                if str(index) not in base.token_predictors:
-                    module = make_module(self.config.hidden_size)
-                    base.token_predictors[str(index)] = prepare(module, base.layers[index - 1])
-        if token_pruning["alignment"] == "learned":
-            for layer in base.layers[token_pruning["layers"][0] :]:
-                like = next(layer.parameters())
-                for module in layer.modules():
-                    if isinstance(module, HoleTimeStep) and module.offset is None:
-                        offset = torch.zeros(module.channels, device=like.device, dtype=like.dtype)
-                        module.offset = nn.Parameter(offset)
-        for index in selecting_layers(token_pruning, len(base.layers)):
+        needed = layers_with_parameters(token_pruning, len(base.layers))
+        make_module: Any = pruning_method(token_pruning).module
+        for index in needed["token_predictors"]:
+            if str(index) not in base.token_predictors:
+                module = make_module(self.config.hidden_size)
+                base.token_predictors[str(index)] = prepare(module, base.layers[index - 1])
+        for index in needed["hole_time_step"]:
+            like = next(base.layers[index].parameters())
+            for module in base.layers[index].modules():
+                if isinstance(module, HoleTimeStep) and module.offset is None:
+                    offset = torch.zeros(module.channels, device=like.device, dtype=like.dtype)
+                    module.offset = nn.Parameter(offset)
+        for index in needed["block_selector"]:
             mixer = base.layers[index].mixer
             if mixer.block_selector is None:
                 selector = BlockSelector(2 * self.config.intermediate_size, self.config.num_scans)
@@ -186,26 +190,16 @@ class TokenPruningMixin(PreTrainedModel):
         """Freezes the parameters created by `add_pruning_parameters`, except those that one of the given schedules
         (complete options) uses."""
         base: Any = self.base_model
-        pruning = [schedule for schedule in schedules if schedule is not None]
-        in_use = {str(layer) for each in pruning if each.method.module is not None for layer in each.stages}
-        for layer, module in base.token_predictors.items():
-            module.requires_grad_(layer in in_use)
-        learned = min((each["layers"][0] for each in pruning if each["alignment"] == "learned"), default=math.inf)
-        selecting = {index for each in pruning for index in selecting_layers(each, len(base.layers))}
-        for index, layer in enumerate(base.layers):
-            for module in layer.modules():
-                if isinstance(module, HoleTimeStep):
-                    module.requires_grad_(index >= learned)
-                elif isinstance(module, BlockSelector):
-                    module.requires_grad_(index in selecting)
+        used = [layers_with_parameters(each, len(base.layers)) for each in schedules if each is not None]
+        for name, parameter in base.named_parameters():
+            for kind, pattern in PRUNING_PARAMETERS.items():
+                if (match := re.search(pattern, name)) is not None:
+                    parameter.requires_grad_(any(int(match[1]) in each[kind] for each in used))
 
     @property
     def has_pruning_parameters(self) -> bool:
         """Whether `add_pruning_parameters` has created any parameters."""
-        base: Any = self.base_model
-        holes = [module for module in base.modules() if isinstance(module, HoleTimeStep)]
-        selectors = [module for module in base.modules() if isinstance(module, BlockSelector)]
-        return bool(len(base.token_predictors) or selectors or any(hole.offset is not None for hole in holes))
+        return any(is_pruning_parameter(name) for name, _ in self.named_parameters())
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

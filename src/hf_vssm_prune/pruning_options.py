@@ -52,12 +52,8 @@ def method_options(token_pruning: Mapping[str, Any] | None) -> dict[str, Any]:
     """The pruning options that say how a model prunes, regardless of its budget. Where pruning has trained parameters,
     the layers are among them: before other layers, these parameters would be new and untrained."""
     given = token_pruning or {}
-    method = METHODS.get(given.get("method", ""))  # the default ones have none
-    has_parameters = (
-        (method is not None and method.module is not None)
-        or given.get("alignment") == "learned"
-        or given.get("block_keep_ratio") is not None
-    )
+    layers = given.get("layers")
+    has_parameters = layers and any(layers_with_parameters(given, layers[-1] + 1).values())
     names = ("layers", *METHOD_OPTIONS) if has_parameters else METHOD_OPTIONS
     return {name: value for name, value in given.items() if name in names}
 
@@ -126,11 +122,17 @@ def check_block_keep_ratio(token_pruning: Mapping[str, Any]) -> float | None:
     return ratio
 
 
-def selecting_layers(token_pruning: Mapping[str, Any], num_hidden_layers: int) -> list[int]:
-    """Layers that select blocks according to complete options; none without `block_keep_ratio`."""
-    if "block_keep_ratio" not in token_pruning:
-        return []
-    return unread_layers(pruning_method(token_pruning), token_pruning["layers"], num_hidden_layers)
+def layers_with_parameters(token_pruning: Mapping[str, Any], num_hidden_layers: int) -> dict[str, Sequence[int]]:
+    """The layers that need parameters for pruning, by the kind of parameters: `token_predictors`, the method's modules,
+    one for each stage, if it has any; `hole_time_step`, the offsets of the `learned` alignment; `block_selector`, the
+    selectors for `block_keep_ratio`."""
+    layers, method = token_pruning["layers"], pruning_method(token_pruning)
+    learns, selects = token_pruning.get("alignment") == "learned", token_pruning.get("block_keep_ratio") is not None
+    return {
+        "token_predictors": layers if method.module is not None else (),
+        "hole_time_step": range(layers[0], num_hidden_layers) if learns else (),
+        "block_selector": unread_layers(method, layers, num_hidden_layers) if selects else (),
+    }
 
 
 def unread_layers(method: PruningMethod, layers: Sequence[int], num_hidden_layers: int) -> list[int]:
