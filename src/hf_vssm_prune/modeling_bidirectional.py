@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .causal_convolution import causal_conv1d
@@ -37,7 +37,7 @@ from .modeling_common import (
 )
 from .precision import at_least_float32
 from .pruned_layers import encode, scale_tokens
-from .pruned_outputs import PrunedImageClassifierOutput, PrunedModelOutput, stage_fields
+from .pruned_outputs import PrunedModelOutput
 from .pruning_block_selection import BlockSelector, run_block
 from .pruning_stage import TokenView
 from .rotary_embedding import grid_rotation, rotate
@@ -462,26 +462,3 @@ class BidirectionalModel(BidirectionalPreTrainedModel):
         else:
             pooled = gather_tokens(last_hidden_state, cls_row).squeeze(1)
         return PrunedModelOutput(last_hidden_state=last_hidden_state, pooler_output=pooled, **encoding.stages)
-
-
-class ClassTokenClassifier(BidirectionalPreTrainedModel):
-    """A linear classifier on the class token. Subclasses create the base model and `classifier`."""
-
-    classifier: nn.Module
-
-    @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[VisionMambaKwargs]
-    ) -> PrunedImageClassifierOutput:
-        """
-        Args:
-            pixel_values: normalised, images (batch, channels, height, width) or, where the model is made for them,
-                videos (batch, frames, channels, height, width).
-            labels: class ids (batch,), or labels in the form of `config.problem_type`. If given, `loss` is returned.
-        """
-        outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
-        return PrunedImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **stage_fields(outputs)
-        )

@@ -1,4 +1,4 @@
-"""The common part of all model families: pruning options, input checks, position embeddings, drop path,
+"""The common part of all model families: pruning options, classification, input checks, position embeddings, drop path,
 initialisation."""
 
 import importlib
@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_common import VisionMambaConfig
 from .function_transforms import is_transformed
 from .precision import at_least_float32
+from .pruned_outputs import PrunedImageClassifierOutput, stage_fields
 from .pruning_block_selection import BlockSelector
 from .pruning_options import TokenPruning, layers_with_parameters, pruning_method
 from .pruning_stage import StageModule
@@ -207,6 +210,30 @@ class TokenPruningMixin(PreTrainedModel):
             init.zeros_(module.offset)
         if isinstance(module, StageModule | BlockSelector):
             module.init_weights()
+
+
+class Classifier(TokenPruningMixin):
+    """A classifier of pooled features. Subclasses create the base model, whose `pooler_output` it classifies, and
+    `classifier`, see `image_classifier`."""
+
+    classifier: nn.Module
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[VisionMambaKwargs]
+    ) -> PrunedImageClassifierOutput:
+        """
+        Args:
+            pixel_values: normalised, images (batch, channels, height, width) or, where the model is made for them,
+                videos (batch, frames, channels, height, width).
+            labels: class ids (batch,), or labels in the form of `config.problem_type`. If given, `loss` is returned.
+        """
+        outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return PrunedImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **stage_fields(outputs)
+        )
 
 
 def mean_over_patches(tokens: Tensor, sizes: Tensor | None) -> Tensor:

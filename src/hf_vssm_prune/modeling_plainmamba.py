@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_plainmamba import PlainMambaConfig
@@ -24,6 +24,7 @@ from .grid_convolution import depthwise_conv2d
 from .mixer_output import MixerOutput, ScanInputs
 from .modeling_backbone import FeatureMaps
 from .modeling_common import (
+    Classifier,
     DropPath,
     HoleTimeStep,
     TimeStepProjection,
@@ -40,7 +41,7 @@ from .modeling_common import (
 )
 from .precision import at_least_float32
 from .pruned_layers import encode, scale_tokens
-from .pruned_outputs import PrunedImageClassifierOutput, PrunedModelOutput, stage_fields
+from .pruned_outputs import PrunedModelOutput
 from .pruning_stage import TokenView
 from .selective_scan import selective_scan
 from .token_pruning import ScanPaths, prune_paths, snake_paths
@@ -413,7 +414,7 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
         )
 
 
-class PlainMambaForImageClassification(PlainMambaPreTrainedModel):
+class PlainMambaForImageClassification(PlainMambaPreTrainedModel, Classifier):
     """PlainMamba with a linear classifier on the mean of the remaining tokens."""
 
     def __init__(self, config: PlainMambaConfig) -> None:
@@ -422,22 +423,6 @@ class PlainMambaForImageClassification(PlainMambaPreTrainedModel):
         self.plainmamba = PlainMambaModel(config)
         self.classifier = image_classifier(config)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[VisionMambaKwargs]
-    ) -> PrunedImageClassifierOutput:
-        """
-        Args:
-            pixel_values: shape (batch, channels, height, width), normalised.
-            labels: class ids (batch,), or labels in the form of `config.problem_type`. If given, `loss` is returned.
-        """
-        outputs = self.plainmamba(pixel_values, return_dict=True, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
-        return PrunedImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **stage_fields(outputs)
-        )
 
 
 class PlainMambaBackbone(FeatureMaps, PlainMambaModel):

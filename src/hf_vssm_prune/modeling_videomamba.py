@@ -14,13 +14,8 @@ from transformers import initialization as init
 
 from .configuration_videomamba import VideoMambaConfig
 from .modeling_backbone import FeatureMaps
-from .modeling_bidirectional import (
-    BidirectionalEmbeddings,
-    BidirectionalModel,
-    BidirectionalPreTrainedModel,
-    ClassTokenClassifier,
-)
-from .modeling_common import image_classifier, resize_position_embeddings
+from .modeling_bidirectional import BidirectionalEmbeddings, BidirectionalModel, BidirectionalPreTrainedModel
+from .modeling_common import Classifier, image_classifier, resize_position_embeddings
 
 
 class VideoMambaEmbeddings(BidirectionalEmbeddings):
@@ -165,7 +160,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel, BidirectionalModel):
     """VideoMamba without a head: `last_hidden_state` is normalised, and `pooler_output` is its class token."""
 
 
-class VideoMambaForVideoClassification(VideoMambaPreTrainedModel, ClassTokenClassifier):
+class VideoMambaForVideoClassification(VideoMambaPreTrainedModel, Classifier):
     """VideoMamba with a linear classifier on the class token, for videos."""
 
     def __init__(self, config: VideoMambaConfig) -> None:
@@ -177,7 +172,7 @@ class VideoMambaForVideoClassification(VideoMambaPreTrainedModel, ClassTokenClas
         self.post_init()
 
 
-class VideoMambaForImageClassification(VideoMambaPreTrainedModel, ClassTokenClassifier):
+class VideoMambaForImageClassification(VideoMambaPreTrainedModel, Classifier):
     """VideoMamba with a linear classifier on the class token, for images; its configuration has `num_frames=None`."""
 
     def __init__(self, config: VideoMambaConfig) -> None:

@@ -9,12 +9,8 @@ from typing import Any
 
 from .configuration_vim import VimConfig
 from .modeling_backbone import FeatureMaps
-from .modeling_bidirectional import (
-    BidirectionalModel,
-    BidirectionalPreTrainedModel,
-    ClassTokenClassifier,
-)
-from .modeling_common import image_classifier
+from .modeling_bidirectional import BidirectionalModel, BidirectionalPreTrainedModel
+from .modeling_common import Classifier, image_classifier
 
 
 class VimPreTrainedModel(BidirectionalPreTrainedModel):
@@ -31,11 +27,12 @@ class VimPreTrainedModel(BidirectionalPreTrainedModel):
 
 
 class VimModel(VimPreTrainedModel, BidirectionalModel):
-    """Vim without a head: `last_hidden_state` is normalised, and `pooler_output` is its class token."""
+    """Vim without a head: `last_hidden_state` is normalised, and `pooler_output` is its class token, or the mean of the
+    remaining tokens if there is none."""
 
 
-class VimForImageClassification(VimPreTrainedModel, ClassTokenClassifier):
-    """Vim with a linear classifier on the class token."""
+class VimForImageClassification(VimPreTrainedModel, Classifier):
+    """Vim with a linear classifier on the class token, or on the mean of the remaining tokens if there is none."""
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__(config)

@@ -11,9 +11,8 @@ from hf_vssm_prune.modeling_bidirectional import (
     BidirectionalEmbeddings,
     BidirectionalModel,
     BidirectionalPreTrainedModel,
-    ClassTokenClassifier,
 )
-from hf_vssm_prune.modeling_common import image_classifier
+from hf_vssm_prune.modeling_common import Classifier, image_classifier
 
 from .configuration_toy import ToyConfig
 
@@ -87,7 +86,7 @@ class ToyModel(ToyPreTrainedModel, BidirectionalModel):
     """Without a head."""
 
 
-class ToyForVideoClassification(ToyPreTrainedModel, ClassTokenClassifier):
+class ToyForVideoClassification(ToyPreTrainedModel, Classifier):
     """With a linear classifier on the class token."""
 
     def __init__(self, config: ToyConfig) -> None:
