@@ -7,23 +7,17 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import nn
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
 from hf_vssm_prune.heads import new_dense_model, put_pretrained_backbone
 from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model
+from hf_vssm_prune.label_maps import names_by_id
 from hf_vssm_prune.pruned_heads import prunable
 from hf_vssm_prune.training.image_size import resize_model
-from hf_vssm_prune.training.labels import (
-    LabelMatch,
-    Match,
-    match_labels,
-    name_labels,
-    say_difference,
-    say_labels,
-)
+from hf_vssm_prune.training.labels import match_or_renew, name_labels, say_labels, take_labels
 from hf_vssm_prune.training.losses import LossWeights
+from hf_vssm_prune.training.models import check_states, match_teacher
 
 
 logger = logging.getLogger(__name__)
@@ -139,20 +133,13 @@ def load_model(
             )
         return _on_classifier(models, name_or_path, label_names, drop_path_rate)
     check_kind(models, config, name_or_path)
-    names = names_of(config)
-    match = match_labels(names, label_names, some_labels)
-    renew = match.kind is Match.DIFFERENT or (ignore_mismatched_sizes and match.kind is Match.ADOPTED)
-    if renew and not ignore_mismatched_sizes:
-        raise ValueError(
-            f"{name_or_path} {models.verb} {say_labels(names)}, but the data set has {say_labels(label_names)}: "
-            f"{say_difference(names, label_names)}. For new classifiers, add --ignore_mismatched_sizes, and first "
-            "train the dense model with `hf-vssm-prune train`."
-        )
+    own_names = names_by_id(config.id2label)
+    match = match_or_renew(name_or_path, models.verb, own_names, label_names, ignore_mismatched_sizes, some_labels)
     config.backbone_config.drop_path_rate = drop_path_rate
     model = models.prepare(load_dense_model(name_or_path, config=config, dtype=dtype))
-    if renew:
+    if match is None:
         return _with_new_classes(models, model, label_names)
-    _take_labels(models, model, match, name_or_path)
+    take_labels(model, match, name_or_path, label_names, models.class_parameters(model).values())
     return model
 
 
@@ -166,11 +153,6 @@ def check_kind(models: DenseModels, config: Any, name_or_path: str) -> None:
         raise ValueError(f"{name_or_path} is a {config.model_type!r} model; it must be a {models.kind}.")
 
 
-def names_of(config: Any) -> list[str]:
-    """The names of the classes in the order of their ids."""
-    return [config.id2label[label] for label in range(config.num_labels)]
-
-
 def _on_classifier(models: DenseModels, name_or_path: str, label_names: Sequence[str], drop_path_rate: float) -> Any:
     classifier = load_classifier(name_or_path, dtype="float32")
     config = copy.deepcopy(classifier.config)
@@ -181,20 +163,6 @@ def _on_classifier(models: DenseModels, name_or_path: str, label_names: Sequence
     if models.head.image_size is not None:
         resize_model(model, models.head.image_size)
     return model
-
-
-@torch.no_grad()
-def _take_labels(models: DenseModels, model: Any, match: LabelMatch, name_or_path: str) -> None:
-    own = names_of(model.config)
-    rest = [label for label in range(len(own)) if label not in set(match.ids)]
-    order = [*match.ids, *rest]
-    if order != list(range(len(own))):
-        for parameter in models.class_parameters(model).values():
-            # The row after those of the classes means "none of them".
-            rows = [*order, *range(len(own), len(parameter))]
-            parameter.copy_(parameter[rows].clone())
-        logger.info("The classes of %s have been reordered by name to match those of the data set.", name_or_path)
-    name_labels(model.config, [*match.names, *(own[label] for label in rest)])
 
 
 def _with_new_classes(models: DenseModels, model: Any, label_names: Sequence[str]) -> Any:
@@ -225,25 +193,13 @@ def load_teacher(
     if pruned_config(config) is config:
         raise ValueError(f"The teacher {name_or_path} is an image classifier; it must be a {models.kind}.")
     check_kind(models, config, f"The teacher {name_or_path}")
-    names, wanted = names_of(config), names_of(student)
-    match = match_labels(names, wanted)
-    if losses.kd_weight > 0 and match.kind is Match.DIFFERENT:
-        raise ValueError(
-            f"The teacher {name_or_path} has {say_labels(names)}, but the model has {say_labels(wanted)}: "
-            f"{say_difference(names, wanted)}. Set --kd_weight 0, or name a --teacher_name_or_path with these classes."
-        )
-    own, students = config.backbone_config, student.backbone_config
-    compared = ("model_type", "hidden_size", "num_hidden_layers", "patch_spacing")
-    for name in compared if losses.alignment_weight > 0 else ():
-        if getattr(own, name) != getattr(students, name):
-            raise ValueError(
-                f"The teacher {name_or_path} has {name} {getattr(own, name)}, but the model has "
-                f"{getattr(students, name)}: they cannot be compared."
-            )
+    label_names = names_by_id(student.id2label)
+    match = match_teacher(name_or_path, names_by_id(config.id2label), label_names, losses)
+    check_states(name_or_path, config.backbone_config, student.backbone_config, losses, "patch_spacing")
     teacher = models.prepare(load_dense_model(name_or_path, config=config, dtype=dtype))
     teacher.set_token_pruning(None)
-    if match.kind is not Match.DIFFERENT:
-        _take_labels(models, teacher, match, name_or_path)
+    if match is not None:
+        take_labels(teacher, match, name_or_path, label_names, models.class_parameters(teacher).values())
     return teacher
 
 

@@ -1,22 +1,27 @@
 """Matches the labels of a data set and a model by name."""
 
 import json
+import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
+from hf_vssm_prune.documentation import see
 from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.label_maps import complete_label_maps, names_by_id
 from hf_vssm_prune.modeling_common import image_classifier
 
+
+logger = logging.getLogger(__name__)
 
 # "3", "LABEL_3", "class 03": a name that is just an id.
 ID_AS_NAME = re.compile(r"(?:(?:label|class)[ _-]?)?(-?\d+)", re.IGNORECASE)
@@ -144,22 +149,68 @@ def say_difference(model_names: Sequence[str], data_names: Sequence[str]) -> str
     return "; ".join(parts)
 
 
+def match_or_renew(
+    name_or_path: str,
+    verb: str,
+    own_names: Sequence[str],
+    data_names: Sequence[str],
+    ignore_mismatched_sizes: bool,
+    some_labels: bool,
+) -> LabelMatch | None:
+    """How a data set's labels match those of a checkpoint; None: the checkpoint gets a new classifier.
+
+    Args:
+        name_or_path: the checkpoint.
+        verb: what it does with images, for the error message.
+        own_names, data_names: its labels and the data set's, in the order of their ids.
+        ignore_mismatched_sizes: a checkpoint with other labels gets a new classifier. Names that are just ids do not
+            prevent it.
+        some_labels: the data set may have only some of the checkpoint's labels.
+
+    Raises:
+        ValueError: the labels are different, and `ignore_mismatched_sizes` is not set.
+    """
+    match = match_labels(own_names, data_names, some_labels)
+    if ignore_mismatched_sizes:
+        return None if match.kind in (Match.DIFFERENT, Match.ADOPTED) else match
+    if match.kind is Match.DIFFERENT:
+        raise ValueError(
+            f"{name_or_path} {verb} {say_labels(own_names)}, but the data set has {say_labels(data_names)}: "
+            f"{say_difference(own_names, data_names)}. For a new classifier, add --ignore_mismatched_sizes, and first "
+            f"train the dense model with `hf-vssm-prune train`. {see('other-labels-than-the-data-set')}"
+        )
+    return match
+
+
 @torch.no_grad()
-def reorder_labels(model: ImageClassifier, match: LabelMatch) -> None:
-    """Reorders a classifier's labels to the data set's order; labels that the data set lacks come last.
+def take_labels(
+    model: Any, match: LabelMatch, name_or_path: str, data_names: Sequence[str], parameters: Iterable[nn.Parameter]
+) -> None:
+    """Gives a model the data set's labels in their order; labels that the data set lacks come last. Logs what was
+    done.
 
     Args:
         model: changed in place, with its configuration.
         match: result of `match_labels`, of any kind except `DIFFERENT`.
+        name_or_path: its checkpoint.
+        data_names: names of the data set's labels, in the order of their ids.
+        parameters: those with one row per label. Rows after these mean "none of them" and stay.
     """
-    own = model.config.label_names
-    rest = [i for i in range(len(own)) if i not in set(match.ids)]
-    order = [*match.ids, *rest]
-    if order != list(range(len(own))):
-        classifier: Any = model.classifier
-        for parameter in classifier.parameters():
-            parameter.copy_(parameter[order].clone())
-    name_labels(model.config, [*match.names, *(own[i] for i in rest)])
+    own_names = names_by_id(model.config.id2label)
+    count = len(own_names)
+    order = [*match.ids, *(label for label in range(count) if label not in set(match.ids))]
+    if order != list(range(count)):
+        for parameter in parameters:
+            parameter.copy_(parameter[[*order, *range(count, len(parameter))]].clone())
+    if match.kind is Match.REORDERED:
+        logger.info("The labels of %s have been reordered by name to match those of the data set.", name_or_path)
+    elif match.kind is Match.ADOPTED:
+        logger.warning(
+            "The labels of %s or of the data set are numbers without names: %r of the data set is treated as %r, and "
+            "all other labels are also matched by id.",
+            *(name_or_path, data_names[0], own_names[match.ids[0]]),
+        )
+    name_labels(model.config, [*match.names, *(own_names[label] for label in order[len(match.ids) :])])
 
 
 def renew_classifier(model: ImageClassifier, label_names: Sequence[str]) -> None:

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.documentation import see
 from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.hub.loading import load_classifier, load_config
 from hf_vssm_prune.training.image_size import config_at_size, resize_model
@@ -12,10 +12,11 @@ from hf_vssm_prune.training.labels import (
     LabelMatch,
     Match,
     match_labels,
+    match_or_renew,
     renew_classifier,
-    reorder_labels,
     say_difference,
     say_labels,
+    take_labels,
 )
 from hf_vssm_prune.training.losses import LossWeights
 
@@ -48,37 +49,14 @@ def load_model(
         ValueError: it classifies other labels, and `ignore_mismatched_sizes` is not set.
     """
     own_names = load_config(name_or_path).label_names
-    match = match_labels(own_names, label_names, some_labels)
-    # Names that are just ids do not prevent a requested new classifier.
-    renew = match.kind is Match.DIFFERENT or (ignore_mismatched_sizes and match.kind is Match.ADOPTED)
-    if renew and not ignore_mismatched_sizes:
-        raise ValueError(
-            f"{name_or_path} classifies {say_labels(own_names)}, but the data set has {say_labels(label_names)}: "
-            f"{say_difference(own_names, label_names)}. For a new classifier, add --ignore_mismatched_sizes, and "
-            f"first train the dense model with `hf-vssm-prune train`. {see('other-labels-than-the-data-set')}"
-        )
-    model = load_classifier(name_or_path, ignore_mismatched_sizes, dtype=dtype, drop_path_rate=drop_path_rate)
-    if renew:
+    match = match_or_renew(name_or_path, "classifies", own_names, label_names, ignore_mismatched_sizes, some_labels)
+    model: Any = load_classifier(name_or_path, ignore_mismatched_sizes, dtype=dtype, drop_path_rate=drop_path_rate)
+    if match is None:
         logger.info("%s gets a new classifier for the data set's %s.", name_or_path, say_labels(label_names))
         renew_classifier(model, label_names)
     else:
-        _take_labels(model, match, name_or_path, label_names)
+        take_labels(model, match, name_or_path, label_names, model.classifier.parameters())
     return model
-
-
-def _take_labels(model: ImageClassifier, match: LabelMatch, name_or_path: str, label_names: Sequence[str]) -> None:
-    own_names = model.config.label_names
-    reorder_labels(model, match)
-    if match.kind is Match.REORDERED:
-        logger.info(
-            "The classifier of %s has been reordered by name to match the labels of the data set.", name_or_path
-        )
-    elif match.kind is Match.ADOPTED:
-        logger.warning(
-            "The labels of %s or of the data set are numbers without names: %r of the data set is treated as %r, and "
-            "all other labels are also matched by id.",
-            *(name_or_path, label_names[0], own_names[match.ids[0]]),
-        )
 
 
 def load_teacher(
@@ -104,24 +82,51 @@ def load_teacher(
     config = load_config(name_or_path)
     if image_size is not None:
         config = config_at_size(config, image_size)
-    match = match_labels(config.label_names, student.label_names) if losses.kd_weight > 0 else None
-    if match is not None and match.kind is Match.DIFFERENT:
+    match = match_teacher(name_or_path, config.label_names, student.label_names, losses)
+    check_states(name_or_path, config, student, losses, "grid_size")
+    teacher: Any = load_classifier(name_or_path, dtype=dtype)
+    if image_size is not None:
+        resize_model(teacher, image_size)
+    teacher.set_token_pruning(None)
+    if match is not None:
+        take_labels(teacher, match, name_or_path, student.label_names, teacher.classifier.parameters())
+    return teacher
+
+
+def match_teacher(
+    name_or_path: str, own_names: Sequence[str], names: Sequence[str], losses: LossWeights
+) -> LabelMatch | None:
+    """How the student's labels match those of a teacher, given the names of both; None: its logits are not used.
+
+    Raises:
+        ValueError: the labels are different.
+    """
+    if losses.kd_weight == 0:
+        return None
+    match = match_labels(own_names, names)
+    if match.kind is Match.DIFFERENT:
         raise ValueError(
-            f"The teacher {name_or_path} has {say_labels(config.label_names)}, but the model has "
-            f"{say_labels(student.label_names)}: {say_difference(config.label_names, student.label_names)}. "
-            "Set --kd_weight 0, or name a --teacher_name_or_path with these labels."
+            f"The teacher {name_or_path} has {say_labels(own_names)}, but the model has {say_labels(names)}: "
+            f"{say_difference(own_names, names)}. Set --kd_weight 0, or name a --teacher_name_or_path with these "
+            "labels."
         )
-    compared = ["model_type", "hidden_size", "num_hidden_layers", "grid_size"]
-    for name in compared if losses.alignment_weight > 0 else []:
+    return match
+
+
+def check_states(
+    name_or_path: str, config: VisionMambaConfig, student: VisionMambaConfig, losses: LossWeights, tokens: str
+) -> None:
+    """Checks that the hidden states of a teacher can be compared with the student's, if they are.
+
+    Args:
+        tokens: the property of both configurations that says where the tokens are.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    for name in ("model_type", "hidden_size", "num_hidden_layers", tokens) if losses.alignment_weight > 0 else ():
         if getattr(config, name) != getattr(student, name):
             raise ValueError(
                 f"The teacher {name_or_path} has {name} {getattr(config, name)}, but the model has "
                 f"{getattr(student, name)}: they cannot be compared."
             )
-    teacher = load_classifier(name_or_path, dtype=dtype)
-    if image_size is not None:
-        resize_model(teacher, image_size)
-    teacher.set_token_pruning(None)
-    if match is not None:
-        _take_labels(teacher, match, name_or_path, student.label_names)
-    return teacher
