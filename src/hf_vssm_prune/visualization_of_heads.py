@@ -12,6 +12,7 @@ from transformers import AutoModelForObjectDetection, BaseImageProcessor
 
 from .configuration_common import pruned_config
 from .detections import Detections, find_objects
+from .label_maps import names_by_id
 from .panels import BACKGROUND, FONT_SIZE, MARGIN, PANEL_SIZE, TEXT, fit, headings, lay_out, shorten
 from .visualization import (
     draw_stages,
@@ -150,7 +151,7 @@ def draw_segmentation(model: Any, pixel_values: Tensor, mean: Sequence[float], s
     Raises:
         ValueError: the model is dense.
     """
-    names = _names(model)
+    names = names_by_id(model.config.id2label)
 
     def answer(output: Any, index: int, image: Image.Image) -> Answer:
         labels = pixel_scores(output, index).argmax(dim=0)
@@ -162,17 +163,13 @@ def draw_segmentation(model: Any, pixel_values: Tensor, mean: Sequence[float], s
 def draw_detection(model: Any, pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
     """Draws what a pruned model detects in each image, and which tokens its backbone keeps for it, stage by stage.
     Arguments and errors are those of `draw_segmentation`."""
-    names = _names(model)
+    names = names_by_id(model.config.id2label)
 
     def answer(output: Any, index: int, image: Image.Image) -> Answer:
         found = find_objects(output, torch.tensor([[image.height, image.width]] * len(output.logits)))[index]
         return draw_boxes(image, found, names), counts_of_classes(found, names)
 
     return _draw_answers(model, pixel_values, mean, std, "objects", answer)
-
-
-def _names(model: Any) -> list[str]:
-    return [model.config.id2label[label] for label in range(model.config.num_labels)]
 
 
 def _draw_answers(

@@ -10,8 +10,23 @@ from torch.utils.data import Sampler
 from hf_vssm_prune.training.data.columns import ImageStream, read_rows
 
 
-class EpochSampler(Sampler[int]):
-    """A random order of all images that depends only on the seed and the epoch. It can start in the middle of an epoch.
+class _Sampler(Sampler[Any]):
+    """A random order of images that depends only on the seed and the epoch. It can start in the middle of an epoch."""
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images, self.seed = num_images, seed
+        self.epoch = self.start = 0
+
+    def start_at(self, epoch: int, image: int = 0) -> None:
+        """Makes the next iteration skip the first `image` images of an epoch."""
+        self.epoch, self.start = epoch, image
+
+    def __len__(self) -> int:
+        return self.num_images - self.start
+
+
+class EpochSampler(_Sampler):
+    """A random order of all images.
 
     torch's `RandomSampler` uses a generator whose state would have to be part of every checkpoint.
 
@@ -20,31 +35,17 @@ class EpochSampler(Sampler[int]):
         seed: random seed.
     """
 
-    def __init__(self, num_images: int, seed: int) -> None:
-        self.num_images = num_images
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0
-
-    def start_at(self, epoch: int, image: int = 0) -> None:
-        """Makes the next iteration skip the first `image` images of an epoch."""
-        self.epoch = epoch
-        self.start = image
-
     def __iter__(self) -> Iterator[int]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
         yield from order[self.start :].tolist()
 
-    def __len__(self) -> int:
-        return self.num_images - self.start
 
+class StreamSampler(_Sampler):
+    """The shuffled rows of a stream, each with its position in the epoch's order.
 
-class StreamSampler(Sampler[tuple[int, dict[str, Any]]]):
-    """The shuffled rows of a stream, each with its position in the epoch's order. The order depends only on the seed
-    and the epoch. Iteration can start in the middle of an epoch.
-
-    To do so, all earlier rows are read (but not decoded) and skipped. The state saved by datasets' own
-    `IterableDataset.state_dict` does not include the shuffling buffer, so images would be lost or repeated.
+    To start in the middle of an epoch, all earlier rows are read (but not decoded) and skipped. The state saved by
+    datasets' own `IterableDataset.state_dict` does not include the shuffling buffer, so images would be lost or
+    repeated.
 
     Args:
         stream: the training images. Every process reads the whole stream and keeps only its own batches.
@@ -55,15 +56,8 @@ class StreamSampler(Sampler[tuple[int, dict[str, Any]]]):
     """
 
     def __init__(self, stream: ImageStream, seed: int) -> None:
+        super().__init__(len(stream), seed)
         self.stream = stream
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0
-
-    def start_at(self, epoch: int, image: int = 0) -> None:
-        """Makes the next iteration skip the first `image` images of an epoch."""
-        self.epoch = epoch
-        self.start = image
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = enumerate(read_rows(self.stream.shuffled(self.seed, self.epoch), self.stream.split))
@@ -75,6 +69,3 @@ class StreamSampler(Sampler[tuple[int, dict[str, Any]]]):
                 f"Split '{self.stream.split}' has {place + 1} images, fewer than the expected {len(self.stream)}: "
                 "give --max_train_samples."
             )
-
-    def __len__(self) -> int:
-        return len(self.stream) - self.start

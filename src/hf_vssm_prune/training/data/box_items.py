@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 
 from hf_vssm_prune.training.box_augmentation import BoxAugmentation, augment_boxes
-from hf_vssm_prune.training.data.dense_items import DenseItems, normalize, resampling, resized_size
+from hf_vssm_prune.training.data.dense_items import DenseItems, StreamedDenseItems, normalize, resampling, resized_size
 from hf_vssm_prune.training.data.detection import BoxedImages, BoxedStream
 from hf_vssm_prune.training.data.epochs import Epochs
 from hf_vssm_prune.training.data.objects import fit_boxes
@@ -104,12 +104,8 @@ class TrainingBoxes(_BoxedItems):
         return {"pixel_values": normalize(self._image_processor, image), "labels": given}
 
 
-class StreamedTrainingBoxes(TrainingBoxes):
-    """The same for a `BoxedStream`, whose "index" is the position in the epoch's order together with the row itself."""
-
-    def __getitem__(self, numbered_row: Any) -> dict[str, Any]:
-        place, row = numbered_row
-        return self._item(row, f"place {place} of epoch {int(self._epoch)}", place)
+class StreamedTrainingBoxes(StreamedDenseItems, TrainingBoxes):
+    """The same for a `BoxedStream`."""
 
 
 def collate_boxes(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | list[Any]]:

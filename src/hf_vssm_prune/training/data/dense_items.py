@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 from transformers.image_transforms import get_size_with_aspect_ratio
 
+from hf_vssm_prune.training.data.epochs import Epochs
 from hf_vssm_prune.training.image_steps import decode_image, name_stored
 
 
@@ -44,6 +45,17 @@ class DenseItems(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _image(self, row: Mapping[str, Any], place: str) -> Image.Image:
         return decode_image(row["image"], self._mode, self._name("image", place, row["image"]))
+
+
+class StreamedDenseItems(DenseItems):
+    """The same for training images that are read sequentially. An "index" is the position in the epoch's order together
+    with the row itself, as returned by `sampling.StreamSampler`."""
+
+    _epoch: Epochs
+
+    def __getitem__(self, numbered_row: Any) -> dict[str, Any]:
+        place, row = numbered_row
+        return self._item(row, f"place {place} of epoch {int(self._epoch)}", place)
 
 
 def resized_size(image_processor: BaseImageProcessor, image: Image.Image) -> tuple[int, int]:

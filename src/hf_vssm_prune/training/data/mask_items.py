@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from hf_vssm_prune.training.data.dense_items import DenseItems, normalize, resampling, resized_size
+from hf_vssm_prune.training.data.dense_items import DenseItems, StreamedDenseItems, normalize, resampling, resized_size
 from hf_vssm_prune.training.data.epochs import Epochs
 from hf_vssm_prune.training.data.masks import check_mask, decode_mask, reduced
 from hf_vssm_prune.training.data.segmentation import Pairs, PairStream
@@ -106,12 +106,8 @@ class TrainingMasks(_MaskedImages):
         return {"pixel_values": pixel_values, "labels": labels}
 
 
-class StreamedTrainingMasks(TrainingMasks):
-    """The same for a `PairStream`, whose "index" is the position in the epoch's order together with the row itself."""
-
-    def __getitem__(self, numbered_row: Any) -> dict[str, Any]:
-        place, row = numbered_row
-        return self._item(row, f"place {place} of epoch {int(self._epoch)}", place)
+class StreamedTrainingMasks(StreamedDenseItems, TrainingMasks):
+    """The same for a `PairStream`."""
 
 
 def collate_masks(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
