@@ -217,13 +217,16 @@ def same_tensors(first: Sequence[torch.Tensor] | None, second: Sequence[torch.Te
 
 
 def gradients_with_checkpointing(
-    model: Any, compute_loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]
+    model: Any,
+    compute_loss: Callable[[], torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+    use_reentrant: bool = False,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Gradients of each parameter without and with activation checkpointing, from the same random state."""
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         model.zero_grad()
         torch.manual_seed(0)
         compute_loss().backward()

@@ -279,6 +279,19 @@ def test_every_selector_is_trained_with_and_without_checkpointing(method, images
         torch.testing.assert_close(checkpointed, plain)
 
 
+@pytest.mark.parametrize("recorded", ["output_block_gates", "output_mixer_states"])
+def test_recorded_outputs_without_gradient_are_refused(recorded, images) -> None:
+    """Reentrant checkpointing runs layers without gradients: a loss on the gates would train no selector."""
+    model = make_model(make_vim_config(token_pruning=pruning())).train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=rf"'{recorded}'.* no gradient .* `{{'use_reentrant': False}}`"):
+        model(images, **{recorded: True})
+    with torch.no_grad():
+        model(images, **{recorded: True})
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert model(images, **{recorded: True})[recorded.removeprefix("output_")][0].requires_grad
+
+
 def test_what_no_schedule_uses_is_frozen() -> None:
     model = make_model(make_vim_config(token_pruning=pruning()))
     assert model.has_pruning_parameters

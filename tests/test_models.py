@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.kernels import cpu
+from hf_vssm_prune.modeling_common import is_pruning_parameter
 from hf_vssm_prune.token_pruning import fill_dropped_tokens
 
 
@@ -323,6 +324,21 @@ def test_device_map_with_offloading(model, pixel_values, tmp_path) -> None:
     )
     with torch.no_grad():
         torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits)
+
+
+@pytest.mark.parametrize("method", [{"method": "dyvm"}, {"method": "top", "alignment": "learned"}], ids=str)
+def test_pruning_parameters_of_offloaded_layers(method, model, pixel_values) -> None:
+    """Between calls, offloaded weights are on the meta device, where new ones would have no values."""
+    from accelerate import cpu_offload
+
+    cpu_offload(model, torch.device("cpu"))
+    assert next(model.base_model.layers[2].parameters()).is_meta
+    model.set_token_pruning({"layers": [1, 3], "keep_ratios": [0.7, 0.6], **method})
+    new = [tensor for name, tensor in model.named_parameters() if is_pruning_parameter(name)]
+    assert new
+    assert not any(tensor.is_meta for tensor in new)
+    with torch.no_grad():
+        assert model(pixel_values).logits.isfinite().all()
 
 
 # ---- Backbones ---------------------------------------------------------------------------------------------------

@@ -639,14 +639,15 @@ def test_gates_are_one_with_the_gradient_of_the_probabilities(float64) -> None:
         assert gradient.abs().max() > 0
 
 
-def test_loss_trains_the_predictors_through_the_layers(tiny_config, pixel_values) -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_loss_trains_the_predictors_through_the_layers(use_reentrant, tiny_config, pixel_values) -> None:
     """Each layer starts with a norm, which would hide a factor on the tokens. Activation checkpointing must not hide it
     either."""
     tiny_config.token_pruning = tiny_config.complete_token_pruning(pruning("dyvm"))
     model = make_model(tiny_config).double().train()
     predictors, labels = [*model.base_model.token_predictors.parameters()], torch.tensor([0, 2])
     gradients = gradients_with_checkpointing(
-        model, lambda: model(pixel_values.double(), labels=labels).loss, predictors
+        model, lambda: model(pixel_values.double(), labels=labels).loss, predictors, use_reentrant
     )
     for plain, checkpointed in gradients:
         assert plain.abs().max() > 1e-9

@@ -317,13 +317,13 @@ class BidirectionalLayer(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(
-        self, hidden_states: Tensor, layout: BidirectionalTokenLayout, with_output: bool
+        self, hidden_states: Tensor, layout: BidirectionalTokenLayout, with_output: bool, scale: Tensor | None
     ) -> tuple[Tensor, MixerOutput | None]:
         """Returns the layer's output and, if requested, the results of its mixer that pruning methods can use.
 
         `hidden_states` is the residual stream, which is float32 in every precision (float64 if the weights are).
         """
-        mixed, mixer_output = self.mixer(scale_tokens(self.norm(hidden_states), layout), layout, with_output)
+        mixed, mixer_output = self.mixer(scale_tokens(self.norm(hidden_states), scale), layout, with_output)
         hidden_states = hidden_states + self.drop_path(mixed).to(hidden_states.dtype)
         return layout.rotate(hidden_states) if self.rotates else hidden_states, mixer_output
 

@@ -1,6 +1,7 @@
 """The common part of all model families: pruning options, classification, input checks, position embeddings, drop path,
 initialisation."""
 
+import functools
 import importlib
 import math
 import os
@@ -141,17 +142,28 @@ class TokenPruningMixin(PreTrainedModel):
 
         Raises:
             TypeError: the model does not know an option.
-            ValueError: the schedule is not allowed.
+            ValueError: the schedule is not allowed, or a recorded output would have no gradient.
         """
         if unknown := [name for name in options if name not in FORWARD_OPTIONS]:
             raise TypeError(
                 f"{type(self).__name__} got unknown options {unknown}; allowed options are its arguments and "
                 f"{list(FORWARD_OPTIONS)}."
             )
+        self._check_recorded(options)
         given = options.get("token_pruning", self.config.token_pruning)
         if isinstance(given, TokenPruning) and given["layers"][-1] < self.config.num_hidden_layers:
             return given
         return self.config.complete_token_pruning(given)  # also checks the options of a deeper model
+
+    def _check_recorded(self, options: Mapping[str, Any]) -> None:
+        """Rejects outputs recorded inside layers if reentrant checkpointing runs these layers without gradients: losses on
+        such outputs would train nothing."""
+        recorded = [name for name in ("output_mixer_states", "output_block_gates") if options.get(name)]
+        if recorded and self.training and torch.is_grad_enabled() and any(map(_is_reentrant, self.modules())):
+            raise ValueError(
+                f"{recorded} would have no gradient with reentrant activation checkpointing: enable it with "
+                "`{'use_reentrant': False}`."
+            )
 
     def add_pruning_parameters(self, token_pruning: dict[str, Any] | None) -> None:
         """Creates the parameters that pruning options need and the model lacks, on the devices of their layers;
@@ -167,8 +179,7 @@ class TokenPruningMixin(PreTrainedModel):
         base: Any = self.base_model
 
         def prepare(module: nn.Module, layer: nn.Module) -> nn.Module:
-            like = next(layer.parameters())
-            module = module.to(like.device, like.dtype).train(base.training)
+            module = module.to(_device_of(layer), next(layer.parameters()).dtype).train(base.training)
             return module.apply(self._init_weights)
 
         needed = layers_with_parameters(token_pruning, len(base.layers))
@@ -178,10 +189,10 @@ class TokenPruningMixin(PreTrainedModel):
                 module = make_module(self.config.hidden_size)
                 base.token_predictors[str(index)] = prepare(module, base.layers[index - 1])
         for index in needed["hole_time_step"]:
-            like = next(base.layers[index].parameters())
+            like, device = next(base.layers[index].parameters()), _device_of(base.layers[index])
             for module in base.layers[index].modules():
                 if isinstance(module, HoleTimeStep) and module.offset is None:
-                    offset = torch.zeros(module.channels, device=like.device, dtype=like.dtype)
+                    offset = torch.zeros(module.channels, device=device, dtype=like.dtype)
                     module.offset = nn.Parameter(offset)
         for index in needed["block_selector"]:
             mixer = base.layers[index].mixer
@@ -234,6 +245,26 @@ class Classifier(TokenPruningMixin):
         return PrunedImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **stage_fields(outputs)
         )
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    """Whether a layer's calls are checkpointed by `torch.utils.checkpoint` with `use_reentrant=True`, its default."""
+    if not getattr(module, "gradient_checkpointing", False):
+        return False
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    return isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant") is not False
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    """The device on which a layer computes. Weights offloaded by Accelerate are on the meta device between calls; its
+    hooks have the device."""
+    device = next(layer.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = [getattr(module, "_hf_hook", None) for module in layer.modules()]
+    hooks = [part for hook in hooks for part in getattr(hook, "hooks", (hook,))]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    return next((torch.device(each) for each in devices if each is not None), device)
 
 
 def mean_over_patches(tokens: Tensor, sizes: Tensor | None) -> Tensor:

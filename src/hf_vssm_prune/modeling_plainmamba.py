@@ -266,10 +266,10 @@ class PlainMambaLayer(GradientCheckpointingLayer):
         self.depthwise = PlainMambaDepthwise(config) if layer_idx in config.depthwise_layers else None
 
     def forward(
-        self, hidden_states: Tensor, layout: PlainMambaTokenLayout, with_output: bool
+        self, hidden_states: Tensor, layout: PlainMambaTokenLayout, with_output: bool, scale: Tensor | None
     ) -> tuple[Tensor, MixerOutput | None]:
         """Returns the layer's output and, if requested, the results of its mixer that pruning methods can use."""
-        mixed, mixer_output = self.mixer(scale_tokens(self.norm(hidden_states), layout), layout, with_output)
+        mixed, mixer_output = self.mixer(scale_tokens(self.norm(hidden_states), scale), layout, with_output)
         hidden_states = hidden_states + self.drop_path(mixed)
         if self.depthwise is not None:
             hidden_states = self.depthwise(hidden_states, layout)

@@ -95,8 +95,10 @@ def encode(
     """Runs the layers; the pruning method reduces the tokens at the input of those in the schedule.
 
     Args:
-        layers: each maps (hidden states, layout, whether its mixer's results are needed) to the next hidden states and,
-            if they are needed, the results of its mixer for the tokens.
+        layers: each maps (hidden states, layout, whether its mixer's results are needed, the scale in the layout's
+            `view`) to the next hidden states and, if they are needed, the results of its mixer for the tokens. The
+            scale, which may need a gradient, is also an argument because reentrant checkpointing only knows tensors
+            that are arguments.
         stage_modules: by layer, the parameters of the pruning method, if it has any.
         hidden_states: all tokens, shape (batch, tokens, hidden).
         layout: layout of all tokens.
@@ -107,7 +109,8 @@ def encode(
     modules = dict(stage_modules.items())
     encoding = Encoding(hidden_states, layout)
     for index, layer in enumerate(layers, start=1):
-        hidden_states, mixer = layer(encoding.hidden_states, encoding.layout, reads_mixer and index in stages)
+        states, layout = encoding.hidden_states, encoding.layout
+        hidden_states, mixer = layer(states, layout, reads_mixer and index in stages, layout.view.scale)
         encoding = encoding.with_states(hidden_states)
         if token_pruning is not None and index in stages:
             encoding = _reduce(encoding, mixer, stages[index], token_pruning, modules.get(str(index)))
@@ -193,9 +196,8 @@ def _merge_tokens(encoding: Encoding, stage: Stage, tokens: Tensor, merged_into:
     return merges.gather(1, encoding.merged_tokens[-1]) if encoding.merged_tokens else merges
 
 
-def scale_tokens(tokens: Tensor, layout: TokenLayout) -> Tensor:
-    """Tokens (batch, n, hidden) as the mixers see them."""
-    scale = layout.view.scale
+def scale_tokens(tokens: Tensor, scale: Tensor | None) -> Tensor:
+    """Tokens (batch, n, hidden) as the mixers see them, see `TokenView`."""
     return tokens if scale is None else tokens * scale.unsqueeze(-1).to(tokens.dtype)
 
 
