@@ -156,13 +156,15 @@ def test_branch_and_pull_request(hub, plainmamba, repo) -> None:
     assert load_classifier(repo, revision=first).classifier.bias.tolist() != [0.5] * 3
 
 
-def test_saving_in_other_shards_leaves_no_old_weights(plainmamba, pixel_values, tmp_path) -> None:
+@pytest.mark.parametrize("variant", [None, "fp16", "no-ema"])
+def test_saving_in_other_shards_leaves_no_old_weights(variant, plainmamba, pixel_values, tmp_path) -> None:
     for size, count in (("50GB", 1), ("5KB", None), ("50GB", 1)):
         with torch.no_grad():
             plainmamba.classifier.bias += 1
-            plainmamba.save_pretrained(tmp_path / "model", max_shard_size=size)
+            plainmamba.save_pretrained(tmp_path / "model", max_shard_size=size, variant=variant)
             expected = plainmamba(pixel_values).logits
-            assert torch.equal(load_classifier(tmp_path / "model")(pixel_values).logits, expected)
+            loaded = load_classifier(tmp_path / "model", variant=variant)
+            assert torch.equal(loaded(pixel_values).logits, expected)
         weights = list((tmp_path / "model").glob("*.safetensors"))
         assert len(weights) == count if count else len(weights) > 1
         list_pushed_files(tmp_path / "model")
@@ -239,6 +241,21 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, plainmamba, repo)
     hub.fail("POST", "/commit/", answer_lost=True, status=502)
     plainmamba.push_to_hub(repo)
     assert len(hub.state.repositories[repo].branches["main"]) == 2
+
+
+def test_variants_of_weights_are_pushed_and_replaced_each_by_itself(hub, plainmamba, repo, tmp_path) -> None:
+    folder = tmp_path / "model"
+    plainmamba.save_pretrained(folder)
+    plainmamba.save_pretrained(folder, variant="fp16", max_shard_size="50KB", push_to_hub=True, repo_id=repo)
+    assert any(name.startswith("model.fp16-00002-of-") for name in hub.files(repo))
+    assert "model.safetensors.index.fp16.json" in hub.files(repo)
+    (folder / "model.safetensors").unlink()
+    plainmamba.save_pretrained(folder, variant="fp16", push_to_hub=True, repo_id=repo)
+    weights = {name for name in hub.files(repo) if "safetensors" in name}
+    assert weights == {"model.safetensors", "model.fp16.safetensors"}
+    plainmamba.save_pretrained(folder, variant="fp16", max_shard_size="50KB")
+    plainmamba.save_pretrained(folder)  # transformers removes the variant's shards
+    list_pushed_files(folder)
 
 
 def test_what_was_sent_before_a_cut_is_not_sent_again(hub, plainmamba, repo) -> None:

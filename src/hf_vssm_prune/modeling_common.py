@@ -156,8 +156,8 @@ class TokenPruningMixin(PreTrainedModel):
         return self.config.complete_token_pruning(given)  # also checks the options of a deeper model
 
     def _check_recorded(self, options: Mapping[str, Any]) -> None:
-        """Rejects outputs recorded inside layers if reentrant checkpointing runs these layers without gradients: losses on
-        such outputs would train nothing."""
+        """Rejects outputs recorded inside layers if reentrant checkpointing runs these layers without gradients: losses
+        on such outputs would train nothing."""
         recorded = [name for name in ("output_mixer_states", "output_block_gates") if options.get(name)]
         if recorded and self.training and torch.is_grad_enabled() and any(map(_is_reentrant, self.modules())):
             raise ValueError(

@@ -15,7 +15,15 @@ from transformers.image_processing_base import ImageProcessingMixin
 from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.hub.pushing import push_model
-from hf_vssm_prune.hub.saving import WEIGHTS, card_for, check_arguments, check_folder, complete_folder, has_adapters
+from hf_vssm_prune.hub.saving import (
+    card_for,
+    check_arguments,
+    check_folder,
+    complete_folder,
+    has_adapters,
+    weights_files,
+    weights_variant,
+)
 
 
 def save_pretrained(
@@ -66,18 +74,23 @@ def save_pretrained(
     model_card = card_for(model, folder, model_card)
     PreTrainedModel.save_pretrained(model, folder, **options)
     if options.get("is_main_process", True):
-        _remove_outdated_weights(folder)
+        _remove_outdated_weights(folder, options.get("variant") or "")
         complete_folder(model, folder, image_processor, model_card)
         if push_to_hub:
             push_model(folder, push_options.pop("repo_id", folder.name), token=token, **push_options)
 
 
-def _remove_outdated_weights(folder: Path) -> None:
-    """Removes the single weights file of an earlier save next to shards, or the shards' index next to a single file;
-    otherwise the wrong one could be loaded. transformers itself removes earlier shards."""
-    single, shards, index = WEIGHTS
-    outdated = single if any(folder.glob(shards)) else index
-    (folder / outdated).unlink(missing_ok=True)
+def _remove_outdated_weights(folder: Path, variant: str) -> None:
+    """Removes the single weights file of an earlier save next to the shards of the saved variant, and indices without
+    shards; otherwise the wrong file could be loaded. transformers itself removes earlier shards, when weights without
+    a variant are saved also those of variants."""
+    single, shards, _ = weights_files(variant)
+    if any(folder.glob(shards)):
+        (folder / single).unlink(missing_ok=True)
+    for index in folder.glob("model.safetensors.index*.json"):
+        _, shards, _ = weights_files(weights_variant(index.name) or "")
+        if not any(folder.glob(shards)):
+            index.unlink()
 
 
 # The parameters of transformers' `save_pretrained` after the folder, in their order.

@@ -20,13 +20,12 @@ from safetensors import SafetensorError, safe_open
 
 from hf_vssm_prune.hub.loading import load_config
 from hf_vssm_prune.hub.retrying import TransportError, patiently
-from hf_vssm_prune.hub.saving import CARD, CONFIG, NOTICE, WEIGHTS
+from hf_vssm_prune.hub.saving import CARD, CONFIG, NOTICE, weights_files, weights_variant
 
 
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.svg", "*.webp", "*.gif")
-# The files that belong to a model: no checkpoints, logs, optimizer states or pickles.
-PUSHED = (CONFIG, CARD, *WEIGHTS, "preprocessor_config.json", "*.py", *PICTURES, "LICENSE*", "NOTICE*")
-WEIGHTS_INDEX = "model.safetensors.index.json"
+# The files that belong to a model, in addition to weights: no checkpoints, logs, optimizer states or pickles.
+PUSHED = (CONFIG, CARD, "preprocessor_config.json", "*.py", *PICTURES, "LICENSE*", "NOTICE*")
 # In a card's example code, the name of a local folder that is loaded. Names on the Hub have a slash.
 LOADED_FOLDER = re.compile(r'((?:\bmodel=|\bfrom_pretrained\(\s*)")[^"/]+(?=")')
 
@@ -63,8 +62,12 @@ def list_pushed_files(folder: str | Path) -> list[PushedFile]:
     load_config(str(folder))
     _check_weights(folder)
     _check_card(folder / CARD)
-    paths = [path for path in sorted(folder.iterdir()) if _matches(path.name, PUSHED)]
-    return [PushedFile(path, path.stat().st_size) for path in paths if path.is_file()]
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    return [
+        PushedFile(path, path.stat().st_size)
+        for path in paths
+        if _matches(path.name, PUSHED) or weights_variant(path.name) is not None
+    ]
 
 
 def push_model(
@@ -118,7 +121,9 @@ def push_model(
         there = {sibling.rfilename for sibling in base.siblings or []}
         if keep_card and CARD in there:
             files = [file for file in files if file.path.name not in (CARD, NOTICE)]
-        outdated = {name for name in there if _matches(name, WEIGHTS)} - {file.path.name for file in files}
+        pushed = {file.path.name for file in files}
+        variants = set(map(weights_variant, pushed)) - {None}
+        outdated = {name for name in there if weights_variant(name) in variants} - pushed
 
         def commit() -> CommitInfo:
             return api.create_commit(
@@ -151,23 +156,30 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _check_weights(folder: Path) -> None:
-    index = folder / WEIGHTS_INDEX
-    if (folder / "model.safetensors").is_file() and index.is_file():
+    variants = {weights_variant(path.name) for path in folder.iterdir()}
+    for variant in sorted(each for each in variants if each is not None) or [""]:
+        _check_variant(folder, variant)
+
+
+def _check_variant(folder: Path, variant: str) -> None:
+    single, _, index_name = weights_files(variant)
+    index = folder / index_name
+    if (folder / single).is_file() and index.is_file():
         raise ValueError(
             f"{folder} has weights in a single file and also in several files (listed in {index.name}): remove the "
             "older ones."
         )
-    if (folder / "model.safetensors").is_file():
-        shards = {"model.safetensors"}
+    if (folder / single).is_file():
+        shards = {single}
     elif index.is_file():
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{index} cannot be read: {error!r}") from error
-        if foreign := sorted(shard for shard in shards if not _matches(shard, WEIGHTS) or Path(shard).name != shard):
+        if foreign := sorted(shard for shard in shards if weights_variant(shard) != variant):
             raise ValueError(f"{index} names {foreign}; only weight files in the same folder are allowed.")
     else:
-        raise ValueError(f"{folder} has no weights: model.safetensors is missing.")
+        raise ValueError(f"{folder} has no weights: {single} is missing.")
     for shard in sorted(shards):
         try:
             with safe_open(folder / shard, framework="pt"):  # reads the header, and compares sizes

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -35,8 +36,22 @@ logger = logging.getLogger(__name__)
 CARD, CONFIG = "README.md", "config.json"
 # The code's licence has to be included; a file named LICENSE would be taken for the licence of the weights.
 CODE_LICENSE, NOTICE = Path(__file__).with_name("LICENSE-CODE"), "NOTICE"
-# transformers prefers a single weights file to shards, so weights of an earlier save must not remain next to new ones.
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+_WEIGHTS_FILE = re.compile(
+    r"model(?:\.(.+?))?(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index(?:\.(.+))?\.json", re.IGNORECASE
+)
+
+
+def weights_files(variant: str = "") -> tuple[str, str, str]:
+    """The names with which transformers saves weights: of a single file, of shards (a pattern) and of the shards'
+    index. An empty variant: weights without one."""
+    suffix = f".{variant}" if variant else ""
+    return f"model{suffix}.safetensors", f"model{suffix}-*-of-*.safetensors", f"model.safetensors.index{suffix}.json"
+
+
+def weights_variant(name: str) -> str | None:
+    """The variant of the weights in a file of this name; empty for weights without one. None: it is no such file."""
+    match = _WEIGHTS_FILE.fullmatch(name)
+    return match and (match[1] or match[2] or "")
 
 
 def save_for_hub(
@@ -216,7 +231,8 @@ def _publish(staged: Path, folder: Path) -> None:
         staged.rename(folder)
         return
     (folder / CONFIG).unlink(missing_ok=True)
-    for pattern in WEIGHTS:
+    # transformers prefers a single weights file to shards, so weights of an earlier save must not remain.
+    for pattern in weights_files():
         for outdated in folder.glob(pattern):
             outdated.unlink()
     for file in sorted(staged.iterdir(), key=lambda file: file.name == CONFIG):
