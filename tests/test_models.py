@@ -413,6 +413,26 @@ def test_export_with_dynamic_batch() -> None:
         assert torch.equal(exported.kept_tokens[0], expected.kept_tokens[0])
 
 
+class Traced(nn.Module):
+    """Returns the outputs as a tuple."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.model(images, return_dict=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_trace_by_torchscript(model) -> None:
+    """Tools such as TensorBoard's `add_graph` trace in this way."""
+    with torch.no_grad():
+        traced = torch.jit.trace(Traced(model), torch.randn(2, 3, 32, 32), check_trace=False)
+        images = torch.randn(3, 3, 32, 32)
+        torch.testing.assert_close(traced(images)[0], model(images).logits)
+
+
 # Each alignment; each family by each backend.
 @pytest.mark.parametrize(
     ("family", "scan_backend", "alignment"),

@@ -112,6 +112,28 @@ def test_parametrized_layers(model, pixel_values) -> None:
     assert not torch.allclose(logits_of(model, pixel_values), before, atol=1e-4)
 
 
+class QuantizedLinear(nn.Module):
+    """Like those of quantisers: the weight consists of integers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = [linear]  # in a list, so that it is not a submodule
+        self.register_buffer("weight", torch.zeros_like(linear.weight, dtype=torch.uint8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear[0](x)
+
+
+def test_quantized_linear_layers(tiny_config, pixel_values) -> None:
+    tiny_config.token_pruning = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "dyvm"}
+    model = FAMILIES[tiny_config.model_type].classifier(tiny_config).eval()
+    before = logits_of(model, pixel_values)
+    for name, layer in layers_of(model).items():
+        if isinstance(layer, nn.Linear):
+            model.set_submodule(name, QuantizedLinear(layer))
+    assert torch.equal(logits_of(model, pixel_values), before)
+
+
 # Adapters
 
 

@@ -81,7 +81,7 @@ class BidirectionalTokenLayout(NamedTuple):
         cls, grid: tuple[int, ...], cls_id: int | None, batch: int, device: torch.device
     ) -> "BidirectionalTokenLayout":
         cls_row = None if cls_id is None else torch.full((batch, 1), cls_id, device=device)
-        return cls(grid, cls_id, cls_row, cls._backwards(math.prod(grid) + (cls_id is not None), device))
+        return cls(grid, cls_id, cls_row, cls._backwards(math.prod(grid) + int(cls_id is not None), device))
 
     def keep(self, kept: Tensor, alignment: str, view: TokenView) -> "BidirectionalTokenLayout":
         cls_row = None if self.cls_id is None else (kept < self.cls_id).sum(dim=1, keepdim=True)

@@ -38,7 +38,7 @@ class TokenPredictor(StageModule):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Log-probability of being kept (batch, n), from hidden states (batch, n, hidden)."""
-        features = F.gelu(self.input(self.norm(hidden_states.to(self.input.weight.dtype))))
+        features = F.gelu(self.input(self.norm(hidden_states.to(self.norm.weight.dtype))))
         local, shared = features[..., : self.local_size], features[..., self.local_size :]
         features = torch.cat([local, shared.mean(dim=1, keepdim=True).expand_as(shared)], dim=-1)
         features = F.gelu(self.second(F.gelu(self.first(features))))
