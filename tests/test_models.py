@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.kernels import cpu
 from hf_vssm_prune.modeling_common import is_pruning_parameter
+from hf_vssm_prune.pruning_block_selection import BlockSelector
 from hf_vssm_prune.token_pruning import fill_dropped_tokens
 
 
@@ -425,8 +426,16 @@ class Traced(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_trace_by_torchscript(model) -> None:
-    """Tools such as TensorBoard's `add_graph` trace in this way."""
+@pytest.mark.parametrize("scan_backend", ["auto", "torch"])
+def test_trace_by_torchscript(scan_backend, model) -> None:
+    """Tools such as TensorBoard's `add_graph` trace in this way. Which tokens are kept, and which scan directions run,
+    depends on the images, and must not be recorded."""
+    model.config.scan_backend = scan_backend
+    if model.config.token_pruning is not None and model.config.selects_blocks:
+        model.set_token_pruning({"layers": [1, 3], "keep_ratios": [0.7, 0.6], "block_keep_ratio": 0.5})
+        selectors = [module for module in model.modules() if isinstance(module, BlockSelector)]
+        for selector in selectors[1:]:
+            torch.nn.init.normal_(selector.weight, std=100.0)
     with torch.no_grad():
         traced = torch.jit.trace(Traced(model), torch.randn(2, 3, 32, 32), check_trace=False)
         images = torch.randn(3, 3, 32, 32)

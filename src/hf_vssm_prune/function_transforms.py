@@ -12,6 +12,12 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def is_traced() -> bool:
+    """Whether a program is being recorded (`torch.compile`, `torch.export`, `torch.jit.trace`). It will be used for
+    other inputs, so nothing in it may depend on the values of these."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def is_exporting() -> bool:
     """Whether `torch.export` is tracing. Always False with torch before 2.7, which does not provide this
     information."""

@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_common import VisionMambaConfig
-from .function_transforms import is_transformed
+from .function_transforms import is_traced, is_transformed
 from .precision import at_least_float32
 from .pruned_outputs import PrunedImageClassifierOutput, stage_fields
 from .pruning_block_selection import BlockSelector
@@ -302,7 +302,7 @@ def check_pixel_values(pixel_values: Tensor, config: VisionMambaConfig) -> None:
         raise ValueError(
             f"`pixel_values` has dtype {pixel_values.dtype}; normalised floating-point values are expected."
         )
-    if pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
+    if pixel_values.device.type != "cpu" or is_traced() or is_transformed():
         return
     if not pixel_values.sum().isfinite():
         # The sum is a quick check. It may overflow even if every value is finite, hence the thorough check.

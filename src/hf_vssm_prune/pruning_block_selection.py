@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from .function_transforms import is_transformed
+from .function_transforms import is_traced, is_transformed
 from .precision import at_least_float32
 
 
@@ -83,8 +83,8 @@ def run_block(
     """The output of a direction multiplied by its gates, shape (batch, n, channels).
 
     In inference, the direction runs only for images whose gate is 1. Programs that are traced (`torch.compile`,
-    `torch.export`) and function transforms (`torch.func`) cannot skip, because shapes would depend on values; they
-    multiply, as training does.
+    `torch.export`, `torch.jit.trace`) and function transforms (`torch.func`) cannot skip, because shapes would depend
+    on values; they multiply, as training does.
 
     Args:
         block: the direction; maps (x, gate, layout) to its output and its scan's inputs.
@@ -93,7 +93,7 @@ def run_block(
         layout: the layout of the tokens.
         training: whether the gates need a gradient.
     """
-    if training or torch.compiler.is_compiling() or is_transformed():
+    if training or is_traced() or is_transformed():
         return block(x, gate, layout)[0] * gates.view(-1, 1, 1).to(x.dtype)
     images = gates.nonzero().flatten()
     if len(images) == len(gates):

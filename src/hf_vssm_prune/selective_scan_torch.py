@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .function_transforms import is_exporting, is_transformed
+from .function_transforms import is_exporting, is_traced, is_transformed
 from .scan_paths import gather_along_paths, scatter_along_paths
 from .selective_scan_values import scan_values
 
@@ -150,6 +150,6 @@ def _next_state(state: Tensor, step: Steps, A: Tensor) -> Tensor:
 def _wants_values_only(*tensors: Tensor | None) -> bool:
     """Whether only the values are needed, and reading the gaps does not have to wait for a device."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if torch.compiler.is_compiling() or is_exporting() or is_transformed() or given[0].device.type != "cpu":
+    if is_traced() or is_exporting() or is_transformed() or given[0].device.type != "cpu":
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
