@@ -268,11 +268,13 @@ def test_laid_out_size_needs_no_interpolation(model, pixel_values) -> None:
             r"NaN or infinity in samples \[1\]",
         ),
         (None, "You have to specify `pixel_values`"),
+        (torch.zeros(1, 3, 32, 32).numpy(), 'is a ndarray; .* with `return_tensors="pt"`'),
+        ([torch.zeros(3, 32, 32)], "is a list; a tensor is expected"),
     ],
-    ids=["channels", "axes", "no pixels", "integers", "nan", "none"],
+    ids=["channels", "axes", "no pixels", "integers", "nan", "none", "numpy", "list"],
 )
 def test_wrong_pixel_values(images, message, model) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         model(images)
 
 

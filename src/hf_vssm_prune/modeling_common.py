@@ -290,6 +290,11 @@ def check_pixel_values(pixel_values: Tensor, config: VisionMambaConfig) -> None:
     frames, one = ("frames, ", "a video") if config.modality == "video" else ("", "an image")
     if pixel_values is None:
         raise ValueError(f"You have to specify `pixel_values`, of shape (batch, {frames}channels, height, width).")
+    if not isinstance(pixel_values, Tensor):
+        raise TypeError(
+            f"`pixel_values` is a {type(pixel_values).__name__}; a tensor is expected: call the image processor with "
+            '`return_tensors="pt"`.'
+        )
     shape = tuple(pixel_values.shape)
     if pixel_values.ndim != len(config.input_size) + 2 or shape[-3] != config.num_channels:
         raise ValueError(
