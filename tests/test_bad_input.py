@@ -115,7 +115,7 @@ DAMAGES = {
         "unexpected_keys",
     ),
     "another width than the weights'": (configured(hidden_size=32), "weights of MODEL cannot be read"),
-    "a label that is not there": (configured(id2label={"0": "a", "1": "b"}), "classifies 2 labels"),
+    "a label that is not there": (configured(id2label={"0": "a", "1": "b"}), "has 2 labels"),
     "a missing tensor": (with_tensors(lambda tensors: tensors.pop("classifier.bias")), "missing_keys"),
     "NaN in the weights": (with_tensors(lambda tensors: tensors["classifier.bias"].fill_(torch.nan)), "contain NaN or"),
     "no image processor": (without("preprocessor_config.json"), "preprocessor_config.json"),

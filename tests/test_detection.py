@@ -119,7 +119,7 @@ def test_labels_are_matched_by_name(kind, tmp_path, caplog):
     assert numbered.config.id2label == other.config.id2label
     assert "numbers without names: '2' of the data set is treated as 'blue'" in caplog.text
     with pytest.raises(
-        ValueError, match=r"detects 3 labels .*, but the data set has 2 labels .*--ignore_mismatched_sizes"
+        ValueError, match=r"has 3 labels .*, but the data set has 2 labels .*--ignore_mismatched_sizes"
     ):
         dense_models.load_model(models, str(tmp_path), ["cat", "dog"])
     new = dense_models.load_model(models, str(tmp_path), ["cat", "dog"], ignore_mismatched_sizes=True)

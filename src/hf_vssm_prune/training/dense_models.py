@@ -134,7 +134,7 @@ def load_model(
         return _on_classifier(models, name_or_path, label_names, drop_path_rate)
     check_kind(models, config, name_or_path)
     own_names = names_by_id(config.id2label)
-    match = match_or_renew(name_or_path, models.verb, own_names, label_names, ignore_mismatched_sizes, some_labels)
+    match = match_or_renew(name_or_path, own_names, label_names, ignore_mismatched_sizes, some_labels)
     config.backbone_config.drop_path_rate = drop_path_rate
     model = models.prepare(load_dense_model(name_or_path, config=config, dtype=dtype))
     if match is None:

@@ -151,7 +151,6 @@ def say_difference(model_names: Sequence[str], data_names: Sequence[str]) -> str
 
 def match_or_renew(
     name_or_path: str,
-    verb: str,
     own_names: Sequence[str],
     data_names: Sequence[str],
     ignore_mismatched_sizes: bool,
@@ -161,7 +160,6 @@ def match_or_renew(
 
     Args:
         name_or_path: the checkpoint.
-        verb: what it does with images, for the error message.
         own_names, data_names: its labels and the data set's, in the order of their ids.
         ignore_mismatched_sizes: a checkpoint with other labels gets a new classifier. Names that are just ids do not
             prevent it.
@@ -175,7 +173,7 @@ def match_or_renew(
         return None if match.kind in (Match.DIFFERENT, Match.ADOPTED) else match
     if match.kind is Match.DIFFERENT:
         raise ValueError(
-            f"{name_or_path} {verb} {say_labels(own_names)}, but the data set has {say_labels(data_names)}: "
+            f"{name_or_path} has {say_labels(own_names)}, but the data set has {say_labels(data_names)}: "
             f"{say_difference(own_names, data_names)}. For a new classifier, add --ignore_mismatched_sizes, and first "
             f"train the dense model with `hf-vssm-prune train`. {see('other-labels-than-the-data-set')}"
         )

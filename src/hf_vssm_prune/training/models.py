@@ -49,7 +49,7 @@ def load_model(
         ValueError: it classifies other labels, and `ignore_mismatched_sizes` is not set.
     """
     own_names = load_config(name_or_path).label_names
-    match = match_or_renew(name_or_path, "classifies", own_names, label_names, ignore_mismatched_sizes, some_labels)
+    match = match_or_renew(name_or_path, own_names, label_names, ignore_mismatched_sizes, some_labels)
     model: Any = load_classifier(name_or_path, ignore_mismatched_sizes, dtype=dtype, drop_path_rate=drop_path_rate)
     if match is None:
         logger.info("%s gets a new classifier for the data set's %s.", name_or_path, say_labels(label_names))
