@@ -118,9 +118,7 @@ def test_labels_are_matched_by_name(kind, tmp_path, caplog):
     numbered = dense_models.load_model(models, str(tmp_path), ["2", "0", "1"])
     assert numbered.config.id2label == other.config.id2label
     assert "numbers without names: '2' of the data set is treated as 'blue'" in caplog.text
-    with pytest.raises(
-        ValueError, match=r"has 3 labels .*, but the data set has 2 labels .*--ignore_mismatched_sizes"
-    ):
+    with pytest.raises(ValueError, match=r"has 3 labels .*, but the data set has 2 labels .*--ignore_mismatched_sizes"):
         dense_models.load_model(models, str(tmp_path), ["cat", "dog"])
     new = dense_models.load_model(models, str(tmp_path), ["cat", "dog"], ignore_mismatched_sizes=True)
     with torch.no_grad():

@@ -154,9 +154,7 @@ def test_a_split_without_some_classes_is_evaluated(checkpoint) -> None:
 
 @pytest.mark.parametrize("names", [["ant", "bee", "cat", "yak"], list("wxyz"), ["ant", "bee"], list("abcdefg")])
 def test_other_labels_need_a_new_classifier(checkpoint, names, tmp_path) -> None:
-    with pytest.raises(
-        ValueError, match=r"has 4 labels .*'ant'.*the data set has \d labels .*ignore_mismatched"
-    ):
+    with pytest.raises(ValueError, match=r"has 4 labels .*'ant'.*the data set has \d labels .*ignore_mismatched"):
         load_model(str(checkpoint), names)
     model = load_model(str(checkpoint), names, ignore_mismatched_sizes=True)
     old = load_model(str(checkpoint), NAMES)

@@ -44,6 +44,7 @@ from hf_vssm_prune.training.image_size import config_at_size, output_size, resiz
 from hf_vssm_prune.training.image_steps import ImageError
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe, Trainer
+from hf_vssm_prune.training.models import load_model as load_model  # its place in early versions
 from hf_vssm_prune.training.tasks import default_task
 from hf_vssm_prune.training.tasks.task import PrunableModel, Task, image_processor_of
 
