@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
@@ -201,6 +201,16 @@ def test_objects_as_dicts_of_lists_and_as_lists_of_dicts(tmp_path):
         write_table(tmp_path / "other" / f"{split}.parquet", written, features)
     row = load(tmp_path / "other").evaluation.rows[0]
     assert (row["boxes"], row["labels"], row["crowd"]) == ([[1, 2, 3, 4]] * 2, [1, 0], [True, False])
+
+
+@pytest.mark.parametrize("saved_format", [{"type": "numpy"}, {"columns": ["image"]}], ids=["numpy", "columns"])
+def test_the_format_and_missing_names_of_saved_splits_do_not_matter(saved_format, tmp_path):
+    write_table(tmp_path / "table.parquet", [{"bbox": [BOX, BOX], "category": [1, 0]}] * 2)
+    table = Dataset(Dataset.from_parquet(str(tmp_path / "table.parquet"), cache_dir=str(tmp_path / "cache")).data)
+    DatasetDict({"train": table, "test": table}).with_format(**saved_format).save_to_disk(tmp_path / "saved")
+    datasets = load(tmp_path / "saved")
+    assert (datasets.train.split, datasets.evaluation.split) == ("train", "test")
+    assert datasets.train.rows["boxes"] == [[BOX, BOX]] * 2
 
 
 def test_a_stream_has_as_many_images_as_are_asked_for(tmp_path):

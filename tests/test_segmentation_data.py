@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image
+from PIL import ExifTags
 from PIL import Image as PILImage
 from transformers import SegformerImageProcessorPil
 
@@ -192,6 +193,26 @@ def test_masks_of_all_modes(mode, tmp_path):
     found = decode_mask({"bytes": (tmp_path / "mask.png").read_bytes(), "path": None}, "mask")
     assert (found == ids).all()
     assert found.dtype == np.int64
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "I;16"])
+def test_masks_are_turned_as_their_images_are(mode, tmp_path):
+    """A mask may have the EXIF orientation of the photo from which it was made."""
+    write_pair(tmp_path / "train" / "images" / "a.png", tmp_path / "train" / "masks" / "a.png")
+    write_pair(tmp_path / "test" / "images" / "a.png", tmp_path / "test" / "masks" / "a.png")
+    for kind in ("images", "masks"):
+        file = tmp_path / "test" / kind / "a.png"
+        image = PILImage.open(file)
+        if kind == "masks":
+            image = PILImage.fromarray(np.asarray(image).astype(np.uint16 if mode == "I;16" else np.uint8))
+            if mode == "P":
+                image.putpalette(bytes(range(255, -1, -1)) * 3)
+        orientation = PILImage.Exif()
+        orientation[ExifTags.Base.Orientation] = 6
+        image.save(file, exif=orientation)
+    item = EvaluationMasks(load(tmp_path).evaluation, PROCESSOR, 255, False)[0]
+    assert item["labels"].shape == (12, 8)
+    assert ((item["pixel_values"][0] > item["pixel_values"][0].min()) == (item["labels"] == 1)).all()
 
 
 def test_reduced_labels():

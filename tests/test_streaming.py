@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.training.arguments import DataArguments
 from hf_vssm_prune.training.data import ImageStream, StreamedTrainingImages, collate, load_image_stream
-from hf_vssm_prune.training.data.columns import store_stream
+from hf_vssm_prune.training.data.columns import store_stream, take_columns
+from hf_vssm_prune.training.data.sources import load_splits
 from hf_vssm_prune.training.sampling import StreamSampler
 from hf_vssm_prune.training.tasks import TASKS
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments
@@ -152,6 +153,15 @@ def test_rows_that_datasets_cannot_read_are_named(tmp_path):
     message = "'photos' cannot be read: After 2 rows of split 'train', a row cannot be read: An image"
     with pytest.raises(ValueError, match=message):
         store_stream(broken.rows, "train", "photos")
+
+
+def test_streamed_evaluation_images_are_stored_once(parquet_folder):
+    """Later runs, and other processes, have other connections to the Hub and other objects for the same rows."""
+    streams = [load_splits(parquet_folder, None, streaming=True)["test"]._resolve_features() for _ in range(2)]
+    for number, rows in enumerate(streams):
+        rows._IterableDataset__hffs_cache = {"connection": number}
+    stored = [store_stream(take_columns(rows, {"kind": "label"}), "test", "pictures") for rows in streams]
+    assert stored[0].cache_files == stored[1].cache_files
 
 
 LABELS = {

@@ -68,10 +68,10 @@ def decode_image(stored: Mapping[str, Any] | None, mode: str, name: str) -> Imag
     Raises:
         ImageError: The image cannot be decoded; see there.
     """
-    upright = read_stored(stored, name, _upright)
-    if upright.mode.startswith("I") or upright.mode == "F":
-        _check_range(upright, name)
-    return _converted(_converted(upright, "RGB"), mode)
+    image = read_stored(stored, name, upright)
+    if image.mode.startswith("I") or image.mode == "F":
+        _check_range(image, name)
+    return _converted(_converted(image, "RGB"), mode)
 
 
 def name_stored(kind: str, place: str, split: str, stored: Mapping[str, Any] | None) -> str:
@@ -96,7 +96,7 @@ def read_stored(stored: Mapping[str, Any] | None, name: str, read: Callable[[Ima
         raise ImageError(f"{name} cannot be read: {error}") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """A copy with the EXIF orientation applied. Like in image viewers, it is ignored if it cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)

@@ -1,5 +1,6 @@
 """Converts any data set to one with the columns "image", "label" and "row"."""
 
+import copy
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -139,7 +140,7 @@ def read_rows(rows: IterableDataset, split: str) -> Iterator[dict[str, Any]]:
 
 
 def store_stream(rows: IterableDataset, split: str, name_or_path: str | Path) -> Dataset:
-    """Reads a stream into the cache of `datasets`.
+    """Reads a stream into the cache of `datasets`, where later runs and other processes find it.
 
     Args:
         rows: the stream, with known features; its images are not decoded, see `take_columns`.
@@ -149,9 +150,13 @@ def store_stream(rows: IterableDataset, split: str, name_or_path: str | Path) ->
     Raises:
         ValueError: a row cannot be read; see `read_rows`.
     """
+    cached = copy.copy(rows)
+    # The cache is searched by a hash of all attributes. In newer versions of `datasets`, this one, which only keeps
+    # connections to the Hub open, is different in each process.
+    vars(cached).pop("_IterableDataset__hffs_cache", None)
     try:
         return Dataset.from_generator(
-            read_rows, features=rows.features, gen_kwargs={"rows": rows, "split": split}, split=NamedSplit(split)
+            read_rows, features=rows.features, gen_kwargs={"rows": cached, "split": split}, split=NamedSplit(split)
         )
     except DatasetGenerationError as error:
         raise ValueError(f"'{name_or_path}' cannot be read: {error.__cause__}") from error

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_vssm_prune.training.image_steps import ImageError, read_stored
+from hf_vssm_prune.training.image_steps import ImageError, read_stored, upright
 
 
 IGNORED_AFTER_REDUCTION = 255
@@ -16,12 +16,12 @@ def decode_mask(stored: Mapping[str, Any] | None, name: str) -> np.ndarray:
     """Class ids, int64 (height, width), of a mask stored by `datasets.Image(decode=False)`.
 
     These are the pixels of a greyscale image, the indices of a palette image, or the common value of the three channels
-    of a colour image.
+    of a colour image. The mask's own EXIF orientation is applied, as its image's is.
 
     Raises:
         ImageError: it is missing or damaged, or has colours instead of ids.
     """
-    pixels = read_stored(stored, name, np.asarray)
+    pixels = np.asarray(read_stored(stored, name, upright))
     if pixels.ndim == 3:
         pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1]
         if not (pixels == pixels[..., :1]).all():

@@ -142,11 +142,12 @@ def _load_saved(folder: Path, saved: dict[str, Path]) -> DatasetDict:
         # Raised by damaged JSON and Arrow files.
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"'{path}' was written by datasets' save_to_disk, and cannot be read: {error}") from error
-        if isinstance(loaded, DatasetDict):
-            return loaded
-        # Parts of a split have names such as "train[:50%]".
-        split = name or SPLIT_NAMES.get(str(loaded.split), "train")
-        splits[split] = Dataset(loaded.data, loaded.info, NamedSplit(split))
+        if not isinstance(loaded, DatasetDict):
+            # Parts of a split have names such as "train[:50%]".
+            loaded = {name or SPLIT_NAMES.get(str(loaded.split), "train"): loaded}
+        for split, rows in loaded.items():
+            # Without a saved format, which would turn values into tensors or leave out columns.
+            splits[split] = Dataset(rows.data, rows.info, NamedSplit(split))
     return splits
 
 
