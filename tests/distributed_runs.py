@@ -29,6 +29,7 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.data import ImageDatasets, load_image_dataset, load_image_stream
 from hf_vssm_prune.training.data.media import IMAGES, VIDEOS
+from hf_vssm_prune.training.evaluation import evaluate_model
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
@@ -191,6 +192,21 @@ def record(trainer: Trainer, output_dir: Path) -> None:
     trainer._log_losses = log_and_record  # type: ignore[method-assign]
 
 
+def check_unequal_evaluation(trainer: Trainer) -> None:
+    """Evaluates a sharded model which the second process runs twice for each batch, as for images of two sizes."""
+    task, count = TASKS["image-classification"](), 1 + trainer.accelerator.process_index
+
+    def predict(model: Any, batch: Any) -> Any:
+        for _ in range(count):
+            outputs = model(**task.inputs(batch))
+        return outputs
+
+    task.predict = predict  # type: ignore[attr-defined]
+    metrics = evaluate_model(task, trainer.model, trainer.loaders.eval, trainer.accelerator)
+    assert metrics is not None
+    assert all(trainer.state.history[-1][f"eval_{name}"] == value for name, value in metrics.items())
+
+
 def reset() -> None:
     """Resets Accelerate's singletons and its FSDP environment variable, but keeps torch's process group."""
     os.environ.pop("ACCELERATE_USE_FSDP", None)
@@ -210,6 +226,8 @@ def main(folder: Path) -> None:
             # Parameters outside the layers stay gathered after a forward pass without a backward pass.
             kinds = {type(parameter).__name__ for parameter in part.parameters()}
             assert ("DTensor" in kinds) == name.startswith("fsdp"), f"{name} has {kinds}"
+        if name == "fsdp":
+            check_unequal_evaluation(trainer)
         reset()
         print(name, flush=True)
     torch.distributed.destroy_process_group()

@@ -157,11 +157,13 @@ def test_rows_that_datasets_cannot_read_are_named(tmp_path):
 
 def test_streamed_evaluation_images_are_stored_once(parquet_folder):
     """Later runs, and other processes, have other connections to the Hub and other objects for the same rows."""
-    streams = [load_splits(parquet_folder, None, streaming=True)["test"]._resolve_features() for _ in range(2)]
-    for number, rows in enumerate(streams):
+    files = []
+    for number in range(2):
+        rows = load_splits(parquet_folder, None, streaming=True)["test"]._resolve_features()
+        rows = take_columns(rows, {"kind": "label"})
         rows._IterableDataset__hffs_cache = {"connection": number}
-    stored = [store_stream(take_columns(rows, {"kind": "label"}), "test", "pictures") for rows in streams]
-    assert stored[0].cache_files == stored[1].cache_files
+        files.append(store_stream(rows, "test", "pictures").cache_files)
+    assert files[0] == files[1]
 
 
 LABELS = {

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -187,6 +187,22 @@ def share_buffers(model: nn.Module) -> None:
     if torch.distributed.is_initialized():
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
+
+
+@contextmanager
+def kept_whole(model: nn.Module) -> Iterator[None]:
+    """In this context, each process keeps the weights of a sharded model after they were gathered for its first forward
+    pass. Processes may then run it different numbers of times, such as once for each of several images of different
+    sizes; otherwise they would wait for one another in every layer. All processes must run it at least once."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(True, recurse=False)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.flops import FlopCount
 from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.pruning_block_selection import BlockSelector
+from hf_vssm_prune.training.distribution import kept_whole
 from hf_vssm_prune.training.tasks.task import Scores, Task, parts_of, predict
 
 
@@ -48,7 +49,7 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     scores = []
-    with recorded_gates(model) as gates:
+    with recorded_gates(model) as gates, kept_whole(model):
         for batch in tqdm(loader, desc="evaluating", leave=False, disable=not accelerator.is_local_main_process):
             with accelerator.autocast():
                 outputs = predict(task, model, batch)
