@@ -263,6 +263,26 @@ def test_what_a_table_may_not_say(objects, message, tmp_path):
         load(tmp_path)
 
 
+def test_difficult_objects_and_missing_classes_of_a_table(tmp_path):
+    """As in Pascal VOC's own files, difficult objects are not used."""
+    features = {
+        "bbox": List(List(Value("float32"))),
+        "category": List(Value("int64")),
+        "difficult": List(Value("bool")),
+    }
+    objects = {"bbox": [BOX, BOX], "category": [0, 1], "difficult": [True, False]}
+    for split in ("train", "test"):
+        write_table(tmp_path / f"{split}.parquet", [objects], features)
+    assert load(tmp_path).train.rows["crowd"] == [[True, False]]
+    for changed, message in (
+        ({"category": [0, None]}, "row 0 of split 'train': the class id None is not allowed"),
+        ({"difficult": [True]}, "row 0 of split 'train': there are 2 boxes and 1 values of 'difficult'"),
+    ):
+        write_table(tmp_path / "train.parquet", [{**objects, **changed}], features)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
 def test_columns_that_are_not_there(tmp_path):
     write_table(tmp_path / "train.parquet", [{"place": [BOX]}], {"place": List(List(Value("float32")))})
     with pytest.raises(ValueError, match="Column 'objects' has the fields place: one of boxes"):

@@ -239,6 +239,7 @@ def _names_in(rows: Dataset, column: str, fields: Fields) -> list[str]:
     found: set[Any] = set()
     for row, stored in enumerate(rows.select_columns([column])[column]):
         found |= set(read_objects(stored, fields, f"The objects in row {row} of split '{rows.split}'").classes)
+    found.discard(None)  # refused, with its row, when the objects are read
     if all(isinstance(each, str) for each in found):
         return sorted(found)
     return [f"class {label}" for label in range(max(found) + 1)]

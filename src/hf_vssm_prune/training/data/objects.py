@@ -12,7 +12,7 @@ from hf_vssm_prune.training.image_steps import ImageError
 # Names of the fields in data sets on the Hub.
 BOX_FIELDS = ("bbox", "boxes", "box", "bboxes")
 CLASS_FIELDS = ("category", "categories", "category_id", "label", "labels", "class", "classes", "class_labels")
-CROWD_FIELDS = ("iscrowd", "is_crowd", "crowd", "ignore")
+CROWD_FIELDS = ("iscrowd", "is_crowd", "crowd", "ignore", "difficult", "is_difficult")
 # The fraction of a box that must be inside the image: if it is smaller, the box is most likely in another format.
 LEAST_INSIDE = 0.5
 
@@ -53,14 +53,17 @@ def read_objects(stored: Any, fields: Fields, name: str) -> Objects:
         name: name of the objects in error messages.
 
     Raises:
-        ImageError: the numbers of classes and boxes differ, or a box is not four numbers or has a negative size.
+        ImageError: the numbers of classes, crowd flags and boxes differ, or a box is not four numbers or has a negative
+            size.
     """
     if not isinstance(stored, Mapping):
         rows = list(stored or ())
         stored = {field: [row.get(field) for row in rows] for field in fields[:3] if field}
     boxes, classes = (list(stored.get(field) or ()) for field in (fields.box, fields.label))
-    if len(boxes) != len(classes):
-        raise ImageError(f"{name}: there are {len(boxes)} boxes and {len(classes)} classes.")
+    flags = list((stored.get(fields.crowd) if fields.crowd else None) or [False] * len(boxes))
+    for values, what in ((classes, "classes"), (flags, f"values of '{fields.crowd}'")):
+        if len(values) != len(boxes):
+            raise ImageError(f"{name}: there are {len(boxes)} boxes and {len(values)} {what}.")
     for number, box in enumerate(boxes):
         if box is None or len(box) != 4 or not np.isfinite(np.asarray(box, np.float64)).all():
             raise ImageError(f"{name}: box {number} is {box}; it must be four numbers.")
@@ -72,11 +75,10 @@ def read_objects(stored: Any, fields: Fields, name: str) -> Objects:
         raise ImageError(
             f"{name}: box {number} is {boxes[number]}, which has a negative size; boxes are [{given}] in pixels."
         )
-    crowd = np.array([bool(each) for each in (stored.get(fields.crowd) if fields.crowd else None) or [0] * len(boxes)])
     has_area = (array[:, 2:] > 0).all(axis=1)
     kept = np.flatnonzero(has_area)
     own = [classes[number] for number in kept]
-    return Objects(array[kept], own, crowd.astype(bool)[kept], int(len(boxes) - len(kept)))
+    return Objects(array[kept], own, np.array(flags, bool)[kept], int(len(boxes) - len(kept)))
 
 
 def fit_boxes(boxes: np.ndarray, image_size: tuple[int, int], name: str) -> np.ndarray:
