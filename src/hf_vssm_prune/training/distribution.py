@@ -194,7 +194,11 @@ def kept_whole(model: nn.Module) -> Iterator[None]:
     """In this context, each process keeps the weights of a sharded model after they were gathered for its first forward
     pass. Processes may then run it different numbers of times, such as once for each of several images of different
     sizes; otherwise they would wait for one another in every layer. All processes must run it at least once."""
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded = [
+        module
+        for module in model.modules()
+        if isinstance(module, FSDPModule) and hasattr(module, "set_reshard_after_forward")  # not in old versions
+    ]
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
     try:
