@@ -132,7 +132,7 @@ def _check_smaller(file: Path, name: str, options: dict[str, Any], families: dic
         raise ValueError(f"{file}: smaller has {name!r}; a name is a number and what it counts, like '96 pixels'.")
     if ("family" in options) != ("model_name_or_path" in options):
         raise ValueError(f"{file}: smaller {name!r} needs both 'family' and 'model_name_or_path', or neither.")
-    if options.get("family", next(iter(families))) not in families:
+    if "family" in options and options["family"] not in families:
         raise ValueError(f"{file}: smaller {name!r} has the family {options['family']!r}, not one of {[*families]}.")
 
 

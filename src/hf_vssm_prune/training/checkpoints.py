@@ -30,6 +30,7 @@ from hf_vssm_prune.training.distribution import (
     whole_optimizer_state,
 )
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
+from hf_vssm_prune.training.image_steps import NORMALIZATION, SIZES
 
 
 RESULTS = "all_results.json"  # written at the end of a run
@@ -56,10 +57,7 @@ NOT_DESCRIBED = {
     *("id2label", "label2id", "num_labels", "token_pruning", "drop_path_rate"),
     *("scan_backend", "transformers_version", "dtype", "architectures", "auto_map"),
 }
-DESCRIBED_STEPS = (
-    *("do_resize", "size", "resample", "do_center_crop", "crop_size"),
-    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "num_frames"),
-)
+DESCRIBED_STEPS = (*SIZES, "resample", *NORMALIZATION)
 
 
 @dataclass

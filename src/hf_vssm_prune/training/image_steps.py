@@ -25,6 +25,9 @@ PROBE_TOLERANCE_IN_LEVELS = 2.5
 MOST_RESIZED_PIXELS = 2**24
 # Formats that Pillow recognises but cannot decode, or only with a program that executes the file (EPS).
 UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# Entries of an image processor for how pixel values are normalised, and for the size of the images.
+NORMALIZATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+SIZES = ("do_center_crop", "crop_size", "do_resize", "size", "num_frames")
 # How to transpose the pixels for each EXIF orientation.
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -41,7 +41,7 @@ from hf_vssm_prune.training.distribution import ProcessLostError
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models, comparison_table
 from hf_vssm_prune.training.image_size import config_at_size, output_size, resize_image_processor, resize_model
-from hf_vssm_prune.training.image_steps import ImageError
+from hf_vssm_prune.training.image_steps import NORMALIZATION, SIZES, ImageError
 from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.models import load_model as load_model  # its place in early versions
@@ -139,11 +139,6 @@ def _load_teacher(
         return None
     _check_pixel_values("teacher", name_or_path, processor)
     return recipe.task.load_teacher(name_or_path, student.config, recipe.losses, dtype, image_size)
-
-
-# Entries of an image processor for how pixel values are normalised, and for their size.
-NORMALIZATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-SIZES = ("do_center_crop", "crop_size", "do_resize", "size", "num_frames")
 
 
 def _check_pixel_values(
