@@ -22,16 +22,20 @@ def merge_into_state(stage: Stage) -> Reduction:
     """
     scores = stage.scores()
     rows = select_tokens(scores, stage.num_kept)
-    into = _nearest(stage.cells, rows).scatter(1, rows, rows)
+    into = _nearest(stage.cells, rows)
     weights = _input_shares(stage, into).scatter(1, rows, torch.ones_like(rows, dtype=scores.dtype))
     tokens, _ = merge_tokens(stage.hidden_states, weights, into, rows)
     return Reduction(rows, tokens, scores, into)
 
 
 def _nearest(cells: Tensor, rows: Tensor) -> Tensor:
-    """For each of the cells (batch, n) the row of the nearest one among those in `rows` (batch, count)."""
-    distance = (cells.unsqueeze(-1) - cells.gather(1, rows).unsqueeze(1)).abs()
-    return rows.gather(1, distance.argmin(dim=-1))
+    """For each of the cells (batch, n), which ascend, the row of the nearest one among those in `rows` (batch, count)."""
+    is_kept = torch.zeros_like(cells, dtype=torch.bool).scatter(1, rows, 1)
+    passed = is_kept.cumsum(1)  # how many rows are not after each cell
+    before = rows.gather(1, (passed - 1).clamp(min=0))
+    after = rows.gather(1, passed.clamp(max=rows.shape[1] - 1))
+    is_before = (cells - cells.gather(1, before)).abs() <= (cells - cells.gather(1, after)).abs()
+    return torch.where(is_before, before, after)
 
 
 def _input_shares(stage: Stage, into: Tensor) -> Tensor:
