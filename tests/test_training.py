@@ -784,21 +784,33 @@ def test_steps_of_other_images_are_not_continued(datasets, tmp_path):
         make_trainer(make_vim_config(), few, recipe)
 
 
-def test_a_run_whose_data_or_model_has_changed_is_not_continued(datasets, tmp_path):
-    make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=1)).train()
+def backwards(rows):
+    return rows.select(range(len(rows) - 1, -1, -1))
+
+
+def test_a_run_whose_data_or_models_have_changed_is_not_continued(datasets, tmp_path):
+    teacher, other = (AutoModelForImageClassification.from_config(make_vim_config()) for _ in range(2))
+    make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=1), teacher).train()
     recipe = make_recipe(tmp_path, max_train_steps=1)
     recipe.run.resume = "latest"
     *others, _ = datasets.label_names
     renamed = replace(datasets, label_names=[*others, "a new name"])
-    reordered = replace(datasets, train=datasets.train.select(range(len(datasets.train) - 1, -1, -1)))
     larger = make_vim_config(image_size=make_vim_config().image_size + 8)
-    for config, data, message in (
-        (make_vim_config(), renamed, "label_names was .* and is .*a new name"),
-        (make_vim_config(), reordered, "the names, the labels or the order of the training images were others"),
-        (larger, datasets, "config.image_size was .* and is .*; image_processor.size.shortest_edge was"),
+    rows = "the names, the labels or the order of the {} images were others"
+    for config, data, its_teacher, message in (
+        (make_vim_config(), renamed, teacher, "label_names was .* and is .*a new name"),
+        (make_vim_config(), replace(datasets, train=backwards(datasets.train)), teacher, rows.format("training")),
+        (
+            make_vim_config(),
+            replace(datasets, evaluation=backwards(datasets.evaluation)),
+            teacher,
+            rows.format("evaluation"),
+        ),
+        (make_vim_config(), datasets, other, "the teacher had other weights"),
+        (larger, datasets, teacher, "config.image_size was .* and is .*; image_processor.size.shortest_edge was"),
     ):
         with pytest.raises(ValueError, match=f"cannot be resumed exactly, .*differently: {message}"):
-            make_trainer(config, data, recipe)
+            make_trainer(config, data, recipe, its_teacher)
     # Checkpoints of version 0.1 say nothing about these.
     file = tmp_path / "checkpoint-1" / "training_state.json"
     content = json.loads(file.read_text())

@@ -29,7 +29,7 @@ def merge_into_state(stage: Stage) -> Reduction:
 
 
 def _nearest(cells: Tensor, rows: Tensor) -> Tensor:
-    """For each of the cells (batch, n), which ascend, the row of the nearest one among those in `rows` (batch, count)."""
+    """For each of the ascending cells (batch, n) the row of the nearest one among those in `rows` (batch, count)."""
     is_kept = torch.zeros_like(cells, dtype=torch.bool).scatter(1, rows, 1)
     passed = is_kept.cumsum(1)  # how many rows are not after each cell
     before = rows.gather(1, (passed - 1).clamp(min=0))

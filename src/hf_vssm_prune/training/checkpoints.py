@@ -49,8 +49,13 @@ FIRST_TASK = "image-classification"
 # Settings that are dicts and compared entry by entry. An entry that only one side has is from another version of
 # transformers or of this package.
 DESCRIPTIONS = ("config", "image_processor")
-TRAINING_IMAGES = "training_images"
-ADDED = (*DESCRIPTIONS, "label_names", TRAINING_IMAGES)  # checkpoints of version 0.1 do not have them
+# Settings that are fingerprints, and what it means if one differs.
+FINGERPRINTS = {
+    "training_images": "the names, the labels or the order of the training images were others",
+    "evaluation_images": "the names, the labels or the order of the evaluation images were others",
+    "teacher": "the teacher had other weights",
+}
+ADDED = (*DESCRIPTIONS, *FINGERPRINTS, "label_names")  # checkpoints of version 0.1 do not have them
 MOST_SHOWN = 100  # characters of a setting in a message
 # Entries of a configuration that are settings of their own, or depend on the machine or on the version of transformers.
 NOT_DESCRIBED = {
@@ -275,9 +280,7 @@ def _differences(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, s
     """For each setting that differs, a description."""
     before, now = _entries(saved), _entries(settings)
     return {
-        name: "the names, the labels or the order of the training images were others"
-        if name == TRAINING_IMAGES
-        else f"{name} was {_shown(before.get(name))} and is {_shown(value)}"
+        name: FINGERPRINTS.get(name, f"{name} was {_shown(before.get(name))} and is {_shown(value)}")
         for name, value in now.items()
         if value != before.get(name) and (name in before or name.split(".")[0] not in ADDED)
     }

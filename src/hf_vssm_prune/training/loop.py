@@ -29,7 +29,6 @@ from hf_vssm_prune.training.arguments import ElasticArguments, OptimizationArgum
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
 from hf_vssm_prune.training.checkpoints import (
     RESULTS,
-    TRAINING_IMAGES,
     TrainedParts,
     TrainingState,
     check_output_dir,
@@ -44,7 +43,6 @@ from hf_vssm_prune.training.checkpoints import (
     write_json,
 )
 from hf_vssm_prune.training.data import ImageDatasets
-from hf_vssm_prune.training.data.fingerprints import fingerprint
 from hf_vssm_prune.training.devices import launch_on_cores
 from hf_vssm_prune.training.distribution import (
     choose_deterministic_algorithms,
@@ -66,6 +64,7 @@ from hf_vssm_prune.training.divergence import (
 from hf_vssm_prune.training.elastic import draw_schedule, what_is_pruned
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import evaluate_model
+from hf_vssm_prune.training.fingerprints import fingerprint_of_rows, fingerprint_of_weights
 from hf_vssm_prune.training.interruption import StopRequest, TrainingInterruptedError
 from hf_vssm_prune.training.labels import say_labels
 from hf_vssm_prune.training.length import plan_steps
@@ -139,7 +138,9 @@ class Trainer:
             "config": describe_config(model.config),
             "image_processor": describe_image_processor(image_processor),
             "label_names": list(datasets.label_names),
-            TRAINING_IMAGES: fingerprint(datasets.train),
+            "training_images": fingerprint_of_rows(datasets.train),
+            "evaluation_images": fingerprint_of_rows(datasets.evaluation),
+            "teacher": None if teacher is None else fingerprint_of_weights(teacher),
         }
         self.elastic_schedules = recipe.elastic.schedules(pruned_config(model.config))
         for schedule in self.elastic_schedules:

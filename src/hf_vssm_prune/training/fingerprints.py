@@ -1,14 +1,17 @@
-"""What identifies the rows of a data set, so that a resumed run can tell whether it has the same ones."""
+"""What identifies the rows of a data set and the weights of a model, so that a resumed run can tell whether it has the
+same ones."""
 
 import hashlib
 import os
 from typing import Any
 
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset, Image, Video
+from torch import nn
 
 
-def fingerprint(rows: Any) -> str | None:
+def fingerprint_of_rows(rows: Any) -> str | None:
     """SHA-256, in hexadecimal digits, of the rows' order, their labels (or other annotations in columns), and the names
     and stored sizes of their files. Folders are not part of it, so that a data set can be moved.
 
@@ -32,4 +35,13 @@ def fingerprint(rows: Any) -> str | None:
         )
     values = dataset.remove_columns(stored).with_format("arrow")[:]
     digest.update(repr(values.to_pydict()).encode())
+    return digest.hexdigest()
+
+
+def fingerprint_of_weights(model: nn.Module) -> str:
+    """SHA-256, in hexadecimal digits, of the names, types and values of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
