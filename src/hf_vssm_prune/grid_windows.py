@@ -19,40 +19,36 @@ def default_window(grid: tuple[int, ...]) -> tuple[int, ...]:
     return (2,) * len(grid)
 
 
-def score_in_turns(
-    importance: Tensor, cells: Tensor, grid: tuple[int, ...], window: tuple[int, ...] | None = None
-) -> Tensor:
-    """Scores that select the most important token of every window first, then the second of every window, and so on. If
-    there are not enough for the next token of every window, the windows with the more important tokens come first.
+def score_in_turns(importance: Tensor, cells: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Scores that select the most important token of every window (`default_window`) first, then the second of every
+    window, and so on. If there are not enough for the next token of every window, the windows with the more important
+    tokens come first.
 
     Args:
         importance: shape (batch, n).
         cells: cells of the tokens, ascending, shape (batch, n).
         grid: shape of the full grid, any number of axes.
-        window: sides of a window in cells, one for each axis; None for `default_window`.
 
     Returns:
         Shape (batch, n).
     """
-    return _relative(importance) - _rank_in_window(importance, cells, grid, window or default_window(grid))
+    return _relative(importance) - _rank_in_window(importance, cells, grid, default_window(grid))
 
 
-def distance_in_window(
-    features: Tensor, cells: Tensor, grid: tuple[int, ...], window: tuple[int, ...] | None = None
-) -> Tensor:
+def distance_in_window(features: Tensor, cells: Tensor, grid: tuple[int, ...]) -> Tensor:
     """The distance of each token from the others in its window: the mean square of the differences, after a layer norm
     without parameters. The token that is furthest from the others is also furthest from their mean; if there are only
     two, their distances are exactly equal.
 
     Args:
         features: shape (batch, n, channels).
-        cells, grid, window: as in `score_in_turns`.
+        cells, grid: as in `score_in_turns`.
 
     Returns:
         float32 (float64 if the features are) of shape (batch, n); 0 for a token that is alone in its window.
     """
     features = F.layer_norm(at_least_float32(features), features.shape[-1:])
-    window = window or default_window(grid)
+    window = default_window(grid)
     places = _window_places(cells, grid, window)
     batch, _, channels = features.shape
     size = math.prod(window)
