@@ -74,13 +74,12 @@ def shares_of_classes(labels: Tensor, names: Sequence[str]) -> list[tuple[int, s
     return [(label, f"{100 * int(counts[label]) / labels.numel():.0f}% {names[label]}") for label in present]
 
 
-def draw_boxes(image: Image.Image, found: Detections, names: Sequence[str]) -> Image.Image:
+def draw_boxes(image: Image.Image, found: Detections) -> Image.Image:
     """An image at a panel's size, with the boxes whose score is at least `LEAST_SCORE`.
 
     Args:
         image: an image of any size.
         found: boxes, in pixels of the image.
-        names: names of the classes.
     """
     panel = fit(image.convert("RGB"), PANEL_SIZE)
     factor = panel.width / image.width
@@ -167,7 +166,7 @@ def draw_detection(model: Any, pixel_values: Tensor, mean: Sequence[float], std:
 
     def answer(output: Any, index: int, image: Image.Image) -> Answer:
         found = find_objects(output, torch.tensor([[image.height, image.width]] * len(output.logits)))[index]
-        return draw_boxes(image, found, names), counts_of_classes(found, names)
+        return draw_boxes(image, found), counts_of_classes(found, names)
 
     return _draw_answers(model, pixel_values, mean, std, "objects", answer)
 
