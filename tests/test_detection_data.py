@@ -74,11 +74,11 @@ def test_folders_of_cocos_form(layout, tmp_path):
     datasets = load(tmp_path)
     assert datasets.label_names == ["ball", "cube"]
     for side, split in ((datasets.train, "train"), (datasets.evaluation, "val")):
-        assert [row["labels"] for row in side.rows] == [[1], [], [0, 0]]  # an image without objects stays
-        assert [row["crowd"] for row in side.rows] == [[False], [], [True, False]]
-        assert side.rows[0]["boxes"] == [BOX]
-        assert all(split in row["image"]["path"] for row in side.rows)
-        assert [Path(row["image"]["path"]).stem for row in side.rows] == ["0", "1", "2"]
+        assert [row["labels"] for row in side] == [[1], [], [0, 0]]  # an image without objects stays
+        assert [row["crowd"] for row in side] == [[False], [], [True, False]]
+        assert side[0]["boxes"] == [BOX]
+        assert all(split in row["image"]["path"] for row in side)
+        assert [Path(row["image"]["path"]).stem for row in side] == ["0", "1", "2"]
 
 
 def test_files_that_number_categories_differently_are_compared_by_name(tmp_path):
@@ -89,7 +89,7 @@ def test_files_that_number_categories_differently_are_compared_by_name(tmp_path)
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
     datasets = load(tmp_path)
     assert datasets.label_names == ["ball", "cube"]
-    assert [part.rows[0]["labels"] for part in (datasets.train, datasets.evaluation)] == [[0, 1], [1, 0]]
+    assert [part[0]["labels"] for part in (datasets.train, datasets.evaluation)] == [[0, 1], [1, 0]]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_folders_of_pascal_vocs_form(listed, tmp_path):
     datasets = load(tmp_path)
     assert (len(datasets.train), len(datasets.evaluation)) == (3, 1)
     assert datasets.label_names == ["cat", "dog"]
-    row = datasets.evaluation.rows[0]
+    row = datasets.evaluation[0]
     assert row["boxes"] == [[0, 0, 20, 10], [1, 2, 3, 3]]
     assert (row["labels"], row["crowd"]) == ([1, 0], [False, True])
     assert row["image"]["path"].endswith("3.jpg")
@@ -172,8 +172,8 @@ def test_lists_of_several_years_are_read_together(tmp_path):
             lists.mkdir(parents=True, exist_ok=True)
             (lists / f"{split}.txt").write_text(f"{stem}\n")
     datasets = load(tmp_path)
-    assert [Path(row["image"]["path"]).stem for row in datasets.train.rows] == ["7_train", "12_train"]
-    assert [Path(row["image"]["path"]).stem for row in datasets.evaluation.rows] == ["7_val", "12_val"]
+    assert [Path(row["image"]["path"]).stem for row in datasets.train] == ["7_train", "12_train"]
+    assert [Path(row["image"]["path"]).stem for row in datasets.evaluation] == ["7_val", "12_val"]
 
 
 # Tables
@@ -194,12 +194,12 @@ def test_objects_as_dicts_of_lists_and_as_lists_of_dicts(tmp_path):
     features = List({"box": List(Value("int64")), "label": Value("string"), "is_crowd": Value("bool")})
     datasets = load(tmp_path, train_val_split=0.5)
     assert datasets.label_names == ["a", "b"]
-    assert sorted([*datasets.train.rows["labels"], *datasets.evaluation.rows["labels"]]) == [[1], [1, 0]]
+    assert sorted([*datasets.train["labels"], *datasets.evaluation["labels"]]) == [[1], [1, 0]]
     (tmp_path / "other").mkdir()
     written = [[{"box": [1, 2, 3, 4], "label": "b", "is_crowd": True}, {"box": [1, 2, 3, 4], "label": "a"}]]
     for split in ("train", "test"):
         write_table(tmp_path / "other" / f"{split}.parquet", written, features)
-    row = load(tmp_path / "other").evaluation.rows[0]
+    row = load(tmp_path / "other").evaluation[0]
     assert (row["boxes"], row["labels"], row["crowd"]) == ([[1, 2, 3, 4]] * 2, [1, 0], [True, False])
 
 
@@ -210,7 +210,7 @@ def test_the_format_and_missing_names_of_saved_splits_do_not_matter(saved_format
     DatasetDict({"train": table, "test": table}).with_format(**saved_format).save_to_disk(tmp_path / "saved")
     datasets = load(tmp_path / "saved")
     assert (datasets.train.split, datasets.evaluation.split) == ("train", "test")
-    assert datasets.train.rows["boxes"] == [[BOX, BOX]] * 2
+    assert datasets.train["boxes"] == [[BOX, BOX]] * 2
 
 
 def test_a_stream_has_as_many_images_as_are_asked_for(tmp_path):
@@ -229,7 +229,7 @@ def test_corners_and_names_from_a_file(tmp_path):
     (tmp_path / "id2label.json").write_text('{"0": "zero", "1": "one"}')
     datasets = load(tmp_path, corners=True)
     assert datasets.label_names == ["zero", "one"]
-    assert datasets.train.rows[0]["boxes"] == [BOX]
+    assert datasets.train[0]["boxes"] == [BOX]
     data = EvaluationDataArguments(str(tmp_path), dataloader_num_workers=0)
     rows, names = load_detection_evaluation(data, ObjectOptions(corners=True), seed=0)
     assert (len(rows), rows.split, names) == (1, "test", ["zero", "one"])
@@ -240,7 +240,7 @@ def test_boxes_without_area_are_left_out_and_counted(tmp_path, caplog):
     for split in ("train", "test"):
         write_table(tmp_path / f"{split}.parquet", rows)
     with caplog.at_level(logging.WARNING):
-        assert load(tmp_path).train.rows[0]["labels"] == [1]
+        assert load(tmp_path).train[0]["labels"] == [1]
     assert "1 boxes of split 'train' have zero area and are left out" in caplog.text
 
 
@@ -273,7 +273,7 @@ def test_difficult_objects_and_missing_classes_of_a_table(tmp_path):
     objects = {"bbox": [BOX, BOX], "category": [0, 1], "difficult": [True, False]}
     for split in ("train", "test"):
         write_table(tmp_path / f"{split}.parquet", [objects], features)
-    assert load(tmp_path).train.rows["crowd"] == [[True, False]]
+    assert load(tmp_path).train["crowd"] == [[True, False]]
     for changed, message in (
         ({"category": [0, None]}, "row 0 of split 'train': the class id None is not allowed"),
         ({"difficult": [True]}, "row 0 of split 'train': there are 2 boxes and 1 values of 'difficult'"),

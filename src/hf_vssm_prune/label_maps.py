@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def complete_label_maps(options: Mapping[str, Any]) -> dict[str, dict]:
+def complete_label_maps(options: Mapping[str, Any]) -> dict[str, Any]:
     """Completes `id2label` and `label2id`. If the options have both, `id2label` is used.
 
     Either can be a list of names, or a dict between ids (numbers or strings of digits, in any order) and names.

@@ -15,6 +15,7 @@ from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_m
 from hf_vssm_prune.label_maps import names_by_id
 from hf_vssm_prune.pruned_heads import prunable
 from hf_vssm_prune.training.image_size import resize_model
+from hf_vssm_prune.training.image_steps import NORMALIZATION
 from hf_vssm_prune.training.labels import match_or_renew, name_labels, say_labels, take_labels
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.models import check_states, match_teacher
@@ -97,14 +98,6 @@ def quarters(depth: int, count: int = 4) -> list[int]:
     """The layers, counted from 1, at the ends of the last `count` quarters of the depth; fewer if there are not enough
     layers."""
     return sorted({max(1, round(depth * quarter / 4)) for quarter in (1, 2, 3, 4)})[-count:]
-
-
-def label_maps(backbone: VisionMambaConfig) -> dict[str, Any]:
-    """The entries of a complete configuration for a classifier's labels."""
-    return {
-        "id2label": dict(enumerate(backbone.label_names)),
-        "label2id": {name: label for label, name in enumerate(backbone.label_names)},
-    }
 
 
 def load_model(
@@ -206,5 +199,4 @@ def load_teacher(
 def statistics_of(image_processor: Any) -> dict[str, Any]:
     """How an image processor rescales and normalises, to be copied to another one."""
     values = image_processor.to_dict()
-    kept = ("do_normalize", "image_mean", "image_std", "do_rescale", "rescale_factor")
-    return {name: values[name] for name in kept if values.get(name) is not None}
+    return {name: values[name] for name in NORMALIZATION if values.get(name) is not None}

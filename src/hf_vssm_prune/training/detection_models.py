@@ -9,8 +9,9 @@ from transformers import AutoModelForObjectDetection, BaseImageProcessor, Deform
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.feature_pyramid import PYRAMID_STRIDES
+from hf_vssm_prune.label_maps import complete_label_maps
 from hf_vssm_prune.pruned_heads import prunable
-from hf_vssm_prune.training.dense_models import DenseModels, backbone_of_levels, label_maps, quarters, statistics_of
+from hf_vssm_prune.training.dense_models import DenseModels, backbone_of_levels, quarters, statistics_of
 from hf_vssm_prune.training.detection_losses import FiniteLoss
 
 
@@ -77,7 +78,7 @@ def _rt_detr(head: DetectionHead, backbone: VisionMambaConfig) -> RTDetrConfig:
         decoder_attention_heads=head.attention_heads,
         num_queries=_queries(head, backbone, count),
         num_denoising=head.num_denoising,
-        **label_maps(backbone),
+        **complete_label_maps({"id2label": backbone.label_names}),
     )
 
 
@@ -99,7 +100,7 @@ def _deformable_detr(head: DetectionHead, backbone: VisionMambaConfig) -> Deform
         # Queries are learned, because transformers' loss does not train the encoder's proposals of `two_stage`.
         two_stage=False,
         auxiliary_loss=True,
-        **label_maps(backbone),
+        **complete_label_maps({"id2label": backbone.label_names}),
     )
 
 

@@ -152,9 +152,9 @@ class ImageProcessorSteps:
 
     def __init__(self, image_processor: BaseImageProcessor) -> None:
         values = image_processor.to_dict()
-        self._resize_to: dict[str, int] = _set_values(values["size"]) if values.get("do_resize") else {}
+        self._resize_to: dict[str, int] = given_sides(values["size"]) if values.get("do_resize") else {}
         self._crops = bool(values.get("do_center_crop"))
-        crop_size = _set_values(values["crop_size"]) if self._crops else {}
+        crop_size = given_sides(values["crop_size"]) if self._crops else {}
         fixed = crop_size or self._resize_to
         if not {"height", "width"} <= fixed.keys():
             raise ValueError(
@@ -167,8 +167,7 @@ class ImageProcessorSteps:
                 f"{type(image_processor).__name__} resizes to {self._resize_to}: "
                 "supported are height and width, or shortest_edge."
             )
-        resample = values.get("resample")
-        self.resample = Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
+        self.resample = resampling(image_processor)
 
         normalizes = bool(values.get("do_normalize"))
         means = np.atleast_1d(values["image_mean"] if normalizes else [0.0] * 3).tolist()
@@ -272,5 +271,12 @@ class ImageProcessorSteps:
                 )
 
 
-def _set_values(size: Mapping[str, int | None]) -> dict[str, int]:
+def resampling(image_processor: BaseImageProcessor) -> Image.Resampling:
+    """The filter with which an image processor resizes."""
+    resample = image_processor.to_dict().get("resample")
+    return Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
+
+
+def given_sides(size: Mapping[str, int | None]) -> dict[str, int]:
+    """The entries of an image processor's size that are not None."""
     return {name: value for name, value in size.items() if value is not None}

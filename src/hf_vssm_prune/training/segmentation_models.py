@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from transformers import AutoModelForSemanticSegmentation, BaseImageProcessor, UperNetConfig
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.training.dense_models import DenseModels, backbone_of_levels, label_maps, quarters, statistics_of
+from hf_vssm_prune.label_maps import complete_label_maps
+from hf_vssm_prune.training.dense_models import DenseModels, backbone_of_levels, quarters, statistics_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class HeadOptions:
             auxiliary_channels=self.auxiliary_channels,
             use_auxiliary_head=len(levels) > 2,  # its input is the third level
             loss_ignore_index=self.ignore_index,
-            **label_maps(backbone),
+            **complete_label_maps({"id2label": backbone.label_names}),
         )
 
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
 from hf_vssm_prune.training.box_augmentation import BoxAugmentation, augment_boxes
-from hf_vssm_prune.training.data.dense_items import DenseItems, StreamedDenseItems, normalize, resampling, resized_size
-from hf_vssm_prune.training.data.detection import BoxedImages, BoxedStream
+from hf_vssm_prune.training.data.columns import ImageStream
+from hf_vssm_prune.training.data.dense_items import DenseItems, StreamedDenseItems, normalize, resized_size
 from hf_vssm_prune.training.data.epochs import Epochs
 from hf_vssm_prune.training.data.objects import fit_boxes
+from hf_vssm_prune.training.image_steps import resampling
 
 
 class _BoxedItems(DenseItems):
@@ -74,7 +76,7 @@ class TrainingBoxes(_BoxedItems):
 
     def __init__(
         self,
-        images: BoxedImages | BoxedStream,
+        images: Dataset | ImageStream,
         image_processor: BaseImageProcessor,
         augmentation: BoxAugmentation,
         seed: int,
@@ -105,7 +107,7 @@ class TrainingBoxes(_BoxedItems):
 
 
 class StreamedTrainingBoxes(StreamedDenseItems, TrainingBoxes):
-    """The same for a `BoxedStream`."""
+    """The same for a stream."""
 
 
 def collate_boxes(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | list[Any]]:

@@ -12,14 +12,14 @@ from transformers import BaseImageProcessor
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from hf_vssm_prune.training.data.epochs import Epochs
-from hf_vssm_prune.training.image_steps import decode_image, name_stored
+from hf_vssm_prune.training.image_steps import decode_image, given_sides, name_stored
 
 
 class DenseItems(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows of images with additional annotations.
 
     Args:
-        dataset: has its rows in `rows`, stored or streamed, and the name of its split in `split`.
+        dataset: stored rows or a stream, with the name of its split in `split`.
         image_processor: the model's image processor.
     """
 
@@ -34,7 +34,7 @@ class DenseItems(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: Any) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"There is no image {index}: there are {len(self)}.")
-        row = self._dataset.rows[index]
+        row = self._dataset[index]
         return self._item(row, f"row {row['row']}", index)
 
     def _item(self, row: Mapping[str, Any], place: str, index: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def resized_size(image_processor: BaseImageProcessor, image: Image.Image) -> tup
     values = image_processor.to_dict()
     if not values.get("do_resize"):
         return image.height, image.width
-    size = {name: value for name, value in values["size"].items() if value is not None}
+    size = given_sides(values["size"])
     if size.keys() == {"height", "width"}:
         return size["height"], size["width"]
     if "shortest_edge" not in size:
@@ -76,12 +76,6 @@ def resized_size(image_processor: BaseImageProcessor, image: Image.Image) -> tup
         (image.height, image.width), size["shortest_edge"], size.get("longest_edge")
     )
     return height, width
-
-
-def resampling(image_processor: BaseImageProcessor) -> Image.Resampling:
-    """The filter with which an image processor resizes."""
-    resample = image_processor.to_dict().get("resample")
-    return Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
 
 
 def normalize(image_processor: BaseImageProcessor, image: Image.Image) -> Tensor:

@@ -1,5 +1,5 @@
-"""Images with objects (a box and a class each): converts any data set to one with the columns "image", "boxes",
-"labels", "crowd" and "row"."""
+"""Images with objects (a box and a class each): converts any data set to one with the columns "image", not decoded;
+"boxes", left, top, width and height in pixels; "labels"; "crowd"; and "row" (not in a stream)."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,24 +27,6 @@ COLUMNS: dict[str, Any] = {
     "labels": Repeated(Value("int64")),
     "crowd": Repeated(Value("bool")),
 }
-
-
-@dataclass(frozen=True)
-class BoxedImages:
-    """Stored rows: "image", not decoded; "boxes", left, top, width and height in pixels; "labels"; "crowd"; "row"."""
-
-    rows: Dataset
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def split(self) -> str:
-        return str(self.rows.split)
-
-
-class BoxedStream(ImageStream):
-    """The same for rows that are read sequentially, without "row"."""
 
 
 @dataclass(frozen=True)
@@ -85,22 +67,22 @@ def load_detection_datasets(data: DataArguments, options: ObjectOptions, seed: i
     if not data.streaming:
         train_rows = draw_samples(train_rows, data.max_train_samples, "max_train_samples", seed, IMAGES)
         _refuse_without_objects(train_rows)
-        return ImageDatasets(BoxedImages(train_rows), BoxedImages(evaluation_rows), reader.names)
+        return ImageDatasets(train_rows, evaluation_rows, reader.names)
     count = count_streamed(train, data.dataset_name, data.train_split, data.max_train_samples, IMAGES)
     taken = train_rows if data.max_train_samples is None else train_rows.take(count)
-    stream = BoxedStream(taken, count, data.shuffle_buffer_size, data.train_split)
-    return ImageDatasets(stream, BoxedImages(evaluation_rows), reader.names)
+    stream = ImageStream(taken, count, data.shuffle_buffer_size, data.train_split)
+    return ImageDatasets(stream, evaluation_rows, reader.names)
 
 
 def load_detection_evaluation(
     data: EvaluationDataArguments, options: ObjectOptions, seed: int
-) -> tuple[BoxedImages, list[str]]:
+) -> tuple[Dataset, list[str]]:
     """The rows to evaluate, and the classes' names; see `load_detection_datasets`."""
     stored = SPLITS.load_evaluation(data)
     reader = _ObjectReader.of_rows(stored, data, options)
     rows = draw_samples(reader.read(stored), data.max_eval_samples, "max_eval_samples", seed, IMAGES)
     _refuse_without_objects(rows)
-    return BoxedImages(rows), reader.names
+    return rows, reader.names
 
 
 def _find_columns(
@@ -128,14 +110,14 @@ class _ObjectReader:
     Attributes:
         image_column, object_column: columns of the split.
         fields: fields of the objects.
-        own_names: the classes that the split's ids refer to. None: classes are names, or ids of `names`.
+        own_names: the classes that the split's ids refer to.
         names: class names in the order of their ids.
     """
 
     image_column: str
     object_column: str
     fields: Fields
-    own_names: list[str] | None
+    own_names: list[str]
     names: list[str]
 
     @classmethod
@@ -161,10 +143,10 @@ class _ObjectReader:
                 f"Column '{object_column}' does not name its classes, and the data set is streamed: name them with "
                 "--label_file."
             )
-        return cls(image_column, object_column, fields, own_names, names or own_names)
+        return cls(image_column, object_column, fields, own_names or names or [], names or own_names)
 
     def read(self, rows: Any) -> Any:
-        """Rows with the columns of `BoxedImages`; streamed ones without "row".
+        """The rows as this module converts them; streamed ones have no "row".
 
         Raises:
             ValueError: an object is not valid, see `read_objects`, or has an unknown class.
@@ -211,7 +193,7 @@ class _ObjectReader:
         }
 
     def _label(self, stored: Any, name: str) -> int:
-        own = self.own_names or self.names
+        own = self.own_names
         if isinstance(stored, str):
             text = stored
         elif stored is not None and 0 <= stored < len(own):

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from hf_vssm_prune.training.data.dense_items import DenseItems, StreamedDenseItems, normalize, resampling, resized_size
+from hf_vssm_prune.training.data.dense_items import DenseItems, StreamedDenseItems, normalize, resized_size
 from hf_vssm_prune.training.data.epochs import Epochs
 from hf_vssm_prune.training.data.masks import check_mask, decode_mask, reduced
 from hf_vssm_prune.training.data.segmentation import Pairs, PairStream
+from hf_vssm_prune.training.image_steps import resampling
 from hf_vssm_prune.training.mask_augmentation import MaskAugmentation, augment
 
 

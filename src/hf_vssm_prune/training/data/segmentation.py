@@ -31,6 +31,9 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
     @property
     def split(self) -> str:
         return str(self.rows.split)

@@ -17,15 +17,10 @@ from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArgume
 from hf_vssm_prune.training.arguments.parsing import check_range, describe
 from hf_vssm_prune.training.average_precision import average_precision
 from hf_vssm_prune.training.box_augmentation import BoxAugmentation
-from hf_vssm_prune.training.data import ImageDatasets
+from hf_vssm_prune.training.data import ImageDatasets, ImageStream
 from hf_vssm_prune.training.data.box_items import EvaluationBoxes, StreamedTrainingBoxes, TrainingBoxes, collate_boxes
 from hf_vssm_prune.training.data.dense_items import fixed_size
-from hf_vssm_prune.training.data.detection import (
-    BoxedStream,
-    ObjectOptions,
-    load_detection_datasets,
-    load_detection_evaluation,
-)
+from hf_vssm_prune.training.data.detection import ObjectOptions, load_detection_datasets, load_detection_evaluation
 from hf_vssm_prune.training.detection_losses import detection_distillation, loss_per_box
 from hf_vssm_prune.training.detection_models import (
     HEADS,
@@ -217,7 +212,7 @@ class ObjectDetection(DenseTask):
         return load_detection_evaluation(data, self.arguments.objects(), seed)
 
     def training_items(self, rows: Any, image_processor: BaseImageProcessor, seed: int) -> TrainingBoxes:
-        kind = StreamedTrainingBoxes if isinstance(rows, BoxedStream) else TrainingBoxes
+        kind = StreamedTrainingBoxes if isinstance(rows, ImageStream) else TrainingBoxes
         return kind(rows, image_processor, self._training.augmentation(fixed_size(image_processor)), seed)
 
     def evaluation_items(self, rows: Any, image_processor: BaseImageProcessor) -> EvaluationBoxes:
