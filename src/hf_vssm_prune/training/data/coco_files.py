@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_vssm_prune.training.data.objects import ImageObjects
 from hf_vssm_prune.training.data.sources import SPLIT_NAMES
 
 
@@ -15,7 +16,7 @@ PARTS = ("images", "annotations", "categories")
 
 def read_coco(
     folder: Path, files: Sequence[Path], images: Sequence[Path]
-) -> tuple[dict[str, list[tuple[str, list[dict[str, Any]]]]], list[str]]:
+) -> tuple[dict[str, list[ImageObjects]], list[str]]:
     """The images of each split with their objects, and the categories' names in the order of their ids. Categories
     without objects, such as Roboflow's parent category, are left out. Returns nothing if there is no such file.
 
@@ -72,7 +73,7 @@ def _split_of(file: Path) -> str:
     return "train"
 
 
-def _rows(file: Path, split: str, content: dict[str, Any], places: "_Places") -> list[tuple[str, list[dict[str, Any]]]]:
+def _rows(file: Path, split: str, content: dict[str, Any], places: "_Places") -> list[ImageObjects]:
     names = _names_of(content)
     objects: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     known = {image["id"] for image in content["images"]}

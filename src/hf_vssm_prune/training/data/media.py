@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from datasets import Image, Video
 from PIL import Image as PILImage
@@ -28,6 +29,7 @@ class Medium:
     example: str
 
 
+@cache  # asked for each file of a folder
 def _image_suffixes() -> set[str]:
     formats = readable_formats()
     return {suffix for suffix, form in PILImage.registered_extensions().items() if form in formats}

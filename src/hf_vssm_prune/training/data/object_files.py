@@ -1,21 +1,17 @@
 """Folders of images with annotation files for objects: COCO's JSON, or Pascal VOC's XML with one file per image."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit, Value
 from datasets import Sequence as Repeated
 
 from hf_vssm_prune.training.data.coco_files import read_coco
 from hf_vssm_prune.training.data.media import IMAGES
+from hf_vssm_prune.training.data.objects import ImageObjects
 from hf_vssm_prune.training.data.paths import stored_file
 from hf_vssm_prune.training.data.sources import find_files, find_saved
 from hf_vssm_prune.training.data.voc_files import read_voc
-
-
-# An image's file, and its objects as dicts of "bbox" (left, top, width, height), "category" and "iscrowd".
-ImageObjects = tuple[str, list[dict[str, Any]]]
 
 
 def holds_object_files(path: Path) -> bool:
@@ -54,8 +50,7 @@ def load_object_files(folder: Path) -> DatasetDict:
     return DatasetDict({split: _dataset(split, rows, names, features) for split, rows in splits.items()})
 
 
-def _dataset(split: str, rows: Iterable[ImageObjects], names: list[str], features: Features) -> Dataset:
-    rows = list(rows)
+def _dataset(split: str, rows: Sequence[ImageObjects], names: list[str], features: Features) -> Dataset:
     ids = {name: label for label, name in enumerate(names)}
     columns = {
         "image": [stored_file(path) for path, _ in rows],

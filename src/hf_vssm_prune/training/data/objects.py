@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from hf_vssm_prune.training.image_steps import ImageError
 
+
+# An image's file, and its objects as dicts of "bbox" (left, top, width, height), "category" and "iscrowd".
+ImageObjects: TypeAlias = tuple[str, list[dict[str, Any]]]
 
 # Names of the fields in data sets on the Hub.
 BOX_FIELDS = ("bbox", "boxes", "box", "bboxes")

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,10 +49,6 @@ def holds_pairs(path: Path) -> bool:
     return not any(file.suffix == ".parquet" for file in find_files(path)[0])
 
 
-def _find_images(folder: Path) -> list[Path]:
-    return sorted(file for file in find_files(folder)[0] if file.suffix.lower() in IMAGES.suffixes())
-
-
 def load_pair_folder(folder: Path) -> DatasetDict:
     """The columns "image" and "mask" of a folder of images with one mask each.
 
@@ -62,7 +58,7 @@ def load_pair_folder(folder: Path) -> DatasetDict:
     Raises:
         ValueError: an image has no mask or several, or there are no images.
     """
-    files = _describe(folder, _find_images(folder))
+    files = _describe_files(folder)
     images = sorted((file for file in files if not file.is_mask), key=lambda file: (file.split, file.key, file.path))
     masks = [file for file in files if file.is_mask]
     if not images or not masks:
@@ -121,8 +117,8 @@ def _find_partners(images: Sequence[_File], masks: Sequence[_File]) -> dict[Path
     }
 
 
-def _describe(folder: Path, paths: Iterable[Path]) -> list[_File]:
-    paths = list(paths)
+def _describe_files(folder: Path) -> list[_File]:
+    paths = sorted(file for file in find_files(folder)[0] if file.suffix.lower() in IMAGES.suffixes())
     photos = {path.with_suffix("") for path in paths if path.suffix.lower() in LOSSY}
     return [_describe_file(folder, path, photos) for path in paths]
 

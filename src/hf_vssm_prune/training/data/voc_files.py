@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from hf_vssm_prune.training.data.objects import ImageObjects
 from hf_vssm_prune.training.data.sources import SPLIT_NAMES
 
 
@@ -14,7 +15,7 @@ LISTS = {"train": ("train", "trainval"), "validation": ("val",), "test": ("test"
 
 def read_voc(
     folder: Path, files: Sequence[Path], images: Sequence[Path]
-) -> tuple[dict[str, list[tuple[str, list[dict[str, Any]]]]], list[str]]:
+) -> tuple[dict[str, list[ImageObjects]], list[str]]:
     """The images of each split with their objects, and the sorted names of the classes. Returns nothing if there is no
     such file. Objects marked as difficult are treated like crowds: they are not used for training and not counted.
 
@@ -40,10 +41,8 @@ def read_voc(
         image = min(found, key=lambda each: _split_of(folder, each) != _split_of(folder, file))
         rows[file] = (str(image), [_object(each, file) for each in root.iter("object")])
     names = sorted({each["category"] for _, objects in rows.values() for each in objects})
-    splits: dict[str, list[tuple[str, list[dict[str, Any]]]]] = {}
-    for split, of_split in _splits(folder, files, list(rows)).items():
-        splits[split] = [rows[file] for file in of_split]
-    return splits, names
+    splits = _splits(folder, files, list(rows))
+    return {split: [rows[file] for file in of_split] for split, of_split in splits.items()}, names
 
 
 def _read(file: Path) -> ElementTree.Element | None:
