@@ -343,7 +343,7 @@ def test_full_disk_while_a_checkpoint_is_written(trained, datasets, capsys, requ
     recipe = recipe_for(trained, "latest")
     trainer = make_trainer(make_vim_config(), datasets, recipe)
     request.getfixturevalue("full_disk")
-    assert jobs.run(lambda: trainer, recipe.run) == 1
+    assert jobs.run(lambda: trainer) == 1
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line.startswith("error: The checkpoint could not be saved to ")
     assert "checkpoint-3" in last_line
@@ -358,7 +358,7 @@ def test_broken_image_in_training_is_one_line(workers, datasets, image_folder, t
     truncate(copy / "train" / "green" / "3.png")
     recipe = replace(make_recipe(tmp_path / "run"), num_workers=workers)
     trainer = make_trainer(make_vim_config(), load_image_dataset(str(copy)), recipe)
-    assert jobs.run(lambda: trainer, recipe.run) == 1
+    assert jobs.run(lambda: trainer) == 1
     error = capsys.readouterr().err.rpartition("error: ")[2]
     assert "green/3.png" in error
     assert "Traceback" not in error

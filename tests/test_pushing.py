@@ -333,9 +333,10 @@ def test_the_trainers_way_to_the_hub(hub, client, folder, tmp_path):
         "import sys; from pathlib import Path; from types import SimpleNamespace\n"
         "from hf_vssm_prune.training import jobs\n"
         "from hf_vssm_prune.training.arguments import RunArguments\n"
-        "trainer = SimpleNamespace(train=lambda: None, accelerator=SimpleNamespace(is_main_process=True))\n"
         "run = RunArguments(output_dir=sys.argv[1], push_to_hub=True, hub_model_id='user/tiny')\n"
-        "sys.exit(jobs.run(lambda: trainer, run))"
+        "trainer = SimpleNamespace(train=lambda: None, accelerator=SimpleNamespace(is_main_process=True))\n"
+        "trainer.recipe = SimpleNamespace(run=run)\n"
+        "sys.exit(jobs.run(lambda: trainer))"
     )
     shutil.copytree(folder, tmp_path / "run" / "best")
     hub.fail("POST", "/commit/", times=9, status=403)

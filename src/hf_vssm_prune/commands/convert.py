@@ -20,7 +20,7 @@ from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
 from hf_vssm_prune.conversion import load_official_model, save_official_model
 from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
-from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model, new_image_processor
+from hf_vssm_prune.hub.loading import load_any_model, new_image_processor
 from hf_vssm_prune.hub.model_card import format_flops
 from hf_vssm_prune.training.labels import name_labels, read_label_file
 from hf_vssm_prune.training.segmentation_models import segmentation_processor
@@ -129,9 +129,7 @@ def to_folder(options: argparse.Namespace) -> ImageClassifier:
 
 
 def to_checkpoint(options: argparse.Namespace) -> ImageClassifier:
-    config = load_config(str(options.source))
-    load = load_classifier if pruned_config(config) is config else load_dense_model
-    model = load(options.source)
+    model = load_any_model(options.source)
     save_official_model(model, options.target)
     return model
 

@@ -51,4 +51,4 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         option_types(task), arguments, __doc__, prog
     )
     recipe = Recipe(optimization, task(options), run, model.loss_weights(), elastic, scale, data.dataloader_num_workers)
-    return jobs.run(lambda: jobs.prepare_finetuning(data, model, pruning, recipe), run)
+    return jobs.run(lambda: jobs.prepare_finetuning(data, model, pruning, recipe))

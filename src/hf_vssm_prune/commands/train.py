@@ -49,4 +49,4 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     )
     losses = teacher.loss_weights()
     recipe = Recipe(optimization, task(options), run, losses, elastic, scale, data.dataloader_num_workers)
-    return jobs.run(lambda: jobs.prepare_dense_training(data, model, teacher, recipe), run)
+    return jobs.run(lambda: jobs.prepare_dense_training(data, model, teacher, recipe))

@@ -15,7 +15,7 @@ from hf_vssm_prune import EXAMPLE_MODEL, visualize
 from hf_vssm_prune.animation import FORMATS, animate
 from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
-from hf_vssm_prune.hub.loading import load_any_model, load_config, load_image_processor
+from hf_vssm_prune.hub.loading import load_any_model, load_image_processor
 from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.frame_sampling import SAMPLINGS
 from hf_vssm_prune.training.image_steps import decode_image
@@ -58,9 +58,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     options = make_parser(prog).parse_args(arguments)
     try:
         check_output_file("output", options.output)
-        full_config = load_config(options.model_name_or_path)
-        config = pruned_config(full_config)
         model = load_any_model(options.model_name_or_path)
+        config = pruned_config(model.config)
         if options.flops_reduction is not None:
             model.set_token_pruning({"flops_reduction": options.flops_reduction})
         elif config.token_pruning is None:
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
                 raise ValueError(f"--output {options.output}: an animation shows one video, without importance.")
             animate(model, image_processor, inputs[0], options.output)
         else:
-            draw = visualize if config is full_config else visualize_dense
+            draw = visualize if config is model.config else visualize_dense
             draw(model, image_processor, inputs, options.importance).save(options.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,7 +16,6 @@ from transformers import BaseImageProcessor, set_seed
 from transformers.utils import logging as transformers_logging
 
 from hf_vssm_prune.configuration_common import pruned_config
-from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.hub.loading import load_config, load_image_processor, new_image_processor
 from hf_vssm_prune.hub.pushing import push_model
 from hf_vssm_prune.metrics import save_results
@@ -31,7 +30,6 @@ from hf_vssm_prune.training.arguments import (
     EvaluationDataArguments,
     FinetuneArguments,
     PruningArguments,
-    RunArguments,
     TeacherArguments,
 )
 from hf_vssm_prune.training.cards import card_writer
@@ -232,33 +230,32 @@ def evaluate(
         models["pruned"].set_token_pruning(schedule)
     if beside.int8:
         models |= {f"{name}, int8": quantize_linears(copy.deepcopy(model)) for name, model in models.items()}
-    return _compare(task, models, _make_loader(task, rows, data, options), options)
+    return _compare(task, models, rows, data, options)
 
 
 def compare_schedules(
     data: EvaluationDataArguments,
     options: EvaluationArguments,
     schedules: Mapping[str, dict[str, Any]],
-    task: Task | None = None,
+    task: Task,
 ) -> dict[str, ModelEvaluation]:
     """Evaluates a model without pruning, and pruned in several ways with the same weights.
 
     Args:
         data, options: options of the evaluation.
         schedules: `token_pruning` options by name.
-        task: the task; default: image classification.
+        task: the task.
 
     Raises:
         ValueError, OSError: options do not fit together, or something is missing; the message says what.
     """
-    task = task or default_task()
     find_device(options.device)  # before anything is loaded
     config = pruned_config(load_config(options.model_name_or_path))
     completed = {"dense": None, **{name: config.complete_token_pruning(each) for name, each in schedules.items()}}
     rows, label_names = _load_rows(task, data, options)
     model = task.load_model(options.model_name_or_path, label_names, some_labels=True, dtype=options.dtype)
     models = {name: _sharing_weights(task, model, each) for name, each in completed.items()}
-    return _compare(task, models, _make_loader(task, rows, data, options), options)
+    return _compare(task, models, rows, data, options)
 
 
 def method_schedules(name_or_path: str, flops_reduction: float) -> dict[str, dict[str, Any]]:
@@ -282,7 +279,7 @@ def method_schedules(name_or_path: str, flops_reduction: float) -> dict[str, dic
     return {name: {"flops_reduction": flops_reduction, **choices} for name, choices in variants.items()}
 
 
-def _sharing_weights(task: Task, model: ImageClassifier, token_pruning: dict[str, Any] | None) -> ImageClassifier:
+def _sharing_weights(task: Task, model: PrunableModel, token_pruning: dict[str, Any] | None) -> PrunableModel:
     """A second model that shares the weights in memory but has its own pruning schedule."""
     with torch.device("meta"):
         other = task.auto_class.from_config(copy.deepcopy(model.config))
@@ -307,32 +304,29 @@ def _load_rows(task: Task, data: EvaluationDataArguments, options: EvaluationArg
     return datasets.evaluation, datasets.label_names
 
 
-def _make_loader(task: Task, rows: Any, data: EvaluationDataArguments, options: EvaluationArguments) -> DataLoader:
-    """The batches of these rows. Models are loaded before: if one is not for the task, neither is its image
-    processor."""
-    return DataLoader(
+def _compare(
+    task: Task,
+    models: Mapping[str, PrunableModel],
+    rows: Any,
+    data: EvaluationDataArguments,
+    options: EvaluationArguments,
+) -> dict[str, ModelEvaluation]:
+    loader: DataLoader = DataLoader(
         task.evaluation_items(rows, load_image_processor(options.model_name_or_path)),  # type: ignore[arg-type]
         batch_size=options.per_device_eval_batch_size,
         collate_fn=task.collate,
         num_workers=data.dataloader_num_workers,
     )
-
-
-def _compare(
-    task: Task, models: Mapping[str, ImageClassifier], loader: DataLoader, options: EvaluationArguments
-) -> dict[str, ModelEvaluation]:
     dtypes = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
     return compare_models(task, models, loader, find_device(options.device), dtypes[options.mixed_precision])
 
 
-def report(
-    compute: Callable[[], dict[str, ModelEvaluation]], options: EvaluationArguments, task: Task | None = None
-) -> int:
+def report(compute: Callable[[], dict[str, ModelEvaluation]], options: EvaluationArguments, task: Task) -> int:
     """Prints a comparison as a table and writes it to the files of `--json` and `--save_results`. Returns the exit
     status: 0, or 1 after an error, which is printed on one line."""
     try:
         evaluations = compute()
-        print(comparison_table(task or default_task(), evaluations))
+        print(comparison_table(task, evaluations))
         results = {name: asdict(evaluation) for name, evaluation in evaluations.items()}
         if options.json is not None:
             write_json(results, Path(options.json))
@@ -349,7 +343,7 @@ def _in_a_line(error: Exception) -> str:
     return str(error).splitlines()[-1] if isinstance(error, ImageError) else str(error)
 
 
-def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
+def run(prepare: Callable[[], Trainer]) -> int:
     """Runs a job and returns the exit status: 0 on success, 1 after an error (printed on one line), or 128 + the
     signal's number if a signal stopped the run, as in shells."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
@@ -370,11 +364,12 @@ def run(prepare: Callable[[], Trainer], arguments: RunArguments) -> int:
     except (TrainingDivergedError, ProcessLostError, ValueError, OSError) as error:
         print(f"error: {_in_a_line(error)}", file=sys.stderr)
         return 1
-    if arguments.push_to_hub and trainer.accelerator.is_main_process:
+    options = trainer.recipe.run
+    if options.push_to_hub and trainer.accelerator.is_main_process:
         try:
-            commit = push_model(Path(arguments.output_dir) / "best", str(arguments.hub_model_id))
+            commit = push_model(Path(options.output_dir) / "best", str(options.hub_model_id))
         except (ValueError, OSError) as error:
-            print(f"error: {error}\nThe model is in {arguments.output_dir}; see `hf-vssm-prune push`.", file=sys.stderr)
+            print(f"error: {error}\nThe model is in {options.output_dir}; see `hf-vssm-prune push`.", file=sys.stderr)
             return 1
         logger.info("Pushed to %s", commit.commit_url)
     return 0
