@@ -257,7 +257,9 @@ def load_checkpoint(
     settings = json.loads(json.dumps(settings))  # in the file, tuples have become lists
     with _named_where_damaged(folder):
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        saved_settings, state = _with_new_names(saved["settings"]), _read_state(saved["state"])
+        saved_settings = {"task": FIRST_TASK} | _with_new_names(saved["settings"])
+        state = TrainingState(**_with_new_names(saved["state"]))
+        state.history = [_with_new_names(each) for each in state.history]
     differing = _differences(saved_settings, settings)
     fixed = [words for name, words in differing.items() if name not in SPREAD]
     if (was := _images_per_epoch(saved_settings)) != (images := _images_per_epoch(settings)):
@@ -329,13 +331,7 @@ def _images_per_epoch(settings: dict[str, Any]) -> int:
 
 
 def _with_new_names(saved: dict[str, Any]) -> dict[str, Any]:
-    return {"task": FIRST_TASK} | {NEW_NAMES.get(name, name): value for name, value in saved.items()}
-
-
-def _read_state(saved: dict[str, Any]) -> TrainingState:
-    state = TrainingState(**{NEW_NAMES.get(name, name): value for name, value in saved.items()})
-    state.history = [{NEW_NAMES.get(name, name): value for name, value in each.items()} for each in state.history]
-    return state
+    return {NEW_NAMES.get(name, name): value for name, value in saved.items()}
 
 
 @contextmanager

@@ -51,13 +51,7 @@ class ForwardWatch:
     def first_not_finite(self, accelerator: Accelerator) -> str | None:
         """The first module, in the order in which they ran, whose output was not finite on some process; None if there
         is none. All processes call it."""
-        names = list(self._sums)
-        if not names:
-            return None
-        finite = torch.stack([total.isfinite() for total in self._sums.values()]).float()
-        finite = accelerator.reduce(finite, reduction="mean")  # 1 if it is finite on all processes
-        bad = (finite < 1).nonzero().flatten().tolist()
-        return names[bad[0]] if bad else None
+        return next(iter(_not_finite(self._sums, accelerator)), None)
 
 
 def _is_watched(name: str) -> bool:
@@ -88,10 +82,15 @@ def last_not_finite(named: dict[str, Tensor], accelerator: Accelerator) -> str |
 
     For gradients, this is the parameter closest to the output, which is the first in the backward pass.
     """
+    return next(reversed(_not_finite(named, accelerator)), None)
+
+
+def _not_finite(named: dict[str, Tensor], accelerator: Accelerator) -> list[str]:
+    if not named:
+        return []
     finite = torch.stack([local_part(value).detach().isfinite().all() for value in named.values()]).float()
-    finite = accelerator.reduce(finite, reduction="mean")
-    bad = (finite < 1).nonzero().flatten().tolist()
-    return list(named)[bad[-1]] if bad else None
+    finite = accelerator.reduce(finite, reduction="mean")  # 1 if it is finite on all processes
+    return [name for name, share in zip(named, finite.tolist(), strict=True) if share < 1]
 
 
 def weight_not_finite(model: nn.Module, accelerator: Accelerator) -> str | None:
