@@ -61,7 +61,7 @@ from hf_vssm_prune.training.divergence import (
     gradient_norms,
     weight_not_finite,
 )
-from hf_vssm_prune.training.elastic import draw_schedule, what_is_pruned
+from hf_vssm_prune.training.elastic import add_schedules, draw_schedule, what_is_pruned
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import evaluate_model
 from hf_vssm_prune.training.fingerprints import fingerprint_of_rows, fingerprint_of_weights
@@ -142,11 +142,7 @@ class Trainer:
             "evaluation_images": fingerprint_of_rows(datasets.evaluation),
             "teacher": None if teacher is None else fingerprint_of_weights(teacher),
         }
-        self.elastic_schedules = recipe.elastic.schedules(pruned_config(model.config))
-        for schedule in self.elastic_schedules:
-            model.add_pruning_parameters(schedule)
-        # Parameters that never get a gradient: DDP must not wait for them, and the optimizer needs no moments.
-        model.freeze_pruning_parameters([pruned_config(model.config).token_pruning, *self.elastic_schedules])
+        self.elastic_schedules = add_schedules(model, recipe.elastic)
         self.accelerator = make_accelerator(
             mixed_precision=recipe.optimization.mixed_precision,
             gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
@@ -424,10 +420,9 @@ class Trainer:
 
     def _checkpoint_if_due(self) -> None:
         steps = self.recipe.run.checkpointing_steps
-        due = steps != "epoch" and self.state.steps % int(steps) == 0
         if self._stop_agreed:
             self._interrupt()
-        elif due:
+        elif steps != "epoch" and self.state.steps % int(steps) == 0:
             self._save_checkpoint()
 
     def _save_checkpoint(self) -> Path:

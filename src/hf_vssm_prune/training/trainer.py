@@ -17,7 +17,7 @@ from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe, create_model_card
 from hf_vssm_prune.training.arguments import ElasticArguments
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
-from hf_vssm_prune.training.elastic import draw_schedule, what_is_pruned
+from hf_vssm_prune.training.elastic import add_schedules, draw_schedule, what_is_pruned
 from hf_vssm_prune.training.losses import LossWeights, training_loss
 from hf_vssm_prune.training.optimization import decays, parameter_groups
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
@@ -70,7 +70,7 @@ class TokenPruningTrainer(transformers.Trainer):
         self._step, self._batch_of_step = -1, 0
         super().__init__(model, args, **options)
         if model is not None:
-            self._add_elastic_schedules(self.model)
+            self.elastic_schedules = add_schedules(self.model, self.elastic)
         self.task = self._default_task() if task is None else task
         if task is not None and self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor and a task that smooths labels cannot be combined: give one.")
@@ -88,16 +88,10 @@ class TokenPruningTrainer(transformers.Trainer):
             teacher.set_token_pruning(None)
         return teacher.to(self.args.device).eval().requires_grad_(False)
 
-    def _add_elastic_schedules(self, model: PrunableModel) -> None:
-        self.elastic_schedules = self.elastic.schedules(model.config)
-        for schedule in self.elastic_schedules:
-            model.add_pruning_parameters(schedule)
-        model.freeze_pruning_parameters([model.config.token_pruning, *self.elastic_schedules])
-
     def call_model_init(self, trial: Any = None) -> PrunableModel:
         """A new model for each trial of a hyperparameter search."""
         model = super().call_model_init(trial)
-        self._add_elastic_schedules(model)
+        self.elastic_schedules = add_schedules(model, self.elastic)
         return model
 
     # The loss
