@@ -91,7 +91,7 @@ def test_an_evaluation_counts_all_windows_and_times_whole_batches(monkeypatch):
     task = make_task(window=[32], window_stride=[24])
     model = task.auto_class.from_config(make_vim_config())
     batches = [{"pixel_values": torch.rand(n, 3, 32, 64), "labels": torch.zeros(n, 32, 64).long()} for n in (2, 1)]
-    monkeypatch.setattr(evaluation, "_timed", lambda compute, device: (1.0, compute()))
+    monkeypatch.setattr(evaluation, "timed", lambda compute, device: (1.0, compute()))
     seen = []
 
     def see(module, inputs, options):

@@ -6,7 +6,6 @@ hours on other devices follow from an assumed speed.
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,8 @@ from hf_vssm_prune.training.arguments import (
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.devices import launch_on_cores
 from hf_vssm_prune.training.elastic import what_is_pruned
-from hf_vssm_prune.training.length import RunLength
+from hf_vssm_prune.training.evaluation import timed
+from hf_vssm_prune.training.length import plan_steps
 from hf_vssm_prune.training.losses import training_loss
 from hf_vssm_prune.training.memory import enable_activation_checkpointing, peak_memory
 from hf_vssm_prune.training.tasks.task import Task, views_of
@@ -86,6 +86,9 @@ def estimate_run(
 
     Args:
         config: configuration of a model for the task, or of a model that the task can convert to one.
+
+    Raises:
+        ValueError: there are too few images for one full batch, or the warm-up is as long as the run.
     """
     given = config
     with torch.device("meta"):
@@ -98,12 +101,7 @@ def estimate_run(
             f"{options.num_images} images do not fill one batch of {optimization.per_device_train_batch_size} on each "
             f"of {options.num_devices} devices."
         )
-    length = RunLength(
-        batches,
-        optimization.gradient_accumulation_steps,
-        optimization.num_train_epochs,
-        optimization.max_train_steps,
-    )
+    length, _ = plan_steps(optimization, batches)
     images_per_step = (
         optimization.per_device_train_batch_size * optimization.gradient_accumulation_steps * options.num_devices
     )
@@ -227,11 +225,8 @@ def _measure(step: Callable[[int], None], batch_sizes: list[int], device: torch.
     takes."""
     step(batch_sizes[0])  # allocates the gradients and compiles the kernels
     memory = {size: peak_memory(lambda size=size: step(size), device) for size in batch_sizes}  # type: ignore[misc]
-    start = time.perf_counter()
-    step(batch_sizes[-1])
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return memory, time.perf_counter() - start
+    seconds, _ = timed(lambda: step(batch_sizes[-1]), device)
+    return memory, seconds
 
 
 def estimate_text(estimate: RunEstimate, num_devices: int, batch_size: int) -> str:

@@ -144,7 +144,7 @@ def compare_models(
                 if index == 0:
                     predict(task, model, batch)
                 with recorded_gates(model) as of_batch:
-                    seconds, outputs = _timed(partial(predict, task, model, batch), device)
+                    seconds, outputs = timed(partial(predict, task, model, batch), device)
             gates[name] += of_batch
             scores[name].append(_on_cpu(task.scores(outputs, batch)))
             if batch_size == full_batch:
@@ -175,7 +175,7 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContex
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def _timed(compute: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+def timed(compute: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """The seconds that a computation takes, and its result."""
     _wait_for(device)
     start = time.perf_counter()
