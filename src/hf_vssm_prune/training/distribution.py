@@ -54,11 +54,11 @@ def make_accelerator(
     mixed_precision: str | None,
     gradient_accumulation_steps: int,
     project_dir: str,
-    log_with: str | None = None,
-    cpu: bool = False,
-    fsdp: bool = False,
-    timeout: float = 1800,
-    find_unused_parameters: bool = False,
+    log_with: str | None,
+    cpu: bool,
+    fsdp: bool,
+    timeout: float,
+    find_unused_parameters: bool,
 ) -> Accelerator:
     """An accelerator for the processes that `accelerate launch` or `torch.distributed.run` started.
 

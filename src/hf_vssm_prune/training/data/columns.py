@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, NamedSplit,
 from datasets.exceptions import DatasetGenerationError
 
 from hf_vssm_prune.training.data.label_columns import read_labels, translate_labels
-from hf_vssm_prune.training.data.media import IMAGES, Medium
+from hf_vssm_prune.training.data.media import Medium
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def standardize(
     image_column: str | None,
     label_column: str | None,
     label_names: list[str] | None = None,
-    medium: Medium = IMAGES,
+    *,
+    medium: Medium,
 ) -> tuple[Dataset, list[str]]:
     """Returns the data set with the columns "image", "label" and "row", and the names of the labels. If `label_names`
     is given, these are the names, and the data set's own must be among them.
@@ -90,7 +91,7 @@ def standardize(
 
 
 def standardize_stream(
-    rows: IterableDataset, image_column: str | None, label_column: str | None, medium: Medium = IMAGES
+    rows: IterableDataset, image_column: str | None, label_column: str | None, medium: Medium
 ) -> tuple[IterableDataset, list[str]]:
     """A stream with the columns "image" (not decoded) and "label", and the labels' names.
 

@@ -13,7 +13,7 @@ from hf_vssm_prune.training.labels import Match, match_labels
 logger = logging.getLogger(__name__)
 
 
-def read_labels(dataset: Dataset, column: str, say_numbers: bool = True) -> tuple[np.ndarray, list[str]]:
+def read_labels(dataset: Dataset, column: str, say_numbers: bool) -> tuple[np.ndarray, list[str]]:
     """Returns the labels as indices, int64 (rows,), and the names that they index.
 
     A `ClassLabel` has names. For strings, numbers and booleans, each value that occurs becomes a class, in sorted

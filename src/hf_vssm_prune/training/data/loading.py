@@ -76,7 +76,7 @@ def load_image_dataset(
         train, evaluation = _split_by_label(train, validation_share, seed, medium)
     else:
         rows = choose_split(splits, eval_split, name_or_path)
-        evaluation, _ = standardize(rows, image_column, label_column, label_names, medium)
+        evaluation, _ = standardize(rows, image_column, label_column, label_names, medium=medium)
     return ImageDatasets(
         train=draw_samples(train, max_train_samples, "max_train_samples", seed, medium),
         evaluation=draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed, medium),
@@ -121,7 +121,7 @@ def load_image_stream(
     stored = choose_split(splits, eval_split, name_or_path)
     stored, _ = standardize_stream(stored, image_column, label_column, medium)
     evaluation = store_stream(stored, eval_split, name_or_path)
-    evaluation, _ = standardize(evaluation, "image", "label", label_names, medium)
+    evaluation, _ = standardize(evaluation, "image", "label", label_names, medium=medium)
     return ImageDatasets(
         train=ImageStream(rows, num_images, shuffle_buffer_size, train_split),
         evaluation=draw_samples(evaluation, max_eval_samples, "max_eval_samples", seed, medium),
