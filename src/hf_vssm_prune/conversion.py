@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
 from . import conversion_upernet as upernet
-from .configuration_common import VisionMambaConfig
+from .configuration_common import VisionMambaConfig, pruned_config
 from .documentation import see
 from .families import FAMILIES, Family, ImageClassifier
 from .modeling_common import is_pruning_parameter
@@ -111,7 +111,7 @@ def load_official_model(
     with torch.device("meta"):
         model = _make_dense_model(config)
     model.load_state_dict(convert_official_state_dict(config, state_dict), assign=True)
-    backbone_of(model).set_token_pruning(_backbone_config(config).token_pruning)
+    backbone_of(model).set_token_pruning(pruned_config(config).token_pruning)
     return model.eval()
 
 
@@ -137,7 +137,7 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
                 # `save_file` would create a file that nobody else can read.
                 temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in official.items()}))
             else:
-                backbone = _backbone_config(model.config)
+                backbone = pruned_config(model.config)
                 key = FAMILIES[backbone.model_type].base.official_weight_key(backbone)
                 torch.save(official if key is None else {key: official}, temporary)
             os.replace(temporary, path)
@@ -245,7 +245,7 @@ def convert_official_state_dict(
     tensors = _tensors_of(config)
     names = {_official_name(config, name): name for name in tensors}
     expected = {key: tensors[name] for key, name in names.items()}
-    backbone = _backbone_config(config)
+    backbone = pruned_config(config)
     family = FAMILIES[backbone.model_type]
     official = family.base.complete_official(backbone, _as_of(family, extract_state_dict(state_dict, ema)), expected)
     problems = [f"missing: {key} {list(tensor.shape)}" for key, tensor in expected.items() if key not in official]
@@ -281,18 +281,14 @@ def convert_to_official_state_dict(config: ModelConfig, state_dict: Mapping[str,
 
 
 def _official_name(config: ModelConfig, name: str) -> str:
-    of_backbone = partial(official_name, _backbone_config(config).model_type)
+    of_backbone = partial(official_name, pruned_config(config).model_type)
     return upernet.official_name(config, name, of_backbone) if upernet.is_upernet(config) else of_backbone(name)
-
-
-def _backbone_config(config: ModelConfig) -> VisionMambaConfig:
-    return config.backbone_config if upernet.is_upernet(config) else config
 
 
 def _make_dense_model(config: ModelConfig) -> Any:
     """A model without parameters of pruning."""
     config = copy.deepcopy(config)
-    _backbone_config(config).token_pruning = None
+    pruned_config(config).token_pruning = None
     if upernet.is_upernet(config):
         return upernet.set_auxiliary_level(UperNetForSemanticSegmentation(config))
     return FAMILIES[config.model_type].classifier(config)

@@ -1,15 +1,16 @@
 """Folders of images with annotation files for objects: COCO's JSON, or Pascal VOC's XML with one file per image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit, Value
+from datasets import ClassLabel, DatasetDict, Features, Image, Value
 from datasets import Sequence as Repeated
 
 from hf_vssm_prune.training.data.coco_files import read_coco
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.objects import ImageObjects
-from hf_vssm_prune.training.data.paths import stored_file
+from hf_vssm_prune.training.data.paths import stored_file, stored_splits
 from hf_vssm_prune.training.data.sources import find_files, find_saved
 from hf_vssm_prune.training.data.voc_files import read_voc
 
@@ -47,12 +48,12 @@ def load_object_files(folder: Path) -> DatasetDict:
         "iscrowd": Repeated(Value("bool")),
     }
     features = Features({"image": Image(decode=False), "objects": objects})
-    return DatasetDict({split: _dataset(split, rows, names, features) for split, rows in splits.items()})
-
-
-def _dataset(split: str, rows: Sequence[ImageObjects], names: list[str], features: Features) -> Dataset:
     ids = {name: label for label, name in enumerate(names)}
-    columns = {
+    return stored_splits({split: _columns(rows, ids) for split, rows in splits.items()}, features)
+
+
+def _columns(rows: Sequence[ImageObjects], ids: Mapping[str, int]) -> dict[str, Any]:
+    return {
         "image": [stored_file(path) for path, _ in rows],
         "objects": [
             {
@@ -63,4 +64,3 @@ def _dataset(split: str, rows: Sequence[ImageObjects], names: list[str], feature
             for _, objects in rows
         ],
     }
-    return Dataset.from_dict(columns, features=features, split=NamedSplit(split))

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset, DatasetDict, Features, Image, NamedSplit
+from datasets import DatasetDict, Features, Image
 
 from hf_vssm_prune.training.data.media import IMAGES
-from hf_vssm_prune.training.data.paths import stored_file
+from hf_vssm_prune.training.data.paths import stored_file, stored_splits
 from hf_vssm_prune.training.data.sources import SPLIT_NAMES, find_files, find_saved
 
 
@@ -83,19 +83,14 @@ def load_pair_folder(folder: Path) -> DatasetDict:
         (mask,) = partners[image.path]
         splits.setdefault(image.split, []).append((image.path, mask))
     features = Features({"image": Image(decode=False), "mask": Image(decode=False)})
-    return DatasetDict(
-        {
-            split: Dataset.from_dict(
-                {
-                    "image": [stored_file(image) for image, _ in pairs],
-                    "mask": [stored_file(mask) for _, mask in pairs],
-                },
-                features=features,
-                split=NamedSplit(split),
-            )
-            for split, pairs in splits.items()
+    columns = {
+        split: {
+            "image": [stored_file(image) for image, _ in pairs],
+            "mask": [stored_file(mask) for _, mask in pairs],
         }
-    )
+        for split, pairs in splits.items()
+    }
+    return stored_splits(columns, features)
 
 
 def _find_partners(images: Sequence[_File], masks: Sequence[_File]) -> dict[Path, set[Path]]:

@@ -1,8 +1,11 @@
 """Paths as users write them, and as data sets store them."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, NamedSplit
 
 
 def local_path(name_or_path: str | Path) -> Path:
@@ -25,3 +28,13 @@ def stored_file(path: str | Path) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise ValueError(f"The name of the file {str(path)!a} is not valid UTF-8: rename it.") from error
     return {"bytes": None, "path": str(path)}
+
+
+def stored_splits(columns: Mapping[str, dict[str, Any]], features: Features) -> DatasetDict:
+    """A data set from the columns of each split."""
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(of_split, features=features, split=NamedSplit(split))
+            for split, of_split in columns.items()
+        }
+    )

@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from pyarrow.parquet import ParquetFile
 
 from hf_vssm_prune.training.data.media import IMAGES, Medium
-from hf_vssm_prune.training.data.paths import local_path, stored_file
+from hf_vssm_prune.training.data.paths import local_path, stored_file, stored_splits
 from hf_vssm_prune.training.data.tables import TABLE_SUFFIXES, read_tables
 
 
@@ -239,16 +239,11 @@ def _load_class_folders(folder: Path, medium: Medium) -> DatasetDict:
     found = {split: _find_labelled(child, label_names, medium) for split, child in split_folders.items()}
     _warn_of_others(folder, {path for paths, _ in found.values() for path in paths}, medium)
     features = Features({"image": medium.feature(decode=False), "label": ClassLabel(names=label_names)})
-    return DatasetDict(
-        {
-            split: Dataset.from_dict(
-                {"image": [stored_file(path) for path in paths], "label": labels},
-                features=features,
-                split=NamedSplit(split),
-            )
-            for split, (paths, labels) in found.items()
-        }
-    )
+    columns = {
+        split: {"image": [stored_file(path) for path in paths], "label": labels}
+        for split, (paths, labels) in found.items()
+    }
+    return stored_splits(columns, features)
 
 
 def _find_labelled(folder: Path, label_names: list[str], medium: Medium) -> tuple[list[str], list[int]]:

@@ -8,10 +8,10 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, NamedSplit
+from datasets import ClassLabel, DatasetDict, Features
 
 from hf_vssm_prune.training.data.media import Medium
-from hf_vssm_prune.training.data.paths import local_path, stored_file
+from hf_vssm_prune.training.data.paths import local_path, stored_file, stored_splits
 
 
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -38,28 +38,23 @@ def read_tables(
         ValueError: a table cannot be read or does not have these columns, or a line does not consist of a path and a
             label.
     """
-    columns = path_column, label_column
     rows = {
-        split: [row for file in files for row in _read(Path(file), *columns)] for split, files in files_of_split.items()
+        split: [row for file in files for row in _read(Path(file), path_column, label_column)]
+        for split, files in files_of_split.items()
     }
     names = {label for of_split in rows.values() for _, label in of_split}
     are_numbers = all(name.isdecimal() for name in names)
     image, label = path_column or "image", label_column or "label"
     kind = ClassLabel(names=sorted(names, key=int) if are_numbers else sorted(names))
     features = Features({image: medium.feature(decode=False), label: kind})
-    return DatasetDict(
-        {
-            split: Dataset.from_dict(
-                {
-                    image: [stored_file(path) for path, _ in of_split],
-                    label: [kind.str2int(name) for _, name in of_split],
-                },
-                features=features,
-                split=NamedSplit(split),
-            )
-            for split, of_split in rows.items()
+    columns = {
+        split: {
+            image: [stored_file(path) for path, _ in of_split],
+            label: [kind.str2int(name) for _, name in of_split],
         }
-    )
+        for split, of_split in rows.items()
+    }
+    return stored_splits(columns, features)
 
 
 def _read(file: Path, path_column: str | None, label_column: str | None) -> list[tuple[str, str]]:
