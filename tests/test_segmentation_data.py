@@ -15,7 +15,11 @@ from transformers import SegformerImageProcessorPil
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.data.mask_items import EvaluationMasks, TrainingMasks, collate_masks
 from hf_vssm_prune.training.data.masks import decode_mask, reduced
-from hf_vssm_prune.training.data.segmentation import load_segmentation_datasets, load_segmentation_evaluation
+from hf_vssm_prune.training.data.segmentation import (
+    MaskOptions,
+    load_segmentation_datasets,
+    load_segmentation_evaluation,
+)
 from hf_vssm_prune.training.image_steps import ImageError
 from hf_vssm_prune.training.mask_augmentation import MaskAugmentation, augment, distort_colours, part_of_mask
 from hf_vssm_prune.training.sliding_window import slide, window_boxes
@@ -35,9 +39,9 @@ def write_pair(image: Path, mask: Path, ids=(0, 1), size=(12, 8)) -> None:
     PILImage.fromarray(pixels).save(mask)
 
 
-def load(folder: Path, label_file=None, ignore_index=255, reduce_labels=False, **options):
+def load(folder: Path, label_file=None, **options):
     data = DataArguments(str(folder), dataloader_num_workers=0, **options)
-    return load_segmentation_datasets(data, label_file, ignore_index, reduce_labels, seed=0)
+    return load_segmentation_datasets(data, MaskOptions(label_file), seed=0)
 
 
 # Folders
@@ -100,7 +104,7 @@ def test_a_class_of_images_set_apart_has_a_name(tmp_path):
         )
     data = DataArguments(str(tmp_path), dataloader_num_workers=0, train_val_split=0.5)
     for seed in range(4):
-        assert len(load_segmentation_datasets(data, None, 255, False, seed).label_names) == 3
+        assert len(load_segmentation_datasets(data, MaskOptions(), seed).label_names) == 3
 
 
 def test_an_image_without_a_mask_is_named(tmp_path):
@@ -158,7 +162,7 @@ def test_names_of_classes(tmp_path):
     (tmp_path / "names.txt").write_text("air\nground\n")
     assert load(tmp_path, label_file=str(tmp_path / "names.txt")).label_names == ["air", "ground"]
     data = EvaluationDataArguments(str(tmp_path), dataloader_num_workers=0)
-    pairs, names = load_segmentation_evaluation(data, None, 255, False, seed=0)
+    pairs, names = load_segmentation_evaluation(data, MaskOptions(), seed=0)
     assert (len(pairs), pairs.split, names) == (4, "test", ["sky", "road", "tree"])
     with pytest.raises(FileNotFoundError, match="There is no file"):
         load(tmp_path, label_file=str(tmp_path / "missing.json"))
@@ -210,7 +214,7 @@ def test_masks_are_turned_as_their_images_are(mode, tmp_path):
         orientation = PILImage.Exif()
         orientation[ExifTags.Base.Orientation] = 6
         image.save(file, exif=orientation)
-    item = EvaluationMasks(load(tmp_path).evaluation, PROCESSOR, 255, False)[0]
+    item = EvaluationMasks(load(tmp_path).evaluation, PROCESSOR, MaskOptions())[0]
     assert item["labels"].shape == (12, 8)
     assert ((item["pixel_values"][0] > item["pixel_values"][0].min()) == (item["labels"] == 1)).all()
 
@@ -249,10 +253,10 @@ def test_bad_masks_are_named(write, message, tmp_path):
     (tmp_path / "id2label.json").write_text('["a", "b"]')
     write(tmp_path / "train" / "masks" / "a.png")
     datasets = load(tmp_path)
-    items = TrainingMasks(datasets.train, PROCESSOR, 255, False, MaskAugmentation((8, 8)), seed=0)
+    items = TrainingMasks(datasets.train, PROCESSOR, MaskOptions(), MaskAugmentation((8, 8)), seed=0)
     with pytest.raises(ImageError, match=message):
         items[0]
-    assert EvaluationMasks(datasets.evaluation, PROCESSOR, 255, False)[0]["labels"].shape == (8, 12)
+    assert EvaluationMasks(datasets.evaluation, PROCESSOR, MaskOptions())[0]["labels"].shape == (8, 12)
 
 
 # Augmentation
@@ -306,14 +310,16 @@ def test_crops_of_one_class_are_avoided():
 def test_small_images_are_padded_and_large_ones_cut(tmp_path):
     for split in ("train", "test"):
         write_pair(tmp_path / split / "images" / "a.png", tmp_path / split / "masks" / "a.png", size=(12, 40))
-    items = TrainingMasks(load(tmp_path).train, PROCESSOR, 255, False, MaskAugmentation((20, 20), **UNCHANGED), seed=0)
+    items = TrainingMasks(
+        load(tmp_path).train, PROCESSOR, MaskOptions(), MaskAugmentation((20, 20), **UNCHANGED), seed=0
+    )
     item = items[0]
     assert item["pixel_values"].shape == (3, 20, 20)
     assert item["labels"].shape == (20, 20)
     assert (item["labels"][:, 12:] == 255).all()
     assert (item["labels"][:, :12] < 2).all()
     assert (item["pixel_values"][:, :, 12:] == 0).all()
-    again = TrainingMasks(load(tmp_path).train, PROCESSOR, 255, False, MaskAugmentation((20, 20)), seed=0)
+    again = TrainingMasks(load(tmp_path).train, PROCESSOR, MaskOptions(), MaskAugmentation((20, 20)), seed=0)
     first = again[0]
     assert torch.equal(first["pixel_values"], again[0]["pixel_values"])
     again.set_epoch(1)
@@ -356,13 +362,13 @@ def test_images_are_stretched_and_collated(tmp_path):
                 tmp_path / split / "images" / f"{name}.png", tmp_path / split / "masks" / f"{name}.png", size=size
             )
     evaluation = load(tmp_path).evaluation
-    items = [EvaluationMasks(evaluation, PROCESSOR, 255, False, size_divisor=16)[i] for i in range(2)]
+    items = [EvaluationMasks(evaluation, PROCESSOR, MaskOptions(), size_divisor=16)[i] for i in range(2)]
     assert [tuple(item["pixel_values"].shape) for item in items] == [(3, 16, 16), (3, 16, 48)]
     assert [tuple(item["labels"].shape) for item in items] == [(8, 12), (8, 33)]
     assert isinstance(collate_masks(items)["pixel_values"], list)
     assert collate_masks(items[:1])["pixel_values"].shape == (1, 3, 16, 16)
     resizing = SegformerImageProcessorPil(size={"shortest_edge": 16, "longest_edge": 64})
-    resized = [EvaluationMasks(evaluation, resizing, 255, False)[i] for i in range(2)]
+    resized = [EvaluationMasks(evaluation, resizing, MaskOptions())[i] for i in range(2)]
     assert [tuple(item["pixel_values"].shape[1:]) for item in resized] == [(16, 24), (16, 64)]
 
 

@@ -11,7 +11,7 @@ from transformers import BaseImageProcessor
 from hf_vssm_prune.training.data.dense_items import DenseItems, StreamedDenseItems, normalize, resized_size
 from hf_vssm_prune.training.data.epochs import Epochs
 from hf_vssm_prune.training.data.masks import check_mask, decode_mask, reduced
-from hf_vssm_prune.training.data.segmentation import Pairs, PairStream
+from hf_vssm_prune.training.data.segmentation import MaskOptions, Pairs, PairStream
 from hf_vssm_prune.training.image_steps import resampling
 from hf_vssm_prune.training.mask_augmentation import MaskAugmentation, augment
 
@@ -22,14 +22,12 @@ class _MaskedImages(DenseItems):
     Args:
         pairs: pairs from `load_segmentation_datasets`.
         image_processor: the model's image processor.
-        ignore_index, reduce_labels: see `load_segmentation_datasets`.
+        options: format of the masks.
     """
 
-    def __init__(
-        self, pairs: Pairs | PairStream, image_processor: BaseImageProcessor, ignore_index: int, reduce_labels: bool
-    ) -> None:
+    def __init__(self, pairs: Pairs | PairStream, image_processor: BaseImageProcessor, options: MaskOptions) -> None:
         super().__init__(pairs, image_processor)
-        self._ignore_index, self._reduce_labels = ignore_index, reduce_labels
+        self._ignore_index, self._reduce_labels = options.ignore_index, options.reduce_labels
 
     def _item(self, row: Mapping[str, Any], place: str, index: int) -> dict[str, Any]:
         image = self._image(row, place)
@@ -52,14 +50,9 @@ class EvaluationMasks(_MaskedImages):
     """
 
     def __init__(
-        self,
-        pairs: Pairs,
-        image_processor: BaseImageProcessor,
-        ignore_index: int,
-        reduce_labels: bool,
-        size_divisor: int = 1,
+        self, pairs: Pairs, image_processor: BaseImageProcessor, options: MaskOptions, size_divisor: int = 1
     ) -> None:
-        super().__init__(pairs, image_processor, ignore_index, reduce_labels)
+        super().__init__(pairs, image_processor, options)
         self._size_divisor = size_divisor
 
     def _prepare(self, image: Image.Image, mask: np.ndarray, index: int) -> dict[str, Any]:
@@ -83,12 +76,11 @@ class TrainingMasks(_MaskedImages):
         self,
         pairs: Pairs | PairStream,
         image_processor: BaseImageProcessor,
-        ignore_index: int,
-        reduce_labels: bool,
+        options: MaskOptions,
         augmentation: MaskAugmentation,
         seed: int,
     ) -> None:
-        super().__init__(pairs, image_processor, ignore_index, reduce_labels)
+        super().__init__(pairs, image_processor, options)
         self._augmentation, self._epoch = augmentation, Epochs(seed)
 
     def set_epoch(self, epoch: int) -> None:

@@ -12,13 +12,29 @@ from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArgume
 from hf_vssm_prune.training.data.columns import ImageDatasets, ImageStream, take_columns
 from hf_vssm_prune.training.data.dense_splits import DenseSplits, read_label_names, set_apart
 from hf_vssm_prune.training.data.loading import count_streamed, draw_samples
-from hf_vssm_prune.training.data.masks import IGNORED_AFTER_REDUCTION, decode_mask, reduced
+from hf_vssm_prune.training.data.masks import decode_mask, reduced
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.pairs import holds_pairs, load_pair_folder
 
 
 # Names of mask columns in data sets on the Hub.
 MASK_COLUMNS = ("mask", "annotation", "annotations", "label", "labels", "segmentation", "semantic", "masks")
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """The format of masks.
+
+    Attributes:
+        label_file: file with the class names. None: `id2label.json` or a similar file next to the data, otherwise the
+            ids in the training masks.
+        ignore_index: id of pixels that belong to no class; 255 with `reduce_labels`.
+        reduce_labels: whether 0 means no class and classes are counted from 1.
+    """
+
+    label_file: str | None = None
+    ignore_index: int = 255
+    reduce_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,17 +62,12 @@ class PairStream(ImageStream):
     num_labels: int
 
 
-def load_segmentation_datasets(
-    data: DataArguments, label_file: str | None, ignore_index: int, reduce_labels: bool, seed: int
-) -> ImageDatasets:
+def load_segmentation_datasets(data: DataArguments, options: MaskOptions, seed: int) -> ImageDatasets:
     """Both data sets of a training run.
 
     Args:
         data: which data, splits, columns and samples.
-        label_file: file with the class names; None: `id2label.json` or a similar file next to the data, otherwise the
-            ids in the training masks.
-        ignore_index: id of pixels that belong to no class.
-        reduce_labels: whether 0 means no class and classes are counted from 1.
+        options: format of the masks.
         seed: random seed.
 
     Raises:
@@ -66,13 +77,13 @@ def load_segmentation_datasets(
     splits = SPLITS.load(data, data.streaming)
     train = SPLITS.choose(splits, data.train_split, data)
     train_rows = _standardize(train)
-    label_names = read_label_names(name, label_file)
+    label_names = read_label_names(name, options.label_file)
     if label_names is None:
         if data.streaming:
             raise ValueError(
                 f"'{name}' does not name its classes, and the masks are streamed: name them with --label_file."
             )
-        label_names = _names_of_ids(train_rows, ignore_index, reduce_labels)
+        label_names = _names_of_ids(train_rows, options)
     if (evaluation := SPLITS.choose_evaluation(splits, data)) is not None:
         evaluation_rows = _standardize(evaluation)
     else:
@@ -91,11 +102,11 @@ def load_segmentation_datasets(
 
 
 def load_segmentation_evaluation(
-    data: EvaluationDataArguments, label_file: str | None, ignore_index: int, reduce_labels: bool, seed: int
+    data: EvaluationDataArguments, options: MaskOptions, seed: int
 ) -> tuple[Pairs, list[str]]:
     """The rows to evaluate, and the classes' names; see `load_segmentation_datasets`."""
     rows = _standardize(SPLITS.load_evaluation(data))
-    names = read_label_names(data.dataset_name, label_file) or _names_of_ids(rows, ignore_index, reduce_labels)
+    names = read_label_names(data.dataset_name, options.label_file) or _names_of_ids(rows, options)
     rows = draw_samples(rows, data.max_eval_samples, "max_eval_samples", seed, IMAGES)
     return Pairs(rows, len(names)), names
 
@@ -128,13 +139,13 @@ def _standardize(rows: Any) -> Any:
     return concatenate_datasets([rows, numbers], split=rows.split, axis=1)
 
 
-def _names_of_ids(rows: Dataset, ignore_index: int, reduce_labels: bool) -> list[str]:
+def _names_of_ids(rows: Dataset, options: MaskOptions) -> list[str]:
     """The names "class 0" up to the highest id in the masks, all of which are read."""
     highest = -1
     for row in rows.select_columns(["mask", "row"]):
-        ids = reduced(decode_mask(row["mask"], f"The mask in row {row['row']} of split '{rows.split}'"), reduce_labels)
-        ids = ids[ids != (IGNORED_AFTER_REDUCTION if reduce_labels else ignore_index)]
-        highest = max(highest, int(ids.max(initial=-1)))
+        ids = decode_mask(row["mask"], f"The mask in row {row['row']} of split '{rows.split}'")
+        ids = reduced(ids, options.reduce_labels)
+        highest = max(highest, int(ids[ids != options.ignore_index].max(initial=-1)))
     if highest < 1:
         raise ValueError(
             f"The masks of split '{rows.split}' have no class id above {max(highest, 0)}: at least two classes are "

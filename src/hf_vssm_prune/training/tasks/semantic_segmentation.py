@@ -24,6 +24,7 @@ from hf_vssm_prune.training.data.mask_items import (
     collate_masks,
 )
 from hf_vssm_prune.training.data.segmentation import (
+    MaskOptions,
     PairStream,
     load_segmentation_datasets,
     load_segmentation_evaluation,
@@ -86,6 +87,9 @@ class MaskArguments:
                 f"--window_stride is {self.window_stride}: it must be at most --window {self.window}, or windows would "
                 "leave gaps."
             )
+
+    def masks(self) -> MaskOptions:
+        return MaskOptions(self.label_file, self.ignore_index, self.reduce_labels)
 
     def windows(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """The sliding window's (height, width) and stride; None: images are segmented as a whole."""
@@ -206,21 +210,17 @@ class SemanticSegmentation(DenseTask):
     # Data
 
     def load_datasets(self, data: DataArguments, seed: int) -> ImageDatasets:
-        given = self.arguments
-        return load_segmentation_datasets(data, given.label_file, given.ignore_index, given.reduce_labels, seed)
+        return load_segmentation_datasets(data, self.arguments.masks(), seed)
 
     def load_evaluation_dataset(self, data: EvaluationDataArguments, seed: int) -> tuple[Any, Sequence[str]]:
-        given = self.arguments
-        return load_segmentation_evaluation(data, given.label_file, given.ignore_index, given.reduce_labels, seed)
+        return load_segmentation_evaluation(data, self.arguments.masks(), seed)
 
     def training_items(self, rows: Any, image_processor: BaseImageProcessor, seed: int) -> TrainingMasks:
         kind = StreamedTrainingMasks if isinstance(rows, PairStream) else TrainingMasks
-        given = self._training
-        return kind(rows, image_processor, given.ignore_index, given.reduce_labels, given.augmentation(), seed)
+        return kind(rows, image_processor, self._training.masks(), self._training.augmentation(), seed)
 
     def evaluation_items(self, rows: Any, image_processor: BaseImageProcessor) -> EvaluationMasks:
-        given = self.arguments
-        return EvaluationMasks(rows, image_processor, given.ignore_index, given.reduce_labels, given.size_divisor)
+        return EvaluationMasks(rows, image_processor, self.arguments.masks(), self.arguments.size_divisor)
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
         return collate_masks(items)
