@@ -1,4 +1,5 @@
-"""Checkpoints of a training run: writing them completely or not at all, finding them, and removing old ones.
+"""Checkpoints of a training run: writing them completely or not at all, finding them, removing old ones, and comparing
+their settings with those of the run that resumes from them.
 
 A checkpoint has the complete model, EMA weights and optimizer state as safetensors, under the plain model's names,
 regardless of the number of processes of the run that wrote it and of whether it used DDP or FSDP. It has no random

@@ -20,9 +20,9 @@ from hf_vssm_prune.training.data.media import Medium
 
 @dataclass(frozen=True)
 class ImageDatasets:
-    """The two data sets of a training run. Each has the columns "image" ({"bytes", "path"}, not decoded; videos in the
-    case of a video data set), "label" (an index into `label_names`) and "row" (the row in the original split; not in a
-    stream)."""
+    """The two data sets of a training run. For classification, each has the columns "image" ({"bytes", "path"}, not
+    decoded; videos in the case of a video data set), "label" (an index into `label_names`) and "row" (the row in the
+    original split; not in a stream). The rows of other tasks are described in `detection` and `segmentation`."""
 
     train: "Dataset | ImageStream"
     evaluation: Dataset
