@@ -10,8 +10,8 @@ from datasets import Sequence as Repeated
 from hf_vssm_prune.training.data.coco_files import read_coco
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.objects import ImageObjects
-from hf_vssm_prune.training.data.paths import stored_file, stored_splits
 from hf_vssm_prune.training.data.sources import find_files, find_saved
+from hf_vssm_prune.training.data.stored_files import stored_file, stored_splits
 from hf_vssm_prune.training.data.voc_files import read_voc
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from datasets import DatasetDict, Features, Image
 
 from hf_vssm_prune.training.data.media import IMAGES
-from hf_vssm_prune.training.data.paths import stored_file, stored_splits
 from hf_vssm_prune.training.data.sources import SPLIT_NAMES, find_files, find_saved
+from hf_vssm_prune.training.data.stored_files import stored_file, stored_splits
 
 
 logger = logging.getLogger(__name__)

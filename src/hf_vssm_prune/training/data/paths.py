@@ -1,11 +1,7 @@
-"""Paths as users write them, and as data sets store them."""
+"""Paths as users write them."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset, DatasetDict, Features, NamedSplit
 
 
 def local_path(name_or_path: str | Path) -> Path:
@@ -15,26 +11,3 @@ def local_path(name_or_path: str | Path) -> Path:
     `Path.expanduser` would raise a RuntimeError.
     """
     return Path(os.path.expanduser(name_or_path))
-
-
-def stored_file(path: str | Path) -> dict[str, Any]:
-    """A file as `datasets` stores it if it is not decoded: by its path.
-
-    Raises:
-        ValueError: its name is not UTF-8, as in some archives from Windows, and cannot be stored.
-    """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"The name of the file {str(path)!a} is not valid UTF-8: rename it.") from error
-    return {"bytes": None, "path": str(path)}
-
-
-def stored_splits(columns: Mapping[str, dict[str, Any]], features: Features) -> DatasetDict:
-    """A data set from the columns of each split."""
-    return DatasetDict(
-        {
-            split: Dataset.from_dict(of_split, features=features, split=NamedSplit(split))
-            for split, of_split in columns.items()
-        }
-    )

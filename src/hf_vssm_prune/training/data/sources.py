@@ -23,7 +23,8 @@ from datasets.exceptions import DatasetGenerationError
 from pyarrow.parquet import ParquetFile
 
 from hf_vssm_prune.training.data.media import IMAGES, Medium
-from hf_vssm_prune.training.data.paths import local_path, stored_file, stored_splits
+from hf_vssm_prune.training.data.paths import local_path
+from hf_vssm_prune.training.data.stored_files import stored_file, stored_splits
 from hf_vssm_prune.training.data.tables import TABLE_SUFFIXES, read_tables
 
 
