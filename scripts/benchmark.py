@@ -41,7 +41,7 @@ from benchmarking.videos import video_section
 from hf_vssm_prune.export import FORMATS
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.training.arguments.parsing import check_output_file
-from hf_vssm_prune.training.checkpoints import write_json
+from hf_vssm_prune.training.atomic_files import write_json
 
 
 SECTIONS = {

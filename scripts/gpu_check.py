@@ -38,7 +38,7 @@ from gpu_checking.report import Report
 from gpu_checking.training import MODELS as MODELS_TO_TRAIN
 from gpu_checking.training import compile_training, time_training
 
-from hf_vssm_prune.training.checkpoints import write_json, write_text
+from hf_vssm_prune.training.atomic_files import write_json, write_text
 
 
 class Part(NamedTuple):

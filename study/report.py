@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_vssm_prune.training.checkpoints import write_text
+from hf_vssm_prune.training.atomic_files import write_text
 from study.plan import Study, smaller_name, tuned_name
 
 

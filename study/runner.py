@@ -27,7 +27,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import hf_vssm_prune
 from hf_vssm_prune.hub.loading import sha256_of_file
 from hf_vssm_prune.pruning_methods import PAPERS_METHOD
-from hf_vssm_prune.training.checkpoints import RESULTS, find_checkpoints, write_json, write_text
+from hf_vssm_prune.training.atomic_files import write_json, write_text
+from hf_vssm_prune.training.checkpoints import RESULTS, find_checkpoints
 from hf_vssm_prune.training.interruption import StopRequest
 from study.plan import Piece, Study, list_pieces, with_method
 

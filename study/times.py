@@ -31,7 +31,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the study is not part of the package
 
 from hf_vssm_prune.training.arguments.parsing import check_output_file
-from hf_vssm_prune.training.checkpoints import write_json
+from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.data import load_evaluation_dataset
 from study.plan import Study, list_pieces, read_study, smaller_name, with_method
 

@@ -31,7 +31,7 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.cards import card_writer
-from hf_vssm_prune.training.checkpoints import ADDED, find_checkpoints, find_resumed
+from hf_vssm_prune.training.checkpoints import find_checkpoints, find_resumed
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
 from hf_vssm_prune.training.distribution import ProcessLostError, lost_processes_named
 from hf_vssm_prune.training.divergence import TrainingDivergedError
@@ -41,6 +41,7 @@ from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.memory import peak_memory
 from hf_vssm_prune.training.optimization import LearningRateSchedule, make_optimizer, parameter_groups
+from hf_vssm_prune.training.run_settings import ADDED
 from hf_vssm_prune.training.sampling import EpochSampler
 from hf_vssm_prune.training.saved_models import PICTURE
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification, score_predictions

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_vssm_prune.training.checkpoints import write_json
+from hf_vssm_prune.training.atomic_files import write_json
 
 
 @dataclass

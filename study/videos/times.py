@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the study is not part of the package
 
 from hf_vssm_prune.hub.loading import load_classifier
-from hf_vssm_prune.training.checkpoints import write_json
+from hf_vssm_prune.training.atomic_files import write_json
 from study.times import run_alternately
 
 

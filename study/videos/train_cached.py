@@ -27,7 +27,7 @@ from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.training.arguments import DataArguments
-from hf_vssm_prune.training.checkpoints import write_json
+from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.losses import LossWeights, training_loss
 from hf_vssm_prune.training.tasks.task import Batch
 from hf_vssm_prune.training.tasks.video_classification import VideoClassification, VideoTrainingArguments

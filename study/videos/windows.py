@@ -13,7 +13,7 @@ from pathlib import Path
 from hf_vssm_prune import grid_windows
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments
-from hf_vssm_prune.training.checkpoints import write_json
+from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.tasks.video_classification import VideoClassification, ViewArguments
 
 

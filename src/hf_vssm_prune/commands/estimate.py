@@ -26,7 +26,7 @@ from hf_vssm_prune.training.arguments import (
     ScaleArguments,
     parse_arguments,
 )
-from hf_vssm_prune.training.checkpoints import write_json
+from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.estimate import estimate_run, estimate_text
 from hf_vssm_prune.training.image_size import config_at_size
 from hf_vssm_prune.training.tasks import Task, TaskArguments, choose_task

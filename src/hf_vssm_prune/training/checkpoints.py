@@ -1,5 +1,4 @@
-"""Checkpoints of a training run: writing them completely or not at all, finding them, removing old ones, and comparing
-their settings with those of the run that resumes from them.
+"""Checkpoints of a training run: writing them completely or not at all, finding them, and removing old ones.
 
 A checkpoint has the complete model, EMA weights and optimizer state as safetensors, under the plain model's names,
 regardless of the number of processes of the run that wrote it and of whether it used DDP or FSDP. It has no random
@@ -21,9 +20,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BaseImageProcessor
 
 from hf_vssm_prune.training.arguments import RunArguments
+from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.distribution import (
     load_whole_model_state,
     load_whole_optimizer_state,
@@ -31,39 +30,12 @@ from hf_vssm_prune.training.distribution import (
     whole_optimizer_state,
 )
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
-from hf_vssm_prune.training.image_steps import NORMALIZATION, SIZES
+from hf_vssm_prune.training.run_settings import compare_settings, with_new_names
 
 
 RESULTS = "all_results.json"  # written at the end of a run
 STATE, MODEL, EMA, OPTIMIZER = "training_state.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 UNFINISHED, REPLACED = ".unfinished-", ".replaced-"  # prefixes of folders that are being written or moved
-# These only change the random numbers for mixup, CutMix and drop path, which each process draws for its own batch.
-SPREAD = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
-# Checkpoints of version 0.1 called this "updates"; they have no task, because there was only one.
-NEW_NAMES = {
-    "update": "step",
-    "updates": "steps",
-    "updates_per_epoch": "steps_per_epoch",
-    "images_per_update": "images_per_step",
-}
-FIRST_TASK = "image-classification"
-# Settings that are dicts and compared entry by entry. An entry that only one side has is from another version of
-# transformers or of this package.
-DESCRIPTIONS = ("config", "image_processor")
-# Settings that are fingerprints, and what it means if one differs.
-FINGERPRINTS = {
-    "training_images": "the names, the labels or the order of the training images were others",
-    "evaluation_images": "the names, the labels or the order of the evaluation images were others",
-    "teacher": "the teacher had other weights",
-}
-ADDED = (*DESCRIPTIONS, *FINGERPRINTS, "label_names")  # checkpoints of version 0.1 do not have them
-MOST_SHOWN = 100  # characters of a setting in a message
-# Entries of a configuration that are settings of their own, or depend on the machine or on the version of transformers.
-NOT_DESCRIBED = {
-    *("id2label", "label2id", "num_labels", "token_pruning", "drop_path_rate"),
-    *("scan_backend", "transformers_version", "dtype", "architectures", "auto_map"),
-}
-DESCRIBED_STEPS = (*SIZES, "resample", *NORMALIZATION)
 
 
 @dataclass
@@ -81,18 +53,6 @@ class TrainingState:
     evaluated_epochs: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-
-
-def write_text(text: str, file: Path) -> None:
-    """Writes a file atomically."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
-
-
-def write_json(content: Any, file: Path) -> None:
-    """Writes a JSON file atomically."""
-    write_text(json.dumps(content, indent=2) + "\n", file)
 
 
 def find_checkpoints(output_dir: Path, after: int = -1) -> list[Path]:
@@ -255,16 +215,11 @@ def load_checkpoint(
     Raises:
         ValueError: the checkpoint is damaged, or from a run with other settings.
     """
-    settings = json.loads(json.dumps(settings))  # in the file, tuples have become lists
     with _named_where_damaged(folder):
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        saved_settings = {"task": FIRST_TASK} | _with_new_names(saved["settings"])
-        state = TrainingState(**_with_new_names(saved["state"]))
-        state.history = [_with_new_names(each) for each in state.history]
-    differing = _differences(saved_settings, settings)
-    fixed = [words for name, words in differing.items() if name not in SPREAD]
-    if (was := _images_per_epoch(saved_settings)) != (images := _images_per_epoch(settings)):
-        fixed.append(f"the images in whole batches of an epoch were {was} and are {images}")
+        state = TrainingState(**with_new_names(saved["state"]))
+        state.history = [with_new_names(each) for each in state.history]
+        fixed, spread = compare_settings(saved["settings"], settings)
     if fixed:
         listed = "; ".join(fixed)
         raise ValueError(f"{folder} cannot be resumed exactly, because the run was set up differently: {listed}.")
@@ -276,63 +231,7 @@ def load_checkpoint(
         load_whole_optimizer_state(parts.model, parts.optimizer, moments, saved["parameter_groups"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
-    return state, list(differing.values())
-
-
-def _differences(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
-    """For each setting that differs, a description."""
-    before, now = _entries(saved), _entries(settings)
-    return {
-        name: FINGERPRINTS.get(name, f"{name} was {_shown(before.get(name))} and is {_shown(value)}")
-        for name, value in now.items()
-        if value != before.get(name) and (name in before or name.split(".")[0] not in ADDED)
-    }
-
-
-def _entries(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings, with those in `DESCRIPTIONS` replaced by their entries, as "config.image_size"."""
-    entries: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and (prefix or name in DESCRIPTIONS):
-            entries |= _entries(value, f"{prefix}{name}.")
-        else:
-            entries[f"{prefix}{name}"] = value
-    return entries
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
-
-
-def describe_config(config: Any) -> dict[str, Any]:
-    """The options of a model's configuration that a resumed run must share and that are not settings of their own."""
-    return _without(json.loads(config.to_json_string(use_diff=False)))
-
-
-def _without(options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without(value) if isinstance(value, dict) else value
-        for name, value in options.items()
-        if name not in NOT_DESCRIBED and not name.startswith("_")
-    }
-
-
-def describe_image_processor(image_processor: BaseImageProcessor) -> dict[str, Any]:
-    """The steps of an image processor, which a resumed run must share."""
-    options = json.loads(image_processor.to_json_string())
-    return {name: options[name] for name in DESCRIBED_STEPS if name in options}
-
-
-def _images_per_epoch(settings: dict[str, Any]) -> int:
-    """Number of training images of an epoch, without those that do not fill a batch of all processes: with batches of
-    another size, the last step of an epoch may have others."""
-    batch_size = settings["per_device_train_batch_size"] * settings["num_processes"]
-    return settings["num_training_images"] // batch_size * batch_size
-
-
-def _with_new_names(saved: dict[str, Any]) -> dict[str, Any]:
-    return {NEW_NAMES.get(name, name): value for name, value in saved.items()}
+    return state, spread
 
 
 @contextmanager

@@ -32,8 +32,9 @@ from hf_vssm_prune.training.arguments import (
     PruningArguments,
     TeacherArguments,
 )
+from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.cards import card_writer
-from hf_vssm_prune.training.checkpoints import check_output_dir, write_json
+from hf_vssm_prune.training.checkpoints import check_output_dir
 from hf_vssm_prune.training.devices import check_training_precision, find_device
 from hf_vssm_prune.training.distribution import ProcessLostError
 from hf_vssm_prune.training.divergence import TrainingDivergedError

@@ -26,21 +26,19 @@ from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.hub.saving import CONFIG
 from hf_vssm_prune.training.arguments import ElasticArguments, OptimizationArguments, RunArguments, ScaleArguments
+from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
 from hf_vssm_prune.training.checkpoints import (
     RESULTS,
     TrainedParts,
     TrainingState,
     check_output_dir,
-    describe_config,
-    describe_image_processor,
     find_checkpoints,
     find_resumed,
     load_checkpoint,
     remove_unfinished,
     save_checkpoint,
     say_last,
-    write_json,
 )
 from hf_vssm_prune.training.data import ImageDatasets
 from hf_vssm_prune.training.devices import launch_on_cores
@@ -73,6 +71,7 @@ from hf_vssm_prune.training.losses import LossWeights, training_loss
 from hf_vssm_prune.training.memory import enable_activation_checkpointing
 from hf_vssm_prune.training.optimization import make_optimizer
 from hf_vssm_prune.training.run_log import LossWindow, RunLog
+from hf_vssm_prune.training.run_settings import describe_config, describe_image_processor
 from hf_vssm_prune.training.saved_models import SavedModels, WriteCard
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task, image_processor_of, leaves_parameters_idle
 
