@@ -83,6 +83,21 @@ def test_half_precision_is_rounded_once(case: str, dtype: torch.dtype, weights_t
     assert_rounded_once(by(kernel, operation), PLAIN[operation], rounded, options, half_units)
 
 
+@pytest.mark.parametrize("case", ["3 x 3, kept cells", "causal, reversed"])
+def test_plain_pytorch_takes_weights_of_another_precision(case: str):
+    operation, arguments, options = convolution(**CONVOLUTIONS[case])
+    arguments["hidden_states"] = arguments["hidden_states"].bfloat16()
+    assert_rounded_once(PLAIN[operation], PLAIN[operation], arguments, options)
+
+
+@pytest.mark.parametrize("case", ["3 x 3, without SiLU", "causal"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_autocast_does_not_change_the_precision_of_tokens(backend: str, case: str):
+    operation, arguments, options = convolution(**CONVOLUTIONS[case])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert PUBLIC[operation](**arguments, **options, backend=backend).dtype == torch.float32
+
+
 @pytest.mark.parametrize("operation", PLAIN)
 def test_float64_keeps_its_precision(operation: str, kernel):
     case = next(case for case in map(call, CONVOLUTIONS) if case.operation == operation)

@@ -120,6 +120,20 @@ def test_operators(backend, operator, transform) -> None:
     assert_transform_is_right(transform, found, expected, limit=1e-5)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_gradient_penalty_in_half_precision_with_weights_in_float32(backend, operator) -> None:
+    """The tensors of a model under autocast."""
+    function, arguments = OPERATORS[operator]
+    exact = along_directions(partial(function, backend="torch"), arguments, torch.float64)
+
+    def in_half_precision(hidden_states: Tensor, **others: Tensor) -> Tensor:
+        return function(hidden_states.bfloat16(), **others, backend=backend).float()
+
+    found = along_directions(in_half_precision, arguments, torch.float32)
+    assert_transform_is_right("gradient penalty", found, exact, limit=0.05)
+
+
 class OpaqueScan(torch.autograd.Function):
     """A stand-in for mamba-ssm's scan: opaque to PyTorch, and differentiable once."""
 

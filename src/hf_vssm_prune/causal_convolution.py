@@ -31,7 +31,7 @@ def causal_conv1d(
         backend: as in `selective_scan`.
 
     Returns:
-        (batch, tokens, channels).
+        (batch, tokens, channels), in the dtype of `hidden_states`.
     """
     convolution = kernel_for("causal_conv1d", backend, hidden_states) or causal_conv1d_torch
     return convolution(hidden_states, weight, bias, reverse, kept, stand_ins)

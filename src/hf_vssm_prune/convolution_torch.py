@@ -1,5 +1,12 @@
-"""The depthwise convolutions over the remaining tokens in plain PyTorch, the reference for all kernels."""
+"""The depthwise convolutions over the remaining tokens in plain PyTorch, the reference for all kernels.
 
+Like those of the kernels, results have the precision of the tokens, under autocast and with weights of another
+precision, too.
+"""
+
+import functools
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +23,8 @@ def depthwise_conv2d_torch(
     stand_ins: Tensor | None = None,
 ) -> Tensor:
     """The reference for all kernels; for arguments and result, see `depthwise_conv2d`."""
+    dtype = hidden_states.dtype
+    hidden_states, weight, bias = _of_one_dtype(hidden_states, weight, bias)
     cells = hidden_states
     if stand_ins is not None:
         cells = gather_tokens(hidden_states, stand_ins)
@@ -31,7 +40,7 @@ def depthwise_conv2d_torch(
     cells = image.permute(0, 2, 3, 1).flatten(1, 2)
     if kept is not None:
         cells = gather_tokens(cells, kept)
-    return F.silu(cells, inplace=not cells.requires_grad) if silu else cells
+    return (F.silu(cells, inplace=not cells.requires_grad) if silu else cells).to(dtype)
 
 
 def causal_conv1d_torch(
@@ -43,8 +52,17 @@ def causal_conv1d_torch(
     stand_ins: Tensor | None = None,
 ) -> Tensor:
     """The reference for all kernels; for arguments and result, see `causal_conv1d`."""
+    dtype = hidden_states.dtype
+    hidden_states, weight, bias = _of_one_dtype(hidden_states, weight, bias)
     sequence = hidden_states if stand_ins is None else gather_tokens(hidden_states, stand_ins)
     before = weight.shape[-1] - 1
     padded = F.pad(sequence.transpose(1, 2), (0, before) if reverse else (before, 0))
     sequence = F.conv1d(padded, weight.flip(-1) if reverse else weight, bias, groups=weight.shape[0]).transpose(1, 2)
-    return F.silu(sequence if kept is None else gather_tokens(sequence, kept))
+    return F.silu(sequence if kept is None else gather_tokens(sequence, kept)).to(dtype)
+
+
+def _of_one_dtype(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors in a precision that represents the numbers of all of them: PyTorch's convolutions need one."""
+    given = [tensor.dtype for tensor in (hidden_states, weight, bias) if tensor is not None]
+    dtype = functools.reduce(torch.promote_types, given)
+    return hidden_states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

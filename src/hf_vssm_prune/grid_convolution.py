@@ -32,7 +32,7 @@ def depthwise_conv2d(
         backend: as in `selective_scan`.
 
     Returns:
-        (batch, tokens, channels).
+        (batch, tokens, channels), in the dtype of `hidden_states`.
     """
     convolution = kernel_for("depthwise_conv2d", backend, hidden_states) or depthwise_conv2d_torch
     return convolution(hidden_states, weight, bias, grid, kept, silu, stand_ins)
