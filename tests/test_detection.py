@@ -260,7 +260,8 @@ def test_from_boxes_to_a_pruned_detector(tmp_path, capsys):
     out = [str(tmp_path / name) for name in ("dense", "pruned")]
     assert load_script("train").main([*shared, *short, *model, *small, "--output_dir", out[0]]) == 0
     pruning = ["--prune_layers", "1", "2", "--keep_ratios", "0.7", "0.7", "--model_name_or_path", f"{out[0]}/best"]
-    assert load_script("finetune").main([*shared, *short, *pruning, "--output_dir", out[1]]) == 0
+    half = ["--teacher_dtype", "bfloat16"]
+    assert load_script("finetune").main([*shared, *short, *pruning, *half, "--output_dir", out[1]]) == 0
     assert (Path(out[1]) / "best" / "kept_tokens.png").is_file()
     card = (Path(out[1]) / "best" / "README.md").read_text()
     assert "pipeline_tag: object-detection" in card

@@ -27,7 +27,7 @@ from hf_vssm_prune.training.devices import launch_on_cores
 from hf_vssm_prune.training.elastic import what_is_pruned
 from hf_vssm_prune.training.evaluation import timed
 from hf_vssm_prune.training.length import plan_steps
-from hf_vssm_prune.training.losses import training_loss
+from hf_vssm_prune.training.losses import run_teacher, training_loss
 from hf_vssm_prune.training.memory import enable_activation_checkpointing, peak_memory
 from hf_vssm_prune.training.tasks.task import Task, views_of
 
@@ -213,8 +213,7 @@ def _synthetic_step(
         batch = task.example_batch(given, batch_size, device)
         inputs = task.inputs(batch) | weights.model_options(block_keep_ratio) | {"output_hidden_states": with_states}
         outputs = student(**inputs)
-        with torch.no_grad():
-            targets = None if teacher is None else teacher(**inputs)
+        targets = None if teacher is None else run_teacher(teacher, inputs)
         training_loss(task, outputs, targets, batch, weights, layers, block_keep_ratio)["loss"].backward()
 
     return student, step

@@ -67,7 +67,7 @@ from hf_vssm_prune.training.interruption import StopRequest, TrainingInterrupted
 from hf_vssm_prune.training.labels import say_labels
 from hf_vssm_prune.training.length import plan_steps
 from hf_vssm_prune.training.loaders import make_loaders
-from hf_vssm_prune.training.losses import LossWeights, training_loss
+from hf_vssm_prune.training.losses import LossWeights, run_teacher, training_loss
 from hf_vssm_prune.training.memory import enable_activation_checkpointing
 from hf_vssm_prune.training.optimization import make_optimizer
 from hf_vssm_prune.training.run_log import LossWindow, RunLog
@@ -365,8 +365,8 @@ class Trainer:
             student = self.model(**inputs, **drawn)
         teacher = None
         if self.teacher is not None and self.recipe.losses.needs_teacher:
-            with torch.no_grad(), self.accelerator.autocast():
-                teacher = self.teacher(**inputs)
+            with self.accelerator.autocast():
+                teacher = run_teacher(self.teacher, inputs)
         return training_loss(self.task, student, teacher, batch, self.recipe.losses, layers, block_keep_ratio)
 
     def _step(self, window: LossWindow) -> None:

@@ -8,7 +8,7 @@ last term exists only for models that select blocks. All terms are computed in f
 of the model's precision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -201,6 +201,13 @@ def training_loss(
         terms["block_ratio"] = block_ratio_loss(student.block_gates, block_keep_ratio)
         loss = loss + weight * terms["block_ratio"]
     return {"loss": loss, **terms}
+
+
+@torch.no_grad()
+def run_teacher(teacher: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+    """A teacher's output for the student's inputs. It gets no labels: its own loss is not needed, and a detector cannot
+    compute it in half precision."""
+    return teacher(**{name: value for name, value in inputs.items() if name != "labels"})
 
 
 def _hidden_states(outputs: Any) -> Sequence[Tensor]:

@@ -18,7 +18,7 @@ from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe, create_m
 from hf_vssm_prune.training.arguments import ElasticArguments
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.elastic import add_schedules, draw_schedule, what_is_pruned
-from hf_vssm_prune.training.losses import LossWeights, training_loss
+from hf_vssm_prune.training.losses import LossWeights, run_teacher, training_loss
 from hf_vssm_prune.training.optimization import decays, parameter_groups
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
 from hf_vssm_prune.training.tasks.task import PrunableModel, Task
@@ -116,10 +116,7 @@ class TokenPruningTrainer(transformers.Trainer):
         layers, block_keep_ratio = what_is_pruned(schedule)
         keywords = self.task.inputs(batch) | self.losses.model_options(block_keep_ratio)
         outputs = model(**keywords, **drawn)
-        teacher = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher = self.teacher(**keywords)
+        teacher = None if self.teacher is None else run_teacher(self.teacher, keywords)
         terms = training_loss(self.task, outputs, teacher, batch, self.losses, layers, block_keep_ratio)
         loss = terms.pop("loss")
         for name, value in terms.items():
