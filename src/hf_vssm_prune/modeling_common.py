@@ -271,8 +271,8 @@ def mean_over_patches(tokens: Tensor, sizes: Tensor | None) -> Tensor:
     """The mean of tokens (batch, n, channels), weighted by the number of patches in each, sizes (batch, n)."""
     if sizes is None:
         return tokens.mean(dim=1)
-    weights = (sizes / sizes.sum(dim=1, keepdim=True)).to(tokens.dtype)
-    return (tokens * weights.unsqueeze(-1)).sum(dim=1)
+    weights = sizes / sizes.sum(dim=1, keepdim=True)
+    return (at_least_float32(tokens) * weights.unsqueeze(-1)).sum(dim=1).to(tokens.dtype)
 
 
 def image_classifier(config: VisionMambaConfig) -> nn.Module:
