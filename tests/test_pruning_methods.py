@@ -28,13 +28,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_vssm_prune import count_flops, modeling_bidirectional, modeling_plainmamba
 from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
 from hf_vssm_prune.families import FAMILIES
+from hf_vssm_prune.grid_windows import score_in_turns
 from hf_vssm_prune.mixer_output import MixerOutput, ScanInputs
-from hf_vssm_prune.modeling_common import is_pruning_parameter
+from hf_vssm_prune.modeling_common import is_pruning_parameter, mean_over_patches
 from hf_vssm_prune.pruning_dyvm import TokenPredictor
 from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD, PruningMethod
 from hf_vssm_prune.pruning_stage import Reduction, Stage
-from hf_vssm_prune.token_pruning import gather_tokens
+from hf_vssm_prune.token_pruning import gather_tokens, rank_tokens
 from hf_vssm_prune.visualization import merged_patches
 
 
@@ -576,6 +577,13 @@ def test_no_window_is_left_empty(method) -> None:
         assert len({(cell // 7 // 2, cell % 7 // 2) for cell in positions}) == 12  # as many as there are
 
 
+def test_turns_are_exact_even_if_a_token_stands_out() -> None:
+    """After the best token of each window, the more important ones of the others come first."""
+    importance = torch.tensor([[1e8, 1, 9, 2, 0, 0, 0, 0, 7, 3, 8, 4, 0, 0, 0, 0]])
+    scores = score_in_turns(importance, torch.arange(16).unsqueeze(0), (4, 4))
+    assert rank_tokens(scores)[0, :8].tolist() == [0, 2, 10, 8, 11, 9, 3, 1]
+
+
 # ---- Ties --------------------------------------------------------------------------------------------------------
 
 
@@ -809,8 +817,6 @@ def test_defaults_are_the_methods_own(tiny_config) -> None:
 
 def test_mean_over_merged_tokens_counts_patches(pixel_values) -> None:
     """If tokens are merged after the last layer that mixes them, their mean must not change."""
-    from hf_vssm_prune.modeling_common import mean_over_patches
-
     tokens, sizes = torch.randn(2, 3, 5), torch.tensor([[1.0, 4, 2], [3, 1, 1]])
     expected = torch.stack([torch.repeat_interleave(tokens[i], sizes[i].long(), dim=0).mean(0) for i in range(2)])
     torch.testing.assert_close(mean_over_patches(tokens, sizes), expected)
@@ -818,6 +824,14 @@ def test_mean_over_merged_tokens_counts_patches(pixel_values) -> None:
     with torch.no_grad():
         base = model.plainmamba(pixel_values)
     assert not torch.allclose(base.pooler_output, base.last_hidden_state.mean(1), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mean_over_merged_tokens_is_not_biased_by_rounding(dtype) -> None:
+    tokens, sizes = (2 + torch.randn(4, 196, 64)).to(dtype), torch.randint(1, 5, (4, 196)).float()
+    expected = (tokens.double() * sizes.double().unsqueeze(-1)).sum(1) / sizes.double().sum(1, keepdim=True)
+    error = mean_over_patches(tokens, sizes).double() - expected
+    assert abs(error.mean()) < torch.finfo(dtype).eps / 16
 
 
 # ---- The learned step of a hole ----------------------------------------------------------------------------------
