@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from conftest import CLS_TOKEN_IDS, make_plainmamba_config, make_vim_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import UperNetConfig
 
 from hf_vssm_prune import VimBackbone, VimForImageClassification, count_flops, put_pretrained_backbone
@@ -58,7 +60,7 @@ def test_rotation_by_the_formula(seed):
     """Each pair of channels is rotated by its own angle, computed in float64."""
     grid, channels = (3, 5), 12
     tokens = torch.randn(2, 15, channels, dtype=torch.float64)
-    turned = rotate(tokens, grid_rotation(grid, channels, torch.device("cpu")).double())
+    turned = rotate(tokens, grid_rotation(grid, channels, torch.device("cpu"), torch.float64))
     for cell in range(15):
         for pair in range(channels // 2):
             axis, index = divmod(pair, channels // 4)
@@ -68,7 +70,27 @@ def test_rotation_by_the_formula(seed):
             expected = torch.stack(
                 [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
             )
-            torch.testing.assert_close(turned[:, cell, 2 * pair : 2 * pair + 2], expected.T, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(turned[:, cell, 2 * pair : 2 * pair + 2], expected.T, rtol=1e-12, atol=1e-12)
+
+
+class _Dtypes(TorchDispatchMode):
+    """Collects the dtypes of all tensors that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        output = operator(*args, **(kwargs or {}))
+        self.seen |= {each.dtype for each in tree_leaves(output) if isinstance(each, torch.Tensor)}
+        return output
+
+
+def test_rotation_without_float64():
+    """MPS does not have it."""
+    with _Dtypes() as dtypes:
+        grid_rotation((3, 5), 12, torch.device("meta"))
+    assert dtypes.seen == {torch.float32}
 
 
 def test_all_tokens_kept_is_dense(pixel_values):

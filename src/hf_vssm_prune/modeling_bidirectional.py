@@ -450,7 +450,7 @@ class BidirectionalModel(BidirectionalPreTrainedModel):
         cls_id = self.config.cls_token_id(math.prod(grid))
         layout = BidirectionalTokenLayout.of_grid(grid, cls_id, hidden_states.shape[0], hidden_states.device)
         if self.config.rotates_tokens:
-            rotation = grid_rotation(grid, self.config.hidden_size, hidden_states.device)
+            rotation = grid_rotation(grid, self.config.hidden_size, hidden_states.device, hidden_states.dtype)
             layout = layout._replace(rotation=rotation)
         if token_pruning is not None and "block_keep_ratio" in token_pruning:
             layout = layout._replace(selects_blocks=True)

@@ -9,18 +9,21 @@ PRETRAINED_SIDE = 14
 BASE = 10_000.0
 
 
-def grid_rotation(grid: tuple[int, ...], channels: int, device: torch.device) -> Tensor:
+def grid_rotation(
+    grid: tuple[int, ...], channels: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The cosines and sines that rotate the tokens of a grid: (cells, channels / 2, 2).
 
     The first half of the channels is rotated by the row, and the second by the column. In each half, the angle of pair
-    k is the position times BASE^(-2k / (channels / 2)).
+    k is the position times BASE^(-2k / (channels / 2)). Angles are computed in float64 on CPUs and NVIDIA's and AMD's
+    GPUs, and in `dtype` elsewhere: other devices, such as Apple's MPS, may not support float64.
     """
-    half = channels // 2
-    frequencies = BASE ** (-torch.arange(0, half, 2, dtype=torch.float64, device=device) / half)
-    places = [torch.arange(side, device=device, dtype=torch.float64) * PRETRAINED_SIDE / side for side in grid]
+    half, precision = channels // 2, torch.float64 if device.type in ("cpu", "cuda") else dtype
+    frequencies = BASE ** (-torch.arange(0, half, 2, dtype=precision, device=device) / half)
+    places = [torch.arange(side, dtype=precision, device=device) * PRETRAINED_SIDE / side for side in grid]
     rows, columns = (axis.flatten()[:, None] * frequencies for axis in torch.meshgrid(*places, indexing="ij"))
     angles = torch.cat([rows, columns], dim=1)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).to(dtype)
 
 
 def rotate(tokens: Tensor, rotation: Tensor) -> Tensor:
