@@ -286,6 +286,15 @@ def test_half_precision_batches_stay_half():
         assert soft_labels.dtype == torch.float32
 
 
+def test_soft_labels_are_float32_whatever_torchs_default_is():
+    torch.set_default_dtype(torch.float64)
+    try:
+        _, soft_labels = mix_batch(*make_batch(4), 4, MixConfig(), rng())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert soft_labels.dtype == torch.float32
+
+
 # Bad input
 
 

@@ -74,6 +74,17 @@ def test_pixel_values_equal_the_image_processors(image_processor):
     check()
 
 
+def test_torchs_default_dtype_does_not_matter():
+    image, processor = Image.fromarray(random_pixels(16, 16, 3)), CLIPImageProcessor(**CROPPED)
+    expected = ImageProcessorSteps(processor)(image)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = ImageProcessorSteps(processor)(image)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(actual, expected)
+
+
 def test_what_training_reads_from_the_image_processor():
     steps = ImageProcessorSteps(CLIPImageProcessor(**CROPPED, image_mean=[0.0, 0.5, 1.0], image_std=[1.0] * 3))
     assert (steps.size, steps.mode, steps.resample) == ((18, 16), "RGB", Image.Resampling.BICUBIC)

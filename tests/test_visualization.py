@@ -279,6 +279,18 @@ def test_visualize_takes_images_of_any_size(tiny_pruned_config) -> None:
         visualize(model, processor, [])
 
 
+def test_torchs_default_device_does_not_matter() -> None:
+    config = make_vim_config(token_pruning={**TOKEN_PRUNING, "method": "evit", "importance": "clip"})
+    model, image = FAMILIES["vim"].classifier(config), Image.new("RGB", (32, 32), GREY)
+    processor = new_image_processor(config, [0.5] * 3, [0.5] * 3, crop_pct=1.0)
+    expected = visualize(model, processor, image, importance=True)
+    torch.set_default_device("meta")
+    try:
+        assert visualize(model, processor, image, importance=True) == expected
+    finally:
+        torch.set_default_device(None)
+
+
 @pytest.mark.parametrize(
     ("config", "size", "area"),
     [

@@ -47,7 +47,7 @@ def headings(num_stages: int, layers: Sequence[int] | None) -> list[str]:
 
 def kept_mask(kept: Tensor, grid: tuple[int, ...]) -> Tensor:
     """The remaining patches as a bool mask of shape `grid`."""
-    mask = torch.zeros(math.prod(grid), dtype=torch.bool)
+    mask = torch.zeros(math.prod(grid), dtype=torch.bool, device="cpu")
     return mask.scatter(0, kept.cpu(), True).view(grid)
 
 

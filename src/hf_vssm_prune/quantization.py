@@ -84,7 +84,7 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach()
         # A row of zeros can have any scale, but torch requires a positive one.
         scales = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny).double()
-        zero_points = torch.zeros(self.out_features, dtype=torch.int64)
+        zero_points = torch.zeros_like(scales, dtype=torch.int64)
         with warnings.catch_warnings():  # deprecated in torch 2.13, which has no replacement yet
             warnings.filterwarnings("ignore", ".*quantize_per_channel.*", UserWarning)
             quantized = torch.quantize_per_channel(weight, scales, zero_points, axis=0, dtype=torch.qint8)

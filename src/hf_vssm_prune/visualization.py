@@ -147,7 +147,7 @@ def image_from_pixel_values(pixel_values: Tensor, mean: Sequence[float], std: Se
     if pixel_values.ndim != 3 or pixel_values.shape[0] not in (1, 3):
         raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; it must be (1 or 3, height, width).")
     pixels = pixel_values.detach().cpu().float()
-    pixels = pixels * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    pixels = pixels * pixels.new_tensor(std).view(-1, 1, 1) + pixels.new_tensor(mean).view(-1, 1, 1)
     pixels = (pixels * 255).round().clamp(0, 255).byte().expand(3, -1, -1)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
@@ -303,7 +303,7 @@ def draw_merges(image: Frames, into: Tensor, kept: Tensor, grid: tuple[int, ...]
     patches = [np.asarray(frame.resize((grid[-1], grid[-2]), Image.Resampling.BOX), np.float64) for frame in frames]
     colours = torch.from_numpy(np.stack(patches)).view(-1, 3)
     sums = torch.zeros_like(colours).index_add(0, into, colours)
-    counts = torch.zeros(len(colours), dtype=colours.dtype).index_add(0, into, torch.ones(len(colours)).double())
+    counts = colours.new_zeros(len(colours)).index_add(0, into, colours.new_ones(len(colours)))
     means = (sums / counts.clamp(min=1).unsqueeze(1))[into].round().byte().view(-1, *grid[-2:], 3)
     groups, is_left = into.view(-1, *grid[-2:]), kept_mask(kept, grid).flatten()[into].view(-1, *grid[-2:])
     painted = [
@@ -334,7 +334,7 @@ def importance_maps(kept_tokens: Sequence[Tensor], token_scores: Sequence[Tensor
     Raises:
         ValueError: there is not one score for each patch.
     """
-    everything = torch.arange(num_patches).expand(kept_tokens[0].shape[0], -1)
+    everything = torch.arange(num_patches, device="cpu").expand(kept_tokens[0].shape[0], -1)
     candidates = [everything, *(kept.cpu() for kept in kept_tokens[:-1])]
     shapes = [tuple(scores.shape) for scores in token_scores]
     if shapes != [tuple(ids.shape) for ids in candidates]:
@@ -344,8 +344,8 @@ def importance_maps(kept_tokens: Sequence[Tensor], token_scores: Sequence[Tensor
         )
     maps = []
     for ids, scores in zip(candidates, token_scores, strict=True):
-        empty = torch.full((ids.shape[0], num_patches), math.nan)
-        maps.append(empty.scatter(1, ids, scores.detach().cpu().float()))
+        scores = scores.detach().cpu().float()
+        maps.append(scores.new_full((ids.shape[0], num_patches), math.nan).scatter(1, ids, scores))
     return maps
 
 

@@ -299,7 +299,7 @@ def mix_batch(
         )
     mixed, weight = _mix_pixel_values(pixel_values, config, generator)
     spread = config.label_smoothing / num_labels
-    soft_labels = torch.full((len(labels), num_labels), spread, device=labels.device)
+    soft_labels = torch.full((len(labels), num_labels), spread, dtype=torch.float32, device=labels.device)
     soft_labels.scatter_(1, labels[:, None].long(), 1 - config.label_smoothing + spread)
     return mixed, torch.lerp(soft_labels.flip(0), soft_labels, weight)
 

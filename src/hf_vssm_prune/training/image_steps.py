@@ -176,8 +176,10 @@ class ImageProcessorSteps:
             raise ValueError(f"image_mean is {means} and image_std is {stds}: each must have 1 or 3 values.")
         self.mode = "RGB" if len(means) == 3 else "L"
         self._scale = float(values["rescale_factor"]) if values.get("do_rescale") else 1.0
-        self._mean = torch.tensor(means)[:, None, None]
-        self._std = torch.tensor(stds)[:, None, None]
+        # On the CPU and in float32, whatever torch's defaults are.
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None] for values in (means, stds)
+        )
         self.fill = tuple(min(255, max(0, round(mean / self._scale))) for mean in means)
         self._compare_with(image_processor)
 

@@ -1,5 +1,6 @@
 """Video classification: each video has one label."""
 
+import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -101,7 +102,7 @@ class VideoClassification(ImageClassification):
     def scores(self, outputs: Any, batch: Batch) -> Tensor:
         labels = batch["labels"]
         of_views = outputs.logits.float().log_softmax(-1).unflatten(0, (len(labels), -1))
-        means = of_views.logsumexp(1) - torch.tensor(of_views.shape[1]).log()
+        means = of_views.logsumexp(1) - math.log(of_views.shape[1])
         return score_predictions(means, labels)
 
     # Pictures
