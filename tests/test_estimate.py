@@ -30,9 +30,10 @@ def estimate(
     scale: ScaleArguments | None = None,
     gradient_accumulation_steps: int = 2,
     pruning: dict | None = None,
+    dtype: torch.dtype | None = None,
     **losses,
 ) -> RunEstimate:
-    config = make_vim_config(num_hidden_layers=8, token_pruning=pruning or dict(TOKEN_PRUNING))
+    config = make_vim_config(num_hidden_layers=8, token_pruning=pruning or dict(TOKEN_PRUNING), dtype=dtype)
     optimization = OptimizationArguments(
         num_train_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=gradient_accumulation_steps
     )
@@ -129,6 +130,12 @@ def test_sharding_and_checkpointing_save_memory():
     assert spread.flops_per_image > plain.flops_per_image
     small, large = plain.measured_activation_bytes.values()
     assert small < plain.activation_bytes < large
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_float32():
+    expected = estimate(alignment_weight=0, kd_weight=0)
+    found = estimate(dtype=torch.bfloat16, alignment_weight=0, kd_weight=0)
+    assert found.activation_bytes == pytest.approx(expected.activation_bytes, rel=0.05)
 
 
 def test_the_script(tmp_path, capfd):

@@ -401,6 +401,14 @@ def test_pruning_takes_from_the_backbone_alone(family):
     assert 0 < flops.reduction < count_flops(config.backbone_config, (64, 96)).reduction
 
 
+def test_flops_do_not_depend_on_the_precision(head):
+    config = make_config("vim", head)
+    expected = count_flops(config, (64, 64))
+    for part in (config, config.backbone_config):
+        part.dtype = torch.bfloat16  # as in a checkpoint saved in this precision
+    assert count_flops(config, (64, 64)) == expected
+
+
 # What a backbone's options change
 
 

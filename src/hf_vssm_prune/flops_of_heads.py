@@ -58,10 +58,12 @@ def count_head(config: PreTrainedConfig, image_size: tuple[int, int]) -> int:
 
 def _count_head(config: PreTrainedConfig, image_size: tuple[int, int], device: str) -> int:
     with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model = auto_class_of(config).from_config(copy.deepcopy(config)).eval().requires_grad_(False)
+        # The maps are float32, whatever precision the configuration names.
+        model = auto_class_of(config).from_config(copy.deepcopy(config), dtype=torch.float32)
+        model.eval().requires_grad_(False)
         _put_maps_in_place_of_layers(backbone_of(model))
         with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, pruned_config(config).num_channels, *image_size))
+            model(torch.zeros(1, pruned_config(config).num_channels, *image_size, dtype=torch.float32))
     return counter.get_total_flops() // 2
 
 

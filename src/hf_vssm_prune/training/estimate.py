@@ -198,7 +198,7 @@ def _synthetic_step(
         The rest: as for `estimate_run`.
     """
     weights = losses.loss_weights()
-    student = task.auto_class.from_config(config).to(device).train()
+    student = task.auto_class.from_config(config, dtype=torch.float32).to(device).train()
     freeze_batch_norm(student)  # batch norm in a head cannot compute statistics of a single image
     if scale.gradient_checkpointing:
         enable_activation_checkpointing(student)
