@@ -28,14 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_vssm_prune import count_flops, modeling_bidirectional, modeling_plainmamba
 from hf_vssm_prune.convolution_torch import causal_conv1d_torch, depthwise_conv2d_torch
 from hf_vssm_prune.families import FAMILIES
-from hf_vssm_prune.grid_windows import score_in_turns
 from hf_vssm_prune.mixer_output import MixerOutput, ScanInputs
 from hf_vssm_prune.modeling_common import is_pruning_parameter, mean_over_patches
 from hf_vssm_prune.pruning_dyvm import TokenPredictor
 from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD, PruningMethod
 from hf_vssm_prune.pruning_stage import Reduction, Stage
-from hf_vssm_prune.token_pruning import gather_tokens, rank_tokens
+from hf_vssm_prune.token_pruning import gather_tokens
 from hf_vssm_prune.visualization import merged_patches
 
 
@@ -575,13 +574,6 @@ def test_no_window_is_left_empty(method) -> None:
     stage = make_stage("plainmamba", (5, 7), num_tokens=35, num_kept=12, batch=3)
     for positions in reduce(method, stage).rows.tolist():
         assert len({(cell // 7 // 2, cell % 7 // 2) for cell in positions}) == 12  # as many as there are
-
-
-def test_turns_are_exact_even_if_a_token_stands_out() -> None:
-    """After the best token of each window, the more important ones of the others come first."""
-    importance = torch.tensor([[1e8, 1, 9, 2, 0, 0, 0, 0, 7, 3, 8, 4, 0, 0, 0, 0]])
-    scores = score_in_turns(importance, torch.arange(16).unsqueeze(0), (4, 4))
-    assert rank_tokens(scores)[0, :8].tolist() == [0, 2, 10, 8, 11, 9, 3, 1]
 
 
 # ---- Ties --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import at_least_float32
-from .token_pruning import rank_tokens
 
 
 def default_window(grid: tuple[int, ...]) -> tuple[int, ...]:
@@ -31,11 +30,9 @@ def score_in_turns(importance: Tensor, cells: Tensor, grid: tuple[int, ...]) -> 
         grid: shape of the full grid, any number of axes.
 
     Returns:
-        int64 of shape (batch, n), no two equal in a sample.
+        Shape (batch, n).
     """
-    # Whole numbers are exact. The difference of importance and rank would not be, if some tokens stand out.
-    ranks = rank_tokens(importance).argsort(dim=-1)
-    return -(importance.shape[1] * _rank_in_window(importance, cells, grid, default_window(grid)) + ranks)
+    return _relative(importance) - _rank_in_window(importance, cells, grid, default_window(grid))
 
 
 def distance_in_window(features: Tensor, cells: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -90,4 +87,10 @@ def _rank_in_window(importance: Tensor, cells: Tensor, grid: tuple[int, ...], wi
     in_window = empty.scatter(1, places, importance).unflatten(1, (-1, math.prod(window)))
     one, other = in_window.unsqueeze(-1), in_window.unsqueeze(-2)
     before = (other > one) | (other == one).tril(-1)
-    return before.sum(-1).flatten(1).gather(1, places)
+    return before.sum(-1).flatten(1).gather(1, places).to(importance.dtype)
+
+
+def _relative(importance: Tensor) -> Tensor:
+    """Importance rescaled to [0, 1), in the same order."""
+    low, high = importance.amin(-1, keepdim=True), importance.amax(-1, keepdim=True)
+    return (importance - low) / ((high - low) * 1.001).clamp(min=torch.finfo(importance.dtype).tiny)
