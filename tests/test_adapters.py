@@ -20,7 +20,7 @@ peft = pytest.importorskip("peft")
 
 def lora(**options):
     targets = ["in_proj", "x_proj", "out_proj"]
-    return peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["classifier"], **options)
+    return peft.LoraConfig(r=2, target_modules=targets, **{"modules_to_save": ["classifier"], **options})
 
 
 def train(model, folder: Path, batches: int = 3) -> None:
@@ -59,6 +59,40 @@ def test_train_save_load_and_merge(make_config, use_dora, pixel_values, tmp_path
     opened = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(opened, pixel_values), trained, atol=1e-4, rtol=1e-3)
     assert opened.config.token_pruning["layers"] == TOKEN_PRUNING["layers"]
+
+
+@pytest.mark.parametrize(
+    ("options", "saved"),
+    [
+        ({"method": "dyvm"}, ["token_predictors.1", "token_predictors.3"]),
+        ({"method": "top", "alignment": "learned"}, ["hole_time_step"]),
+        ({"block_keep_ratio": 0.7}, ["block_selector"]),
+    ],
+)
+def test_parameters_of_pruning_are_trained_if_they_are_saved(options, saved, pixel_values, tmp_path, caplog):
+    stages = {"layers": [1, 3], "keep_ratios": [0.7, 0.6]}
+    AutoModelForImageClassification.from_config(make_vim_config(token_pruning=stages | options)).save_pretrained(
+        tmp_path / "base"
+    )
+    for added in ([], saved):
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+        adapted = peft.get_peft_model(model, lora(modules_to_save=["classifier", *added]))
+        of_pruning = {
+            name: (parameter, parameter.detach().clone())
+            for name, parameter in adapted.named_parameters()
+            if any(module in name for module in saved) and ".original_module." not in name
+        }
+        caplog.clear()
+        train(adapted, tmp_path / "run", batches=1)
+        assert ("to train them, add their modules to the adapters' `modules_to_save`" in caplog.text) == (not added)
+        assert of_pruning
+        assert all(torch.equal(*each) == (not added) for each in of_pruning.values())
+        adapted.save_pretrained(tmp_path / "adapters")
+        base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapters")
+        expected = logits(adapted, pixel_values)
+        torch.testing.assert_close(logits(loaded, pixel_values), expected)
+        torch.testing.assert_close(logits(loaded.merge_and_unload(), pixel_values), expected, atol=1e-5, rtol=1e-4)
 
 
 PROGRAM = """

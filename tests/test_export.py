@@ -162,6 +162,8 @@ def test_bad_input(tmp_path):
         ValueError, match=r"unknown formats \['tflite'\]; allowed values are \['onnx', 'torch', 'aotinductor'\]"
     ):
         export_classifier(model, tmp_path / "exported", ["tflite"])
+    with pytest.raises(ValueError, match="VimModel is not a classifier; only classifiers can be exported"):
+        export_classifier(model.base_model, tmp_path / "exported")
     with pytest.raises(ValueError, match="training mode"):
         export_classifier(model.train(), tmp_path / "exported")
     with pytest.raises(ValueError, match=r"weights are torch.bfloat16; call its `float\(\)`"):

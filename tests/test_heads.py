@@ -2,6 +2,7 @@
 and RT-DETR with a pyramid."""
 
 import copy
+import inspect
 import json
 import pickle
 import re
@@ -34,7 +35,8 @@ from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.heads import auto_class_of, new_dense_model
 from hf_vssm_prune.hub import ModelCardInfo, create_model_card
 from hf_vssm_prune.hub.saving import save_for_hub
-from hf_vssm_prune.pruned_heads import backbone_of
+from hf_vssm_prune.pruned_heads import backbone_of, pruned_class
+from hf_vssm_prune.training.memory import enable_activation_checkpointing
 from hf_vssm_prune.visualization_of_heads import draw_segmentation, pixel_scores
 
 
@@ -179,6 +181,27 @@ def test_loss_and_gradients(family, head, precision):
     assert any("layers.0." in name for name in reached)
     assert any("layers.3." in name for name in reached)
     assert all(gradient is None or gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_the_backbones_layers_are_checkpointed(head):
+    images, labels = torch.randn(2, 3, 64, 96), labels_for(head, 64, 96)
+    gradients = []
+    for checkpointed in (False, True):
+        model = make_model("vim", head, token_pruning=dict(TOKEN_PRUNING)).train()
+        if checkpointed:
+            enable_activation_checkpointing(model)
+        torch.manual_seed(0)
+        model(images, **labels).loss.sum().backward()
+        gradients.append([each.grad for each in backbone_of(model).parameters() if each.grad is not None])
+    assert all(layer.gradient_checkpointing for layer in backbone_of(model).layers)
+    torch.testing.assert_close(*gradients)
+
+
+def test_arguments_are_those_of_transformers(head):
+    """transformers' `Trainer` removes columns that are not arguments, and finds the labels among these."""
+    config = make_config("vim", head)
+    own = auto_class_of(config)._model_mapping[type(config)]
+    assert inspect.signature(pruned_class(own).forward) == inspect.signature(own.forward)
 
 
 def test_saved_and_opened(family, head, tmp_path):

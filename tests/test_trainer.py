@@ -18,14 +18,22 @@ from test_training import (  # noqa: F401
     make_trainer,
     plain_augmentation,
 )
-from transformers import AutoModelForImageClassification, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 
+from hf_vssm_prune import prunable
 from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
 from hf_vssm_prune.metrics import load_metric
 from hf_vssm_prune.training import TokenPruningTrainer
 from hf_vssm_prune.training.data import EvaluationImages
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
+from hf_vssm_prune.training.tasks.semantic_segmentation import SemanticSegmentation
 
 
 LOSSES = LossWeights(kd_weight=0.7, kd_temperature=2.0, alignment_weight=0.3)
@@ -201,6 +209,28 @@ def test_wrong_layers_and_budgets_are_refused(tmp_path):
         TokenPruningTrainer(model, arguments(tmp_path), elastic_budgets=[1.5])
     with pytest.raises(ValueError, match="compute_loss_func is not supported"):
         TokenPruningTrainer(model, arguments(tmp_path), compute_loss_func=torch.nn.functional.cross_entropy)
+
+
+def test_a_model_with_a_head(tmp_path):
+    levels = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = make_vim_config(patch_stride=None, out_features=levels, token_pruning=dict(TOKEN_PRUNING))
+    config = UperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_channels=8, num_labels=5)
+    model = prunable(UperNetForSemanticSegmentation(config))
+    items = [{"pixel_values": torch.randn(3, 32, 32), "labels": torch.randint(5, (32, 32))} for _ in range(8)]
+    with pytest.raises(ValueError, match=r"UperNetForSemanticSegmentation is not a classifier: give a `task`"):
+        TokenPruningTrainer(model, arguments(tmp_path))
+    given = {"train_dataset": items, "eval_dataset": items}
+    trainer = TokenPruningTrainer(model, arguments(tmp_path), task=SemanticSegmentation(), **given)
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    total = logged["segmentation"] + logged["distillation"] + logged["alignment"]
+    assert logged["loss"] == pytest.approx(total, rel=1e-3)
+    assert logged["alignment"] > 0
+    assert trainer.predict(items).predictions.shape == (8, 5, 32, 32)
+    trainer.create_model_card()
+    assert "TokenPruningTrainer" in (tmp_path / "README.md").read_text()
+    by_transformers = Trainer(model, arguments(tmp_path), **given)
+    assert by_transformers.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
 
 
 PROGRAM = """

@@ -61,8 +61,9 @@ def export_classifier(
         The folder.
 
     Raises:
-        ValueError: a format is unknown; the model is in training mode, half precision or int8; or the image processor
-            makes images of another size than the configuration's, which the files cannot process.
+        ValueError: a format is unknown; the model is not a classifier, or is in training mode, half precision or int8;
+            or the image processor makes images of another size than the configuration's, which the files cannot
+            process.
         FileExistsError: the folder is not empty.
         ImportError: a library that a format needs is not installed; the message names it.
         RuntimeError: the outputs of a file differ from the model's.
@@ -74,6 +75,8 @@ def export_classifier(
         raise FileExistsError(
             f"{folder} already exists and will not be overwritten: remove it, or choose another folder."
         )
+    if not hasattr(model, "classifier"):
+        raise ValueError(f"{type(model).__name__} is not a classifier; only classifiers can be exported.")
     if image_processor is not None:
         check_size(model, image_processor)
     program = trace(model)

@@ -35,6 +35,22 @@ class PrunedHead:
     this call, and `output_block_gates`.
     """
 
+    # Activation checkpointing recomputes the backbone's layers. Some of transformers' heads do not support it.
+    supports_gradient_checkpointing = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Gives `forward` the signature of the model's own, from which transformers' `Trainer` knows the inputs and
+        labels of a model."""
+        super().__init_subclass__(**options)
+        if "forward" not in vars(cls):
+            own: Any = super()
+
+            @functools.wraps(own.forward)
+            def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+                return PrunedHead.forward(self, *arguments, **options)
+
+            cls.forward = forward  # type: ignore[method-assign]
+
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
         """The model's own `forward`, with the additional options `token_pruning` and `output_block_gates`."""
         own = ("token_pruning", "output_block_gates")

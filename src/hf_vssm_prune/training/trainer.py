@@ -2,6 +2,7 @@
 else that works with it. The commands use our own loop, `training.loop`, instead."""
 
 import copy
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,8 +14,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe, create_model_card
+from hf_vssm_prune.modeling_common import is_pruning_parameter
+from hf_vssm_prune.pruned_heads import PrunedHead
 from hf_vssm_prune.training.arguments import ElasticArguments
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.elastic import add_schedules, draw_schedule, what_is_pruned
@@ -24,26 +28,32 @@ from hf_vssm_prune.training.tasks.classification import AugmentationArguments, I
 from hf_vssm_prune.training.tasks.task import PrunableModel, Task
 
 
+logger = logging.getLogger(__name__)
+
+
 class TokenPruningTrainer(transformers.Trainer):
     """Fine-tunes a model of this package, pruned or dense, with a dense teacher.
 
     Everything not listed here works as in transformers' `Trainer`, including metrics, saving and resuming. Pass the
     image processor as `processing_class`. A `datasets.Dataset` with a transform needs `remove_unused_columns=False`.
-    When adapters (PEFT) are trained, batch norm statistics are frozen, because they are not saved with adapters.
+    When adapters (PEFT) are trained, batch norm statistics are frozen, because they are not saved with adapters. For
+    the same reason, parameters of pruning are then frozen, except those in the adapters' `modules_to_save`.
 
     Args:
-        model, args, options: as for `Trainer`, except that `compute_loss_func` is not supported.
+        model, args, options: as for `Trainer`, except that `compute_loss_func` is not supported. A model with a head on
+            a backbone must have been passed through `prunable`.
         teacher: the dense model; default: a copy of the model without pruning, if the losses need one.
         losses: weights of distillation and alignment; default: 1 for each. See `training.losses`.
         task: computes the loss of a batch and mixes its images (mixup, CutMix); default: image classification without
-            mixing, with label smoothing by the arguments' `label_smoothing_factor`.
+            mixing, with label smoothing by the arguments' `label_smoothing_factor`. A model with a head on a backbone
+            needs a task.
         elastic_budgets: fractions of FLOPs to remove. Each step uses one of them, drawn at random (0 means dense); the
             model's own schedule is then used for evaluation only.
         layer_decay: factor by which the learning rate decreases from each layer to the previous one.
 
     Raises:
-        ValueError: a layer to align does not exist, a budget cannot be met, labels would be smoothed twice, or there is
-            a `compute_loss_func`.
+        ValueError: a layer to align does not exist, a budget cannot be met, labels would be smoothed twice, a model
+            with a head has no task, or there is a `compute_loss_func`.
     """
 
     model: PrunableModel
@@ -70,16 +80,20 @@ class TokenPruningTrainer(transformers.Trainer):
         self._step, self._batch_of_step = -1, 0
         super().__init__(model, args, **options)
         if model is not None:
-            self.elastic_schedules = add_schedules(self.model, self.elastic)
+            self._add_schedules(self.model)
         self.task = self._default_task() if task is None else task
         if task is not None and self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor and a task that smooths labels cannot be combined: give one.")
-        self.losses.check_layers(self.model.config.num_hidden_layers)
+        self.losses.check_layers(pruned_config(self.model.config).num_hidden_layers)
         # Our loss is a mean over the batch, whether or not the model's own loss accepts a number of items.
         self.model_accepts_loss_kwargs = False
         self.teacher = self._prepare_teacher(teacher) if self.losses.needs_teacher else None
 
     def _default_task(self) -> ImageClassification:
+        if pruned_config(self.model.config) is not self.model.config:
+            raise ValueError(
+                f"{type(self.model).__name__} is not a classifier: give a `task`, such as `SemanticSegmentation()`."
+            )
         return ImageClassification(AugmentationArguments(mixup=0, cutmix=0, smoothing=self.args.label_smoothing_factor))
 
     def _prepare_teacher(self, teacher: PrunableModel | None) -> PrunableModel:
@@ -91,8 +105,13 @@ class TokenPruningTrainer(transformers.Trainer):
     def call_model_init(self, trial: Any = None) -> PrunableModel:
         """A new model for each trial of a hyperparameter search."""
         model = super().call_model_init(trial)
-        self.elastic_schedules = add_schedules(model, self.elastic)
+        self._add_schedules(model)
         return model
+
+    def _add_schedules(self, model: PrunableModel) -> None:
+        self.elastic_schedules = add_schedules(model, self.elastic)
+        if getattr(model, "peft_config", None):
+            _freeze_unsaved_parameters(model)
 
     # The loss
 
@@ -109,7 +128,7 @@ class TokenPruningTrainer(transformers.Trainer):
             freeze_batch_norm(self.model)
         config, seed = self.model.config, self.args.seed
         batch = self.task.mix(dict(inputs), config, self._generator_of_batch())
-        schedule, drawn = config.token_pruning, {}
+        schedule, drawn = pruned_config(config).token_pruning, {}
         if self.elastic_schedules:
             schedule = draw_schedule(self.elastic_schedules, seed, 0, self.state.global_step)
             drawn = {"token_pruning": schedule}
@@ -122,6 +141,17 @@ class TokenPruningTrainer(transformers.Trainer):
         for name, value in terms.items():
             self._terms[name].append(value.detach())
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Leaves the results of pruning out of the predictions: the configuration of a model with a head does not name
+        them."""
+        if ignore_keys is None:
+            config = self.model.config
+            own = getattr(config, "keys_to_ignore_at_inference", ())
+            ignore_keys = [*own, *pruned_config(config).keys_to_ignore_at_inference]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _generator_of_batch(self) -> np.random.Generator:
         """Depends only on the seed, the step, the batch within the step and the process, so that a run can be resumed
@@ -164,7 +194,7 @@ class TokenPruningTrainer(transformers.Trainer):
                 `tags` and `dataset` are used.
         """
         model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, VisionMamba):  # a model with adapters has PEFT's card
+        if not isinstance(model, VisionMamba | PrunedHead):  # a model with adapters has PEFT's card
             return super().create_model_card(*arguments, **options)
         if not self.is_world_process_zero():
             return
@@ -183,4 +213,23 @@ class TokenPruningTrainer(transformers.Trainer):
                 hyperparameters={**choices, **asdict(self.losses)},
             ),
         )
-        create_model_card(model, info, self.processing_class).save(folder / "README.md")
+        card = create_model_card(model, info, self.processing_class)  # type: ignore[arg-type]
+        card.save(folder / "README.md")
+
+
+def _freeze_unsaved_parameters(model: nn.Module) -> None:
+    """Freezes the parameters of pruning that are not saved with the adapters, and logs which of them pruning uses."""
+    unsaved = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if is_pruning_parameter(name) and ".modules_to_save." not in name
+    }
+    used = [name for name, each in unsaved.items() if each.requires_grad and ".original_module." not in name]
+    for parameter in unsaved.values():
+        parameter.requires_grad_(False)
+    if used:
+        logger.warning(
+            "%d parameters of pruning (%s, ...) are frozen, because adapters are saved without them: to train them, "
+            "add their modules to the adapters' `modules_to_save`.",
+            *(len(used), used[0]),
+        )
