@@ -235,6 +235,26 @@ def test_outputs_can_be_pickled():
     assert same_tensors(copied.kept_tokens, outputs.kept_tokens)
 
 
+def test_compiled_to_one_graph():
+    model = make_model("plainmamba", "upernet", token_pruning=dict(TOKEN_PRUNING))
+    graphs: list[Any] = []
+    compiled = torch.compile(model, backend=lambda graph, _: (graphs.append(graph), graph)[1], fullgraph=True)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, outputs, _ = model(images), compiled(images), compiled(images)
+    assert len(graphs) == 1
+    torch.testing.assert_close(answer(outputs), answer(expected))
+    assert type(outputs) is type(expected)
+    assert same_tensors(outputs.kept_tokens, expected.kept_tokens)
+
+
+def test_another_backbone_can_be_put_in():
+    model = make_model("vim", "upernet", token_pruning=dict(TOKEN_PRUNING))
+    model.backbone = make_model("vim", "upernet", token_pruning=dict(TOKEN_PRUNING)).backbone
+    with torch.no_grad():
+        assert len(model(torch.randn(1, 3, 64, 64)).kept_tokens) == 2
+
+
 def test_a_model_with_hooks_of_accelerate():
     """`device_map` adds such hooks."""
     config = make_config("vim", "upernet", token_pruning=dict(TOKEN_PRUNING))

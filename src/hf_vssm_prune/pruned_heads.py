@@ -5,8 +5,9 @@ import threading
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
@@ -24,6 +25,38 @@ def backbone_of(model: nn.Module) -> Any:
     if found is None:
         raise ValueError(f"{type(model).__name__} has no backbone of hf_vssm_prune, so there is nothing to prune.")
     return found
+
+
+class _Call(NamedTuple):
+    """A call of a model with a head: the options for its backbone, and what the backbone returns."""
+
+    backbone: Any
+    options: dict[str, Any]
+    outputs: list[Any]
+
+
+# Its `call` is the current `_Call`: threads that run the same model, and replicas of `DataParallel`, share its hooks.
+# These hooks stay, because `torch.compile` cannot trace code that adds hooks.
+_thread = threading.local()
+_thread.call = None  # so that the second call of a compiled model finds what the first one found
+
+
+def _listen(backbone: nn.Module) -> None:
+    if _add_options not in backbone._forward_pre_hooks.values():
+        backbone.register_forward_pre_hook(_add_options, with_kwargs=True)
+    if _see not in backbone._forward_hooks.values():
+        backbone.register_forward_hook(_see)
+
+
+def _add_options(backbone: nn.Module, inputs: Any, given: dict[str, Any]) -> Any:
+    call = getattr(_thread, "call", None)
+    return None if call is None or call.backbone is not backbone else (inputs, {**given, **call.options})
+
+
+def _see(backbone: nn.Module, inputs: Any, output: Any) -> None:
+    call = getattr(_thread, "call", None)
+    if call is not None and call.backbone is backbone:
+        call.outputs.append(output)
 
 
 class PrunedHead:
@@ -51,38 +84,29 @@ class PrunedHead:
 
             cls.forward = forward  # type: ignore[method-assign]
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        _listen(backbone_of(self))  # type: ignore[arg-type]
+
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
         """The model's own `forward`, with the additional options `token_pruning` and `output_block_gates`."""
         own = ("token_pruning", "output_block_gates")
-        of_backbone = {name: options.pop(name) for name in own if name in options}
+        given = {name: options.pop(name) for name in own if name in options}
         if options.get("output_hidden_states"):
-            of_backbone["output_hidden_states"] = True
-        seen: list[Any] = []
-        backbone, thread = backbone_of(self), threading.get_ident()
-
-        # All threads that run the model, and the replicas of `DataParallel`, share its hooks. One that another thread
-        # is just removing may be called without `given`.
-        def add_options(module: nn.Module, inputs: Any, given: Any = None) -> Any:
-            return (inputs, {**given, **of_backbone}) if threading.get_ident() == thread else None
-
-        def see(module: nn.Module, inputs: Any, output: Any) -> None:
-            if threading.get_ident() == thread:
-                seen.append(output)
-
-        hooks = (
-            backbone.register_forward_pre_hook(add_options, with_kwargs=True),
-            backbone.register_forward_hook(see),
-        )
+            given["output_hidden_states"] = True
+        call, outer = _Call(backbone_of(self), given, []), getattr(_thread, "call", None)
+        _listen(call.backbone)
+        _thread.call = call
         try:
             outputs = super().forward(*arguments, **options)  # type: ignore[misc]
         finally:
-            for hook in hooks:
-                hook.remove()
+            _thread.call = outer
         if not isinstance(outputs, ModelOutput):
             return outputs
-        outputs = _with_stages(type(outputs))(**outputs, **stage_fields(seen[-1]))
-        if seen[-1].hidden_states is not None:
-            outputs["backbone_hidden_states"] = seen[-1].hidden_states
+        of_backbone = call.outputs[-1]
+        outputs = _with_stages(type(outputs))(**outputs, **stage_fields(of_backbone))
+        if of_backbone.hidden_states is not None:
+            outputs["backbone_hidden_states"] = of_backbone.hidden_states
         return outputs
 
     def get_input_embeddings(self: Any) -> nn.Module:
@@ -107,8 +131,13 @@ class PrunedHead:
         return backbone_of(self).has_pruning_parameters
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _with_stages(kind: type) -> type[Any]:
+    return _make_output_class(kind)
+
+
+@functools.cache
+def _make_output_class(kind: type) -> type[Any]:
     """Outputs with the results of the pruning stages and the backbone's hidden states."""
     added = {
         "backbone_hidden_states": None,
@@ -139,7 +168,9 @@ def prunable(model: Any) -> Any:
     Raises:
         ValueError: its backbone is not of this package.
     """
-    if backbone_of(model) is not model:
+    backbone = backbone_of(model)
+    if backbone is not model:
+        _listen(backbone)
         kind: Any = type(model)
         model.__class__ = pruned_class(kind)
         if "_old_forward" in vars(model):  # Accelerate's hooks (`device_map`) call this, which is the former class's
