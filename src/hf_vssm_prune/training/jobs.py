@@ -71,6 +71,7 @@ def prepare_finetuning(
             f"{model.model_name_or_path} has no pruning schedule, and none was given: give --prune_layers and "
             "--keep_ratios, or --flops_reduction. To fine-tune a dense model use `hf-vssm-prune train`."
         )
+    model.check_schedule(schedule)
     set_seed(recipe.run.seed)
     datasets = recipe.task.load_datasets(data, recipe.run.seed)
     drop_path = recipe.optimization.drop_path
@@ -108,6 +109,7 @@ def prepare_dense_training(
         config = model.config(datasets.label_names, drop_path)
         network = recipe.task.auto_class.from_config(config)
         processor = new_image_processor(config, model.image_mean, model.image_std, model.crop_pct)
+        processor = _at_size(recipe.task, network, processor, model.image_size)
     else:
         network = recipe.task.load_model(
             model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes
@@ -219,6 +221,12 @@ def evaluate(
             )
     config = pruned_config(load_config(options.model_name_or_path))
     schedule = pruning.schedule(config)
+    if schedule is None and beside.dense_name_or_path is not None:
+        raise ValueError(
+            f"--dense_name_or_path {beside.dense_name_or_path} is compared with a pruned model, but "
+            f"{options.model_name_or_path} has no pruning schedule: give --flops_reduction, or --prune_layers and "
+            "--keep_ratios."
+        )
     rows, label_names = _load_rows(task, data, options)
     load = partial(task.load_model, label_names=label_names, some_labels=True, dtype=options.dtype)
     models = {"dense": load(beside.dense_name_or_path or options.model_name_or_path)}
