@@ -249,7 +249,7 @@ def test_schedules_side_by_side(image_folder, checkpoint, tmp_path, capsys):
     assert script.main([str(argument) for argument in arguments]) == 0
     assert list(json.loads((tmp_path / "out.json").read_text())) == ["dense", "one", "two"]
 
-    for content in ("[]", '{"one": 1}', "no JSON"):
+    for content in ("[]", '{"one": 1}', '{"dense": {}}', "no JSON"):
         (tmp_path / "schedules.json").write_text(content)
         assert script.main([str(argument) for argument in arguments]) == 1
         assert f"error: --schedules {tmp_path / 'schedules.json'} " in capsys.readouterr().err

@@ -88,7 +88,7 @@ def check_output_dir(run: RunArguments) -> None:
     """Raises an error if two runs would be mixed in a folder.
 
     Raises:
-        FileExistsError: the folder has checkpoints, and the run does not resume from one.
+        FileExistsError: the folder has checkpoints or results, and the run does not resume.
         NotADirectoryError: the folder or one of its parents is a file.
         PermissionError: there is no permission to write there.
         FileNotFoundError: the checkpoint to resume from does not exist.
@@ -102,6 +102,11 @@ def check_output_dir(run: RunArguments) -> None:
         raise FileExistsError(
             f"--output_dir {output_dir} contains checkpoints of an earlier run (the last is {found[-1].name}): "
             "resume it with --resume latest, or choose another folder."
+        )
+    elif (output_dir / RESULTS).exists():
+        raise FileExistsError(
+            f"--output_dir {output_dir} contains the results of an earlier run ({RESULTS}), which had no checkpoints: "
+            "choose another folder."
         )
 
 

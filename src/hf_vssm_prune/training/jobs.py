@@ -32,6 +32,7 @@ from hf_vssm_prune.training.arguments import (
     PruningArguments,
     TeacherArguments,
 )
+from hf_vssm_prune.training.arguments.parsing import exclude
 from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.cards import card_writer
 from hf_vssm_prune.training.checkpoints import check_output_dir
@@ -300,6 +301,7 @@ def _sharing_weights(task: Task, model: PrunableModel, token_pruning: dict[str, 
 def _load_rows(task: Task, data: EvaluationDataArguments, options: EvaluationArguments) -> tuple[Any, Sequence[str]]:
     """The rows of the data set chosen by the options, and the names of its labels."""
     set_seed(options.seed)
+    exclude("eval_split", data.eval_split, "train_val_split", options.train_val_split)
     if options.train_val_split is None:
         rows, label_names = task.load_evaluation_dataset(data, options.seed)
         if data.eval_split is None and str(getattr(rows, "split", None)) == "train":
