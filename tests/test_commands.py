@@ -402,10 +402,14 @@ def test_estimate(capsys):
     assert "steps" in capsys.readouterr().out
 
 
-def test_convert_and_visualize(photo, tmp_path, monkeypatch):
+def test_convert_and_visualize(photo, tmp_path, monkeypatch, capsys):
     """test_export.py covers `export`."""
     monkeypatch.chdir(tmp_path)
     assert main(["convert", str(EXAMPLE_MODEL), "published.safetensors"]) == 0
     assert main(["convert", "published.safetensors", "model"]) == 0
     assert main(["visualize", photo, "--model_name_or_path", "model"]) == 0
     assert (tmp_path / "kept_tokens.png").exists()
+    assert main(["convert", "published.safetensors", "again.pth"]) == 1
+    assert "error: again.pth would be a folder" in capsys.readouterr().err
+    assert main(["visualize", photo, "--frame_sampling", "uniform"]) == 1
+    assert "error: --frame_sampling is for videos" in capsys.readouterr().err

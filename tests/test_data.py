@@ -188,6 +188,9 @@ def test_the_images_that_a_run_held_out_are_evaluated(tmp_path: Path, caplog):
     held_out = load_image_dataset(tmp_path, validation_share=0.25, seed=3).evaluation
     assert rows["row"][:] == held_out["row"][:]
     assert (len(rows), caplog.records) == (4, [])
+    data = EvaluationDataArguments(str(tmp_path), eval_split="train")
+    with pytest.raises(ValueError, match="--eval_split and --train_val_split cannot be combined"):
+        jobs._load_rows(task, data, EvaluationArguments("a model", train_val_split=0.25))
 
 
 def count(folder: Path) -> dict[str, int]:

@@ -14,7 +14,7 @@ from hf_vssm_prune.commands import demo
 
 def test_wrong_numbers_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert demo.main(["--output_dir", str(tmp_path), "--max_eval_samples", "1000"]) == 1
-    error = "error: max_samples is 1000: it must be from 1 to 488, the number of images.\n"
+    error = "error: max_eval_samples is 1000: it must be from 1 to 488, the number of images.\n"
     assert capsys.readouterr().err.endswith(error)
 
 

@@ -296,6 +296,9 @@ def test_from_boxes_to_a_pruned_detector(tmp_path, capsys):
     assert load_script("push").main([f"{out[1]}/best", "user/detector", "--dry_run"]) == 0
 
 
+TOO_SMALL = "--image_size is 32, but --task object-detection resizes images to (height, width) (640, 640)"
+
+
 def test_a_new_detector_is_made_for_the_size_of_its_images(tmp_path, capsys):
     config = make_vim_config(**IMAGES, patch_stride=None)
     model = FAMILIES["vim"].classifier(config)
@@ -310,8 +313,13 @@ def test_a_new_detector_is_made_for_the_size_of_its_images(tmp_path, capsys):
     options = ["--task", "object-detection", "--dataset_name", tmp_path / "data", "--model_name_or_path", checkpoint]
     options += ["--image_size", "32", "--head_channels", "16", "--decoder_layers", "1", "--use_cpu"]
     assert load_script("train").main([str(each) for each in [*options, "--output_dir", tmp_path / "run"]]) == 1
-    said = capsys.readouterr().err
-    assert "--image_size is 32, but --task object-detection resizes images to (height, width) (640, 640)" in said
+    assert TOO_SMALL in capsys.readouterr().err
+    # The same holds for a new backbone.
+    assert task.auto_class.from_config(config).config.backbone_config.input_size == (640, 640)
+    place = options.index("--model_name_or_path")
+    options[place : place + 2] = ["--family", "vim", "--config_overrides", "hidden_size=16", "num_hidden_layers=4"]
+    assert load_script("train").main([str(each) for each in [*options, "--output_dir", tmp_path / "run"]]) == 1
+    assert TOO_SMALL in capsys.readouterr().err
 
 
 def test_estimate_of_a_detector(capsys):

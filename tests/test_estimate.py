@@ -9,6 +9,7 @@ import torch
 from conftest import TOKEN_PRUNING, load_script, make_vim_config
 
 from hf_vssm_prune import count_flops
+from hf_vssm_prune.commands import estimate as command
 from hf_vssm_prune.training.arguments import (
     ElasticArguments,
     EstimateArguments,
@@ -174,3 +175,22 @@ def test_the_script_on_videos_and_their_recipes(size, line, tmp_path, capfd):
     trained = estimate["flops_per_image"] * estimate["images_per_step"] * estimate["num_steps"]
     evaluated = estimate["flops_per_image"] / 3 * 20_000 * 12 * estimate["num_epochs"]  # a dense model, no EMA
     assert estimate["total_flops"] == pytest.approx(trained + evaluated)
+
+
+def test_a_layer_to_align_must_exist():
+    with pytest.raises(ValueError, match=r"--alignment_layers has \[8\]: the model has layers 0 to 7"):
+        estimate(alignment_layers=[8])
+
+
+@pytest.mark.parametrize(("given", "count"), [([], 3), (["--num_classes", "7"], 7)])
+def test_labels_are_counted_as_given_or_as_in_the_checkpoint(given, count, tmp_path, monkeypatch, capsys):
+    make_vim_config().save_pretrained(tmp_path)
+    seen = []
+
+    def see(task, config, *options):
+        seen.append(config)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(command, "estimate_run", see)
+    assert command.main(["--model_name_or_path", str(tmp_path), *given]) == 1
+    assert seen[0].num_labels == len(seen[0].label_names) == count

@@ -226,6 +226,9 @@ def test_a_dense_model_is_given_the_pixel_values_that_it_knows(image_folder, che
     other = shutil.copytree(checkpoint, tmp_path / "other")
     arguments = ["--dataset_name", image_folder, "--model_name_or_path", checkpoint, "--dense_name_or_path", other]
     arguments = [str(argument) for argument in [*arguments, "--workers", "0", "--device", "cpu"]]
+    assert load_script("evaluate").main(arguments) == 1
+    assert f"is compared with a pruned model, but {checkpoint} has no pruning schedule" in capsys.readouterr().err
+    arguments += SCHEDULE
     file = other / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_std": [0.5] * 3}))
     assert load_script("evaluate").main(arguments) == 1
@@ -246,7 +249,7 @@ def test_schedules_side_by_side(image_folder, checkpoint, tmp_path, capsys):
     assert script.main([str(argument) for argument in arguments]) == 0
     assert list(json.loads((tmp_path / "out.json").read_text())) == ["dense", "one", "two"]
 
-    for content in ("[]", '{"one": 1}', "no JSON"):
+    for content in ("[]", '{"one": 1}', '{"dense": {}}', "no JSON"):
         (tmp_path / "schedules.json").write_text(content)
         assert script.main([str(argument) for argument in arguments]) == 1
         assert f"error: --schedules {tmp_path / 'schedules.json'} " in capsys.readouterr().err
@@ -334,6 +337,8 @@ EVALUATE = ["--dataset_name", "d", "--model_name_or_path", "m"]
         ("finetune", [*FINETUNE, "--mixup", "-1"], "mixup_alpha is -1.0"),
         ("finetune", [*FINETUNE, "--scale", "0.5"], "--scale is [0.5]"),
         ("finetune", [*FINETUNE, "--no_random_crop", "--random_crop_padding", "4"], "cannot be combined"),
+        ("finetune", [*FINETUNE, "--no_random_crop", "--scale", "0.5", "1"], "--scale and --no_random_crop cannot be"),
+        ("train", [*TRAIN, "--random_crop_padding", "0", "--scale", "0.5", "1"], "--scale and --random_crop_padding"),
         ("finetune", [*FINETUNE, "--learning_rate", "0"], "--learning_rate is 0.0"),
         ("finetune", [*FINETUNE, "--learning_rate", "1e-7"], "--min_lr is 1e-06, above --learning_rate"),
         ("finetune", [*FINETUNE, "--warmup_epochs", "1", "--num_warmup_steps", "9"], "cannot be combined"),
@@ -344,6 +349,9 @@ EVALUATE = ["--dataset_name", "d", "--model_name_or_path", "m"]
         ("finetune", [*FINETUNE, "--checkpointing_steps", "often"], "--checkpointing_steps is 'often'"),
         ("finetune", [*FINETUNE, "--seed", str(2**32)], "--seed is 4294967296: it must be from 0 to 4294967295"),
         ("finetune", [*FINETUNE, "--push_to_hub"], "--push_to_hub needs --hub_model_id"),
+        ("train", [*TRAIN, "--push_to_hub", "--hub_model_id", "user/name/"], "'user/name/' is not a valid repository"),
+        ("train", [*TRAIN, "--report_to", "wandb"], "--report_to is 'wandb': it needs --with_tracking"),
+        ("train", [*TRAIN, "--shuffle_buffer_size", "9"], "--shuffle_buffer_size is 9: it needs --streaming"),
         ("finetune", [*FINETUNE, "--train_val_split", "1"], "--train_val_split is 1.0"),
         ("finetune", [*FINETUNE, "--max_train_samples", "0"], "--max_train_samples is 0"),
         ("train", TRAIN[:4], "Give either --family"),
@@ -353,6 +361,7 @@ EVALUATE = ["--dataset_name", "d", "--model_name_or_path", "m"]
         ("train", [*TRAIN, "--patch_size", "7"], "`patch_size` is 7"),
         ("train", [*TRAIN, "--config_overrides", "hidden_size"], "it must be key=value"),
         ("train", [*TRAIN, "--config_overrides", "width=3"], "'width', which PlainMambaConfig does not have"),
+        ("train", [*TRAIN, "--config_overrides", 'id2label=["a"]'], "'id2label', which cannot be set this way"),
         ("train", [*TRAIN, "--config_overrides", "num_channels=1"], "the model's images have 1 channels"),
         ("train", [*CONTINUE, "--preset", "L1"], "--preset is for a new model"),
         ("train", [*CONTINUE, "--config_overrides", "hidden_size=8"], "--config_overrides is for a new model"),
@@ -360,6 +369,7 @@ EVALUATE = ["--dataset_name", "d", "--model_name_or_path", "m"]
         ("estimate", [*CONTINUE[4:], "--crop_pct", "1"], "--crop_pct is for a new model"),
         ("evaluate", [*EVALUATE, "--seed", "-1"], "--seed is -1"),
         ("evaluate", [*EVALUATE, "--json", "/nowhere/out.json"], "does not exist"),
+        ("evaluate", [*EVALUATE, "--save_results", f"{__file__}/out"], "test_scripts.py is a file"),
         ("evaluate", [*EVALUATE, "--dtype", "bfloat16", "--mixed_precision", "bf16"], "give only one of them"),
     ],
 )
@@ -412,7 +422,11 @@ def test_a_recipe_is_found_by_its_name_anywhere(tmp_path, monkeypatch):
 
 def test_a_checkpoint_takes_the_place_of_a_recipes_new_model():
     recipe = read_recipe("plainmamba_imagenette_80")
-    words = insert_recipe(["--recipe", "plainmamba_imagenette_80", "--model_name_or_path", "m"], recipe)
+    options = {name: name for name in recipe}
+    words = insert_recipe(["--recipe", "plainmamba_imagenette_80", "--model_name_or_path=m"], options)
+    assert "--family" in words, "the command has no other option for the model"
+    options["model_name_or_path"] = "model_name_or_path"
+    words = insert_recipe(["--recipe", "plainmamba_imagenette_80", "--model_name_or_path", "m"], options)
     aside = {"family", "preset", "patch_size", "config_overrides"}
     assert {word.removeprefix("--") for word in words if word.startswith("--")} == {*recipe} - aside | {
         "model_name_or_path"
@@ -434,12 +448,42 @@ def test_a_checkpoint_takes_the_place_of_a_recipes_new_model():
             {"prune_method": "tome", "importance": None, "prune_alignment": None, "keep_ratios": [0.7, 0.7, 0.7]},
         ),
         ("r_meeto_vim_s_imagenet", ["--warmup_epochs", "1"], {"warmup_epochs": 1, "num_warmup_steps": None}),
+        ("plainmamba_camvid_pruned", ["--num_train_epochs", "5"], {"num_train_epochs": 5, "max_train_steps": None}),
+        ("plainmamba_camvid_pruned", ["--epochs=5"], {"num_train_epochs": 5, "max_train_steps": None}),
+        ("few_images", ["--no_random_crop"], {"no_random_crop": True, "scale": [0.08, 1.0]}),
     ],
 )
 def test_any_value_of_a_recipe_is_overridden(recipe, options, expected):
-    types = [FinetuneArguments, PruningArguments, OptimizationArguments]
-    parsed = parse(types, "--model_name_or_path", "m", "--recipe", str(RECIPES / f"{recipe}.yaml"), *options)
+    task = choose_task(["--recipe", str(RECIPES / f"{recipe}.yaml")])
+    types = [TaskArguments, FinetuneArguments, PruningArguments, OptimizationArguments, task.training_arguments]
+    needed = ["--dataset_name", "d", "--model_name_or_path", "m"]
+    parsed = parse([*types, DataArguments], *needed, "--recipe", str(RECIPES / f"{recipe}.yaml"), *options)
     assert parsed.items() >= expected.items()
+
+
+@pytest.mark.parametrize("recipe", [file.stem for file in TRAINING_RECIPES])
+def test_a_recipe_is_estimated_without_its_options_of_data(recipe, capsys):
+    values = read_recipe(recipe)
+    model = [] if "family" in values else ["--family", "vim"]
+    wrong = ["--recipe", recipe, *model, "--num_images", "0"]
+    with pytest.raises(SystemExit):
+        load_script("estimate").main(wrong)
+    said = capsys.readouterr().err
+    # A teacher needs time, so it is not left out without a word.
+    assert ("['teacher_name_or_path'], which" if "teacher_name_or_path" in values else "--num_images is 0") in said
+
+
+def test_a_home_folder_is_replaced_everywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("output_dir: ~/runs/a b\nteacher_name_or_path: ~nobody-of-this-name/m\n")
+    types = [FinetuneArguments, RunArguments]
+    parsed = parse(types, "--recipe=~/own.yaml", "--model_name_or_path=~/modèle/", "--resume", "~/c")
+    assert parsed["output_dir"] == f"{tmp_path}/runs/a b"
+    assert parsed["model_name_or_path"] == f"{tmp_path}/modèle/"
+    assert parsed["resume"] == f"{tmp_path}/c"
+    assert parsed["teacher_name_or_path"] == "~nobody-of-this-name/m"
+    assert load_script("push").main(["~/model", "user/name"]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/model is not a folder.\n"
 
 
 @pytest.mark.parametrize(
@@ -509,6 +553,9 @@ def test_another_method_keeps_the_blocks_of_a_checkpoint():
         ([*SCHEDULE, "--resume", "nowhere"], "--resume nowhere is not a checkpoint"),
         ([*SCHEDULE, "--batch_size", "51"], "do not fill one batch of 51"),
         ([*SCHEDULE, "--alignment_layers", "7"], "the model has layers 0 to 3"),
+        ([*SCHEDULE, "--block_ratio_weight", "1"], "--block_ratio_weight is 1.0: it needs a --block_keep_ratio"),
+        ([*SCHEDULE, "--dataset_config_name", "small"], "only data sets on the Hub have configurations"),
+        ([*SCHEDULE, "--with_tracking", "--report_to", "comet_ml"], "no such experiment tracker is installed"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_status_1(changes, message, image_folder, checkpoint, tmp_path, capsys):

@@ -43,7 +43,7 @@ def test_a_batch_without_labels_changes_nothing_but_gives_every_parameter_a_grad
     assert all((each.grad == 0).all() for each in model.parameters())
 
 
-def test_a_saved_model_ignores_the_index_of_this_data_set(tmp_path):
+def test_a_saved_model_ignores_the_index_of_this_data_set(tmp_path, caplog):
     first = make_task().auto_class.from_config(make_vim_config(id2label=dict(enumerate(NAMES))))
     save_for_hub(first, tmp_path)
     labels = torch.randint(3, (2, 32, 32))
@@ -53,6 +53,7 @@ def test_a_saved_model_ignores_the_index_of_this_data_set(tmp_path):
     models = [task.load_model(str(tmp_path), NAMES).train() for task in (as_published, other)]
     expected = loss_of(as_published, models[0], partly.where(partly != 9, 255))
     torch.testing.assert_close(loss_of(other, models[1], partly), expected)
+    assert f"{tmp_path} has a head already: --head_channels, --auxiliary_channels is not used." in caplog.text
 
 
 def test_short_side_is_the_size_of_images():

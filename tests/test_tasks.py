@@ -56,7 +56,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], P
 @cache
 def load_datasets(task: str, data: Path, streaming: bool) -> ImageDatasets:
     """Cached, because evaluation images of a stream are read and stored, which takes longer than the run."""
-    arguments = DataArguments(str(data), streaming=streaming, shuffle_buffer_size=5, dataloader_num_workers=0)
+    buffer = {"shuffle_buffer_size": 5} if streaming else {}
+    arguments = DataArguments(str(data), streaming=streaming, dataloader_num_workers=0, **buffer)
     return TESTED[task].random().load_datasets(arguments, seed=0)
 
 

@@ -31,7 +31,7 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.cards import card_writer
-from hf_vssm_prune.training.checkpoints import find_checkpoints, find_resumed
+from hf_vssm_prune.training.checkpoints import check_output_dir, find_checkpoints, find_resumed
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
 from hf_vssm_prune.training.distribution import ProcessLostError, lost_processes_named
 from hf_vssm_prune.training.divergence import TrainingDivergedError
@@ -564,6 +564,8 @@ def test_training_learns(family, datasets, tmp_path):
     assert losses[0] > 0.5
     assert losses[-1] < 0.1
     assert results["eval_top1"] == 1.0
+    with pytest.raises(FileExistsError, match=r"contains the results of an earlier run \(all_results.json\)"):
+        check_output_dir(recipe.run)
 
 
 @pytest.mark.parametrize("family", sorted(MAKE_CONFIG))

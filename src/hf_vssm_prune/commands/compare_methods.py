@@ -49,6 +49,8 @@ class ComparisonArguments:
             raise ValueError(f"--schedules {self.schedules} cannot be read: {error}") from error
         if not isinstance(content, dict) or not all(isinstance(each, dict) for each in content.values()):
             raise ValueError(f"--schedules {self.schedules} does not map names to `token_pruning` options.")
+        if "dense" in content:
+            raise ValueError(f"--schedules {self.schedules} names 'dense', which is the model without pruning.")
         return content
 
 

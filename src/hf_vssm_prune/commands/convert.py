@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
                 )
             model = to_checkpoint(options)
         else:
+            if options.target.suffix in (".pth", ".safetensors"):
+                raise ValueError(f"{options.target} would be a folder: a checkpoint file is converted to a folder.")
             model = to_folder(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

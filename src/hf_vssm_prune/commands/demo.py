@@ -40,13 +40,14 @@ from hf_vssm_prune.training.arguments import (
     RunArguments,
 )
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_evaluation_dataset
+from hf_vssm_prune.training.data.sources import PACKAGED_DATA
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
 from hf_vssm_prune.training.loop import Recipe
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
 from hf_vssm_prune.visualization import draw_classification, image_from_pixel_values, image_statistics
 
 
-DATASET = "trashnet"
+DATASET = str(PACKAGED_DATA / "trashnet")  # not by name, because the working folder may have a folder of that name
 BUDGET = {"flops_reduction": 0.416}  # as the paper prunes PlainMamba-L3
 PAPERS: dict[str, Any] = BUDGET | {"method": PAPERS_METHOD}
 DEFAULT: dict[str, Any] = BUDGET | {"method": RECOMMENDED_METHOD}
@@ -77,11 +78,11 @@ def prune_example(options: argparse.Namespace) -> int:
     image_processor = load_image_processor(EXAMPLE_MODEL)
     images = EvaluationImages(dataset, image_processor)
 
-    shutil.rmtree(output / "finetuning", ignore_errors=True)
     models = {name: load_example(pruning) for name, pruning in UNTRAINED.items()}
     for name, pruning in FINETUNINGS.items():
         say(f"Fine-tuning the model pruned by {pruning['method']}, with the dense one as its teacher")
         folder = output / "finetuning" / pruning["method"]
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
         jobs.prepare_finetuning(*recipe(options, folder, pruning)).train()
         models[name] = load_classifier(folder / "last")
 

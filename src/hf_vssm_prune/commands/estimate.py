@@ -2,7 +2,8 @@
 
     hf-vssm-prune estimate --recipe top_plainmamba_l3_imagenet --family plainmamba --preset L3
 
-It takes the options of `finetune`, with the same defaults, and those of `train` for a new model. It prints steps,
+It takes the options of `finetune`, with the same defaults, and those of `train` for a new model; options of a recipe
+that are about data and output are left out. It prints steps,
 FLOPs, memory and device-hours at the assumed speed (`--device_tflops`), and measures the same model with synthetic
 images on this machine.
 """
@@ -16,6 +17,7 @@ from typing import Any
 from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.hub.loading import load_config
 from hf_vssm_prune.training.arguments import (
+    DataArguments,
     DenseModelArguments,
     ElasticArguments,
     EstimateArguments,
@@ -23,13 +25,22 @@ from hf_vssm_prune.training.arguments import (
     OptimizationArguments,
     OptionParser,
     PruningArguments,
+    RunArguments,
     ScaleArguments,
     parse_arguments,
 )
 from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.estimate import estimate_run, estimate_text
 from hf_vssm_prune.training.image_size import config_at_size
+from hf_vssm_prune.training.labels import name_labels
 from hf_vssm_prune.training.tasks import Task, TaskArguments, choose_task
+
+
+NUM_CLASSES = 1000  # ImageNet-1k's
+
+
+def label_names(count: int) -> list[str]:
+    return [f"class {i}" for i in range(count)]
 
 
 def option_types(task: type[Task]) -> list[Any]:
@@ -52,17 +63,20 @@ def make_parser(prog: str | None = None) -> OptionParser:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     task = choose_task(arguments)
-    parsed = parse_arguments(option_types(task), arguments, __doc__, prog)
+    parsed = parse_arguments(option_types(task), arguments, __doc__, prog, [DataArguments, RunArguments])
     _, model, losses, pruning, optimization, of_task, elastic, scale, options = parsed
     try:
         if model.model_name_or_path is None:
-            config = model.config([f"class {i}" for i in range(options.num_classes)], optimization.drop_path)
+            config = model.config(label_names(options.num_classes or NUM_CLASSES), optimization.drop_path)
         else:
             config = load_config(model.model_name_or_path)
+            if options.num_classes is not None:
+                name_labels(config, label_names(options.num_classes))
         pruned = pruned_config(config)
         if model.image_size is not None:  # a new model has this size already
             pruned.image_size = config_at_size(pruned, model.image_size).image_size
         pruned.token_pruning = pruning.schedule(pruned)
+        losses.check_schedule(pruned.token_pruning)
         estimate = estimate_run(task(of_task), config, optimization, losses, elastic, scale, options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.hub.pushing import list_pushed_files, push_model
+from hf_vssm_prune.hub.pushing import check_repo_id, list_pushed_files, push_model
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -27,6 +27,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = make_parser(prog).parse_args(arguments)
     try:
+        check_repo_id(options.repo_id)
         files = list_pushed_files(options.folder)
         for file in files:
             print(f"{file.size:>12,}  {file.path.name}")

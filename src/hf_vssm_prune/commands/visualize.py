@@ -24,6 +24,7 @@ from hf_vssm_prune.visualization_of_heads import visualize_dense
 
 
 DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
+DEFAULT_SAMPLING = "uniform"
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -43,8 +44,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--frame_sampling",
         choices=SAMPLINGS,
-        default="uniform",
-        help="how frames of a video are sampled (default: %(default)s)",
+        help=f"how frames of a video are sampled (default: {DEFAULT_SAMPLING})",
     )
     parser.add_argument(
         "--output",
@@ -60,12 +60,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         check_output_file("output", options.output)
         model = load_any_model(options.model_name_or_path)
         config = pruned_config(model.config)
+        if config.modality != "video" and options.frame_sampling is not None:
+            raise ValueError(f"--frame_sampling is for videos; {options.model_name_or_path} is a model for images.")
         if options.flops_reduction is not None:
             model.set_token_pruning({"flops_reduction": options.flops_reduction})
         elif config.token_pruning is None:
             model.set_token_pruning({"flops_reduction": DENSE_MODELS_REDUCTION})
         image_processor = load_image_processor(options.model_name_or_path)
-        inputs: list[Any] = [read_input(file, config, options.frame_sampling) for file in options.files]
+        inputs: list[Any] = [
+            read_input(file, config, options.frame_sampling or DEFAULT_SAMPLING) for file in options.files
+        ]
         if config.modality == "video" and Path(options.output).suffix.lower() in FORMATS:
             if len(inputs) > 1 or options.importance:
                 raise ValueError(f"--output {options.output}: an animation shows one video, without importance.")

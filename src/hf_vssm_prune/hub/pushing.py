@@ -70,6 +70,18 @@ def list_pushed_files(folder: str | Path) -> list[PushedFile]:
     ]
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raises an error for a name that no repository can have.
+
+    Raises:
+        ValueError: it is one.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is not a valid repository name: use user/name.") from error
+
+
 def push_model(
     folder: str | Path,
     repo_id: str,
@@ -103,10 +115,7 @@ def push_model(
         PushError: the Hub rejected the request, cannot be reached, or has changed in the meantime.
     """
     files = list_pushed_files(folder)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is not a valid repository name: use user/name.") from error
+    check_repo_id(repo_id)
     api = HfApi(token=token)
     with _explained(repo_id):
         if "/" not in repo_id:

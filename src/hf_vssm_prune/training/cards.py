@@ -8,9 +8,9 @@ from hf_vssm_prune.commands import command_line
 from hf_vssm_prune.hub.loading import packaged_model
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.training.arguments import DataArguments
-from hf_vssm_prune.training.data.paths import local_path
 from hf_vssm_prune.training.data.sources import PACKAGED_NAMES
 from hf_vssm_prune.training.loop import Recipe
+from hf_vssm_prune.training.paths import local_path
 from hf_vssm_prune.training.saved_models import WriteCard
 
 

@@ -6,7 +6,6 @@ state, because all randomness in a step depends only on the seed and the positio
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_vssm_prune.training.arguments import RunArguments
+from hf_vssm_prune.training.arguments.parsing import check_output_folder
 from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.distribution import (
     load_whole_model_state,
@@ -88,17 +88,13 @@ def check_output_dir(run: RunArguments) -> None:
     """Raises an error if two runs would be mixed in a folder.
 
     Raises:
-        FileExistsError: the folder has checkpoints, and the run does not resume from one.
+        FileExistsError: the folder has checkpoints or results, and the run does not resume.
         NotADirectoryError: the folder or one of its parents is a file.
         PermissionError: there is no permission to write there.
         FileNotFoundError: the checkpoint to resume from does not exist.
     """
     output_dir = Path(run.output_dir)
-    existing = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"--output_dir {output_dir}: {existing} is a file.")
-    if not os.access(existing, os.W_OK):
-        raise PermissionError(f"--output_dir {output_dir}: no permission to write to {existing}.")
+    check_output_folder("output_dir", output_dir)
     _restore_replaced(output_dir)
     if run.resume is not None:
         find_resumed(output_dir, run.resume)
@@ -106,6 +102,11 @@ def check_output_dir(run: RunArguments) -> None:
         raise FileExistsError(
             f"--output_dir {output_dir} contains checkpoints of an earlier run (the last is {found[-1].name}): "
             "resume it with --resume latest, or choose another folder."
+        )
+    elif (output_dir / RESULTS).exists():
+        raise FileExistsError(
+            f"--output_dir {output_dir} contains the results of an earlier run ({RESULTS}), which had no checkpoints: "
+            "choose another folder."
         )
 
 

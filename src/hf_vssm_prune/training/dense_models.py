@@ -31,7 +31,8 @@ class NewHead(Protocol):
     """Options of a new head.
 
     Attributes:
-        image_size: (height, width) to which a classifier's position embeddings are resized; None: they are unchanged.
+        image_size: (height, width) of a new model's images, to which a classifier's position embeddings are resized;
+            None: those of the classifier.
     """
 
     @property
@@ -62,9 +63,11 @@ class DenseModels:
     head: NewHead
 
     def from_config(self, config: Any, **options: Any) -> Any:
-        """A new model."""
+        """A new model. For a classifier's configuration, its images have the size of the head's."""
         if pruned_config(config) is config:
             config = self.head.config(config)
+            if self.head.image_size is not None:
+                config.backbone_config.image_size = self.head.image_size
         return self.prepare(new_dense_model(config, **options))
 
     def from_pretrained(self, name_or_path: str, **options: Any) -> Any:
@@ -152,7 +155,7 @@ def _on_classifier(models: DenseModels, name_or_path: str, label_names: Sequence
     config.token_pruning, config.drop_path_rate = None, drop_path_rate
     name_labels(config, label_names)
     logger.info("%s becomes the backbone under a new head for %s.", name_or_path, say_labels(label_names))
-    model = put_pretrained_backbone(models.from_config(config), classifier).eval()
+    model = put_pretrained_backbone(models.from_config(models.head.config(config)), classifier).eval()
     if models.head.image_size is not None:
         resize_model(model, models.head.image_size)
     return model

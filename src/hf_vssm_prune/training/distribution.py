@@ -67,6 +67,9 @@ def make_accelerator(
         timeout: seconds to wait for a process that does not respond.
         find_unused_parameters: tells DDP that some steps do not use all parameters.
         The rest: as for `Accelerator`.
+
+    Raises:
+        ValueError: the experiment tracker in `log_with` is unknown or not installed.
     """
     fsdp = fsdp or is_switched_on("ACCELERATE_USE_FSDP")
     plugin = _fsdp2_plugin() if fsdp else None
@@ -84,6 +87,8 @@ def make_accelerator(
             DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
         ],
     )
+    if log_with is not None and not accelerator.log_with:  # which is only a debug message of Accelerate
+        raise ValueError(f"--report_to {log_with}: no such experiment tracker is installed.")
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         _let_cpus_shard(accelerator, plugin)
     return accelerator

@@ -88,8 +88,10 @@ def estimate_run(
         config: configuration of a model for the task, or of a model that the task can convert to one.
 
     Raises:
-        ValueError: there are too few images for one full batch, or the warm-up is as long as the run.
+        ValueError: there are too few images for one full batch, the warm-up is as long as the run, or a layer to align
+            does not exist.
     """
+    losses.loss_weights().check_layers(pruned_config(config).num_hidden_layers)
     given = config
     with torch.device("meta"):
         config = task.auto_class.from_config(config).config

@@ -32,6 +32,7 @@ from hf_vssm_prune.training.arguments import (
     PruningArguments,
     TeacherArguments,
 )
+from hf_vssm_prune.training.arguments.parsing import exclude
 from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.cards import card_writer
 from hf_vssm_prune.training.checkpoints import check_output_dir
@@ -71,6 +72,7 @@ def prepare_finetuning(
             f"{model.model_name_or_path} has no pruning schedule, and none was given: give --prune_layers and "
             "--keep_ratios, or --flops_reduction. To fine-tune a dense model use `hf-vssm-prune train`."
         )
+    model.check_schedule(schedule)
     set_seed(recipe.run.seed)
     datasets = recipe.task.load_datasets(data, recipe.run.seed)
     drop_path = recipe.optimization.drop_path
@@ -108,6 +110,7 @@ def prepare_dense_training(
         config = model.config(datasets.label_names, drop_path)
         network = recipe.task.auto_class.from_config(config)
         processor = new_image_processor(config, model.image_mean, model.image_std, model.crop_pct)
+        processor = _at_size(recipe.task, network, processor, model.image_size)
     else:
         network = recipe.task.load_model(
             model.model_name_or_path, datasets.label_names, drop_path, model.ignore_mismatched_sizes
@@ -219,6 +222,12 @@ def evaluate(
             )
     config = pruned_config(load_config(options.model_name_or_path))
     schedule = pruning.schedule(config)
+    if schedule is None and beside.dense_name_or_path is not None:
+        raise ValueError(
+            f"--dense_name_or_path {beside.dense_name_or_path} is compared with a pruned model, but "
+            f"{options.model_name_or_path} has no pruning schedule: give --flops_reduction, or --prune_layers and "
+            "--keep_ratios."
+        )
     rows, label_names = _load_rows(task, data, options)
     load = partial(task.load_model, label_names=label_names, some_labels=True, dtype=options.dtype)
     models = {"dense": load(beside.dense_name_or_path or options.model_name_or_path)}
@@ -292,6 +301,7 @@ def _sharing_weights(task: Task, model: PrunableModel, token_pruning: dict[str, 
 def _load_rows(task: Task, data: EvaluationDataArguments, options: EvaluationArguments) -> tuple[Any, Sequence[str]]:
     """The rows of the data set chosen by the options, and the names of its labels."""
     set_seed(options.seed)
+    exclude("eval_split", data.eval_split, "train_val_split", options.train_val_split)
     if options.train_val_split is None:
         rows, label_names = task.load_evaluation_dataset(data, options.seed)
         if data.eval_split is None and str(getattr(rows, "split", None)) == "train":

@@ -1,11 +1,13 @@
 """Recipes: options of the training commands in a YAML file. Options on the command line override them."""
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hf_vssm_prune.training.paths import local_path
 
 
 # A wheel contains the recipes in the package; in the repository (editable installation), they are next to `src`.
@@ -18,10 +20,12 @@ PACKAGED_RECIPES = next(
 SET_ASIDE = {
     "flops_reduction": ["keep_ratios"],
     "keep_ratios": ["flops_reduction"],
+    "num_train_epochs": ["max_train_steps"],
     "num_warmup_steps": ["warmup_epochs"],
     "warmup_epochs": ["num_warmup_steps"],
-    "no_random_crop": ["random_crop_padding"],
-    "random_crop_padding": ["no_random_crop"],
+    "no_random_crop": ["random_crop_padding", "scale"],
+    "random_crop_padding": ["no_random_crop", "scale"],
+    "scale": ["no_random_crop", "random_crop_padding"],
     "prune_method": ["prune_alignment", "importance"],
     "window": ["window_stride"],
     "model_name_or_path": ["family", "preset", "patch_size", "config_overrides", "image_mean", "image_std", "crop_pct"],
@@ -29,13 +33,16 @@ SET_ASIDE = {
 }
 
 
-def insert_recipe(arguments: Sequence[str], options: Collection[str]) -> list[str]:
+def insert_recipe(
+    arguments: Sequence[str], options: Mapping[str, str], of_other_commands: Collection[str] = ()
+) -> list[str]:
     """Replaces `--recipe FILE` with the options in the file, placed before all others so that those override them; see
     also `SET_ASIDE`.
 
     Args:
         arguments: arguments of the command line.
-        options: options that the command knows, without dashes.
+        options: options that the command knows: from each spelling, without dashes, to the name.
+        of_other_commands: options that a recipe may have although the command has no use for them.
 
     Raises:
         ValueError: the file is missing, is not a YAML mapping, or has an option that the command does not know.
@@ -46,11 +53,15 @@ def insert_recipe(arguments: Sequence[str], options: Collection[str]) -> list[st
     if given.recipe is None:
         return rest
     recipe = read_recipe(given.recipe)
-    if unknown := sorted(set(recipe) - set(options)):
+    if unknown := sorted(set(recipe) - set(options) - set(of_other_commands)):
         raise ValueError(f"--recipe {given.recipe} has {unknown}, which are not options of this command; see --help.")
-    over = [word.removeprefix("--").partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
-    aside = {name for option in over for name in SET_ASIDE.get(option, [])}
-    kept = {name: value for name, value in recipe.items() if value is not None and name not in aside}
+    over = [options.get(word.removeprefix("--").partition("=")[0]) for word in rest if word.startswith("--")]
+    aside = {name for option in over if option is not None for name in SET_ASIDE.get(option, [])}
+    kept = {
+        name: value
+        for name, value in recipe.items()
+        if value is not None and name in options and options[name] not in aside
+    }
     return [word for name, value in kept.items() for word in _words(name, value)] + rest
 
 
@@ -60,7 +71,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
     Raises:
         ValueError: neither exists.
     """
-    path = Path(name_or_path)
+    path = local_path(name_or_path)
     if path.is_file() or path.suffix or len(path.parts) > 1:
         return path
     file = PACKAGED_RECIPES / f"{name_or_path}.yaml"

@@ -2,9 +2,16 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hf_vssm_prune.training.arguments.model import WEIGHT_DTYPES
-from hf_vssm_prune.training.arguments.parsing import MOST_SEED, check_output_file, check_range, describe
+from hf_vssm_prune.training.arguments.parsing import (
+    MOST_SEED,
+    check_output_file,
+    check_output_folder,
+    check_range,
+    describe,
+)
 
 
 @dataclass
@@ -55,6 +62,11 @@ class EvaluationArguments:
                 "only one of them."
             )
         check_output_file("json", self.json)
+        if self.save_results is not None:
+            path = Path(self.save_results)
+            if path.suffix and path.is_dir():  # `evaluate.save` takes it for a file
+                raise ValueError(f"--save_results {path} is a folder; with a suffix, it must be a file.")
+            check_output_folder("save_results", path.parent if path.suffix else path)
 
 
 @dataclass
@@ -79,7 +91,9 @@ class EstimateArguments:
 
     num_images: int = field(default=1_281_167, metadata=describe("number of training images; by default ImageNet-1k's"))
     num_eval_images: int = field(default=50_000, metadata=describe("number of images evaluated after each epoch"))
-    num_classes: int = field(default=1000, metadata=describe("number of labels"))
+    num_classes: int | None = field(
+        default=None, metadata=describe("number of labels; by default the checkpoint's, or 1000 for a new model")
+    )
     num_devices: int = field(default=8, metadata=describe("number of devices"))
     device_tflops: float = field(
         default=40.0,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,6 +16,8 @@ from hf_vssm_prune.training.recipes import SET_ASIDE
 
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+# Options of a configuration that other options or the data set determine.
+SET_ELSEWHERE = ("token_pruning", "drop_path_rate", "image_size", "patch_size", "id2label", "label2id")
 
 
 @dataclass
@@ -88,6 +90,15 @@ class LossArguments(DistillationArguments):
         check_range("block_ratio_weight", self.block_ratio_weight, 0, math.inf, below=True)
         if self.alignment_layers is not None and self.alignment_weight == 0:
             raise ValueError("--alignment_layers needs an --alignment_weight above 0.")
+
+    def check_schedule(self, schedule: Mapping[str, Any] | None) -> None:
+        """Raises an error for a weight of a loss that a schedule does not have.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if self.block_ratio_weight is not None and (schedule or {}).get("block_keep_ratio") is None:
+            raise ValueError(f"--block_ratio_weight is {self.block_ratio_weight}: it needs a --block_keep_ratio.")
 
     def loss_weights(self) -> LossWeights:
         layers = None if self.alignment_layers is None else tuple(self.alignment_layers)
@@ -202,7 +213,7 @@ def _parse_overrides(overrides: Sequence[str], family: type[VisionMambaConfig]) 
         name, separator, value = override.partition("=")
         if not separator:
             raise ValueError(f"--config_overrides has {override!r}: it must be key=value.")
-        if name in ("token_pruning", "drop_path_rate", "image_size", "patch_size") or name.startswith("_"):
+        if name in SET_ELSEWHERE or name.startswith("_"):
             raise ValueError(f"--config_overrides has {name!r}, which cannot be set this way; see --help.")
         if name not in family.__dataclass_fields__:
             raise ValueError(f"--config_overrides has {name!r}, which {family.__name__} does not have.")

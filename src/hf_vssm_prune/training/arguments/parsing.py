@@ -15,17 +15,33 @@ MOST_SEED = 2**32 - 1  # NumPy's global generator accepts no more
 
 
 def parse_arguments(
-    dataclass_types: list[Any], arguments: Sequence[str] | None, description: str | None, prog: str | None = None
+    dataclass_types: list[Any],
+    arguments: Sequence[str] | None,
+    description: str | None,
+    prog: str | None = None,
+    of_other_commands: Sequence[Any] = (),
 ) -> tuple:
     """Parses a command line and its recipe into dataclasses. If there is a mistake, prints it and exits with status 2.
-    For the arguments, see `OptionParser`."""
+
+    Args:
+        dataclass_types, description, prog: see `OptionParser`.
+        arguments: the words of the command line; None: those of the process.
+        of_other_commands: dataclasses whose options a recipe may have, although the command has no use for them.
+    """
     parser = OptionParser(dataclass_types, description, prog)
-    options = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    options = _spellings(parser)
+    del options["recipe"]
+    others = _spellings(OptionParser(of_other_commands, None)) if of_other_commands else {}
     try:
-        words = insert_recipe(sys.argv[1:] if arguments is None else arguments, options - {"recipe"})
+        words = insert_recipe(sys.argv[1:] if arguments is None else arguments, options, others)
         return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[: len(dataclass_types)]
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def _spellings(parser: OptionParser) -> dict[str, str]:
+    """The options of a parser: from each spelling, without dashes, to the name."""
+    return {option.removeprefix("--"): action.dest for action in parser._actions for option in action.option_strings}
 
 
 def describe(text: str, *aliases: str, choices: Sequence[str] | None = None) -> dict[str, Any]:
@@ -53,6 +69,21 @@ def check_output_file(name: str, file: str | Path | None) -> None:
         raise ValueError(f"--{name} {file}: its folder does not exist.")
     if not os.access(file if Path(file).exists() else folder, os.W_OK):
         raise ValueError(f"--{name} {file} cannot be written: permission denied.")
+
+
+def check_output_folder(name: str, folder: str | Path) -> None:
+    """The same for a folder, which is created if it does not exist.
+
+    Raises:
+        NotADirectoryError: the folder or one of its parents is a file.
+        PermissionError: there is no permission to write there.
+    """
+    absolute = Path(folder).absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--{name} {folder}: {existing} is a file.")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"--{name} {folder}: no permission to write to {existing}.")
 
 
 def exclude(first: str, first_value: object, second: str, second_value: object) -> None:

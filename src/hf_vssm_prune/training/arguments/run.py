@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from hf_vssm_prune.hub.pushing import check_repo_id
 from hf_vssm_prune.training.arguments.parsing import MOST_SEED, check_range, describe
 
 
@@ -32,9 +33,12 @@ class RunArguments:
     )
     logging_steps: int = field(default=50, metadata=describe("steps between log lines", "--log_interval"))
     with_tracking: bool = field(default=False, metadata=describe("log metrics to experiment trackers"))
-    report_to: str = field(
-        default="tensorboard",
-        metadata=describe("experiment trackers: tensorboard, wandb, ..., or 'all' that are installed"),
+    report_to: str | None = field(
+        default=None,
+        metadata=describe(
+            "experiment tracker with --with_tracking: tensorboard, wandb, ..., or 'all' that are installed; by default "
+            "tensorboard"
+        ),
     )
     use_cpu: bool = field(default=False, metadata=describe("train on the CPU even if there is a GPU"))
     push_to_hub: bool = field(
@@ -53,8 +57,12 @@ class RunArguments:
             )
         check_range("save_total_limit", self.save_total_limit, 1, math.inf)
         check_range("logging_steps", self.logging_steps, 1, math.inf)
+        if self.report_to is not None and not self.with_tracking:
+            raise ValueError(f"--report_to is {self.report_to!r}: it needs --with_tracking.")
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("--push_to_hub needs --hub_model_id user/name.")
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id)
 
 
 @dataclass

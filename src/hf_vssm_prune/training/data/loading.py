@@ -149,7 +149,7 @@ def load_evaluation_dataset(
     split = split or find_evaluation_split(splits, excluded=None) or next(iter(splits))
     rows = choose_split(splits, split, name_or_path)
     dataset, label_names = standardize(rows, image_column, label_column, medium=medium)
-    return draw_samples(dataset, max_samples, "max_samples", seed, medium), label_names
+    return draw_samples(dataset, max_samples, "max_eval_samples", seed, medium), label_names
 
 
 def choose_split(splits: DatasetDict | IterableDatasetDict, split: str, name_or_path: str | Path) -> Any:

@@ -23,9 +23,9 @@ from datasets.exceptions import DatasetGenerationError
 from pyarrow.parquet import ParquetFile
 
 from hf_vssm_prune.training.data.media import IMAGES, Medium
-from hf_vssm_prune.training.data.paths import local_path
 from hf_vssm_prune.training.data.stored_files import stored_file, stored_splits
 from hf_vssm_prune.training.data.tables import TABLE_SUFFIXES, read_tables
+from hf_vssm_prune.training.paths import local_path
 
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ def load_splits(
         ValueError: the data set does not exist, cannot be read, or cannot be streamed.
     """
     path = local_path(name_or_path)
+    if path.exists() or str(name_or_path) in PACKAGED_NAMES:
+        refuse_configuration(name_or_path, config_name)
     if path.is_file():
         if path.suffix.lower() in TABLE_SUFFIXES:
             return _load_tables([path], streaming, medium, headings)
@@ -91,6 +93,15 @@ def load_splits(
         raise ValueError(
             f"'{name}' is not a local folder or Parquet file, and cannot be loaded from the Hub as a data set: {error}"
         ) from error
+
+
+def refuse_configuration(name_or_path: str | Path, config_name: str | None) -> None:
+    """Raises an error if a data set that is not on the Hub is given the name of a configuration."""
+    if config_name is not None:
+        raise ValueError(
+            f"--dataset_config_name is {config_name!r}, but only data sets on the Hub have configurations, and "
+            f"'{name_or_path}' is a local one."
+        )
 
 
 def _load_folder(

@@ -11,8 +11,8 @@ from pathlib import Path
 from datasets import ClassLabel, DatasetDict, Features
 
 from hf_vssm_prune.training.data.media import Medium
-from hf_vssm_prune.training.data.paths import local_path
 from hf_vssm_prune.training.data.stored_files import stored_file, stored_splits
+from hf_vssm_prune.training.paths import local_path
 
 
 TABLE_SUFFIXES = (".csv", ".tsv")

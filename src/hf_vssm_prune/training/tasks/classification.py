@@ -38,6 +38,7 @@ from hf_vssm_prune.visualization import draw_classification, image_statistics
 
 # ImageNet results are usually reported as top-1 and top-5 accuracy.
 NUM_GUESSES = 5
+SCALE = [0.08, 1.0]  # DeiT's
 
 
 @dataclass
@@ -47,7 +48,7 @@ class AugmentationArguments:
     _argument_group_name = "augmentation"
 
     scale: list[float] = field(
-        default_factory=lambda: [0.08, 1.0],
+        default_factory=lambda: list(SCALE),
         metadata=describe("minimum and maximum area of a random resized crop, as fractions"),
     )
     random_crop_padding: int | None = field(
@@ -70,6 +71,9 @@ class AugmentationArguments:
     def __post_init__(self) -> None:
         if self.no_random_crop and self.random_crop_padding:
             raise ValueError("--no_random_crop and --random_crop_padding cannot be combined: give one of them.")
+        if (self.no_random_crop or self.random_crop_padding is not None) and self.scale != SCALE:
+            name = "no_random_crop" if self.no_random_crop else "random_crop_padding"
+            raise ValueError(f"--scale and --{name} cannot be combined: give one of them.")
         if len(self.scale) != 2:
             raise ValueError(f"--scale is {self.scale}: give the smallest and the largest fraction.")
         self.image_augmentation()

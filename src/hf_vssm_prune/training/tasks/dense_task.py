@@ -1,14 +1,21 @@
 """What segmentation and detection have in common; see `task.Task`."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import numpy as np
 
+from hf_vssm_prune.configuration_common import pruned_config
+from hf_vssm_prune.hub.loading import load_config
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement
 from hf_vssm_prune.training import dense_models
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_levels(levels: list[int] | None) -> None:
@@ -26,6 +33,7 @@ def check_scale(scale: list[float]) -> None:
 class DenseTask:
     """Models with a head on a backbone (see `dense_models`). Images are not mixed."""
 
+    arguments: Any
     auto_class: ClassVar[Any]
     shown_metrics: ClassVar[Mapping[str, tuple[str, str]]]
 
@@ -38,9 +46,18 @@ class DenseTask:
         some_labels: bool = False,
         dtype: str = "float32",
     ) -> PrunableModel:
+        if pruned_config(config := load_config(name_or_path)) is not config:
+            self._warn_of_idle_options(name_or_path)
         return dense_models.load_model(
             self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels, dtype
         )
+
+    def _warn_of_idle_options(self, name_or_path: str) -> None:
+        """Logs which of the given options are for a new head, if the checkpoint has one."""
+        defaults = {option.name: option.default for option in fields(self.arguments)}
+        names = getattr(self.arguments, "of_new_heads", ())
+        if idle := [f"--{name}" for name in names if getattr(self.arguments, name) != defaults[name]]:
+            logger.warning("%s has a head already: %s is not used.", name_or_path, ", ".join(idle))
 
     def load_teacher(
         self,

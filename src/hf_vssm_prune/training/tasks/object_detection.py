@@ -62,6 +62,11 @@ class BoxArguments:
 class DetectionArguments(BoxArguments):
     """Format of the objects, augmentation of the images, and options of a new head."""
 
+    of_new_heads: ClassVar[tuple[str, ...]] = (
+        *("head", "head_channels", "head_ffn_channels", "head_attention_heads", "encoder_layers", "decoder_layers"),
+        *("num_queries", "num_denoising", "levels", "feature_norm", "feature_pyramid"),
+    )
+
     input_size: list[int] | None = field(
         default=None,
         metadata=describe(

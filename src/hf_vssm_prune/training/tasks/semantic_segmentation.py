@@ -111,6 +111,14 @@ def _height_width(name: str, value: Sequence[int]) -> tuple[int, int]:
 class SegmentationArguments(MaskArguments):
     """Format of the masks, augmentation of the images, and options of a new head."""
 
+    of_new_heads: ClassVar[tuple[str, ...]] = (
+        "head_channels",
+        "auxiliary_channels",
+        "levels",
+        "feature_norm",
+        "feature_pyramid",
+    )
+
     crop_size: list[int] = field(
         default_factory=lambda: [512], metadata=describe("height and width of training crops, or one number")
     )
