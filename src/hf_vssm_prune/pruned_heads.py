@@ -42,6 +42,8 @@ _thread.call = None  # so that the second call of a compiled model finds what th
 
 
 def _listen(backbone: nn.Module) -> None:
+    """Adds these hooks, unless the backbone has them: before the first call, which may be compiled, and in each call,
+    because the backbone may have been exchanged."""
     if _add_options not in backbone._forward_pre_hooks.values():
         backbone.register_forward_pre_hook(_add_options, with_kwargs=True)
     if _see not in backbone._forward_hooks.values():

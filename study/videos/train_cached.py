@@ -28,7 +28,7 @@ from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.training.arguments import DataArguments
 from hf_vssm_prune.training.atomic_files import write_json
-from hf_vssm_prune.training.losses import LossWeights, training_loss
+from hf_vssm_prune.training.losses import LossWeights, run_teacher, training_loss
 from hf_vssm_prune.training.tasks.task import Batch
 from hf_vssm_prune.training.tasks.video_classification import VideoClassification, VideoTrainingArguments
 
@@ -216,8 +216,7 @@ class _Loss(nn.Module):
         weights = LossWeights(kd_weight=1.0, alignment_weight=1.0) if teacher else LossWeights()
         inputs = task.inputs(batch) | {"output_hidden_states": teacher is not None}
         outputs = self.model(**inputs)
-        with torch.no_grad():
-            targets = teacher(**inputs) if teacher else None
+        targets = run_teacher(teacher, inputs) if teacher else None
         layers = self.model.config.token_pruning["layers"] if teacher else []
         return training_loss(task, outputs, targets, batch, weights, layers)["loss"]
 

@@ -3,9 +3,8 @@
     hf-vssm-prune estimate --recipe top_plainmamba_l3_imagenet --family plainmamba --preset L3
 
 It takes the options of `finetune`, with the same defaults, and those of `train` for a new model; options of a recipe
-that are about data and output are left out. It prints steps,
-FLOPs, memory and device-hours at the assumed speed (`--device_tflops`), and measures the same model with synthetic
-images on this machine.
+that are about data and output are left out. It prints steps, FLOPs, memory and device-hours at the assumed speed
+(`--device_tflops`), and measures the same model with synthetic images on this machine.
 """
 
 import sys

@@ -1,16 +1,8 @@
 """The parser of a verb with few options."""
 
 import argparse
-import sys
-from collections.abc import Sequence
-from typing import Any
 
-from hf_vssm_prune.training.paths import expand_home
-
-
-class _Parser(argparse.ArgumentParser):
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        return super().parse_known_args(expand_home(sys.argv[1:] if args is None else args), namespace)
+from hf_vssm_prune.training.paths import PathParser
 
 
 def command_parser(description: str | None, prog: str | None) -> argparse.ArgumentParser:
@@ -20,4 +12,4 @@ def command_parser(description: str | None, prog: str | None) -> argparse.Argume
         description: the docstring of the verb's file.
         prog: the program's name in messages; None: that of the running script.
     """
-    return _Parser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return PathParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

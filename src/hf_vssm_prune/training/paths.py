@@ -1,8 +1,11 @@
 """Paths as users write them."""
 
+import argparse
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def local_path(name_or_path: str | Path) -> Path:
@@ -14,11 +17,15 @@ def local_path(name_or_path: str | Path) -> Path:
     return Path(os.path.expanduser(name_or_path))
 
 
-def expand_home(words: Iterable[str]) -> list[str]:
-    """The words of a command line with `~` replaced as in `local_path`. A shell leaves it in `--option=~/folder`, and
-    so does a recipe."""
-    expanded = []
-    for word in words:
-        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        expanded.append(f"{option}{equals}{os.path.expanduser(value)}")
-    return expanded
+class PathParser(argparse.ArgumentParser):
+    """A parser that replaces `~` in the words of a command line, as `local_path` does. A shell leaves it in
+    `--option=~/folder`, and so does a recipe."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_expand_home(word) for word in words], namespace)
+
+
+def _expand_home(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{os.path.expanduser(value)}"

@@ -3,14 +3,13 @@
 import argparse
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_vssm_prune.training.paths import expand_home
+from hf_vssm_prune.training.paths import PathParser
 
 
 WIDTH = 100
@@ -18,7 +17,7 @@ ALL = "all"
 TYPE_NAMES = {int: "INT", float: "FLOAT"}
 
 
-class OptionParser(HfArgumentParser):
+class OptionParser(PathParser, HfArgumentParser):
     """Parses dataclasses. Each is a group of options, named by its `_argument_group_name`.
 
     `--help` lists the groups with the names of their options, `--help GROUP` describes one group, and `--help all` all
@@ -58,10 +57,6 @@ class OptionParser(HfArgumentParser):
         super()._add_dataclass_arguments(dtype)
         group = self.add_argument_group(dtype._argument_group_name)
         group.description = group.description or _summary(dtype)
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As in `argparse`, with `~` in paths replaced."""
-        return super().parse_known_args(expand_home(sys.argv[1:] if args is None else args), namespace)
 
     # Output
 
