@@ -122,6 +122,9 @@ def test_smaller_model_with_its_own_weights(tmp_path) -> None:
     ("changes", "message"),
     [
         ({"lengths": 1}, "a study has exactly"),
+        ({"seeds": 3}, "seeds is 3; it must be a list"),
+        ({"training": None}, "training is None; it must be a dict"),
+        ({"variants": {"paper": None}}, "variants has .'paper'. without options; without any, write {}"),
         ({"smaller": {"shallow": {}}}, "smaller has 'shallow'; a name is a number and"),
         ({"smaller": {"2 layers": {"model_name_or_path": "shallow"}}}, "'2 layers' needs both 'family' and"),
         (
