@@ -3,6 +3,7 @@ results."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,7 +19,7 @@ from conftest import PATIENCE, SCRIPTS, hear_signals, make_plainmamba_config
 from forking import Forked, run_forked
 
 from hf_vssm_prune import PlainMambaForImageClassification
-from study import runner
+from study import report, runner
 from study.plan import list_pieces, read_study, tuned_name
 from study.report import Group, difference, mean_and_spread, plot_lines, verdict, write_report
 from study.runner import (
@@ -33,7 +34,8 @@ from study.runner import (
 from study.times import check_study, make_cases
 
 
-RECIPES = SCRIPTS.parent / "recipes"
+ROOT = SCRIPTS.parent
+RECIPES = ROOT / "recipes"
 STUDIES = sorted(RECIPES.glob("study_*.yaml"))
 SMALL = {
     "seeds": [0],
@@ -543,3 +545,29 @@ def test_plot_has_all_seeds_of_a_point(tmp_path) -> None:
     lines = plot_lines(Group(study, {**records, (0, "untrained"): {"figures": figures}}))
     assert lines["paper, fine-tuned"][1] == ([0.5], [0.5], [50.0, 50.0])
     assert lines["paper, not trained"][1] == ([0.5], [0.5], [40.0])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "results", "page"),
+    [
+        ("study_small", "study/small.jsonl", "STUDY.md"),
+        ("study_photos", "study/photos/study.jsonl", "study/photos/STUDY.md"),
+        ("study_photos_160", "study/photos_160/study.jsonl", "study/photos_160/STUDY.md"),
+    ],
+)
+def test_pages_of_the_repository_are_those_of_their_results(recipe, results, page, tmp_path, monkeypatch) -> None:
+    """They are what the report writes, and means in their text are in their tables."""
+    monkeypatch.setattr(report, "draw_group", lambda *_: None)  # another version of Matplotlib draws differently
+    folder = (tmp_path / results).parent
+    folder.mkdir(parents=True)
+    for name in ("discussion.md", "times.json"):
+        if (file := (ROOT / results).parent / name).exists():
+            (folder / name).write_text(file.read_text())
+    study, records = read_study(RECIPES / f"{recipe}.yaml"), read_results(ROOT / results)
+    check_results(records, study)
+    write_report(study, records, tmp_path / page, folder)
+    text = (tmp_path / page).read_text()
+    assert text == (ROOT / page).read_text(), f"{page} has to be written again"
+    discussion, tables = text.replace("−", "-").split("## Claims")
+    means = set(re.findall(r"-?\d+\.\d+ ± \d+\.\d+", discussion))
+    assert means <= set(re.findall(r"-?\d+\.\d+ ± \d+\.\d+", tables))
