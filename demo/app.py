@@ -37,6 +37,7 @@ from hf_vssm_prune.hub.model_card import format_flops
 
 HERE = Path(__file__).resolve().parent
 WASTE = sorted((HERE / "examples" / "waste").iterdir())
+KINDS_OF_WASTE = {file.stem.partition("_")[0] for file in WASTE}
 PHOTOS = sorted((HERE / "examples" / "photos").iterdir())
 THUMBNAIL_SIZE = 128  # pixels
 MOST_PERCENT, FIRST_PERCENT = 60, 42
@@ -51,7 +52,7 @@ INTRODUCTION = """# Token pruning for vision Mambas
 A vision Mamba reads an image patch by patch, and many patches contribute little. Choose an image and the fraction of
 the computation to remove. The model then drops or merges patches in several stages, and classifies the rest.
 """
-ABOUT_EXAMPLE_MODEL = """This small model sorts **waste** into cardboard, glass, metal, paper, plastic and trash. It was
+ABOUT_WASTE = """This small model sorts **waste** into cardboard, glass, metal, paper, plastic and trash. It was
 trained on single objects on a plain, bright background; the examples are test images. Try a photo of a bottle.
 """
 UPLOAD_LIMITS = (
@@ -121,17 +122,18 @@ class Page:
 
     Args:
         model: classifies images and measures times.
-        is_example_model: whether it is the example model, which sorts waste.
         open_input: converts a file to the model's input.
+
+    Attributes:
+        sorts_waste: whether the model has the labels of the example model, as after fine-tuning it.
+        examples: pictures to choose.
     """
 
-    def __init__(
-        self, model: PrunedModel, is_example_model: bool, open_input: Callable[[str], Any] = open_upload
-    ) -> None:
+    def __init__(self, model: PrunedModel, open_input: Callable[[str], Any] = open_upload) -> None:
         self.model = model
         self.open_input = open_input
-        self.is_example_model = is_example_model
-        self.examples = WASTE if is_example_model else PHOTOS
+        self.sorts_waste = set(model.labels) == KINDS_OF_WASTE
+        self.examples = WASTE if self.sorts_waste else PHOTOS
         self._numbers = itertools.count(1)
 
     def choose_first(self, session: Session, percent: int, method: str) -> Any:
@@ -319,7 +321,7 @@ def build(page: Page, video_page: Page | None = None) -> gr.Blocks:
     """The page with its controls, and optionally one for videos."""
     # Every hour, files older than an hour are deleted.
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
-        gr.Markdown(INTRODUCTION + ("\n" + ABOUT_EXAMPLE_MODEL if page.is_example_model else ""))
+        gr.Markdown(INTRODUCTION + ("\n" + ABOUT_WASTE if page.sorts_waste else ""))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 # Its value is the name of the example that was chosen last.
@@ -386,12 +388,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         video_page = None
         if options.video_model_name_or_path:
             video_model = PrunedModel(options.video_model_name_or_path)
-            video_page = Page(video_model, False, clips.opener(video_model))
+            video_page = Page(video_model, clips.opener(video_model))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    page = Page(model, is_example_model=Path(options.model_name_or_path).resolve() == EXAMPLE_MODEL.resolve())
-    build(page, video_page).queue(max_size=MOST_WAITING).launch(
+    build(Page(model), video_page).queue(max_size=MOST_WAITING).launch(
         server_port=options.port,
         max_file_size=MAX_BYTES,
         state_session_capacity=MOST_VISITORS,

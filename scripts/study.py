@@ -19,7 +19,7 @@ from hf_vssm_prune.training.arguments.parsing import check_output_file
 # The study belongs to the repository, not to the package. Its folder must come before this one, which has a study.py.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from study.plan import Study, read_study
+from study.plan import Study, list_pieces, read_study
 from study.report import write_report
 from study.runner import StudyRunner, check_results, read_results
 
@@ -45,14 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="number of pieces to run at the same time")
     parser.add_argument("--threads", type=int, help="threads of each worker; by default PyTorch's choice")
     options = parser.parse_args(arguments)
+    if options.folder is None:
+        if options.report is None:
+            parser.error("there is nothing to do: --folder runs the study, and --report writes its page.")
+        of_running = ("data", "only", "workers", "threads")
+        if unused := [f"--{name}" for name in of_running if getattr(options, name) != parser.get_default(name)]:
+            parser.error(f"{', '.join(unused)} need --folder; without it, nothing is run.")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
     try:
         study = read_study(options.study)
         check_output_file("report", options.report)
         if options.results.is_dir():
             raise ValueError(f"--results {options.results} is a folder; it must be a file.")
+        if options.folder is None and not options.results.exists():
+            raise ValueError(f"--results {options.results} does not exist, and without --folder nothing is run.")
+        warn_of_unknown(study, options.results)
         status = 0 if options.folder is None else run(study, options)
-        if options.report is not None:
+        if options.report is not None and options.results.exists():  # a run may have ended without a result
             results = read_results(options.results)
             check_results(results, study)
             write_report(study, results, options.report, options.results.parent)
@@ -60,6 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return status
+
+
+def warn_of_unknown(study: Study, results: Path) -> None:
+    """Names results that the page does not show, such as those of a variant that has another name now."""
+    keys = {piece.key for piece in list_pieces(study)}
+    if unknown := [key for key in read_results(results) if key not in keys]:
+        logging.warning("%s has results that are not in the study, and are ignored: %s", results, ", ".join(unknown))
 
 
 def run(study: Study, options: argparse.Namespace) -> int:

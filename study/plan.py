@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 from hf_vssm_prune.pruning_methods import PAPERS_METHOD
 from hf_vssm_prune.training.recipes import read_recipe
@@ -105,6 +105,13 @@ def read_study(file: Path) -> Study:
     names = [each.name for each in fields(Study)]
     if sorted(content) != sorted(names):
         raise ValueError(f"{file} has {sorted(content)}; a study has exactly {sorted(names)}.")
+    for name, hint in get_type_hints(Study).items():
+        kind = get_origin(hint) or hint
+        if not isinstance(content[name], (int, float) if kind is float else kind):
+            raise ValueError(f"{file}: {name} is {content[name]!r}; it must be a {kind.__name__}.")
+    for name in ("datasets", "families", "smaller", "variants", "more_variants"):
+        if empty := [entry for entry, parts in content[name].items() if not isinstance(parts, dict)]:
+            raise ValueError(f"{file}: {name} has {empty} without options; without any, write {{}}.")
     for name, parts in content["datasets"].items():
         if sorted(parts) != ["dataset_name", "dense"]:
             raise ValueError(f"{file}: data set {name!r} has {sorted(parts)}; it needs 'dataset_name' and 'dense'.")

@@ -361,7 +361,7 @@ def draw_group(group: Group, title: str, file: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "hf_vssm_prune"}):
         figure = Figure(figsize=(9, 4), layout="constrained")
         by_flops, by_time = figure.subplots(1, 2, sharey=True)
-        for name, points in _lines(group).items():
+        for name, points in plot_lines(group).items():
             _draw_line(by_flops, name, [(flops, top1) for flops, _, top1 in points])
             _draw_line(by_time, name, [(time, top1) for _, time, top1 in points])
         by_flops.set(xlabel="FLOPs / dense", ylabel="top-1 (%)", title=title)
@@ -373,12 +373,12 @@ def draw_group(group: Group, title: str, file: Path) -> None:
     write_text(drawing.getvalue(), file)
 
 
-# Fraction of FLOPs, and fractions of time and top-1 for each seed.
+# Fractions of FLOPs, fractions of time, and top-1, each for the seeds that have it.
 Point = tuple[list[float], list[float], list[float]]
 
 
-def _lines(group: Group) -> dict[str, list[Point]]:
-    """The points of each line by its name; lines start at the dense model."""
+def plot_lines(group: Group) -> dict[str, list[Point]]:
+    """The points of each line by its name; lines start at the dense model. Each point has all seeds that were run."""
     study = group.study
     dense: Point = ([1.0], [1.0], [group.top1("dense", seed) for seed in group.seeds("dense")])
     lines: dict[str, list[Point]] = {}
@@ -387,20 +387,18 @@ def _lines(group: Group) -> dict[str, list[Point]]:
         lines[f"{variant}, fine-tuned"] = [dense]
         for budget in study.budgets:
             schedule, name = group.schedule_name(variant, budget), tuned_name(variant, budget)
-            seeds = group.compared_seeds("untrained", schedule, "dense")
-            untrained = [group.compared_top1("untrained", schedule, seed) for seed in seeds]
-            lines[f"{variant}, not trained"].append(_point(group, "untrained", schedule, seeds, untrained))
-            seeds = group.compared_seeds("untrained", schedule, "dense", name)
-            tuned = [group.top1(name, seed) for seed in seeds]
-            lines[f"{variant}, fine-tuned"].append(_point(group, "untrained", schedule, seeds, tuned))
+            untrained = [
+                group.compared_top1("untrained", schedule, seed) for seed in group.compared_seeds("untrained", schedule)
+            ]
+            lines[f"{variant}, not trained"].append(_point(group, "untrained", schedule, untrained))
+            tuned = [group.top1(name, seed) for seed in group.seeds(name)]
+            lines[f"{variant}, fine-tuned"].append(_point(group, "untrained", schedule, tuned))
     lines["elastic (one checkpoint for all budgets)"] = [dense]
     for budget in study.budgets:
         schedule = tuned_name("elastic", budget)
         seeds = group.compared_seeds("elastic compared", schedule)
         top1 = [group.compared_top1("elastic compared", schedule, seed) for seed in seeds]
-        lines["elastic (one checkpoint for all budgets)"].append(
-            _point(group, "elastic compared", schedule, seeds, top1)
-        )
+        lines["elastic (one checkpoint for all budgets)"].append(_point(group, "elastic compared", schedule, top1))
     for name in study.smaller:
         lines.setdefault(f"dense, fewer {name.split()[1]}", [dense]).append(_smaller_point(group, name))
     return lines
@@ -417,9 +415,10 @@ def _smaller_point(group: Group, name: str) -> Point:
     )
 
 
-def _point(group: Group, piece: str, schedule: str, seeds: Sequence[int], top1: list[float]) -> Point:
-    times = group.time_shares(piece, schedule)
-    return [group.flops_share(piece, schedule, seed) for seed in seeds], [times[seed] for seed in seeds], top1
+def _point(group: Group, piece: str, schedule: str, top1: list[float]) -> Point:
+    """FLOPs and time are those of the schedule in a comparison, which may have been run with fewer seeds."""
+    flops = [group.flops_share(piece, schedule, seed) for seed in group.compared_seeds(piece, schedule)]
+    return flops, [*group.time_shares(piece, schedule).values()], top1
 
 
 def _draw_line(axes: "Axes", name: str, points: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:

@@ -71,9 +71,10 @@ def check_results(results: Mapping[str, dict[str, Any]], study: Study) -> None:
     """Checks that the results belong to the study.
 
     Raises:
-        ValueError: a piece was run with other options than those in the study, or started from other weights than those
-            of the corresponding piece in the results.
+        ValueError: a piece was run with other options than those in the study, or pieces started from other weights
+            than those of the corresponding piece in the results.
     """
+    started_elsewhere: dict[str, list[str]] = {}
     for piece in list_pieces(study):
         if (record := results.get(piece.key)) is None:
             continue
@@ -82,12 +83,16 @@ def check_results(results: Mapping[str, dict[str, Any]], study: Study) -> None:
                 f"In the results, {piece.key!r} has other options than in the study: use another file for the results "
                 "and another folder, or remove its line and its folder, and those of the pieces that start from it."
             )
-        had, has = record.get("start_weights"), results.get(piece.key_of_start() or "", {}).get("weights")
+        start = piece.key_of_start() or ""
+        had, has = record.get("start_weights"), results.get(start, {}).get("weights")
         if had and has and had != has:
-            raise ValueError(
-                f"In the results, {piece.key!r} started from other weights than the current ones of "
-                f"{piece.key_of_start()!r}: remove its line and its folder to run it again."
-            )
+            started_elsewhere.setdefault(start, []).append(piece.key)
+    if started_elsewhere:
+        start, keys = next(iter(started_elsewhere.items()))
+        raise ValueError(
+            f"In the results, these started from other weights than the current ones of {start!r}: "
+            f"{', '.join(map(repr, keys))}. Remove their lines and their folders to run them again."
+        )
 
 
 def record_piece(piece: Piece, folder: Path, start_weights: str | None, seconds: float) -> dict[str, Any]:
@@ -151,7 +156,7 @@ class StudyRunner:
 
     Raises:
         ValueError: the results do not belong to this study, a data set is not part of the study, a pattern matches no
-            piece, or there is no worker.
+            piece, or there is no worker or thread.
     """
 
     def __init__(
@@ -171,6 +176,9 @@ class StudyRunner:
         self.dataset_names |= dataset_names
         if workers < 1:
             raise ValueError(f"There are {workers} workers; at least 1 is needed.")
+        if threads is not None and threads < 1:
+            raise ValueError(f"There are {threads} threads; at least 1 is needed.")
+        self.study = study
         self.scripts, self.folder, self.results_file, self.workers = scripts, folder, results, workers
         self.environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.results = read_results(results)
@@ -187,7 +195,8 @@ class StudyRunner:
             The signal that stopped it; None if it was not stopped.
 
         Raises:
-            ValueError: another process is running a study in this folder.
+            ValueError: another process is running a study in this folder; or a piece that was run again has other
+                weights now, and results remain that started from the earlier ones.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -205,13 +214,17 @@ class StudyRunner:
                     self._collect(progress)
                     time.sleep(0.1)
                 self._stop(stop.received or signal.SIGTERM)
+            except ValueError:
+                self._stop(signal.SIGTERM)
+                raise
             finally:
                 for _, process, _ in self._running.values():
                     process.kill()
             if stop.received is None and (left := self.left):
                 logger.error(
                     "%d pieces were not run, the first of them %r: there is no model of %r in %s. Unless that piece "
-                    "failed, run it as well; if it is already in the results, remove its line to run it again.",
+                    "failed, run it as well; if it is already in the results, remove its line and those of all pieces "
+                    "that start from it, or choose another file for the results.",
                     *(len(left), left[0].key, left[0].key_of_start(), self.folder),
                 )
         return stop.received
@@ -307,6 +320,7 @@ class StudyRunner:
             logger.info("%s", describe(self.results[key]))
             progress.update()
             progress.set_postfix_str(self._time_left(), refresh=True)
+            check_results(self.results, self.study)  # now, not when everything has been run from the new weights
 
     def _start_weights(self, piece: Piece) -> str | None:
         start = piece.key_of_start()

@@ -141,7 +141,7 @@ def report(what: str, times: list[tuple[float, float]]) -> None:
 
 
 def cpu_times(file: Path) -> str:
-    page = app.Page(app.PrunedModel(str(app.EXAMPLE_MODEL)), is_example_model=True)
+    page = app.Page(app.PrunedModel(str(app.EXAMPLE_MODEL)))
     times = []
     for _ in range(TURNS):
         start = time.process_time()

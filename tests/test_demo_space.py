@@ -7,6 +7,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,6 +78,14 @@ BAD_UPLOADS = {
     "other.png": (lambda: encoded("BMP"), "other.png is not an image"),
     "animation.png": (lambda: encoded("GIF"), "animation.png is not an image"),
 }
+
+
+def test_a_photo_with_a_second_picture_in_it_is_a_jpeg(tmp_path) -> None:
+    """Phones store another one in the same file, for instance of depth; Pillow calls this MPO."""
+    second = [Image.new("L", (4, 4))]
+    Image.new("RGB", (30, 20), (255, 0, 0)).save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=second)
+    assert Image.open(tmp_path / "photo.jpg").format == "MPO"
+    assert open_upload(str(tmp_path / "photo.jpg")).size == (30, 20)
 
 
 @pytest.mark.parametrize("name", BAD_UPLOADS)
@@ -204,7 +213,7 @@ def test_labels_are_text_not_html(app, model) -> None:
 
 
 def test_what_the_browser_sends_is_checked(app, model) -> None:
-    page = app.Page(model, is_example_model=False)
+    page = app.Page(model)
     for name in ("../../app", "bag", None, 3):
         with pytest.raises(app.gr.Error, match="There is no example"):
             page.choose_example(app.Session(), 30, OWN, name)
@@ -214,6 +223,13 @@ def test_what_the_browser_sends_is_checked(app, model) -> None:
         page.show(session, 30, "all")
     with pytest.raises(app.gr.Error, match=r"`flops_reduction` is 0\.99"):
         page.show(session, 99, OWN)
+
+
+def test_a_model_that_sorts_waste_gets_pictures_of_waste(app) -> None:
+    """Also if it was fine-tuned, or is named instead of given as a folder."""
+    labels = ["trash", "plastic", "paper", "metal", "glass", "cardboard"]
+    assert app.Page(SimpleNamespace(labels=labels)).examples == app.WASTE
+    assert app.Page(SimpleNamespace(labels=labels[1:])).examples == app.PHOTOS
 
 
 def test_a_model_that_is_not_there_is_named(app, tmp_path, capsys) -> None:
@@ -235,7 +251,7 @@ def test_a_photo_of_a_phone_takes_less_than_a_second_of_cpu_time(app, tmp_path) 
     """CPU time, about 0.35 s, does not depend on what else is running."""
     noise = np.random.default_rng(0).integers(0, 256, (504, 378, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((3024, 4032)).save(tmp_path / "photo.jpg", quality=90)
-    page = app.Page(PrunedModel(str(EXAMPLE_MODEL)), is_example_model=True)
+    page = app.Page(PrunedModel(str(EXAMPLE_MODEL)))
     method = next(iter(page.model.methods))
     seconds = []
     for _ in range(2):
@@ -261,14 +277,14 @@ def test_the_last_choice_is_shown_even_if_an_earlier_one_takes_longer(app, model
         page.choose_example(session, 30, OWN, "cat")
         return Image.new("RGB", (40, 50))
 
-    page = app.Page(model, False, lambda file: open_slowly(file) if file == "slow.png" else open_upload(file))
+    page = app.Page(model, lambda file: open_slowly(file) if file == "slow.png" else open_upload(file))
     assert page.upload(session, 30, OWN, "slow.png") == app.gr.skip()
     assert session.shown.chosen.std() > 0.1, "not the grey image"
 
 
 @with_one_model
 def test_what_was_classified_is_not_shown_after_another_choice(app, model, monkeypatch) -> None:
-    page, session = app.Page(model, is_example_model=False), app.Session()
+    page, session = app.Page(model), app.Session()
     page.choose_first(session, 30, OWN)
     classify, calls = model.classify, []
 
@@ -293,7 +309,7 @@ def test_a_budget_chosen_while_a_file_is_opened_is_used(app, model) -> None:
             page.show(session, 40, OWN)
         return open_upload(file)
 
-    page = app.Page(model, False, open_while_the_slider_moves)
+    page = app.Page(model, open_while_the_slider_moves)
     page.choose_first(session, 30, OWN)
     assert fewer(page, session, 30) in page.choose_example(session, 30, OWN, "cat")
     assert fewer(page, session, 40) in page.add_times(session, 40, OWN)
@@ -302,7 +318,7 @@ def test_a_budget_chosen_while_a_file_is_opened_is_used(app, model) -> None:
 @with_one_model
 def test_times_are_those_of_the_budget_that_is_shown(app, model, monkeypatch) -> None:
     """While the slider moves, it is further than the result."""
-    page, session, measured = app.Page(model, is_example_model=False), app.Session(), []
+    page, session, measured = app.Page(model), app.Session(), []
     page.choose_first(session, 30, OWN)
     measure = PrunedModel.measure
     monkeypatch.setattr(model, "measure", lambda *given: measured.append(given[1:]) or measure(model, *given))
@@ -327,7 +343,7 @@ def test_a_result_is_read_out(app, model) -> None:
 
 
 def test_times_are_not_measured_for_what_is_no_longer_shown(app, model, monkeypatch) -> None:
-    page, session = app.Page(model, is_example_model=False), app.Session()
+    page, session = app.Page(model), app.Session()
     page.choose_example(session, 30, OWN, "cat")
     turns = []
 

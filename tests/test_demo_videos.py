@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> app.PrunedModel:
 
 def test_a_clip_is_classified_and_drawn(model, tmp_path: Path) -> None:
     write_video(tmp_path / "video.mp4", numbered_frames(20))
-    page = app.Page(model, False, clips.opener(model))
+    page = app.Page(model, clips.opener(model))
     how = (30, next(iter(model.methods)))
     session = app.Session()
     first = page.upload(session, *how, str(tmp_path / "video.mp4"))
@@ -34,7 +34,7 @@ def test_a_clip_is_classified_and_drawn(model, tmp_path: Path) -> None:
     assert "measuring…" in first
     assert "ms per clip" in first
     assert "times as fast" in second
-    images = app.Page(app.PrunedModel(str(EXAMPLE_MODEL)), True)
+    images = app.Page(app.PrunedModel(str(EXAMPLE_MODEL)))
     assert [name for _, name, *_ in app.build(images, page).pages] == ["Home", "Videos"]
     alone = app.build(images)
     assert [name for _, name, *_ in alone.pages] == ["Home"]
@@ -57,7 +57,7 @@ def test_a_clip_is_classified_and_drawn(model, tmp_path: Path) -> None:
 )
 def test_a_bad_upload_is_refused_by_name(model, write, message, tmp_path: Path) -> None:
     write(tmp_path / "clip.mp4")
-    page = app.Page(model, False, clips.opener(model))
+    page = app.Page(model, clips.opener(model))
     with pytest.raises(gr.Error, match=message):
         page.upload(app.Session(), 30, next(iter(model.methods)), str(tmp_path / "clip.mp4"))
 

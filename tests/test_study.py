@@ -3,6 +3,7 @@ results."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,9 +19,9 @@ from conftest import PATIENCE, SCRIPTS, hear_signals, make_plainmamba_config
 from forking import Forked, run_forked
 
 from hf_vssm_prune import PlainMambaForImageClassification
-from study import runner
+from study import report, runner
 from study.plan import list_pieces, read_study, tuned_name
-from study.report import Group, difference, mean_and_spread, verdict, write_report
+from study.report import Group, difference, mean_and_spread, plot_lines, verdict, write_report
 from study.runner import (
     StudyRunner,
     check_results,
@@ -33,7 +34,8 @@ from study.runner import (
 from study.times import check_study, make_cases
 
 
-RECIPES = SCRIPTS.parent / "recipes"
+ROOT = SCRIPTS.parent
+RECIPES = ROOT / "recipes"
 STUDIES = sorted(RECIPES.glob("study_*.yaml"))
 SMALL = {
     "seeds": [0],
@@ -122,6 +124,9 @@ def test_smaller_model_with_its_own_weights(tmp_path) -> None:
     ("changes", "message"),
     [
         ({"lengths": 1}, "a study has exactly"),
+        ({"seeds": 3}, "seeds is 3; it must be a list"),
+        ({"training": None}, "training is None; it must be a dict"),
+        ({"variants": {"paper": None}}, "variants has .'paper'. without options; without any, write {}"),
         ({"smaller": {"shallow": {}}}, "smaller has 'shallow'; a name is a number and"),
         ({"smaller": {"2 layers": {"model_name_or_path": "shallow"}}}, "'2 layers' needs both 'family' and"),
         (
@@ -302,12 +307,74 @@ def test_results_from_other_weights_are_refused(tmp_path) -> None:
     }
     check_results(results, study)
     results[tuned.key]["start_weights"] = "old"
-    with pytest.raises(
-        ValueError, match=r"0/dense tuned' started from other weights than the current ones of 'images/.*/0/dense'"
-    ):
+    compared = next(piece for piece in list_pieces(study) if piece.name == "untrained")
+    results[compared.key] = {"piece": compared.key, "options": compared.options, "start_weights": "old"}
+    message = (
+        r"other weights than the current ones of 'images/.*/0/dense': 'images/.*dense tuned', 'images/.*untrained'"
+    )
+    with pytest.raises(ValueError, match=message):
         check_results(results, study)
-    del results[tuned.key]["start_weights"]  # of before results had them
+    del results[tuned.key]["start_weights"], results[compared.key]["start_weights"]  # of before results had them
     check_results(results, study)
+
+
+def test_run_ends_when_a_piece_has_other_weights_than_its_results(tmp_path, monkeypatch) -> None:
+    """Its line was removed to get its model back, but not those of the pieces that had started from it."""
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=EndedPiece, STDOUT=subprocess.STDOUT))
+    study = read_study(write_study(tmp_path / "study.yaml"))
+    dense, tuned = list_pieces(study)[:2]
+    results = tmp_path / "results.jsonl"
+    line = {"piece": tuned.key, "script": "train", "dataset": "images", "family": "plainmamba", "seconds": 1}
+    write_results({tuned.key: {**line, "options": tuned.options, "start_weights": "old"}}, results)
+    study_runner = StudyRunner(study, SCRIPTS, tmp_path, results, {})
+    with pytest.raises(
+        ValueError, match=r"other weights than the current ones of 'images/.*/0/dense': 'images/.*tuned'"
+    ):
+        study_runner.run()
+    assert list(read_results(results)) == [tuned.key, dense.key]
+    assert not (tmp_path / list_pieces(study)[2].key).exists(), "nothing is started from the new weights"
+
+
+class EndedPiece:
+    """Replaces `subprocess.Popen` by a training run that has already ended."""
+
+    returncode = 0
+
+    def __init__(self, command: Sequence[str], **_: Any) -> None:
+        folder = Path(command[command.index("--recipe") + 1]).parent
+        (folder / "last").mkdir()
+        (folder / "last" / "model.safetensors").write_text("the new weights")
+        figures = {"eval_top1": 0.5, "gflops_pruned": 1.0, "num_parameters": 1, "history": []}
+        (folder / "all_results.json").write_text(json.dumps(figures))
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is nothing to do: --folder runs the study, and --report writes its page"),
+        (["--report", "STUDY.md", "--only", "*/dense", "--workers", "2"], "--only, --workers need --folder"),
+        (["--report", "STUDY.md"], "results.jsonl does not exist, and without --folder nothing is run"),
+        (["--folder", "pieces", "--threads", "0"], "There are 0 threads; at least 1 is needed"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(arguments, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path / "study.yaml")
+    ended = run_forked(SCRIPTS / "study.py", "--study", "study.yaml", "--results", "results.jsonl", *arguments)
+    assert ended.returncode != 0
+    assert message in ended.stderr
+    assert not (tmp_path / "STUDY.md").exists()
+
+
+def test_results_of_no_piece_are_named(tmp_path) -> None:
+    write_study(tmp_path / "study.yaml")
+    key = {"dataset": "images", "family": "plainmamba", "seed": 0, "name": "aligned"}
+    write_results({"aligned": {"piece": "images/plainmamba/0/aligned", **key}}, tmp_path / "results.jsonl")
+    ended = run_forked(SCRIPTS / "study.py", *options(tmp_path), "--only", "*/dense tuned")
+    assert "has results that are not in the study, and are ignored: images/plainmamba/0/aligned" in ended.stderr
 
 
 def test_study_may_get_more_variants(tmp_path) -> None:
@@ -466,3 +533,41 @@ def test_page_of_made_up_results(tmp_path) -> None:
     assert "| naive | alignment none | 9.00 ± 0.00 | 1.50 ± 2.12 | +0.50 ± 2.12 | 0.62 ± 0.00 |" in page
     assert "| 8 pixels | 0.45 ± 0.00 | 0.50 | 3.00 ± 0.00 |" in page
     assert (tmp_path / "images-plainmamba.svg").read_bytes() != drawing
+
+
+def test_plot_has_all_seeds_of_a_point(tmp_path) -> None:
+    """The comparison without fine-tuning may have been run with fewer seeds."""
+    study = read_study(write_study(tmp_path / "study.yaml", seeds=[0, 1]))
+    paper = tuned_name("paper", 0.4)
+    records = {(seed, name): {"figures": {"top1": 0.5}} for seed in study.seeds for name in ("dense", paper)}
+    compared = {"top1": 0.4, "gflops": 1.0, "images_per_second": 4}
+    figures = {"dense": {**compared, "gflops": 2.0, "images_per_second": 2}, paper: compared}
+    lines = plot_lines(Group(study, {**records, (0, "untrained"): {"figures": figures}}))
+    assert lines["paper, fine-tuned"][1] == ([0.5], [0.5], [50.0, 50.0])
+    assert lines["paper, not trained"][1] == ([0.5], [0.5], [40.0])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "results", "page"),
+    [
+        ("study_small", "study/small.jsonl", "STUDY.md"),
+        ("study_photos", "study/photos/study.jsonl", "study/photos/STUDY.md"),
+        ("study_photos_160", "study/photos_160/study.jsonl", "study/photos_160/STUDY.md"),
+    ],
+)
+def test_pages_of_the_repository_are_those_of_their_results(recipe, results, page, tmp_path, monkeypatch) -> None:
+    """They are what the report writes, and means in their text are in their tables."""
+    monkeypatch.setattr(report, "draw_group", lambda *_: None)  # another version of Matplotlib draws differently
+    folder = (tmp_path / results).parent
+    folder.mkdir(parents=True)
+    for name in ("discussion.md", "times.json"):
+        if (file := (ROOT / results).parent / name).exists():
+            (folder / name).write_text(file.read_text())
+    study, records = read_study(RECIPES / f"{recipe}.yaml"), read_results(ROOT / results)
+    check_results(records, study)
+    write_report(study, records, tmp_path / page, folder)
+    text = (tmp_path / page).read_text()
+    assert text == (ROOT / page).read_text(), f"{page} has to be written again"
+    discussion, tables = text.replace("−", "-").split("## Claims")
+    means = set(re.findall(r"-?\d+\.\d+ ± \d+\.\d+", discussion))
+    assert means <= set(re.findall(r"-?\d+\.\d+ ± \d+\.\d+", tables))

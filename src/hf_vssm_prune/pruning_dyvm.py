@@ -54,8 +54,8 @@ def keep_predicted(stage: Stage) -> Reduction:
     is first added to the log-probabilities, which draws tokens without replacement (Gumbel-top-k, arXiv 1903.06059). As
     in the paper, tokens are multiplied by the decisions inside the layers with a straight-through estimator (a factor
     of 1 with the gradient of the probability), so that the loss trains the predictor; here only kept tokens contribute.
-    An untrained predictor chooses at random. DyVM's selection of blocks is a separate option, `block_keep_ratio`, see
-    `pruning_block_selection`.
+    An untrained predictor gives similar tokens similar scores and drops whole regions, which loses more accuracy than
+    a random choice. DyVM's selection of blocks is a separate option, `block_keep_ratio`, see `pruning_block_selection`.
 
     Raises:
         ValueError: the model has no predictor for this stage.

@@ -3,7 +3,7 @@
     hf-vssm-prune compare_methods --model_name_or_path <checkpoint> --dataset_name <Hub data set or folder>
 
 --schedules compares `token_pruning` options from a JSON file instead. `dyvm` has its own parameters, which are
-untrained here, so it keeps random tokens.
+untrained here: it drops whole regions and loses more than a random choice.
 """
 
 import json
