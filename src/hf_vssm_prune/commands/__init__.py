@@ -3,11 +3,13 @@ function, and one line in the table here. It can be run as `hf-vssm-prune VERB`,
 as `scripts/VERB.py` in the repository, for `accelerate launch`."""
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 PROGRAM = "hf-vssm-prune"
@@ -87,6 +89,25 @@ def run(verb: str, words: list[str]) -> int:
         )
         return 1
     return main(words, f"{PROGRAM} {verb}")
+
+
+def one_line_errors(*others: type[Exception]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorates a verb's `main`: a ValueError, an OSError or one of the other errors is printed on one line, and the
+    exit status is 1."""
+    errors: tuple[type[Exception], ...] = (ValueError, OSError, *others)
+
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def run_verb(*arguments: Any, **options: Any) -> int:
+            try:
+                return main(*arguments, **options)
+            except errors as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+
+        return run_verb
+
+    return decorate
 
 
 def _missing_module(error: BaseException | None) -> str | None:

@@ -9,12 +9,12 @@ not overwritten.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_vssm_prune import count_flops
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
 from hf_vssm_prune.conversion import load_official_model, save_official_model
@@ -29,27 +29,24 @@ from hf_vssm_prune.training.segmentation_models import segmentation_processor
 SHORT_SIDE = 512  # in pixels, as in the evaluation of segmentation models on ADE20K
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = make_parser(prog)
     options = parser.parse_args(arguments)
-    try:
-        if options.target.exists() and not is_empty_folder(options.target):
-            raise FileExistsError(
-                f"{options.target} already exists and will not be overwritten: remove it, or choose another target."
+    if options.target.exists() and not is_empty_folder(options.target):
+        raise FileExistsError(
+            f"{options.target} already exists and will not be overwritten: remove it, or choose another target."
+        )
+    if options.source.is_dir():
+        if given := [f"--{name}" for name in OF_FILES if getattr(options, name) != parser.get_default(name)]:
+            raise ValueError(
+                f"{options.source} is a folder, and {', '.join(given)} can only be used with checkpoint files."
             )
-        if options.source.is_dir():
-            if given := [f"--{name}" for name in OF_FILES if getattr(options, name) != parser.get_default(name)]:
-                raise ValueError(
-                    f"{options.source} is a folder, and {', '.join(given)} can only be used with checkpoint files."
-                )
-            model = to_checkpoint(options)
-        else:
-            if options.target.suffix in (".pth", ".safetensors"):
-                raise ValueError(f"{options.target} would be a folder: a checkpoint file is converted to a folder.")
-            model = to_folder(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        model = to_checkpoint(options)
+    else:
+        if options.target.suffix in (".pth", ".safetensors"):
+            raise ValueError(f"{options.target} would be a folder: a checkpoint file is converted to a folder.")
+        model = to_folder(options)
     print(summary(model))
     print(f"saved to {options.target}")
     return 0

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_vssm_prune import EXAMPLE_MODEL
-from hf_vssm_prune.commands import command_line
+from hf_vssm_prune.commands import command_line, one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.flops import count_flops
@@ -61,17 +61,10 @@ UNTRAINED: dict[str, dict[str, Any] | None] = {
 FINETUNINGS: dict[str, dict[str, Any]] = {"top, aligned, fine-tuned": PAPERS, FINETUNED: DEFAULT}
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    options = make_parser(prog).parse_args(arguments)
-    try:
-        return prune_example(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-def prune_example(options: argparse.Namespace) -> int:
     """Runs the demo and returns the exit status: 1 if the saved model gives other predictions."""
+    options = make_parser(prog).parse_args(arguments)
     start = time.perf_counter()
     output = Path(options.output_dir)
     dataset, _ = load_evaluation_dataset(DATASET, max_samples=options.max_eval_samples)
