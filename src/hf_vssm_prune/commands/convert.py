@@ -17,7 +17,7 @@ from hf_vssm_prune import count_flops
 from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
-from hf_vssm_prune.conversion import load_official_model, save_official_model
+from hf_vssm_prune.conversion import CHECKPOINT_SUFFIXES, load_official_model, save_official_model
 from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
 from hf_vssm_prune.hub.loading import load_any_model, new_image_processor
@@ -38,31 +38,20 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             f"{options.target} already exists and will not be overwritten: remove it, or choose another target."
         )
     if options.source.is_dir():
-        if given := [f"--{name}" for name in OF_FILES if getattr(options, name) != parser.get_default(name)]:
+        # All options are for checkpoint files.
+        values = {name: value for name, value in vars(options).items() if name not in ("source", "target")}
+        if given := [f"--{name}" for name, value in values.items() if value != parser.get_default(name)]:
             raise ValueError(
                 f"{options.source} is a folder, and {', '.join(given)} can only be used with checkpoint files."
             )
         model = to_checkpoint(options)
     else:
-        if options.target.suffix in (".pth", ".safetensors"):
+        if options.target.suffix in CHECKPOINT_SUFFIXES:
             raise ValueError(f"{options.target} would be a folder: a checkpoint file is converted to a folder.")
         model = to_folder(options)
     print(summary(model))
     print(f"saved to {options.target}")
     return 0
-
-
-OF_FILES = (
-    "family",
-    "ema",
-    "image_size",
-    "patch_stride",
-    "num_frames",
-    "id2label",
-    "image_mean",
-    "image_std",
-    "crop_pct",
-)
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
