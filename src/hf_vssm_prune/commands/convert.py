@@ -16,7 +16,7 @@ from typing import Any
 from hf_vssm_prune import count_flops
 from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
 from hf_vssm_prune.conversion import CHECKPOINT_SUFFIXES, load_official_model, save_official_model
 from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
@@ -106,10 +106,10 @@ def to_folder(options: argparse.Namespace) -> ImageClassifier:
     if options.id2label is not None:
         set_labels(model.config, options.id2label)
     backbone = pruned_config(model.config)
-    if backbone is not model.config and options.crop_pct is not None:
+    if has_head(model.config) and options.crop_pct is not None:
         raise ValueError("--crop_pct is for classifiers; segmentation models see whole images.")
     processor = new_image_processor(backbone, options.image_mean, options.image_std, options.crop_pct)
-    if backbone is not model.config:
+    if has_head(model.config):
         processor = segmentation_processor(processor, SHORT_SIDE)
     card = ModelCardInfo(name=options.target.resolve().name, original_weights=options.source.name)
     save_for_hub(model, options.target, processor, card)
@@ -131,7 +131,7 @@ def set_labels(config: VisionMambaConfig, file: Path) -> None:
 
 def summary(model: ImageClassifier) -> str:
     config, flops = pruned_config(model.config), count_flops(model.config).dense
-    head = "" if config is model.config else f"{model.config.model_type} on "
+    head = f"{model.config.model_type} on " if has_head(model.config) else ""
     *frames, height, width = config.input_size
     inputs = f"videos of {frames[0]} frames of" if frames else "images of"
     patches = " x ".join(map(str, config.grid_size))

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import pruned_config
+from hf_vssm_prune.configuration_common import has_head
 from hf_vssm_prune.hub.loading import load_config, packaged_model
 
 
@@ -40,7 +40,7 @@ def classify(name: str, files: Sequence[str]) -> dict[str, list[Any]]:
         ValueError, OSError: the model is not an image classifier, or something cannot be read; the message names it.
     """
     config = load_config(name)
-    if pruned_config(config) is not config or config.modality != "image":
+    if has_head(config) or config.modality != "image":
         raise ValueError(f"{name} is a {config.model_type!r} model; it must be an image classifier.")
     name = packaged_model(name)
     image_processor = AutoImageProcessor.from_pretrained(name)

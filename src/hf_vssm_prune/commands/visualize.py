@@ -14,7 +14,7 @@ from hf_vssm_prune import EXAMPLE_MODEL, visualize
 from hf_vssm_prune.animation import FORMATS, animate
 from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
 from hf_vssm_prune.hub.loading import load_any_model, load_image_processor
 from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.frame_sampling import SAMPLINGS
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             raise ValueError(f"--output {options.output}: an animation shows one video, without importance.")
         animate(model, image_processor, inputs[0], options.output)
     else:
-        draw = visualize if config is model.config else visualize_dense
+        draw = visualize_dense if has_head(model.config) else visualize
         draw(model, image_processor, inputs, options.importance).save(options.output)
     print(options.output)
     return 0

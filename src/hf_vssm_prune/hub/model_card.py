@@ -16,7 +16,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.image_processing_base import ImageProcessingMixin
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
 from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.flops import tokens_per_layer
 from hf_vssm_prune.flops_of_heads import count_flops
@@ -333,7 +333,7 @@ class _Head:
 
     @classmethod
     def of(cls, model: Any) -> "_Head | None":
-        if pruned_config(model.config) is model.config:
+        if not has_head(model.config):
             return None
         auto_class = auto_class_of(model.config).__name__
         return cls(

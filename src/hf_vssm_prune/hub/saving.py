@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.image_processing_base import ImageProcessingMixin
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
 from hf_vssm_prune.documentation import see
 from hf_vssm_prune.families import FAMILIES, VisionMamba, family_names
 from hf_vssm_prune.hub import heads_code
@@ -109,15 +109,14 @@ def save_for_hub(
 
 def auto_map(config: VisionMambaConfig) -> dict[str, str]:
     """Where transformers finds a model's classes in its code files, by Auto class name."""
-    own = pruned_config(config) is config
-    return FAMILIES[config.model_type].auto_map() if own else heads_code.auto_map(config)
+    return heads_code.auto_map(config) if has_head(config) else FAMILIES[config.model_type].auto_map()
 
 
 def code_files(config: VisionMambaConfig) -> list[Path]:
     """The modules of this package that a model needs, found in the same way as transformers finds them when loading."""
     family = FAMILIES[pruned_config(config).model_type]
     modules = {Path(inspect.getfile(found)) for found in (family.config, *family.classes.values())}
-    if pruned_config(config) is not config:
+    if has_head(config):
         modules.add(Path(inspect.getfile(PrunedHead)))
     imported = {Path(file) for module in modules for file in get_relative_import_files(module)}
     return sorted(modules | imported)
@@ -191,7 +190,7 @@ def complete_folder(
     _complete_config(folder / CONFIG, auto_map(model.config))
     for file in (*code_files(model.config), CODE_LICENSE):
         shutil.copyfile(file, folder / file.name)
-    if pruned_config(model.config) is not model.config:
+    if has_head(model.config):
         code = heads_code.head_code(model.config)
         (folder / f"{heads_code.module_name(model.config)}.py").write_text(code, encoding="utf-8")
     if image_processor is not None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageClassification, BaseImageProcessor
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head
 from hf_vssm_prune.hub.loading import load_config
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement
 from hf_vssm_prune.metrics import load_metric
@@ -174,9 +174,8 @@ class ImageClassification:
 
     def _check_model(self, name_or_path: str) -> None:
         config = load_config(name_or_path)
-        is_classifier = pruned_config(config) is config
-        if not is_classifier or config.modality != self.medium.name:
-            kind = f"model for {config.modality}s" if is_classifier else f"{config.model_type!r} model"
+        if has_head(config) or config.modality != self.medium.name:
+            kind = f"{config.model_type!r} model" if has_head(config) else f"model for {config.modality}s"
             raise ValueError(
                 f"{name_or_path} is a {kind}; --task {self.name} needs a classifier of {self.medium.name}s."
             )

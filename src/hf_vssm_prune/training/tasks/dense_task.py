@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hf_vssm_prune.configuration_common import pruned_config
+from hf_vssm_prune.configuration_common import has_head
 from hf_vssm_prune.hub.loading import load_config
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement
 from hf_vssm_prune.training import dense_models
@@ -46,7 +46,7 @@ class DenseTask:
         some_labels: bool = False,
         dtype: str = "float32",
     ) -> PrunableModel:
-        if pruned_config(config := load_config(name_or_path)) is not config:
+        if has_head(load_config(name_or_path)):
             self._warn_of_idle_options(name_or_path)
         return dense_models.load_model(
             self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels, dtype

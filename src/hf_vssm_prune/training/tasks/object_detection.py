@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from hf_vssm_prune.configuration_common import FEATURE_NORMS, pruned_config
+from hf_vssm_prune.configuration_common import FEATURE_NORMS, has_head, pruned_config
 from hf_vssm_prune.detections import find_objects
 from hf_vssm_prune.feature_pyramid import PYRAMIDS
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
@@ -228,7 +228,7 @@ class ObjectDetection(DenseTask):
 
     def example_batch(self, config: Any, batch_size: int, device: torch.device) -> Batch:
         backbone = pruned_config(config)
-        height, width = self._training.size() or (NEW_DETECTORS_SIZE if backbone is config else backbone.input_size)
+        height, width = self._training.size() or (backbone.input_size if has_head(config) else NEW_DETECTORS_SIZE)
         shape = (batch_size, backbone.num_channels, height, width)
         box = torch.tensor([[0.5, 0.5, 0.2, 0.2]], device=device)
         label = torch.randint(config.num_labels, (1,), device=device)
