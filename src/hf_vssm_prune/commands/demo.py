@@ -154,11 +154,10 @@ def load_example(token_pruning: dict | None) -> ImageClassifier:
 
 def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: str) -> ModelCardInfo:
     measurements = [
-        Measurement(
+        Measurement.of_metrics(
             name,
-            100 * evaluation.metrics["top1"],
-            100 * evaluation.metrics["top5"],
-            evaluation.images_per_second,
+            evaluation.metrics,
+            images_per_second=evaluation.images_per_second,
             pruned=name != DENSE,
             multiply_adds=round(1e9 * evaluation.gflops_published),
         )

@@ -61,6 +61,9 @@ METRIC_NAMES = {
     "map_75": "Mean average precision at IoU 0.75",
 }
 
+# The metrics of an evaluation that a card shows.
+SHOWN_METRICS = ("top1", "top5", *METRIC_NAMES)
+
 # ---- What is known about a checkpoint ----------------------------------------------------------------------------
 
 
@@ -93,6 +96,15 @@ class Measurement:
                 raise ValueError(f"`{metric}` of {self.name!r} is {value}; it must be a percentage from 0 to 100.")
         if self.images_per_second is not None and not self.images_per_second > 0:
             raise ValueError(f"`images_per_second` of {self.name!r} is {self.images_per_second}; it must be above 0.")
+
+    @classmethod
+    def of_metrics(cls, name: str, metrics: Mapping[str, float], **fields: Any) -> "Measurement":
+        """Creates it from a task's metrics by name, fractions from 0 to 1: from top-1 and top-5 accuracy if they are
+        among them, otherwise from all of them. `fields`: the other fields."""
+        percent = {metric: 100 * value for metric, value in metrics.items()}
+        if "top1" in percent:
+            return cls(name, percent["top1"], percent["top5"], **fields)
+        return cls(name, others=percent, **fields)
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -143,9 +155,9 @@ class Evaluation:
                 if (older := result.get("accuracy")) is not None:  # of version 0.1
                     result |= {"metrics": older, "num_images": older["num_images"]}
             measured = {
-                name: Measurement(
+                name: Measurement.of_metrics(
                     name,
-                    **_in_percent(result["metrics"]),
+                    {metric: result["metrics"][metric] for metric in result["metrics"] if metric in SHOWN_METRICS},
                     images_per_second=result["images_per_second"],
                     pruned=name == "pruned",
                     multiply_adds=_multiply_adds(result),
@@ -162,13 +174,6 @@ class Evaluation:
 def _multiply_adds(result: Mapping[str, Any]) -> int | None:
     gflops = result.get("gflops_published")
     return None if gflops is None else round(1e9 * gflops)
-
-
-def _in_percent(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """A task's metrics as the fields of a `Measurement`."""
-    if "top1" in metrics:
-        return {"top1": 100 * metrics["top1"], "top5": 100 * metrics["top5"]}
-    return {"others": {name: 100 * value for name, value in metrics.items() if name in METRIC_NAMES}}
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import numpy as np
 
 from hf_vssm_prune.configuration_common import has_head
 from hf_vssm_prune.hub.loading import load_config
-from hf_vssm_prune.hub.model_card import Evaluation, Measurement
+from hf_vssm_prune.hub.model_card import Evaluation
 from hf_vssm_prune.training import dense_models
 from hf_vssm_prune.training.losses import LossWeights
-from hf_vssm_prune.training.tasks.task import Batch, PrunableModel
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, evaluation_of_task
 
 
 logger = logging.getLogger(__name__)
@@ -75,12 +75,4 @@ class DenseTask:
     def evaluation_on_card(
         self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
     ) -> Evaluation:
-        return Evaluation(
-            dataset_name=dataset_name,
-            dataset_id=dataset_name,
-            split=split,
-            num_images=num_images,
-            this_model=Measurement(
-                "this model", pruned=pruned, others={name: 100 * metrics[name] for name in self.shown_metrics}
-            ),
-        )
+        return evaluation_of_task(self, metrics, num_images, dataset_name, split, pruned)
