@@ -30,10 +30,18 @@ def check_scale(scale: list[float]) -> None:
         raise ValueError(f"--scale is {scale}: give the smallest and the largest factor, or one number.")
 
 
+def height_width(name: str, value: Sequence[int]) -> tuple[int, int]:
+    """The height and width in an option's values. Raises an error if these are not one or two positive numbers."""
+    if len(value) not in (1, 2) or min(value) < 1:
+        raise ValueError(f"--{name} is {value}: it must be a number of pixels, or height and width.")
+    return value[0], value[-1]
+
+
 class DenseTask:
     """Models with a head on a backbone (see `dense_models`). Images are not mixed."""
 
     arguments: Any
+    head_arguments: ClassVar[type]  # the options of a new head, which are among those for training
     auto_class: ClassVar[Any]
     shown_metrics: ClassVar[Mapping[str, tuple[str, str]]]
 
@@ -54,9 +62,8 @@ class DenseTask:
 
     def _warn_of_idle_options(self, name_or_path: str) -> None:
         """Logs which of the given options are for a new head, if the checkpoint has one."""
-        defaults = {option.name: option.default for option in fields(self.arguments)}
-        names = getattr(self.arguments, "of_new_heads", ())
-        if idle := [f"--{name}" for name in names if getattr(self.arguments, name) != defaults[name]]:
+        options = fields(self.head_arguments) if isinstance(self.arguments, self.head_arguments) else ()
+        if idle := [f"--{each.name}" for each in options if getattr(self.arguments, each.name) != each.default]:
             logger.warning("%s has a head already: %s is not used.", name_or_path, ", ".join(idle))
 
     def load_teacher(
