@@ -45,20 +45,10 @@ class DenseTask:
     auto_class: ClassVar[Any]
     shown_metrics: ClassVar[Mapping[str, tuple[str, str]]]
 
-    def load_model(
-        self,
-        name_or_path: str,
-        label_names: Sequence[str],
-        drop_path_rate: float = 0.0,
-        ignore_mismatched_sizes: bool = False,
-        some_labels: bool = False,
-        dtype: str = "float32",
-    ) -> PrunableModel:
+    def load_model(self, name_or_path: str, *args: Any, **options: Any) -> PrunableModel:
         if has_head(load_config(name_or_path)):
             self._warn_of_idle_options(name_or_path)
-        return dense_models.load_model(
-            self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels, dtype
-        )
+        return dense_models.load_model(self.auto_class, name_or_path, *args, **options)
 
     def _warn_of_idle_options(self, name_or_path: str) -> None:
         """Logs which of the given options are for a new head, if the checkpoint has one."""
