@@ -157,7 +157,7 @@ def card_for(model: VisionMamba, folder: Path, model_card: ModelCardInfo | None)
     """The information for a folder's card. None: the folder already has a card, and no new one was requested; if the
     model in the folder has another pruning schedule, this is logged."""
     if model_card is None and (folder / CARD).exists():
-        if _saved_schedule(folder) not in (UNKNOWN, pruned_config(model.config).token_pruning):
+        if _has_other_schedule(folder, pruned_config(model.config).token_pruning):
             logger.warning(
                 "%s is kept, but it describes another pruning schedule than the model's: pass a `model_card`, or "
                 "remove the file first.",
@@ -169,16 +169,13 @@ def card_for(model: VisionMamba, folder: Path, model_card: ModelCardInfo | None)
     return model_card if model_card.model_id is not None else replace(model_card, model_id=folder.name)
 
 
-UNKNOWN = object()
-
-
-def _saved_schedule(folder: Path) -> Any:
-    """The `token_pruning` of the model in a folder; `UNKNOWN` if there is none that can be read."""
+def _has_other_schedule(folder: Path, token_pruning: Any) -> bool:
+    """Whether the model in a folder has another schedule; False if there is none that can be read."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return config.get("backbone_config", config).get("token_pruning")
+        return config.get("backbone_config", config).get("token_pruning") != token_pruning
     except (OSError, ValueError, AttributeError):
-        return UNKNOWN
+        return False
 
 
 def complete_folder(
