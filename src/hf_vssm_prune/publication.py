@@ -51,6 +51,7 @@ R_MEETO = "R-MeeTo, arXiv 2412.12496"
 DYVM = "DyVM, arXiv 2504.04787"
 STORM = "STORM"
 VIDEOMAMBA = "VideoMamba, arXiv 2403.06977"
+TOP_REDUCTION = 0.416  # the fraction of PlainMamba-L3's FLOPs that ToP removes
 
 NOTES_ON_SOURCES = MappingProxyType(
     {

@@ -31,6 +31,7 @@ from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.saving import save_for_hub
 from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
+from hf_vssm_prune.publication import TOP_REDUCTION
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import (
     DataArguments,
@@ -48,7 +49,7 @@ from hf_vssm_prune.visualization import draw_classification, image_from_pixel_va
 
 
 DATASET = str(PACKAGED_DATA / "trashnet")  # not by name, because the working folder may have a folder of that name
-BUDGET = {"flops_reduction": 0.416}  # as the paper prunes PlainMamba-L3
+BUDGET = {"flops_reduction": TOP_REDUCTION}
 PAPERS: dict[str, Any] = BUDGET | {"method": PAPERS_METHOD}
 DEFAULT: dict[str, Any] = BUDGET | {"method": RECOMMENDED_METHOD}
 DENSE, FINETUNED = "dense", f"{RECOMMENDED_METHOD}, fine-tuned"

@@ -16,6 +16,7 @@ from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
 from hf_vssm_prune.hub.loading import load_any_model, load_image_processor
+from hf_vssm_prune.publication import TOP_REDUCTION
 from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.frame_sampling import SAMPLINGS
 from hf_vssm_prune.training.image_steps import decode_image
@@ -23,7 +24,6 @@ from hf_vssm_prune.training.video_decoding import read_clip
 from hf_vssm_prune.visualization_of_heads import visualize_dense
 
 
-DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
 DEFAULT_SAMPLING = "uniform"
 
 
@@ -38,7 +38,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--flops_reduction",
         type=float,
-        help=f"FLOPs reduction (default: the model's own schedule, or {DENSE_MODELS_REDUCTION} for a dense model)",
+        help=f"FLOPs reduction (default: the model's own schedule, or {TOP_REDUCTION} for a dense model)",
     )
     parser.add_argument("--importance", action="store_true", help="also draw the importance of the tokens")
     parser.add_argument(
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     if options.flops_reduction is not None:
         model.set_token_pruning({"flops_reduction": options.flops_reduction})
     elif config.token_pruning is None:
-        model.set_token_pruning({"flops_reduction": DENSE_MODELS_REDUCTION})
+        model.set_token_pruning({"flops_reduction": TOP_REDUCTION})
     image_processor = load_image_processor(options.model_name_or_path)
     inputs: list[Any] = [read_input(file, config, options.frame_sampling or DEFAULT_SAMPLING) for file in options.files]
     if config.modality == "video" and Path(options.output).suffix.lower() in FORMATS:
