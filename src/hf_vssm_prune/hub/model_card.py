@@ -22,31 +22,8 @@ from hf_vssm_prune.flops import tokens_per_layer
 from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.heads import auto_class_of
 from hf_vssm_prune.hub.published_results import published_model
-from hf_vssm_prune.publication import NOTES_ON_SOURCES, Paper, PublishedModel
-
-
-# Of the pruning methods that have one; our own follow the paper of `top`.
-METHOD_PAPERS = {
-    "top": Paper(
-        name="ToP",
-        title="Exploring Token Pruning in Vision State Space Models",
-        arxiv="2409.18962",
-        citation="""@inproceedings{zhan2024exploring,
-  title     = {Exploring Token Pruning in Vision State Space Models},
-  author    = {Zhan, Zheng and Kong, Zhenglun and Gong, Yifan and Wu, Yushu and Meng, Zichong and Zheng, Hangyu and
-               Shen, Xuan and Ioannidis, Stratis and Niu, Wei and Zhao, Pu and Wang, Yanzhi},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2024}
-}""",
-    ),
-    "evit": Paper("EViT", "Not All Patches are What You Need: Expediting Vision Transformers", "2202.07800"),
-    "tome": Paper("ToMe", "Token Merging: Your ViT But Faster", "2210.09461"),
-    "r_meeto": Paper("R-MeeTo", "Faster Vision Mamba is Rebuilt in Minutes via Merged Token Re-training", "2412.12496"),
-    "utr": Paper("UTR", "Rethinking Token Reduction for State Space Models", "2410.14725"),
-    "mtr": Paper("MTR", "Training-free Token Reduction for Vision Mamba", "2507.14042"),
-    "stm": Paper("STM", "Sequential Token Merging: Revisiting Hidden States", "2509.22691"),
-    "dyvm": Paper("DyVM", "Dynamic Vision Mamba", "2504.04787"),
-}
+from hf_vssm_prune.pruning_methods import METHODS
+from hf_vssm_prune.publication import NOTES_ON_SOURCES, TOP_PAPER, Paper, PublishedModel
 
 
 # Of what a card shows, by the names that the Hub has for metrics. Others are shown by those.
@@ -282,7 +259,7 @@ def create_model_card(
         published=published,
         notes_on_sources=[] if published is None else _notes_on_sources(published),
         papers=_papers(config),
-        method_is_published=config.token_pruning is not None and config.token_pruning["method"] in METHOD_PAPERS,
+        method_is_published=_method_paper(config) is not None,
     )
 
 
@@ -305,10 +282,12 @@ def _notes_on_sources(published: PublishedModel) -> list[str]:
 
 
 def _papers(config: VisionMambaConfig) -> list[Paper]:
-    """Of the family, and of the pruning method."""
-    if config.token_pruning is None:
-        return [config.paper]
-    return [config.paper, METHOD_PAPERS.get(config.token_pruning["method"], METHOD_PAPERS["top"])]
+    """Of the family, and of the pruning method; our own methods follow the paper of `top`."""
+    return [config.paper] if config.token_pruning is None else [config.paper, _method_paper(config) or TOP_PAPER]
+
+
+def _method_paper(config: VisionMambaConfig) -> Paper | None:
+    return None if config.token_pruning is None else METHODS[config.token_pruning["method"]].paper
 
 
 def format_flops(count: int) -> str:
