@@ -17,6 +17,7 @@ from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_any_model, load_image_processor
 from hf_vssm_prune.hub.model_card_file import read_model_card_info
+from hf_vssm_prune.hub.saving import CARD
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -34,5 +35,5 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     info = read_model_card_info(options.card)
     processor = load_image_processor(options.folder)
     save_for_hub(load_any_model(options.folder), options.folder, processor, info)
-    print(options.folder / "README.md")
+    print(options.folder / CARD)
     return 0

@@ -34,6 +34,7 @@ from hf_vssm_prune.pruned_heads import PrunedHead
 logger = logging.getLogger(__name__)
 
 CARD, CONFIG = "README.md", "config.json"
+UNFINISHED = ".saving-"  # prefix of the temporary folders, which remain if a process is killed
 # The code's licence has to be included; a file named LICENSE would be taken for the licence of the weights.
 CODE_LICENSE, NOTICE = Path(__file__).with_name("LICENSE-CODE"), "NOTICE"
 _WEIGHTS_FILE = re.compile(
@@ -95,7 +96,7 @@ def save_for_hub(
         folder.parent.mkdir(parents=True, exist_ok=True)
         # On the same file system as the folder, so that moves are atomic.
         with tempfile.TemporaryDirectory(
-            prefix=".saving-", dir=folder if folder.exists() else folder.parent
+            prefix=UNFINISHED, dir=folder if folder.exists() else folder.parent
         ) as scratch:
             staged = Path(scratch) / "model"
             staged.mkdir()

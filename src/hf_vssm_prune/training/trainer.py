@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_vssm_prune.configuration_common import has_head, pruned_config
 from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe, create_model_card
+from hf_vssm_prune.hub.saving import CARD
 from hf_vssm_prune.modeling_common import is_pruning_parameter
 from hf_vssm_prune.pruned_heads import PrunedHead
 from hf_vssm_prune.training.arguments import ElasticArguments
@@ -214,7 +215,7 @@ class TokenPruningTrainer(transformers.Trainer):
             ),
         )
         card = create_model_card(model, info, self.processing_class)  # type: ignore[arg-type]
-        card.save(folder / "README.md")
+        card.save(folder / CARD)
 
 
 def _freeze_unsaved_parameters(model: nn.Module) -> None:
