@@ -20,8 +20,8 @@ from transformers import PreTrainedConfig, UperNetConfig
 import hf_vssm_prune
 from hf_vssm_prune import EXAMPLE_MODEL, VideoMambaConfig, VimConfig, commands
 from hf_vssm_prune.__main__ import main
-from hf_vssm_prune.commands import REPOSITORY_SCRIPTS, VERBS, command_line, make_parser_of, reopen
-from hf_vssm_prune.environment import PATIENT_THREADS, WAITING, is_command, let_threads_wait
+from hf_vssm_prune.commands import REPOSITORY_SCRIPTS, VERBS, make_parser_of, reopen
+from hf_vssm_prune.environment import PATIENT_THREADS, WAITING, command_line, is_command, let_threads_wait
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.training.arguments import FinetuneArguments
 from hf_vssm_prune.training.arguments.help import OptionParser
@@ -232,6 +232,7 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys):
     ("started", "expected"),
     [
         (["/usr/bin/hf-vssm-prune", "finetune"], ["hf-vssm-prune", "finetune"]),
+        (["/x/Scripts/hf-vssm-prune.exe", "finetune"], ["hf-vssm-prune", "finetune"]),
         (["/x/hf_vssm_prune/__main__.py", "finetune"], ["hf-vssm-prune", "finetune"]),
         (["scripts/finetune.py", "--lr", "1"], ["python", "scripts/finetune.py", "--lr", "1"]),
     ],

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-PROGRAM = "hf-vssm-prune"
+from hf_vssm_prune.environment import PROGRAM
 
 
 @dataclass(frozen=True)
@@ -127,11 +126,3 @@ def script_main(file: str) -> Callable[..., int]:
     folder, verb = Path(file).resolve().parent, Path(file).stem
     sys.path[:] = [place for place in sys.path if Path(place).resolve() != folder]
     return main_of(verb)
-
-
-def command_line() -> list[str]:
-    """The words that started this process, as a user would type them."""
-    started, *words = sys.argv
-    if Path(started).name == PROGRAM or Path(started).parts[-2:] == ("hf_vssm_prune", "__main__.py"):
-        return [PROGRAM, *words]
-    return ["python", started, *words]

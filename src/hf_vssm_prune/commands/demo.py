@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_vssm_prune import EXAMPLE_MODEL
-from hf_vssm_prune.commands import command_line, one_line_errors
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
+from hf_vssm_prune.environment import command_line
 from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
