@@ -27,6 +27,7 @@ from hf_vssm_prune.training.arguments import FinetuneArguments
 from hf_vssm_prune.training.arguments.help import OptionParser
 from hf_vssm_prune.training.tasks import TASKS
 from hf_vssm_prune.training.tasks.classification import ImageClassification
+from hf_vssm_prune.training.tasks.object_detection import BoxArguments, DetectionArguments
 
 
 # A terminal of today has some fifty lines of a hundred characters or more.
@@ -116,6 +117,11 @@ def test_help_of_an_unknown_group_names_those_there_are(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help", "optimiser"])
     assert "--help optimiser: the groups are task, data, model, teacher, optimization" in capsys.readouterr().err
+
+
+def test_a_group_has_its_own_name_after_a_parser_of_its_base_class():
+    assert [*OptionParser([BoxArguments], None).groups] == ["box", "common"]
+    assert [*OptionParser([DetectionArguments], None).groups] == ["detection", "common"]
 
 
 def test_help_tells_defaults_choices_and_switches():
