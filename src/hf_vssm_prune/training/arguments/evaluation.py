@@ -12,6 +12,7 @@ from hf_vssm_prune.training.arguments.parsing import (
     check_range,
     describe,
 )
+from hf_vssm_prune.training.devices import MIXED_PRECISIONS
 
 
 @dataclass
@@ -30,7 +31,7 @@ class EvaluationArguments:
     dtype: str = field(default="float32", metadata=describe("data type of the weights", choices=WEIGHT_DTYPES))
     mixed_precision: str = field(
         default="no",
-        metadata=describe("precision of the computation with weights in float32", choices=("no", "fp16", "bf16")),
+        metadata=describe("precision of the computation with weights in float32", choices=tuple(MIXED_PRECISIONS)),
     )
     seed: int = field(
         default=0,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from hf_vssm_prune.training.arguments.parsing import check_range, describe, exclude
+from hf_vssm_prune.training.devices import MIXED_PRECISIONS
 from hf_vssm_prune.training.optimization import LEARNING_RATE_SCHEDULES
 
 
@@ -58,7 +59,7 @@ class OptimizationArguments:
     mixed_precision: str | None = field(
         default=None,
         metadata=describe(
-            "mixed precision; by default that of `accelerate launch`, or none", choices=("no", "fp16", "bf16")
+            "mixed precision; by default that of `accelerate launch`, or none", choices=tuple(MIXED_PRECISIONS)
         ),
     )
 
