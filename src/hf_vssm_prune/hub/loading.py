@@ -91,17 +91,15 @@ def load_classifier(
     )
 
 
-def load_dense_model(
-    name_or_path: str | Path, ignore_mismatched_sizes: bool = False, revision: str = "main", **options: Any
-) -> Any:
+def load_dense_model(name_or_path: str | Path, revision: str = "main", **options: Any) -> Any:
     """A transformers model for segmentation or detection with a backbone of this package, with all its weights, in
-    evaluation mode. Arguments and errors are those of `load_classifier`."""
+    evaluation mode. Arguments and errors are those of `load_classifier`, but for `ignore_mismatched_sizes`."""
     place = {name: options[name] for name in PLACE_OPTIONS if name in options}
     config = load_config(str(name_or_path), revision, **place)
     if not has_head(config):
         raise ValueError(f"{name_or_path} is an image classifier; it must be a model with a head on a backbone.")
     kind = f"{config.model_type} model"
-    return _load_whole(auto_class_of(config), kind, name_or_path, ignore_mismatched_sizes, revision, **options)
+    return _load_whole(auto_class_of(config), kind, name_or_path, False, revision, **options)
 
 
 def load_any_model(name_or_path: str | Path) -> Any:
