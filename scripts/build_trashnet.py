@@ -17,6 +17,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from tqdm import tqdm
 
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.training.data.loading import load_image_dataset
 from hf_vssm_prune.training.data.sources import PACKAGED_DATA
 from hf_vssm_prune.training.image_steps import decode_image
@@ -72,6 +73,7 @@ def encode(image: PILImage.Image) -> bytes:
     return buffer.getvalue()
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="TrashNet, in any form that the other scripts accept")
@@ -79,11 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=PACKAGED_DATA / "trashnet", help="folder (default: the package's)"
     )
     options = parser.parse_args(arguments)
-    try:
-        datasets = load_image_dataset(options.source, eval_split="test")
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    datasets = load_image_dataset(options.source, eval_split="test")
     splits = dict(zip(SPLITS, (datasets.train, datasets.evaluation), strict=True))
     files = {split: build_split(dataset, datasets.label_names, split) for split, dataset in splits.items()}
     options.output.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.training.arguments.parsing import check_output_file
 
 
@@ -24,6 +25,7 @@ from study.report import write_report
 from study.runner import StudyRunner, check_results, read_results
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, required=True, help="YAML file of the study")
@@ -52,22 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unused := [f"--{name}" for name in of_running if getattr(options, name) != parser.get_default(name)]:
             parser.error(f"{', '.join(unused)} need --folder; without it, nothing is run.")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
-    try:
-        study = read_study(options.study)
-        check_output_file("report", options.report)
-        if options.results.is_dir():
-            raise ValueError(f"--results {options.results} is a folder; it must be a file.")
-        if options.folder is None and not options.results.exists():
-            raise ValueError(f"--results {options.results} does not exist, and without --folder nothing is run.")
-        warn_of_unknown(study, options.results)
-        status = 0 if options.folder is None else run(study, options)
-        if options.report is not None and options.results.exists():  # a run may have ended without a result
-            results = read_results(options.results)
-            check_results(results, study)
-            write_report(study, results, options.report, options.results.parent)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    study = read_study(options.study)
+    check_output_file("report", options.report)
+    if options.results.is_dir():
+        raise ValueError(f"--results {options.results} is a folder; it must be a file.")
+    if options.folder is None and not options.results.exists():
+        raise ValueError(f"--results {options.results} does not exist, and without --folder nothing is run.")
+    warn_of_unknown(study, options.results)
+    status = 0 if options.folder is None else run(study, options)
+    if options.report is not None and options.results.exists():  # a run may have ended without a result
+        results = read_results(options.results)
+        check_results(results, study)
+        write_report(study, results, options.report, options.results.parent)
     return status
 
 

@@ -20,13 +20,14 @@ from transformers import PreTrainedConfig, UperNetConfig
 import hf_vssm_prune
 from hf_vssm_prune import EXAMPLE_MODEL, VideoMambaConfig, VimConfig, commands
 from hf_vssm_prune.__main__ import main
-from hf_vssm_prune.commands import REPOSITORY_SCRIPTS, VERBS, command_line, make_parser_of, reopen
-from hf_vssm_prune.environment import PATIENT_THREADS, WAITING, is_command, let_threads_wait
+from hf_vssm_prune.commands import REPOSITORY_SCRIPTS, VERBS, make_parser_of, reopen
+from hf_vssm_prune.environment import PATIENT_THREADS, WAITING, command_line, is_command, let_threads_wait
 from hf_vssm_prune.pruning_methods import METHODS
 from hf_vssm_prune.training.arguments import FinetuneArguments
 from hf_vssm_prune.training.arguments.help import OptionParser
 from hf_vssm_prune.training.tasks import TASKS
 from hf_vssm_prune.training.tasks.classification import ImageClassification
+from hf_vssm_prune.training.tasks.object_detection import BoxArguments, DetectionArguments
 
 
 # A terminal of today has some fifty lines of a hundred characters or more.
@@ -116,6 +117,11 @@ def test_help_of_an_unknown_group_names_those_there_are(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help", "optimiser"])
     assert "--help optimiser: the groups are task, data, model, teacher, optimization" in capsys.readouterr().err
+
+
+def test_a_group_has_its_own_name_after_a_parser_of_its_base_class():
+    assert [*OptionParser([BoxArguments], None).groups] == ["box", "common"]
+    assert [*OptionParser([DetectionArguments], None).groups] == ["detection", "common"]
 
 
 def test_help_tells_defaults_choices_and_switches():
@@ -232,6 +238,7 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys):
     ("started", "expected"),
     [
         (["/usr/bin/hf-vssm-prune", "finetune"], ["hf-vssm-prune", "finetune"]),
+        (["/x/Scripts/hf-vssm-prune.exe", "finetune"], ["hf-vssm-prune", "finetune"]),
         (["/x/hf_vssm_prune/__main__.py", "finetune"], ["hf-vssm-prune", "finetune"]),
         (["scripts/finetune.py", "--lr", "1"], ["python", "scripts/finetune.py", "--lr", "1"]),
     ],

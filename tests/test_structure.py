@@ -85,6 +85,12 @@ def test_kernels_import_mathematics_and_not_the_files_that_choose_a_kernel() -> 
     assert not imported & (choosing | {"hf_vssm_prune.kernel_choice"})
 
 
+def test_only_the_command_line_imports_commands() -> None:
+    graph, commands = import_graph(SOURCES), "hf_vssm_prune.commands"
+    importing = {module for module in graph if any(name.startswith(commands) for name in graph[module])}
+    assert {module for module in importing if not module.startswith(commands)} == {"hf_vssm_prune.__main__"}
+
+
 def swallowed_entries(source: str) -> list[str]:
     """Docstring lines that start a new entry (an argument, field or error), but are indented like the continuation of
     the previous one, so that Sphinx shows them as part of it."""

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from hf_vssm_prune import __version__
-from hf_vssm_prune.commands import PROGRAM, REPOSITORY_SCRIPTS, VERBS, run
+from hf_vssm_prune.commands import REPOSITORY_SCRIPTS, VERBS, run
+from hf_vssm_prune.environment import PROGRAM
 
 
 DESCRIPTION = "Token pruning for vision Mambas: train, prune, compare, convert and share models."

@@ -36,8 +36,7 @@ class BidirectionalConfig(VisionMambaConfig):
     def _check_sizes(self) -> None:
         if self.patch_stride is None:
             self.patch_stride = self.patch_size
-        if self.patch_stride < 1:
-            raise ValueError(f"`patch_stride` is {self.patch_stride}; it must be a whole number of at least 1.")
+        self._check_whole_number("patch_stride", least=1)
         super()._check_sizes()
 
     @property

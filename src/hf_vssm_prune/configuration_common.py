@@ -349,6 +349,11 @@ def pruned_config(config: Any) -> Any:
     return config if hasattr(config, "token_pruning") else getattr(config, "backbone_config", None)
 
 
+def has_head(config: Any) -> bool:
+    """Whether a configuration is that of a model with a head on a backbone, rather than of a model of this package."""
+    return pruned_config(config) is not config
+
+
 class _TokenPruningOption:
     """A configuration's `token_pruning`, which is completed and checked when it is first read after it was set.
 

@@ -82,6 +82,7 @@ class OfficialFormat(Protocol):
 ModelConfig: TypeAlias = Any
 # Keys under which published files store weights averaged over training.
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict")
+CHECKPOINT_SUFFIXES = (".pth", ".safetensors")
 
 
 def load_official_model(
@@ -126,8 +127,8 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
         OSError: it cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (".pth", ".safetensors"):
-        raise ValueError(f"{path}: published checkpoints are .pth or .safetensors files.")
+    if path.suffix not in CHECKPOINT_SUFFIXES:
+        raise ValueError(f"{path}: published checkpoints are {' or '.join(CHECKPOINT_SUFFIXES)} files.")
     official = convert_to_official_state_dict(model.config, model.state_dict())
     temporary = path.with_name(f".unfinished-{path.name}")
     try:

@@ -1,4 +1,5 @@
-"""Environment variables: switches, and variables that must be set before torch is loaded.
+"""How the process was started, and its environment variables: switches, and variables that must be set before torch is
+loaded.
 
 This module imports only the standard library: it is used when wheels are built, where nothing else is installed, and
 before torch is loaded.
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 
+PROGRAM = "hf-vssm-prune"
 OFF = ("", "0", "false", "f", "no", "n", "off")
 
 # Variables with which users set how idle threads wait.
@@ -41,4 +43,12 @@ def is_command() -> bool:
     package, started = Path(__file__).resolve().parent, Path(sys.argv[0])
     if sys.argv[0] == "-m":  # until Python has found the module, for which it imports this package
         return any(word.removeprefix("-m").partition(".")[0] == package.name for word in sys.orig_argv[1:])
-    return started.stem == "hf-vssm-prune" or started.resolve().parent == package.parents[1] / "scripts"
+    return started.stem == PROGRAM or started.resolve().parent == package.parents[1] / "scripts"
+
+
+def command_line() -> list[str]:
+    """The words that started this process, as a user would type them."""
+    started, *words = sys.argv
+    if Path(started).stem == PROGRAM or Path(started).parts[-2:] == ("hf_vssm_prune", "__main__.py"):
+        return [PROGRAM, *words]
+    return ["python", started, *words]

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from . import flops
-from .configuration_common import pruned_config
+from .configuration_common import has_head, pruned_config
 from .flops import FlopCount, ModelFlops
 from .heads import auto_class_of
 from .pruned_heads import backbone_of
@@ -34,7 +34,7 @@ def count_flops(
     """
     backbone = pruned_config(config)
     count = flops.count_flops(backbone, image_size, block_fraction)
-    if backbone is config:
+    if not has_head(config):
         return count
     size = backbone.input_size if image_size is None else backbone.input_size_for(image_size)
     head = count_head(config, size)

@@ -24,6 +24,17 @@ from .pruning_top import keep_most_important
 from .pruning_uniform import keep_evenly_spread
 from .pruning_utr import count_flops as count_utr
 from .pruning_utr import merge_unimportant
+from .publication import (
+    DYVM_PAPER,
+    EVIT_PAPER,
+    MTR_PAPER,
+    R_MEETO_PAPER,
+    STM_PAPER,
+    TOME_PAPER,
+    TOP_PAPER,
+    UTR_PAPER,
+    Paper,
+)
 
 
 def _no_flops(num_tokens: int, count: int, config: PreTrainedConfig) -> int:
@@ -42,6 +53,7 @@ class PruningMethod(NamedTuple):
         module: from the hidden size to the module with the method's parameters at each stage. None: it has no
             parameters.
         reads_mixer: whether the method reads the results of the previous layer's mixer (`Stage.mixer`).
+        paper: the method's paper, for model cards. None: it is ours.
     """
 
     reduce: Callable[[Stage], Reduction]
@@ -50,17 +62,20 @@ class PruningMethod(NamedTuple):
     count_flops: Callable[[int, int, PreTrainedConfig], int] = _no_flops
     module: Callable[[int], StageModule] | None = None
     reads_mixer: bool = True
+    paper: Paper | None = None
 
 
 METHODS = {
-    "top": PruningMethod(keep_most_important, "repeat", importance="clip"),
-    "evit": PruningMethod(fuse_unimportant, "none", importance="clip"),
-    "tome": PruningMethod(merge_similar_keys, "none", count_flops=count_tome),
-    "r_meeto": PruningMethod(merge_similar_outputs, "none", count_flops=count_r_meeto),
-    "utr": PruningMethod(merge_unimportant, "none", importance="clip", count_flops=count_utr),
-    "mtr": PruningMethod(merge_small_steps, "none", count_flops=count_mtr),
-    "stm": PruningMethod(merge_into_both_neighbours, "none"),
-    "dyvm": PruningMethod(keep_predicted, "none", count_flops=count_dyvm, module=TokenPredictor, reads_mixer=False),
+    "top": PruningMethod(keep_most_important, "repeat", importance="clip", paper=TOP_PAPER),
+    "evit": PruningMethod(fuse_unimportant, "none", importance="clip", paper=EVIT_PAPER),
+    "tome": PruningMethod(merge_similar_keys, "none", count_flops=count_tome, paper=TOME_PAPER),
+    "r_meeto": PruningMethod(merge_similar_outputs, "none", count_flops=count_r_meeto, paper=R_MEETO_PAPER),
+    "utr": PruningMethod(merge_unimportant, "none", importance="clip", count_flops=count_utr, paper=UTR_PAPER),
+    "mtr": PruningMethod(merge_small_steps, "none", count_flops=count_mtr, paper=MTR_PAPER),
+    "stm": PruningMethod(merge_into_both_neighbours, "none", paper=STM_PAPER),
+    "dyvm": PruningMethod(
+        keep_predicted, "none", count_flops=count_dyvm, module=TokenPredictor, reads_mixer=False, paper=DYVM_PAPER
+    ),
     "uniform": PruningMethod(keep_evenly_spread, "repeat", reads_mixer=False),
     "state_merge": PruningMethod(merge_into_state, "repeat", importance="clip"),
     "stand_in": PruningMethod(keep_with_stand_ins, "repeat", importance="clip"),

@@ -1,4 +1,5 @@
-"""What papers report about a model family, for use in its configuration. None of it was measured by this project."""
+"""Papers, and what they report about a model family, for use in its configuration. None of it was measured by this
+project."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -6,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Paper(NamedTuple):
-    """A paper, for model cards. `flops_convention` describes what the family's FLOPs include."""
+    """A paper, for model cards. `flops_convention` describes what a family's FLOPs include."""
 
     name: str  # name of the family or method
     title: str
@@ -14,6 +15,11 @@ class Paper(NamedTuple):
     citation: str | None = None  # BibTeX
     repository: str | None = None
     flops_convention: str | None = None
+
+    @property
+    def source(self) -> str:
+        """What tables of results call it."""
+        return f"{self.name}, arXiv {self.arxiv}"
 
 
 class PublishedResult(NamedTuple):
@@ -45,12 +51,33 @@ class PublishedModel(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-TOP = "ToP, arXiv 2409.18962"
+# Of pruning methods.
+TOP_PAPER = Paper(
+    name="ToP",
+    title="Exploring Token Pruning in Vision State Space Models",
+    arxiv="2409.18962",
+    citation="""@inproceedings{zhan2024exploring,
+  title     = {Exploring Token Pruning in Vision State Space Models},
+  author    = {Zhan, Zheng and Kong, Zhenglun and Gong, Yifan and Wu, Yushu and Meng, Zichong and Zheng, Hangyu and
+               Shen, Xuan and Ioannidis, Stratis and Niu, Wei and Zhao, Pu and Wang, Yanzhi},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024}
+}""",
+)
+EVIT_PAPER = Paper("EViT", "Not All Patches are What You Need: Expediting Vision Transformers", "2202.07800")
+TOME_PAPER = Paper("ToMe", "Token Merging: Your ViT But Faster", "2210.09461")
+R_MEETO_PAPER = Paper("R-MeeTo", "Faster Vision Mamba is Rebuilt in Minutes via Merged Token Re-training", "2412.12496")
+UTR_PAPER = Paper("UTR", "Rethinking Token Reduction for State Space Models", "2410.14725")
+MTR_PAPER = Paper("MTR", "Training-free Token Reduction for Vision Mamba", "2507.14042")
+STM_PAPER = Paper("STM", "Sequential Token Merging: Revisiting Hidden States", "2509.22691")
+DYVM_PAPER = Paper("DyVM", "Dynamic Vision Mamba", "2504.04787")
+
+# The sources of results.
+TOP, R_MEETO, DYVM = TOP_PAPER.source, R_MEETO_PAPER.source, DYVM_PAPER.source
 TOP_LOGS = "logs in the repository of ToP's authors"
-R_MEETO = "R-MeeTo, arXiv 2412.12496"
-DYVM = "DyVM, arXiv 2504.04787"
 STORM = "STORM"
 VIDEOMAMBA = "VideoMamba, arXiv 2403.06977"
+TOP_REDUCTION = 0.416  # the fraction of PlainMamba-L3's FLOPs that ToP removes
 
 NOTES_ON_SOURCES = MappingProxyType(
     {

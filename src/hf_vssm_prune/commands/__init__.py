@@ -3,14 +3,15 @@ function, and one line in the table here. It can be run as `hf-vssm-prune VERB`,
 as `scripts/VERB.py` in the repository, for `accelerate launch`."""
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-
-PROGRAM = "hf-vssm-prune"
+from hf_vssm_prune.environment import PROGRAM
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,25 @@ def run(verb: str, words: list[str]) -> int:
     return main(words, f"{PROGRAM} {verb}")
 
 
+def one_line_errors(*others: type[Exception]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorates a verb's `main`: a ValueError, an OSError or one of the other errors is printed on one line, and the
+    exit status is 1."""
+    errors: tuple[type[Exception], ...] = (ValueError, OSError, *others)
+
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def run_verb(*arguments: Any, **options: Any) -> int:
+            try:
+                return main(*arguments, **options)
+            except errors as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+
+        return run_verb
+
+    return decorate
+
+
 def _missing_module(error: BaseException | None) -> str | None:
     """The name of the module that could not be imported. transformers raises a second error, without the name, from the
     first one."""
@@ -106,11 +126,3 @@ def script_main(file: str) -> Callable[..., int]:
     folder, verb = Path(file).resolve().parent, Path(file).stem
     sys.path[:] = [place for place in sys.path if Path(place).resolve() != folder]
     return main_of(verb)
-
-
-def command_line() -> list[str]:
-    """The words that started this process, as a user would type them."""
-    started, *words = sys.argv
-    if Path(started).name == PROGRAM or Path(started).parts[-2:] == ("hf_vssm_prune", "__main__.py"):
-        return [PROGRAM, *words]
-    return ["python", started, *words]

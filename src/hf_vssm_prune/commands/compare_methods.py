@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_vssm_prune.publication import TOP_REDUCTION
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import EvaluationArguments, EvaluationDataArguments, OptionParser, parse_arguments
 from hf_vssm_prune.training.arguments.parsing import exclude
 from hf_vssm_prune.training.evaluation import ModelEvaluation
 from hf_vssm_prune.training.tasks import Task, TaskArguments, choose_task
-
-
-FLOPS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
 
 
 @dataclass
@@ -29,7 +27,7 @@ class ComparisonArguments:
     _argument_group_name = "comparison"
 
     flops_reduction: float | None = field(
-        default=None, metadata={"help": f"fraction of FLOPs that every method removes; by default {FLOPS_REDUCTION}"}
+        default=None, metadata={"help": f"fraction of FLOPs that every method removes; by default {TOP_REDUCTION}"}
     )
     schedules: str | None = field(
         default=None, metadata={"help": "JSON file of `token_pruning` options by name, instead of all methods"}
@@ -41,7 +39,7 @@ class ComparisonArguments:
     def read_schedules(self, name_or_path: str) -> dict[str, dict[str, Any]]:
         """The schedules for a model."""
         if self.schedules is None:
-            reduction = FLOPS_REDUCTION if self.flops_reduction is None else self.flops_reduction
+            reduction = TOP_REDUCTION if self.flops_reduction is None else self.flops_reduction
             return jobs.method_schedules(name_or_path, reduction)
         try:
             content = json.loads(Path(self.schedules).read_text(encoding="utf-8"))

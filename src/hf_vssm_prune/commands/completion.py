@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import shtab
 
-from hf_vssm_prune.commands import PROGRAM, VERBS, make_parser_of
+from hf_vssm_prune.commands import VERBS, make_parser_of
 from hf_vssm_prune.commands.parsing import command_parser
+from hf_vssm_prune.environment import PROGRAM
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:

@@ -9,15 +9,15 @@ not overwritten.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_vssm_prune import count_flops
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
-from hf_vssm_prune.conversion import load_official_model, save_official_model
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
+from hf_vssm_prune.conversion import CHECKPOINT_SUFFIXES, load_official_model, save_official_model
 from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
 from hf_vssm_prune.hub.loading import load_any_model, new_image_processor
@@ -29,43 +29,29 @@ from hf_vssm_prune.training.segmentation_models import segmentation_processor
 SHORT_SIDE = 512  # in pixels, as in the evaluation of segmentation models on ADE20K
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = make_parser(prog)
     options = parser.parse_args(arguments)
-    try:
-        if options.target.exists() and not is_empty_folder(options.target):
-            raise FileExistsError(
-                f"{options.target} already exists and will not be overwritten: remove it, or choose another target."
+    if options.target.exists() and not is_empty_folder(options.target):
+        raise FileExistsError(
+            f"{options.target} already exists and will not be overwritten: remove it, or choose another target."
+        )
+    if options.source.is_dir():
+        # All options are for checkpoint files.
+        values = {name: value for name, value in vars(options).items() if name not in ("source", "target")}
+        if given := [f"--{name}" for name, value in values.items() if value != parser.get_default(name)]:
+            raise ValueError(
+                f"{options.source} is a folder, and {', '.join(given)} can only be used with checkpoint files."
             )
-        if options.source.is_dir():
-            if given := [f"--{name}" for name in OF_FILES if getattr(options, name) != parser.get_default(name)]:
-                raise ValueError(
-                    f"{options.source} is a folder, and {', '.join(given)} can only be used with checkpoint files."
-                )
-            model = to_checkpoint(options)
-        else:
-            if options.target.suffix in (".pth", ".safetensors"):
-                raise ValueError(f"{options.target} would be a folder: a checkpoint file is converted to a folder.")
-            model = to_folder(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        model = to_checkpoint(options)
+    else:
+        if options.target.suffix in CHECKPOINT_SUFFIXES:
+            raise ValueError(f"{options.target} would be a folder: a checkpoint file is converted to a folder.")
+        model = to_folder(options)
     print(summary(model))
     print(f"saved to {options.target}")
     return 0
-
-
-OF_FILES = (
-    "family",
-    "ema",
-    "image_size",
-    "patch_stride",
-    "num_frames",
-    "id2label",
-    "image_mean",
-    "image_std",
-    "crop_pct",
-)
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -120,10 +106,10 @@ def to_folder(options: argparse.Namespace) -> ImageClassifier:
     if options.id2label is not None:
         set_labels(model.config, options.id2label)
     backbone = pruned_config(model.config)
-    if backbone is not model.config and options.crop_pct is not None:
+    if has_head(model.config) and options.crop_pct is not None:
         raise ValueError("--crop_pct is for classifiers; segmentation models see whole images.")
     processor = new_image_processor(backbone, options.image_mean, options.image_std, options.crop_pct)
-    if backbone is not model.config:
+    if has_head(model.config):
         processor = segmentation_processor(processor, SHORT_SIDE)
     card = ModelCardInfo(name=options.target.resolve().name, original_weights=options.source.name)
     save_for_hub(model, options.target, processor, card)
@@ -145,7 +131,7 @@ def set_labels(config: VisionMambaConfig, file: Path) -> None:
 
 def summary(model: ImageClassifier) -> str:
     config, flops = pruned_config(model.config), count_flops(model.config).dense
-    head = "" if config is model.config else f"{model.config.model_type} on "
+    head = f"{model.config.model_type} on " if has_head(model.config) else ""
     *frames, height, width = config.input_size
     inputs = f"videos of {frames[0]} frames of" if frames else "images of"
     patches = " x ".join(map(str, config.grid_size))

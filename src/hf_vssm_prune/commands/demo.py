@@ -23,14 +23,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_vssm_prune import EXAMPLE_MODEL
-from hf_vssm_prune.commands import command_line
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
+from hf_vssm_prune.environment import command_line
 from hf_vssm_prune.families import ImageClassifier
 from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.hub.model_card import Evaluation, Measurement, ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.hub.saving import save_for_hub
 from hf_vssm_prune.pruning_methods import PAPERS_METHOD, RECOMMENDED_METHOD
+from hf_vssm_prune.publication import TOP_REDUCTION
 from hf_vssm_prune.training import jobs
 from hf_vssm_prune.training.arguments import (
     DataArguments,
@@ -48,7 +50,7 @@ from hf_vssm_prune.visualization import draw_classification, image_from_pixel_va
 
 
 DATASET = str(PACKAGED_DATA / "trashnet")  # not by name, because the working folder may have a folder of that name
-BUDGET = {"flops_reduction": 0.416}  # as the paper prunes PlainMamba-L3
+BUDGET = {"flops_reduction": TOP_REDUCTION}
 PAPERS: dict[str, Any] = BUDGET | {"method": PAPERS_METHOD}
 DEFAULT: dict[str, Any] = BUDGET | {"method": RECOMMENDED_METHOD}
 DENSE, FINETUNED = "dense", f"{RECOMMENDED_METHOD}, fine-tuned"
@@ -61,17 +63,10 @@ UNTRAINED: dict[str, dict[str, Any] | None] = {
 FINETUNINGS: dict[str, dict[str, Any]] = {"top, aligned, fine-tuned": PAPERS, FINETUNED: DEFAULT}
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    options = make_parser(prog).parse_args(arguments)
-    try:
-        return prune_example(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-def prune_example(options: argparse.Namespace) -> int:
     """Runs the demo and returns the exit status: 1 if the saved model gives other predictions."""
+    options = make_parser(prog).parse_args(arguments)
     start = time.perf_counter()
     output = Path(options.output_dir)
     dataset, _ = load_evaluation_dataset(DATASET, max_samples=options.max_eval_samples)
@@ -161,11 +156,10 @@ def load_example(token_pruning: dict | None) -> ImageClassifier:
 
 def model_card(evaluations: dict[str, ModelEvaluation], picture: Path, command: str) -> ModelCardInfo:
     measurements = [
-        Measurement(
+        Measurement.of_metrics(
             name,
-            100 * evaluation.metrics["top1"],
-            100 * evaluation.metrics["top5"],
-            evaluation.images_per_second,
+            evaluation.metrics,
+            images_per_second=evaluation.images_per_second,
             pruned=name != DENSE,
             multiply_adds=round(1e9 * evaluation.gflops_published),
         )

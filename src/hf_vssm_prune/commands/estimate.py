@@ -7,12 +7,12 @@ that are about data and output are left out. It prints steps, FLOPs, memory and 
 (`--device_tflops`), and measures the same model with synthetic images on this machine.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.hub.loading import load_config
 from hf_vssm_prune.training.arguments import (
@@ -60,26 +60,23 @@ def make_parser(prog: str | None = None) -> OptionParser:
     return OptionParser(option_types(choose_task([])), __doc__, prog)
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     task = choose_task(arguments)
     parsed = parse_arguments(option_types(task), arguments, __doc__, prog, [DataArguments, RunArguments])
     _, model, losses, pruning, optimization, of_task, elastic, scale, options = parsed
-    try:
-        if model.model_name_or_path is None:
-            config = model.config(label_names(options.num_classes or NUM_CLASSES), optimization.drop_path)
-        else:
-            config = load_config(model.model_name_or_path)
-            if options.num_classes is not None:
-                name_labels(config, label_names(options.num_classes))
-        pruned = pruned_config(config)
-        if model.image_size is not None:  # a new model has this size already
-            pruned.image_size = config_at_size(pruned, model.image_size).image_size
-        pruned.token_pruning = pruning.schedule(pruned)
-        losses.check_schedule(pruned.token_pruning)
-        estimate = estimate_run(task(of_task), config, optimization, losses, elastic, scale, options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if model.model_name_or_path is None:
+        config = model.config(label_names(options.num_classes or NUM_CLASSES), optimization.drop_path)
+    else:
+        config = load_config(model.model_name_or_path)
+        if options.num_classes is not None:
+            name_labels(config, label_names(options.num_classes))
+    pruned = pruned_config(config)
+    if model.image_size is not None:  # a new model has this size already
+        pruned.image_size = config_at_size(pruned, model.image_size).image_size
+    pruned.token_pruning = pruning.schedule(pruned)
+    losses.check_schedule(pruned.token_pruning)
+    estimate = estimate_run(task(of_task), config, optimization, losses, elastic, scale, options)
     print(estimate_text(estimate, options.num_devices, optimization.per_device_train_batch_size))
     if options.json is not None:
         write_json(asdict(estimate), Path(options.json))

@@ -7,12 +7,12 @@ Each file is run and compared with the model before it is kept. docs/export.md s
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.export import FORMATS, export_classifier
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
@@ -30,17 +30,14 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors(ImportError, RuntimeError)
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = make_parser(prog).parse_args(arguments)
-    try:
-        model = load_classifier(options.model, revision=options.revision, dtype=torch.float32)
-        if options.flops_reduction is not None:
-            model.set_token_pruning({"flops_reduction": options.flops_reduction})
-        image_processor = load_image_processor(options.model, revision=options.revision)
-        folder = export_classifier(model, options.folder, options.formats, image_processor)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model = load_classifier(options.model, revision=options.revision, dtype=torch.float32)
+    if options.flops_reduction is not None:
+        model.set_token_pruning({"flops_reduction": options.flops_reduction})
+    image_processor = load_image_processor(options.model, revision=options.revision)
+    folder = export_classifier(model, options.folder, options.formats, image_processor)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{file.stat().st_size:>12,}  {file}")
     return 0

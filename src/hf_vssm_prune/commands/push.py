@@ -5,9 +5,9 @@ hf-vssm-prune push runs/pruned/best user/plainmamba-l3-pruned --dry_run
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.hub.pushing import check_repo_id, list_pushed_files, push_model
 
@@ -24,26 +24,23 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = make_parser(prog).parse_args(arguments)
-    try:
-        check_repo_id(options.repo_id)
-        files = list_pushed_files(options.folder)
-        for file in files:
-            print(f"{file.size:>12,}  {file.path.name}")
-        print(f"{sum(file.size for file in files):>12,}  bytes in {len(files)} files")
-        if options.dry_run:
-            return 0
-        commit = push_model(
-            options.folder,
-            options.repo_id,
-            revision=options.revision,
-            private=options.private,
-            commit_message=options.commit_message,
-            create_pr=options.create_pr,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check_repo_id(options.repo_id)
+    files = list_pushed_files(options.folder)
+    for file in files:
+        print(f"{file.size:>12,}  {file.path.name}")
+    print(f"{sum(file.size for file in files):>12,}  bytes in {len(files)} files")
+    if options.dry_run:
+        return 0
+    commit = push_model(
+        options.folder,
+        options.repo_id,
+        revision=options.revision,
+        private=options.private,
+        commit_message=options.commit_message,
+        create_pr=options.create_pr,
+    )
     print(commit.pr_url or commit.commit_url)
     return 0

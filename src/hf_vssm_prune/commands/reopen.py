@@ -6,7 +6,6 @@ labels of the given images as JSON.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import pruned_config
+from hf_vssm_prune.configuration_common import has_head
 from hf_vssm_prune.hub.loading import load_config, packaged_model
 
 
@@ -26,14 +26,10 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors(Image.DecompressionBombError)
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = make_parser(prog).parse_args(arguments)
-    try:
-        answers = classify(options.model, options.images)
-    except (ValueError, OSError, Image.DecompressionBombError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(answers))
+    print(json.dumps(classify(options.model, options.images)))
     return 0
 
 
@@ -44,7 +40,7 @@ def classify(name: str, files: Sequence[str]) -> dict[str, list[Any]]:
         ValueError, OSError: the model is not an image classifier, or something cannot be read; the message names it.
     """
     config = load_config(name)
-    if pruned_config(config) is not config or config.modality != "image":
+    if has_head(config) or config.modality != "image":
         raise ValueError(f"{name} is a {config.model_type!r} model; it must be an image classifier.")
     name = packaged_model(name)
     image_processor = AutoImageProcessor.from_pretrained(name)

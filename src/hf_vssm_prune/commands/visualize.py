@@ -6,16 +6,17 @@ hf-vssm-prune visualize video.mp4 --model_name_or_path <video model> --output ke
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_vssm_prune import EXAMPLE_MODEL, visualize
 from hf_vssm_prune.animation import FORMATS, animate
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
 from hf_vssm_prune.hub.loading import load_any_model, load_image_processor
+from hf_vssm_prune.publication import TOP_REDUCTION
 from hf_vssm_prune.training.arguments.parsing import check_output_file
 from hf_vssm_prune.training.frame_sampling import SAMPLINGS
 from hf_vssm_prune.training.image_steps import decode_image
@@ -23,7 +24,6 @@ from hf_vssm_prune.training.video_decoding import read_clip
 from hf_vssm_prune.visualization_of_heads import visualize_dense
 
 
-DENSE_MODELS_REDUCTION = 0.416  # what the paper removes from PlainMamba-L3
 DEFAULT_SAMPLING = "uniform"
 
 
@@ -38,7 +38,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--flops_reduction",
         type=float,
-        help=f"FLOPs reduction (default: the model's own schedule, or {DENSE_MODELS_REDUCTION} for a dense model)",
+        help=f"FLOPs reduction (default: the model's own schedule, or {TOP_REDUCTION} for a dense model)",
     )
     parser.add_argument("--importance", action="store_true", help="also draw the importance of the tokens")
     parser.add_argument(
@@ -54,32 +54,27 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = make_parser(prog).parse_args(arguments)
-    try:
-        check_output_file("output", options.output)
-        model = load_any_model(options.model_name_or_path)
-        config = pruned_config(model.config)
-        if config.modality != "video" and options.frame_sampling is not None:
-            raise ValueError(f"--frame_sampling is for videos; {options.model_name_or_path} is a model for images.")
-        if options.flops_reduction is not None:
-            model.set_token_pruning({"flops_reduction": options.flops_reduction})
-        elif config.token_pruning is None:
-            model.set_token_pruning({"flops_reduction": DENSE_MODELS_REDUCTION})
-        image_processor = load_image_processor(options.model_name_or_path)
-        inputs: list[Any] = [
-            read_input(file, config, options.frame_sampling or DEFAULT_SAMPLING) for file in options.files
-        ]
-        if config.modality == "video" and Path(options.output).suffix.lower() in FORMATS:
-            if len(inputs) > 1 or options.importance:
-                raise ValueError(f"--output {options.output}: an animation shows one video, without importance.")
-            animate(model, image_processor, inputs[0], options.output)
-        else:
-            draw = visualize if config is model.config else visualize_dense
-            draw(model, image_processor, inputs, options.importance).save(options.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check_output_file("output", options.output)
+    model = load_any_model(options.model_name_or_path)
+    config = pruned_config(model.config)
+    if config.modality != "video" and options.frame_sampling is not None:
+        raise ValueError(f"--frame_sampling is for videos; {options.model_name_or_path} is a model for images.")
+    if options.flops_reduction is not None:
+        model.set_token_pruning({"flops_reduction": options.flops_reduction})
+    elif config.token_pruning is None:
+        model.set_token_pruning({"flops_reduction": TOP_REDUCTION})
+    image_processor = load_image_processor(options.model_name_or_path)
+    inputs: list[Any] = [read_input(file, config, options.frame_sampling or DEFAULT_SAMPLING) for file in options.files]
+    if config.modality == "video" and Path(options.output).suffix.lower() in FORMATS:
+        if len(inputs) > 1 or options.importance:
+            raise ValueError(f"--output {options.output}: an animation shows one video, without importance.")
+        animate(model, image_processor, inputs[0], options.output)
+    else:
+        draw = visualize_dense if has_head(model.config) else visualize
+        draw(model, image_processor, inputs, options.importance).save(options.output)
     print(options.output)
     return 0
 

@@ -9,14 +9,15 @@ examples.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_any_model, load_image_processor
 from hf_vssm_prune.hub.model_card_file import read_model_card_info
+from hf_vssm_prune.hub.saving import CARD
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -26,16 +27,13 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = make_parser(prog).parse_args(arguments)
-    try:
-        if not options.folder.is_dir():
-            raise NotADirectoryError(f"{options.folder} is not a folder.")
-        info = read_model_card_info(options.card)
-        processor = load_image_processor(options.folder)
-        save_for_hub(load_any_model(options.folder), options.folder, processor, info)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(options.folder / "README.md")
+    if not options.folder.is_dir():
+        raise NotADirectoryError(f"{options.folder} is not a folder.")
+    info = read_model_card_info(options.card)
+    processor = load_image_processor(options.folder)
+    save_for_hub(load_any_model(options.folder), options.folder, processor, info)
+    print(options.folder / CARD)
     return 0

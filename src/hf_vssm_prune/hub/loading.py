@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
 from hf_vssm_prune.families import Family, ImageClassifier, family_names
 from hf_vssm_prune.heads import auto_class_of
 from hf_vssm_prune.hub.retrying import patiently
@@ -84,31 +84,29 @@ def load_classifier(
     """
     place = {name: options[name] for name in PLACE_OPTIONS if name in options}
     config = load_config(str(name_or_path), revision, **place)
-    if pruned_config(config) is not config:
+    if has_head(config):
         raise ValueError(f"{name_or_path} is a {config.model_type!r} model; it must be an image classifier.")
     return _load_whole(
         Family.auto_classifier(config), "image classifier", name_or_path, ignore_mismatched_sizes, revision, **options
     )
 
 
-def load_dense_model(
-    name_or_path: str | Path, ignore_mismatched_sizes: bool = False, revision: str = "main", **options: Any
-) -> Any:
+def load_dense_model(name_or_path: str | Path, revision: str = "main", **options: Any) -> Any:
     """A transformers model for segmentation or detection with a backbone of this package, with all its weights, in
-    evaluation mode. Arguments and errors are those of `load_classifier`."""
+    evaluation mode. Arguments and errors are those of `load_classifier`, but for `ignore_mismatched_sizes`."""
     place = {name: options[name] for name in PLACE_OPTIONS if name in options}
     config = load_config(str(name_or_path), revision, **place)
-    if pruned_config(config) is config:
+    if not has_head(config):
         raise ValueError(f"{name_or_path} is an image classifier; it must be a model with a head on a backbone.")
     kind = f"{config.model_type} model"
-    return _load_whole(auto_class_of(config), kind, name_or_path, ignore_mismatched_sizes, revision, **options)
+    return _load_whole(auto_class_of(config), kind, name_or_path, False, revision, **options)
 
 
 def load_any_model(name_or_path: str | Path) -> Any:
     """An image classifier, or a model with a head created by `pruned_heads.prunable`. Errors are those of
     `load_classifier` and `load_dense_model`."""
     config = load_config(str(name_or_path))
-    if pruned_config(config) is config:
+    if not has_head(config):
         return load_classifier(name_or_path)
     return prunable(load_dense_model(name_or_path))
 

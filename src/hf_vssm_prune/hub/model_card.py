@@ -16,37 +16,14 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.image_processing_base import ImageProcessingMixin
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
 from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.flops import tokens_per_layer
 from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.heads import auto_class_of
 from hf_vssm_prune.hub.published_results import published_model
-from hf_vssm_prune.publication import NOTES_ON_SOURCES, Paper, PublishedModel
-
-
-# Of the pruning methods that have one; our own follow the paper of `top`.
-METHOD_PAPERS = {
-    "top": Paper(
-        name="ToP",
-        title="Exploring Token Pruning in Vision State Space Models",
-        arxiv="2409.18962",
-        citation="""@inproceedings{zhan2024exploring,
-  title     = {Exploring Token Pruning in Vision State Space Models},
-  author    = {Zhan, Zheng and Kong, Zhenglun and Gong, Yifan and Wu, Yushu and Meng, Zichong and Zheng, Hangyu and
-               Shen, Xuan and Ioannidis, Stratis and Niu, Wei and Zhao, Pu and Wang, Yanzhi},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2024}
-}""",
-    ),
-    "evit": Paper("EViT", "Not All Patches are What You Need: Expediting Vision Transformers", "2202.07800"),
-    "tome": Paper("ToMe", "Token Merging: Your ViT But Faster", "2210.09461"),
-    "r_meeto": Paper("R-MeeTo", "Faster Vision Mamba is Rebuilt in Minutes via Merged Token Re-training", "2412.12496"),
-    "utr": Paper("UTR", "Rethinking Token Reduction for State Space Models", "2410.14725"),
-    "mtr": Paper("MTR", "Training-free Token Reduction for Vision Mamba", "2507.14042"),
-    "stm": Paper("STM", "Sequential Token Merging: Revisiting Hidden States", "2509.22691"),
-    "dyvm": Paper("DyVM", "Dynamic Vision Mamba", "2504.04787"),
-}
+from hf_vssm_prune.pruning_methods import METHODS
+from hf_vssm_prune.publication import NOTES_ON_SOURCES, TOP_PAPER, Paper, PublishedModel
 
 
 # Of what a card shows, by the names that the Hub has for metrics. Others are shown by those.
@@ -60,6 +37,9 @@ METRIC_NAMES = {
     "map_50": "Mean average precision at IoU 0.5",
     "map_75": "Mean average precision at IoU 0.75",
 }
+
+# The metrics of an evaluation that a card shows.
+SHOWN_METRICS = ("top1", "top5", *METRIC_NAMES)
 
 # ---- What is known about a checkpoint ----------------------------------------------------------------------------
 
@@ -93,6 +73,15 @@ class Measurement:
                 raise ValueError(f"`{metric}` of {self.name!r} is {value}; it must be a percentage from 0 to 100.")
         if self.images_per_second is not None and not self.images_per_second > 0:
             raise ValueError(f"`images_per_second` of {self.name!r} is {self.images_per_second}; it must be above 0.")
+
+    @classmethod
+    def of_metrics(cls, name: str, metrics: Mapping[str, float], **fields: Any) -> "Measurement":
+        """Creates it from a task's metrics by name, fractions from 0 to 1: from top-1 and top-5 accuracy if they are
+        among them, otherwise from all of them. `fields`: the other fields."""
+        percent = {metric: 100 * value for metric, value in metrics.items()}
+        if "top1" in percent:
+            return cls(name, percent["top1"], percent["top5"], **fields)
+        return cls(name, others=percent, **fields)
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -143,9 +132,9 @@ class Evaluation:
                 if (older := result.get("accuracy")) is not None:  # of version 0.1
                     result |= {"metrics": older, "num_images": older["num_images"]}
             measured = {
-                name: Measurement(
+                name: Measurement.of_metrics(
                     name,
-                    **_in_percent(result["metrics"]),
+                    {metric: result["metrics"][metric] for metric in result["metrics"] if metric in SHOWN_METRICS},
                     images_per_second=result["images_per_second"],
                     pruned=name == "pruned",
                     multiply_adds=_multiply_adds(result),
@@ -162,13 +151,6 @@ class Evaluation:
 def _multiply_adds(result: Mapping[str, Any]) -> int | None:
     gflops = result.get("gflops_published")
     return None if gflops is None else round(1e9 * gflops)
-
-
-def _in_percent(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """A task's metrics as the fields of a `Measurement`."""
-    if "top1" in metrics:
-        return {"top1": 100 * metrics["top1"], "top5": 100 * metrics["top5"]}
-    return {"others": {name: 100 * value for name, value in metrics.items() if name in METRIC_NAMES}}
 
 
 @dataclass(frozen=True)
@@ -277,7 +259,7 @@ def create_model_card(
         published=published,
         notes_on_sources=[] if published is None else _notes_on_sources(published),
         papers=_papers(config),
-        method_is_published=config.token_pruning is not None and config.token_pruning["method"] in METHOD_PAPERS,
+        method_is_published=_method_paper(config) is not None,
     )
 
 
@@ -300,10 +282,12 @@ def _notes_on_sources(published: PublishedModel) -> list[str]:
 
 
 def _papers(config: VisionMambaConfig) -> list[Paper]:
-    """Of the family, and of the pruning method."""
-    if config.token_pruning is None:
-        return [config.paper]
-    return [config.paper, METHOD_PAPERS.get(config.token_pruning["method"], METHOD_PAPERS["top"])]
+    """Of the family, and of the pruning method; our own methods follow the paper of `top`."""
+    return [config.paper] if config.token_pruning is None else [config.paper, _method_paper(config) or TOP_PAPER]
+
+
+def _method_paper(config: VisionMambaConfig) -> Paper | None:
+    return None if config.token_pruning is None else METHODS[config.token_pruning["method"]].paper
 
 
 def format_flops(count: int) -> str:
@@ -333,7 +317,7 @@ class _Head:
 
     @classmethod
     def of(cls, model: Any) -> "_Head | None":
-        if pruned_config(model.config) is model.config:
+        if not has_head(model.config):
             return None
         auto_class = auto_class_of(model.config).__name__
         return cls(

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.image_processing_base import ImageProcessingMixin
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
 from hf_vssm_prune.documentation import see
 from hf_vssm_prune.families import FAMILIES, VisionMamba, family_names
 from hf_vssm_prune.hub import heads_code
@@ -34,6 +34,7 @@ from hf_vssm_prune.pruned_heads import PrunedHead
 logger = logging.getLogger(__name__)
 
 CARD, CONFIG = "README.md", "config.json"
+UNFINISHED = ".saving-"  # prefix of the temporary folders, which remain if a process is killed
 # The code's licence has to be included; a file named LICENSE would be taken for the licence of the weights.
 CODE_LICENSE, NOTICE = Path(__file__).with_name("LICENSE-CODE"), "NOTICE"
 _WEIGHTS_FILE = re.compile(
@@ -95,7 +96,7 @@ def save_for_hub(
         folder.parent.mkdir(parents=True, exist_ok=True)
         # On the same file system as the folder, so that moves are atomic.
         with tempfile.TemporaryDirectory(
-            prefix=".saving-", dir=folder if folder.exists() else folder.parent
+            prefix=UNFINISHED, dir=folder if folder.exists() else folder.parent
         ) as scratch:
             staged = Path(scratch) / "model"
             staged.mkdir()
@@ -109,15 +110,14 @@ def save_for_hub(
 
 def auto_map(config: VisionMambaConfig) -> dict[str, str]:
     """Where transformers finds a model's classes in its code files, by Auto class name."""
-    own = pruned_config(config) is config
-    return FAMILIES[config.model_type].auto_map() if own else heads_code.auto_map(config)
+    return heads_code.auto_map(config) if has_head(config) else FAMILIES[config.model_type].auto_map()
 
 
 def code_files(config: VisionMambaConfig) -> list[Path]:
     """The modules of this package that a model needs, found in the same way as transformers finds them when loading."""
     family = FAMILIES[pruned_config(config).model_type]
     modules = {Path(inspect.getfile(found)) for found in (family.config, *family.classes.values())}
-    if pruned_config(config) is not config:
+    if has_head(config):
         modules.add(Path(inspect.getfile(PrunedHead)))
     imported = {Path(file) for module in modules for file in get_relative_import_files(module)}
     return sorted(modules | imported)
@@ -158,7 +158,7 @@ def card_for(model: VisionMamba, folder: Path, model_card: ModelCardInfo | None)
     """The information for a folder's card. None: the folder already has a card, and no new one was requested; if the
     model in the folder has another pruning schedule, this is logged."""
     if model_card is None and (folder / CARD).exists():
-        if _saved_schedule(folder) not in (UNKNOWN, pruned_config(model.config).token_pruning):
+        if _has_other_schedule(folder, pruned_config(model.config).token_pruning):
             logger.warning(
                 "%s is kept, but it describes another pruning schedule than the model's: pass a `model_card`, or "
                 "remove the file first.",
@@ -170,16 +170,13 @@ def card_for(model: VisionMamba, folder: Path, model_card: ModelCardInfo | None)
     return model_card if model_card.model_id is not None else replace(model_card, model_id=folder.name)
 
 
-UNKNOWN = object()
-
-
-def _saved_schedule(folder: Path) -> Any:
-    """The `token_pruning` of the model in a folder; `UNKNOWN` if there is none that can be read."""
+def _has_other_schedule(folder: Path, token_pruning: Any) -> bool:
+    """Whether the model in a folder has another schedule; False if there is none that can be read."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return config.get("backbone_config", config).get("token_pruning")
+        return config.get("backbone_config", config).get("token_pruning") != token_pruning
     except (OSError, ValueError, AttributeError):
-        return UNKNOWN
+        return False
 
 
 def complete_folder(
@@ -191,7 +188,7 @@ def complete_folder(
     _complete_config(folder / CONFIG, auto_map(model.config))
     for file in (*code_files(model.config), CODE_LICENSE):
         shutil.copyfile(file, folder / file.name)
-    if pruned_config(model.config) is not model.config:
+    if has_head(model.config):
         code = heads_code.head_code(model.config)
         (folder / f"{heads_code.module_name(model.config)}.py").write_text(code, encoding="utf-8")
     if image_processor is not None:

@@ -55,8 +55,8 @@ class AugmentationConfig:
                 f"random_crop_padding ({self.random_crop_padding}) and random_resized_crop_scale ({scale}) cannot "
                 "be combined: set random_crop_padding to 0 or random_resized_crop_scale to None."
             )
-        _check_fraction("horizontal_flip", self.horizontal_flip)
-        _check_fraction("random_erasing", self.random_erasing)
+        check_fraction("horizontal_flip", self.horizontal_flip)
+        check_fraction("random_erasing", self.random_erasing)
         if self.randaugment_num_ops < 0:
             raise ValueError(f"randaugment_num_ops is {self.randaugment_num_ops}: it must not be negative.")
         if not 0 <= self.randaugment_magnitude <= MAX_MAGNITUDE:
@@ -65,7 +65,8 @@ class AugmentationConfig:
             raise ValueError(f"randaugment_magnitude_std is {self.randaugment_magnitude_std}: it must not be negative.")
 
 
-def _check_fraction(name: str, value: float) -> None:
+def check_fraction(name: str, value: float) -> None:
+    """Raises an error for a value that is not from 0 to 1."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}: it must be from 0 to 1.")
 
@@ -270,7 +271,7 @@ class MixConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative.")
         for name in ("probability", "switch_probability", "label_smoothing"):
-            _check_fraction(name, getattr(self, name))
+            check_fraction(name, getattr(self, name))
 
 
 def mix_batch(

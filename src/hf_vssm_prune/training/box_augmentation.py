@@ -3,16 +3,12 @@
 No library is used, for the reasons given in `mask_augmentation`.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from hf_vssm_prune.training.dense_augmentation import distort_colours, resize_part
-
-
-CROP_TRIES = 10
+from hf_vssm_prune.training.dense_augmentation import CROP_TRIES, check_augmentation, distort_colours, resize_part
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,7 @@ class BoxAugmentation:
     photometric_distortion: bool = True
 
     def __post_init__(self) -> None:
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f"size is {self.size}: it must be (height, width) in pixels.")
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise ValueError(f"scale is {self.scale}: it must satisfy 0 < smallest <= largest.")
-        for name in ("horizontal_flip", "vertical_flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to 1.")
+        check_augmentation(self, "size", ("horizontal_flip", "vertical_flip"))
 
 
 def augment_boxes(

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-from hf_vssm_prune.commands import command_line
+from hf_vssm_prune.environment import command_line
 from hf_vssm_prune.hub.loading import packaged_model
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe
 from hf_vssm_prune.training.arguments import DataArguments

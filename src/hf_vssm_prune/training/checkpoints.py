@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_vssm_prune.hub import saving
 from hf_vssm_prune.training.arguments import RunArguments
 from hf_vssm_prune.training.arguments.parsing import check_output_folder
 from hf_vssm_prune.training.atomic_files import write_json
@@ -122,7 +123,7 @@ def _restore_replaced(output_dir: Path) -> None:
 def remove_unfinished(output_dir: Path) -> None:
     """Removes what a killed run was writing or replacing: a checkpoint, or a model that `save_for_hub` had not yet
     moved into place."""
-    for pattern in (f"{UNFINISHED}*", f"{REPLACED}*", ".saving-*", "*/.saving-*"):
+    for pattern in (f"{UNFINISHED}*", f"{REPLACED}*", f"{saving.UNFINISHED}*", f"*/{saving.UNFINISHED}*"):
         for folder in output_dir.glob(pattern):
             _remove(folder)
 

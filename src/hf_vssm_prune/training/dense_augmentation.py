@@ -1,11 +1,30 @@
 """Augmentation shared by segmentation and detection: cropping a resized image, and changing its colours."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from PIL import Image
+
+from hf_vssm_prune.training.augmentation import check_fraction
 
 
 # (top, left, bottom, right) in pixels.
 Box = tuple[int, int, int, int]
+CROP_TRIES = 10  # until a crop shows enough of what is labelled
+
+
+def check_augmentation(augmentation: Any, size: str, fractions: Sequence[str]) -> None:
+    """Raises an error for a value of an augmentation that is outside its range: its size, which has this name, its
+    scale, or one of the fractions."""
+    height_width, scale = getattr(augmentation, size), augmentation.scale
+    if len(height_width) != 2 or min(height_width) < 1:
+        raise ValueError(f"{size} is {height_width}: it must be (height, width) in pixels.")
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
+        raise ValueError(f"scale is {scale}: it must satisfy 0 < smallest <= largest.")
+    for name in fractions:
+        check_fraction(name, getattr(augmentation, name))
 
 
 def resize_part(image: Image.Image, size: tuple[int, int], box: Box, resample: Image.Resampling) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head
 from hf_vssm_prune.heads import new_dense_model, put_pretrained_backbone
 from hf_vssm_prune.hub.loading import load_classifier, load_config, load_dense_model
 from hf_vssm_prune.label_maps import names_by_id
@@ -64,7 +64,7 @@ class DenseModels:
 
     def from_config(self, config: Any, **options: Any) -> Any:
         """A new model. For a classifier's configuration, its images have the size of the head's."""
-        if pruned_config(config) is config:
+        if not has_head(config):
             config = self.head.config(config)
             if self.head.image_size is not None:
                 config.backbone_config.image_size = self.head.image_size
@@ -122,7 +122,7 @@ def load_model(
             evaluated; or it is a model for another task.
     """
     config = load_config(name_or_path)
-    if pruned_config(config) is config:
+    if not has_head(config):
         if some_labels:
             raise ValueError(
                 f"{name_or_path} is an image classifier: train it with --task {models.task} before it {models.verb}."
@@ -186,7 +186,7 @@ def load_teacher(
         ValueError: its classes, tokens or hidden states differ from the student's, and the losses compare them.
     """
     config = load_config(name_or_path)
-    if pruned_config(config) is config:
+    if not has_head(config):
         raise ValueError(f"The teacher {name_or_path} is an image classifier; it must be a {models.kind}.")
     check_kind(models, config, f"The teacher {name_or_path}")
     label_names = names_by_id(student.id2label)

@@ -3,6 +3,10 @@
 import torch
 
 
+# Autocast's data type for each value of `--mixed_precision`; None: there is no autocast.
+MIXED_PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 def find_device(name: str | None) -> torch.device:
     """The device of a `--device` option; without one, a GPU if there is one, otherwise the CPU.
 

@@ -23,7 +23,7 @@ from hf_vssm_prune.training.arguments import (
     ScaleArguments,
 )
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
-from hf_vssm_prune.training.devices import launch_on_cores
+from hf_vssm_prune.training.devices import find_device, launch_on_cores
 from hf_vssm_prune.training.elastic import what_is_pruned
 from hf_vssm_prune.training.evaluation import timed
 from hf_vssm_prune.training.length import plan_steps
@@ -121,7 +121,7 @@ def estimate_run(
     num_images = length.num_batches * optimization.per_device_train_batch_size * options.num_devices
     total = flops_per_image * num_images + evaluated * length.num_epochs
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(None)
     student, step = _synthetic_step(task, given, config, losses, scale, device, has_teacher)
     memory, seconds = _measure(step, options.measured_batch_sizes, device)
     small, large = options.measured_batch_sizes

@@ -36,7 +36,7 @@ from hf_vssm_prune.training.arguments.parsing import exclude
 from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.cards import card_writer
 from hf_vssm_prune.training.checkpoints import check_output_dir
-from hf_vssm_prune.training.devices import check_training_precision, find_device
+from hf_vssm_prune.training.devices import MIXED_PRECISIONS, check_training_precision, find_device
 from hf_vssm_prune.training.distribution import ProcessLostError
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models, comparison_table
@@ -328,8 +328,8 @@ def _compare(
         collate_fn=task.collate,
         num_workers=data.dataloader_num_workers,
     )
-    dtypes = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return compare_models(task, models, loader, find_device(options.device), dtypes[options.mixed_precision])
+    dtype = MIXED_PRECISIONS[options.mixed_precision]
+    return compare_models(task, models, loader, find_device(options.device), dtype)
 
 
 def report(compute: Callable[[], dict[str, ModelEvaluation]], options: EvaluationArguments, task: Task) -> int:

@@ -78,7 +78,6 @@ from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Task, image_
 
 # Prefixes for the metrics of the weights and of their average.
 PREFIX, EMA_PREFIX = "eval_", "eval_ema_"
-TRACKER = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class Trainer:
             mixed_precision=recipe.optimization.mixed_precision,
             gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
             project_dir=recipe.run.output_dir,
-            log_with=(recipe.run.report_to or TRACKER) if recipe.run.with_tracking else None,
+            log_with=recipe.run.tracker,
             cpu=recipe.run.use_cpu,
             fsdp=recipe.scale.fsdp,
             timeout=recipe.scale.ddp_timeout,

@@ -4,16 +4,12 @@ No library is used: albumentations is no longer maintained, and its successor is
 tensors without antialiasing, and masks as floating-point numbers.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from hf_vssm_prune.training.dense_augmentation import Box, distort_colours, resize_part
-
-
-CROP_TRIES = 10
+from hf_vssm_prune.training.dense_augmentation import CROP_TRIES, Box, check_augmentation, distort_colours, resize_part
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,7 @@ class MaskAugmentation:
     most_of_a_class: float = 0.75
 
     def __post_init__(self) -> None:
-        if len(self.crop_size) != 2 or min(self.crop_size) < 1:
-            raise ValueError(f"crop_size is {self.crop_size}: it must be (height, width) in pixels.")
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise ValueError(f"scale is {self.scale}: it must satisfy 0 < smallest <= largest.")
-        for name in ("horizontal_flip", "most_of_a_class"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to 1.")
+        check_augmentation(self, "crop_size", ("horizontal_flip", "most_of_a_class"))
 
 
 def augment(

@@ -12,7 +12,7 @@ from hf_vssm_prune.training.dense_models import DenseModels, backbone_of_levels,
 
 
 @dataclass(frozen=True)
-class HeadOptions:
+class SegmentationHead:
     """Options of a new head.
 
     Attributes:
@@ -54,7 +54,7 @@ class SegmentationModels(DenseModels):
     verb: ClassVar[str] = "segments"
     auto_class: ClassVar[Any] = AutoModelForSemanticSegmentation
     class_layers: ClassVar[re.Pattern[str]] = re.compile(r"^(decode_head|auxiliary_head)\.classifier\.")
-    head: HeadOptions = HeadOptions()
+    head: SegmentationHead = SegmentationHead()
 
     def prepare(self, model: Any) -> Any:
         model.config.loss_ignore_index = self.head.ignore_index  # may be another one in a saved model

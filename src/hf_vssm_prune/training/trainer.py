@@ -14,9 +14,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_vssm_prune.configuration_common import pruned_config
+from hf_vssm_prune.configuration_common import has_head, pruned_config
 from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe, create_model_card
+from hf_vssm_prune.hub.saving import CARD
 from hf_vssm_prune.modeling_common import is_pruning_parameter
 from hf_vssm_prune.pruned_heads import PrunedHead
 from hf_vssm_prune.training.arguments import ElasticArguments
@@ -90,7 +91,7 @@ class TokenPruningTrainer(transformers.Trainer):
         self.teacher = self._prepare_teacher(teacher) if self.losses.needs_teacher else None
 
     def _default_task(self) -> ImageClassification:
-        if pruned_config(self.model.config) is not self.model.config:
+        if has_head(self.model.config):
             raise ValueError(
                 f"{type(self.model).__name__} is not a classifier: give a `task`, such as `SemanticSegmentation()`."
             )
@@ -214,7 +215,7 @@ class TokenPruningTrainer(transformers.Trainer):
             ),
         )
         card = create_model_card(model, info, self.processing_class)  # type: ignore[arg-type]
-        card.save(folder / "README.md")
+        card.save(folder / CARD)
 
 
 def _freeze_unsaved_parameters(model: nn.Module) -> None:

@@ -61,6 +61,5 @@ class DataArguments(EvaluationDataArguments):
         check_range("shuffle_buffer_size", self.shuffle_buffer_size, 1, math.inf)
         if self.shuffle_buffer_size != DataArguments.shuffle_buffer_size and not self.streaming:
             raise ValueError(f"--shuffle_buffer_size is {self.shuffle_buffer_size}: it needs --streaming.")
-        if not 0 < self.train_val_split < 1:
-            raise ValueError(f"--train_val_split is {self.train_val_split}: it must be between 0 and 1.")
+        check_range("train_val_split", self.train_val_split, 0, 1, above=True, below=True)
         check_range("max_train_samples", self.max_train_samples, 1, math.inf)

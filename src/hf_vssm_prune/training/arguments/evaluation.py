@@ -12,6 +12,7 @@ from hf_vssm_prune.training.arguments.parsing import (
     check_range,
     describe,
 )
+from hf_vssm_prune.training.devices import MIXED_PRECISIONS
 
 
 @dataclass
@@ -30,7 +31,7 @@ class EvaluationArguments:
     dtype: str = field(default="float32", metadata=describe("data type of the weights", choices=WEIGHT_DTYPES))
     mixed_precision: str = field(
         default="no",
-        metadata=describe("precision of the computation with weights in float32", choices=("no", "fp16", "bf16")),
+        metadata=describe("precision of the computation with weights in float32", choices=tuple(MIXED_PRECISIONS)),
     )
     seed: int = field(
         default=0,
@@ -54,8 +55,7 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         check_range("per_device_eval_batch_size", self.per_device_eval_batch_size, 1, math.inf)
         check_range("seed", self.seed, 0, MOST_SEED)
-        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
-            raise ValueError(f"--train_val_split is {self.train_val_split}: it must be between 0 and 1.")
+        check_range("train_val_split", self.train_val_split, 0, 1, above=True, below=True)
         if self.dtype != "float32" and self.mixed_precision != "no":
             raise ValueError(
                 f"--mixed_precision {self.mixed_precision} needs weights in float32, but --dtype is {self.dtype}: give "
@@ -110,8 +110,7 @@ class EstimateArguments:
     def __post_init__(self) -> None:
         for name in ("num_images", "num_eval_images", "num_classes", "num_devices"):
             check_range(name, getattr(self, name), 1, math.inf)
-        if not 0 < self.device_tflops < math.inf:
-            raise ValueError(f"--device_tflops is {self.device_tflops}: it must be greater than 0.")
+        check_range("device_tflops", self.device_tflops, 0, math.inf, above=True, below=True)
         sizes = self.measured_batch_sizes
         if len(sizes) != 2 or not 0 < sizes[0] < sizes[1]:
             raise ValueError(f"--measured_batch_sizes is {sizes}: give two sizes, the smaller one first.")

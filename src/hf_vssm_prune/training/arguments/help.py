@@ -52,11 +52,15 @@ class OptionParser(PathParser, HfArgumentParser):
         return same[0] if same else super().add_argument_group(title, *args, **options)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        if not hasattr(dtype, "_argument_group_name"):
+        # transformers reads it. It is removed again, because a class that derives from this one would inherit it.
+        has_name = hasattr(dtype, "_argument_group_name")
+        if not has_name:
             dtype._argument_group_name = _group_name(dtype)
         super()._add_dataclass_arguments(dtype)
         group = self.add_argument_group(dtype._argument_group_name)
         group.description = group.description or _summary(dtype)
+        if not has_name:
+            del dtype._argument_group_name
 
     # Output
 

@@ -35,8 +35,7 @@ class DistillationArguments:
 
     def __post_init__(self) -> None:
         check_range("kd_weight", self.kd_weight, 0, math.inf, below=True)
-        if not 0 < self.kd_temperature < math.inf:
-            raise ValueError(f"--kd_temperature is {self.kd_temperature}: it must be greater than 0.")
+        check_range("kd_temperature", self.kd_temperature, 0, math.inf, above=True, below=True)
 
 
 @dataclass

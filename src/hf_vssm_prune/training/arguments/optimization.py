@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from hf_vssm_prune.training.arguments.parsing import check_range, describe, exclude
+from hf_vssm_prune.training.devices import MIXED_PRECISIONS
 from hf_vssm_prune.training.optimization import LEARNING_RATE_SCHEDULES
 
 
@@ -58,7 +59,7 @@ class OptimizationArguments:
     mixed_precision: str | None = field(
         default=None,
         metadata=describe(
-            "mixed precision; by default that of `accelerate launch`, or none", choices=("no", "fp16", "bf16")
+            "mixed precision; by default that of `accelerate launch`, or none", choices=tuple(MIXED_PRECISIONS)
         ),
     )
 
@@ -76,11 +77,8 @@ class OptimizationArguments:
         for name in ("adam_beta1", "adam_beta2", "drop_path", "model_ema_decay"):
             check_range(name, getattr(self, name), 0, 1, below=True)
         for name in ("learning_rate", "adam_epsilon", "clip_grad"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name} is {value}: it must be greater than 0.")
-        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise ValueError(f"--layer_decay is {self.layer_decay}: it must be greater than 0 and at most 1.")
+            check_range(name, getattr(self, name), 0, math.inf, above=True, below=True)
+        check_range("layer_decay", self.layer_decay, 0, 1, above=True)
         for name in ("warmup_lr", "min_lr"):
             if getattr(self, name) > self.learning_rate:
                 raise ValueError(

@@ -50,13 +50,19 @@ def describe(text: str, *aliases: str, choices: Sequence[str] | None = None) -> 
     return metadata if choices is None else {**metadata, "choices": tuple(choices)}
 
 
-def check_range(name: str, value: float | None, low: float, high: float, below: bool = False) -> None:
-    """Raises an error for a value outside [low, high], or outside [low, high) if `below` is set."""
-    if value is None or (low <= value < high if below else low <= value <= high):
+def check_range(
+    name: str, value: float | None, low: float, high: float, above: bool = False, below: bool = False
+) -> None:
+    """Raises an error for a value outside [low, high]. With `above`, low itself is not allowed; with `below`, high."""
+    if value is None or ((low < value if above else low <= value) and (value < high if below else value <= high)):
         return
     if high == math.inf:
-        raise ValueError(f"--{name} is {value}: it must be at least {low}.")
-    raise ValueError(f"--{name} is {value}: it must be from {low} to {'less than ' if below else ''}{high}.")
+        allowed = f"{'greater than' if above else 'at least'} {low}"
+    elif above:
+        allowed = f"between {low} and {high}" if below else f"greater than {low} and at most {high}"
+    else:
+        allowed = f"from {low} to {'less than ' if below else ''}{high}"
+    raise ValueError(f"--{name} is {value}: it must be {allowed}.")
 
 
 def check_output_file(name: str, file: str | Path | None) -> None:

@@ -8,7 +8,7 @@ from hf_vssm_prune.pruning_importances import IMPORTANCES
 from hf_vssm_prune.pruning_methods import METHODS, RECOMMENDED_METHOD
 from hf_vssm_prune.pruning_options import TokenPruning
 from hf_vssm_prune.token_pruning import ALIGNMENTS
-from hf_vssm_prune.training.arguments.parsing import describe, exclude
+from hf_vssm_prune.training.arguments.parsing import check_range, describe, exclude
 
 
 @dataclass
@@ -67,8 +67,7 @@ class PruningArguments:
             )
         if outside := [ratio for ratio in self.keep_ratios or () if not 0 < ratio <= 1]:
             raise ValueError(f"--keep_ratios has {outside}: each must be greater than 0 and at most 1.")
-        if self.block_keep_ratio is not None and not 0 < self.block_keep_ratio <= 1:
-            raise ValueError(f"--block_keep_ratio is {self.block_keep_ratio}: it must be greater than 0 and at most 1.")
+        check_range("block_keep_ratio", self.block_keep_ratio, 0, 1, above=True)
         if self.flops_reduction is not None and not 0 < self.flops_reduction < 1:
             raise ValueError(
                 f"--flops_reduction is {self.flops_reduction}: it must be between 0 and 1, for instance 0.416."

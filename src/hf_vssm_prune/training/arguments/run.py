@@ -8,6 +8,7 @@ from hf_vssm_prune.training.arguments.parsing import MOST_SEED, check_range, des
 
 
 BATCH_NORM_MODES = ("local", "frozen", "sync")
+DEFAULT_TRACKER = "tensorboard"
 
 
 @dataclass
@@ -37,7 +38,7 @@ class RunArguments:
         default=None,
         metadata=describe(
             "experiment tracker with --with_tracking: tensorboard, wandb, ..., or 'all' that are installed; by default "
-            "tensorboard"
+            f"{DEFAULT_TRACKER}"
         ),
     )
     use_cpu: bool = field(default=False, metadata=describe("train on the CPU even if there is a GPU"))
@@ -63,6 +64,11 @@ class RunArguments:
             raise ValueError("--push_to_hub needs --hub_model_id user/name.")
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id)
+
+    @property
+    def tracker(self) -> str | None:
+        """The experiment tracker; None: nothing is tracked."""
+        return (self.report_to or DEFAULT_TRACKER) if self.with_tracking else None
 
 
 @dataclass

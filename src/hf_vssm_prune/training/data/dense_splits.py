@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.data.columns import store_stream, take_columns
 from hf_vssm_prune.training.data.loading import choose_split, find_evaluation_split
-from hf_vssm_prune.training.data.sources import load_splits, refuse_configuration
+from hf_vssm_prune.training.data.sources import load_splits, refuse_configuration, refuse_streaming
 from hf_vssm_prune.training.labels import read_label_file
 from hf_vssm_prune.training.paths import local_path
 
@@ -46,8 +46,7 @@ class DenseSplits:
         if not self.holds(folder):
             return load_splits(data.dataset_name, data.dataset_config_name, streaming)
         refuse_configuration(folder, data.dataset_config_name)
-        if streaming:
-            raise ValueError(f"The images in '{folder}' are read only when needed in any case: omit --streaming.")
+        refuse_streaming(streaming, folder)
         return self.load_folder(folder)
 
     def choose(self, splits: Any, split: str, data: EvaluationDataArguments) -> Any:

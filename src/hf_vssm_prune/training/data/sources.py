@@ -104,6 +104,12 @@ def refuse_configuration(name_or_path: str | Path, config_name: str | None) -> N
         )
 
 
+def refuse_streaming(streaming: bool, place: Path, medium: Medium = IMAGES) -> None:
+    """Raises an error if files are to be streamed."""
+    if streaming:
+        raise ValueError(f"The {medium.name}s in '{place}' are read only when needed in any case: omit --streaming.")
+
+
 def _load_folder(
     folder: Path, streaming: bool, medium: Medium, headings: Headings
 ) -> DatasetDict | IterableDatasetDict:
@@ -122,9 +128,8 @@ def _load_folder(
         splits = _load_tables(tables, streaming, medium, headings)
         _warn_of_unlisted(folder, files, tables, splits, medium)
         return splits
-    if streaming:
-        raise ValueError(f"The {medium.name}s in '{folder}' are read only when needed in any case: omit --streaming.")
-    return _load_saved(folder, saved) if saved else _load_class_folders(folder, medium)
+    refuse_streaming(streaming, folder, medium)
+    return _load_saved(saved) if saved else _load_class_folders(folder, medium)
 
 
 # Data sets written by `save_to_disk`
@@ -146,7 +151,7 @@ def _is_saved(folder: Path) -> bool:
     return all((folder / name).is_file() for name in SAVED_DATASET)
 
 
-def _load_saved(folder: Path, saved: dict[str, Path]) -> DatasetDict:
+def _load_saved(saved: dict[str, Path]) -> DatasetDict:
     splits = DatasetDict()
     for name, path in saved.items():
         try:
@@ -200,8 +205,7 @@ def _files_of_splits(files: Sequence[Path]) -> dict[str, list[str]]:
 
 
 def _load_tables(files: Sequence[Path], streaming: bool, medium: Medium, headings: Headings) -> DatasetDict:
-    if streaming:
-        raise ValueError(f"The {medium.name}s in '{files[0]}' are read only when needed in any case: omit --streaming.")
+    refuse_streaming(streaming, files[0], medium)
     return read_tables(_files_of_splits(files), medium, *headings)
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageClassification, BaseImageProcessor
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head
 from hf_vssm_prune.hub.loading import load_config
-from hf_vssm_prune.hub.model_card import Evaluation, Measurement
+from hf_vssm_prune.hub.model_card import Evaluation
 from hf_vssm_prune.metrics import load_metric
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.arguments.parsing import describe
@@ -32,7 +32,7 @@ from hf_vssm_prune.training.data import (
 from hf_vssm_prune.training.data.media import IMAGES, Medium
 from hf_vssm_prune.training.losses import cross_entropy, distillation_loss
 from hf_vssm_prune.training.models import load_model, load_teacher
-from hf_vssm_prune.training.tasks.task import Batch, NoArguments, PrunableModel, Scores
+from hf_vssm_prune.training.tasks.task import Batch, NoArguments, PrunableModel, Scores, evaluation_of_task
 from hf_vssm_prune.visualization import draw_classification, image_statistics
 
 
@@ -174,9 +174,8 @@ class ImageClassification:
 
     def _check_model(self, name_or_path: str) -> None:
         config = load_config(name_or_path)
-        is_classifier = pruned_config(config) is config
-        if not is_classifier or config.modality != self.medium.name:
-            kind = f"model for {config.modality}s" if is_classifier else f"{config.model_type!r} model"
+        if has_head(config) or config.modality != self.medium.name:
+            kind = f"{config.model_type!r} model" if has_head(config) else f"model for {config.modality}s"
             raise ValueError(
                 f"{name_or_path} is a {kind}; --task {self.name} needs a classifier of {self.medium.name}s."
             )
@@ -220,13 +219,7 @@ class ImageClassification:
     def evaluation_on_card(
         self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
     ) -> Evaluation:
-        return Evaluation(
-            dataset_name=dataset_name,
-            dataset_id=dataset_name,
-            split=split,
-            num_images=num_images,
-            this_model=Measurement("this model", 100 * metrics["top1"], 100 * metrics["top5"], pruned=pruned),
-        )
+        return evaluation_of_task(self, metrics, num_images, dataset_name, split, pruned)
 
 
 def score_predictions(logits: Tensor, labels: Tensor) -> Tensor:

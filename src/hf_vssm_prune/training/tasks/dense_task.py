@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hf_vssm_prune.configuration_common import pruned_config
+from hf_vssm_prune.configuration_common import has_head
 from hf_vssm_prune.hub.loading import load_config
-from hf_vssm_prune.hub.model_card import Evaluation, Measurement
+from hf_vssm_prune.hub.model_card import Evaluation
 from hf_vssm_prune.training import dense_models
 from hf_vssm_prune.training.losses import LossWeights
-from hf_vssm_prune.training.tasks.task import Batch, PrunableModel
+from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, evaluation_of_task
 
 
 logger = logging.getLogger(__name__)
@@ -30,33 +30,30 @@ def check_scale(scale: list[float]) -> None:
         raise ValueError(f"--scale is {scale}: give the smallest and the largest factor, or one number.")
 
 
+def height_width(name: str, value: Sequence[int]) -> tuple[int, int]:
+    """The height and width in an option's values. Raises an error if these are not one or two positive numbers."""
+    if len(value) not in (1, 2) or min(value) < 1:
+        raise ValueError(f"--{name} is {value}: it must be a number of pixels, or height and width.")
+    return value[0], value[-1]
+
+
 class DenseTask:
     """Models with a head on a backbone (see `dense_models`). Images are not mixed."""
 
     arguments: Any
+    head_arguments: ClassVar[type]  # the options of a new head, which are among those for training
     auto_class: ClassVar[Any]
     shown_metrics: ClassVar[Mapping[str, tuple[str, str]]]
 
-    def load_model(
-        self,
-        name_or_path: str,
-        label_names: Sequence[str],
-        drop_path_rate: float = 0.0,
-        ignore_mismatched_sizes: bool = False,
-        some_labels: bool = False,
-        dtype: str = "float32",
-    ) -> PrunableModel:
-        if pruned_config(config := load_config(name_or_path)) is not config:
+    def load_model(self, name_or_path: str, *args: Any, **options: Any) -> PrunableModel:
+        if has_head(load_config(name_or_path)):
             self._warn_of_idle_options(name_or_path)
-        return dense_models.load_model(
-            self.auto_class, name_or_path, label_names, drop_path_rate, ignore_mismatched_sizes, some_labels, dtype
-        )
+        return dense_models.load_model(self.auto_class, name_or_path, *args, **options)
 
     def _warn_of_idle_options(self, name_or_path: str) -> None:
         """Logs which of the given options are for a new head, if the checkpoint has one."""
-        defaults = {option.name: option.default for option in fields(self.arguments)}
-        names = getattr(self.arguments, "of_new_heads", ())
-        if idle := [f"--{name}" for name in names if getattr(self.arguments, name) != defaults[name]]:
+        options = fields(self.head_arguments) if isinstance(self.arguments, self.head_arguments) else ()
+        if idle := [f"--{each.name}" for each in options if getattr(self.arguments, each.name) != each.default]:
             logger.warning("%s has a head already: %s is not used.", name_or_path, ", ".join(idle))
 
     def load_teacher(
@@ -75,12 +72,4 @@ class DenseTask:
     def evaluation_on_card(
         self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
     ) -> Evaluation:
-        return Evaluation(
-            dataset_name=dataset_name,
-            dataset_id=dataset_name,
-            split=split,
-            num_images=num_images,
-            this_model=Measurement(
-                "this model", pruned=pruned, others={name: 100 * metrics[name] for name in self.shown_metrics}
-            ),
-        )
+        return evaluation_of_task(self, metrics, num_images, dataset_name, split, pruned)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from hf_vssm_prune.configuration_common import FEATURE_NORMS, pruned_config
+from hf_vssm_prune.configuration_common import FEATURE_NORMS, has_head, pruned_config
 from hf_vssm_prune.detections import find_objects
 from hf_vssm_prune.feature_pyramid import PYRAMIDS
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
@@ -30,7 +30,7 @@ from hf_vssm_prune.training.detection_models import (
     DetectionModels,
     detection_processor,
 )
-from hf_vssm_prune.training.tasks.dense_task import DenseTask, check_levels, check_scale
+from hf_vssm_prune.training.tasks.dense_task import DenseTask, check_levels, check_scale, height_width
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Scores
 from hf_vssm_prune.visualization import image_statistics
 from hf_vssm_prune.visualization_of_heads import draw_detection
@@ -59,49 +59,27 @@ class BoxArguments:
 
 
 @dataclass
-class DetectionArguments(BoxArguments):
-    """Format of the objects, augmentation of the images, and options of a new head."""
+class DetectionHeadArguments:
+    """Options of a new head."""
 
-    of_new_heads: ClassVar[tuple[str, ...]] = (
-        *("head", "head_channels", "head_ffn_channels", "head_attention_heads", "encoder_layers", "decoder_layers"),
-        *("num_queries", "num_denoising", "levels", "feature_norm", "feature_pyramid"),
-    )
-
-    input_size: list[int] | None = field(
-        default=None,
-        metadata=describe(
-            "height and width to which all images are resized, or one number; default: the detector's, or 640 for a "
-            "new one"
-        ),
-    )
-    scale: list[float] = field(
-        default_factory=lambda: [0.5, 2.0],
-        metadata=describe(
-            "smallest and largest factor by which training images are scaled before they are cropped or padded to "
-            "--input_size"
-        ),
-    )
-    hflip: float = field(default=0.5, metadata=describe("probability of a horizontal flip"))
-    vflip: float = field(default=0.0, metadata=describe("probability of a vertical flip"))
-    no_photometric_distortion: bool = field(
-        default=False, metadata=describe("do not change brightness, contrast, saturation and hue")
-    )
-    head: str = field(default="rt_detr", metadata=describe("head of a new model", choices=tuple(HEADS)))
-    head_channels: int = field(default=256, metadata=describe("number of channels of a new head"))
+    head: str = field(default=DetectionHead.kind, metadata=describe("head of a new model", choices=tuple(HEADS)))
+    head_channels: int = field(default=DetectionHead.channels, metadata=describe("number of channels of a new head"))
     head_ffn_channels: int = field(
-        default=1024, metadata=describe("number of channels in a new head's feed-forward layers")
+        default=DetectionHead.ffn_channels, metadata=describe("number of channels in a new head's feed-forward layers")
     )
-    head_attention_heads: int = field(default=8, metadata=describe("number of attention heads of a new head"))
+    head_attention_heads: int = field(
+        default=DetectionHead.attention_heads, metadata=describe("number of attention heads of a new head")
+    )
     encoder_layers: int | None = field(
         default=None, metadata=describe("encoder layers of a new head; default: 1 for RT-DETR, 6 for Deformable DETR")
     )
-    decoder_layers: int = field(default=6, metadata=describe("decoder layers of a new head"))
+    decoder_layers: int = field(default=DetectionHead.decoder_layers, metadata=describe("decoder layers of a new head"))
     num_queries: int = field(
-        default=300,
+        default=DetectionHead.num_queries,
         metadata=describe("queries of a new head: the maximum number of objects that it detects in an image"),
     )
     num_denoising: int = field(
-        default=100,
+        default=DetectionHead.num_denoising,
         metadata=describe(
             "number of noisy copies of labelled boxes that RT-DETR also learns to restore; 0 turns this off"
         ),
@@ -114,7 +92,8 @@ class DetectionArguments(BoxArguments):
         ),
     )
     feature_norm: str = field(
-        default="final", metadata=describe("how the outputs of --levels are normalised", choices=FEATURE_NORMS)
+        default=DetectionHead.feature_norm,
+        metadata=describe("how the outputs of --levels are normalised", choices=FEATURE_NORMS),
     )
     feature_pyramid: str | None = field(
         default=None,
@@ -139,6 +118,34 @@ class DetectionArguments(BoxArguments):
         if self.head == "deformable_detr" and self.decoder_layers == 1:
             raise ValueError("--decoder_layers is 1: transformers' deformable_detr needs at least 2.")
         check_levels(self.levels)
+
+
+@dataclass
+class DetectionArguments(DetectionHeadArguments, BoxArguments):
+    """Format of the objects, options of a new head, and augmentation of the images."""
+
+    input_size: list[int] | None = field(
+        default=None,
+        metadata=describe(
+            "height and width to which all images are resized, or one number; default: the detector's, or 640 for a "
+            "new one"
+        ),
+    )
+    scale: list[float] = field(
+        default_factory=lambda: [0.5, 2.0],
+        metadata=describe(
+            "smallest and largest factor by which training images are scaled before they are cropped or padded to "
+            "--input_size"
+        ),
+    )
+    hflip: float = field(default=0.5, metadata=describe("probability of a horizontal flip"))
+    vflip: float = field(default=0.0, metadata=describe("probability of a vertical flip"))
+    no_photometric_distortion: bool = field(
+        default=False, metadata=describe("do not change brightness, contrast, saturation and hue")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_scale(self.scale)
         size, divisor = self.size(), SIZE_DIVISOR[self.head]
         if size is not None and any(side % divisor for side in size):
@@ -146,11 +153,7 @@ class DetectionArguments(BoxArguments):
         self.augmentation(size or NEW_DETECTORS_SIZE)
 
     def size(self) -> tuple[int, int] | None:
-        if self.input_size is None:
-            return None
-        if len(self.input_size) not in (1, 2) or min(self.input_size) < 1:
-            raise ValueError(f"--input_size is {self.input_size}: it must be a number of pixels, or height and width.")
-        return self.input_size[0], self.input_size[-1]
+        return None if self.input_size is None else height_width("input_size", self.input_size)
 
     def augmentation(self, size: tuple[int, int]) -> BoxAugmentation:
         return BoxAugmentation(
@@ -193,6 +196,7 @@ class ObjectDetection(DenseTask):
     auto_class: ClassVar[Any] = DetectionModels()
     training_arguments: ClassVar[type] = DetectionArguments
     evaluation_arguments: ClassVar[type] = BoxArguments
+    head_arguments: ClassVar[type] = DetectionHeadArguments
     # In a batch without boxes, RT-DETR has no denoising queries and does not use its class embeddings.
     idle_parameters: ClassVar[bool] = True
     metric_for_best_model: ClassVar[str] = "map"
@@ -228,7 +232,7 @@ class ObjectDetection(DenseTask):
 
     def example_batch(self, config: Any, batch_size: int, device: torch.device) -> Batch:
         backbone = pruned_config(config)
-        height, width = self._training.size() or (NEW_DETECTORS_SIZE if backbone is config else backbone.input_size)
+        height, width = self._training.size() or (backbone.input_size if has_head(config) else NEW_DETECTORS_SIZE)
         shape = (batch_size, backbone.num_channels, height, width)
         box = torch.tensor([[0.5, 0.5, 0.2, 0.2]], device=device)
         label = torch.randint(config.num_labels, (1,), device=device)

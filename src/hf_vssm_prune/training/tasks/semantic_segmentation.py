@@ -31,9 +31,9 @@ from hf_vssm_prune.training.data.segmentation import (
 )
 from hf_vssm_prune.training.losses import distillation_loss
 from hf_vssm_prune.training.mask_augmentation import MaskAugmentation
-from hf_vssm_prune.training.segmentation_models import HeadOptions, SegmentationModels, segmentation_processor
+from hf_vssm_prune.training.segmentation_models import SegmentationHead, SegmentationModels, segmentation_processor
 from hf_vssm_prune.training.sliding_window import slide, window_boxes
-from hf_vssm_prune.training.tasks.dense_task import DenseTask, check_levels, check_scale
+from hf_vssm_prune.training.tasks.dense_task import DenseTask, check_levels, check_scale, height_width
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel, Scores
 from hf_vssm_prune.visualization import image_statistics
 from hf_vssm_prune.visualization_of_heads import draw_segmentation
@@ -81,7 +81,7 @@ class MaskArguments:
             raise ValueError("--window_stride needs a --window.")
         for name in ("window", "window_stride"):
             if (value := getattr(self, name)) is not None:
-                _height_width(name, value)
+                height_width(name, value)
         if (windows := self.windows()) and any(step > side for side, step in zip(*windows, strict=True)):
             raise ValueError(
                 f"--window_stride is {self.window_stride}: it must be at most --window {self.window}, or windows would "
@@ -95,29 +95,48 @@ class MaskArguments:
         """The sliding window's (height, width) and stride; None: images are segmented as a whole."""
         if self.window is None:
             return None
-        window = _height_width("window", self.window)
+        window = height_width("window", self.window)
         if self.window_stride is not None:
-            return window, _height_width("window_stride", self.window_stride)
+            return window, height_width("window_stride", self.window_stride)
         return window, (max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3))
 
 
-def _height_width(name: str, value: Sequence[int]) -> tuple[int, int]:
-    if len(value) not in (1, 2) or min(value) < 1:
-        raise ValueError(f"--{name} is {value}: it must be a number of pixels, or height and width.")
-    return value[0], value[-1]
+@dataclass
+class SegmentationHeadArguments:
+    """Options of a new head."""
+
+    head_channels: int = field(
+        default=SegmentationHead.channels, metadata=describe("number of channels of a new decode head")
+    )
+    auxiliary_channels: int = field(
+        default=SegmentationHead.auxiliary_channels, metadata=describe("number of channels of a new auxiliary head")
+    )
+    levels: list[int] | None = field(
+        default=None,
+        metadata=describe(
+            "layers, counted from 1, whose outputs a new head uses; default: at each quarter of the depth"
+        ),
+    )
+    feature_norm: str = field(
+        default=SegmentationHead.feature_norm,
+        metadata=describe("how the outputs of --levels are normalised", choices=FEATURE_NORMS),
+    )
+    feature_pyramid: str | None = field(
+        default=None,
+        metadata=describe(
+            "how feature maps of several sizes are computed from --levels; default: none", choices=(*PYRAMIDS,)
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("head_channels", "auxiliary_channels"):
+            check_range(name, getattr(self, name), 1, 2**16)
+        check_levels(self.levels)
 
 
 @dataclass
-class SegmentationArguments(MaskArguments):
-    """Format of the masks, augmentation of the images, and options of a new head."""
-
-    of_new_heads: ClassVar[tuple[str, ...]] = (
-        "head_channels",
-        "auxiliary_channels",
-        "levels",
-        "feature_norm",
-        "feature_pyramid",
-    )
+class SegmentationArguments(SegmentationHeadArguments, MaskArguments):
+    """Format of the masks, options of a new head, and augmentation of the images."""
 
     crop_size: list[int] = field(
         default_factory=lambda: [512], metadata=describe("height and width of training crops, or one number")
@@ -140,50 +159,32 @@ class SegmentationArguments(MaskArguments):
             "resize"
         ),
     )
-    head_channels: int = field(default=512, metadata=describe("number of channels of a new decode head"))
-    auxiliary_channels: int = field(default=256, metadata=describe("number of channels of a new auxiliary head"))
-    levels: list[int] | None = field(
-        default=None,
-        metadata=describe(
-            "layers, counted from 1, whose outputs a new head uses; default: at each quarter of the depth"
-        ),
-    )
-    feature_norm: str = field(
-        default="per_level", metadata=describe("how the outputs of --levels are normalised", choices=FEATURE_NORMS)
-    )
-    feature_pyramid: str | None = field(
-        default=None,
-        metadata=describe(
-            "how feature maps of several sizes are computed from --levels; default: none", choices=(*PYRAMIDS,)
-        ),
-    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("short_side", "head_channels", "auxiliary_channels"):
-            check_range(name, getattr(self, name), 1, 2**16)
-        check_levels(self.levels)
+        SegmentationHeadArguments.__post_init__(self)
+        MaskArguments.__post_init__(self)
+        check_range("short_side", self.short_side, 1, 2**16)
         check_scale(self.scale)
         self.augmentation()
 
     def augmentation(self) -> MaskAugmentation:
         return MaskAugmentation(
-            crop_size=_height_width("crop_size", self.crop_size),
+            crop_size=height_width("crop_size", self.crop_size),
             scale=(self.scale[0], self.scale[-1]),
             horizontal_flip=self.hflip,
             photometric_distortion=not self.no_photometric_distortion,
             most_of_a_class=self.most_of_a_class,
         )
 
-    def head(self) -> HeadOptions:
-        return HeadOptions(
+    def new_head(self) -> SegmentationHead:
+        return SegmentationHead(
             self.head_channels,
             self.auxiliary_channels,
             None if self.levels is None else tuple(self.levels),
             self.feature_norm,
             self.feature_pyramid,
             self.ignore_index,
-            _height_width("crop_size", self.crop_size),
+            height_width("crop_size", self.crop_size),
         )
 
 
@@ -202,6 +203,7 @@ class SemanticSegmentation(DenseTask):
     auto_class: ClassVar[Any] = SegmentationModels()
     training_arguments: ClassVar[type] = SegmentationArguments
     evaluation_arguments: ClassVar[type] = MaskArguments
+    head_arguments: ClassVar[type] = SegmentationHeadArguments
     metric_for_best_model: ClassVar[str] = "mean_iou"
     greater_is_better: ClassVar[bool] = True
     shown_metrics: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -213,7 +215,7 @@ class SemanticSegmentation(DenseTask):
     def __init__(self, arguments: MaskArguments | None = None) -> None:
         self.arguments = arguments or SegmentationArguments()
         self._training = arguments if isinstance(arguments, SegmentationArguments) else SegmentationArguments()
-        self.auto_class = SegmentationModels(self._training.head())  # type: ignore[misc]
+        self.auto_class = SegmentationModels(self._training.new_head())  # type: ignore[misc]
 
     # Data
 

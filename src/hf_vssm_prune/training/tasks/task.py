@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
-from hf_vssm_prune.hub.model_card import Evaluation
+from hf_vssm_prune.hub.model_card import Evaluation, Measurement
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.data import ImageDatasets
 from hf_vssm_prune.training.losses import LossWeights
@@ -159,6 +159,15 @@ class Task(Protocol):
         self, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
     ) -> Evaluation | None:
         """The metrics in the form used by model cards; None if the card does not show them."""
+
+
+def evaluation_of_task(
+    task: Any, metrics: Mapping[str, float], num_images: int, dataset_name: str, split: str, pruned: bool
+) -> Evaluation:
+    """`Task.evaluation_on_card` for the metrics that the task shows in tables."""
+    shown = {name: metrics[name] for name in task.shown_metrics}
+    measured = Measurement.of_metrics("this model", shown, pruned=pruned)
+    return Evaluation(dataset_name, dataset_name, split, num_images, measured)
 
 
 def predict(task: Task, model: Any, batch: Batch) -> Any:
