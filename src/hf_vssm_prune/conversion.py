@@ -6,6 +6,7 @@ changed, except by a family's own `complete_official`.
 
 import argparse
 import copy
+import logging
 import math
 import os
 import re
@@ -26,6 +27,9 @@ from .documentation import see
 from .families import FAMILIES, Family, ImageClassifier
 from .modeling_common import is_pruning_parameter
 from .pruned_heads import backbone_of
+
+
+logger = logging.getLogger(__name__)
 
 
 class OfficialFormat(Protocol):
@@ -230,7 +234,8 @@ def convert_official_state_dict(
     config: ModelConfig, state_dict: Mapping[str, Any], ema: bool = False
 ) -> dict[str, Tensor]:
     """Converts a published checkpoint to our names, complete, for `load_state_dict(strict=True)` of the image
-    classifier. Only parameters of pruning, which published checkpoints do not have, are missing.
+    classifier. Only parameters of pruning, which published checkpoints do not have, are missing. If the classifier is
+    new because the checkpoint has none for this kind of input, this is logged.
 
     Args:
         config: configuration of the model to load it into, see `infer_config`; with a `UperNetConfig` whose backbone is
@@ -247,7 +252,8 @@ def convert_official_state_dict(
     expected = {key: tensors[name] for key, name in names.items()}
     backbone = pruned_config(config)
     family = FAMILIES[backbone.model_type]
-    official = family.base.complete_official(backbone, _as_of(family, extract_state_dict(state_dict, ema)), expected)
+    given = _as_of(family, extract_state_dict(state_dict, ema))
+    official = family.base.complete_official(backbone, given, expected)
     problems = [f"missing: {key} {list(tensor.shape)}" for key, tensor in expected.items() if key not in official]
     problems += [f"unexpected: {key} {list(tensor.shape)}" for key, tensor in official.items() if key not in expected]
     problems += [
@@ -259,6 +265,11 @@ def convert_official_state_dict(
         raise ValueError(
             f"the checkpoint does not fit this {config.model_type} configuration. "
             f"{see('checkpoint-of-another-layout')}\n  " + "\n  ".join(problems)
+        )
+    if any(name.startswith("classifier.") and official[key] is not given.get(key) for key, name in names.items()):
+        logger.warning(
+            "The checkpoint has no classifier for %ss: the model's, for %d labels, is new and has to be trained.",
+            *(backbone.modality, config.num_labels),
         )
     return {name: official[key] for key, name in names.items()}
 
@@ -336,6 +347,8 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
 def _infer_upernet_config(family: Family, official: "OfficialTensors", overrides: dict[str, Any]) -> UperNetConfig:
     if not hasattr(family.base, "backbone_options_of_official"):
         raise ValueError(f"{family.config.paper.name}'s checkpoints with a decode head are not supported.")
+    if "num_labels" in overrides:
+        raise ValueError("`num_labels` is an option of classifiers, but the checkpoint has a decode head.")
     options = family.base.backbone_options_of_official(official, overrides)
     options |= upernet.options_of_levels(official, options["num_hidden_layers"])
     backbone = family.config(**{**options, **overrides})
