@@ -21,7 +21,7 @@ from videos import number_in, numbered_frames, write_class_folders, write_video
 from hf_vssm_prune import count_flops
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_image_processor, new_image_processor
-from hf_vssm_prune.training import TokenPruningTrainer
+from hf_vssm_prune.training import TokenPruningTrainer, image_steps
 from hf_vssm_prune.training.arguments import DataArguments
 from hf_vssm_prune.training.data.clips import EvaluationClips, TrainingClips, Views
 from hf_vssm_prune.training.data.loading import load_evaluation_dataset, load_image_dataset
@@ -251,6 +251,13 @@ def test_what_cannot_be_read_is_named_by_its_row(tmp_path):
         VideoError, match=r"^The video in row 1 of split 'test' \('.*bad\.mp4'\) cannot be read: Invalid"
     ):
         clips[1]
+
+
+def test_what_cannot_be_cropped_is_named_by_its_row(wide_videos, monkeypatch):
+    monkeypatch.setattr(image_steps, "MOST_RESIZED_PIXELS", 1000)
+    clips = EvaluationClips(wide_videos, make_processor(), Views(num_crops=3))
+    with pytest.raises(VideoError, match=r"^The video in row 0 .* cannot be used: 88 x 48 pixels are too elongated"):
+        clips[0]
 
 
 def test_a_processor_for_images_is_refused(wide_videos):

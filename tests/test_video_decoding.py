@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -327,6 +328,16 @@ def overwritten(file: Path) -> None:
     file.write_bytes(content)
 
 
+def of_type(code: bytes) -> Callable[[Path], None]:
+    """Writes an MP4 whose frames claim to be in another format."""
+
+    def write(file: Path) -> None:
+        write_video(file, numbered_frames(5))
+        file.write_bytes(file.read_bytes().replace(b"avc1", code))
+
+    return write
+
+
 def playlist(file: Path) -> None:
     write_video(file.with_name("secret.ts"), numbered_frames(3))
     file.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.ts\n#EXT-X-ENDLIST\n")
@@ -348,6 +359,8 @@ WRONG = {
     "no frames": (without_frames, "has no frames"),
     "cut off": (cut, "cannot be read: Invalid data"),
     "overwritten": (overwritten, "cannot be read: "),
+    "an unknown format": (of_type(b"qzqz"), "is in a format that FFmpeg cannot decode, or encrypted"),
+    "encrypted": (of_type(b"encv"), "is in a format that FFmpeg cannot decode, or encrypted"),
     "a playlist": (playlist, "cannot be read: "),
     "a list of files": (list_of_files, "cannot be read: "),
     "a web page": (lambda file: file.write_text("<!doctype html><html></html>"), "cannot be read: Invalid data"),
