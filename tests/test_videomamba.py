@@ -354,13 +354,15 @@ def test_video_files_are_bare(suffix, model, official, clips, tmp_path) -> None:
         assert torch.equal(loaded(clips).logits, model(clips).logits)
 
 
-def test_image_files_are_told_from_vims_by_name_or_option(tmp_path) -> None:
+def test_image_files_are_told_from_vims_by_name_or_option(tmp_path, caplog) -> None:
     """Their tensors have the same names and shapes."""
     model = make_model(make_videomamba_config())
     for name in ("videomamba_t16_in1k_res224.pth", "other.pth"):
         save_official_model(model, tmp_path / name)
     assert load_official_model(tmp_path / "videomamba_t16_in1k_res224.pth").config.model_type == "videomamba"
+    assert not caplog.records
     assert load_official_model(tmp_path / "other.pth").config.model_type == "vim"
+    assert "taken for a model of Vim; its tensors could also be those of VideoMamba" in caplog.text
     assert load_official_model(tmp_path / "other.pth", family="videomamba").config.model_type == "videomamba"
     assert load_official_model(tmp_path / "other.pth", num_frames=2).config.grid_size == (2, 4, 4)
 

@@ -322,7 +322,8 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
         state_dict: as for `convert_official_state_dict`.
         family: its model type. None: the family whose marks the tensors have, and which has the options in `overrides`.
             If several fit, the one with the most marks and signs present, then the one with the fewest missing.
-            VideoMamba's image models have the same tensors as Vim's and are taken for these: name the family.
+            VideoMamba's image models have the same tensors as Vim's and are taken for these, which is logged: name the
+            family.
         **overrides: options of the configuration that override the inferred ones.
 
     Raises:
@@ -356,7 +357,7 @@ def _infer_upernet_config(family: Family, official: "OfficialTensors", overrides
 
 
 def _family_of(tensors: Mapping[str, Tensor], options: Iterable[str]) -> Family:
-    """The family of a file, see `infer_config`."""
+    """The family of a file, see `infer_config`. If others have as many of their marks and signs, this is logged."""
     fitting = [each for each in FAMILIES.values() if _fits(each, tensors)]
     known_options = [each for each in options if any(hasattr(family.config, each) for family in FAMILIES.values())]
     having = [family for family in fitting if all(hasattr(family.config, option) for option in known_options)]
@@ -364,6 +365,12 @@ def _family_of(tensors: Mapping[str, Tensor], options: Iterable[str]) -> Family:
     highest = max((rank for rank, _ in ranks), default=None)
     best = [each for rank, each in ranks if rank == highest]
     if len(best) == 1:
+        if others := [each.config.paper.name for rank, each in ranks if each is not best[0] and rank[0] == highest[0]]:
+            logger.warning(
+                "The checkpoint is taken for a model of %s; its tensors could also be those of %s. If they are, name "
+                "the family.",
+                *(best[0].config.paper.name, " or ".join(others)),
+            )
         return best[0]
     if best:
         raise ValueError(
