@@ -19,6 +19,7 @@ from transformers import (
 from videos import number_in, numbered_frames, write_class_folders, write_video
 
 from hf_vssm_prune import count_flops
+from hf_vssm_prune.export import check_size
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_image_processor, new_image_processor
 from hf_vssm_prune.training import TokenPruningTrainer, image_steps
@@ -30,6 +31,7 @@ from hf_vssm_prune.training.data.tables import read_tables
 from hf_vssm_prune.training.evaluation import compare_models
 from hf_vssm_prune.training.frame_sampling import clips_of
 from hf_vssm_prune.training.image_size import resize_image_processor, resize_model
+from hf_vssm_prune.training.jobs import _at_size
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
 from hf_vssm_prune.training.tasks.video_classification import VideoClassification, VideoTrainingArguments, ViewArguments
 from hf_vssm_prune.training.video_decoding import VideoError, read_clip
@@ -412,6 +414,18 @@ def test_another_image_size(checkpoint):
     processor = resize_image_processor(load_image_processor(str(checkpoint)), 48)
     assert processor.num_frames == 3
     assert processor([Image.new("RGB", (60, 50))] * 3, return_tensors="pt")["pixel_values"].shape == (1, 3, 3, 48, 48)
+
+
+def test_clips_of_another_length_than_the_models(checkpoint, caplog):
+    model, processor = AutoModelForVideoClassification.from_pretrained(checkpoint), make_processor(num_frames=6)
+    _at_size(VideoClassification(), model, processor, None)
+    assert "says that clips have 6 frames, but the model's configuration has num_frames 3" in caplog.text
+    with pytest.raises(ValueError, match=r"for clips of 6 frames, but exported files take only .* `num_frames`, 3"):
+        check_size(model, processor)
+    caplog.clear()
+    _at_size(VideoClassification(), model, make_processor(), None)
+    check_size(model, make_processor())
+    assert not caplog.records
 
 
 def test_data_arguments_find_tables(class_folders, tmp_path):

@@ -362,7 +362,7 @@ def _family_of(tensors: Mapping[str, Tensor], options: Iterable[str]) -> Family:
     known_options = [each for each in options if any(hasattr(family.config, each) for family in FAMILIES.values())]
     having = [family for family in fitting if all(hasattr(family.config, option) for option in known_options)]
     ranks = [(_rank(each, tensors), each) for each in having or fitting]
-    highest = max((rank for rank, _ in ranks), default=None)
+    highest = max((rank for rank, _ in ranks), default=(0, 0))
     best = [each for rank, each in ranks if rank == highest]
     if len(best) == 1:
         if others := [each.config.paper.name for rank, each in ranks if each is not best[0] and rank[0] == highest[0]]:
