@@ -278,6 +278,17 @@ def with_cover(file: Path, codec: str) -> None:
         container.mux(stream.encode())
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "ts"])
+def test_other_containers_are_read_up_to_a_cut(suffix, tmp_path):
+    file = tmp_path / f"video.{suffix}"
+    write_video(file, numbered_frames(60), **CODECS[suffix])
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) * 2 // 3])
+    found = [number_in(frame) for frame in read_clip(file, 8)]
+    assert found == uniform_frames(count_frames(file), 8)
+    assert 8 < count_frames(file) < 60
+
+
 def test_sound_and_a_cover_beside_the_video(tmp_path):
     write_video(tmp_path / "sound.mp4", numbered_frames(12), sound=True)
     with_cover(tmp_path / "cover.mp4", "libx264")
