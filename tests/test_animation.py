@@ -99,6 +99,12 @@ def test_what_cannot_be_animated(tmp_path) -> None:
         animate(images, processor, frames, tmp_path / "kept.gif")
 
 
+def test_videos_of_other_lengths_are_not_drawn_together() -> None:
+    frames = [Image.new("RGB", (32, 32), GREY)] * 4
+    with pytest.raises(ValueError, match=r"the videos have \[3, 4\] frames; only videos of one length"):
+        visualize(*make_model(), [frames, frames[:3]])
+
+
 def test_a_sheet_of_many_frames_is_larger_than_a_single_image() -> None:
     model, processor = make_model(num_frames=16, token_pruning={**TOKEN_PRUNING, "keep_ratios": [0.5, 0.5]})
     sheet = visualize(model, processor, [Image.new("RGB", (32, 32), GREY)] * 16)

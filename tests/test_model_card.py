@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification, BitImageProcessorPil
 
-from hf_vssm_prune import PlainMambaModel, VideoMambaModel, VimConfig, count_flops
+from hf_vssm_prune import PlainMambaModel, VideoMambaConfig, VideoMambaModel, VimConfig, count_flops
 from hf_vssm_prune.hub import (
     Evaluation,
     Measurement,
@@ -287,6 +287,16 @@ def test_every_published_model_is_recognised(family) -> None:
         assert published_model(config_class.from_preset(preset, image_size=448)) is None
     assert set(config_class.published) <= set(config_class.presets)
     assert published_model(MAKE_CONFIG[family]()) is None
+
+
+def test_published_video_mambas_of_every_size_are_recognised() -> None:
+    videos, images = VideoMambaConfig.published["Ti"], VideoMambaConfig.published_images["Ti"]
+    for size in ({"num_frames": 16}, {"num_frames": 64}, {"num_frames": 64, "image_size": 384}):
+        assert published_model(VideoMambaConfig.from_preset("Ti", **size)) is videos
+    for size in (448, 576):
+        assert published_model(VideoMambaConfig.from_preset("Ti", num_frames=None, image_size=size)) is images
+    for size in ({"num_frames": 24}, {"num_frames": 16, "image_size": 384}, {"num_frames": None, "image_size": 384}):
+        assert published_model(VideoMambaConfig.from_preset("Ti", **size)) is None
 
 
 # ---- Bad input ---------------------------------------------------------------------------------------------------

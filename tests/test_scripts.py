@@ -360,6 +360,7 @@ EVALUATE = ["--dataset_name", "d", "--model_name_or_path", "m"]
         ("train", [*TRAIN, "--preset", "S"], "unknown preset 'S' of PlainMambaConfig"),
         ("train", [*TRAIN, "--patch_size", "7"], "`patch_size` is 7"),
         ("train", [*TRAIN, "--config_overrides", "hidden_size"], "it must be key=value"),
+        ("train", [*TRAIN, "--config_overrides", "hidden_size=wide"], "--config_overrides: Validation error for field"),
         ("train", [*TRAIN, "--config_overrides", "width=3"], "'width', which PlainMambaConfig does not have"),
         ("train", [*TRAIN, "--config_overrides", 'id2label=["a"]'], "'id2label', which cannot be set this way"),
         ("train", [*TRAIN, "--config_overrides", "num_channels=1"], "the model's images have 1 channels"),
@@ -471,6 +472,13 @@ def test_a_recipe_is_estimated_without_its_options_of_data(recipe, capsys):
     said = capsys.readouterr().err
     # A teacher needs time, so it is not left out without a word.
     assert ("['teacher_name_or_path'], which" if "teacher_name_or_path" in values else "--num_images is 0") in said
+
+
+@pytest.mark.parametrize("nothing", ["None", "null"])
+def test_options_of_a_new_model_as_in_python_or_json(nothing):
+    overrides = ["--config_overrides", f"num_frames={nothing}", "hidden_size=16", "scan_backend=torch"]
+    parsed = parse_arguments([DenseModelArguments], ["--family", "videomamba", *overrides], None)[0]
+    assert parsed.config(["a"]).input_size == (224, 224)
 
 
 def test_a_home_folder_is_replaced_everywhere(tmp_path, monkeypatch, capsys):

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_plainmamba_config, make_video_config, make_vim_config
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification
 
 import hf_vssm_prune
+from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.training import loop
@@ -123,14 +124,15 @@ def make_trainer(config, datasets, recipe: Recipe, teacher=None) -> Trainer:
 # Optimizer and learning rate
 
 
-@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
-def test_no_decay_on_norms_biases_and_the_state_space_parameters(family):
-    model = AutoModelForImageClassification.from_config(MAKE_CONFIG[family]())
+@pytest.mark.parametrize("make_config", [*MAKE_CONFIG.values(), make_video_config])
+def test_no_decay_on_norms_biases_and_the_state_space_parameters(make_config):
+    config = make_config()
+    model = FAMILIES[config.model_type].classifier(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, learning_rate=1e-3, weight_decay=0.05)
     found = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
     assert found.keys() == set(names.values())
-    undecayed = ("bias", "A_log", ".D", "position_embeddings", "class_token", "norm.weight", "normalization.weight")
+    undecayed = ("bias", "A_log", ".D", "_embeddings", "class_token", "norm.weight", "normalization.weight")
     for name, decay in found.items():
         assert decay == (0.0 if name.endswith(undecayed) else 0.05), name
     assert {group["lr"] for group in groups} == {1e-3}

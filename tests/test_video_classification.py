@@ -10,19 +10,28 @@ from conftest import TOKEN_PRUNING, load_script, make_video_config, make_vim_con
 from datasets import ClassLabel, Dataset, Features, Value, Video
 from PIL import Image
 from test_training import fresh_accelerator  # noqa: F401
-from transformers import AutoModelForImageClassification, AutoModelForVideoClassification, pipeline
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+    TrainingArguments,
+    pipeline,
+)
 from videos import number_in, numbered_frames, write_class_folders, write_video
 
 from hf_vssm_prune import count_flops
+from hf_vssm_prune.export import check_size
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_image_processor, new_image_processor
+from hf_vssm_prune.training import TokenPruningTrainer, image_steps
 from hf_vssm_prune.training.arguments import DataArguments
 from hf_vssm_prune.training.data.clips import EvaluationClips, TrainingClips, Views
 from hf_vssm_prune.training.data.loading import load_evaluation_dataset, load_image_dataset
 from hf_vssm_prune.training.data.media import VIDEOS
+from hf_vssm_prune.training.data.tables import read_tables
 from hf_vssm_prune.training.evaluation import compare_models
 from hf_vssm_prune.training.frame_sampling import clips_of
 from hf_vssm_prune.training.image_size import resize_image_processor, resize_model
+from hf_vssm_prune.training.jobs import _at_size
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
 from hf_vssm_prune.training.tasks.video_classification import VideoClassification, VideoTrainingArguments, ViewArguments
 from hf_vssm_prune.training.video_decoding import VideoError, read_clip
@@ -104,6 +113,16 @@ def test_tables_of_paths_and_labels(kind, numbered, absolute, class_folders, tmp
     assert Path(datasets.evaluation[5]["image"]["path"]).resolve() == class_folders / "val" / "red" / "1.mp4"
     alone, _ = load_evaluation_dataset(tmp_path / f"val.{suffix}", medium=VIDEOS)
     assert len(alone) == 6
+
+
+@pytest.mark.parametrize("separator", ["\t", ";", " "])
+def test_labels_with_commas_in_tables_with_another_separator(separator, tmp_path):
+    labels = {"a.mp4": "lifting,dropping", "b,c.mp4": "other", "d.mp4": "pushing"}
+    text = "".join(f"{path}{separator}{label}\n" for path, label in labels.items())
+    (tmp_path / "train.csv").write_text(text)
+    rows = read_tables({"train": [tmp_path / "train.csv"]}, VIDEOS)["train"]
+    names = rows.features["label"].names
+    assert {Path(row["image"]["path"]).name: names[row["label"]] for row in rows} == labels
 
 
 @pytest.mark.parametrize(
@@ -236,6 +255,13 @@ def test_what_cannot_be_read_is_named_by_its_row(tmp_path):
         clips[1]
 
 
+def test_what_cannot_be_cropped_is_named_by_its_row(wide_videos, monkeypatch):
+    monkeypatch.setattr(image_steps, "MOST_RESIZED_PIXELS", 1000)
+    clips = EvaluationClips(wide_videos, make_processor(), Views(num_crops=3))
+    with pytest.raises(VideoError, match=r"^The video in row 0 .* cannot be used: 88 x 48 pixels are too elongated"):
+        clips[0]
+
+
 def test_a_processor_for_images_is_refused(wide_videos):
     processor = new_image_processor(make_vim_config(), [0.5] * 3, [0.5] * 3)
     with pytest.raises(ValueError, match=r"has num_frames=None: the image processor of a video model must say"):
@@ -323,6 +349,25 @@ def test_train_prune_and_evaluate(class_folders, tmp_path, capsys):
     assert {result["num_images"] for result in results.values()} == {6}
 
 
+def test_trainer_trains_and_evaluates_on_clips(class_folders, tmp_path):
+    datasets, processor = load_image_dataset(class_folders, medium=VIDEOS), make_processor()
+    plain = AugmentationArguments(no_random_crop=True, randaugment_num_ops=0).image_augmentation()
+    model = AutoModelForVideoClassification.from_config(make_video_config(token_pruning=dict(TOKEN_PRUNING)))
+    options = {"max_steps": 1, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
+    trainer = TokenPruningTrainer(
+        model,
+        TrainingArguments(str(tmp_path), use_cpu=True, save_strategy="no", **options),
+        train_dataset=TrainingClips(datasets.train, processor, plain),
+        eval_dataset=EvaluationClips(datasets.evaluation, processor, Views()),
+    )
+    trainer.train()
+    predictions = trainer.predict(trainer.eval_dataset)
+    assert predictions.predictions.shape == (6, 3)
+    logits, labels = map(torch.from_numpy, (predictions.predictions, predictions.label_ids))
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    assert predictions.metrics["test_loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
 def test_models_of_images_are_named(class_folders, checkpoint, tmp_path, capsys):
     processor = new_image_processor(make_vim_config(), [0.5] * 3, [0.25] * 3)
     images = save_for_hub(AutoModelForImageClassification.from_config(make_vim_config()), tmp_path / "vim", processor)
@@ -369,6 +414,18 @@ def test_another_image_size(checkpoint):
     processor = resize_image_processor(load_image_processor(str(checkpoint)), 48)
     assert processor.num_frames == 3
     assert processor([Image.new("RGB", (60, 50))] * 3, return_tensors="pt")["pixel_values"].shape == (1, 3, 3, 48, 48)
+
+
+def test_clips_of_another_length_than_the_models(checkpoint, caplog):
+    model, processor = AutoModelForVideoClassification.from_pretrained(checkpoint), make_processor(num_frames=6)
+    _at_size(VideoClassification(), model, processor, None)
+    assert "says that clips have 6 frames, but the model's configuration has num_frames 3" in caplog.text
+    with pytest.raises(ValueError, match=r"for clips of 6 frames, but exported files take only .* `num_frames`, 3"):
+        check_size(model, processor)
+    caplog.clear()
+    _at_size(VideoClassification(), model, make_processor(), None)
+    check_size(model, make_processor())
+    assert not caplog.records
 
 
 def test_data_arguments_find_tables(class_folders, tmp_path):

@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -277,6 +278,17 @@ def with_cover(file: Path, codec: str) -> None:
         container.mux(stream.encode())
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "ts"])
+def test_other_containers_are_read_up_to_a_cut(suffix, tmp_path):
+    file = tmp_path / f"video.{suffix}"
+    write_video(file, numbered_frames(60), **CODECS[suffix])
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) * 2 // 3])
+    found = [number_in(frame) for frame in read_clip(file, 8)]
+    assert found == uniform_frames(count_frames(file), 8)
+    assert 8 < count_frames(file) < 60
+
+
 def test_sound_and_a_cover_beside_the_video(tmp_path):
     write_video(tmp_path / "sound.mp4", numbered_frames(12), sound=True)
     with_cover(tmp_path / "cover.mp4", "libx264")
@@ -327,6 +339,16 @@ def overwritten(file: Path) -> None:
     file.write_bytes(content)
 
 
+def of_type(code: bytes) -> Callable[[Path], None]:
+    """Writes an MP4 whose frames claim to be in another format."""
+
+    def write(file: Path) -> None:
+        write_video(file, numbered_frames(5))
+        file.write_bytes(file.read_bytes().replace(b"avc1", code))
+
+    return write
+
+
 def playlist(file: Path) -> None:
     write_video(file.with_name("secret.ts"), numbered_frames(3))
     file.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.ts\n#EXT-X-ENDLIST\n")
@@ -348,6 +370,8 @@ WRONG = {
     "no frames": (without_frames, "has no frames"),
     "cut off": (cut, "cannot be read: Invalid data"),
     "overwritten": (overwritten, "cannot be read: "),
+    "an unknown format": (of_type(b"qzqz"), "is in a format that FFmpeg cannot decode, or encrypted"),
+    "encrypted": (of_type(b"encv"), "is in a format that FFmpeg cannot decode, or encrypted"),
     "a playlist": (playlist, "cannot be read: "),
     "a list of files": (list_of_files, "cannot be read: "),
     "a web page": (lambda file: file.write_text("<!doctype html><html></html>"), "cannot be read: Invalid data"),

@@ -354,13 +354,15 @@ def test_video_files_are_bare(suffix, model, official, clips, tmp_path) -> None:
         assert torch.equal(loaded(clips).logits, model(clips).logits)
 
 
-def test_image_files_are_told_from_vims_by_name_or_option(tmp_path) -> None:
+def test_image_files_are_told_from_vims_by_name_or_option(tmp_path, caplog) -> None:
     """Their tensors have the same names and shapes."""
     model = make_model(make_videomamba_config())
     for name in ("videomamba_t16_in1k_res224.pth", "other.pth"):
         save_official_model(model, tmp_path / name)
     assert load_official_model(tmp_path / "videomamba_t16_in1k_res224.pth").config.model_type == "videomamba"
+    assert not caplog.records
     assert load_official_model(tmp_path / "other.pth").config.model_type == "vim"
+    assert "taken for a model of Vim; its tensors could also be those of VideoMamba" in caplog.text
     assert load_official_model(tmp_path / "other.pth", family="videomamba").config.model_type == "videomamba"
     assert load_official_model(tmp_path / "other.pth", num_frames=2).config.grid_size == (2, 4, 4)
 
@@ -428,6 +430,25 @@ def test_script_makes_a_video_model_of_an_image_model(tmp_path) -> None:
     assert load_script("convert").main(arguments) == 0
     opened = AutoModelForVideoClassification.from_pretrained(tmp_path / "model")
     assert opened.config.grid_size == (6, 4, 4)
+
+
+def test_script_names_the_labels_of_a_new_classifier(official, tmp_path, capsys, caplog) -> None:
+    """As many as are named, whatever an image model's own classifier has; without names, the script says it is new."""
+    convert, images = load_script("convert").main, make_model(make_videomamba_config())
+    save_official_model(images, tmp_path / "videomamba_in1k.pth")
+    torch.save({name: each for name, each in official.items() if not name.startswith("head.")}, tmp_path / "masked.pth")
+    (tmp_path / "five.txt").write_text("run\njump\nsit\nwalk\nlie\n")
+    for file, frames in (("videomamba_in1k", ["--num_frames", "3"]), ("masked", [])):
+        arguments = [str(tmp_path / f"{file}.pth"), str(tmp_path / file), *frames]
+        assert convert([*arguments, "--id2label", str(tmp_path / "five.txt")]) == 0
+        assert AutoModelForVideoClassification.from_pretrained(tmp_path / file).config.id2label[4] == "lie"
+        assert "5 labels" in capsys.readouterr().out
+        assert [record.message for record in caplog.records if "classifier" in record.message] == [
+            "The checkpoint has no classifier for videos: the model's, for 5 labels, is new and has to be trained."
+        ]
+        caplog.clear()
+    convert_official_state_dict(images.config, convert_to_official_state_dict(images.config, images.state_dict()))
+    assert not caplog.records
 
 
 # ---- Sizes and FLOPs ---------------------------------------------------------------------------------------------

@@ -14,6 +14,12 @@ from .publication import R_MEETO, VIDEOMAMBA, Paper, PublishedModel, PublishedRe
 # As in the official code, regardless of the patch size. Patches of videos never overlap.
 IMAGE_PATCH_STRIDE = 16
 FLOPS_PER_NORMALIZED_VALUE = 5  # in the published figures
+# Inputs of the published models, as options of the configuration.
+VIDEO_SIZES = {
+    **{f"{frames} frames": {"num_frames": frames} for frames in (8, 16, 32, 64)},
+    "64 frames, 384 × 384": {"num_frames": 64, "image_size": 384},
+}
+IMAGE_SIZES = (224, 448, 576)
 
 
 def _merged(inputs: str, top1: float, flops: str) -> PublishedResult:
@@ -27,7 +33,6 @@ def _of_videos(
 ) -> PublishedModel:
     """Results reported in papers on Kinetics-400: top-1 with 8, 16, 32 and 64 frames and with 64 frames of 384 pixels,
     and FLOPs per view for the inputs for which they are reported."""
-    inputs = ("8 frames", "16 frames", "32 frames", "64 frames", "64 frames, 384 × 384")
     stated = dict(zip(("16 frames", "32 frames", "64 frames, 384 × 384"), flops, strict=True))
     rows = [("dense", top1), ("dense, pretrained by masking", masked)]
     return PublishedModel(
@@ -37,22 +42,24 @@ def _of_videos(
             *(
                 PublishedResult(f"{method}, {size}", VIDEOMAMBA, value, stated.get(size))
                 for method, values in rows
-                for size, value in zip(inputs, values, strict=False)
+                for size, value in zip(VIDEO_SIZES, values, strict=False)
             ),
             _merged(", 8 frames", *merged),
         ),
         "Kinetics-400, 3 crops of 4 clips; multiply-adds of one view",
         "Kinetics-400",
+        sizes=tuple(VIDEO_SIZES.values()),
     )
 
 
 def _of_images(results: Sequence[tuple[float, str]], merged: tuple[float, str] | None) -> PublishedModel:
     """Results reported in papers on ImageNet-1k: top-1 and FLOPs at 224, 448 and 576 pixels."""
-    at_sizes = zip((224, 448, 576), results, strict=False)
+    at_sizes = zip(IMAGE_SIZES, results, strict=True)
     rows = [PublishedResult(f"dense, {size} × {size}", VIDEOMAMBA, *result) for size, result in at_sizes]
     rows += [] if merged is None else [_merged("", *merged)]
     schedule = {"flops_reduction": 0.3, "method": "top"}
-    return PublishedModel("OpenGVLab/VideoMamba", schedule, tuple(rows), options={"num_frames": None})
+    sizes = tuple({"image_size": size} for size in IMAGE_SIZES)
+    return PublishedModel("OpenGVLab/VideoMamba", schedule, tuple(rows), options={"num_frames": None}, sizes=sizes)
 
 
 @strict

@@ -6,6 +6,7 @@ changed, except by a family's own `complete_official`.
 
 import argparse
 import copy
+import logging
 import math
 import os
 import re
@@ -26,6 +27,9 @@ from .documentation import see
 from .families import FAMILIES, Family, ImageClassifier
 from .modeling_common import is_pruning_parameter
 from .pruned_heads import backbone_of
+
+
+logger = logging.getLogger(__name__)
 
 
 class OfficialFormat(Protocol):
@@ -231,7 +235,8 @@ def convert_official_state_dict(
     config: ModelConfig, state_dict: Mapping[str, Any], ema: bool = False
 ) -> dict[str, Tensor]:
     """Converts a published checkpoint to our names, complete, for `load_state_dict(strict=True)` of the image
-    classifier. Only parameters of pruning, which published checkpoints do not have, are missing.
+    classifier. Only parameters of pruning, which published checkpoints do not have, are missing. If the classifier is
+    new because the checkpoint has none for this kind of input, this is logged.
 
     Args:
         config: configuration of the model to load it into, see `infer_config`; with a `UperNetConfig` whose backbone is
@@ -248,7 +253,8 @@ def convert_official_state_dict(
     expected = {key: tensors[name] for key, name in names.items()}
     backbone = pruned_config(config)
     family = FAMILIES[backbone.model_type]
-    official = family.base.complete_official(backbone, _as_of(family, extract_state_dict(state_dict, ema)), expected)
+    given = _as_of(family, extract_state_dict(state_dict, ema))
+    official = family.base.complete_official(backbone, given, expected)
     problems = [f"missing: {key} {list(tensor.shape)}" for key, tensor in expected.items() if key not in official]
     problems += [f"unexpected: {key} {list(tensor.shape)}" for key, tensor in official.items() if key not in expected]
     problems += [
@@ -260,6 +266,11 @@ def convert_official_state_dict(
         raise ValueError(
             f"the checkpoint does not fit this {config.model_type} configuration. "
             f"{see('checkpoint-of-another-layout')}\n  " + "\n  ".join(problems)
+        )
+    if any(name.startswith("classifier.") and official[key] is not given.get(key) for key, name in names.items()):
+        logger.warning(
+            "The checkpoint has no classifier for %ss: the model's, for %d labels, is new and has to be trained.",
+            *(backbone.modality, config.num_labels),
         )
     return {name: official[key] for key, name in names.items()}
 
@@ -312,7 +323,8 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
         state_dict: as for `convert_official_state_dict`.
         family: its model type. None: the family whose marks the tensors have, and which has the options in `overrides`.
             If several fit, the one with the most marks and signs present, then the one with the fewest missing.
-            VideoMamba's image models have the same tensors as Vim's and are taken for these: name the family.
+            VideoMamba's image models have the same tensors as Vim's and are taken for these, which is logged: name the
+            family.
         **overrides: options of the configuration that override the inferred ones.
 
     Raises:
@@ -337,6 +349,8 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
 def _infer_upernet_config(family: Family, official: "OfficialTensors", overrides: dict[str, Any]) -> UperNetConfig:
     if not hasattr(family.base, "backbone_options_of_official"):
         raise ValueError(f"{family.config.paper.name}'s checkpoints with a decode head are not supported.")
+    if "num_labels" in overrides:
+        raise ValueError("`num_labels` is an option of classifiers, but the checkpoint has a decode head.")
     options = family.base.backbone_options_of_official(official, overrides)
     options |= upernet.options_of_levels(official, options["num_hidden_layers"])
     backbone = family.config(**{**options, **overrides})
@@ -344,14 +358,20 @@ def _infer_upernet_config(family: Family, official: "OfficialTensors", overrides
 
 
 def _family_of(tensors: Mapping[str, Tensor], options: Iterable[str]) -> Family:
-    """The family of a file, see `infer_config`."""
+    """The family of a file, see `infer_config`. If others have as many of their marks and signs, this is logged."""
     fitting = [each for each in FAMILIES.values() if _fits(each, tensors)]
     known_options = [each for each in options if any(hasattr(family.config, each) for family in FAMILIES.values())]
     having = [family for family in fitting if all(hasattr(family.config, option) for option in known_options)]
     ranks = [(_rank(each, tensors), each) for each in having or fitting]
-    highest = max((rank for rank, _ in ranks), default=None)
+    highest = max((rank for rank, _ in ranks), default=(0, 0))
     best = [each for rank, each in ranks if rank == highest]
     if len(best) == 1:
+        if others := [each.config.paper.name for rank, each in ranks if each is not best[0] and rank[0] == highest[0]]:
+            logger.warning(
+                "The checkpoint is taken for a model of %s; its tensors could also be those of %s. If they are, name "
+                "the family.",
+                *(best[0].config.paper.name, " or ".join(others)),
+            )
         return best[0]
     if best:
         raise ValueError(

@@ -62,8 +62,8 @@ def export_classifier(
 
     Raises:
         ValueError: a format is unknown; the model is not a classifier, or is in training mode, half precision or int8;
-            or the image processor makes images of another size than the configuration's, which the files cannot
-            process.
+            or the image processor is for images of another size, or clips of another length, than the configuration's,
+            which the files cannot process.
         FileExistsError: the folder is not empty.
         ImportError: a library that a format needs is not installed; the message names it.
         RuntimeError: the outputs of a file differ from the model's.
@@ -147,7 +147,8 @@ def trace(model: ImageClassifier) -> ExportedProgram:
 
 
 def check_size(model: ImageClassifier, image_processor: Any) -> None:
-    """Raises an error if the image processor does not make images of the size in the model's configuration.
+    """Raises an error if the image processor does not make images of the size in the model's configuration, or is for
+    clips of another length.
 
     Raises:
         ValueError: it does not.
@@ -158,6 +159,12 @@ def check_size(model: ImageClassifier, image_processor: Any) -> None:
         raise ValueError(
             f"the image processor makes images of (height, width) {made}, but exported files take only those of the "
             f"model's `image_size`, {expected}: make the two sizes equal."
+        )
+    clip_length = image_processor.to_dict().get("num_frames")
+    if model.config.modality == "video" and clip_length not in (None, length := model.config.input_size[0]):
+        raise ValueError(
+            f"the image processor is for clips of {clip_length} frames, but exported files take only those of the "
+            f"model's `num_frames`, {length}: make the two numbers equal."
         )
 
 

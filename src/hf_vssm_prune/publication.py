@@ -41,6 +41,7 @@ class PublishedModel(NamedTuple):
         dataset: name of the data set of these results.
         dataset_id: its id on the Hub.
         options: options of the configuration that override those of the preset.
+        sizes: sizes of the inputs in these results, each as options that override the preset's.
     """
 
     weights: str
@@ -49,6 +50,7 @@ class PublishedModel(NamedTuple):
     dataset: str = "ImageNet-1k"
     dataset_id: str = "ILSVRC/imagenet-1k"
     options: Mapping[str, Any] = MappingProxyType({})
+    sizes: tuple[Mapping[str, Any], ...] = (MappingProxyType({}),)
 
 
 # Of pruning methods.

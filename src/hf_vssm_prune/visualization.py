@@ -54,13 +54,17 @@ def visualize(
         importance: also draw, below each row, the importance by which each stage selected tokens.
 
     Raises:
-        ValueError: the model is dense, or there is no image.
+        ValueError: the model is dense, there is no image, or the videos have different numbers of frames.
     """
     samples: list = [images] if isinstance(images, Image.Image) else list(images)
     if not samples:
         raise ValueError("`images` is empty; at least one image is needed.")
     if model.config.modality == "video":
         videos = [samples] if isinstance(samples[0], Image.Image) else samples
+        if len(lengths := {len(video) for video in videos}) > 1:
+            raise ValueError(
+                f"the videos have {sorted(lengths)} frames; only videos of one length can be drawn together."
+            )
         pixel_values = torch.stack([clip_pixel_values(image_processor, video) for video in videos])
     else:
         pixel_values = image_processor(samples, return_tensors="pt")["pixel_values"]

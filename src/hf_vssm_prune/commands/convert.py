@@ -10,13 +10,14 @@ not overwritten.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_vssm_prune import count_flops
 from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.commands.parsing import command_parser
-from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
+from hf_vssm_prune.configuration_common import has_head, pruned_config
 from hf_vssm_prune.conversion import CHECKPOINT_SUFFIXES, load_official_model, save_official_model
 from hf_vssm_prune.families import FAMILIES, ImageClassifier
 from hf_vssm_prune.hub import ModelCardInfo, save_for_hub
@@ -102,9 +103,7 @@ def to_folder(options: argparse.Namespace) -> ImageClassifier:
         overrides["patch_stride"] = options.patch_stride
     if options.num_frames is not None:
         overrides["num_frames"] = options.num_frames
-    model = load_official_model(options.source, options.ema, options.family, **overrides)
-    if options.id2label is not None:
-        set_labels(model.config, options.id2label)
+    model = load_with_labels(options, overrides)
     backbone = pruned_config(model.config)
     if has_head(model.config) and options.crop_pct is not None:
         raise ValueError("--crop_pct is for classifiers; segmentation models see whole images.")
@@ -122,11 +121,20 @@ def to_checkpoint(options: argparse.Namespace) -> ImageClassifier:
     return model
 
 
-def set_labels(config: VisionMambaConfig, file: Path) -> None:
-    names = read_label_file(file)
-    if len(names) != config.num_labels:
-        raise ValueError(f"{file} names {len(names)} labels; the checkpoint has {config.num_labels}.")
-    name_labels(config, names)
+def load_with_labels(options: argparse.Namespace, overrides: dict[str, Any]) -> ImageClassifier:
+    """The file's model. If the file has no classifier, the new one has as many labels as `--id2label` names."""
+    load = partial(load_official_model, options.source, options.ema, options.family, **overrides)
+    if options.id2label is None:
+        return load()
+    names = read_label_file(options.id2label)
+    try:
+        model = load(num_labels=len(names))
+    except ValueError:  # it has another number of labels, or a head of another kind
+        model = load()
+    if len(names) != model.config.num_labels:
+        raise ValueError(f"{options.id2label} names {len(names)} labels; the checkpoint has {model.config.num_labels}.")
+    name_labels(model.config, names)
+    return model
 
 
 def summary(model: ImageClassifier) -> str:

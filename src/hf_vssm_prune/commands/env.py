@@ -19,7 +19,7 @@ from hf_vssm_prune.kernels import available
 
 LIBRARIES = (
     *("torch", "transformers", "huggingface-hub", "safetensors", "numpy", "pillow", "accelerate", "datasets"),
-    *("evaluate", "peft", "timm", "torchvision", "triton", "mamba-ssm", "onnx", "onnxruntime", "gradio"),
+    *("av", "evaluate", "peft", "timm", "torchvision", "triton", "mamba-ssm", "onnx", "onnxruntime", "gradio"),
 )
 # Only these variables, because the values of others may be secret.
 VARIABLES = ("HF_VSSM_PRUNE_", "OMP_", "GOMP_", "KMP_", "HF_HUB_OFFLINE", "ATEN_CPU_CAPABILITY", "CXX")

@@ -10,10 +10,16 @@ ARCHITECTURE = ("patch_size", "grid_size", "num_channels", "hidden_size", "num_h
 
 
 def published_model(config: VisionMambaConfig) -> PublishedModel | None:
-    """The published model with this architecture and its reported results; None if there is none."""
+    """The published model with this architecture, for inputs of one of the sizes in its reported results; None if
+    there is none."""
     family = type(config)
     models = [*family.published.items(), *family.published_images.items()]
-    found = (model for name, model in models if _same(config, family.from_preset(name, **model.options)))
+    found = (
+        model
+        for name, model in models
+        for size in model.sizes
+        if _same(config, family.from_preset(name, **model.options, **size))
+    )
     return next(found, None)
 
 

@@ -174,8 +174,16 @@ def _at_size(
     Raises:
         ValueError: the task resizes images to another size.
     """
+    *frames, height, width = pruned_config(model.config).input_size
+    clip_length = processor.to_dict().get("num_frames")
+    if frames and clip_length != frames[0]:
+        logger.warning(
+            "The image processor says that clips have %s frames, but the model's configuration has num_frames %s, to "
+            "which budgets, FLOPs and the model card refer.",
+            *(clip_length, frames[0]),
+        )
     if image_size is None:
-        size, configured = output_size(processor), pruned_config(model.config).input_size[-2:]
+        size, configured = output_size(processor), (height, width)
         if size not in (None, configured) and image_processor_of(task, processor) is processor:
             logger.warning(
                 "The image processor makes images of (height, width) %s, but the model's configuration has image_size "

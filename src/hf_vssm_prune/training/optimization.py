@@ -14,7 +14,8 @@ from hf_vssm_prune.pruned_heads import backbone_of
 
 
 # Biases, norms and D have one dimension, so they are not listed here.
-NO_DECAY_NAMES = ("A_log", "D", "position_embeddings", "class_token")
+NO_DECAY_NAMES = ("A_log", "D", "class_token")
+NO_DECAY_ENDING = "_embeddings"  # of positions and times
 LEARNING_RATE_SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -23,8 +24,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Parameter groups with and without weight decay and, with `layer_decay`, for each depth.
 
-    There is no weight decay on norms, biases, `A_log`, `D`, position embeddings, the class token and all other
-    parameters with one dimension.
+    There is no weight decay on norms, biases, `A_log`, `D`, embeddings of positions and times, the class token and all
+    other parameters with one dimension.
 
     Args:
         model: a model of this package, with any head.
@@ -53,7 +54,8 @@ def parameter_groups(
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies to a parameter."""
-    return parameter.ndim > 1 and name.split(".")[-1] not in NO_DECAY_NAMES
+    last = name.split(".")[-1]
+    return parameter.ndim > 1 and last not in NO_DECAY_NAMES and not last.endswith(NO_DECAY_ENDING)
 
 
 def _depth_of(name: str, num_hidden_layers: int) -> int:

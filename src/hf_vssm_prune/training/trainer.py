@@ -25,7 +25,7 @@ from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.elastic import add_schedules, draw_schedule, what_is_pruned
 from hf_vssm_prune.training.losses import LossWeights, run_teacher, training_loss
 from hf_vssm_prune.training.optimization import decays, parameter_groups
-from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
+from hf_vssm_prune.training.tasks import TASKS
 from hf_vssm_prune.training.tasks.task import PrunableModel, Task
 
 
@@ -45,9 +45,9 @@ class TokenPruningTrainer(transformers.Trainer):
             a backbone must have been passed through `prunable`.
         teacher: the dense model; default: a copy of the model without pruning, if the losses need one.
         losses: weights of distillation and alignment; default: 1 for each. See `training.losses`.
-        task: computes the loss of a batch and mixes its images (mixup, CutMix); default: image classification without
-            mixing, with label smoothing by the arguments' `label_smoothing_factor`. A model with a head on a backbone
-            needs a task.
+        task: computes the loss of a batch and mixes its images (mixup, CutMix); default: classification of images (or
+            of videos, for a video model) without mixing, with label smoothing by the arguments'
+            `label_smoothing_factor`. A model with a head on a backbone needs a task.
         elastic_budgets: fractions of FLOPs to remove. Each step uses one of them, drawn at random (0 means dense); the
             model's own schedule is then used for evaluation only.
         layer_decay: factor by which the learning rate decreases from each layer to the previous one.
@@ -90,12 +90,13 @@ class TokenPruningTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = False
         self.teacher = self._prepare_teacher(teacher) if self.losses.needs_teacher else None
 
-    def _default_task(self) -> ImageClassification:
+    def _default_task(self) -> Task:
         if has_head(self.model.config):
             raise ValueError(
                 f"{type(self.model).__name__} is not a classifier: give a `task`, such as `SemanticSegmentation()`."
             )
-        return ImageClassification(AugmentationArguments(mixup=0, cutmix=0, smoothing=self.args.label_smoothing_factor))
+        task = TASKS[f"{self.model.config.modality}-classification"]
+        return task(task.training_arguments(mixup=0, cutmix=0, smoothing=self.args.label_smoothing_factor))
 
     def _prepare_teacher(self, teacher: PrunableModel | None) -> PrunableModel:
         if teacher is None:
@@ -172,7 +173,8 @@ class TokenPruningTrainer(transformers.Trainer):
     # The optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Excludes norms, biases, `A_log`, `D`, position embeddings and the class token from weight decay."""
+        """Excludes norms, biases, `A_log`, `D`, the class token and embeddings of positions and times from weight
+        decay."""
         return [name for name, parameter in model.named_parameters() if decays(name, parameter)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

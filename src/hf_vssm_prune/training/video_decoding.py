@@ -145,7 +145,7 @@ def decode_frames(
         prepared = {}
         try:
             for number, frame in _decode(stored, wanted, announced if jumps else None, name, limit):
-                prepared[number] = prepare(frame)
+                prepared[number] = _prepared(prepare, frame, name)
         except _OtherFramesError as other:
             num_frames = num_frames if other.num_frames is None else other.num_frames
             continue
@@ -155,6 +155,13 @@ def decode_frames(
             continue
         return [[prepared[number] for number in clip] for clip in clips]
     raise VideoError(f"{name} gives different frames each time it is read.")
+
+
+def _prepared(prepare: Callable[[Image.Image], Prepared], frame: Image.Image, name: str) -> Prepared:
+    try:
+        return prepare(frame)
+    except ImageError as error:
+        raise VideoError(f"{name} cannot be used: {error}") from error
 
 
 @contextmanager
@@ -190,6 +197,8 @@ def _opened(stored: Mapping[str, Any] | None, name: str, most_pixels: int) -> It
                 raise VideoError(f"{name} has no video stream: it contains {kinds}.")
             if stream.disposition & av.stream.Disposition.attached_pic:
                 raise VideoError(f"{name} has no video stream: its only picture is a cover image.")
+            if stream.codec_context is None:
+                raise VideoError(f"{name} is in a format that FFmpeg cannot decode, or encrypted.")
             _check_size(stream.codec_context, name, most_pixels)
             stream.codec_context.options = {"max_pixels": str(most_pixels)}
             stream.codec_context.thread_count = 1  # a data loader already uses several processes

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.families import FAMILIES, preset_names
 from hf_vssm_prune.hub.loading import new_image_processor
@@ -203,7 +205,10 @@ class DenseModelArguments:
         }
         options = {name: value for name, value in options.items() if value is not None}
         options |= _parse_overrides(self.config_overrides, family)
-        return family(**options) if self.preset is None else family.from_preset(self.preset, **options)
+        try:
+            return family(**options) if self.preset is None else family.from_preset(self.preset, **options)
+        except StrictDataclassError as error:
+            raise ValueError(f"--config_overrides: {' '.join(str(error).split())}") from error
 
 
 def _parse_overrides(overrides: Sequence[str], family: type[VisionMambaConfig]) -> dict[str, Any]:
@@ -221,7 +226,8 @@ def _parse_overrides(overrides: Sequence[str], family: type[VisionMambaConfig]) 
 
 
 def _parse_value(text: str) -> Any:
+    """A value in JSON or, for the words in which they differ, in Python; otherwise the text itself."""
     try:
-        return json.loads(text)
+        return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
     except json.JSONDecodeError:
         return text

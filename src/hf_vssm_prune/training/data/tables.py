@@ -16,7 +16,7 @@ from hf_vssm_prune.training.paths import local_path
 
 
 TABLE_SUFFIXES = (".csv", ".tsv")
-SEPARATORS = ",;\t "
+SEPARATORS = "\t,; "
 PATH_HEADINGS = ("path", "file", "file_name", "filename", "image", "video", "video_path")
 LABEL_HEADINGS = ("label", "labels", "class", "category")
 
@@ -65,9 +65,8 @@ def _read(file: Path, path_column: str | None, label_column: str | None) -> list
         raise ValueError(f"'{file}' cannot be read: {error}") from error
     if not lines:
         raise ValueError(f"'{file}' is empty: each line must have a path and a label.")
-    separator = next((each for each in SEPARATORS if each in lines[0]), ",")
     try:
-        cells = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)]
+        cells = _split(lines)
     except csv.Error as error:
         raise ValueError(f"'{file}' cannot be read: {error}") from error
     path, label, first = _find_columns(file, cells[0], path_column, label_column)
@@ -81,6 +80,17 @@ def _read(file: Path, path_column: str | None, label_column: str | None) -> list
     if not first and len(rows) > 1 and not Path(rows[0][0]).exists() and Path(rows[1][0]).exists():
         raise ValueError(f"Line 1 of '{file}' is {cells[0]}, and there is no file '{rows[0][0]}'.{NAMED}")
     return rows
+
+
+def _split(lines: Sequence[str]) -> list[list[str]]:
+    """The cells of each line. A label may contain commas, so the separator is the first that gives all lines the same
+    number of cells; if there is none, the first that is in the first line."""
+    found = [separator for separator in SEPARATORS if separator in lines[0]] or [","]
+    for separator in (*found, found[0]):
+        cells = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)]
+        if len({len(row) for row in cells}) == 1:
+            break
+    return cells
 
 
 NAMED = " If it is a header, name the columns with --image_column_name and --label_column_name."
