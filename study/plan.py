@@ -49,7 +49,8 @@ class Study:
         training, dense, finetuning: options of all training pieces, of scripts/train.py, and of scripts/finetune.py.
         smaller: dense models to compare with. A name is a number and what it counts ("96 pixels"), and the values are
             options of scripts/train.py, such as `image_size`. Each model continues from the dense one, for as long as
-            the pruned ones, or from its own `model_name_or_path`, which belongs to one `family`.
+            the pruned ones; or from its own `model_name_or_path`, a mapping from families to weights, for only these
+            families.
         elastic: the `variant` that is trained for all budgets at once, and options that override its own.
         variants: variants by name; the first one is the baseline.
         more_variants: further variants, which are run after everything else.
@@ -86,11 +87,14 @@ class Study:
 
     def smaller_models(self, family: str) -> dict[str, dict[str, Any]]:
         """The options of scripts/train.py for a family's smaller dense models, by name."""
-        return {
-            name: {option: value for option, value in options.items() if option != "family"}
-            for name, options in self.smaller.items()
-            if options.get("family", family) == family
-        }
+        models = {}
+        for name, options in self.smaller.items():
+            own = options.get("model_name_or_path")
+            if own is None:
+                models[name] = options
+            elif family in own:
+                models[name] = {**options, "model_name_or_path": own[family]}
+        return models
 
 
 def read_study(file: Path) -> Study:
@@ -137,10 +141,11 @@ def read_study(file: Path) -> Study:
 def _check_smaller(file: Path, name: str, options: dict[str, Any], families: dict[str, Any]) -> None:
     if not re.fullmatch(r"\d+ \w+", name):
         raise ValueError(f"{file}: smaller has {name!r}; a name is a number and what it counts, like '96 pixels'.")
-    if ("family" in options) != ("model_name_or_path" in options):
-        raise ValueError(f"{file}: smaller {name!r} needs both 'family' and 'model_name_or_path', or neither.")
-    if "family" in options and options["family"] not in families:
-        raise ValueError(f"{file}: smaller {name!r} has the family {options['family']!r}, not one of {[*families]}.")
+    own = options.get("model_name_or_path", {})
+    if not isinstance(own, dict):
+        raise ValueError(f"{file}: smaller {name!r} has the weights {own!r}; they must be given by family.")
+    if unknown := sorted(set(own) - set(families)):
+        raise ValueError(f"{file}: smaller {name!r} has weights of {unknown}; the families are {sorted(families)}.")
 
 
 def _read_variant(file: Path, name: str, parts: dict[str, Any]) -> Variant:

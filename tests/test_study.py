@@ -111,13 +111,15 @@ def test_order_of_pieces(tmp_path) -> None:
 
 
 def test_smaller_model_with_its_own_weights(tmp_path) -> None:
-    own = {"family": "plainmamba", "model_name_or_path": "shallow", "num_train_epochs": 2}
-    families = {**SMALL["families"], "vim": {}}
+    own = {"model_name_or_path": {"plainmamba": "shallow", "vim": "vim_shallow"}, "num_train_epochs": 2}
+    families = {**SMALL["families"], "vim": {}, "videomamba": {}}
     study = read_study(write_study(tmp_path / "study.yaml", families=families, smaller={"2 layers": own}))
-    (piece,) = [piece for piece in list_pieces(study) if piece.name == "dense, 2 layers"]
-    assert (piece.family, piece.start) == ("plainmamba", None)
-    assert (piece.options["model_name_or_path"], piece.options["num_train_epochs"]) == ("shallow", 2)
-    assert "family" not in piece.options
+    pieces = {piece.family: piece for piece in list_pieces(study) if piece.name == "dense, 2 layers"}
+    assert list(pieces) == ["plainmamba", "vim"]
+    for family, weights in own["model_name_or_path"].items():
+        assert pieces[family].start is None
+        assert pieces[family].options["model_name_or_path"] == weights
+        assert pieces[family].options["num_train_epochs"] == 2
 
 
 @pytest.mark.parametrize(
@@ -128,10 +130,10 @@ def test_smaller_model_with_its_own_weights(tmp_path) -> None:
         ({"training": None}, "training is None; it must be a dict"),
         ({"variants": {"paper": None}}, "variants has .'paper'. without options; without any, write {}"),
         ({"smaller": {"shallow": {}}}, "smaller has 'shallow'; a name is a number and"),
-        ({"smaller": {"2 layers": {"model_name_or_path": "shallow"}}}, "'2 layers' needs both 'family' and"),
+        ({"smaller": {"2 layers": {"model_name_or_path": "shallow"}}}, "they must be given by family"),
         (
-            {"smaller": {"2 layers": {"model_name_or_path": "shallow", "family": "vim"}}},
-            "'2 layers' has the family 'vim', not one of .'plainmamba'.",
+            {"smaller": {"2 layers": {"model_name_or_path": {"vim": "shallow"}}}},
+            "'2 layers' has weights of .'vim'.; the families are .'plainmamba'.",
         ),
         ({"variants": {"paper": {"losses": {}}}}, "variant 'paper' has .'losses'."),
         ({"variants": {"paper": {"pruning": {"keep": 1}}}}, "variant 'paper' has the pruning options .'keep'."),
@@ -419,7 +421,7 @@ def test_expected_seconds(tmp_path) -> None:
 def test_times_are_those_of_the_compared_schedules(tmp_path) -> None:
     """A variant without a method is pruned by the paper's, whatever the one before it was pruned by."""
     variants = {"paper": {}, "merged": {"pruning": {"method": "local_merge"}}, "l1": {"pruning": {"importance": "l1"}}}
-    shallow = {"family": "plainmamba", "model_name_or_path": str(tmp_path / "shallow")}
+    shallow = {"model_name_or_path": {"plainmamba": str(tmp_path / "shallow")}}
     smaller = {**SMALL["smaller"], "1 layers": shallow}
     study = read_study(write_study(tmp_path / "study.yaml", variants=variants, smaller=smaller))
     model, shallow_model = (
