@@ -19,7 +19,7 @@ from conftest import PATIENCE, SCRIPTS, hear_signals, make_plainmamba_config
 from forking import Forked, run_forked
 
 from hf_vssm_prune import PlainMambaForImageClassification
-from study import report, runner
+from study import report, runner, times
 from study.plan import list_pieces, read_study, tuned_name
 from study.report import Group, difference, mean_and_spread, plot_lines, verdict, write_report
 from study.runner import (
@@ -32,6 +32,7 @@ from study.runner import (
     write_results,
 )
 from study.times import check_study, make_cases
+from study.videos import times as times_of_videos
 
 
 ROOT = SCRIPTS.parent
@@ -367,6 +368,18 @@ def test_options_that_would_do_nothing_are_refused(arguments, message, tmp_path,
     assert ended.returncode != 0
     assert message in ended.stderr
     assert not (tmp_path / "STUDY.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "needed"),
+    [(times.main, ["--study", "s", "--output", "t"]), (times_of_videos.main, ["model", "results"])],
+    ids=["images", "videos"],
+)
+def test_a_time_needs_a_turn(main, needed, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["times.py", *needed, "--turns", "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "argument --turns: '0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_results_of_no_piece_are_named(tmp_path) -> None:
