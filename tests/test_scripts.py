@@ -350,6 +350,7 @@ IDLE_TEACHER = ["--teacher_name_or_path", "t", "--kd_weight", "0"]
         ("finetune", [*FINETUNE, "--checkpointing_steps", "often"], "--checkpointing_steps is 'often'"),
         ("finetune", [*FINETUNE, "--seed", str(2**32)], "--seed is 4294967296: it must be from 0 to 4294967295"),
         ("finetune", [*FINETUNE, "--push_to_hub"], "--push_to_hub needs --hub_model_id"),
+        ("train", [*TRAIN, "--hub_private_repo"], "--hub_private_repo needs --push_to_hub"),
         ("train", [*TRAIN, "--push_to_hub", "--hub_model_id", "user/name/"], "'user/name/' is not a valid repository"),
         ("train", [*TRAIN, "--report_to", "wandb"], "--report_to is 'wandb': it needs --with_tracking"),
         ("train", [*TRAIN, "--shuffle_buffer_size", "9"], "--shuffle_buffer_size is 9: it needs --streaming"),
