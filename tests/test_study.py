@@ -548,16 +548,21 @@ def test_page_of_made_up_results(tmp_path) -> None:
     assert (tmp_path / "images-plainmamba.svg").read_bytes() != drawing
 
 
-def test_plot_has_all_seeds_of_a_point(tmp_path) -> None:
+def test_points_and_curves_have_all_their_seeds(tmp_path) -> None:
     """The comparison without fine-tuning may have been run with fewer seeds."""
     study = read_study(write_study(tmp_path / "study.yaml", seeds=[0, 1]))
     paper = tuned_name("paper", 0.4)
-    records = {(seed, name): {"figures": {"top1": 0.5}} for seed in study.seeds for name in ("dense", paper)}
+    trained = {"top1": 0.5, "top1_by_epoch": [0.3, 0.5]}
+    records: dict = {(seed, name): {"figures": trained} for seed in study.seeds for name in ("dense", paper)}
     compared = {"top1": 0.4, "gflops": 1.0, "images_per_second": 4}
     figures = {"dense": {**compared, "gflops": 2.0, "images_per_second": 2}, paper: compared}
-    lines = plot_lines(Group(study, {**records, (0, "untrained"): {"figures": figures}}))
+    group = Group(study, {**records, (0, "untrained"): {"figures": figures}})
+    lines = plot_lines(group)
     assert lines["paper, fine-tuned"][1] == ([0.5], [0.5], [50.0, 50.0])
     assert lines["paper, not trained"][1] == ([0.5], [0.5], [40.0])
+    curves = report._authors_curves({("images", "plainmamba"): group})
+    row = "| 50.00 ± 0.00 | 40.00 (1 seed) | 30.00 ± 0.00 | 50.00 ± 0.00 |"
+    assert f"| images, plainmamba, paper {row}" in curves
 
 
 @pytest.mark.parametrize(
