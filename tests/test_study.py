@@ -245,6 +245,15 @@ def test_piece_that_fails_is_named_and_the_others_run(tmp_path, caplog, monkeypa
     assert {record["name"] for record in read_results(tmp_path / "results.jsonl").values()} == {"dense", "dense tuned"}
 
 
+def test_a_configuration_is_that_of_the_data_set_on_the_hub(tmp_path) -> None:
+    on_hub = {"dataset_name": "user/images", "dataset_config_name": "160px"}
+    study = read_study(write_study(tmp_path / "study.yaml", datasets={"images": {**on_hub, "dense": {}}}))
+    piece = list_pieces(study)[0]
+    for folders, given in (({}, on_hub), ({"images": "folder"}, {"dataset_name": "folder"})):
+        of_piece = StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "none.jsonl", folders)._recipe(piece, tmp_path)
+        assert {name: value for name, value in of_piece.items() if name.startswith("dataset_")} == given
+
+
 def test_pieces_without_a_model_to_start_from_are_named(tmp_path) -> None:
     write_study(tmp_path / "study.yaml")
     finished = run_forked(SCRIPTS / "study.py", *options(tmp_path), "--only", "*/dense tuned")
