@@ -40,7 +40,7 @@ from benchmarking.videos import video_section
 
 from hf_vssm_prune.export import FORMATS
 from hf_vssm_prune.families import FAMILIES
-from hf_vssm_prune.training.arguments.parsing import check_output_file
+from hf_vssm_prune.training.arguments.parsing import check_output_file, count
 from hf_vssm_prune.training.atomic_files import write_json
 
 
@@ -108,8 +108,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--family", choices=FAMILIES, default="plainmamba", help="default: %(default)s")
     parser.add_argument("--preset", default="L3", help="size of the whole models (default: %(default)s)")
     parser.add_argument("--flops_reduction", type=float, default=0.415, help="default: %(default)s")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="default: 1 8")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--batch_sizes", type=count, nargs="+", default=[1, 8], help="default: 1 8")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=20, help="time for each group of cases (default: %(default)s)")
     parser.add_argument(
         "--peers",

@@ -43,7 +43,8 @@ class Study:
         budgets: fractions of FLOPs to remove.
         main_budget: the budget with which all variants are compared.
         max_eval_samples: number of images drawn for each evaluation, depending on the seed.
-        datasets: for each name, `dataset_name`, and options of scripts/train.py in `dense`.
+        datasets: for each name, `dataset_name`, for a data set on the Hub also its `dataset_config_name` if it has
+            several configurations, and options of scripts/train.py in `dense`.
         families: for each name, options of scripts/train.py; with `model_name_or_path`, dense models start from
             existing weights.
         training, dense, finetuning: options of all training pieces, of scripts/train.py, and of scripts/finetune.py.
@@ -117,8 +118,11 @@ def read_study(file: Path) -> Study:
         if empty := [entry for entry, parts in content[name].items() if not isinstance(parts, dict)]:
             raise ValueError(f"{file}: {name} has {empty} without options; without any, write {{}}.")
     for name, parts in content["datasets"].items():
-        if sorted(parts) != ["dataset_name", "dense"]:
-            raise ValueError(f"{file}: data set {name!r} has {sorted(parts)}; it needs 'dataset_name' and 'dense'.")
+        if sorted({*parts} - {"dataset_config_name"}) != ["dataset_name", "dense"]:
+            raise ValueError(
+                f"{file}: data set {name!r} has {sorted(parts)}; it needs 'dataset_name' and 'dense', and may have "
+                "'dataset_config_name'."
+            )
     variants, more_variants = (
         {name: _read_variant(file, name, parts) for name, parts in content[key].items()}
         for key in ("variants", "more_variants")

@@ -327,7 +327,7 @@ def _authors_curves(groups: Mapping[tuple[str, str], Group]) -> str:
         for variant in group.study.every_budget:
             name = tuned_name(variant, budget)
             schedule = group.schedule_name(variant, budget)
-            seeds = group.compared_seeds("untrained", schedule, "dense", name)
+            seeds, compared = group.seeds("dense", name), group.compared_seeds("untrained", schedule)
             if not seeds:
                 continue
             curves = {seed: group.records[seed, name]["figures"]["top1_by_epoch"] for seed in seeds}
@@ -335,7 +335,7 @@ def _authors_curves(groups: Mapping[tuple[str, str], Group]) -> str:
                 [
                     f"{dataset}, {family}, {variant}",
                     mean_and_spread([group.top1("dense", seed) for seed in seeds]),
-                    mean_and_spread([group.compared_top1("untrained", schedule, seed) for seed in seeds]),
+                    mean_and_spread([group.compared_top1("untrained", schedule, seed) for seed in compared]),
                     mean_and_spread([100 * curve[0] for curve in curves.values()]),
                     mean_and_spread([100 * max(curve) for curve in curves.values()]),
                 ]

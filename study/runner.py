@@ -172,8 +172,11 @@ class StudyRunner:
     ) -> None:
         if unknown := sorted(set(dataset_names) - set(study.datasets)):
             raise ValueError(f"The study has no data set {unknown}; it has {sorted(study.datasets)}.")
-        self.dataset_names = {name: options["dataset_name"] for name, options in study.datasets.items()}
-        self.dataset_names |= dataset_names
+        self.data_options = {
+            name: {option: value for option, value in options.items() if option != "dense"}
+            for name, options in study.datasets.items()
+        }
+        self.data_options |= {name: {"dataset_name": other} for name, other in dataset_names.items()}
         if workers < 1:
             raise ValueError(f"There are {workers} workers; at least 1 is needed.")
         if threads is not None and threads < 1:
@@ -290,7 +293,7 @@ class StudyRunner:
 
     def _recipe(self, piece: Piece, folder: Path) -> dict[str, Any]:
         """The options of the script, including paths."""
-        recipe = {"dataset_name": self.dataset_names[piece.dataset], "seed": piece.seed, **piece.options}
+        recipe = {**self.data_options[piece.dataset], "seed": piece.seed, **piece.options}
         start = piece.key_of_start()
         if start is not None:
             recipe["model_name_or_path"] = str(self.folder / start / "last")

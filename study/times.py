@@ -30,7 +30,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the study is not part of the package
 
-from hf_vssm_prune.training.arguments.parsing import check_output_file
+from hf_vssm_prune.training.arguments.parsing import check_output_file, count
 from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.data import load_evaluation_dataset
 from study.plan import Study, list_pieces, read_study, smaller_name, with_method
@@ -40,8 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, required=True, help="YAML file of the study")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
-    parser.add_argument("--turns", type=int, default=8, help="number of times that each model runs")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--turns", type=count, default=8, help="number of times that each model runs")
+    parser.add_argument("--batch_size", type=count, default=8)
     options = parser.parse_args()
     try:
         check_output_file("output", options.output)

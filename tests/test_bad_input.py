@@ -110,10 +110,7 @@ DAMAGES = {
     "a method from the future": (configured(token_pruning=SCHEDULE | {"method": "guessed"}), "'guessed'"),
     "a depth in words": (configured(num_hidden_layers="four"), "num_hidden_layers"),
     "more layers than weights": (configured(num_hidden_layers=5), "missing_keys"),
-    "fewer layers than weights": (
-        configured(num_hidden_layers=3, out_features=["stage3"], out_indices=[3], token_pruning=STAGE),
-        "unexpected_keys",
-    ),
+    "fewer layers than weights": (configured(num_hidden_layers=3, token_pruning=STAGE), "unexpected_keys"),
     "another width than the weights'": (configured(hidden_size=32), "weights of MODEL cannot be read"),
     "a label that is not there": (configured(id2label={"0": "a", "1": "b"}), "has 2 labels"),
     "a missing tensor": (with_tensors(lambda tensors: tensors.pop("classifier.bias")), "missing_keys"),

@@ -185,6 +185,13 @@ def test_preset_of_another_family_is_refused(capsys):
     assert "--preset L3: vim has ['T', 'S', 'B']." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--batch_sizes", "--threads"])
+def test_there_is_at_least_one_image_and_one_thread(option, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_options([option, "0"])
+    assert f"argument {option}: '0' is not a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_cases_take_turns():
     order = []
     cases = {name: partial(order.append, name) for name in "ab"}

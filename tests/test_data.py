@@ -28,7 +28,7 @@ from hf_vssm_prune.training.data import (
     load_image_stream,
     sources,
 )
-from hf_vssm_prune.training.data.sources import count_parquet_rows
+from hf_vssm_prune.training.data.sources import _warn_of_unnamed, count_parquet_rows
 from hf_vssm_prune.training.tasks.classification import ImageClassification
 
 
@@ -168,6 +168,24 @@ def test_images_that_a_folders_table_does_not_list_are_named(tmp_path: Path, cap
     assert count(tmp_path) == {"cat": 2, "dog": 1}
     message = f"1 images in '{tmp_path}' are left out, because they are not listed in 'pets.csv'; the first is"
     assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "unnamed"),
+    [
+        (["a", "b"], ["a", "b"]),
+        (["train", "holdout", "test"], ["holdout"]),
+        (["pets", "test"], []),
+        (["pets-0-of-2", "pets-1-of-2", "train/7", "train/x"], ["pets-0-of-2", "pets-1-of-2"]),
+        (["0", "1"], []),
+    ],
+)
+def test_files_of_no_split_are_named(names: list[str], unnamed: list[str], caplog):
+    _warn_of_unnamed([Path("pets", f"{name}.csv") for name in names])
+    named = ", ".join(f"'{Path('pets', name)}.csv'" for name in unnamed)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{named}: these names begin with no split ('train', 'validation', 'test'), so the files are training data."
+    ] * bool(unnamed)
 
 
 def test_names_of_files_that_are_not_utf8_are_named(tmp_path: Path):

@@ -137,7 +137,6 @@ def test_a_model_of_another_task_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"input_size": [100]}, "--input_size is .100.: rt_detr needs multiples of 32"),
         ({"input_size": [32, 32, 32]}, "a number of pixels, or height and width"),
         ({"head_channels": 12}, "--head_channels is 12: it must be a multiple of --head_attention_heads 8"),
         ({"head_channels": 48, "head": "deformable_detr"}, "--head_channels is 48: deformable_detr needs a multiple"),
@@ -150,6 +149,22 @@ def test_a_model_of_another_task_is_named(tmp_path):
 def test_options_that_are_not_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         DetectionArguments(**options)
+
+
+@pytest.mark.parametrize("other", ["rt_detr", "deformable_detr"])
+def test_the_size_of_images_suits_the_models_own_head(kind, other, tmp_path):
+    """`--head` is for a new one."""
+    save(make_models(kind), tmp_path)
+    task = ObjectDetection(DetectionArguments(input_size=[100], head=other))
+    for head, make in (
+        (kind, lambda: task.load_model(str(tmp_path), ["red", "green", "blue"])),
+        (other, lambda: task.auto_class.from_config(make_plainmamba_config(**IMAGES))),
+    ):
+        if head == "rt_detr":
+            with pytest.raises(ValueError, match=r"--input_size is \(100, 100\): rt_detr needs multiples of 32"):
+                make()
+        else:
+            assert make().config.model_type == head
 
 
 def test_boxes_are_read_in_the_format_that_is_named():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import TOKEN_PRUNING, load_script, make_vim_config
 
-from hf_vssm_prune import count_flops
+from hf_vssm_prune import VimForImageClassification, count_flops
 from hf_vssm_prune.commands import estimate as command
+from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.training.arguments import (
     ElasticArguments,
     EstimateArguments,
@@ -32,9 +33,11 @@ def estimate(
     gradient_accumulation_steps: int = 2,
     pruning: dict | None = None,
     dtype: torch.dtype | None = None,
+    teacher: VisionMambaConfig | None = None,
     **losses,
 ) -> RunEstimate:
-    config = make_vim_config(num_hidden_layers=8, token_pruning=pruning or dict(TOKEN_PRUNING), dtype=dtype)
+    schedule = dict(TOKEN_PRUNING) if pruning is None else pruning or None
+    config = make_vim_config(num_hidden_layers=8, token_pruning=schedule, dtype=dtype)
     optimization = OptimizationArguments(
         num_train_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=gradient_accumulation_steps
     )
@@ -54,6 +57,7 @@ def estimate(
         elastic or ElasticArguments(),
         scale or ScaleArguments(),
         options,
+        teacher,
     )
 
 
@@ -98,6 +102,24 @@ def test_every_scan_direction_runs_in_training():
     config.token_pruning = half
     evaluated = found.total_flops - 18 * 16 * trained
     assert evaluated == 3 * 2 * 10 * 2 * count_flops(config).pruned.total
+
+
+@pytest.mark.parametrize("pruning", [{}, None], ids=["dense", "pruned"])
+def test_another_model_as_the_teacher(pruning):
+    larger = make_vim_config(num_hidden_layers=12, token_pruning=dict(TOKEN_PRUNING))
+    given = {"teacher_name_or_path": "larger", "teacher_dtype": "bfloat16", "alignment_weight": 0.0}
+    alone = estimate(pruning=pruning, kd_weight=0.0, alignment_weight=0.0)
+    found = estimate(pruning=pruning, teacher=larger, **given)
+    taught = found.flops_per_image - alone.flops_per_image
+    assert taught == 2 * count_flops(larger).dense.total
+    weights = VimForImageClassification(larger).num_parameters()
+    assert found.state_bytes - alone.state_bytes == 2 * weights
+
+
+def test_the_teachers_hidden_states_must_be_comparable():
+    larger = make_vim_config(num_hidden_layers=12)
+    with pytest.raises(ValueError, match="The teacher larger has num_hidden_layers 12, but the model has 8"):
+        estimate(teacher=larger, teacher_name_or_path="larger")
 
 
 def test_speed_is_that_of_the_measured_schedule():

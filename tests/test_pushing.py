@@ -333,7 +333,8 @@ def test_the_trainers_way_to_the_hub(hub, client, folder, tmp_path):
         "import sys; from pathlib import Path; from types import SimpleNamespace\n"
         "from hf_vssm_prune.training import jobs\n"
         "from hf_vssm_prune.training.arguments import RunArguments\n"
-        "run = RunArguments(output_dir=sys.argv[1], push_to_hub=True, hub_model_id='user/tiny')\n"
+        "hub = {'push_to_hub': True, 'hub_model_id': 'user/tiny', 'hub_private_repo': True}\n"
+        "run = RunArguments(output_dir=sys.argv[1], **hub)\n"
         "trainer = SimpleNamespace(train=lambda: None, accelerator=SimpleNamespace(is_main_process=True))\n"
         "trainer.recipe = SimpleNamespace(run=run)\n"
         "sys.exit(jobs.run(lambda: trainer))"
@@ -344,3 +345,4 @@ def test_the_trainers_way_to_the_hub(hub, client, folder, tmp_path):
     hub.state.faults.clear()
     assert_ok(client.fork("-c", program, tmp_path / "run"))
     assert "model.safetensors" in hub.files(REPO)
+    assert hub.state.repositories[REPO].private

@@ -1,6 +1,7 @@
 """int8 linear layers: close to float32, independent of other samples, and rejected where they cannot be used."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -142,6 +143,16 @@ def test_what_cannot_be_quantised_is_named() -> None:
     assert not any(isinstance(layer, Int8Linear) for layer in model.modules())
     with pytest.raises(ValueError, match=r"Sequential has no linear layers called mixer\.in_proj or mixer\.out_proj"):
         quantize_linears(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    "change", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, partial(nn.Module.to, device="meta")]
+)
+def test_another_precision_or_device_is_refused(change) -> None:
+    model = quantize_linears(PlainMambaForImageClassification(make_plainmamba_config()))
+    assert model.float().cpu() is model
+    with pytest.raises(ValueError, match="a quantised model stays in float32 on the CPU, and cannot be torch"):
+        change(model)
 
 
 def test_saving_is_refused(tmp_path) -> None:

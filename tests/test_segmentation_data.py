@@ -3,6 +3,7 @@
 import json
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -337,6 +338,16 @@ def test_colours_change_and_nothing_moves():
         assert (each[4:] == each[7, 7]).all()
     gray = PILImage.fromarray(pixels[..., 0])
     assert distort_colours(gray, np.random.default_rng(3)).mode == "L"
+
+
+@pytest.mark.parametrize("degrees", [0.3, 2.0, 17.5])
+def test_hues_on_both_sides_of_red_are_mirrored(degrees):
+    def turned(by):
+        draws = iter([0.9, 0.9, 0.9, 0.9, 0.1])  # only the hue changes
+        generator = SimpleNamespace(random=lambda: next(draws), uniform=lambda low, high: by if high == 18 else 1.0)
+        return distort_colours(PILImage.new("RGB", (1, 1), "red"), generator).getpixel((0, 0))
+
+    assert turned(-degrees) == turned(degrees)[::2] + turned(degrees)[1:2]
 
 
 def test_a_part_of_a_mask_is_that_part_of_the_whole():

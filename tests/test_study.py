@@ -19,7 +19,7 @@ from conftest import PATIENCE, SCRIPTS, hear_signals, make_plainmamba_config
 from forking import Forked, run_forked
 
 from hf_vssm_prune import PlainMambaForImageClassification
-from study import report, runner
+from study import report, runner, times
 from study.plan import list_pieces, read_study, tuned_name
 from study.report import Group, difference, mean_and_spread, plot_lines, verdict, write_report
 from study.runner import (
@@ -32,6 +32,7 @@ from study.runner import (
     write_results,
 )
 from study.times import check_study, make_cases
+from study.videos import times as times_of_videos
 
 
 ROOT = SCRIPTS.parent
@@ -246,6 +247,15 @@ def test_piece_that_fails_is_named_and_the_others_run(tmp_path, caplog, monkeypa
     assert {record["name"] for record in read_results(tmp_path / "results.jsonl").values()} == {"dense", "dense tuned"}
 
 
+def test_a_configuration_is_that_of_the_data_set_on_the_hub(tmp_path) -> None:
+    on_hub = {"dataset_name": "user/images", "dataset_config_name": "160px"}
+    study = read_study(write_study(tmp_path / "study.yaml", datasets={"images": {**on_hub, "dense": {}}}))
+    piece = list_pieces(study)[0]
+    for folders, given in (({}, on_hub), ({"images": "folder"}, {"dataset_name": "folder"})):
+        of_piece = StudyRunner(study, SCRIPTS, tmp_path, tmp_path / "none.jsonl", folders)._recipe(piece, tmp_path)
+        assert {name: value for name, value in of_piece.items() if name.startswith("dataset_")} == given
+
+
 def test_pieces_without_a_model_to_start_from_are_named(tmp_path) -> None:
     write_study(tmp_path / "study.yaml")
     finished = run_forked(SCRIPTS / "study.py", *options(tmp_path), "--only", "*/dense tuned")
@@ -369,6 +379,18 @@ def test_options_that_would_do_nothing_are_refused(arguments, message, tmp_path,
     assert ended.returncode != 0
     assert message in ended.stderr
     assert not (tmp_path / "STUDY.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "needed"),
+    [(times.main, ["--study", "s", "--output", "t"]), (times_of_videos.main, ["model", "results"])],
+    ids=["images", "videos"],
+)
+def test_a_time_needs_a_turn(main, needed, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["times.py", *needed, "--turns", "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "argument --turns: '0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_results_of_no_piece_are_named(tmp_path) -> None:
@@ -537,16 +559,21 @@ def test_page_of_made_up_results(tmp_path) -> None:
     assert (tmp_path / "images-plainmamba.svg").read_bytes() != drawing
 
 
-def test_plot_has_all_seeds_of_a_point(tmp_path) -> None:
+def test_points_and_curves_have_all_their_seeds(tmp_path) -> None:
     """The comparison without fine-tuning may have been run with fewer seeds."""
     study = read_study(write_study(tmp_path / "study.yaml", seeds=[0, 1]))
     paper = tuned_name("paper", 0.4)
-    records = {(seed, name): {"figures": {"top1": 0.5}} for seed in study.seeds for name in ("dense", paper)}
+    trained = {"top1": 0.5, "top1_by_epoch": [0.3, 0.5]}
+    records: dict = {(seed, name): {"figures": trained} for seed in study.seeds for name in ("dense", paper)}
     compared = {"top1": 0.4, "gflops": 1.0, "images_per_second": 4}
     figures = {"dense": {**compared, "gflops": 2.0, "images_per_second": 2}, paper: compared}
-    lines = plot_lines(Group(study, {**records, (0, "untrained"): {"figures": figures}}))
+    group = Group(study, {**records, (0, "untrained"): {"figures": figures}})
+    lines = plot_lines(group)
     assert lines["paper, fine-tuned"][1] == ([0.5], [0.5], [50.0, 50.0])
     assert lines["paper, not trained"][1] == ([0.5], [0.5], [40.0])
+    curves = report._authors_curves({("images", "plainmamba"): group})
+    row = "| 50.00 ± 0.00 | 40.00 (1 seed) | 30.00 ± 0.00 | 50.00 ± 0.00 |"
+    assert f"| images, plainmamba, paper {row}" in curves
 
 
 @pytest.mark.parametrize(

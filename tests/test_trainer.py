@@ -231,6 +231,8 @@ def test_a_model_with_a_head(tmp_path):
     assert "TokenPruningTrainer" in (tmp_path / "README.md").read_text()
     by_transformers = Trainer(model, arguments(tmp_path), **given)
     assert by_transformers.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
+    of_stages = model.config.backbone_config.keys_to_ignore_at_inference
+    assert by_transformers.predict(items, ignore_keys=of_stages).predictions.shape == (8, 5, 32, 32)
 
 
 PROGRAM = """

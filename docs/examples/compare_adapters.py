@@ -20,6 +20,7 @@ from hf_vssm_prune import EXAMPLE_MODEL
 from hf_vssm_prune.hub.loading import load_image_processor
 from hf_vssm_prune.metrics import load_metric
 from hf_vssm_prune.training import TokenPruningTrainer
+from hf_vssm_prune.training.arguments.parsing import count
 from hf_vssm_prune.training.augmentation import AugmentationConfig
 from hf_vssm_prune.training.data import EvaluationImages, TrainingImages, load_image_dataset
 
@@ -45,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--flops_reduction", type=float, default=0.6, help="default: %(default)s")
     parser.add_argument("--num_train_epochs", type=float, default=1, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
-    parser.add_argument("--max_train_samples", type=int, help="number of training images (default: all)")
-    parser.add_argument("--max_eval_samples", type=int, help="number of evaluation images (default: all)")
+    parser.add_argument("--max_train_samples", type=count, help="number of training images (default: all)")
+    parser.add_argument("--max_eval_samples", type=count, help="number of evaluation images (default: all)")
     parser.add_argument("--output_dir", default="runs/adapters", help="default: %(default)s")
     options = parser.parse_args(arguments)
     trainers = Trainers(options)

@@ -255,8 +255,10 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         checked."""
         own = (set(cls.__dataclass_fields__) | set(_BACKBONE_OUTPUTS)) - set(PreTrainedConfig.__dataclass_fields__)
         given = {name: kwargs.pop(name) for name in own & set(kwargs)}
-        # By default, a backbone returns the last layer's output, which depends on the given depth.
-        is_default = config_dict.get("out_features") == [f"stage{config_dict.get('num_hidden_layers')}"]
+        # By default, a backbone returns the last layer's output, which depends on the depth: the given one, or one that
+        # was edited in the file, whose `stage_names` are those of the former depth.
+        last = (config_dict.get("stage_names") or [f"stage{config_dict.get('num_hidden_layers')}"])[-1:]
+        is_default = config_dict.get("out_features") == last
         if is_default or given.keys() & set(_BACKBONE_OUTPUTS):  # each of the two options implies the other
             config_dict = {name: value for name, value in config_dict.items() if name not in _BACKBONE_OUTPUTS}
         if "token_pruning" in given:

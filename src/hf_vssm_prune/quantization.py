@@ -5,7 +5,7 @@ half their speed or less.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -28,8 +28,8 @@ def quantize_linears(model: Model) -> Model:
 
     Each row of a weight has its own scale, and so does each token in each call: the input of `out_proj` has outliers of
     up to 200 times its standard deviation, and those of one image would reduce the precision of all others in the
-    batch. Results are float32. The model is changed in place, and cannot be trained or saved afterwards, so save it
-    first.
+    batch. Results are float32. The model is changed in place. Afterwards, it cannot be trained, saved, or moved to
+    another device or precision, so save it first.
 
     Args:
         model: a float32 model of any family, on the CPU.
@@ -115,6 +115,17 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
+        """Called for `to`, `half`, `bfloat16`, `cuda`, ..., which cannot change the packed weight."""
+        changed = fn(torch.empty(0, dtype=torch.float32))
+        if changed.dtype != torch.float32 or changed.device.type != "cpu":
+            raise ValueError(
+                f"a quantised model stays in float32 on the CPU, and cannot be {changed.dtype} on {changed.device}. "
+                "Other layers may have been changed already, so load the float32 model again; for half precision, use "
+                "it without int8."
+            )
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *args: object) -> None:
         raise RuntimeError("a quantised model cannot be saved: save the float32 model, and quantise it after loading.")

@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the study is not part of the package
 
 from hf_vssm_prune.hub.loading import load_classifier
+from hf_vssm_prune.training.arguments.parsing import count
 from hf_vssm_prune.training.atomic_files import write_json
 from study.times import run_alternately
 
@@ -60,8 +61,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("results", help="JSON file to write")
     parser.add_argument("--flops_reduction", type=float, default=0.416)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--batch_size", type=count, default=8)
+    parser.add_argument("--turns", type=count, default=12)
     return parser.parse_args()
 
 

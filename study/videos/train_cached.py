@@ -27,6 +27,7 @@ from hf_vssm_prune.flops import count_flops
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_classifier, load_image_processor
 from hf_vssm_prune.training.arguments import DataArguments
+from hf_vssm_prune.training.arguments.parsing import count
 from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.losses import LossWeights, run_teacher, training_loss
 from hf_vssm_prune.training.tasks.task import Batch
@@ -68,8 +69,8 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("videos", "start", "target"):
         parser.add_argument(name)
-    parser.add_argument("--epochs", type=int, required=True)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--epochs", type=count, required=True)
+    parser.add_argument("--batch_size", type=count, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--mixup", type=float, default=0.2)
     parser.add_argument("--shift", type=int, default=0, help="maximum shift of a clip in pixels, in either direction")

@@ -15,6 +15,7 @@ from typing import Any
 from hf_vssm_prune.commands import one_line_errors
 from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.hub.loading import load_config
+from hf_vssm_prune.label_maps import names_by_id
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     DenseModelArguments,
@@ -71,12 +72,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         config = load_config(model.model_name_or_path)
         if options.num_classes is not None:
             name_labels(config, label_names(options.num_classes))
+    teacher = None
+    if losses.teacher_name_or_path is not None:
+        teacher = load_config(losses.teacher_name_or_path)
+        name_labels(teacher, names_by_id(config.id2label))
+    for each in (config, teacher):
+        if model.image_size is not None and each is not None:  # a new model has this size already
+            pruned_config(each).image_size = config_at_size(pruned_config(each), model.image_size).image_size
     pruned = pruned_config(config)
-    if model.image_size is not None:  # a new model has this size already
-        pruned.image_size = config_at_size(pruned, model.image_size).image_size
     pruned.token_pruning = pruning.schedule(pruned)
     losses.check_schedule(pruned.token_pruning)
-    estimate = estimate_run(task(of_task), config, optimization, losses, elastic, scale, options)
+    estimate = estimate_run(task(of_task), config, optimization, losses, elastic, scale, options, teacher)
     print(estimate_text(estimate, options.num_devices, optimization.per_device_train_batch_size))
     if options.json is not None:
         write_json(asdict(estimate), Path(options.json))

@@ -50,7 +50,7 @@ def distort_colours(image: Image.Image, generator: np.random.Generator) -> Image
     hue = generator.uniform(-18, 18) * 255 / 180 if generator.random() < 0.5 else 0.0
     if image.mode == "RGB" and (saturation != 1.0 or hue != 0.0):
         hsv = np.asarray(Image.fromarray(_as_bytes(pixels)).convert("HSV")).astype(np.float32)
-        hsv[..., 0] = (hsv[..., 0] + hue) % 256
+        hsv[..., 0] = (hsv[..., 0] + hue) % 255  # Pillow's 0 and 255 are the same hue
         hsv[..., 1] *= saturation
         pixels = np.asarray(Image.fromarray(_as_bytes(hsv), mode="HSV").convert("RGB")).astype(np.float32)
     if contrast and not contrast_first:

@@ -21,6 +21,20 @@ NEW_DETECTORS_SIZE = (640, 640)
 SIZE_DIVISOR = {"rt_detr": PYRAMID_STRIDES[-1], "deformable_detr": 1}
 
 
+def check_size(kind: str, size: tuple[int, int] | None) -> None:
+    """Raises an error for a size (height, width) of images that a detector cannot process.
+
+    Args:
+        kind: the detector's `model_type`; of a kind without a line in `SIZE_DIVISOR`, nothing is known.
+
+    Raises:
+        ValueError: a side is not a multiple of the detector's divisor.
+    """
+    divisor = SIZE_DIVISOR.get(kind, 1)
+    if size is not None and any(side % divisor for side in size):
+        raise ValueError(f"--input_size is {size}: {kind} needs multiples of {divisor}.")
+
+
 @dataclass(frozen=True)
 class DetectionHead:
     """Options of a new head.
@@ -53,7 +67,12 @@ class DetectionHead:
 
     def config(self, backbone: VisionMambaConfig) -> RTDetrConfig | DeformableDetrConfig:
         """The configuration of a detector with the labels of a classifier's configuration and an otherwise equal
-        backbone."""
+        backbone.
+
+        Raises:
+            ValueError: the image size does not suit this head.
+        """
+        check_size(self.kind, self.image_size)
         return HEADS[self.kind](self, backbone)
 
 

@@ -7,13 +7,13 @@ hours on other devices follow from an assumed speed.
 import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_vssm_prune.configuration_common import VisionMambaConfig, pruned_config
+from hf_vssm_prune.configuration_common import VisionMambaConfig, has_head, pruned_config
 from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.training.arguments import (
     ElasticArguments,
@@ -27,8 +27,9 @@ from hf_vssm_prune.training.devices import find_device, launch_on_cores
 from hf_vssm_prune.training.elastic import what_is_pruned
 from hf_vssm_prune.training.evaluation import timed
 from hf_vssm_prune.training.length import plan_steps
-from hf_vssm_prune.training.losses import run_teacher, training_loss
+from hf_vssm_prune.training.losses import LossWeights, run_teacher, training_loss
 from hf_vssm_prune.training.memory import enable_activation_checkpointing, peak_memory
+from hf_vssm_prune.training.models import check_states
 from hf_vssm_prune.training.tasks.task import Task, views_of
 
 
@@ -81,22 +82,33 @@ def estimate_run(
     elastic: ElasticArguments,
     scale: ScaleArguments,
     options: EstimateArguments,
+    teacher: VisionMambaConfig | None = None,
 ) -> RunEstimate:
-    """Estimates the training of a model, pruned as its configuration says; a dense model has no teacher.
+    """Estimates the training of a model, pruned as its configuration says.
 
     Args:
         config: configuration of a model for the task, or of a model that the task can convert to one.
+        teacher: the same for the teacher, whose labels are those of the model. None: the teacher of a pruned model is
+            the model without pruning, and a dense model has none.
 
     Raises:
-        ValueError: there are too few images for one full batch, the warm-up is as long as the run, or a layer to align
-            does not exist.
+        ValueError: there are too few images for one full batch, the warm-up is as long as the run, a layer to align
+            does not exist, or the teacher's hidden states cannot be compared with the model's.
     """
     losses.loss_weights().check_layers(pruned_config(config).num_hidden_layers)
     given = config
-    with torch.device("meta"):
-        config = task.auto_class.from_config(config).config
-    pruned = pruned_config(config)
-    has_teacher = pruned.token_pruning is not None and losses.loss_weights().needs_teacher
+    config = _converted(task, config)
+    pruned, weights = pruned_config(config), losses.loss_weights()
+    if pruned.token_pruning is None:
+        weights = replace(weights, alignment_weight=0.0)  # `train` compares no hidden states
+    if not weights.needs_teacher:
+        teacher = None
+    elif teacher is not None:
+        teacher = _with_schedule(_converted(task, teacher), None)
+        tokens = "patch_spacing" if has_head(config) else "grid_size"
+        check_states(str(losses.teacher_name_or_path), pruned_config(teacher), pruned, weights, tokens)
+    elif pruned.token_pruning is not None:
+        teacher = _with_schedule(config, None)
     batches = options.num_images // (optimization.per_device_train_batch_size * options.num_devices)
     if batches == 0:
         raise ValueError(
@@ -108,12 +120,12 @@ def estimate_run(
         optimization.per_device_train_batch_size * optimization.gradient_accumulation_steps * options.num_devices
     )
     size = tuple(task.example_batch(given, 1, torch.device("cpu"))["pixel_values"].shape[-2:])
-    dense = 2 * count_flops(config, size).dense.total
+    taught = 0 if teacher is None else 2 * count_flops(teacher, size).dense.total
 
     def trained(schedule: Mapping[str, Any] | None) -> float:
         # A backward pass counts as two forward passes; checkpointing repeats the forward pass.
         passes = 4 if scale.gradient_checkpointing else 3
-        return passes * 2 * _multiply_adds(config, schedule, size) + dense * has_teacher
+        return passes * 2 * _multiply_adds(config, schedule, size) + taught
 
     flops_per_image = statistics.mean(map(trained, _schedules(pruned, elastic)))
     evaluations = options.num_eval_images * views_of(task) * (1 + optimization.model_ema)
@@ -122,7 +134,10 @@ def estimate_run(
     total = flops_per_image * num_images + evaluated * length.num_epochs
 
     device = find_device(None)
-    student, step = _synthetic_step(task, given, config, losses, scale, device, has_teacher)
+    teacher_dtype = getattr(torch, losses.teacher_dtype)
+    student = task.auto_class.from_config(config, dtype=torch.float32).to(device)
+    teaching = None if teacher is None else task.auto_class.from_config(teacher, dtype=teacher_dtype).to(device)
+    step = _synthetic_step(task, given, student, teaching, weights, scale, device)
     memory, seconds = _measure(step, options.measured_batch_sizes, device)
     small, large = options.measured_batch_sizes
     slope = (memory[large] - memory[small]) / (large - small)
@@ -137,7 +152,7 @@ def estimate_run(
         num_epochs=length.num_epochs,
         flops_per_image=flops_per_image,
         total_flops=total,
-        state_bytes=_state_bytes(student, optimization, losses, scale, options, has_teacher),
+        state_bytes=_state_bytes(student, teaching, optimization, scale, options),
         activation_bytes=activations,
         measured_activation_bytes=memory,
         assumed_tflops=options.device_tflops,
@@ -151,6 +166,12 @@ def estimate_run(
         hours_on_this_machine=total / measured_flops / 3600,
         faster_launch=launch_on_cores(device, 1, optimization.per_device_train_batch_size),
     )
+
+
+def _converted(task: Task, config: Any) -> Any:
+    """The configuration of the task's model: the given one, or the one to which the task converts it."""
+    with torch.device("meta"):
+        return task.auto_class.from_config(config).config
 
 
 def _schedules(config: VisionMambaConfig, elastic: ElasticArguments) -> Sequence[Mapping[str, Any] | None]:
@@ -170,46 +191,43 @@ def _with_schedule(config: Any, schedule: Mapping[str, Any] | None) -> Any:
 
 def _state_bytes(
     student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     optimization: OptimizationArguments,
-    losses: LossArguments,
     scale: ScaleArguments,
     options: EstimateArguments,
-    has_teacher: bool,
 ) -> float:
     """Bytes of the float32 weights, gradients and two moments, of the EMA weights, and of the teacher in its own
     precision."""
-    teacher = getattr(torch, losses.teacher_dtype).itemsize if has_teacher else 0
-    whole = student.num_parameters() * (4 * (4 + optimization.model_ema) + teacher)
+    whole = student.num_parameters() * 4 * (4 + optimization.model_ema)
+    if teacher is not None:
+        whole += teacher.num_parameters() * teacher.dtype.itemsize
     return whole / options.num_devices if scale.fsdp else whole
 
 
 def _synthetic_step(
     task: Task,
     given: VisionMambaConfig,
-    config: VisionMambaConfig,
-    losses: LossArguments,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    weights: LossWeights,
     scale: ScaleArguments,
     device: torch.device,
-    has_teacher: bool,
-) -> tuple[PreTrainedModel, Callable[[int], None]]:
-    """The model, and a function that runs one step without the optimizer on a batch of random images of a given
-    size.
+) -> Callable[[int], None]:
+    """A function that runs one step without the optimizer on a batch of random images of a given size.
 
     Args:
-        given, config: the configuration before and after the task converted it.
+        given: the configuration before the task converted it.
+        student, teacher: the models, on the device.
         The rest: as for `estimate_run`.
     """
-    weights = losses.loss_weights()
-    student = task.auto_class.from_config(config, dtype=torch.float32).to(device).train()
+    student.train()
     freeze_batch_norm(student)  # batch norm in a head cannot compute statistics of a single image
     if scale.gradient_checkpointing:
         enable_activation_checkpointing(student)
-    teacher = None
-    if has_teacher:
-        dtype = getattr(torch, losses.teacher_dtype)
-        teacher = task.auto_class.from_config(_with_schedule(config, None), dtype=dtype).to(device).eval()
-    layers, block_keep_ratio = what_is_pruned(pruned_config(config).token_pruning)
-    with_states = weights.alignment_weight > 0 and has_teacher
+    if teacher is not None:
+        teacher.eval()
+    layers, block_keep_ratio = what_is_pruned(pruned_config(student.config).token_pruning)
+    with_states = weights.alignment_weight > 0 and teacher is not None
 
     def step(batch_size: int) -> None:
         batch = task.example_batch(given, batch_size, device)
@@ -218,7 +236,7 @@ def _synthetic_step(
         targets = None if teacher is None else run_teacher(teacher, inputs)
         training_loss(task, outputs, targets, batch, weights, layers, block_keep_ratio)["loss"].backward()
 
-    return student, step
+    return step
 
 
 def _measure(step: Callable[[int], None], batch_sizes: list[int], device: torch.device) -> tuple[dict[int, int], float]:

@@ -386,7 +386,9 @@ def run(prepare: Callable[[], Trainer]) -> int:
     options = trainer.recipe.run
     if options.push_to_hub and trainer.accelerator.is_main_process:
         try:
-            commit = push_model(Path(options.output_dir) / "best", str(options.hub_model_id))
+            commit = push_model(
+                Path(options.output_dir) / "best", str(options.hub_model_id), private=options.hub_private_repo or None
+            )
         except (ValueError, OSError) as error:
             print(f"error: {error}\nThe model is in {options.output_dir}; see `hf-vssm-prune push`.", file=sys.stderr)
             return 1

@@ -107,8 +107,8 @@ def match_teacher(
     if match.kind is Match.DIFFERENT:
         raise ValueError(
             f"The teacher {name_or_path} has {say_labels(own_names)}, but the model has {say_labels(names)}: "
-            f"{say_difference(own_names, names)}. Set --kd_weight 0, or name a --teacher_name_or_path with these "
-            "labels."
+            f"{say_difference(own_names, names)}. Name a --teacher_name_or_path with these labels; `finetune` can also "
+            "compare only hidden states (--kd_weight 0)."
         )
     return match
 

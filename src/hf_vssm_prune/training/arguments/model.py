@@ -55,6 +55,8 @@ class TeacherArguments(DistillationArguments):
         given = [each.name for each in fields(DistillationArguments) if getattr(self, each.name) != each.default]
         if given and self.teacher_name_or_path is None:
             raise ValueError(f"--{given[0]} needs a --teacher_name_or_path.")
+        if self.teacher_name_or_path is not None and self.kd_weight == 0:
+            raise ValueError(f"--teacher_name_or_path {self.teacher_name_or_path} has no use: --kd_weight is 0.")
 
     def loss_weights(self) -> LossWeights:
         return LossWeights() if self.teacher_name_or_path is None else LossWeights(self.kd_weight, self.kd_temperature)
@@ -62,10 +64,13 @@ class TeacherArguments(DistillationArguments):
 
 @dataclass
 class LossArguments(DistillationArguments):
-    """The teacher's precision, and the weights of the losses."""
+    """The teacher, its precision, and the weights of the losses."""
 
     _argument_group_name = "losses"
 
+    teacher_name_or_path: str | None = field(
+        default=None, metadata=describe("teacher; by default, that of a pruned model is the model without pruning")
+    )
     alignment_weight: float = field(
         default=1.0, metadata=describe("weight of the alignment loss between hidden states; 0 turns it off")
     )
@@ -91,6 +96,11 @@ class LossArguments(DistillationArguments):
         check_range("block_ratio_weight", self.block_ratio_weight, 0, math.inf, below=True)
         if self.alignment_layers is not None and self.alignment_weight == 0:
             raise ValueError("--alignment_layers needs an --alignment_weight above 0.")
+        if self.teacher_name_or_path is not None and not self.loss_weights().needs_teacher:
+            raise ValueError(
+                f"--teacher_name_or_path {self.teacher_name_or_path} has no use: --kd_weight and --alignment_weight "
+                "are 0."
+            )
 
     def check_schedule(self, schedule: Mapping[str, Any] | None) -> None:
         """Raises an error for a weight of a loss that a schedule does not have.
@@ -120,9 +130,6 @@ class FinetuneArguments(LossArguments):
     _argument_group_name = "model"
 
     model_name_or_path: str = field(metadata=describe("dense checkpoint: a Hub id or a folder"))
-    teacher_name_or_path: str | None = field(
-        default=None, metadata=describe("teacher; by default the same checkpoint without pruning")
-    )
     image_size: int | None = field(
         default=None,
         metadata=describe("image size to fine-tune at, in pixels; by default the checkpoint's", "--img_size"),

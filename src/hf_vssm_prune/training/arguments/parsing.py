@@ -1,5 +1,6 @@
 """Reads options from a command line and its recipe into dataclasses."""
 
+import argparse
 import math
 import os
 import sys
@@ -63,6 +64,13 @@ def check_range(
     else:
         allowed = f"from {low} to {'less than ' if below else ''}{high}"
     raise ValueError(f"--{name} is {value}: it must be {allowed}.")
+
+
+def count(text: str) -> int:
+    """The type of an option of a script, for `argparse`: a number of things, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def check_output_file(name: str, file: str | Path | None) -> None:

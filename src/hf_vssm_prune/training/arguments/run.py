@@ -47,6 +47,9 @@ class RunArguments:
         metadata=describe("push the best model at the end, with the token of `hf auth login` or HF_TOKEN"),
     )
     hub_model_id: str | None = field(default=None, metadata=describe("Hub repository to push to, 'user/name'"))
+    hub_private_repo: bool = field(
+        default=False, metadata=describe("make a new repository private; by default as the account is set up")
+    )
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, MOST_SEED)
@@ -62,6 +65,8 @@ class RunArguments:
             raise ValueError(f"--report_to is {self.report_to!r}: it needs --with_tracking.")
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("--push_to_hub needs --hub_model_id user/name.")
+        if self.hub_private_repo and not self.push_to_hub:
+            raise ValueError("--hub_private_repo needs --push_to_hub.")
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id)
 

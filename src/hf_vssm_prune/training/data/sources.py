@@ -173,6 +173,7 @@ def _load_saved(saved: dict[str, Path]) -> DatasetDict:
 
 def _load_parquet(files: Sequence[Path], streaming: bool) -> DatasetDict | IterableDatasetDict:
     """Loads Parquet files, each into the split with which its name or its folder's name begins, or into "train"."""
+    _warn_of_unnamed(files)
     files_of_split = _files_of_splits(files)
     patterns = {split: [glob.escape(name) for name in names] for split, names in files_of_split.items()}
     try:
@@ -195,10 +196,27 @@ def count_parquet_rows(name_or_path: str | Path, split: str) -> int | None:
 def _files_of_splits(files: Sequence[Path]) -> dict[str, list[str]]:
     files_of_split: dict[str, list[str]] = {}
     for file in files:
-        words = [re.split(r"[^a-z]", name.lower())[0] for name in (file.stem, file.parent.name)]
-        split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
-        files_of_split.setdefault(split, []).append(str(file))
+        files_of_split.setdefault(_split_of(file) or "train", []).append(str(file))
     return files_of_split
+
+
+def _split_of(file: Path) -> str | None:
+    """The split with which the name of a file or of its folder begins."""
+    words = [re.split(r"[^a-z]", name.lower())[0] for name in (file.stem, file.parent.name)]
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
+
+
+def _warn_of_unnamed(files: Sequence[Path]) -> None:
+    """Logs files that become training data although their names do not say so, unless all training data is in one file
+    or in numbered parts of it."""
+    splits = {file: _split_of(file) for file in files}
+    unnamed = [file for file in files if splits[file] is None]
+    names = {re.sub(r"\d+", "", file.stem) for file in unnamed}
+    if len(names) + ("train" in splits.values()) > 1 and unnamed:
+        logger.warning(
+            "%s: these names begin with no split ('train', 'validation', 'test'), so the files are training data.",
+            ", ".join(f"'{file}'" for file in unnamed),
+        )
 
 
 # Tables of paths and labels
@@ -206,6 +224,7 @@ def _files_of_splits(files: Sequence[Path]) -> dict[str, list[str]]:
 
 def _load_tables(files: Sequence[Path], streaming: bool, medium: Medium, headings: Headings) -> DatasetDict:
     refuse_streaming(streaming, files[0], medium)
+    _warn_of_unnamed(files)
     return read_tables(_files_of_splits(files), medium, *headings)
 
 

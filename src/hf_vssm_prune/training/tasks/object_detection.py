@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor
 from hf_vssm_prune.configuration_common import FEATURE_NORMS, has_head, pruned_config
 from hf_vssm_prune.detections import find_objects
 from hf_vssm_prune.feature_pyramid import PYRAMIDS
+from hf_vssm_prune.hub.loading import load_config
 from hf_vssm_prune.training.arguments import DataArguments, EvaluationDataArguments
 from hf_vssm_prune.training.arguments.parsing import check_range, describe
 from hf_vssm_prune.training.average_precision import average_precision
@@ -25,9 +26,9 @@ from hf_vssm_prune.training.detection_losses import detection_distillation, loss
 from hf_vssm_prune.training.detection_models import (
     HEADS,
     NEW_DETECTORS_SIZE,
-    SIZE_DIVISOR,
     DetectionHead,
     DetectionModels,
+    check_size,
     detection_processor,
 )
 from hf_vssm_prune.training.tasks.dense_task import DenseTask, check_levels, check_scale, height_width
@@ -147,10 +148,7 @@ class DetectionArguments(DetectionHeadArguments, BoxArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_scale(self.scale)
-        size, divisor = self.size(), SIZE_DIVISOR[self.head]
-        if size is not None and any(side % divisor for side in size):
-            raise ValueError(f"--input_size is {self.input_size}: {self.head} needs multiples of {divisor}.")
-        self.augmentation(size or NEW_DETECTORS_SIZE)
+        self.augmentation(self.size() or NEW_DETECTORS_SIZE)
 
     def size(self) -> tuple[int, int] | None:
         return None if self.input_size is None else height_width("input_size", self.input_size)
@@ -252,6 +250,14 @@ class ObjectDetection(DenseTask):
     def image_processor(self, image_processor: BaseImageProcessor) -> BaseImageProcessor:
         """The image processor of a model in training, created from the checkpoint's."""
         return detection_processor(image_processor, self._training.size())
+
+    # Models
+
+    def load_model(self, name_or_path: str, *args: Any, **options: Any) -> PrunableModel:
+        config = load_config(name_or_path)
+        if has_head(config):
+            check_size(config.model_type, self._training.size())
+        return super().load_model(name_or_path, *args, **options)
 
     # Training
 
