@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from hf_vssm_prune.configuration_common import has_head, pruned_config
 from hf_vssm_prune.families import VisionMamba
-from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe, create_model_card
-from hf_vssm_prune.hub.saving import CARD
+from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe
+from hf_vssm_prune.hub.saving import write_card
 from hf_vssm_prune.modeling_common import is_pruning_parameter
 from hf_vssm_prune.pruned_heads import PrunedHead
 from hf_vssm_prune.training.arguments import ElasticArguments
@@ -190,7 +190,7 @@ class TokenPruningTrainer(transformers.Trainer):
     # The card
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
-        """Writes this package's model card into the output folder: how the model is pruned and how it was trained.
+        """Writes this package's model card and notices into the output folder: how the model is pruned and trained.
 
         Args:
             arguments, options: as for transformers' method. `model_name` (default: the folder's name), `license`,
@@ -216,8 +216,7 @@ class TokenPruningTrainer(transformers.Trainer):
                 hyperparameters={**choices, **asdict(self.losses)},
             ),
         )
-        card = create_model_card(model, info, self.processing_class)  # type: ignore[arg-type]
-        card.save(folder / CARD)
+        write_card(model, folder, self.processing_class, info)  # type: ignore[arg-type]
 
 
 def _freeze_unsaved_parameters(model: nn.Module) -> None:
