@@ -11,7 +11,7 @@ from .publication import DYVM, R_MEETO, TOP, TOP_LOGS, VIM_REPOSITORY, Paper, Pu
 
 
 # The results are for patches next to each other, unless they say otherwise.
-SIZES = ({}, {"patch_stride": 8})
+SIZES: tuple[dict[str, Any], ...] = ({}, {"patch_stride": 8})
 
 
 @strict

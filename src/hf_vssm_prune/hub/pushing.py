@@ -28,7 +28,7 @@ PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.svg", "*.webp", "*.gif")
 PUSHED = (CONFIG, CARD, "preprocessor_config.json", "*.py", *PICTURES, "LICENSE*", "NOTICE*")
 PULL_REQUESTS = "refs/pr/"  # revisions of the Hub's pull requests, which are opened with a commit
 # In a card's example code, the name of a local folder that is loaded. Names on the Hub have a slash.
-LOADED_FOLDER = re.compile(r'((?:\bmodel=|\bfrom_pretrained\(\s*)")[^"/]+(?=")')
+LOADED_FOLDER = re.compile(r'(?P<start>(?:\bmodel=|\bfrom_pretrained\(\s*)")(?P<name>[^"/]+)(?=")')
 
 
 class PushError(OSError):
@@ -155,10 +155,17 @@ def push_model(
 
 
 def _content(file: Path, repo_id: str) -> Path | bytes:
-    """The content to upload: the file, or the card with examples that load the repository instead of a local folder."""
+    """The content to upload: the file, or the card with examples that load the repository instead of the local folder
+    that is named first. Other models in a card edited by hand stay."""
     if file.name != CARD:
         return file
-    return LOADED_FOLDER.sub(lambda start: start[1] + repo_id, file.read_text(encoding="utf-8")).encode()
+    text = file.read_text(encoding="utf-8")
+    first = LOADED_FOLDER.search(text)
+
+    def load_repository(found: re.Match[str]) -> str:
+        return found["start"] + repo_id if first and found["name"] == first["name"] else found[0]
+
+    return LOADED_FOLDER.sub(load_repository, text).encode()
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -196,8 +196,8 @@ class TokenPruningTrainer(transformers.Trainer):
 
         Args:
             arguments, options: as for transformers' method. `model_name` (default: the folder's name), `license`,
-                `tags`, and `finetuned_from` (default: where the model was loaded from) and `dataset`, if they are on the
-                Hub, are used.
+                `tags`, and, if they are on the Hub, `finetuned_from` (default: where the model was loaded from) and
+                `dataset` are used.
         """
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, VisionMamba | PrunedHead):  # a model with adapters has PEFT's card
@@ -213,7 +213,7 @@ class TokenPruningTrainer(transformers.Trainer):
             name=model_name or folder.absolute().name,
             model_id=self.hub_model_id or model_name,
             license=given.get("license"),
-            base_model=model_on_hub(given.get("finetuned_from") or model.config._name_or_path or None),
+            base_model=model_on_hub(given.get("finetuned_from") or self.model.config._name_or_path or None),
             datasets=datasets_on_hub([dataset] if isinstance(dataset, str) else dataset or []),
             tags=[tags] if isinstance(tags, str) else tags or [],
             training=TrainingRecipe(
