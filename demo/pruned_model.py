@@ -103,8 +103,11 @@ class PrunedModel:
         dense = count_flops(self.model.config).dense.published
         self.measured_batch = SMALL_MODEL_BATCH if dense < SMALL_MODEL_FLOPS else 1
 
-    def prepare(self, image: Image.Image) -> Tensor:
-        """Pixel values of one image, shape (1, channels, height, width)."""
+    def prepare(self, image: Image.Image | list[Image.Image]) -> Tensor:
+        """Pixel values of one image, shape (1, channels, height, width), or of a clip's frames, (1, frames, channels,
+        height, width)."""
+        if self.model.config.num_channels == 1:
+            image = [each.convert("L") for each in image] if isinstance(image, list) else image.convert("L")
         return self.image_processor(image, return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()

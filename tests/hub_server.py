@@ -185,6 +185,8 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(name)
         if repository is None:
             return
+        if branch.startswith("refs/"):
+            return self.error(400, "BadRequest", f"Invalid reference for a branch: {branch}")
         if branch in repository.branches:
             return self.error(409, "Conflict", "Reference already exists")
         repository.branches[branch] = list(repository.branches["main"])

@@ -94,8 +94,10 @@ def test_round_trip(model, official, pixel_values) -> None:
         lambda weights: {"state_dict": weights, "meta": {"epoch": 300}},
         lambda weights: {"model": weights, "optimizer": {}, "epoch": 300},
         lambda weights: {"model": {f"module.{name}": tensor for name, tensor in weights.items()}},
+        lambda weights: {"model": {f"module._orig_mod.{name}": tensor for name, tensor in weights.items()}},
+        lambda weights: {"n_averaged": torch.tensor(3)} | {f"module.{name}": each for name, each in weights.items()},
     ],
-    ids=["bare", "state_dict", "model", "distributed"],
+    ids=["bare", "state_dict", "model", "distributed", "compiled", "averaged"],
 )
 def test_layouts(lay_out, model, official) -> None:
     checkpoint = lay_out(official)
@@ -176,10 +178,17 @@ def test_grid_that_is_not_square() -> None:
         assert infer_again(config, image_size=[32, 24]).grid_size == (4, 3)
 
 
-def test_overlapping_patches() -> None:
+def test_overlapping_patches(caplog) -> None:
+    """Files do not say how far apart patches are, but all published models are for images of 224 pixels."""
     config = VimConfig.from_preset("T", patch_stride=8)
-    assert infer_again(config, patch_stride=8).image_size == 224
-    assert infer_again(config, patch_stride=8).grid_size == (27, 27)
+    for given in ({}, {"patch_stride": 8}, {"image_size": 224}):
+        caplog.clear()
+        inferred = infer_again(config, **given)
+        assert (inferred.image_size, inferred.patch_stride, inferred.grid_size) == (224, 8, (27, 27))
+        assert ("27 x 27 patches. They are taken to overlap" in caplog.text) == ("patch_stride" not in given)
+    for given in ({"patch_stride": 16}, {"image_size": 432}):
+        inferred = infer_again(config, **given)
+        assert (inferred.image_size, inferred.patch_stride) == (432, 16)
     with pytest.raises(ValueError, match="`patch_stride` is an option of Vim"):
         infer_again(make_plainmamba_config(), patch_stride=8)
 

@@ -172,6 +172,14 @@ def test_flops_are_those_of_the_scan_directions_that_ran(tmp_path) -> None:
     assert classification.flops == count_flops(model.model.config, block_fraction=ran)
 
 
+def test_a_model_of_grey_images_sees_grey_images(tmp_path) -> None:
+    classifier = AutoModelForImageClassification.from_config(MAKE_CONFIG["vim"](num_channels=1, num_hidden_layers=8))
+    processor = new_image_processor(classifier.config, [0.5], [0.5], crop_pct=1.0)
+    model = PrunedModel(str(save_for_hub(classifier, tmp_path / "m", processor)))
+    classification = model.classify(model.prepare(Image.new("RGB", (40, 50))), 30, next(iter(model.methods)))
+    assert len(classification.panels) == 1 + len(classification.layers)
+
+
 def test_without_a_budget_nothing_is_dropped(model) -> None:
     classification = model.classify(model.prepare(Image.new("RGB", (40, 50))), 0, OWN)
     assert classification.pruned == classification.dense

@@ -136,6 +136,12 @@ def test_headless_model(plainmamba_config, image_processor) -> None:
     assert "Classes" not in card.text
 
 
+def test_selection_of_blocks_names_its_paper(vim_config) -> None:
+    vim_config.token_pruning = {**TOKEN_PRUNING, "method": "top", "block_keep_ratio": 0.5}
+    card = create_model_card(make_classifier(vim_config), ModelCardInfo(name="Some of the directions"))
+    assert "| Paper | [Dynamic Vision Mamba](https://arxiv.org/abs/2504.04787) |" in card.text
+
+
 def test_the_hub_has_no_task_for_features_of_videos(image_processor) -> None:
     card = create_model_card(VideoMambaModel(make_video_config()), ModelCardInfo(name="Features"), image_processor)
     assert card.data.pipeline_tag is None
@@ -217,13 +223,15 @@ def write_sources(folder, results=RESULTS, **changes):
     return folder / "card.yaml"
 
 
-def test_figures_of_an_evaluation_become_the_cards(tiny_pruned_config, image_processor, tmp_path) -> None:
+def test_figures_of_an_evaluation_become_the_cards(tiny_pruned_config, vim_config, image_processor, tmp_path) -> None:
     info = read_model_card_info(write_sources(tmp_path))
     card = create_model_card(make_classifier(tiny_pruned_config), info, image_processor)
     assert [result.metric_value for result in card.data.eval_results] == [0.9015, 0.98]
     assert re.search(r"\| dense \| .* \| 90\.40 \| 99\.00 \| 200\.0 \|\n\| pruned \| .* \| 90\.15 \| 98", card.text)
     assert "2,000 images of Fashion-MNIST" in card.text
     assert "python train.py" in card.text
+    with pytest.raises(ValueError, match="'pruned', are those of a pruned model, but the model is dense"):
+        create_model_card(make_classifier(vim_config), info)
     only_dense = {"dense": RESULTS["dense"]}
     info = read_model_card_info(write_sources(tmp_path, only_dense))
     assert info.evaluation.this_model.name == "dense"
@@ -287,6 +295,17 @@ def test_every_published_model_is_recognised(family) -> None:
         assert published_model(config_class.from_preset(preset, image_size=448)) is None
     assert set(config_class.published) <= set(config_class.presets)
     assert published_model(MAKE_CONFIG[family]()) is None
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_a_dense_figure_of_every_published_model(family) -> None:
+    config_class = type(MAKE_CONFIG[family]())
+    for model in [*config_class.published.values(), *config_class.published_images.values()]:
+        assert any(result.method.startswith("dense") for result in model.results)
+
+
+def test_published_vim_with_overlapping_patches_is_recognised() -> None:
+    assert published_model(VimConfig.from_preset("S", patch_stride=8)) is VimConfig.published["S"]
 
 
 def test_published_video_mambas_of_every_size_are_recognised() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import MAKE_CONFIG, TOKEN_PRUNING
 from hub_server import HubServer
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
@@ -144,6 +145,17 @@ def test_push_to_hub_keeps_the_page_that_is_there(hub, plainmamba, repo) -> None
     assert load_classifier(repo).classifier.bias.tolist() == [0.5] * 3
 
 
+def test_save_pretrained_keeps_the_page_that_is_there(hub, plainmamba, tmp_path, repo) -> None:
+    HfApi().create_repo(repo)
+    HfApi().upload_file(path_or_fileobj=b"# By hand\n", path_in_repo="README.md", repo_id=repo)
+    plainmamba.save_pretrained(tmp_path / "tiny", push_to_hub=True, repo_id=repo)
+    assert hub.files(repo)["README.md"] == b"# By hand\n"
+    assert hub.files(repo)["NOTICE"] == (tmp_path / "tiny" / "NOTICE").read_bytes()
+    (tmp_path / "tiny" / "README.md").write_text("# Another one\n")
+    plainmamba.save_pretrained(tmp_path / "tiny", push_to_hub=True, repo_id=repo)
+    assert hub.files(repo)["README.md"] == b"# Another one\n"
+
+
 def test_branch_and_pull_request(hub, plainmamba, repo) -> None:
     plainmamba.push_to_hub(repo)
     first = hub.state.repositories[repo].branches["main"][-1].sha
@@ -154,6 +166,11 @@ def test_branch_and_pull_request(hub, plainmamba, repo) -> None:
     assert hub.state.repositories[repo].branches["main"][-1].sha == first
     assert load_classifier(repo, revision="v2").classifier.bias.tolist() == [0.5] * 3
     assert load_classifier(repo, revision=first).classifier.bias.tolist() != [0.5] * 3
+    with torch.no_grad():
+        plainmamba.classifier.bias.fill_(0.25)
+    plainmamba.push_to_hub(repo, revision="refs/pr/1", commit_message="More")
+    request = [commit.message for commit in hub.state.repositories[repo].branches["refs/pr/1"]]
+    assert request == ["initial commit", "Upload model", "Upload model", "More"]
 
 
 @pytest.mark.parametrize("variant", [None, "fp16", "no-ema"])

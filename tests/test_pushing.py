@@ -126,9 +126,15 @@ def test_a_push_is_one_commit_of_the_whole_model(hub, client, folder):
     assert "modeling_plainmamba.py" in pushed
 
 
-def test_the_examples_of_a_pushed_card_load_the_repository(hub, client, folder):
-    assert_ok(client.push(folder, REPO))
+def test_the_examples_of_a_pushed_card_load_the_repository(hub, client, folder, tmp_path):
+    other = '\nThe dense one: `AutoModel.from_pretrained("plainmamba_trashnet")`\n'
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    with (copy / "README.md").open("a") as card:
+        card.write(other)
+    assert_ok(client.push(copy, REPO))
     local, pushed = (folder / "README.md").read_text(), hub.files(REPO)["README.md"].decode()
+    assert pushed.endswith(other)
+    pushed = pushed.removesuffix(other)
     loads = re.compile(r'(?:model=|from_pretrained\()\s*"(.*?)"')
     assert set(loads.findall(local)) == {folder.name}
     assert set(loads.findall(pushed)) == {REPO}

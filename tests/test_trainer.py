@@ -227,8 +227,12 @@ def test_a_model_with_a_head(tmp_path):
     assert logged["loss"] == pytest.approx(total, rel=1e-3)
     assert logged["alignment"] > 0
     assert trainer.predict(items).predictions.shape == (8, 5, 32, 32)
-    trainer.create_model_card()
-    assert "TokenPruningTrainer" in (tmp_path / "README.md").read_text()
+    trainer.create_model_card("en", "mit", finetuned_from="someone/dense", dataset=["someone/data", str(tmp_path)])
+    card = (tmp_path / "README.md").read_text()
+    assert "TokenPruningTrainer" in card
+    assert "base_model: someone/dense\n" in card
+    assert "datasets:\n- someone/data\nlibrary_name" in card
+    assert "The weights: under mit." in (tmp_path / "NOTICE").read_text()
     by_transformers = Trainer(model, arguments(tmp_path), **given)
     assert by_transformers.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
     of_stages = model.config.backbone_config.keys_to_ignore_at_inference

@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 
 from .configuration_common import VisionMambaConfig
 from .flops import FlopCount, count_projections, count_scans
-from .publication import STORM, TOP, TOP_REDUCTION, Paper, PublishedModel, PublishedResult
+from .publication import PLAINMAMBA_REPOSITORY, STORM, TOP, TOP_REDUCTION, Paper, PublishedModel, PublishedResult
 
 
 @strict
@@ -42,11 +42,18 @@ class PlainMambaConfig(VisionMambaConfig):
         "L3": {"hidden_size": 448, "num_hidden_layers": 36, "num_stem_convs": 2},
     }
     published: ClassVar[dict[str, PublishedModel]] = {
-        "L1": PublishedModel("ChenhongyiYang/PlainMamba", {"flops_reduction": TOP_REDUCTION, "method": "top"}),
+        "L1": PublishedModel(
+            "ChenhongyiYang/PlainMamba",
+            {"flops_reduction": TOP_REDUCTION, "method": "top"},
+            (PublishedResult("dense", PLAINMAMBA_REPOSITORY, 77.9),),
+        ),
         "L2": PublishedModel(
             "ChenhongyiYang/PlainMamba",
             {"flops_reduction": TOP_REDUCTION, "method": "top"},
-            (PublishedResult("token reduction without training", STORM, 80.6),),
+            (
+                PublishedResult("dense", PLAINMAMBA_REPOSITORY, 81.6),
+                PublishedResult("token reduction without training", STORM, 80.6),
+            ),
         ),
         "L3": PublishedModel(
             "ChenhongyiYang/PlainMamba",

@@ -7,7 +7,11 @@ from huggingface_hub.dataclasses import strict
 
 from .configuration_bidirectional import BidirectionalConfig
 from .flops import FlopCount
-from .publication import DYVM, R_MEETO, TOP, TOP_LOGS, Paper, PublishedModel, PublishedResult
+from .publication import DYVM, R_MEETO, TOP, TOP_LOGS, VIM_REPOSITORY, Paper, PublishedModel, PublishedResult
+
+
+# The results are for patches next to each other, unless they say otherwise.
+SIZES: tuple[dict[str, Any], ...] = ({}, {"patch_stride": 8})
 
 
 @strict
@@ -47,18 +51,21 @@ class VimConfig(BidirectionalConfig):
             {"flops_reduction": 0.107, "method": "top"},
             (
                 PublishedResult("dense", TOP, 76.1),
+                PublishedResult("dense, overlapping patches (stride 8)", VIM_REPOSITORY, 78.3),
                 PublishedResult("token pruning with alignment", TOP, 75.1, "1.29 G"),
                 PublishedResult("EViT", TOP, 71.3, "1.28 G"),
                 PublishedResult("naive pruning, 0.8 at layers 10 and 20, not fine-tuned", TOP_LOGS, 71.1),
                 PublishedResult("the same, fine-tuned", TOP_LOGS, 74.81),
                 PublishedResult("token merging, retrained", R_MEETO, 75.3, "1.28 G"),
             ),
+            sizes=SIZES,
         ),
         "S": PublishedModel(
             "hustvl/Vim-small-midclstok",
             {"layers": [5, 10, 15], "keep_ratios": [0.8, 0.8, 0.8], "method": "top"},
             (
                 PublishedResult("dense", TOP, 80.5),
+                PublishedResult("dense, overlapping patches (stride 8)", VIM_REPOSITORY, 81.6),
                 PublishedResult("token pruning with alignment", TOP, 78.8, "3.60 G"),
                 PublishedResult("token pruning without alignment", TOP, 75.4),
                 PublishedResult("EViT", TOP, 74.8, "3.57 G"),
@@ -69,6 +76,7 @@ class VimConfig(BidirectionalConfig):
                 PublishedResult("token merging, retrained", R_MEETO, 79.9, "3.58 G"),
                 PublishedResult("dynamic pruning", DYVM, 78.8, "−35.2%"),
             ),
+            sizes=SIZES,
         ),
         "B": PublishedModel(
             "hustvl/Vim-base-midclstok",
@@ -76,6 +84,7 @@ class VimConfig(BidirectionalConfig):
             (
                 PublishedResult("dense", R_MEETO, 81.9),
                 PublishedResult("token merging, retrained", R_MEETO, 81.3, "13.21 G"),
+                PublishedResult("dynamic pruning", DYVM, 79.9),
             ),
         ),
     }

@@ -87,6 +87,9 @@ ModelConfig: TypeAlias = Any
 # Keys under which published files store weights averaged over training.
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict")
 CHECKPOINT_SUFFIXES = (".pth", ".safetensors")
+# What distributed, compiled and averaged models of PyTorch add to names, and the counter of averaged ones.
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+AVERAGED = "n_averaged"
 
 
 def load_official_model(
@@ -214,7 +217,7 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
     tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"the checkpoint contains no tensors; it has {sorted(map(str, found))[:20]}.")
-    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    return {WRAPPERS.sub("", key): tensor for key, tensor in tensors.items() if key != AVERAGED}
 
 
 def _has_swapped_ema(checkpoint: Mapping[str, Any]) -> bool:
@@ -317,7 +320,9 @@ def infer_config(state_dict: Mapping[str, Any], family: str | None = None, **ove
     `UperNetConfig` with the backbone's options (and mmsegmentation's) in `backbone_config`.
 
     The grid is assumed to be square, and patches to lie next to each other: give `image_size` or `patch_stride`
-    otherwise. (By default, the official image models of VideoMamba have a stride of 16 with patches of any size.)
+    otherwise. Vim's patches are assumed to overlap, which is logged, if they then fit images of `image_size` or, as in
+    its published models, of 224 pixels. (By default, the official image models of VideoMamba have a stride of 16 with
+    patches of any size.)
 
     Args:
         state_dict: as for `convert_official_state_dict`.

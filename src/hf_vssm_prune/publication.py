@@ -77,7 +77,9 @@ DYVM_PAPER = Paper("DyVM", "Dynamic Vision Mamba", "2504.04787")
 # The sources of results.
 TOP, R_MEETO, DYVM = TOP_PAPER.source, R_MEETO_PAPER.source, DYVM_PAPER.source
 TOP_LOGS = "logs in the repository of ToP's authors"
-STORM = "STORM"
+STORM = "STORM, arXiv 2606.19932"
+PLAINMAMBA_REPOSITORY = "repository of PlainMamba's authors"
+VIM_REPOSITORY = "repository of Vim's authors"
 VIDEOMAMBA = "VideoMamba, arXiv 2403.06977"
 TOP_REDUCTION = 0.416  # the fraction of PlainMamba-L3's FLOPs that ToP removes
 

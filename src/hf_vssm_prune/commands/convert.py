@@ -74,7 +74,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     group.add_argument(
         "--patch_stride",
         type=int,
-        help="patch stride, if it is not the patch size, as in the published Vim models with overlapping patches (8)",
+        help="distance between patches; default: inferred for images of 224 pixels or --image_size",
     )
     group.add_argument(
         "--num_frames", type=int, help="number of frames for VideoMamba; converts an image model to a video model"

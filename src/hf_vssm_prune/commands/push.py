@@ -16,7 +16,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("folder", help="folder written by a training run or `save_for_hub`")
     parser.add_argument("repo_id", help="repository on the Hub: user/name")
-    parser.add_argument("--revision", help="branch, created if it is missing (default: main)")
+    parser.add_argument(
+        "--revision", help="branch, created if it is missing, or open pull request (refs/pr/1); default: main"
+    )
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
     parser.add_argument("--commit_message", default="Upload model", help="default: %(default)s")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of pushing to the branch")

@@ -23,7 +23,7 @@ from hf_vssm_prune.flops_of_heads import count_flops
 from hf_vssm_prune.heads import auto_class_of
 from hf_vssm_prune.hub.published_results import published_model
 from hf_vssm_prune.pruning_methods import METHODS
-from hf_vssm_prune.publication import NOTES_ON_SOURCES, TOP_PAPER, Paper, PublishedModel
+from hf_vssm_prune.publication import DYVM_PAPER, NOTES_ON_SOURCES, TOP_PAPER, Paper, PublishedModel
 
 
 # Of what a card shows, by the names that the Hub has for metrics. Others are shown by those.
@@ -235,8 +235,12 @@ def create_model_card(
         model: provides parameters, FLOPs, image size and pruning schedule.
         info: everything else.
         image_processor: the image processor that is saved with the model. None: the card has no code that needs one.
+
+    Raises:
+        ValueError: the evaluation is of the pruned model, and the given one is dense, or the reverse.
     """
     config, flops = pruned_config(model.config), count_flops(model.config)
+    _check_evaluation(info.evaluation, is_pruned=config.token_pruning is not None)
     published = published_model(config) if _is_classifier(model) else None
     return ModelCard.from_template(
         _metadata(model, info, has_image_processor=image_processor is not None),
@@ -263,6 +267,15 @@ def create_model_card(
     )
 
 
+def _check_evaluation(evaluation: Evaluation | None, is_pruned: bool) -> None:
+    if evaluation is not None and evaluation.this_model.pruned != is_pruned:
+        kinds = ("dense", "pruned")
+        raise ValueError(
+            f"The results of the card's model, {evaluation.this_model.name!r}, are those of a {kinds[not is_pruned]} "
+            f"model, but the model is {kinds[is_pruned]}: evaluate it with the schedule with which it is saved."
+        )
+
+
 def _column_names(info: ModelCardInfo) -> dict[str, str]:
     """The headings of an evaluation's metrics, by the names that the Hub has for them."""
     if info.evaluation is None:
@@ -282,8 +295,11 @@ def _notes_on_sources(published: PublishedModel) -> list[str]:
 
 
 def _papers(config: VisionMambaConfig) -> list[Paper]:
-    """Of the family, and of the pruning method; our own methods follow the paper of `top`."""
-    return [config.paper] if config.token_pruning is None else [config.paper, _method_paper(config) or TOP_PAPER]
+    """Of the family, the pruning method and the selection of blocks; our own methods follow the paper of `top`."""
+    if config.token_pruning is None:
+        return [config.paper]
+    of_blocks = [DYVM_PAPER] if "block_keep_ratio" in config.token_pruning else []
+    return list(dict.fromkeys([config.paper, _method_paper(config) or TOP_PAPER, *of_blocks]))
 
 
 def _method_paper(config: VisionMambaConfig) -> Paper | None:

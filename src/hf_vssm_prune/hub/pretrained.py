@@ -16,6 +16,7 @@ from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.hub.model_card import ModelCardInfo
 from hf_vssm_prune.hub.pushing import push_model
 from hf_vssm_prune.hub.saving import (
+    CARD,
     card_for,
     check_arguments,
     check_folder,
@@ -46,7 +47,8 @@ def save_pretrained(
         save_directory: the folder.
         arguments, options: those of transformers' `save_pretrained`. With `push_to_hub`, the model is pushed
             afterwards, with `repo_id` (default: the folder's name), `commit_message`, `commit_description`,
-            `create_pr`, `private`, `revision` and `token`.
+            `create_pr`, `private`, `revision` and `token`. The repository's card is kept, unless a `model_card` is
+            given or the folder has a card of its own.
         image_processor, model_card: as in `hub.save_for_hub`.
 
     Raises:
@@ -71,13 +73,15 @@ def save_pretrained(
     push_to_hub = options.pop("push_to_hub", False)
     token = options.get("token")
     push_options = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
+    keep_card = model_card is None and not (folder / CARD).exists()
     model_card = card_for(model, folder, model_card)
     PreTrainedModel.save_pretrained(model, folder, **options)
     if options.get("is_main_process", True):
         _remove_outdated_weights(folder, options.get("variant") or "")
         complete_folder(model, folder, image_processor, model_card)
         if push_to_hub:
-            push_model(folder, push_options.pop("repo_id", folder.name), token=token, **push_options)
+            repo_id = push_options.pop("repo_id", folder.name)
+            push_model(folder, repo_id, token=token, keep_card=keep_card, **push_options)
 
 
 def _remove_outdated_weights(folder: Path, variant: str) -> None:

@@ -26,8 +26,9 @@ from hf_vssm_prune.hub.saving import CARD, CONFIG, NOTICE, weights_files, weight
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.svg", "*.webp", "*.gif")
 # The files that belong to a model, in addition to weights: no checkpoints, logs, optimizer states or pickles.
 PUSHED = (CONFIG, CARD, "preprocessor_config.json", "*.py", *PICTURES, "LICENSE*", "NOTICE*")
+PULL_REQUESTS = "refs/pr/"  # revisions of the Hub's pull requests, which are opened with a commit
 # In a card's example code, the name of a local folder that is loaded. Names on the Hub have a slash.
-LOADED_FOLDER = re.compile(r'((?:\bmodel=|\bfrom_pretrained\(\s*)")[^"/]+(?=")')
+LOADED_FOLDER = re.compile(r'(?P<start>(?:\bmodel=|\bfrom_pretrained\(\s*)")(?P<name>[^"/]+)(?=")')
 
 
 class PushError(OSError):
@@ -99,7 +100,7 @@ def push_model(
     Args:
         folder: folder written by `save_for_hub` or a training run.
         repo_id: `user/name`; without a user, the account of the token is used.
-        revision: branch. None: `main`.
+        revision: branch, or an open pull request such as "refs/pr/1". None: `main`.
         private: whether a new repository is private. None: the default of the account.
         commit_message: title of the commit. None: "Upload model".
         commit_description: text below the title.
@@ -122,14 +123,14 @@ def push_model(
             repo_id = f"{patiently(api.whoami)['name']}/{repo_id}"
         if not create_pr:
             patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-            if revision is not None:
+            if revision is not None and not revision.startswith(PULL_REQUESTS):
                 patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         base = patiently(lambda: api.model_info(repo_id, revision=revision))
         if private and base.private is False:
             raise PushError(f"{repo_id} already exists and is public, but `private` was requested.")
         there = {sibling.rfilename for sibling in base.siblings or []}
         if keep_card and CARD in there:
-            files = [file for file in files if file.path.name not in (CARD, NOTICE)]
+            files = [file for file in files if file.path.name not in {CARD, NOTICE} & there]
         pushed = {file.path.name for file in files}
         variants = set(map(weights_variant, pushed)) - {None}
         outdated = {name for name in there if weights_variant(name) in variants} - pushed
@@ -154,10 +155,17 @@ def push_model(
 
 
 def _content(file: Path, repo_id: str) -> Path | bytes:
-    """The content to upload: the file, or the card with examples that load the repository instead of a local folder."""
+    """The content to upload: the file, or the card with examples that load the repository instead of the local folder
+    that is named first. Other models in a card edited by hand stay."""
     if file.name != CARD:
         return file
-    return LOADED_FOLDER.sub(lambda start: start[1] + repo_id, file.read_text(encoding="utf-8")).encode()
+    text = file.read_text(encoding="utf-8")
+    first = LOADED_FOLDER.search(text)
+
+    def load_repository(found: re.Match[str]) -> str:
+        return found["start"] + repo_id if first and found["name"] == first["name"] else found[0]
+
+    return LOADED_FOLDER.sub(load_repository, text).encode()
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

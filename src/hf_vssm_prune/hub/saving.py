@@ -194,12 +194,19 @@ def complete_folder(
     if image_processor is not None:
         image_processor.save_pretrained(folder)
     if model_card is not None:
-        create_model_card(model, model_card, image_processor).save(folder / CARD)
-        (folder / NOTICE).write_text(_notice(model_card), encoding="utf-8")
-        if model_card.picture is not None:
-            picture = folder / Path(model_card.picture).name
-            if not (picture.exists() and picture.samefile(model_card.picture)):
-                shutil.copyfile(model_card.picture, picture)
+        write_card(model, folder, image_processor, model_card)
+
+
+def write_card(
+    model: VisionMamba, folder: Path, image_processor: ImageProcessingMixin | None, model_card: ModelCardInfo
+) -> None:
+    """Writes a card into a folder, with its picture and the notices, which name the same licence."""
+    create_model_card(model, model_card, image_processor).save(folder / CARD)
+    (folder / NOTICE).write_text(_notice(model_card), encoding="utf-8")
+    if model_card.picture is not None:
+        picture = folder / Path(model_card.picture).name
+        if not (picture.exists() and picture.samefile(model_card.picture)):
+            shutil.copyfile(model_card.picture, picture)
 
 
 def _notice(model_card: ModelCardInfo) -> str:

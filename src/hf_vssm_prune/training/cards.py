@@ -1,6 +1,7 @@
 """The information in the model cards of a run that cannot be read from the model itself."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,18 +30,15 @@ def card_writer(data: DataArguments, recipe: Recipe, base_model: str | None, pru
             if value is not None
         },
     )
-    # The card's metadata links to the Hub, so local folders and the package's own data and model are left out.
-    dataset_on_hub = not local_path(data.dataset_name).exists() and data.dataset_name not in PACKAGED_NAMES
-    dataset_name = data.dataset_name if dataset_on_hub else Path(data.dataset_name).absolute().name
-    if base_model is not None and local_path(packaged_model(base_model)).exists():
-        base_model = None
+    datasets = datasets_on_hub([data.dataset_name])
+    dataset_name = data.dataset_name if datasets else Path(data.dataset_name).absolute().name
 
     def write(metrics: dict[str, float], num_images: int) -> ModelCardInfo:
         return ModelCardInfo(
             name=(recipe.run.hub_model_id or Path(recipe.run.output_dir).absolute().name).split("/")[-1],
             model_id=recipe.run.hub_model_id,
-            base_model=base_model,
-            datasets=[dataset_name] if dataset_on_hub else [],
+            base_model=model_on_hub(base_model),
+            datasets=datasets,
             training=training,
             evaluation=recipe.task.evaluation_on_card(
                 metrics, num_images, dataset_name, data.eval_split or "evaluation", pruned
@@ -48,6 +46,16 @@ def card_writer(data: DataArguments, recipe: Recipe, base_model: str | None, pru
         )
 
     return write
+
+
+def model_on_hub(name_or_path: str | None) -> str | None:
+    """A base model for a card's metadata, which links to the Hub: None for a local folder and the package's own."""
+    return None if name_or_path is None or local_path(packaged_model(name_or_path)).exists() else name_or_path
+
+
+def datasets_on_hub(names: Sequence[str]) -> list[str]:
+    """The same for data sets: those that are neither local nor the package's own."""
+    return [name for name in names if not local_path(name).exists() and name not in PACKAGED_NAMES]
 
 
 def _without_folders(word: str) -> str:

@@ -2,6 +2,7 @@
 else that works with it. The commands use our own loop, `training.loop`, instead."""
 
 import copy
+import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from hf_vssm_prune.configuration_common import has_head, pruned_config
 from hf_vssm_prune.families import VisionMamba
-from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe, create_model_card
-from hf_vssm_prune.hub.saving import CARD
+from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe
+from hf_vssm_prune.hub.saving import write_card
 from hf_vssm_prune.modeling_common import is_pruning_parameter
 from hf_vssm_prune.pruned_heads import PrunedHead
 from hf_vssm_prune.training.arguments import ElasticArguments
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
+from hf_vssm_prune.training.cards import datasets_on_hub, model_on_hub
 from hf_vssm_prune.training.elastic import add_schedules, draw_schedule, what_is_pruned
 from hf_vssm_prune.training.losses import LossWeights, run_teacher, training_loss
 from hf_vssm_prune.training.optimization import decays, parameter_groups
@@ -190,11 +192,12 @@ class TokenPruningTrainer(transformers.Trainer):
     # The card
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
-        """Writes this package's model card into the output folder: how the model is pruned and how it was trained.
+        """Writes this package's model card and notices into the output folder: how the model is pruned and trained.
 
         Args:
             arguments, options: as for transformers' method. `model_name` (default: the folder's name), `license`,
-                `tags` and `dataset` are used.
+                `tags`, and, if they are on the Hub, `finetuned_from` (default: where the model was loaded from) and
+                `dataset` are used.
         """
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, VisionMamba | PrunedHead):  # a model with adapters has PEFT's card
@@ -202,22 +205,23 @@ class TokenPruningTrainer(transformers.Trainer):
         if not self.is_world_process_zero():
             return
         folder = Path(self.args.output_dir or ".")
+        given = inspect.signature(super().create_model_card).bind(*arguments, **options).arguments
         names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay", "seed")
         choices = {name: getattr(self.args, name) for name in names}
-        model_name, dataset = options.get("model_name"), options.get("dataset")
+        model_name, dataset, tags = (given.get(name) for name in ("model_name", "dataset", "tags"))
         info = ModelCardInfo(
             name=model_name or folder.absolute().name,
             model_id=self.hub_model_id or model_name,
-            license=options.get("license"),
-            datasets=[dataset] if isinstance(dataset, str) else list(dataset or []),
-            tags=[options["tags"]] if isinstance(options.get("tags"), str) else list(options.get("tags") or []),
+            license=given.get("license"),
+            base_model=model_on_hub(given.get("finetuned_from") or self.model.config._name_or_path or None),
+            datasets=datasets_on_hub([dataset] if isinstance(dataset, str) else dataset or []),
+            tags=[tags] if isinstance(tags, str) else tags or [],
             training=TrainingRecipe(
                 description="Fine-tuned with `hf_vssm_prune.training.TokenPruningTrainer`.",
                 hyperparameters={**choices, **asdict(self.losses)},
             ),
         )
-        card = create_model_card(model, info, self.processing_class)  # type: ignore[arg-type]
-        card.save(folder / CARD)
+        write_card(model, folder, self.processing_class, info)  # type: ignore[arg-type]
 
 
 def _freeze_unsaved_parameters(model: nn.Module) -> None:
