@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_vssm_prune.configuration_common import has_head, pruned_config
 from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe, create_model_card
-from hf_vssm_prune.hub.saving import CARD, CODE_LICENSE, NOTICE
+from hf_vssm_prune.hub.saving import CARD, CODE_LICENSE, NOTICE, has_adapters
 from hf_vssm_prune.label_maps import names_by_id
 from hf_vssm_prune.modeling_common import is_pruning_parameter
 from hf_vssm_prune.pruned_heads import PrunedHead
@@ -245,7 +245,7 @@ class TokenPruningTrainer(transformers.Trainer):
         if self.is_world_process_zero():
             for file in Path(checkpoint_folder).iterdir():
                 if file.suffix == ".py" or file.name in (CODE_LICENSE.name, NOTICE):
-                    shutil.copy(file, self.args.output_dir)
+                    shutil.copy(file, self.args.output_dir or ".")
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
@@ -256,7 +256,7 @@ class TokenPruningTrainer(transformers.Trainer):
                 `tags` and `dataset` are used.
         """
         model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, VisionMamba | PrunedHead):  # a model with adapters has PEFT's card
+        if has_adapters(model) or not isinstance(model, VisionMamba | PrunedHead):  # adapters are saved without a model
             return super().create_model_card(*arguments, **options)
         if not self.is_world_process_zero():
             return
