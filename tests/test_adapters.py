@@ -95,6 +95,14 @@ def test_parameters_of_pruning_are_trained_if_they_are_saved(options, saved, pix
         torch.testing.assert_close(logits(loaded.merge_and_unload(), pixel_values), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_card_of_added_adapters_is_transformers_own(tmp_path):
+    """They are saved without the model, so examples that load a whole model would not work."""
+    model = AutoModelForImageClassification.from_config(make_vim_config())
+    model.add_adapter(lora(modules_to_save=None))
+    TokenPruningTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")).create_model_card()
+    assert "generated_from_trainer" in (tmp_path / "README.md").read_text()
+
+
 PROGRAM = """
 import sys
 import torch

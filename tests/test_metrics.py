@@ -43,7 +43,7 @@ def test_top_k_accuracy_takes_one_guess_and_batches():
     metric.add_batch(predictions=[1, 2], references=[1, 0])
     metric.add_batch(predictions=[3, 3], references=[3, 3])
     assert metric.compute() == {"top1": 0.75}
-    assert metric.compute(predictions=[[0, -1]], references=[1], k=2) == {"top2": 0.0}
+    assert metric.compute(predictions=[[0, -1]], references=[1], k=np.int64(2)) == {"top2": 0.0}
 
 
 @pytest.mark.parametrize("k", [0, 3, [1, 3]])

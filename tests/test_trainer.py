@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOKEN_PRUNING, make_plainmamba_config, make_vim_config
+from datasets import ClassLabel, Dataset, Features, Image
 from forking import run_forked
 from hub_server import HubServer
+from PIL import Image as PILImage
 from safetensors.torch import load_file
 from test_training import (  # noqa: F401
     datasets,
@@ -30,7 +32,7 @@ from hf_vssm_prune import prunable
 from hf_vssm_prune.hub.loading import load_classifier, new_image_processor
 from hf_vssm_prune.metrics import load_metric
 from hf_vssm_prune.training import TokenPruningTrainer
-from hf_vssm_prune.training.data import EvaluationImages
+from hf_vssm_prune.training.data import EvaluationImages, StreamedTrainingImages, TrainingImages, load_image_stream
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
 from hf_vssm_prune.training.tasks.semantic_segmentation import SemanticSegmentation
@@ -58,8 +60,8 @@ def arguments(folder: Path, **changes) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**defaults, **changes})
 
 
-def images_of(rows, config) -> EvaluationImages:
-    return EvaluationImages(rows, new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_pct=1.0))
+def images_of(rows, config, kind=EvaluationImages, *options):
+    return kind(rows, new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_pct=1.0), *options)
 
 
 @pytest.mark.parametrize("make_config", [make_plainmamba_config, make_vim_config])
@@ -113,6 +115,50 @@ def test_gradients_of_accumulated_batches_are_those_of_one_batch(datasets, tmp_p
     assert logged["loss"] == pytest.approx(total, rel=1e-5)
 
 
+def test_the_teacher_computes_in_the_models_precision(datasets, tmp_path):  # noqa: F811
+    config = make_vim_config(token_pruning=dict(TOKEN_PRUNING))
+    trainer = TokenPruningTrainer(
+        make_model(config), arguments(tmp_path, bf16=True, max_steps=1), train_dataset=images_of(datasets.train, config)
+    )
+    seen = []
+    trainer.teacher.classifier.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    trainer.train()
+    assert seen == [torch.bfloat16]
+
+
+def test_streamed_images(tmp_path):
+    colours = Features({"image": Image(), "label": ClassLabel(names=["red", "green", "blue"])})
+    pictures = [PILImage.fromarray(np.full((32, 32, 3), 20 * i, np.uint8)) for i in range(9)]
+    Dataset.from_dict({"image": pictures, "label": [i % 3 for i in range(9)]}, features=colours).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    stream = load_image_stream(tmp_path, eval_split="train", shuffle_buffer_size=4).train
+    config = make_vim_config(token_pruning=dict(TOKEN_PRUNING))
+    seen = []
+
+    class Seen(StreamedTrainingImages):
+        def __getitems__(self, numbered_rows):
+            items = super().__getitems__(numbered_rows)
+            seen.extend((int(self._epoch), row["image"]["bytes"]) for _, row in numbered_rows)
+            return items
+
+    def trainer() -> TokenPruningTrainer:
+        images = images_of(stream, config, Seen, plain_augmentation(hflip=0.5).image_augmentation())
+        options = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 2}
+        return TokenPruningTrainer(make_model(config), arguments(tmp_path / "run", **options), train_dataset=images)
+
+    whole = trainer()
+    whole.train()
+    first, second = ([image for of, image in seen if of == epoch] for epoch in (0, 1))
+    assert len(set(first)) == 9
+    assert set(first) == set(second)
+    assert first != second
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+    weights, others = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
 def accuracy(prediction) -> dict[str, float]:
     return load_metric("top_k_accuracy").compute(
         predictions=prediction.predictions.argmax(-1), references=prediction.label_ids
@@ -121,13 +167,14 @@ def accuracy(prediction) -> dict[str, float]:
 
 def test_it_learns_evaluates_and_resumes_to_the_bit(datasets, tmp_path):  # noqa: F811
     config = make_vim_config(token_pruning=dict(TOKEN_PRUNING), drop_path_rate=0.2)
+    augmentation = plain_augmentation(reprob=1.0).image_augmentation()
 
     def trainer(folder: str, **changes) -> TokenPruningTrainer:
-        schedule = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12, "eval_strategy": "epoch", "seed": 3}
+        schedule = {"save_strategy": "steps", "save_steps": 11, "max_steps": 13, "eval_strategy": "epoch", "seed": 3}
         return TokenPruningTrainer(
             make_model(config),
             arguments(tmp_path / folder, **{**schedule, **changes}),
-            train_dataset=images_of(datasets.train, config),
+            train_dataset=images_of(datasets.train, config, TrainingImages, augmentation),
             eval_dataset=images_of(datasets.evaluation, config),
             compute_metrics=accuracy,
             task=ImageClassification(plain_augmentation(mixup=0.8)),
@@ -143,7 +190,7 @@ def test_it_learns_evaluates_and_resumes_to_the_bit(datasets, tmp_path):  # noqa
     assert whole.predict(images_of(datasets.evaluation, config)).predictions.shape == (15, 3)
 
     resumed = trainer("whole")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-11"))  # within the second epoch
     weights, others = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
@@ -166,6 +213,19 @@ def test_parameters_decay_as_in_the_loop(tmp_path):
     rates = {id(p): group["lr"] for group in layered.optimizer.param_groups for p in group["params"]}
     assert rates[id(model.vim.embeddings.class_token)] == 0.5**5
     assert rates[id(model.classifier.weight)] == 1.0
+
+    descent = {"layer_decay": 0.5, "losses": LossWeights()}
+    given = TokenPruningTrainer(
+        model, arguments(tmp_path), optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.2}), **descent
+    )
+    assert isinstance(given.create_optimizer(), torch.optim.SGD)
+    assert max(group["lr"] for group in given.optimizer.param_groups) == 0.2
+    with pytest.raises(ValueError, match="layer_decay cannot be combined with SGD, which groups parameters itself"):
+        TokenPruningTrainer(
+            model, arguments(tmp_path), optimizer_cls_and_kwargs=(torch.optim.SGD, {"params": []}), **descent
+        ).create_optimizer()
+    with pytest.raises(ValueError, match="layer_decay and `optimizers` cannot be combined"):
+        TokenPruningTrainer(model, arguments(tmp_path), optimizers=(given.optimizer, None), **descent)
 
 
 def test_every_trial_of_a_search_has_its_own_model(datasets, tmp_path):  # noqa: F811
@@ -211,6 +271,46 @@ def test_wrong_layers_and_budgets_are_refused(tmp_path):
         TokenPruningTrainer(model, arguments(tmp_path), compute_loss_func=torch.nn.functional.cross_entropy)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token_pruning": dict(TOKEN_PRUNING)}, "must be another model, without pruning"),
+        ({"num_labels": 4}, "has 4 labels .*, but the model has 3 labels"),
+        ({"id2label": {0: "b", 1: "a", 2: "c"}}, r"labels in another order: \['b', 'a', 'c'\], not \['a', 'b', 'c'\]"),
+        ({"hidden_size": 32}, "has hidden_size 32, but the model has 16"),
+        ({"image_size": 64}, r"has grid_size \(8, 8\), but the model has \(4, 4\)"),
+    ],
+)
+def test_wrong_teachers_are_refused(options, message, tmp_path):
+    labels = {"id2label": {0: "a", 1: "b", 2: "c"}}
+    model = make_model(make_vim_config(token_pruning=dict(TOKEN_PRUNING), **labels))
+    labels = {} if "num_labels" in options else labels
+    with pytest.raises(ValueError, match=message):
+        TokenPruningTrainer(model, arguments(tmp_path), teacher=make_model(make_vim_config(**(labels | options))))
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_other_problems_need_a_task(problem_type, tmp_path):
+    model = make_model(make_vim_config(problem_type=problem_type))
+    with pytest.raises(ValueError, match=f"`problem_type` of the model is '{problem_type}'.*give a `task`"):
+        TokenPruningTrainer(model, arguments(tmp_path))
+
+
+def test_a_card_gives_the_length_of_the_run_and_the_budgets(tmp_path):
+    options = {"max_steps": 7, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
+    trainer = TokenPruningTrainer(
+        make_model(make_vim_config()), arguments(tmp_path, **options), losses=LossWeights(), elastic_budgets=[0.0, 0.3]
+    )
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "| max_steps | 7 |" in card
+    assert "| gradient_accumulation_steps | 2 |" in card
+    assert "| lr_scheduler_type | cosine |" in card
+    assert "| elastic_budgets | [0.0, 0.3] |" in card
+    assert "num_train_epochs" not in card
+    assert "kd_weight" not in card
+
+
 def test_a_model_with_a_head(tmp_path):
     levels = ["stage1", "stage2", "stage3", "stage4"]
     backbone = make_vim_config(patch_stride=None, out_features=levels, token_pruning=dict(TOKEN_PRUNING))
@@ -242,7 +342,7 @@ def test_a_model_with_a_head(tmp_path):
 PROGRAM = """
 import sys
 import torch
-from datasets import Dataset
+from huggingface_hub import HfApi
 from transformers import AutoModelForImageClassification, TrainingArguments, pipeline
 from hf_vssm_prune import PlainMambaConfig
 from hf_vssm_prune.hub.loading import new_image_processor
@@ -260,6 +360,8 @@ processor = new_image_processor(config, [0.5] * 3, [0.25] * 3, crop_pct=1.0)
 model = AutoModelForImageClassification.from_config(config)
 trainer = TokenPruningTrainer(model, arguments, train_dataset=items, processing_class=processor)
 trainer.train()
+files = HfApi().list_repo_files("user/trained")
+print({"modeling_plainmamba.py", "LICENSE-CODE", "NOTICE"} <= set(files), "README.md" in files)
 trainer.push_to_hub(dataset="user/photos")
 classify = pipeline("image-classification", "user/trained")
 from PIL import Image
@@ -281,7 +383,7 @@ def test_push_and_load_by_name(tmp_path):
             prepare=lambda: hub.use_in_this_process(pytest.MonkeyPatch(), tmp_path / "home"),
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.splitlines()[-2:] == ["3", "[1, 3]"]
+        assert done.stdout.splitlines()[-3:] == ["True False", "3", "[1, 3]"]
         files = hub.files("user/trained")
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "modeling_plainmamba.py"} <= files.keys()
     card = files["README.md"].decode()

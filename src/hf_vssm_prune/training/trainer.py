@@ -4,6 +4,7 @@ else that works with it. The commands use our own loop, `training.loop`, instead
 import copy
 import inspect
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from hf_vssm_prune.configuration_common import has_head, pruned_config
 from hf_vssm_prune.families import VisionMamba
 from hf_vssm_prune.hub.model_card import ModelCardInfo, TrainingRecipe
-from hf_vssm_prune.hub.saving import write_card
+from hf_vssm_prune.hub.saving import CODE_LICENSE, NOTICE, has_adapters, write_card
+from hf_vssm_prune.label_maps import names_by_id
 from hf_vssm_prune.modeling_common import is_pruning_parameter
 from hf_vssm_prune.pruned_heads import PrunedHead
 from hf_vssm_prune.training.arguments import ElasticArguments
@@ -26,9 +28,11 @@ from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.cards import datasets_on_hub, model_on_hub
 from hf_vssm_prune.training.elastic import add_schedules, draw_schedule, what_is_pruned
 from hf_vssm_prune.training.losses import LossWeights, run_teacher, training_loss
+from hf_vssm_prune.training.models import check_states, match_teacher
 from hf_vssm_prune.training.optimization import decays, parameter_groups
+from hf_vssm_prune.training.sampling import StreamSampler
 from hf_vssm_prune.training.tasks import TASKS
-from hf_vssm_prune.training.tasks.task import PrunableModel, Task
+from hf_vssm_prune.training.tasks.task import PrunableModel, Task, predict
 
 
 logger = logging.getLogger(__name__)
@@ -45,18 +49,22 @@ class TokenPruningTrainer(transformers.Trainer):
     Args:
         model, args, options: as for `Trainer`, except that `compute_loss_func` is not supported. A model with a head on
             a backbone must have been passed through `prunable`.
-        teacher: the dense model; default: a copy of the model without pruning, if the losses need one.
+        teacher: the dense model, with the model's labels in the same order if there is distillation; default: a copy of
+            the model without pruning, if the losses need one.
         losses: weights of distillation and alignment; default: 1 for each. See `training.losses`.
         task: computes the loss of a batch and mixes its images (mixup, CutMix); default: classification of images (or
             of videos, for a video model) without mixing, with label smoothing by the arguments'
-            `label_smoothing_factor`. A model with a head on a backbone needs a task.
+            `label_smoothing_factor`. A model with a head on a backbone needs a task; a detector also needs
+            `data_collator=task.collate`.
         elastic_budgets: fractions of FLOPs to remove. Each step uses one of them, drawn at random (0 means dense); the
             model's own schedule is then used for evaluation only.
-        layer_decay: factor by which the learning rate decreases from each layer to the previous one.
+        layer_decay: factor by which the learning rate decreases from each layer to the previous one. It needs an
+            optimizer that is created here and takes parameter groups.
 
     Raises:
-        ValueError: a layer to align does not exist, a budget cannot be met, labels would be smoothed twice, a model
-            with a head has no task, or there is a `compute_loss_func`.
+        ValueError: a layer to align does not exist, a budget cannot be met, the losses cannot compare the teacher with
+            the model, labels would be smoothed twice, there is no task for a model with a head or for a classifier
+            with another `problem_type` than one label per image, or an option is not supported.
     """
 
     model: PrunableModel
@@ -81,7 +89,11 @@ class TokenPruningTrainer(transformers.Trainer):
         self.layer_decay = layer_decay
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._step, self._batch_of_step = -1, 0
+        self._stream_sampler: StreamSampler | None = None
         super().__init__(model, args, **options)
+        self.add_callback(_EpochCallback(self))
+        if layer_decay is not None and self.optimizer is not None:
+            raise ValueError("layer_decay and `optimizers` cannot be combined: give one of them.")
         if model is not None:
             self._add_schedules(self.model)
         self.task = self._default_task() if task is None else task
@@ -97,6 +109,11 @@ class TokenPruningTrainer(transformers.Trainer):
             raise ValueError(
                 f"{type(self.model).__name__} is not a classifier: give a `task`, such as `SemanticSegmentation()`."
             )
+        if self.model.config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"`problem_type` of the model is {self.model.config.problem_type!r}, but the default task is for one "
+                "label per image or video: give a `task` with another loss."
+            )
         task = TASKS[f"{self.model.config.modality}-classification"]
         return task(task.training_arguments(mixup=0, cutmix=0, smoothing=self.args.label_smoothing_factor))
 
@@ -104,7 +121,20 @@ class TokenPruningTrainer(transformers.Trainer):
         if teacher is None:
             teacher = copy.deepcopy(self.model)
             teacher.set_token_pruning(None)
+        else:
+            self._check_teacher(teacher)
         return teacher.to(self.args.device).eval().requires_grad_(False)
+
+    def _check_teacher(self, teacher: PrunableModel) -> None:
+        student, dense = pruned_config(self.model.config), pruned_config(teacher.config) or teacher.config
+        if teacher is self.model or getattr(dense, "token_pruning", None) is not None:
+            raise ValueError("The teacher must be another model, without pruning: load it with `token_pruning=None`.")
+        name = teacher.config._name_or_path or type(teacher).__name__
+        names, own_names = (names_by_id(model.config.id2label) for model in (teacher, self.model))
+        match = match_teacher(name, names, own_names, self.losses)
+        if match is not None and match.ids != sorted(match.ids):
+            raise ValueError(f"The teacher {name} has the model's labels in another order: {names}, not {own_names}.")
+        check_states(name, dense, student, self.losses, "patch_spacing" if has_head(self.model.config) else "grid_size")
 
     def call_model_init(self, trial: Any = None) -> PrunableModel:
         """A new model for each trial of a hyperparameter search."""
@@ -124,7 +154,8 @@ class TokenPruningTrainer(transformers.Trainer):
     ) -> Any:
         """In training, the loss from `training.losses`; in evaluation, only the task's own terms."""
         if not model.training:
-            outputs = model(**self.task.inputs(inputs))
+            has_views = inputs["pixel_values"].ndim > len(pruned_config(self.model.config).input_size) + 2
+            outputs = predict(self.task, model, inputs) if has_views else model(**self.task.inputs(inputs))
             loss = torch.stack(list(self.task.losses(outputs, inputs).values())).sum()
             return (loss, outputs) if return_outputs else loss
         if getattr(self.model, "peft_config", None):
@@ -139,7 +170,8 @@ class TokenPruningTrainer(transformers.Trainer):
         layers, block_keep_ratio = what_is_pruned(schedule)
         keywords = self.task.inputs(batch) | self.losses.model_options(block_keep_ratio)
         outputs = model(**keywords, **drawn)
-        teacher = None if self.teacher is None else run_teacher(self.teacher, keywords)
+        with self.accelerator.autocast():  # a prepared model does this itself
+            teacher = None if self.teacher is None else run_teacher(self.teacher, keywords)
         terms = training_loss(self.task, outputs, teacher, batch, self.losses, layers, block_keep_ratio)
         loss = terms.pop("loss")
         for name, value in terms.items():
@@ -164,6 +196,11 @@ class TokenPruningTrainer(transformers.Trainer):
         self._step, self._batch_of_step = self.state.global_step, self._batch_of_step + 1 if same_step else 0
         return np.random.default_rng([self.args.seed, self._step, self._batch_of_step, self.args.process_index])
 
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As in transformers."""
+        self._terms.clear()  # those of an earlier run since its last log
+        return super().train(*arguments, **options)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each loss term to the training logs."""
         if "loss" in logs:
@@ -171,6 +208,16 @@ class TokenPruningTrainer(transformers.Trainer):
                 logs[name] = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
             self._terms.clear()
         super().log(logs, start_time)
+
+    # The data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        stream = getattr(self.train_dataset if train_dataset is None else train_dataset, "stream", None)
+        if stream is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._stream_sampler = StreamSampler(stream, seed)
+        return self._stream_sampler
 
     # The optimizer
 
@@ -184,12 +231,24 @@ class TokenPruningTrainer(transformers.Trainer):
         if self.layer_decay is None or self.optimizer is not None:
             return super().create_optimizer(model)
         whole: Any = self.model if model is None else model
-        groups = parameter_groups(whole, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
-        optimizer_class, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = optimizer_class(groups, **keywords)
+        given = self.optimizer_cls_and_kwargs
+        kind, keywords = self.get_optimizer_cls_and_kwargs(self.args, whole) if given is None else given
+        if not issubclass(kind, torch.optim.Optimizer) or {"params", "model", "optimizer_dict"} & keywords.keys():
+            raise ValueError(f"layer_decay cannot be combined with {kind.__name__}, which groups parameters itself.")
+        learning_rate = keywords.get("lr", self.args.learning_rate)
+        groups = parameter_groups(whole, learning_rate, self.args.weight_decay, self.layer_decay)
+        self.optimizer = kind(groups, **keywords)
         return self.optimizer
 
-    # The card
+    # The Hub
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Also pushes the model's code, to which the configuration refers."""
+        if self.is_world_process_zero():
+            for file in Path(checkpoint_folder).iterdir():
+                if file.suffix == ".py" or file.name in (CODE_LICENSE.name, NOTICE):
+                    shutil.copy(file, self.args.output_dir or ".")
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
         """Writes this package's model card and notices into the output folder: how the model is pruned and trained.
@@ -200,14 +259,12 @@ class TokenPruningTrainer(transformers.Trainer):
                 `dataset` are used.
         """
         model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, VisionMamba | PrunedHead):  # a model with adapters has PEFT's card
+        if has_adapters(model) or not isinstance(model, VisionMamba | PrunedHead):  # adapters are saved without a model
             return super().create_model_card(*arguments, **options)
         if not self.is_world_process_zero():
             return
         folder = Path(self.args.output_dir or ".")
         given = inspect.signature(super().create_model_card).bind(*arguments, **options).arguments
-        names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay", "seed")
-        choices = {name: getattr(self.args, name) for name in names}
         model_name, dataset, tags = (given.get(name) for name in ("model_name", "dataset", "tags"))
         info = ModelCardInfo(
             name=model_name or folder.absolute().name,
@@ -218,10 +275,47 @@ class TokenPruningTrainer(transformers.Trainer):
             tags=[tags] if isinstance(tags, str) else tags or [],
             training=TrainingRecipe(
                 description="Fine-tuned with `hf_vssm_prune.training.TokenPruningTrainer`.",
-                hyperparameters={**choices, **asdict(self.losses)},
+                hyperparameters=self._hyperparameters(),
             ),
         )
         write_card(model, folder, self.processing_class, info)  # type: ignore[arg-type]
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        arguments = self.args
+        names = [
+            "max_steps" if arguments.max_steps > 0 else "num_train_epochs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "weight_decay",
+            "label_smoothing_factor",
+            "seed",
+        ]
+        values = {name: getattr(arguments, name) for name in names}
+        values["lr_scheduler_type"] = str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type))
+        values["layer_decay"] = self.layer_decay
+        if self.elastic_schedules:
+            values["elastic_budgets"] = self.elastic.elastic_budgets
+        if self.losses.needs_teacher:
+            values |= asdict(self.losses)
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class _EpochCallback(transformers.TrainerCallback):
+    """Tells the training items the epoch, on which their randomness depends.
+
+    Accelerate's data loaders do so, too, but not with several processes or when a run is resumed within an epoch.
+    """
+
+    def __init__(self, trainer: TokenPruningTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **options: Any) -> None:
+        epoch = int(state.epoch or 0)
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(epoch)
+        if self.trainer._stream_sampler is not None:
+            self.trainer._stream_sampler.start_at(epoch)
 
 
 def _freeze_unsaved_parameters(model: nn.Module) -> None:

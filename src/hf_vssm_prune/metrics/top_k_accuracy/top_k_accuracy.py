@@ -72,4 +72,4 @@ class TopKAccuracy(evaluate.Metric):
         guesses = np.asarray(predictions).reshape(len(predictions), -1)
         if k is None:
             k = [each for each in DEFAULT_K if each <= guesses.shape[1]]
-        return top_k_accuracy(guesses, np.asarray(references), [k] if isinstance(k, int) else k)
+        return top_k_accuracy(guesses, np.asarray(references), np.atleast_1d(k).tolist())

@@ -53,6 +53,10 @@ class StreamedDenseItems(DenseItems):
 
     _epoch: Epochs
 
+    @property
+    def stream(self) -> Any:
+        return self._dataset
+
     def __getitem__(self, numbered_row: Any) -> dict[str, Any]:
         place, row = numbered_row
         return self._item(row, f"place {place} of epoch {int(self._epoch)}", place)

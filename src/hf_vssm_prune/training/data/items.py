@@ -124,6 +124,10 @@ class StreamedItems(AugmentedItems):
     `sampling.StreamSampler`: the training process reads the rows, and its workers decode and augment them.
     """
 
+    @property
+    def stream(self) -> ImageStream:
+        return self._dataset
+
     def __getitem__(self, numbered_row: tuple[int, dict[str, Any]]) -> dict[str, Any]:  # type: ignore[override]
         return self.__getitems__([numbered_row])[0]
 

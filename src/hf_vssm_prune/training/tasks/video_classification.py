@@ -2,20 +2,20 @@
 
 import math
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import AutoModelForVideoClassification, BaseImageProcessor
+from transformers.modeling_outputs import ImageClassifierOutput
 
+from hf_vssm_prune.precision import at_least_float32
 from hf_vssm_prune.training.arguments.parsing import check_range, describe
 from hf_vssm_prune.training.data.clips import EvaluationClips, StreamedTrainingClips, TrainingClips, Views
 from hf_vssm_prune.training.data.columns import ImageStream
 from hf_vssm_prune.training.data.media import VIDEOS, Medium
 from hf_vssm_prune.training.frame_sampling import SAMPLINGS
-from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification, score_predictions
+from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
 from hf_vssm_prune.training.tasks.task import Batch, PrunableModel
 
 
@@ -93,17 +93,13 @@ class VideoClassification(ImageClassification):
     def num_views(self) -> int:
         return self.arguments.num_clips * self.arguments.num_crops
 
-    def predict(self, model: PrunableModel, batch: Batch) -> Any:
-        """Outputs whose `logits` are (batch * views, labels). The model sees one view of each video at a time, so that
-        the memory does not depend on the number of views."""
-        logits = [model(pixel_values=clips).logits for clips in batch["pixel_values"].unbind(1)]
-        return SimpleNamespace(logits=torch.stack(logits, dim=1).flatten(0, 1))
-
-    def scores(self, outputs: Any, batch: Batch) -> Tensor:
-        labels = batch["labels"]
-        of_views = outputs.logits.float().log_softmax(-1).unflatten(0, (len(labels), -1))
-        means = of_views.logsumexp(1) - math.log(of_views.shape[1])
-        return score_predictions(means, labels)
+    def predict(self, model: PrunableModel, batch: Batch) -> ImageClassifierOutput:
+        """Outputs whose `logits` (batch, labels) are the logarithms of each video's probabilities, averaged over its
+        views. The model sees one view of each video at a time, so that the memory does not depend on the number of
+        views."""
+        clips = batch["pixel_values"].unbind(1)
+        of_views = torch.stack([at_least_float32(model(pixel_values=each).logits).log_softmax(-1) for each in clips])
+        return ImageClassifierOutput(logits=of_views.logsumexp(0) - math.log(len(clips)))
 
     # Pictures
 
