@@ -347,6 +347,17 @@ def test_pruning_parameters_of_offloaded_layers(method, model, pixel_values) -> 
 # ---- Backbones ---------------------------------------------------------------------------------------------------
 
 
+def test_position_embeddings_of_a_backbone_are_resized_unless_it_is_told_not_to(tiny_config, pixel_values) -> None:
+    backbone = FAMILIES[tiny_config.model_type].classes["Backbone"](tiny_config).eval()
+    with torch.no_grad():
+        (expected,), (found,) = (
+            backbone(pixel_values, **options).feature_maps for options in ({}, {"interpolate_pos_encoding": False})
+        )
+        assert torch.equal(found, expected)
+        with pytest.raises(ValueError, match="resize the input, or pass `interpolate_pos_encoding=True`"):
+            backbone(torch.randn(1, 3, 48, 32), interpolate_pos_encoding=False)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (48, 24)])
 def test_backbone_maps_cover_the_full_grid(size, config, model) -> None:
     config.out_features = ["stem", "stage1", "stage2", "stage4"]

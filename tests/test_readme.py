@@ -12,7 +12,8 @@ from hf_vssm_prune import PlainMambaConfig, VimConfig, count_flops
 from hf_vssm_prune.commands import VERBS
 
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 
 
 def test_python_block_runs():
@@ -39,6 +40,14 @@ def test_commands_it_names_are_there():
     assert "docs/quickstart.md" in links
     for link in links:
         assert (README.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/faq.md", "src/hf_vssm_prune/hub/model_card_template.md"])
+def test_versions_that_it_requires(page: str):
+    """Those of the package, also for users of a model's own code, which pip does not check."""
+    for library in ("torch", "transformers"):
+        required = re.search(rf'"{library}>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+        assert f"{library} {required[1]}" in (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize("name", ["PlainMamba-L1", "PlainMamba-L2", "PlainMamba-L3", "Vim-T", "Vim-S", "Vim-B"])

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import MAKE_CONFIG, TOKEN_PRUNING
+from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_model
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
@@ -159,6 +159,16 @@ def test_schedule_cannot_be_changed_in_place(config) -> None:
     for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert copied.token_pruning == TOKEN_PRUNING
         assert copied.token_pruning.stages == {1: 0.7, 3: 0.6}
+
+
+@pytest.mark.parametrize(("name", "value"), [("layers", 2), ("keep_ratios", 1.5)])
+def test_lists_of_a_schedule_that_were_changed_are_noticed(name, value, pixel_values) -> None:
+    model = make_model(make_config("plainmamba", token_pruning=schedule()))
+    model.config.token_pruning[name][-1] = value
+    with pytest.raises(TypeError, match=r"can't be changed in place: set `config\.token_pruning`"):
+        model(pixel_values)
+    model.set_token_pruning(schedule())
+    assert len(model(pixel_values).kept_tokens) == 2
 
 
 def test_options_of_from_pretrained_in_any_order(config, tmp_path) -> None:

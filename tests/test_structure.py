@@ -91,6 +91,11 @@ def test_only_the_command_line_imports_commands() -> None:
     assert {module for module in importing if not module.startswith(commands)} == {"hf_vssm_prune.__main__"}
 
 
+def test_no_file_is_longer_than_500_lines() -> None:
+    lengths = {str(file.relative_to(SOURCES)): len(file.read_text().splitlines()) for file in SOURCES.rglob("*.py")}
+    assert not {name: length for name, length in lengths.items() if length > 500}
+
+
 def swallowed_entries(source: str) -> list[str]:
     """Docstring lines that start a new entry (an argument, field or error), but are indented like the continuation of
     the previous one, so that Sphinx shows them as part of it."""

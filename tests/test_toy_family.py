@@ -101,6 +101,16 @@ def test_a_budget_becomes_a_schedule_and_tokens_go(videos) -> None:
         assert torch.equal(ids, kept[:, 1:] - 1)
 
 
+def test_its_layers_skip_scans_and_are_counted_without_them(videos) -> None:
+    model = make_model()
+    model.set_token_pruning({"layers": [2], "keep_ratios": [1.0], "method": "uniform", "block_keep_ratio": 0.5})
+    flops = count_flops(model.config)
+    assert flops.pruned.breakdown["scans"] == flops.dense.breakdown["scans"] / 2
+    with torch.no_grad():
+        gates = model(videos, output_block_gates=True).block_gates
+    assert [gate.shape for gate in gates] == 6 * [(2, 2)]
+
+
 def test_saved_and_opened(videos, tmp_path) -> None:
     model = make_model(token_pruning={"layers": [2, 4], "keep_ratios": [0.7, 0.5]})
     folder = save_for_hub(model, tmp_path / "toy")

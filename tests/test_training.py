@@ -22,7 +22,7 @@ import hf_vssm_prune
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.model_card import ModelCardInfo
-from hf_vssm_prune.training import loop
+from hf_vssm_prune.training import resuming
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     ElasticArguments,
@@ -762,9 +762,9 @@ def test_hosts_without_a_shared_disk_resume_alike(datasets, tmp_path, monkeypatc
     (tmp_path / "best" / "config.json").unlink()
     recipe.run.resume = "latest"
     assert make_trainer(make_vim_config(), datasets, recipe).state.best == {}
-    monkeypatch.setattr(loop, "of_all_processes", lambda accelerator, value: [1, int(value)])
+    monkeypatch.setattr(resuming, "of_all_processes", lambda accelerator, value: [1, int(value)])
     assert make_trainer(make_vim_config(), datasets, recipe).state.best == best
-    monkeypatch.setattr(loop, "of_all_processes", lambda accelerator, value: [0, int(value)])
+    monkeypatch.setattr(resuming, "of_all_processes", lambda accelerator, value: [0, int(value)])
     with pytest.raises(ValueError, match=r"resume after different numbers of steps \(\[0, 1\]\): copy the newest"):
         make_trainer(make_vim_config(), datasets, recipe)
 

@@ -42,15 +42,20 @@ class FeatureMaps(BackboneMixin):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self: Any, pixel_values: Tensor, **kwargs: Unpack[VisionMambaKwargs]) -> PrunedBackboneOutput:
+    def forward(
+        self: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[VisionMambaKwargs]
+    ) -> PrunedBackboneOutput:
         """
         Args:
             pixel_values: shape (batch, channels, height, width), normalised.
+            interpolate_pos_encoding: as in the models without a head.
         """
         wants_mixer_states = kwargs.get("output_mixer_states", False)
         if self.config.feature_source == "mixer":
             kwargs["output_mixer_states"] = True
-        outputs = super(BackboneMixin, self).forward(pixel_values, return_dict=True, **kwargs)  # type: ignore[misc]
+        outputs = super(BackboneMixin, self).forward(  # type: ignore[misc]
+            pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs
+        )
         grid = self.config.grid_size_for(*self.config.input_size_of(pixel_values.shape))
         states = full_states(self, outputs, self._pruning_of_call(kwargs))
         maps = [self._feature_map(name, each, grid) for name, each in zip(self.out_features, states, strict=True)]

@@ -17,15 +17,26 @@ OPTIONS = ("layers", "keep_ratios", *METHOD_OPTIONS)
 
 
 class TokenPruning(dict[str, Any]):
-    """Complete pruning options, as in `config.token_pruning` and `config.json`. They cannot be changed in place.
+    """Complete pruning options, as in `config.token_pruning` and `config.json`. They cannot be changed in place: if one
+    of the lists in them was, the next forward pass raises an error.
 
     Created by `check_token_pruning`, or by a configuration's `complete_token_pruning`, which also accepts a budget.
     """
 
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self._checked_lists = (tuple(self["layers"]), tuple(self["keep_ratios"]))
+
     @property
     def stages(self) -> dict[int, float]:
-        """The keep ratio of each layer before which tokens are dropped."""
-        return dict(zip(self["layers"], self["keep_ratios"], strict=True))
+        """The keep ratio of each layer before which tokens are dropped.
+
+        Raises:
+            TypeError: the lists have changed since they were checked.
+        """
+        if (tuple(self["layers"]), tuple(self["keep_ratios"])) != self._checked_lists:
+            self._refuse()
+        return dict(zip(*self._checked_lists, strict=True))
 
     @property
     def method(self) -> PruningMethod:

@@ -38,8 +38,8 @@ def selective_scan(
         D: skip connection, shape (channels,).
         time_step_bias: added to `time_step` before the softplus, shape (channels,).
         gate: z; the result is multiplied by SiLU(z), shape (batch, length, channels). None: no gate.
-        order: for each path, the token visited at each step, integers of shape (batch or 1, paths, length). None: one
-            path that visits the tokens in their order.
+        order: for each path, the token visited at each step, integers of shape (batch or 1, paths, length). Each path
+            visits every token once. None: one path that visits the tokens in their order.
         gaps: for each path, the distance of each step from the previous one on the full path, integers >= 1 of shape
             (batch or 1, paths, length); 1 if nothing was dropped in between. None: no holes (`none` alignment).
         hole_time_step: step size of a dropped token, shape (channels,), already positive (`zero_input` alignment: e_i =

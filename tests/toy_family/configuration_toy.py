@@ -1,13 +1,12 @@
 """Toy's configuration: everything specific to the family except its modules."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
 from hf_vssm_prune.configuration_vim import VimConfig
-from hf_vssm_prune.flops import FlopCount, count_projections, count_scans
+from hf_vssm_prune.flops import FlopCount
 from hf_vssm_prune.publication import Paper, PublishedModel, PublishedResult
 
 
@@ -45,19 +44,12 @@ class ToyConfig(VimConfig):
         frames, height, width = input_size
         return (frames, *super().grid_size_for(height, width))
 
-    def count_flops(self, input_size: tuple[int, ...], tokens: Sequence[int]) -> FlopCount:
-        parts = Counter(
-            patch_projection=tokens[0] * self.patch_size**2 * self.num_channels * self.hidden_size,
-            head=self.hidden_size * (self.num_labels or 0),
-        )
-        unpublished = 0
-        for patches in tokens:
-            scans = count_scans(self, patches + 1, self.conv_kernel)
-            parts.update(count_projections(self, patches + 1))
-            parts.update(scans)
-            parts.update(scans)
-            unpublished += 2 * scans.total()
-        return FlopCount.of_parts(parts, unpublished)
+    def count_flops(
+        self, input_size: tuple[int, ...], tokens: Sequence[int], scan_shares: Sequence[float] | None = None
+    ) -> FlopCount:
+        """The published figures count neither of the two directions."""
+        parts, one_direction = self._count_parts(tokens, self.patch_size**2, scan_shares)
+        return FlopCount.of_parts(parts, unpublished=2 * one_direction)
 
 
 __all__ = ["ToyConfig"]

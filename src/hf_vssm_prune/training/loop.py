@@ -24,7 +24,6 @@ from transformers import BaseImageProcessor
 
 from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.flops_of_heads import count_flops
-from hf_vssm_prune.hub.saving import CONFIG
 from hf_vssm_prune.training.arguments import ElasticArguments, OptimizationArguments, RunArguments, ScaleArguments
 from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm, synchronize_batch_norm
@@ -33,9 +32,6 @@ from hf_vssm_prune.training.checkpoints import (
     TrainedParts,
     TrainingState,
     check_output_dir,
-    find_checkpoints,
-    find_resumed,
-    load_checkpoint,
     remove_unfinished,
     save_checkpoint,
     say_last,
@@ -46,7 +42,6 @@ from hf_vssm_prune.training.distribution import (
     choose_deterministic_algorithms,
     lost_processes_named,
     make_accelerator,
-    of_all_processes,
     shard_by_layers,
     share_buffers,
     spread_frozen,
@@ -70,6 +65,7 @@ from hf_vssm_prune.training.loaders import make_loaders
 from hf_vssm_prune.training.losses import LossWeights, run_teacher, training_loss
 from hf_vssm_prune.training.memory import enable_activation_checkpointing
 from hf_vssm_prune.training.optimization import make_optimizer
+from hf_vssm_prune.training.resuming import resume_run
 from hf_vssm_prune.training.run_log import LossWindow, RunLog
 from hf_vssm_prune.training.run_settings import describe_config, describe_image_processor
 from hf_vssm_prune.training.saved_models import SavedModels, WriteCard
@@ -167,7 +163,10 @@ class Trainer:
         self.state = TrainingState()
         self.stop_request = StopRequest()
         self._stop_agreed = False
-        self._resume()
+        if (resume := recipe.run.resume) is not None:
+            self.state = resume_run(
+                self.accelerator, self.output_dir, resume, self._parts(), self._settings(), self.log.write
+            )
 
     # Preparation
 
@@ -267,47 +266,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return results
-
-    def _resume(self) -> None:
-        resume = self.recipe.run.resume
-        folder = None if resume is None else find_resumed(self.output_dir, resume)
-        if folder is not None:
-            self.state, differing = load_checkpoint(self.accelerator, folder, self._parts(), self._settings())
-            if later := find_checkpoints(self.output_dir, after=self.state.steps):
-                raise ValueError(
-                    f"{folder} is from step {self.state.steps}, but {self.output_dir} has later checkpoints, up to "
-                    f"{later[-1].name}, from which --resume latest would resume: remove them, or copy {folder.name} to "
-                    "another --output_dir."
-                )
-            if differing:
-                self.log.write(
-                    "Each step has the same images as before, but drop path and the mixing of images use other random "
-                    f"numbers: {differing}."
-                )
-            self.log.write(f"Resuming from {folder}, after {self.state.steps} steps.")
-        elif resume is not None:
-            self.log.write(f"No checkpoint in {self.output_dir} yet: starting a new run.")
-        if resume is not None:
-            self._agree_on_progress()
-
-    def _agree_on_progress(self) -> None:
-        """Makes sure that all processes resume at the same place. On hosts that do not share a disk, each has its own
-        copy of the checkpoint, and only the first has the best model so far.
-
-        Raises:
-            ValueError: they do not.
-        """
-        steps = of_all_processes(self.accelerator, self.state.steps)
-        if len(set(steps)) > 1:
-            raise ValueError(
-                f"The processes would resume after different numbers of steps ({sorted(set(steps))}): copy the newest "
-                f"checkpoint to {self.output_dir} on each host."
-            )
-        has_best, *_ = of_all_processes(self.accelerator, (self.output_dir / "best" / CONFIG).is_file())
-        if not has_best:
-            # The checkpoint was copied from another folder, without the best model so far, or the run was killed while
-            # it replaced that model.
-            self.state.best = {}
 
     def _describe(self) -> None:
         flops = count_flops(self.plain_model.config)
