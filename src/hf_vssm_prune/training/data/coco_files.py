@@ -12,7 +12,11 @@ from hf_vssm_prune.training.data.sources import SPLIT_NAMES
 
 
 # The lists of a file, and the fields that each of their entries must have.
-PARTS = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id", "bbox"), "categories": ("id", "name")}
+PARTS = {
+    "images": ("id", "file_name"),
+    "annotations": ("image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
 
 
 def read_coco(
