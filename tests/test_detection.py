@@ -122,7 +122,9 @@ def test_labels_are_matched_by_name(kind, tmp_path, caplog):
     assert "numbers without names: '2' of the data set is treated as 'blue'" in caplog.text
     with pytest.raises(ValueError, match=r"has 3 labels .*, but the data set has 2 labels .*--ignore_mismatched_sizes"):
         dense_models.load_model(models, str(tmp_path), ["cat", "dog"])
-    new = dense_models.load_model(models, str(tmp_path), ["cat", "dog"], ignore_mismatched_sizes=True)
+    with caplog.at_level("INFO"):
+        new = dense_models.load_model(models, str(tmp_path), ["cat", "dog"], ignore_mismatched_sizes=True)
+    assert "gets new layers for the data set's classes, 2 labels ('cat', 'dog')" in caplog.text
     with torch.no_grad():
         assert new.eval()(images).logits.shape == (2, 7, 2)
     own, kept = model.state_dict(), new.state_dict()

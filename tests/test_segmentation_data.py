@@ -76,22 +76,22 @@ def test_folders_of_images_beside_masks(layout, tmp_path):
 
 def test_pascal_vocs_lists_choose_the_images(tmp_path):
     """Most of its photos have no masks, and it has a second kind of masks."""
-    voc = tmp_path / "VOC2012"
+    voc = tmp_path / "data" / "VOC2012"
     for name in ("a", "b", "c"):
         write_pair(voc / "JPEGImages" / f"{name}.jpg", voc / "SegmentationClass" / f"{name}.png")
         write_pair(voc / "JPEGImages" / f"{name}.jpg", voc / "SegmentationObject" / f"{name}.png")
-    write_pair(voc / "JPEGImages" / "unlisted.jpg", tmp_path.parent / "unlisted.png")
+    write_pair(voc / "JPEGImages" / "unlisted.jpg", tmp_path / "unlisted.png")
     lists = voc / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
     for name, stems in {"train": "a\nc\n", "val": "b\n", "trainval": "a\nb\nc\n"}.items():
         (lists / f"{name}.txt").write_text(stems)
-    datasets = load(tmp_path)
+    datasets = load(voc.parent)
     for side, stems in ((datasets.train, ["a", "c"]), (datasets.evaluation, ["b"])):
         assert [Path(row["image"]["path"]).stem for row in side.rows] == stems
         assert all("SegmentationClass" in row["mask"]["path"] for row in side.rows)
     (lists / "train.txt").write_text("a\nd\n")
     with pytest.raises(ValueError, match=r"train\.txt' lists 'd', for which there is no image"):
-        load(tmp_path)
+        load(voc.parent)
 
 
 def test_cityscapes_trained_classes_are_preferred(tmp_path):

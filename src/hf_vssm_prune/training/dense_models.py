@@ -142,6 +142,7 @@ def load_model(
     config.backbone_config.drop_path_rate = drop_path_rate
     model = _load_prepared(models, name_or_path, config, dtype)
     if match is None:
+        logger.info("%s gets new layers for the data set's classes, %s.", name_or_path, say_labels(label_names))
         return _with_new_classes(models, model, label_names)
     take_labels(model, match, name_or_path, label_names, models.class_parameters(model).values())
     return model

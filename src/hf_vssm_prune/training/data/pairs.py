@@ -109,9 +109,9 @@ def _listed(files: list[_File], folder: Path) -> list[_File]:
         by_stem.setdefault(file.path.stem, []).append(file)
     found = []
     for split, listed in lists.items():
-        for stem, file in listed:
+        for stem, list_file in listed:
             if stem not in by_stem:
-                raise ValueError(f"'{file}' lists '{stem}', for which there is no image.")
+                raise ValueError(f"'{list_file}' lists '{stem}', for which there is no image.")
             found += [each._replace(split=split) for each in by_stem[stem]]
     return found
 
