@@ -12,11 +12,13 @@ from conftest import TOKEN_PRUNING, load_script, make_plainmamba_config, make_vi
 from PIL import Image
 from tested_tasks import SMALL_DETECTOR, write_box_folder
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from transformers import pipeline
+from transformers import AutoModelForObjectDetection, ConditionalDetrConfig, DetrConfig, pipeline
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
+from hf_vssm_prune import count_flops
 from hf_vssm_prune.detections import find_objects, to_corners
 from hf_vssm_prune.families import FAMILIES
+from hf_vssm_prune.heads import auto_class_of, new_dense_model
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.saving import save_for_hub
 from hf_vssm_prune.pruned_heads import backbone_of
@@ -120,7 +122,9 @@ def test_labels_are_matched_by_name(kind, tmp_path, caplog):
     assert "numbers without names: '2' of the data set is treated as 'blue'" in caplog.text
     with pytest.raises(ValueError, match=r"has 3 labels .*, but the data set has 2 labels .*--ignore_mismatched_sizes"):
         dense_models.load_model(models, str(tmp_path), ["cat", "dog"])
-    new = dense_models.load_model(models, str(tmp_path), ["cat", "dog"], ignore_mismatched_sizes=True)
+    with caplog.at_level("INFO"):
+        new = dense_models.load_model(models, str(tmp_path), ["cat", "dog"], ignore_mismatched_sizes=True)
+    assert "gets new layers for the data set's classes, 2 labels ('cat', 'dog')" in caplog.text
     with torch.no_grad():
         assert new.eval()(images).logits.shape == (2, 7, 2)
     own, kept = model.state_dict(), new.state_dict()
@@ -140,6 +144,7 @@ def test_a_model_of_another_task_is_named(tmp_path):
         ({"input_size": [32, 32, 32]}, "a number of pixels, or height and width"),
         ({"head_channels": 12}, "--head_channels is 12: it must be a multiple of --head_attention_heads 8"),
         ({"head_channels": 48, "head": "deformable_detr"}, "--head_channels is 48: deformable_detr needs a multiple"),
+        ({"head_channels": 30, "head_attention_heads": 2}, "--head_channels is 30: rt_detr needs a multiple of 4"),
         ({"levels": [3, 1]}, "--levels is .3, 1.: it must be ascending"),
         ({"scale": [2.0, 1.0]}, "scale is .2.0, 1.0."),
         ({"scale": [0.5, 1.0, 2.0]}, "--scale is .0.5, 1.0, 2.0.: give the smallest and the largest factor"),
@@ -343,6 +348,49 @@ def test_estimate_of_a_detector(capsys):
     small = [word for name, value in SMALL_DETECTOR.items() for word in (f"--{name}", str(*np.atleast_1d(value)))]
     assert load_script("estimate").main([*options, *small, "--num_images", "1000", "--batch_size", "4"]) == 0
     assert "G to train on an image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (64, "have 84 cells. They are too small for the 90 queries of this rt_detr"),
+        (100, "100 x 100 pixels: rt_detr needs multiples of 32"),
+    ],
+)
+def test_images_of_a_size_that_a_detector_cannot_process(size, message):
+    model = make_models("rt_detr", num_queries=90, image_size=(96, 96)).from_config(make_vim_config())
+    with pytest.raises(ValueError, match=message):
+        model(pixel_values=torch.randn(1, 3, size, size))
+    with pytest.raises(ValueError, match=message):
+        count_flops(model.config, size)
+
+
+def test_levels_after_the_last_layer_are_named():
+    with pytest.raises(ValueError, match=r"`levels` are \[1, 9\], but the backbone has 4 layers"):
+        make_models("deformable_detr", levels=(1, 9)).from_config(make_vim_config())
+
+
+def test_a_detector_with_other_layers_is_refused(tmp_path):
+    parts = ("encoder", "decoder")
+    config = ConditionalDetrConfig(
+        backbone_config=make_vim_config(out_features=["stage4"]),
+        use_timm_backbone=False,
+        d_model=16,
+        **{f"{part}_layers": 1 for part in parts},
+        **{f"{part}_ffn_dim": 16 for part in parts},
+        **{f"{part}_attention_heads": 2 for part in parts},
+        num_queries=5,
+        id2label={0: "cat", 1: "dog"},
+    )
+    save_for_hub(new_dense_model(config), tmp_path)
+    message = "is a 'conditional_detr' model, which --task object-detection cannot train or evaluate"
+    with pytest.raises(ValueError, match=message):
+        dense_models.load_model(DetectionModels(), str(tmp_path), ["cat", "dog"])
+
+
+def test_detr_is_a_detector():
+    """transformers also has it in the table of models for segmentation."""
+    assert auto_class_of(DetrConfig()) is AutoModelForObjectDetection
 
 
 def test_example_batches_are_of_the_models_size():

@@ -100,7 +100,7 @@ def test_files_that_number_categories_differently_are_compared_by_name(tmp_path)
             "Annotation 0 of '.*' has the category 8, which is not",
         ),
         ({"image_id": 99, "category_id": 7, "bbox": BOX}, "Annotation 0 of '.*' belongs to image 99, which is not in"),
-        ({"image_id": 10, "category_id": 7}, "Annotation 0 of '.*' has no 'bbox'"),
+        ({"image_id": 10, "category_id": 7}, "Entry 0 of 'annotations' in '.*' has no 'bbox'"),
         ({"image_id": 10, "category_id": 7, "bbox": [1, 2, 3]}, "box 0 is .*; it must be four numbers"),
         (
             {"image_id": 10, "category_id": 7, "bbox": [9, 9, -3, 4]},
@@ -116,6 +116,35 @@ def test_what_a_coco_file_may_not_say(annotation, message, tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": [{"id": 10, "coco_url": "a/0.jpg"}]}, "Entry 10 of 'images' in '.*json' has no 'file_name'"),
+        ({"images": [{"file_name": "0.jpg"}]}, "Entry 0 of 'images' in '.*json' has no 'id'"),
+        ({"categories": [{"id": 7}]}, "Entry 7 of 'categories' in '.*json' has no 'name'"),
+        ({"categories": ["ball"]}, "'categories' of '.*json' is not a list of entries with id, name"),
+        ({"annotations": None}, "'annotations' of '.*json' is not a list"),
+        ({"images": [{"id": 10, "file_name": "0.jpg"}] * 2}, "1 ids of images in '.*json' occur several times"),
+        ({"images": [{"id": "10", "file_name": "0.jpg"}]}, "Annotation 0 of '.*json' belongs to image 10, which is"),
+    ],
+)
+def test_what_a_coco_file_must_say(changes, message, tmp_path):
+    write_image(tmp_path / "0.jpg")
+    content = coco([{"image_id": 10, "category_id": 7, "bbox": BOX}], count=1) | changes
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_a_coco_file_may_have_been_written_on_windows(tmp_path):
+    content = coco([{"image_id": number, "category_id": 7, "bbox": BOX} for number in (10, 11)], count=2)
+    for image in content["images"]:
+        write_image(tmp_path / "images" / image["file_name"])
+        image["file_name"] = f"images\\{image['file_name']}"
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    assert len(load(tmp_path, train_val_split=0.5).train) == 1
 
 
 def test_a_missing_image_is_named(tmp_path):

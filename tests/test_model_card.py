@@ -4,13 +4,19 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 from conftest import MAKE_CONFIG, NUM_CLS_TOKENS, TOKEN_PRUNING, load_script, make_video_config
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoModelForImageClassification, BitImageProcessorPil
+from transformers import (
+    AutoModelForImageClassification,
+    BitImageProcessorPil,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 
-from hf_vssm_prune import PlainMambaModel, VideoMambaConfig, VideoMambaModel, VimConfig, count_flops
+from hf_vssm_prune import PlainMambaConfig, PlainMambaModel, VideoMambaConfig, VideoMambaModel, VimConfig, count_flops
 from hf_vssm_prune.hub import (
     Evaluation,
     Measurement,
@@ -306,6 +312,19 @@ def test_a_dense_figure_of_every_published_model(family) -> None:
 
 def test_published_vim_with_overlapping_patches_is_recognised() -> None:
     assert published_model(VimConfig.from_preset("S", patch_stride=8)) is VimConfig.published["S"]
+
+
+def test_cards_of_published_segmentation_models_show_their_results() -> None:
+    backbone = PlainMambaConfig.from_preset("L3", out_features=["stage9", "stage18", "stage27", "stage36"])
+    with torch.device("meta"):
+        model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, num_labels=150))
+    text = create_model_card(model, ModelCardInfo("l3-upernet")).text
+    assert "For the same architecture on ADE20K." in text
+    assert "| method | mIoU (%) |" in text
+    assert "| dense | 49.1 | – | repository of PlainMamba's authors |" in text
+    assert "| token pruning with alignment | 48.6 | – | ToP, arXiv 2409.18962 |" in text
+    for options in ({"num_labels": 11}, {"num_labels": 150, "hidden_size": 64}):
+        assert published_model(UperNetConfig(backbone_config=backbone, **options)) is None
 
 
 def test_published_video_mambas_of_every_size_are_recognised() -> None:

@@ -32,6 +32,7 @@ from hf_vssm_prune.training.arguments import (
     OptimizationArguments,
     PruningArguments,
     RunArguments,
+    ScaleArguments,
     ScratchOptimizationArguments,
     TeacherArguments,
     parse_arguments,
@@ -404,13 +405,15 @@ def test_recipes_say_what_they_set(recipe):
     if not is_pruned:
         types = [DenseModelArguments, TeacherArguments, ScratchOptimizationArguments]
     task = choose_task(["--recipe", str(recipe)])
-    types += [TaskArguments, DataArguments, task.training_arguments, ElasticArguments, RunArguments]
+    types += [TaskArguments, DataArguments, task.training_arguments, ElasticArguments, ScaleArguments, RunArguments]
     needed = ["--dataset_name", "d", "--output_dir", "o"]
     if "family" not in values:
         needed += ["--model_name_or_path", "m"]
     parsed = parse(types, "--recipe", str(recipe), *needed)
     assert {name: parsed[name] for name in values} == values
     assert parse(types, *needed, "--recipe", str(recipe), "--batch_size", "3")["per_device_train_batch_size"] == 3
+    if recipe.stem.startswith("upernet_"):  # as in the authors' configurations
+        assert (parsed["auxiliary_channels"], parsed["batch_norm"]) == (256, "sync")
 
 
 def test_a_recipe_is_found_by_its_name_anywhere(tmp_path, monkeypatch):

@@ -109,6 +109,11 @@ def test_an_evaluation_counts_all_windows_and_times_whole_batches(monkeypatch):
     assert make_task().parts((32, 80)) == [(32, 80)]
 
 
+def test_masks_without_a_class_have_no_metrics():
+    with pytest.raises(ValueError, match="No pixel of the evaluated masks has a class"):
+        SemanticSegmentation().metrics([torch.zeros(2, 3, 4, dtype=torch.int64)])
+
+
 def test_windows_leave_no_gap():
     assert MaskArguments(window=[8, 16], window_stride=[8, 12]).windows() == ((8, 16), (8, 12))
     with pytest.raises(ValueError, match=r"--window_stride is \[12\]: it must be at most --window \[16, 8\]"):

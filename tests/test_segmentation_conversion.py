@@ -160,6 +160,18 @@ def make_small_official(**changes):
     return model, convert_to_official_state_dict(config, model.state_dict())
 
 
+@pytest.mark.parametrize("form", [lambda names: {"CLASSES": names}, lambda names: {"dataset_meta": {"classes": names}}])
+def test_names_of_classes_are_those_in_the_file(form, tmp_path):
+    _, official = make_small_official()
+    names = ("sky", "road", "car", "tree", "wall")
+    torch.save({"state_dict": official, "meta": form(names)}, tmp_path / "upernet.pth")
+    config = load_official_model(tmp_path / "upernet.pth").config
+    assert config.id2label == dict(enumerate(names))
+    assert config.label2id["car"] == 2
+    torch.save({"state_dict": official, "meta": form(names[:2])}, tmp_path / "other.pth")
+    assert load_official_model(tmp_path / "other.pth").config.id2label[0] == "LABEL_0"
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"use_auxiliary_head": False}, {"auxiliary_num_convs": 2, "auxiliary_concat_input": True}]
 )

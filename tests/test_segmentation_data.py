@@ -75,6 +75,37 @@ def test_folders_of_images_beside_masks(layout, tmp_path):
         assert np.abs(pixels[..., 0].astype(int) - 100 * ids).mean() < 15  # of this very image, but for JPEG
 
 
+def test_pascal_vocs_lists_choose_the_images(tmp_path):
+    """Most of its photos have no masks, and it has a second kind of masks."""
+    voc = tmp_path / "data" / "VOC2012"
+    for name in ("a", "b", "c"):
+        write_pair(voc / "JPEGImages" / f"{name}.jpg", voc / "SegmentationClass" / f"{name}.png")
+        write_pair(voc / "JPEGImages" / f"{name}.jpg", voc / "SegmentationObject" / f"{name}.png")
+    write_pair(voc / "JPEGImages" / "unlisted.jpg", tmp_path / "unlisted.png")
+    lists = voc / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for name, stems in {"train": "a\nc\n", "val": "b\n", "trainval": "a\nb\nc\n"}.items():
+        (lists / f"{name}.txt").write_text(stems)
+    datasets = load(voc.parent)
+    for side, stems in ((datasets.train, ["a", "c"]), (datasets.evaluation, ["b"])):
+        assert [Path(row["image"]["path"]).stem for row in side.rows] == stems
+        assert all("SegmentationClass" in row["mask"]["path"] for row in side.rows)
+    (lists / "train.txt").write_text("a\nd\n")
+    with pytest.raises(ValueError, match=r"train\.txt' lists 'd', for which there is no image"):
+        load(voc.parent)
+
+
+def test_cityscapes_trained_classes_are_preferred(tmp_path):
+    for split in ("train", "val"):
+        for kind in ("labelIds", "labelTrainIds", "color", "instanceIds"):
+            write_pair(
+                tmp_path / "leftImg8bit" / split / "ulm" / "a_leftImg8bit.png",
+                tmp_path / "gtFine" / split / "ulm" / f"a_gtFine_{kind}.png",
+            )
+    rows = load(tmp_path).train.rows
+    assert [Path(row["mask"]["path"]).name for row in rows] == ["a_gtFine_labelTrainIds.png"]
+
+
 def test_a_part_is_set_apart_where_there_is_no_split(tmp_path):
     for i in range(10):
         write_pair(tmp_path / "images" / f"{i}.png", tmp_path / "labels" / f"{i}.png")

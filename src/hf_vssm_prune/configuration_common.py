@@ -42,6 +42,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         presets: options of the published models by name.
         published: location of the weights of these models, and results reported in papers, by the same names.
         published_images: the same for image models, in a family whose presets are video models.
+        published_segmentation: the same for the presets with UPerNet as the head.
         paper: the family's paper.
         cls_token: position of the class token among the patches: "none", "middle" or "first".
         num_scans: number of scans with their own parameters, which is also the number of Δ, B and C per token.
@@ -82,6 +83,7 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     published: ClassVar[dict[str, PublishedModel]] = {}
     published_images: ClassVar[dict[str, PublishedModel]] = {}
+    published_segmentation: ClassVar[dict[str, PublishedModel]] = {}
     paper: ClassVar[Paper]
     cls_token: ClassVar[str] = "none"
     num_scans: ClassVar[int] = 1

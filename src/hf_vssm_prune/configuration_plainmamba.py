@@ -12,6 +12,20 @@ from .flops import FlopCount, count_projections, count_scans
 from .publication import PLAINMAMBA_REPOSITORY, STORM, TOP, TOP_REDUCTION, Paper, PublishedModel, PublishedResult
 
 
+def _upernet(*results: PublishedResult) -> PublishedModel:
+    """With UPerNet on ADE20K: trained on crops of 512 pixels, with position embeddings for 224."""
+    return PublishedModel(
+        "ChenhongyiYang/PlainMamba",
+        {"flops_reduction": TOP_REDUCTION, "method": "top"},
+        results,
+        dataset="ADE20K",
+        dataset_id="zhoubolei/scene_parse_150",
+        metric="mIoU",
+        options={"num_labels": 150},
+        sizes=({}, {"image_size": 512}),
+    )
+
+
 @strict
 class PlainMambaConfig(VisionMambaConfig):
     """Configuration of PlainMamba (arXiv 2403.17695), with token pruning (ToP, arXiv 2409.18962).
@@ -66,6 +80,14 @@ class PlainMambaConfig(VisionMambaConfig):
                 PublishedResult("ToMe without training", STORM, 76.1, "9.7 G"),
                 PublishedResult("EViT without training", STORM, 75.2, "9.7 G"),
             ),
+        ),
+    }
+    published_segmentation: ClassVar[dict[str, PublishedModel]] = {
+        "L1": _upernet(PublishedResult("dense", PLAINMAMBA_REPOSITORY, 44.1)),
+        "L2": _upernet(PublishedResult("dense", PLAINMAMBA_REPOSITORY, 46.8)),
+        "L3": _upernet(
+            PublishedResult("dense", PLAINMAMBA_REPOSITORY, 49.1),
+            PublishedResult("token pruning with alignment", TOP, 48.6),
         ),
     }
     paper: ClassVar[Paper] = Paper(

@@ -25,6 +25,7 @@ from . import conversion_upernet as upernet
 from .configuration_common import VisionMambaConfig, pruned_config
 from .documentation import see
 from .families import FAMILIES, Family, ImageClassifier
+from .label_maps import complete_label_maps
 from .modeling_common import is_pruning_parameter
 from .pruned_heads import backbone_of
 
@@ -98,7 +99,8 @@ def load_official_model(
     """Loads a published `.pth` or `.safetensors` file as an image classifier in evaluation mode, without changing its
     tensors.
 
-    An mmsegmentation file with a decode head becomes transformers' `UperNetForSemanticSegmentation`.
+    An mmsegmentation file with a decode head becomes transformers' `UperNetForSemanticSegmentation`. The names of the
+    classes are those that the file contains, see `class_names`.
 
     Args:
         path: path of the file.
@@ -114,8 +116,13 @@ def load_official_model(
         FileNotFoundError: there is no such file.
         ValueError: it is not a complete checkpoint of a known family; the message says what is wrong.
     """
-    state_dict = extract_state_dict(load_checkpoint(path), ema)
+    checkpoint = load_checkpoint(path)
+    state_dict = extract_state_dict(checkpoint, ema)
     config = infer_config(state_dict, family or _family_named(path, state_dict), **overrides)
+    names = class_names(checkpoint)
+    if len(names) == config.num_labels and not {"id2label", "label2id"} & overrides.keys():
+        for option, labels in complete_label_maps({"id2label": names}).items():
+            setattr(config, option, labels)
     with torch.device("meta"):
         model = _make_dense_model(config)
     model.load_state_dict(convert_official_state_dict(config, state_dict), assign=True)
@@ -218,6 +225,20 @@ def extract_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict
     if not tensors:
         raise ValueError(f"the checkpoint contains no tensors; it has {sorted(map(str, found))[:20]}.")
     return {WRAPPERS.sub("", key): tensor for key, tensor in tensors.items() if key != AVERAGED}
+
+
+def class_names(checkpoint: Mapping[str, Any]) -> list[str]:
+    """The names of the classes that OpenMMLab's training code saves next to the weights; empty if there are none.
+
+    Args:
+        checkpoint: the file's content.
+    """
+    meta = checkpoint.get("meta")
+    if not isinstance(meta, Mapping):
+        return []
+    newer = meta.get("dataset_meta")
+    names = meta.get("CLASSES") or (newer.get("classes") if isinstance(newer, Mapping) else None)
+    return list(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else []
 
 
 def _has_swapped_ema(checkpoint: Mapping[str, Any]) -> bool:

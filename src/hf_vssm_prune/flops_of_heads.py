@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from . import flops
 from .configuration_common import has_head, pruned_config
 from .flops import FlopCount, ModelFlops
-from .heads import auto_class_of
+from .heads import auto_class_of, check_image_size
 from .pruned_heads import backbone_of
 from .pruned_outputs import PrunedBackboneOutput
 
@@ -30,7 +30,7 @@ def count_flops(
         block_fraction: see `flops.count_flops`.
 
     Raises:
-        ValueError: the inputs are smaller than a patch.
+        ValueError: the inputs are smaller than a patch, or the head cannot process them, see `heads.check_image_size`.
     """
     backbone = pruned_config(config)
     count = flops.count_flops(backbone, image_size, block_fraction)
@@ -49,7 +49,12 @@ def _with_head(count: FlopCount, head: int) -> FlopCount:
 
 
 def count_head(config: PreTrainedConfig, image_size: tuple[int, int]) -> int:
-    """Multiply-adds of the linear layers, convolutions and matrix products of a head, and of the backbone's pyramid."""
+    """Multiply-adds of the linear layers, convolutions and matrix products of a head, and of the backbone's pyramid.
+
+    Raises:
+        ValueError: the head cannot process images of this size.
+    """
+    check_image_size(config, *image_size)
     try:
         return _count_head(config, image_size, "meta")
     except (RuntimeError, NotImplementedError):  # a head may look at values, or make tensors on the CPU

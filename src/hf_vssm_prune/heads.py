@@ -18,11 +18,11 @@ from .pruned_heads import backbone_of, prunable
 from .token_pruning import split_token
 
 
-# In the order in which they are tried for a configuration.
+# In the order in which they are tried for a configuration. DETR is first of all a detector.
 DENSE_AUTO_CLASSES: tuple[Any, ...] = (
     AutoModelForSemanticSegmentation,
-    AutoModelForUniversalSegmentation,
     AutoModelForObjectDetection,
+    AutoModelForUniversalSegmentation,
 )
 # Parts that a backbone has and a classifier does not.
 OF_BACKBONES = ("hidden_states_norms.", "feature_pyramid.")
@@ -52,6 +52,32 @@ def new_dense_model(config: PreTrainedConfig, **options: Any) -> Any:
         ValueError: there is no such model, or its backbone is not of this package.
     """
     return prunable(auto_class_of(config).from_config(config, **options))
+
+
+def check_image_size(config: PreTrainedConfig, height: int, width: int) -> None:
+    """Raises an error for images of which a detector like RT-DETR cannot make its feature maps, or not enough cells for
+    its queries.
+
+    Args:
+        config: configuration of a model with a head.
+        height, width: size of the images in pixels.
+
+    Raises:
+        ValueError: a side is not a multiple of the largest stride, or there are more queries than cells.
+    """
+    strides = getattr(config, "feat_strides", None)
+    if strides is None:
+        return
+    if height % max(strides) or width % max(strides):
+        raise ValueError(
+            f"The images are {height} x {width} pixels: {config.model_type} needs multiples of {max(strides)}."
+        )
+    cells = sum((height // stride) * (width // stride) for stride in strides)
+    if cells < config.num_queries:
+        raise ValueError(
+            f"The images are {height} x {width} pixels, for which the feature maps have {cells} cells. They are too "
+            f"small for the {config.num_queries} queries of this {config.model_type}, each of which starts at a cell."
+        )
 
 
 @torch.no_grad()

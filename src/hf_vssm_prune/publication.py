@@ -23,11 +23,12 @@ class Paper(NamedTuple):
 
 
 class PublishedResult(NamedTuple):
-    """One row of a paper's table: top-1 in percent, and FLOPs in the form given by the paper, if it reports them."""
+    """One row of a paper's table: the metric in percent, and FLOPs in the form given by the paper, if it reports
+    them."""
 
     method: str
     source: str
-    top1: float
+    value: float
     flops: str | None = None
 
 
@@ -40,6 +41,7 @@ class PublishedModel(NamedTuple):
         results: results reported in papers.
         dataset: name of the data set of these results.
         dataset_id: its id on the Hub.
+        metric: name of their metric.
         options: options of the configuration that override those of the preset.
         sizes: sizes of the inputs in these results, each as options that override the preset's.
     """
@@ -49,6 +51,7 @@ class PublishedModel(NamedTuple):
     results: tuple[PublishedResult, ...] = ()
     dataset: str = "ImageNet-1k"
     dataset_id: str = "ILSVRC/imagenet-1k"
+    metric: str = "top-1"
     options: Mapping[str, Any] = MappingProxyType({})
     sizes: tuple[Mapping[str, Any], ...] = (MappingProxyType({}),)
 

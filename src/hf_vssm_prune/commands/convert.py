@@ -79,7 +79,11 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     group.add_argument(
         "--num_frames", type=int, help="number of frames for VideoMamba; converts an image model to a video model"
     )
-    group.add_argument("--id2label", type=Path, help="label names: JSON (list or dict), or text with one name per line")
+    group.add_argument(
+        "--id2label",
+        type=Path,
+        help="label names: JSON (list or dict), or text with one name per line; default: those in the checkpoint",
+    )
     # All families were evaluated with ImageNet's statistics, after bicubic resizing of the shorter edge to 256.
     group.add_argument("--image_mean", type=float, nargs="+", help="mean of each channel; default: ImageNet's")
     group.add_argument(

@@ -241,7 +241,7 @@ def create_model_card(
     """
     config, flops = pruned_config(model.config), count_flops(model.config)
     _check_evaluation(info.evaluation, is_pruned=config.token_pruning is not None)
-    published = published_model(config) if _is_classifier(model) else None
+    published = published_model(model.config) if _is_classifier(model) or has_head(model.config) else None
     return ModelCard.from_template(
         _metadata(model, info, has_image_processor=image_processor is not None),
         template_path=str(TEMPLATE),

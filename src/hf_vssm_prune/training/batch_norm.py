@@ -1,5 +1,6 @@
 """The statistics that batch norm uses in training. PlainMamba has batch norm in its stem and, in L1, after the
-depthwise convolution that follows the first layer; Vim has none."""
+depthwise convolution that follows the first layer; Vim has none. Most heads for segmentation
+and detection have it."""
 
 import torch
 from torch import nn

@@ -87,7 +87,15 @@ def backbone_of_levels(
     backbone: VisionMambaConfig, levels: Sequence[int], feature_norm: str, feature_pyramid: str | None
 ) -> VisionMambaConfig:
     """A backbone's configuration from a classifier's. The outputs of the given layers, counted from 1, are its feature
-    maps."""
+    maps.
+
+    Raises:
+        ValueError: there are not that many layers.
+    """
+    if max(levels) > backbone.num_hidden_layers:
+        raise ValueError(
+            f"`levels` are {list(levels)}, but the backbone has {backbone.num_hidden_layers} layers, counted from 1."
+        )
     options = {name: value for name, value in backbone.to_dict().items() if name not in OF_CLASSIFIERS}
     options |= {
         "out_features": [f"stage{level}" for level in levels],
@@ -119,7 +127,7 @@ def load_model(
 
     Raises:
         ValueError: it has other classes and `ignore_mismatched_sizes` is not set; it is a classifier and is to be
-            evaluated; or it is a model for another task.
+            evaluated; it is a model for another task; or its head is unknown.
     """
     config = load_config(name_or_path)
     if not has_head(config):
@@ -132,10 +140,22 @@ def load_model(
     own_names = names_by_id(config.id2label)
     match = match_or_renew(name_or_path, own_names, label_names, ignore_mismatched_sizes, some_labels)
     config.backbone_config.drop_path_rate = drop_path_rate
-    model = models.prepare(load_dense_model(name_or_path, config=config, dtype=dtype))
+    model = _load_prepared(models, name_or_path, config, dtype)
     if match is None:
+        logger.info("%s gets new layers for the data set's classes, %s.", name_or_path, say_labels(label_names))
         return _with_new_classes(models, model, label_names)
     take_labels(model, match, name_or_path, label_names, models.class_parameters(model).values())
+    return model
+
+
+def _load_prepared(models: DenseModels, name_or_path: str, config: Any, dtype: str) -> Any:
+    model = models.prepare(load_dense_model(name_or_path, config=config, dtype=dtype))
+    # A head with other layers may also have other outputs, such as a class for "no object".
+    if not models.class_parameters(model):
+        raise ValueError(
+            f"{name_or_path} is a {config.model_type!r} model, which --task {models.task} cannot train or evaluate: "
+            "its layers with one row per class are unknown."
+        )
     return model
 
 
@@ -192,7 +212,7 @@ def load_teacher(
     label_names = names_by_id(student.id2label)
     match = match_teacher(name_or_path, names_by_id(config.id2label), label_names, losses)
     check_states(name_or_path, config.backbone_config, student.backbone_config, losses, "patch_spacing")
-    teacher = models.prepare(load_dense_model(name_or_path, config=config, dtype=dtype))
+    teacher = _load_prepared(models, name_or_path, config, dtype)
     teacher.set_token_pruning(None)
     if match is not None:
         take_labels(teacher, match, name_or_path, label_names, models.class_parameters(teacher).values())

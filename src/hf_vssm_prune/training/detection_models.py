@@ -9,6 +9,7 @@ from transformers import AutoModelForObjectDetection, BaseImageProcessor, Deform
 
 from hf_vssm_prune.configuration_common import VisionMambaConfig
 from hf_vssm_prune.feature_pyramid import PYRAMID_STRIDES
+from hf_vssm_prune.heads import check_image_size
 from hf_vssm_prune.label_maps import complete_label_maps
 from hf_vssm_prune.pruned_heads import prunable
 from hf_vssm_prune.training.dense_models import DenseModels, backbone_of_levels, quarters, statistics_of
@@ -152,7 +153,13 @@ class DetectionModels(DenseModels):
     def prepare(self, model: Any) -> Any:
         model = prunable(model)
         model.loss_function = FiniteLoss(model.loss_function)
+        model.register_forward_pre_hook(_check_inputs, with_kwargs=True)
         return model
+
+
+def _check_inputs(model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    pixel_values = arguments[0] if arguments else options["pixel_values"]
+    check_image_size(model.config, *pixel_values.shape[-2:])
 
 
 def detection_processor(image_processor: BaseImageProcessor, size: tuple[int, int] | None) -> BaseImageProcessor:

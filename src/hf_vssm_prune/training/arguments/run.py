@@ -93,8 +93,8 @@ class ScaleArguments:
     batch_norm: str = field(
         default="local",
         metadata=describe(
-            "batch norm statistics of PlainMamba in training: per device, frozen, or synchronised over devices (GPU "
-            "only)",
+            "batch norm statistics of PlainMamba and of heads in training: per device, frozen, or synchronised over "
+            "devices (GPU only)",
             choices=BATCH_NORM_MODES,
         ),
     )

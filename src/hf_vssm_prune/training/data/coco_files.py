@@ -2,16 +2,21 @@
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_vssm_prune.training.data.objects import ImageObjects
 from hf_vssm_prune.training.data.sources import SPLIT_NAMES
 
 
-PARTS = ("images", "annotations", "categories")
+# The lists of a file, and the fields that each of their entries must have.
+PARTS = {
+    "images": ("id", "file_name"),
+    "annotations": ("image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
 
 
 def read_coco(
@@ -25,8 +30,8 @@ def read_coco(
         files, images: JSON files and images in it.
 
     Raises:
-        ValueError: a file cannot be read, two files belong to the same split, an image is missing, or an object has no
-            category.
+        ValueError: a file cannot be read, two files belong to the same split, an entry lacks a field, an image is
+            missing, or an object has no category.
     """
     contents = {file: content for file in files if file.suffix.lower() == ".json" and (content := _read(file))}
     files_of_split: dict[str, Path] = {}
@@ -41,7 +46,7 @@ def read_coco(
     # By name, because the files of two splits may have numbered the same categories differently.
     numbers: dict[str, int] = {}
     for content in contents.values():
-        used = {each.get("category_id") for each in content["annotations"]}
+        used = {each["category_id"] for each in content["annotations"]}
         for number, name in _names_of(content).items():
             if number in used:
                 numbers.setdefault(name, number)
@@ -61,7 +66,16 @@ def _read(file: Path) -> dict[str, Any] | None:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"'{file}' cannot be read as JSON: {error}") from error
-    return content if isinstance(content, dict) and all(name in content for name in PARTS) else None
+    if not isinstance(content, dict) or not all(name in content for name in PARTS):
+        return None
+    for part, fields in PARTS.items():
+        entries = content[part]
+        if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+            raise ValueError(f"'{part}' of '{file}' is not a list of entries with {', '.join(fields)}.")
+        for number, each in enumerate(entries):
+            if missing := [field for field in fields if each.get(field) is None]:
+                raise ValueError(f"Entry {each.get('id', number)} of '{part}' in '{file}' has no '{missing[0]}'.")
+    return content
 
 
 def _split_of(file: Path) -> str:
@@ -76,17 +90,17 @@ def _split_of(file: Path) -> str:
 def _rows(file: Path, split: str, content: dict[str, Any], places: "_Places") -> list[ImageObjects]:
     names = _names_of(content)
     objects: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    known = {image["id"] for image in content["images"]}
+    counts = Counter(image["id"] for image in content["images"])
+    if twice := [number for number, count in counts.items() if count > 1]:
+        raise ValueError(f"{len(twice)} ids of images in '{file}' occur several times; the first is {twice[0]!r}.")
     for each in content["annotations"]:
-        label, number = each.get("category_id"), each.get("id")
+        label, number = each["category_id"], each.get("id")
         if label not in names:
-            raise ValueError(f"Annotation {number} of '{file}' has the category {label}, which is not in the file.")
-        if each.get("image_id") not in known:
+            raise ValueError(f"Annotation {number} of '{file}' has the category {label!r}, which is not in the file.")
+        if each["image_id"] not in counts:
             raise ValueError(
-                f"Annotation {number} of '{file}' belongs to image {each.get('image_id')}, which is not in the file."
+                f"Annotation {number} of '{file}' belongs to image {each['image_id']!r}, which is not in the file."
             )
-        if "bbox" not in each:
-            raise ValueError(f"Annotation {number} of '{file}' has no 'bbox'.")
         crowd = bool(each.get("iscrowd"))
         objects[each["image_id"]].append({"bbox": each["bbox"], "category": names[label], "iscrowd": crowd})
     found = [(places.find(image["file_name"], file, split), objects[image["id"]]) for image in content["images"]]
@@ -107,10 +121,8 @@ class _Places:
     def find(self, file_name: str, beside: Path, split: str) -> Path | None:
         """The file whose path ends with this name; if there are several, the one in the JSON file's split or the
         nearest one."""
-        wanted = Path(file_name).parts
-        found = [
-            image for image in self._by_name.get(Path(file_name).name, ()) if image.parts[-len(wanted) :] == wanted
-        ]
+        wanted = PurePosixPath(file_name.replace("\\", "/")).parts  # the file may have been written on Windows
+        found = [image for image in self._by_name.get(wanted[-1], ()) if image.parts[-len(wanted) :] == wanted]
 
         def rank(image: Path) -> tuple[bool, int]:
             return _split_of(image.relative_to(self._folder)) != split, _distance(image, beside)

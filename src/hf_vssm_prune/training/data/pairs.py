@@ -11,6 +11,7 @@ from datasets import DatasetDict, Features, Image
 from hf_vssm_prune.training.data.media import IMAGES
 from hf_vssm_prune.training.data.sources import SPLIT_NAMES, find_files, find_saved
 from hf_vssm_prune.training.data.stored_files import stored_file, stored_splits
+from hf_vssm_prune.training.data.voc_files import listed_images
 
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ MASK_ENDS = re.compile(
 )
 IMAGE_ENDS = re.compile(r"[ _-](leftimg8bit|image|img|photo)$", re.IGNORECASE)
 LOSSY = {".jpg", ".jpeg", ".webp"}  # such files are never masks
+# Pascal VOC's masks of objects, which are not masks of classes.
+OTHER_FOLDERS = {"segmentationobject"}
+# Cityscapes' masks of all classes, and of those that are trained; if there are both, the second.
+ALL_IDS, TRAIN_IDS = "_labelIds", "_labelTrainIds"
 
 
 class _File(NamedTuple):
@@ -53,12 +58,13 @@ def load_pair_folder(folder: Path) -> DatasetDict:
     """The columns "image" and "mask" of a folder of images with one mask each.
 
     Images and masks are in separate folders ("images" and "masks", "annotations" or "labels", inside or around the
-    folders of splits), or next to each other: `a.jpg` and `a.png`, `a.png` and `a_mask.png`.
+    folders of splits), or next to each other: `a.jpg` and `a.png`, `a.png` and `a_mask.png`. If there are Pascal VOC's
+    lists in `ImageSets/Segmentation`, only the images in these lists are used.
 
     Raises:
-        ValueError: an image has no mask or several, or there are no images.
+        ValueError: an image has no mask or several, there are no images, or an image in a list is missing.
     """
-    files = _describe_files(folder)
+    files = _listed(_describe_files(folder), folder)
     images = sorted((file for file in files if not file.is_mask), key=lambda file: (file.split, file.key, file.path))
     masks = [file for file in files if file.is_mask]
     if not images or not masks:
@@ -93,6 +99,23 @@ def load_pair_folder(folder: Path) -> DatasetDict:
     return stored_splits(columns, features)
 
 
+def _listed(files: list[_File], folder: Path) -> list[_File]:
+    """The files that Pascal VOC's lists name, in the splits of these lists; all files if there are no lists."""
+    lists = listed_images(find_files(folder)[0], "Segmentation")
+    if not lists:
+        return files
+    by_stem: dict[str, list[_File]] = {}
+    for file in files:
+        by_stem.setdefault(file.path.stem, []).append(file)
+    found = []
+    for split, listed in lists.items():
+        for stem, list_file in listed:
+            if stem not in by_stem:
+                raise ValueError(f"'{list_file}' lists '{stem}', for which there is no image.")
+            found += [each._replace(split=split) for each in by_stem[stem]]
+    return found
+
+
 def _find_partners(images: Sequence[_File], masks: Sequence[_File]) -> dict[Path, set[Path]]:
     """The masks of each image. A mask with the name of an image belongs to no other image: in separate folders, names
     may end in "_l" or "_img" on both sides."""
@@ -113,7 +136,13 @@ def _find_partners(images: Sequence[_File], masks: Sequence[_File]) -> dict[Path
 
 
 def _describe_files(folder: Path) -> list[_File]:
-    paths = sorted(file for file in find_files(folder)[0] if file.suffix.lower() in IMAGES.suffixes())
+    paths = sorted(
+        file
+        for file in find_files(folder)[0]
+        if file.suffix.lower() in IMAGES.suffixes() and file.parent.name.lower() not in OTHER_FOLDERS
+    )
+    trained = {path.with_name(path.name.replace(TRAIN_IDS, ALL_IDS)) for path in paths if TRAIN_IDS in path.name}
+    paths = [path for path in paths if path not in trained]
     photos = {path.with_suffix("") for path in paths if path.suffix.lower() in LOSSY}
     return [_describe_file(folder, path, photos) for path in paths]
 

@@ -77,22 +77,36 @@ def _split_of(folder: Path, file: Path) -> str:
 
 
 def _splits(folder: Path, files: Sequence[Path], annotations: list[Path]) -> dict[str, list[Path]]:
-    lists: dict[str, list[Path]] = {}  # a folder of several years has several lists of the same name
-    for file in files:
-        if file.suffix == ".txt" and file.parent.name == "Main":
-            lists.setdefault(file.stem, []).append(file)
     by_stem: dict[str, list[Path]] = {}
     for file in annotations:
         by_stem.setdefault(file.stem, []).append(file)
-    splits: dict[str, list[Path]] = {}
-    for split, names in LISTS.items():
-        for name in names:
-            if split not in splits and name in lists:
-                splits[split] = [_listed(stem, by_stem, file) for file in lists[name] for stem in _stems(file)]
+    splits: dict[str, list[Path]] = {
+        split: [_listed(stem, by_stem, file) for stem, file in listed]
+        for split, listed in listed_images(files, "Main").items()
+    }
     if splits:
         return splits
     for file in annotations:
         splits.setdefault(_split_of(folder, file), []).append(file)
+    return splits
+
+
+def listed_images(files: Sequence[Path], kind: str) -> dict[str, list[tuple[str, Path]]]:
+    """The images of each split, as names without a suffix, and the lists in which they are; nothing if there are no
+    lists.
+
+    Args:
+        files: all files of the data set.
+        kind: folder of the lists in `ImageSets`: `Main` for objects, `Segmentation` for masks.
+    """
+    lists: dict[str, list[Path]] = {}  # a folder of several years has several lists of the same name
+    for file in files:
+        if file.suffix == ".txt" and file.parent.name == kind:
+            lists.setdefault(file.stem, []).append(file)
+    splits: dict[str, list[tuple[str, Path]]] = {}
+    for split, names in LISTS.items():
+        if name := next((name for name in names if name in lists), None):
+            splits[split] = [(stem, file) for file in lists[name] for stem in _stems(file)]
     return splits
 
 

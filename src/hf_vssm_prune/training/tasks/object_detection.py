@@ -114,8 +114,9 @@ class DetectionHeadArguments:
                 f"--head_channels is {self.head_channels}: it must be a multiple of --head_attention_heads "
                 f"{self.head_attention_heads}."
             )
-        if self.head == "deformable_detr" and self.head_channels % 32:
-            raise ValueError(f"--head_channels is {self.head_channels}: deformable_detr needs a multiple of 32.")
+        multiple = {"rt_detr": 4, "deformable_detr": 32}[self.head]  # for sines of positions, and group norm
+        if self.head_channels % multiple:
+            raise ValueError(f"--head_channels is {self.head_channels}: {self.head} needs a multiple of {multiple}.")
         if self.head == "deformable_detr" and self.decoder_layers == 1:
             raise ValueError("--decoder_layers is 1: transformers' deformable_detr needs at least 2.")
         check_levels(self.levels)

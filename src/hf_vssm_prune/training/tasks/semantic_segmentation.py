@@ -299,7 +299,10 @@ class SemanticSegmentation(DenseTask):
     def metrics(self, scores: Sequence[Scores]) -> dict[str, float]:
         from hf_vssm_prune.metrics.mean_iou.mean_iou import iou_from_areas
 
-        metrics = iou_from_areas(torch.cat(list(scores)).sum(dim=0).numpy())  # type: ignore[arg-type]
+        areas = torch.cat(list(scores)).sum(dim=0).numpy()  # type: ignore[arg-type]
+        if not areas[2].any():
+            raise ValueError("No pixel of the evaluated masks has a class, so there is nothing to compare with.")
+        metrics = iou_from_areas(areas)
         return {name: metrics[name] for name in self.shown_metrics}
 
     def _areas(self, predicted: Tensor, labels: Tensor, num_labels: int) -> Tensor:
