@@ -14,7 +14,7 @@ from hf_vssm_prune.pruned_heads import backbone_of
 
 
 # Biases, norms and D have one dimension, so they are not listed here.
-NO_DECAY_NAMES = ("A_log", "D", "class_token")
+NO_DECAY_NAMES = ("A_log", "D", "direction_B", "class_token")
 NO_DECAY_ENDING = "_embeddings"  # of positions and times
 LEARNING_RATE_SCHEDULES = ("cosine", "linear", "constant")
 
@@ -24,8 +24,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Parameter groups with and without weight decay and, with `layer_decay`, for each depth.
 
-    There is no weight decay on norms, biases, `A_log`, `D`, embeddings of positions and times, the class token and all
-    other parameters with one dimension.
+    There is no weight decay on norms, biases, `A_log`, `D`, PlainMamba's `direction_B`, embeddings of positions and
+    times, the class token and all other parameters with one dimension.
 
     Args:
         model: a model of this package, with any head.
