@@ -113,6 +113,17 @@ def test_gradients_of_accumulated_batches_are_those_of_one_batch(datasets, tmp_p
     assert logged["loss"] == pytest.approx(total, rel=1e-5)
 
 
+def test_the_teacher_runs_in_mixed_precision_as_in_the_loop(datasets, tmp_path):  # noqa: F811
+    config = make_vim_config(token_pruning=dict(TOKEN_PRUNING))
+    options = arguments(tmp_path, max_steps=1, bf16=True)
+    trainer = TokenPruningTrainer(make_model(config), options, train_dataset=images_of(datasets.train, config))
+    outputs = {}
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher)):
+        model.classifier.register_forward_hook(lambda *call, name=name: outputs.update({name: call[-1].dtype}))
+    trainer.train()
+    assert outputs == {"student": torch.bfloat16, "teacher": torch.bfloat16}
+
+
 def accuracy(prediction) -> dict[str, float]:
     return load_metric("top_k_accuracy").compute(
         predictions=prediction.predictions.argmax(-1), references=prediction.label_ids

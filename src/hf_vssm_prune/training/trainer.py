@@ -137,7 +137,10 @@ class TokenPruningTrainer(transformers.Trainer):
         layers, block_keep_ratio = what_is_pruned(schedule)
         keywords = self.task.inputs(batch) | self.losses.model_options(block_keep_ratio)
         outputs = model(**keywords, **drawn)
-        teacher = None if self.teacher is None else run_teacher(self.teacher, keywords)
+        teacher = None
+        if self.teacher is not None:
+            with self.accelerator.autocast():  # the student's forward pass has its own
+                teacher = run_teacher(self.teacher, keywords)
         terms = training_loss(self.task, outputs, teacher, batch, self.losses, layers, block_keep_ratio)
         loss = terms.pop("loss")
         for name, value in terms.items():
