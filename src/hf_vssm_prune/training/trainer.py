@@ -176,8 +176,8 @@ class TokenPruningTrainer(transformers.Trainer):
     # The optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Excludes norms, biases, `A_log`, `D`, `direction_B`, the class token and embeddings of positions and times from
-        weight decay."""
+        """Excludes norms, biases, `A_log`, `D`, `direction_B`, the class token and embeddings of positions and times
+        from weight decay."""
         return [name for name, parameter in model.named_parameters() if decays(name, parameter)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
