@@ -402,6 +402,15 @@ class TimeStepProjection(nn.Module):
         return F.linear(features, self.weight), self.bias
 
 
+def init_as_in_torch(weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> None:
+    """PyTorch's own initialisation of linear and convolutional layers: uniform, up to 1 / sqrt(inputs of one output);
+    `scale` is a factor."""
+    bound = scale * math.prod(weight.shape[1:]) ** -0.5
+    init.uniform_(weight, -bound, bound)
+    if bias is not None:
+        init.uniform_(bias, -bound, bound)
+
+
 def init_time_step_projection(projection: TimeStepProjection, config: VisionMambaConfig) -> None:
     """Mamba's initialisation: time steps spread log-uniformly between `time_step_min` and `time_step_max`.
 
