@@ -100,6 +100,31 @@ def test_float64(config, pixel_values) -> None:
 # ---- Training ----------------------------------------------------------------------------------------------------
 
 
+# The largest values of published models before training, by the layers' inputs; 0.02 is a standard deviation.
+INITIAL_BOUNDS = {
+    "plainmamba": {"mixer.conv2d.weight": 49**-0.5, "mixer.conv2d.bias": 49**-0.5},
+    "videomamba": {"mixer.forward_scan.conv1d.bias": 4**-0.5, "mixer.out_proj.weight": (128 * 9) ** -0.5},
+    "vim": {
+        "mixer.in_proj.weight": 64**-0.5,
+        "mixer.backward_scan.x_proj.weight": 128**-0.5,
+        "mixer.backward_scan.conv1d.bias": 4**-0.5,
+        "mixer.out_proj.weight": (128 * 9) ** -0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("family", sorted(MAKE_CONFIG))
+def test_weights_start_as_in_the_official_code(family) -> None:
+    model = FAMILIES[family].classifier(MAKE_CONFIG[family](hidden_size=64, num_hidden_layers=9))
+    layer = dict(model.base_model.layers[8].named_parameters())
+    bounds = {name: layer[name].abs().max().item() for name in INITIAL_BOUNDS[family]}
+    assert bounds == pytest.approx(INITIAL_BOUNDS[family], rel=0.05)
+    assert all(layer[name].abs().max() <= bound for name, bound in INITIAL_BOUNDS[family].items())
+    if family != "vim":
+        assert layer["mixer.in_proj.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.classifier.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(use_reentrant, config, pixel_values) -> None:
     model = make_model(config).train()

@@ -890,6 +890,23 @@ def test_parameters_of_pruning_that_are_not_there(tiny_config, pixel_values) -> 
             model(pixel_values)
 
 
+@pytest.mark.parametrize("created_by", ["the configuration", "loading", "set_token_pruning"])
+def test_predictors_start_with_pytorchs_weights(created_by, tmp_path) -> None:
+    """With the small initial weights of the models, almost nothing would pass through them."""
+    config, schedule = MAKE_CONFIG["vim"](), pruning("dyvm")
+    if created_by == "the configuration":
+        config.token_pruning = config.complete_token_pruning(schedule)
+    model = FAMILIES["vim"].classifier(config)
+    if created_by == "loading":
+        model.save_pretrained(tmp_path)
+        model = type(model).from_pretrained(tmp_path, token_pruning=schedule)
+    elif created_by == "set_token_pruning":
+        model.set_token_pruning(schedule)
+    for predictor in model.base_model.token_predictors.values():
+        assert predictor.input.weight.abs().max().item() == pytest.approx(16**-0.5, rel=0.1)
+        assert not predictor.input.bias.any()
+
+
 def test_new_parameters_take_the_models_precision_and_mode(tiny_config) -> None:
     model = FAMILIES[tiny_config.model_type].classifier(tiny_config).to(torch.bfloat16).train()
     before = set(dict(model.named_parameters()))

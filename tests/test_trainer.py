@@ -115,17 +115,6 @@ def test_gradients_of_accumulated_batches_are_those_of_one_batch(datasets, tmp_p
     assert logged["loss"] == pytest.approx(total, rel=1e-5)
 
 
-def test_the_teacher_computes_in_the_models_precision(datasets, tmp_path):  # noqa: F811
-    config = make_vim_config(token_pruning=dict(TOKEN_PRUNING))
-    trainer = TokenPruningTrainer(
-        make_model(config), arguments(tmp_path, bf16=True, max_steps=1), train_dataset=images_of(datasets.train, config)
-    )
-    seen = []
-    trainer.teacher.classifier.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
-    trainer.train()
-    assert seen == [torch.bfloat16]
-
-
 def test_streamed_images(tmp_path):
     colours = Features({"image": Image(), "label": ClassLabel(names=["red", "green", "blue"])})
     pictures = [PILImage.fromarray(np.full((32, 32, 3), 20 * i, np.uint8)) for i in range(9)]
@@ -157,6 +146,17 @@ def test_streamed_images(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
     weights, others = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_the_teacher_runs_in_mixed_precision_as_in_the_loop(datasets, tmp_path):  # noqa: F811
+    config = make_vim_config(token_pruning=dict(TOKEN_PRUNING))
+    options = arguments(tmp_path, max_steps=1, bf16=True)
+    trainer = TokenPruningTrainer(make_model(config), options, train_dataset=images_of(datasets.train, config))
+    outputs = {}
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher)):
+        model.classifier.register_forward_hook(lambda *call, name=name: outputs.update({name: call[-1].dtype}))
+    trainer.train()
+    assert outputs == {"student": torch.bfloat16, "teacher": torch.bfloat16}
 
 
 def accuracy(prediction) -> dict[str, float]:

@@ -30,6 +30,7 @@ from .modeling_common import (
     VisionMambaKwargs,
     check_pixel_values,
     drop_path_rates,
+    init_as_in_torch,
     init_decay,
     init_time_step_projection,
     mean_over_patches,
@@ -370,13 +371,15 @@ class BidirectionalPreTrainedModel(TokenPruningMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+        if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, CausalConvolution):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d | nn.Conv3d | CausalConvolution):
+            init_as_in_torch(module.weight, module.bias)
+        elif isinstance(module, BidirectionalMixer):
+            # The residual stream is the sum of all layers' outputs.
+            init_as_in_torch(module.out_proj.weight, scale=self.config.num_hidden_layers**-0.5)
         elif isinstance(module, BidirectionalEmbeddings):
             if module.class_token is not None:
                 init.trunc_normal_(module.class_token, std=self.config.initializer_range)

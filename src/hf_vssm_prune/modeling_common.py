@@ -215,6 +215,12 @@ class TokenPruningMixin(PreTrainedModel):
         """Whether `add_pruning_parameters` has created any parameters."""
         return any(is_pruning_parameter(name) for name, _ in self.named_parameters())
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """In code that is not its own, transformers skips modules whose parameters were all loaded. These include
+        modules without any of their own, such as `StageModule`, which initialise those of their children."""
+        has_own = next(module.parameters(recurse=False), None) is not None
+        super()._initialize_weights(module, is_custom_code and has_own)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, HoleTimeStep) and module.offset is not None:
@@ -394,6 +400,15 @@ class TimeStepProjection(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return F.linear(features, self.weight), self.bias
+
+
+def init_as_in_torch(weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> None:
+    """PyTorch's own initialisation of linear and convolutional layers: uniform, up to 1 / sqrt(inputs of one output);
+    `scale` is a factor."""
+    bound = scale * math.prod(weight.shape[1:]) ** -0.5
+    init.uniform_(weight, -bound, bound)
+    if bias is not None:
+        init.uniform_(bias, -bound, bound)
 
 
 def init_time_step_projection(projection: TimeStepProjection, config: VisionMambaConfig) -> None:

@@ -33,6 +33,7 @@ from .modeling_common import (
     check_pixel_values,
     drop_path_rates,
     image_classifier,
+    init_as_in_torch,
     init_decay,
     init_time_step_projection,
     is_plain,
@@ -329,9 +330,7 @@ class PlainMambaPreTrainedModel(TokenPruningMixin, PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d | PlainMambaGridConvolution):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
+            init_as_in_torch(module.weight, module.bias)
         elif isinstance(module, PlainMambaEmbeddings):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
         elif isinstance(module, PlainMambaMixer):

@@ -9,10 +9,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import initialization as init
+
 from .configuration_vim import VimConfig
 from .modeling_backbone import FeatureMaps
-from .modeling_bidirectional import BidirectionalModel, BidirectionalPreTrainedModel
-from .modeling_common import Classifier, image_classifier
+from .modeling_bidirectional import (
+    BidirectionalMixer,
+    BidirectionalModel,
+    BidirectionalPreTrainedModel,
+    DirectedScan,
+)
+from .modeling_common import Classifier, image_classifier, init_as_in_torch
 
 
 logger = logging.getLogger(__name__)
@@ -22,6 +31,19 @@ class VimPreTrainedModel(BidirectionalPreTrainedModel):
     config: VimConfig
     config_class = VimConfig
     base_model_prefix = "vim"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in the official code, the projections of patches and in the mixers differ from VideoMamba's."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            init.lecun_normal_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, BidirectionalMixer):
+            init_as_in_torch(module.in_proj.weight)
+        elif isinstance(module, DirectedScan):
+            init_as_in_torch(module.x_proj.weight)
 
     @classmethod
     def options_of_official(cls, official: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,9 @@ class OptimizationArguments:
 
 @dataclass
 class ScratchOptimizationArguments(OptimizationArguments):
-    """Optimizer, learning rate and length; the defaults are Vim's and PlainMamba's, from DeiT and Swin."""
+    """Optimizer, learning rate and length; the defaults are from DeiT and Swin, on which Vim's and PlainMamba's are
+    based. The length of the warm-up is ours, and the gradient clipping is Swin's and PlainMamba-L1's; L2 and L3 clip at
+    1, and Vim has none."""
 
     num_train_epochs: int = field(default=300, metadata=describe("passes over the training images", "--epochs"))
     learning_rate: float = field(
