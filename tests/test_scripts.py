@@ -414,6 +414,10 @@ def test_recipes_say_what_they_set(recipe):
     assert parse(types, *needed, "--recipe", str(recipe), "--batch_size", "3")["per_device_train_batch_size"] == 3
     if recipe.stem.startswith("upernet_"):  # as in the authors' configurations
         assert (parsed["auxiliary_channels"], parsed["batch_norm"]) == (256, "sync")
+    if recipe.stem.startswith("r_meeto_"):  # all layers of the authors' models have the same learning rate
+        assert parsed["layer_decay"] is None
+    if recipe.stem.startswith("dyvm_") and recipe.stem.endswith("_imagenet"):  # they compare the last layer's tokens
+        assert parsed["alignment_layers"] == [23]
 
 
 def test_a_recipe_is_found_by_its_name_anywhere(tmp_path, monkeypatch):

@@ -7,7 +7,9 @@ method.
 In training, every direction runs, and its output is multiplied by its gate, 0 or 1; gates are drawn with the
 Gumbel-sigmoid trick, and a loss holds their mean at `block_keep_ratio` (`training.losses.block_ratio_loss`). In
 inference, each direction runs only for the images that select it. As in the authors' code, the selector sees the class
-token's features after the mixer's input projection, and starts with a bias for which nearly every direction runs.
+token's features after the mixer's input projection, and starts with a bias for which nearly every direction runs. Their
+segmentation models, which have no class token, use the mean of all tokens' features; here, selection needs a class
+token.
 
 Other pruning methods than `dyvm` may read the results of the mixer before a stage, which a skipped direction does not
 have. Ours: the layer before each of their stages does not select, but always runs both directions.

@@ -30,8 +30,8 @@ class TokenPredictor(StageModule):
         self.output = nn.Linear(hidden_size // 4, 2)
 
     def init_weights(self) -> None:
-        """PyTorch's default for linear layers, as in the authors' code: with the small initial weights of the models,
-        almost nothing would pass through four of them."""
+        """PyTorch's default weights for linear layers, and biases of 0. The authors' code draws normal weights with a
+        standard deviation of 0.02, as everywhere in the model; almost nothing would pass through four such layers."""
         for linear in (self.input, self.first, self.second, self.output):
             init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
             init.zeros_(linear.bias)
@@ -48,14 +48,24 @@ class TokenPredictor(StageModule):
 def keep_predicted(stage: Stage) -> Reduction:
     """Token pruning of "Dynamic Vision Mamba" (DyVM, arXiv 2504.04787, section 3), with a fixed number of tokens.
 
-    The predictor is that of the authors' code. In the paper, each token's decision is drawn with the Gumbel-softmax
-    trick, so images keep different numbers of tokens in training, and a loss holds their mean at the keep ratio. Here
-    the number is fixed: the `num_kept` most probable tokens are kept. In training, Gumbel noise from torch's generator
-    is first added to the log-probabilities, which draws tokens without replacement (Gumbel-top-k, arXiv 1903.06059). As
-    in the paper, tokens are multiplied by the decisions inside the layers with a straight-through estimator (a factor
-    of 1 with the gradient of the probability), so that the loss trains the predictor; here only kept tokens contribute.
-    An untrained predictor gives similar tokens similar scores and drops whole regions, which loses more accuracy than
-    a random choice. DyVM's selection of blocks is a separate option, `block_keep_ratio`, see `pruning_block_selection`.
+    The predictor has the layers of the authors' code. Instead of the mean of all tokens' features, that code uses their
+    sum divided by their number plus 1, and its initial weights are smaller (see `TokenPredictor.init_weights`).
+
+    In the paper, each token's decision is drawn with the Gumbel-softmax trick, so images keep different numbers of
+    tokens in training, and a loss pulls the fraction that each image keeps towards the keep ratio. Here the number is
+    fixed: the `num_kept` most probable tokens are kept (in the authors' code too, in inference). In training, Gumbel
+    noise from torch's generator is first added to the log-probabilities, which draws tokens without replacement
+    (Gumbel-top-k, arXiv 1903.06059).
+
+    As in the paper, tokens are multiplied by the decisions inside the layers with a straight-through estimator, so that
+    the loss trains the predictor. Here this is a factor of 1 at the mixer's input with the gradient of the probability,
+    and only kept tokens contribute. In the authors' code, the factors are applied before and after the convolution but
+    not to the gate, have the gradient of the noisy softmax, and also concern dropped tokens.
+
+    In the authors' code, Vim's class token moves to the middle of the kept tokens at each stage, and the number of kept
+    tokens is rounded down; here it stays between its former neighbours, and the number is rounded up. An untrained
+    predictor gives similar tokens similar scores and drops whole regions, which loses more accuracy than a random
+    choice. DyVM's selection of blocks is a separate option, `block_keep_ratio`, see `pruning_block_selection`.
 
     Raises:
         ValueError: the model has no predictor for this stage.

@@ -13,10 +13,12 @@ def fuse_unimportant(stage: Stage) -> Reduction:
     """Token reorganisation of "Not All Patches Are What You Need" (EViT, arXiv 2202.07800, section 3.2).
 
     EViT fuses the tokens that it does not keep into one additional token, their sum weighted by the attention of the
-    class token. A Mamba has no attention; here the weights are the importance (negative values count as 0), normalised
-    to sum to 1, like attention over these tokens. EViT appends the fused token to the k kept ones. Here it is one of
-    the `num_kept` tokens, so that every method leaves the same number of tokens, and it takes the position of the most
-    important fused token, because a Mamba's tokens have an order.
+    class token. These weights sum to less than 1, because they are a part of the attention over all tokens. A Mamba has
+    no attention; here the weights are the importance (negative values count as 0), normalised to sum to 1, so that the
+    fused token is a mean. EViT appends the fused token to the k kept ones, which it orders by attention. Here it is one
+    of the `num_kept` tokens, so that every method leaves the same number of tokens; the kept tokens stay in their
+    order, and the fused one takes the position of the most important fused token, because a Mamba's tokens have an
+    order. EViT is trained with a keep ratio that decreases slowly; here it is the same throughout.
     """
     scores = stage.scores()
     ranking = rank_tokens(scores)

@@ -13,10 +13,14 @@ def merge_unimportant(stage: Stage) -> Reduction:
     4).
 
     The paper's importance is `clip`. The less important half of the tokens is matched with the more important half by
-    the similarity of the mixer's gated outputs, and the most similar pairs are merged to their mean. The authors reduce
-    the mixer's branch and the residual stream separately, the former partly by pruning; these models have a single
-    stream between their layers, and all of it is merged. If more than half of the tokens have to be removed, the rest
-    is split and matched again.
+    similarity, and the most similar pairs are merged to their mean. The paper does not say which features are compared;
+    here it is the mixer's gated outputs. The authors reduce the mixer's branch and the residual stream separately, and
+    in the former they drop half of the matched tokens instead of merging them; these models have a single stream
+    between their layers, and all of it is merged. If more than half of the tokens have to be removed, the rest is split
+    and matched again.
+
+    This follows the paper. In the authors' code, importance has no influence: it sorts each channel of the mixer's
+    outputs separately, matches the results, and then merges every second token accordingly.
     """
     scores = stage.scores()
 
