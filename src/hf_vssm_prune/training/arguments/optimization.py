@@ -90,9 +90,11 @@ class OptimizationArguments:
 
 @dataclass
 class ScratchOptimizationArguments(OptimizationArguments):
-    """Optimizer, learning rate and length; the defaults are from DeiT and Swin, on which Vim's and PlainMamba's are
-    based. The length of the warm-up is ours, and the gradient clipping is Swin's and PlainMamba-L1's; L2 and L3 clip at
-    1, and Vim has none."""
+    """Optimizer, learning rate and length; the defaults are mostly those of Vim and PlainMamba, from DeiT and Swin.
+
+    The length of the warm-up is ours. Gradients are clipped as for Swin and PlainMamba-L1; L2 and L3 clip at 1, and Vim
+    does not clip.
+    """
 
     num_train_epochs: int = field(default=300, metadata=describe("passes over the training images", "--epochs"))
     learning_rate: float = field(
