@@ -31,9 +31,11 @@ from hf_vssm_prune.hub import save_for_hub, saving
 from hf_vssm_prune.hub.loading import load_classifier
 from hf_vssm_prune.hub.pushing import list_pushed_files, push_model
 from hf_vssm_prune.training import checkpoints, jobs
+from hf_vssm_prune.training.arguments import EvaluationArguments
 from hf_vssm_prune.training.atomic_files import write_text
 from hf_vssm_prune.training.checkpoints import remove_unfinished
 from hf_vssm_prune.training.data import load_image_dataset
+from hf_vssm_prune.training.tasks.classification import ImageClassification
 
 
 FORK = multiprocessing.get_context("fork")
@@ -368,6 +370,15 @@ def test_full_disk_while_a_file_is_written(tmp_path, full_disk) -> None:
     with pytest.raises(OSError, match="too large"):
         write_text("x" * 30_000, tmp_path / "results.json")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_results_that_cannot_be_printed_are_written(tmp_path, monkeypatch, capsys) -> None:
+    """Standard output may be a closed pipe, or of an encoding that lacks letters of a schedule's name."""
+    monkeypatch.setattr(jobs, "comparison_table", Mock(side_effect=BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    options = EvaluationArguments("a model", json=str(tmp_path / "results.json"))
+    assert jobs.report(dict, options, ImageClassification()) == 1
+    assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
+    assert (tmp_path / "results.json").read_text() == "{}\n"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
