@@ -274,6 +274,7 @@ def test_a_run_leaves_models_checkpoints_and_results(datasets, tmp_path):
     assert [folder.name for folder in find_checkpoints(tmp_path / "run")] == ["checkpoint-18", "checkpoint-27"]
     assert json.loads((tmp_path / "run" / "all_results.json").read_text()) == results
     assert [entry["step"] for entry in results["history"]] == [9, 18, 27]
+    assert len({file.stat().st_mode for file in (tmp_path / "run" / "checkpoint-27").iterdir()}) == 1
     tops = [entry[key] for entry in results["history"] for key in ("eval_top1", "eval_ema_top1")]
     assert results["best"]["top1"] == max(tops)
     for name in ("best", "last", "last_ema"):

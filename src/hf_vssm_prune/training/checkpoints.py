@@ -128,7 +128,8 @@ def only_run_in(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
     if not accelerator.is_main_process:
         yield
         return
-    lock = FileLock(output_dir / LOCK)  # the system unlocks it if the process is killed
+    lock_file = output_dir / LOCK
+    lock = FileLock(lock_file)  # the system unlocks it if the process is killed
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -144,6 +145,8 @@ def only_run_in(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
         remove_unfinished(output_dir)
         yield
     finally:
+        with suppress(OSError):  # Windows keeps files that are open
+            lock_file.unlink()
         lock.release()
 
 
@@ -222,6 +225,8 @@ def save_checkpoint(
                 "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             }
             write_json(content, unfinished / STATE)
+            for name in files:
+                shutil.copymode(unfinished / STATE, unfinished / name)  # `save_file` lets only the owner read them
             _replace_folder(folder, unfinished)
         except (OSError, SafetensorError) as error:  # a full disk raises either, depending on who is writing
             shutil.rmtree(unfinished, ignore_errors=True)
