@@ -14,7 +14,7 @@ from hf_vssm_prune.training.image_steps import decode_image
 MAX_BYTES = 10 * 1024**2
 MAX_PIXELS = 30_000_000
 MAX_ASPECT_RATIO = 20  # because its shortest edge is resized to the model's size
-# A scan of a progressive JPEG can be 50 bytes that change all pixels: ten megabytes of scans take an hour. Photos have
+# A scan of a progressive JPEG can be 50 bytes that change all pixels: ten megabytes would take an hour. Photos have
 # about ten, and tens of other segments.
 MAX_SEGMENTS = 300
 FORMATS = ("JPEG", "PNG", "WEBP")
