@@ -401,6 +401,14 @@ def test_folders_of_splits(tmp_path: Path, name: str):
     assert label_names == ["cat", "dog"]
 
 
+@pytest.mark.parametrize("names", [("val", "validation"), ("Test", "test")])
+def test_two_folders_of_one_split_are_named(tmp_path: Path, names: tuple[str, str]):
+    for name in ("train", *names):
+        write_class_folders(tmp_path / name, {"cat": 4, "dog": 5})
+    with pytest.raises(ValueError, match=rf"/{names[0]}' and '.*/{names[1]}' both belong to split"):
+        load_image_dataset(str(tmp_path))
+
+
 def test_classes_that_are_only_evaluated_are_named(tmp_path: Path):
     write_class_folders(tmp_path / "train", {"cat": 4, "dog": 5})
     write_class_folders(tmp_path / "test", {"images": 3})

@@ -67,6 +67,15 @@ def encoded(format: str) -> bytes:
     return stream.getvalue()
 
 
+def jpeg_of_many_scans() -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
+    stream = io.BytesIO()
+    Image.new("RGB", (80, 80)).save(stream, "JPEG", progressive=True)
+    content = stream.getvalue()
+    start, end = content.rindex(b"\xff\xda"), content.rindex(b"\xff\xd9")
+    return content[:end] + 300 * content[start:end] + content[end:]
+
+
 BAD_UPLOADS = {
     "large.jpg": (lambda: encoded("JPEG") + bytes(MAX_BYTES), "large.jpg is larger than 10 MB"),
     "wide.png": (lambda: png_that_claims(MAX_PIXELS + 1, 1), f"has {MAX_PIXELS + 1} × 1 pixels; at most 30 million"),
@@ -74,6 +83,7 @@ BAD_UPLOADS = {
     "bomb.png": (lambda: png_that_claims(60_000, 60_000), "bomb.png has too many pixels; at most 30 million"),
     "cut.png": (lambda: png_that_claims(100, 100), "cut.png cannot be read"),
     "empty.png": (lambda: b"", "empty.png is not an image that can be read: JPEG, PNG and WebP are"),
+    "scans.jpg": (jpeg_of_many_scans, "scans.jpg has more than 300 scans and other segments"),
     "page.png": (lambda: b"<svg onload='alert(1)'></svg>", "page.png is not an image"),
     "other.png": (lambda: encoded("BMP"), "other.png is not an image"),
     "animation.png": (lambda: encoded("GIF"), "animation.png is not an image"),
@@ -86,6 +96,15 @@ def test_a_photo_with_a_second_picture_in_it_is_a_jpeg(tmp_path) -> None:
     Image.new("RGB", (30, 20), (255, 0, 0)).save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=second)
     assert Image.open(tmp_path / "photo.jpg").format == "MPO"
     assert open_upload(str(tmp_path / "photo.jpg")).size == (30, 20)
+
+
+def test_a_jpeg_may_be_progressive_and_followed_by_a_video(tmp_path) -> None:
+    """Phones append the seconds around a photo, in which there are any bytes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", quality=95, progressive=True, icc_profile=bytes(70_000))
+    with (tmp_path / "photo.jpg").open("ab") as file:
+        file.write(1000 * b"\xff\xda\x00\x02")
+    assert open_upload(str(tmp_path / "photo.jpg")).size == (400, 300)
 
 
 @pytest.mark.parametrize("name", BAD_UPLOADS)

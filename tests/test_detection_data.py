@@ -128,6 +128,10 @@ def test_what_a_coco_file_may_not_say(annotation, message, tmp_path):
         ({"annotations": None}, "'annotations' of '.*json' is not a list"),
         ({"images": [{"id": 10, "file_name": "0.jpg"}] * 2}, "1 ids of images in '.*json' occur several times"),
         ({"images": [{"id": "10", "file_name": "0.jpg"}]}, "Annotation 0 of '.*json' belongs to image 10, which is"),
+        ({"images": [{"id": [10], "file_name": "0.jpg"}]}, r"Entry 0 of 'images' in .* wrong type as 'id': \[10\]"),
+        ({"images": [{"id": 10, "file_name": 0}]}, "Entry 0 of 'images' in '.*json' has a .* as 'file_name': 0"),
+        ({"images": [{"id": 10, "file_name": ""}]}, "1 of 1 images of '.*json' are missing; the first is ''"),
+        ({"annotations": [{"image_id": 10, "category_id": 7, "bbox": 5}]}, "wrong type as 'bbox': 5"),
     ],
 )
 def test_what_a_coco_file_must_say(changes, message, tmp_path):
@@ -136,6 +140,15 @@ def test_what_a_coco_file_must_say(changes, message, tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
+
+
+def test_ids_of_categories_may_be_numbers_and_text(tmp_path):
+    write_image(tmp_path / "0.jpg")
+    write_image(tmp_path / "1.jpg")
+    objects = [{"image_id": 10 + i, "category_id": number, "bbox": BOX} for i, number in enumerate(("x", 7))]
+    categories = [{"id": "x", "name": "ball"}, {"id": 7, "name": "cube"}]
+    (tmp_path / "train.json").write_text(json.dumps(coco(objects, count=2) | {"categories": categories}))
+    assert load(tmp_path, train_val_split=0.5).label_names == ["cube", "ball"]
 
 
 def test_a_coco_file_may_have_been_written_on_windows(tmp_path):
@@ -189,6 +202,19 @@ def test_folders_of_pascal_vocs_form(listed, tmp_path):
     assert row["boxes"] == [[0, 0, 20, 10], [1, 2, 3, 3]]
     assert (row["labels"], row["crowd"]) == ([1, 0], [False, True])
     assert row["image"]["path"].endswith("3.jpg")
+
+
+def test_names_in_a_list_may_have_spaces(tmp_path):
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    for split, names in (("train", ["a dog", "dog"]), ("val", ["two dogs"])):
+        for name in names:
+            write_image(tmp_path / f"{name}.jpg")
+            write_voc(tmp_path / f"{name}.xml", f"{name}.jpg", [("dog", (1, 1, 20, 10), 0)])
+        (tmp_path / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join([*names, ""]))
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a dog\ndog 1\n")
+    datasets = load(tmp_path)
+    assert [Path(row["image"]["path"]).stem for row in datasets.train] == ["a dog", "dog"]
+    assert [Path(row["image"]["path"]).stem for row in datasets.evaluation] == ["two dogs"]
 
 
 def test_lists_of_several_years_are_read_together(tmp_path):

@@ -96,6 +96,13 @@ def test_onnx_file_has_labels_and_preprocessing(export_small_model):
     assert [path.name for path in exported.parent.iterdir()] == ["exported"]
 
 
+def test_torch_export_file_names_no_folder_of_this_machine(export_small_model):
+    _, exported = export_small_model("plainmamba", "repeat")
+    content = (exported / FORMATS["torch"].file).read_bytes()
+    for module in (export, torch):
+        assert str(Path(module.__file__).parent).encode() not in content
+
+
 def test_torch_export_file_opens_where_the_package_is_not_installed(export_small_model, tmp_path):
     model, exported = export_small_model("plainmamba", "repeat")
     torch.save(torch.randn(2, 3, 32, 32), tmp_path / "images.pt")

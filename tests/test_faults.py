@@ -4,6 +4,7 @@
 No fault may lose or corrupt existing files, or hang.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,9 +30,12 @@ from transformers import AutoModelForImageClassification
 from hf_vssm_prune.hub import save_for_hub, saving
 from hf_vssm_prune.hub.loading import load_classifier
 from hf_vssm_prune.hub.pushing import list_pushed_files, push_model
-from hf_vssm_prune.training import jobs
+from hf_vssm_prune.training import checkpoints, jobs
+from hf_vssm_prune.training.arguments import EvaluationArguments
+from hf_vssm_prune.training.atomic_files import write_text
 from hf_vssm_prune.training.checkpoints import remove_unfinished
 from hf_vssm_prune.training.data import load_image_dataset
+from hf_vssm_prune.training.tasks.classification import ImageClassification
 
 
 FORK = multiprocessing.get_context("fork")
@@ -312,6 +317,14 @@ def test_damaged_checkpoint_at_resume(damage, trained, datasets) -> None:  # noq
     assert trainer.state.steps == 2
 
 
+def test_a_checkpoint_that_the_system_cannot_read_is_not_to_be_removed(trained, datasets, monkeypatch) -> None:  # noqa: F811
+    for raised in (OSError(errno.EIO, "Input/output error"), MemoryError("no memory")):
+        monkeypatch.setattr(checkpoints, "load_file", Mock(side_effect=raised))
+        with pytest.raises(type(raised), match=r"checkpoint-3 cannot be read: .*Input|^no memory$"):
+            make_trainer(make_vim_config(), datasets, recipe_for(trained, "latest"))
+        reset_accelerator()
+
+
 def reset_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -350,6 +363,22 @@ def test_full_disk_while_a_checkpoint_is_written(trained, datasets, capsys, requ
     assert {path: path.read_bytes() for path in (trained / "checkpoint-2").rglob("*") if path.is_file()} == before
     assert not (trained / "checkpoint-3").exists()
     assert not list(trained.glob(".unfinished-*"))
+
+
+def test_full_disk_while_a_file_is_written(tmp_path, full_disk) -> None:
+    (tmp_path / "results.json").write_text("old")
+    with pytest.raises(OSError, match="too large"):
+        write_text("x" * 30_000, tmp_path / "results.json")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_results_that_cannot_be_printed_are_written(tmp_path, monkeypatch, capsys) -> None:
+    """Standard output may be a closed pipe, or of an encoding that lacks letters of a schedule's name."""
+    monkeypatch.setattr(jobs, "comparison_table", Mock(side_effect=BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    options = EvaluationArguments("a model", json=str(tmp_path / "results.json"))
+    assert jobs.report(dict, options, ImageClassification()) == 1
+    assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
+    assert (tmp_path / "results.json").read_text() == "{}\n"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

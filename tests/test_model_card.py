@@ -159,6 +159,7 @@ def test_names_cannot_break_a_table(vim_config) -> None:
         make_classifier(vim_config),
         ModelCardInfo(
             name="Größe | 大きさ",
+            original_weights="a|b.pth",
             training=TrainingRecipe(hyperparameters={"labels": "a|b\nc"}),
             evaluation=Evaluation("Data", "data", "test", 10, measured, [Measurement("dense", others={"map": 30.0})]),
         ),
@@ -168,6 +169,7 @@ def test_names_cannot_break_a_table(vim_config) -> None:
     assert rf"| pruned \| 30% | {flops} | 50.00 | 25.00 | – |" in card.text
     assert f"| dense | {flops} | – | 30.00 | – |" in card.text
     assert r"| labels | a\|b c |" in card.text
+    assert r"| Original weights | a\|b.pth |" in card.text
     assert [result.metric_name for result in ModelCard(card.content).data.eval_results] == ["f1", METRIC_NAMES["map"]]
 
 

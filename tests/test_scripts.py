@@ -509,6 +509,8 @@ def test_a_home_folder_is_replaced_everywhere(tmp_path, monkeypatch, capsys):
         ("- 1", "does not map"),
         ("a: [", "cannot be read"),
         ("learning_rate: -1", "--learning_rate is -1.0"),
+        ("output_dir: {a: b}", "the value of output_dir must be a number, text, or a list of them"),
+        ("keep_ratios: [&a [x], *a]", "the value of keep_ratios must be"),
         (None, "cannot be read"),
     ],
 )

@@ -1,5 +1,6 @@
 """Parts of the training loop, and the loop itself, in this process and with a few small images."""
 
+import errno
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_plainmamba_config, make_video_config, make_vim_config
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -32,7 +34,7 @@ from hf_vssm_prune.training.arguments import (
 )
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.cards import card_writer
-from hf_vssm_prune.training.checkpoints import check_output_dir, find_checkpoints, find_resumed
+from hf_vssm_prune.training.checkpoints import check_output_dir, find_checkpoints, find_resumed, only_run_in
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_image_dataset
 from hf_vssm_prune.training.distribution import ProcessLostError, lost_processes_named
 from hf_vssm_prune.training.divergence import TrainingDivergedError
@@ -272,6 +274,7 @@ def test_a_run_leaves_models_checkpoints_and_results(datasets, tmp_path):
     assert [folder.name for folder in find_checkpoints(tmp_path / "run")] == ["checkpoint-18", "checkpoint-27"]
     assert json.loads((tmp_path / "run" / "all_results.json").read_text()) == results
     assert [entry["step"] for entry in results["history"]] == [9, 18, 27]
+    assert len({file.stat().st_mode for file in (tmp_path / "run" / "checkpoint-27").iterdir()}) == 1
     tops = [entry[key] for entry in results["history"] for key in ("eval_top1", "eval_ema_top1")]
     assert results["best"]["top1"] == max(tops)
     for name in ("best", "last", "last_ema"):
@@ -720,6 +723,27 @@ def test_two_runs_do_not_mix_in_a_folder(datasets, tmp_path):
     make_trainer(make_vim_config(), datasets, recipe).train()
     with pytest.raises(FileExistsError, match="the last is checkpoint-1"):
         make_trainer(make_vim_config(), datasets, recipe)
+
+
+def test_two_runs_do_not_write_to_a_folder_at_the_same_time(datasets, tmp_path):
+    """Even before the first one has a checkpoint; and its unfinished one is not removed."""
+    trainer = make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=1))
+    with only_run_in(tmp_path, trainer.accelerator):
+        (tmp_path / ".unfinished-checkpoint-1").mkdir()
+        with pytest.raises(FileExistsError, match=r"another run is writing to this folder"):
+            trainer.train()
+        assert (tmp_path / ".unfinished-checkpoint-1").is_dir()
+    trainer.train()
+    assert not (tmp_path / ".unfinished-checkpoint-1").exists()
+
+
+def test_a_file_system_without_locks_is_no_obstacle(datasets, tmp_path, monkeypatch, caplog):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", fail)
+    make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=1)).train()
+    assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
 
 
 def test_going_back_behind_a_later_checkpoint_is_refused(datasets, tmp_path):

@@ -144,7 +144,7 @@ def save_official_model(model: ImageClassifier, path: str | Path) -> None:
     if path.suffix not in CHECKPOINT_SUFFIXES:
         raise ValueError(f"{path}: published checkpoints are {' or '.join(CHECKPOINT_SUFFIXES)} files.")
     official = convert_to_official_state_dict(model.config, model.state_dict())
-    temporary = path.with_name(f".unfinished-{path.name}")
+    temporary = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -141,9 +141,14 @@ def trace(model: ImageClassifier) -> ExportedProgram:
     # Two images: a batch size of 1 would be taken for a constant.
     inputs = {"pixel_values": random_images(model, batch=2)}
     with torch.no_grad():
-        return torch.export.export(
+        program = torch.export.export(
             _Outputs(model), (), inputs, dynamic_shapes={"pixel_values": {0: Dim("batch", min=1)}}, strict=False
         )
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)  # the source location of each node, with this machine's paths
+    return program
 
 
 def check_size(model: ImageClassifier, image_processor: Any) -> None:
@@ -232,7 +237,7 @@ def write_onnx(program: ExportedProgram, folder: Path, file: Path) -> None:
         verbose=False,
     )
     for node in onnx_program.model.graph.all_nodes():
-        node.metadata_props.clear()  # the source location of each node, with this machine's paths
+        node.metadata_props.clear()  # where each node comes from in the model, which nothing reads
     for sidecar in sorted(folder.glob("*.json")):
         onnx_program.model.metadata_props[sidecar.name] = sidecar.read_text(encoding="utf-8")
     onnx_program.save(file)

@@ -7,10 +7,13 @@ from typing import Any
 
 
 def write_text(text: str, file: Path) -> None:
-    """Writes a file atomically."""
+    """Writes a file atomically. If it cannot be written, nothing is left behind."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(content: Any, file: Path) -> None:

@@ -6,6 +6,7 @@ state, because all randomness in a step depends only on the seed and the positio
 """
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,9 +36,12 @@ from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.run_settings import compare_settings, with_new_names
 
 
+logger = logging.getLogger(__name__)
+
 RESULTS = "all_results.json"  # written at the end of a run
 STATE, MODEL, EMA, OPTIMIZER = "training_state.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 UNFINISHED, REPLACED = ".unfinished-", ".replaced-"  # prefixes of folders that are being written or moved
+LOCK = ".run.lock"  # locked while a run writes to the folder
 
 
 @dataclass
@@ -109,6 +114,40 @@ def check_output_dir(run: RunArguments) -> None:
             f"--output_dir {output_dir} contains the results of an earlier run ({RESULTS}), which had no checkpoints: "
             "choose another folder."
         )
+
+
+@contextmanager
+def only_run_in(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Creates a run's folder, makes sure that no other run writes to it in the meantime, and removes what a killed run
+    has left there. It is called on every process.
+
+    Raises:
+        FileExistsError: another run is writing to it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not accelerator.is_main_process:
+        yield
+        return
+    lock_file = output_dir / LOCK
+    lock = FileLock(lock_file)  # the system unlocks it if the process is killed
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FileExistsError(
+            f"--output_dir {output_dir}: another run is writing to this folder; wait until it ends, or choose another "
+            "folder."
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        logger.warning(
+            "%s cannot be locked (%s), so a second run in this folder would not be noticed.", output_dir, error
+        )
+    try:
+        remove_unfinished(output_dir)
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps files that are open
+            lock_file.unlink()
+        lock.release()
 
 
 def _restore_replaced(output_dir: Path) -> None:
@@ -186,6 +225,8 @@ def save_checkpoint(
                 "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             }
             write_json(content, unfinished / STATE)
+            for name in files:
+                shutil.copymode(unfinished / STATE, unfinished / name)  # `save_file` lets only the owner read them
             _replace_folder(folder, unfinished)
         except (OSError, SafetensorError) as error:  # a full disk raises either, depending on who is writing
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -216,6 +257,7 @@ def load_checkpoint(
 
     Raises:
         ValueError: the checkpoint is damaged, or from a run with other settings.
+        OSError: the system cannot read it.
     """
     with _named_where_damaged(folder):
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -240,7 +282,11 @@ def load_checkpoint(
 def _named_where_damaged(folder: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # JSON, zip, pickle, torch and safetensors each raise their own
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # JSON, torch and safetensors each raise their own
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise OSError(f"The checkpoint {folder} cannot be read: {error}") from error
         others = [other.name for other in find_checkpoints(folder.parent) if other.name != folder.name]
         advice = (
             f"remove it, and --resume latest will resume from an earlier one: {others}"

@@ -341,16 +341,16 @@ def _compare(
 
 
 def report(compute: Callable[[], dict[str, ModelEvaluation]], options: EvaluationArguments, task: Task) -> int:
-    """Prints a comparison as a table and writes it to the files of `--json` and `--save_results`. Returns the exit
+    """Writes a comparison to the files of `--json` and `--save_results`, and prints it as a table. Returns the exit
     status: 0, or 1 after an error, which is printed on one line."""
     try:
         evaluations = compute()
-        print(comparison_table(task, evaluations))
         results = {name: asdict(evaluation) for name, evaluation in evaluations.items()}
         if options.json is not None:
             write_json(results, Path(options.json))
         if options.save_results is not None:
             save_results(options.save_results, results)
+        print(comparison_table(task, evaluations))
     except (ValueError, OSError) as error:
         print(f"error: {_in_a_line(error)}", file=sys.stderr)
         return 1

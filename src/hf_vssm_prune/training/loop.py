@@ -32,7 +32,7 @@ from hf_vssm_prune.training.checkpoints import (
     TrainedParts,
     TrainingState,
     check_output_dir,
-    remove_unfinished,
+    only_run_in,
     save_checkpoint,
     say_last,
 )
@@ -237,15 +237,13 @@ class Trainer:
         Raises:
             TrainingDivergedError: the loss, its gradient or a weight became NaN or infinite.
             TrainingInterruptedError: a signal stopped the run, and a checkpoint was saved.
+            FileExistsError: another run is writing to the output folder.
             ProcessLostError: another process of the run died or did not respond.
         """
-        with lost_processes_named(self.accelerator.num_processes):
+        with only_run_in(self.output_dir, self.accelerator), lost_processes_named(self.accelerator.num_processes):
             return self._train()
 
     def _train(self) -> dict[str, Any]:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        if self.accelerator.is_main_process:
-            remove_unfinished(self.output_dir)
         self.log.start_tracking(self._settings())
         self._describe()
         start = time.perf_counter()

@@ -45,7 +45,8 @@ def insert_recipe(
         of_other_commands: options that a recipe may have although the command has no use for them.
 
     Raises:
-        ValueError: the file is missing, is not a YAML mapping, or has an option that the command does not know.
+        ValueError: the file is missing, is not a YAML mapping, or has an option that the command does not know, or
+            whose value is neither a number or text nor a list of them.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
@@ -55,6 +56,9 @@ def insert_recipe(
     recipe = read_recipe(given.recipe)
     if unknown := sorted(set(recipe) - set(options) - set(of_other_commands)):
         raise ValueError(f"--recipe {given.recipe} has {unknown}, which are not options of this command; see --help.")
+    for name, value in recipe.items():
+        if any(isinstance(each, list | dict) for each in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"--recipe {given.recipe}: the value of {name} must be a number, text, or a list of them.")
     over = [options.get(word.removeprefix("--").partition("=")[0]) for word in rest if word.startswith("--")]
     aside = {name for option in over if option is not None for name in SET_ASIDE.get(option, [])}
     kept = {

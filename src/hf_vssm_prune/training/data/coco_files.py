@@ -11,11 +11,12 @@ from hf_vssm_prune.training.data.objects import ImageObjects
 from hf_vssm_prune.training.data.sources import SPLIT_NAMES
 
 
-# The lists of a file, and the fields that each of their entries must have.
-PARTS = {
-    "images": ("id", "file_name"),
-    "annotations": ("image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
+ID = (int, float, str)
+# The lists of a file, and the fields that each of their entries must have, with their types.
+PARTS: dict[str, dict[str, tuple[type, ...]]] = {
+    "images": {"id": ID, "file_name": (str,)},
+    "annotations": {"image_id": ID, "category_id": ID, "bbox": (list,)},
+    "categories": {"id": ID, "name": ID},
 }
 
 
@@ -30,8 +31,8 @@ def read_coco(
         files, images: JSON files and images in it.
 
     Raises:
-        ValueError: a file cannot be read, two files belong to the same split, an entry lacks a field, an image is
-            missing, or an object has no category.
+        ValueError: a file cannot be read, two files belong to the same split, an entry lacks a field or has a value of
+            another type, an image is missing, or an object has no category.
     """
     contents = {file: content for file in files if file.suffix.lower() == ".json" and (content := _read(file))}
     files_of_split: dict[str, Path] = {}
@@ -52,7 +53,7 @@ def read_coco(
                 numbers.setdefault(name, number)
     places = _Places(folder, images)
     rows = {split: _rows(file, split, contents[file], places) for split, file in files_of_split.items()}
-    return rows, sorted(numbers, key=lambda name: (numbers[name], name))
+    return rows, sorted(numbers, key=lambda name: (isinstance(numbers[name], str), numbers[name], name))
 
 
 def _names_of(content: dict[str, Any]) -> dict[int, str]:
@@ -75,6 +76,11 @@ def _read(file: Path) -> dict[str, Any] | None:
         for number, each in enumerate(entries):
             if missing := [field for field in fields if each.get(field) is None]:
                 raise ValueError(f"Entry {each.get('id', number)} of '{part}' in '{file}' has no '{missing[0]}'.")
+            if wrong := [field for field, types in fields.items() if not isinstance(each[field], types)]:
+                raise ValueError(
+                    f"Entry {number} of '{part}' in '{file}' has a value of the wrong type as '{wrong[0]}': "
+                    f"{each[wrong[0]]!r}."
+                )
     return content
 
 
@@ -122,7 +128,8 @@ class _Places:
         """The file whose path ends with this name; if there are several, the one in the JSON file's split or the
         nearest one."""
         wanted = PurePosixPath(file_name.replace("\\", "/")).parts  # the file may have been written on Windows
-        found = [image for image in self._by_name.get(wanted[-1], ()) if image.parts[-len(wanted) :] == wanted]
+        named = self._by_name.get(wanted[-1], ()) if wanted else ()
+        found = [image for image in named if image.parts[-len(wanted) :] == wanted]
 
         def rank(image: Path) -> tuple[bool, int]:
             return _split_of(image.relative_to(self._folder)) != split, _distance(image, beside)

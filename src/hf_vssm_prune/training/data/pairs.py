@@ -101,12 +101,12 @@ def load_pair_folder(folder: Path) -> DatasetDict:
 
 def _listed(files: list[_File], folder: Path) -> list[_File]:
     """The files that Pascal VOC's lists name, in the splits of these lists; all files if there are no lists."""
-    lists = listed_images(find_files(folder)[0], "Segmentation")
-    if not lists:
-        return files
     by_stem: dict[str, list[_File]] = {}
     for file in files:
         by_stem.setdefault(file.path.stem, []).append(file)
+    lists = listed_images(find_files(folder)[0], "Segmentation", by_stem)
+    if not lists:
+        return files
     found = []
     for split, listed in lists.items():
         for stem, list_file in listed:

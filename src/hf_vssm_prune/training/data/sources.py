@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -140,11 +140,26 @@ def find_saved(folder: Path) -> dict[str, Path]:
     returned under an empty name."""
     if (folder / SAVED_SPLITS).is_file() or _is_saved(folder):
         return {"": folder}
-    return {
-        SPLIT_NAMES[child.name.lower()]: child
-        for child in _subfolders(folder)
-        if child.name.lower() in SPLIT_NAMES and _is_saved(child)
-    }
+    return _by_split(child for child in _subfolders(folder) if _is_saved(child))
+
+
+def _by_split(folders: Iterable[Path]) -> dict[str, Path]:
+    """Those of the folders that have the name of a split, by split.
+
+    Raises:
+        ValueError: two of them belong to the same split.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        if (split := SPLIT_NAMES.get(folder.name.lower())) is None:
+            continue
+        if split in found:
+            raise ValueError(
+                f"'{found[split]}' and '{folder}' both belong to split '{split}': put their contents in one of them, "
+                "or remove the other one."
+            )
+        found[split] = folder
+    return found
 
 
 def _is_saved(folder: Path) -> bool:
@@ -252,12 +267,7 @@ def _warn_of_unlisted(
 def _load_class_folders(folder: Path, medium: Medium) -> DatasetDict:
     """Lists the contents of a folder. `datasets`' own "imagefolder" is not used because it also takes splits from file
     names: it would put cat/test_1.jpg into another split than cat/1.jpg."""
-    split_folders = {
-        SPLIT_NAMES[child.name.lower()]: child
-        for child in _subfolders(folder)
-        if child.name.lower() in SPLIT_NAMES and _subfolders(child)
-    }
-    split_folders = split_folders or {"train": folder}
+    split_folders = _by_split(child for child in _subfolders(folder) if _subfolders(child)) or {"train": folder}
     label_names = sorted({child.name for split in split_folders.values() for child in _subfolders(split)})
     if not label_names:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Pascal VOC's XML format: one file per image, with its objects."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -82,7 +82,7 @@ def _splits(folder: Path, files: Sequence[Path], annotations: list[Path]) -> dic
         by_stem.setdefault(file.stem, []).append(file)
     splits: dict[str, list[Path]] = {
         split: [_listed(stem, by_stem, file) for stem, file in listed]
-        for split, listed in listed_images(files, "Main").items()
+        for split, listed in listed_images(files, "Main", by_stem).items()
     }
     if splits:
         return splits
@@ -91,13 +91,15 @@ def _splits(folder: Path, files: Sequence[Path], annotations: list[Path]) -> dic
     return splits
 
 
-def listed_images(files: Sequence[Path], kind: str) -> dict[str, list[tuple[str, Path]]]:
+def listed_images(files: Sequence[Path], kind: str, stems: Container[str]) -> dict[str, list[tuple[str, Path]]]:
     """The images of each split, as names without a suffix, and the lists in which they are; nothing if there are no
     lists.
 
     Args:
         files: all files of the data set.
         kind: folder of the lists in `ImageSets`: `Main` for objects, `Segmentation` for masks.
+        stems: names of the images that exist. A line that is none of them is a name and something else, separated by a
+            space.
     """
     lists: dict[str, list[Path]] = {}  # a folder of several years has several lists of the same name
     for file in files:
@@ -106,12 +108,13 @@ def listed_images(files: Sequence[Path], kind: str) -> dict[str, list[tuple[str,
     splits: dict[str, list[tuple[str, Path]]] = {}
     for split, names in LISTS.items():
         if name := next((name for name in names if name in lists), None):
-            splits[split] = [(stem, file) for file in lists[name] for stem in _stems(file)]
+            splits[split] = [(stem, file) for file in lists[name] for stem in _stems(file, stems)]
     return splits
 
 
-def _stems(file: Path) -> list[str]:
-    return [line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+def _stems(file: Path, stems: Container[str]) -> list[str]:
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line if line in stems else line.split()[0] for line in lines]
 
 
 def _listed(stem: str, by_stem: dict[str, list[Path]], file: Path) -> Path:
