@@ -16,7 +16,12 @@ import torch
 import torch.distributed
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    extract_model_from_parallel,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -180,6 +185,10 @@ def load_whole_optimizer_state(
         states.setdefault(name, {})[moment] = value
     options = replace(WHOLE, strict=False)
     set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=options)
+    # torch first takes a step without gradients, which creates a state for each parameter, and which Adam counts.
+    for name, parameter in extract_model_from_parallel(model).named_parameters():
+        if name not in states:
+            optimizer.state.pop(parameter, None)
 
 
 def of_all_processes(accelerator: Accelerator, value: int) -> list[int]:
