@@ -3,8 +3,12 @@
 import io
 import json
 import math
+import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +26,7 @@ import hf_vssm_prune
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.model_card import ModelCardInfo
-from hf_vssm_prune.training import resuming
+from hf_vssm_prune.training import jobs, resuming
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     ElasticArguments,
@@ -38,6 +42,7 @@ from hf_vssm_prune.training.distribution import ProcessLostError, lost_processes
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import compare_models, comparison_table
+from hf_vssm_prune.training.interruption import StopRequest
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.memory import peak_memory
@@ -533,11 +538,38 @@ def test_gradients_that_no_scale_makes_finite_stop_the_run(datasets, tmp_path):
         trainer.train()
 
 
-def test_a_divergence_is_not_taken_for_a_lost_process():
-    with pytest.raises(TrainingDivergedError), lost_processes_named(2):
+def test_a_signal_that_a_launcher_passes_on_is_not_a_second_one():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with StopRequest() as request:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+            assert request.received == signal.SIGTERM
+            assert not heard
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_divergence_is_not_taken_for_a_lost_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingDivergedError), lost_processes_named():
         raise TrainingDivergedError("The last checkpoint is runs/nccl/checkpoint-1.")
-    with pytest.raises(ProcessLostError, match="Another of the 2 processes"), lost_processes_named(2):
+    with pytest.raises(ProcessLostError, match="Another of the 2 processes"), lost_processes_named():
         raise RuntimeError("NCCL error: remote process exited")
+
+
+def test_a_process_that_is_lost_before_the_first_step_is_named(monkeypatch, capsys):
+    def prepare() -> None:
+        raise torch.distributed.DistStoreError("Timed out after 21 seconds waiting for clients. 1/2 clients joined.")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert jobs.run(prepare) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Another of the 2 processes died or did not respond")
 
 
 def test_weights_that_are_not_finite_do_not_replace_the_last_good_checkpoint(datasets, tmp_path):
