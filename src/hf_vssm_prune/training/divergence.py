@@ -92,8 +92,9 @@ def _not_finite(named: dict[str, Tensor]) -> list[str]:
     """The names in their order. Processes may have different ones: batches without boxes skip a part of a detector."""
     checks = [local_part(value).detach().isfinite().all() for value in named.values()]
     own = list(zip(named, torch.stack(checks).tolist() if checks else [], strict=True))
+    of_processes: list[list[tuple[str, bool]]] = sorted(gather_object([own]), key=len, reverse=True)
     finite: dict[str, bool] = {}
-    for name, is_finite in chain.from_iterable(sorted(gather_object([own]), key=len, reverse=True)):
+    for name, is_finite in chain.from_iterable(of_processes):
         finite[name] = finite.get(name, True) and is_finite
     return [name for name, is_finite in finite.items() if not is_finite]
 
