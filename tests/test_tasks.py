@@ -20,6 +20,7 @@ from tested_tasks import EVERY_TASK, TESTED, MeanColour
 
 from hf_vssm_prune.configuration_common import pruned_config
 from hf_vssm_prune.pruned_heads import backbone_of
+from hf_vssm_prune.training import interruption
 from hf_vssm_prune.training.arguments import DataArguments, ElasticArguments, ScaleArguments
 from hf_vssm_prune.training.checkpoints import find_checkpoints
 from hf_vssm_prune.training.data import ImageDatasets
@@ -80,8 +81,9 @@ def prepare(
 
 
 @pytest.fixture(autouse=True)
-def heard_signals() -> Iterator[None]:
+def heard_signals(monkeypatch) -> Iterator[None]:
     """SIGTERM must not be ignored, see `conftest.hear_signals`."""
+    monkeypatch.setattr(interruption, "SAME_SIGNAL", 0.0)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGTERM, before)

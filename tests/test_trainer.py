@@ -159,6 +159,23 @@ def test_the_teacher_runs_in_mixed_precision_as_in_the_loop(datasets, tmp_path):
     assert outputs == {"student": torch.bfloat16, "teacher": torch.bfloat16}
 
 
+def test_a_trainer_that_trains_again_mixes_the_same_images(datasets, tmp_path, monkeypatch):  # noqa: F811
+    config = make_vim_config()
+    task, drawn = ImageClassification(plain_augmentation(mixup=0.8)), []
+    monkeypatch.setattr(task, "mix", lambda batch, config, generator: drawn.append(generator.random()) or batch)
+    trainer = TokenPruningTrainer(
+        make_model(config),
+        arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2),
+        train_dataset=images_of(datasets.train, config),
+        losses=LossWeights(),
+        task=task,
+    )
+    for _ in range(2):
+        trainer.train()
+    assert len(set(drawn)) == 2
+    assert drawn[:2] == drawn[2:]
+
+
 def accuracy(prediction) -> dict[str, float]:
     return load_metric("top_k_accuracy").compute(
         predictions=prediction.predictions.argmax(-1), references=prediction.label_ids

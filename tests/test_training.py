@@ -4,8 +4,12 @@ import errno
 import io
 import json
 import math
+import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +28,7 @@ import hf_vssm_prune
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.model_card import ModelCardInfo
-from hf_vssm_prune.training import resuming
+from hf_vssm_prune.training import jobs, resuming
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     ElasticArguments,
@@ -40,6 +44,7 @@ from hf_vssm_prune.training.distribution import ProcessLostError, lost_processes
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.evaluation import compare_models, comparison_table
+from hf_vssm_prune.training.interruption import StopRequest
 from hf_vssm_prune.training.loop import Recipe, Trainer
 from hf_vssm_prune.training.losses import LossWeights
 from hf_vssm_prune.training.memory import peak_memory
@@ -426,14 +431,21 @@ def test_what_an_earlier_schedule_has_learned_stays_as_it_is(datasets, tmp_path)
 
 def test_elastic_training_goes_on_from_before_all_budgets_were_drawn(datasets, tmp_path):
     options = {"layers": [1, 3], "keep_ratios": [0.7, 0.6], "method": "dyvm"}
-    recipe = replace(make_recipe(tmp_path, max_train_steps=2), elastic=ElasticArguments(elastic_budgets=[0.394, 0]))
+    recipe = replace(make_recipe(tmp_path, max_train_steps=3), elastic=ElasticArguments(elastic_budgets=[0.394, 0]))
     recipe.run.checkpointing_steps = "1"
-    make_trainer(make_vim_config(token_pruning=options), datasets, recipe).train()
-    shutil.rmtree(tmp_path / "checkpoint-2")
-    moments = load_file(tmp_path / "checkpoint-1" / "optimizer.safetensors")
-    assert not any("token_predictors" in name for name in moments)  # the first step was of the dense model
+    recipe.run.save_total_limit = 3
+    whole = make_trainer(make_vim_config(token_pruning=options), datasets, recipe)
+    whole.train()
+    first, last = (load_file(tmp_path / f"checkpoint-{step}" / "optimizer.safetensors") for step in (1, 3))
+    assert not any("token_predictors" in name for name in first)  # the first step was of the dense model
+    assert any("token_predictors" in name for name in last)
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
     recipe.run.resume = "latest"
-    assert make_trainer(make_vim_config(token_pruning=options), datasets, recipe).train()["step"] == 2
+    resumed = make_trainer(make_vim_config(token_pruning=options), datasets, recipe)
+    resumed.train()
+    weights, others = (trainer.plain_model.state_dict() for trainer in (whole, resumed))
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def test_bf16_autocast(datasets, tmp_path):
@@ -529,11 +541,38 @@ def test_gradients_that_no_scale_makes_finite_stop_the_run(datasets, tmp_path):
         trainer.train()
 
 
-def test_a_divergence_is_not_taken_for_a_lost_process():
-    with pytest.raises(TrainingDivergedError), lost_processes_named(2):
+def test_a_signal_that_a_launcher_passes_on_is_not_a_second_one():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with StopRequest() as request:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+            assert request.received == signal.SIGTERM
+            assert not heard
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_divergence_is_not_taken_for_a_lost_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingDivergedError), lost_processes_named():
         raise TrainingDivergedError("The last checkpoint is runs/nccl/checkpoint-1.")
-    with pytest.raises(ProcessLostError, match="Another of the 2 processes"), lost_processes_named(2):
+    with pytest.raises(ProcessLostError, match="Another of the 2 processes"), lost_processes_named():
         raise RuntimeError("NCCL error: remote process exited")
+
+
+def test_a_process_that_is_lost_before_the_first_step_is_named(monkeypatch, capsys):
+    def prepare() -> None:
+        raise torch.distributed.DistStoreError("Timed out after 21 seconds waiting for clients. 1/2 clients joined.")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert jobs.run(prepare) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Another of the 2 processes died or did not respond")
 
 
 def test_weights_that_are_not_finite_do_not_replace_the_last_good_checkpoint(datasets, tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from hf_vssm_prune.detections import to_corners
 from hf_vssm_prune.precision import at_least_float32
@@ -33,7 +34,16 @@ class FiniteLoss:
     def __call__(self, logits: Tensor, labels: Any, device: Any, pred_boxes: Tensor, *more: Any, **options: Any) -> Any:
         if pred_boxes.isfinite().all():
             return self.loss_function(logits, labels, device, pred_boxes, *more, **options)
+        # The losses of some detectors exchange their numbers of boxes, and other processes wait for this one's.
+        outputs = tree_map(_replaced, (logits, pred_boxes, more, options))
+        self.loss_function(outputs[0], labels, device, outputs[1], *outputs[2], **outputs[3])
         return logits.sum() + pred_boxes.sum(), {}, None
+
+
+def _replaced(value: Any) -> Any:
+    """Other values in the place of a detector's outputs, for which its loss is defined."""
+    is_output = isinstance(value, Tensor) and value.is_floating_point()
+    return torch.full_like(value, 0.5) if is_output else value
 
 
 def loss_per_box(outputs: Any, labels: list[dict[str, Tensor]]) -> Tensor:

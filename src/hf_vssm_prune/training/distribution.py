@@ -4,6 +4,7 @@ States are always gathered completely and under the plain model's names, regardl
 checkpoint of one process can be loaded in two, one of DDP in FSDP, and vice versa.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +17,12 @@ import torch
 import torch.distributed
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    extract_model_from_parallel,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -33,6 +39,8 @@ from transformers import PreTrainedModel
 from hf_vssm_prune.environment import is_switched_on
 from hf_vssm_prune.pruned_heads import backbone_of
 
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -149,6 +157,21 @@ def spread_frozen(accelerator: Accelerator, model: Model) -> Model:
     return fsdp2_prepare_model(accelerator, model) if accelerator.is_fsdp2 else model
 
 
+def reduce_unused_parameters(model: nn.Module) -> None:
+    """Lets the processes of a sharded model leave different parameters without a gradient in a step, as
+    `find_unused_parameters` does with DDP."""
+    if not isinstance(model, FSDPModule):
+        return
+    if hasattr(model, "set_reduce_scatter_unused_params"):
+        model.set_reduce_scatter_unused_params(True)
+    else:
+        logger.warning(
+            "torch %s cannot shard a model of which some batches do not use all parameters: if a process has such a "
+            "batch, the run fails. Install a newer version, or train without --fsdp.",
+            torch.__version__,
+        )
+
+
 def whole_model_state(model: nn.Module) -> dict[str, Any]:
     """A model's weights and buffers on the CPU, under the plain model's names. All processes call it; sharded weights
     are gathered on the main process, and the others get nothing."""
@@ -180,6 +203,10 @@ def load_whole_optimizer_state(
         states.setdefault(name, {})[moment] = value
     options = replace(WHOLE, strict=False)
     set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=options)
+    # torch first takes a step without gradients, which creates a state for each parameter, and which Adam counts.
+    for name, parameter in extract_model_from_parallel(model).named_parameters():
+        if name not in states:
+            optimizer.state.pop(parameter, None)
 
 
 def of_all_processes(accelerator: Accelerator, value: int) -> list[int]:
@@ -220,7 +247,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def lost_processes_named(num_processes: int) -> Iterator[None]:
+def lost_processes_named() -> Iterator[None]:
     """In this context, communication errors between processes get a clear message.
 
     Raises:
@@ -229,6 +256,9 @@ def lost_processes_named(num_processes: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if torch.distributed.is_initialized():  # launchers such as MPI's set other variables
+            num_processes = torch.distributed.get_world_size()
         of_peer = isinstance(error, torch.distributed.DistError) or (
             type(error) is RuntimeError and LOST_PEER.search(str(error))
         )

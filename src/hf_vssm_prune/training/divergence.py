@@ -1,7 +1,10 @@
 """Finds where a value stopped being finite: the layer, in the forward or backward pass."""
 
+from itertools import chain
+
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -48,10 +51,10 @@ class ForwardWatch:
         """Clears the recorded outputs: call it after each step."""
         self._sums.clear()
 
-    def first_not_finite(self, accelerator: Accelerator) -> str | None:
+    def first_not_finite(self) -> str | None:
         """The first module, in the order in which they ran, whose output was not finite on some process; None if there
         is none. All processes call it."""
-        return next(iter(_not_finite(self._sums, accelerator)), None)
+        return next(iter(_not_finite(self._sums)), None)
 
 
 def _is_watched(name: str) -> bool:
@@ -77,26 +80,29 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(named, norms, strict=True))
 
 
-def last_not_finite(named: dict[str, Tensor], accelerator: Accelerator) -> str | None:
+def last_not_finite(named: dict[str, Tensor]) -> str | None:
     """The last name whose tensor is not finite on some process; None if there is none. All processes call it.
 
     For gradients, this is the parameter closest to the output, which is the first in the backward pass.
     """
-    return next(reversed(_not_finite(named, accelerator)), None)
+    return next(reversed(_not_finite(named)), None)
 
 
-def _not_finite(named: dict[str, Tensor], accelerator: Accelerator) -> list[str]:
-    if not named:
-        return []
-    finite = torch.stack([local_part(value).detach().isfinite().all() for value in named.values()]).float()
-    finite = accelerator.reduce(finite, reduction="mean")  # 1 if it is finite on all processes
-    return [name for name, share in zip(named, finite.tolist(), strict=True) if share < 1]
+def _not_finite(named: dict[str, Tensor]) -> list[str]:
+    """The names in their order. Processes may have different ones: batches without boxes skip a part of a detector."""
+    checks = [local_part(value).detach().isfinite().all() for value in named.values()]
+    own = list(zip(named, torch.stack(checks).tolist() if checks else [], strict=True))
+    of_processes: list[list[tuple[str, bool]]] = sorted(gather_object([own]), key=len, reverse=True)
+    finite: dict[str, bool] = {}
+    for name, is_finite in chain.from_iterable(of_processes):
+        finite[name] = finite.get(name, True) and is_finite
+    return [name for name, is_finite in finite.items() if not is_finite]
 
 
-def weight_not_finite(model: nn.Module, accelerator: Accelerator) -> str | None:
+def weight_not_finite(model: nn.Module) -> str | None:
     """A weight or buffer that is not finite; None if there is none. All processes call it."""
     state = model.state_dict()
-    return last_not_finite({name: value for name, value in state.items() if value.is_floating_point()}, accelerator)
+    return last_not_finite({name: value for name, value in state.items() if value.is_floating_point()})
 
 
 def describe_divergence(
@@ -120,9 +126,9 @@ def describe_divergence(
         last_checkpoint: a sentence that names the last checkpoint.
     """
     terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    if layer := watch.first_not_finite(accelerator):
+    if layer := watch.first_not_finite():
         place = f"the first output that is not finite is that of {layer}"
-    elif parameter := last_not_finite(norms, accelerator):
+    elif parameter := last_not_finite(norms):
         place = f"all layers' outputs are finite, and the first gradient that is not is that of {parameter}"
     else:
         place = "all layers' outputs and all gradients are finite, one by one"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -48,21 +48,50 @@ def evaluate_model(
     """
     was_training = model.training
     model.eval()
-    scores = []
+    scores: list[Scores] = []
+    blocks: list[Tensor] = []
     with recorded_gates(model) as gates, kept_whole(model):
         for batch in tqdm(loader, desc="evaluating", leave=False, disable=not accelerator.is_local_main_process):
             with accelerator.autocast():
                 outputs = predict(task, model, batch)
-            scores.append(_on_cpu(accelerator.gather_for_metrics(task.scores(outputs, batch))))
+            scores.append(_gathered(task.scores(outputs, batch), accelerator))
+            if gates:
+                blocks.append(_gathered(_count_blocks(gates, len(batch["pixel_values"])), accelerator))
+                gates.clear()
             if should_stop():
                 model.train(was_training)
                 return None
     model.train(was_training)
     metrics = task.metrics(scores)
-    if gates:
-        fraction = accelerator.reduce(torch.cat(gates).mean(), reduction="mean")
-        metrics = {**metrics, "block_fraction": fraction.item()}
-    return metrics
+    if blocks:
+        ran, whole = torch.cat(blocks).double().sum(dim=0).tolist()
+        metrics = {**metrics, "block_fraction": ran / whole}
+    # Processes on different machines may round differently, but must agree on which weights are the best.
+    return broadcast_object_list([metrics])[0]
+
+
+def _gathered(scores: Any, accelerator: Accelerator) -> Any:
+    """The scores of a batch from all processes, on the CPU, without duplicates. Lists are gathered as they are, because
+    tensors in them may differ in size."""
+    if isinstance(scores, list):
+        return accelerator.gather_for_metrics(_on_cpu(scores), use_gather_object=True)
+    return _on_cpu(accelerator.gather_for_metrics(scores))
+
+
+def _count_blocks(gates: list[Tensor], batch_size: int) -> Tensor:
+    """For each image of a batch, the number of scan directions that ran, and that of all of them, shape (batch, 2).
+
+    Args:
+        gates: see `recorded_gates`. If the task calls the model for each image or window separately, the images of the
+            batch share equally in all calls.
+        batch_size: number of images.
+    """
+    if all(len(of_call) == batch_size for of_call in gates):
+        ran = torch.cat(gates, dim=1).sum(dim=1)
+    else:
+        ran = (torch.cat(gates).sum() / batch_size).expand(batch_size)
+    whole = sum(of_call.numel() for of_call in gates) / batch_size
+    return torch.stack([ran, torch.full_like(ran, whole)], dim=1)
 
 
 @contextmanager

@@ -1,12 +1,14 @@
-"""Stops a run on a signal: the first signal makes it save and exit, a second one ends it immediately."""
+"""Stops a run on a signal: the first signal makes it save and exit, a later one ends it immediately."""
 
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
 
 STOPPING = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SAME_SIGNAL = 0.5  # seconds after the first signal in which another one is not a second request
 
 
 def leave_stopping_to_main_process(worker: int) -> None:
@@ -63,6 +65,10 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        # If a scheduler or terminal signals all processes, those of a launcher get the signal from the launcher, too.
+        for other in self._previous:
+            signal.signal(other, signal.SIG_IGN)
+        time.sleep(SAME_SIGNAL)
         self._restore()
 
     def _restore(self) -> None:

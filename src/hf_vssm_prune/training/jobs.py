@@ -37,7 +37,7 @@ from hf_vssm_prune.training.atomic_files import write_json
 from hf_vssm_prune.training.cards import card_writer
 from hf_vssm_prune.training.checkpoints import check_output_dir
 from hf_vssm_prune.training.devices import MIXED_PRECISIONS, check_training_precision, find_device
-from hf_vssm_prune.training.distribution import ProcessLostError
+from hf_vssm_prune.training.distribution import ProcessLostError, lost_processes_named
 from hf_vssm_prune.training.divergence import TrainingDivergedError
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models, comparison_table
 from hf_vssm_prune.training.image_size import config_at_size, output_size, resize_image_processor, resize_model
@@ -371,8 +371,9 @@ def run(prepare: Callable[[], Trainer]) -> int:
     # Progress bars for saving a few megabytes would break up the training's own bar.
     transformers_logging.disable_progress_bar()
     try:
-        trainer = prepare()
-    except (ValueError, OSError) as error:
+        with lost_processes_named():
+            trainer = prepare()
+    except (ProcessLostError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     try:

@@ -42,6 +42,7 @@ from hf_vssm_prune.training.distribution import (
     choose_deterministic_algorithms,
     lost_processes_named,
     make_accelerator,
+    reduce_unused_parameters,
     shard_by_layers,
     share_buffers,
     spread_frozen,
@@ -200,6 +201,8 @@ class Trainer:
         )
         shard_by_layers(self.accelerator, model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if leaves_parameters_idle(self.task):
+            reduce_unused_parameters(self.model)
 
     def _settings(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the original run to end with the same weights."""
@@ -240,7 +243,7 @@ class Trainer:
             FileExistsError: another run is writing to the output folder.
             ProcessLostError: another process of the run died or did not respond.
         """
-        with only_run_in(self.output_dir, self.accelerator), lost_processes_named(self.accelerator.num_processes):
+        with only_run_in(self.output_dir, self.accelerator), lost_processes_named():
             return self._train()
 
     def _train(self) -> dict[str, Any]:
@@ -382,7 +385,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> Path:
         """Saves a checkpoint unless a weight is not finite: the last good checkpoint must not be replaced then."""
-        if name := weight_not_finite(self.plain_model, self.accelerator):
+        if name := weight_not_finite(self.plain_model):
             raise TrainingDivergedError(
                 f"After step {self.state.steps} of {self.length.num_steps} the weight {name} is not finite; no "
                 f"checkpoint was saved. Try a smaller --learning_rate. {say_last(self.output_dir)}"

@@ -26,6 +26,7 @@ from hf_vssm_prune.pruned_heads import PrunedHead
 from hf_vssm_prune.training.arguments import ElasticArguments
 from hf_vssm_prune.training.batch_norm import freeze_batch_norm
 from hf_vssm_prune.training.cards import datasets_on_hub, model_on_hub
+from hf_vssm_prune.training.distribution import share_buffers
 from hf_vssm_prune.training.elastic import add_schedules, draw_schedule, what_is_pruned
 from hf_vssm_prune.training.losses import LossWeights, run_teacher, training_loss
 from hf_vssm_prune.training.models import check_states, match_teacher
@@ -88,10 +89,10 @@ class TokenPruningTrainer(transformers.Trainer):
         self.elastic = ElasticArguments(list(elastic_budgets))
         self.layer_decay = layer_decay
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
-        self._step, self._batch_of_step = -1, 0
+        self._batch_of_step = 0
         self._stream_sampler: StreamSampler | None = None
         super().__init__(model, args, **options)
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(_PlaceCallback(self))
         if layer_decay is not None and self.optimizer is not None:
             raise ValueError("layer_decay and `optimizers` cannot be combined: give one of them.")
         if model is not None:
@@ -178,6 +179,12 @@ class TokenPruningTrainer(transformers.Trainer):
             self._terms[name].append(value.detach())
         return (loss, outputs) if return_outputs else loss
 
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+        """Evaluates the batch norm statistics that are saved: those of the main process."""
+        if all(buffer.device.type == self.args.device.type for buffer in self.model.buffers()):
+            share_buffers(self.model)
+        return super().evaluation_loop(*arguments, **options)
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
@@ -192,14 +199,9 @@ class TokenPruningTrainer(transformers.Trainer):
     def _generator_of_batch(self) -> np.random.Generator:
         """Depends only on the seed, the step, the batch within the step and the process, so that a run can be resumed
         exactly."""
-        same_step = self.state.global_step == self._step
-        self._step, self._batch_of_step = self.state.global_step, self._batch_of_step + 1 if same_step else 0
-        return np.random.default_rng([self.args.seed, self._step, self._batch_of_step, self.args.process_index])
-
-    def train(self, *arguments: Any, **options: Any) -> Any:
-        """As in transformers."""
-        self._terms.clear()  # those of an earlier run since its last log
-        return super().train(*arguments, **options)
+        place = [self.args.seed, self.state.global_step, self._batch_of_step, self.args.process_index]
+        self._batch_of_step += 1
+        return np.random.default_rng(place)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each loss term to the training logs."""
@@ -301,14 +303,18 @@ class TokenPruningTrainer(transformers.Trainer):
         return {name: value for name, value in values.items() if value is not None}
 
 
-class _EpochCallback(transformers.TrainerCallback):
-    """Tells the training items the epoch, on which their randomness depends.
+class _PlaceCallback(transformers.TrainerCallback):
+    """Tells the trainer and the training items the place in the run, on which their randomness depends.
 
-    Accelerate's data loaders do so, too, but not with several processes or when a run is resumed within an epoch.
+    Accelerate's data loaders tell the items the epoch, too, but not with several processes or when a run is resumed
+    within an epoch.
     """
 
     def __init__(self, trainer: TokenPruningTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        self.trainer._terms.clear()  # those of an earlier run since its last log
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **options: Any) -> None:
         epoch = int(state.epoch or 0)
@@ -316,6 +322,9 @@ class _EpochCallback(transformers.TrainerCallback):
             train_dataloader.dataset.set_epoch(epoch)
         if self.trainer._stream_sampler is not None:
             self.trainer._stream_sampler.start_at(epoch)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        self.trainer._batch_of_step = 0
 
 
 def _freeze_unsaved_parameters(model: nn.Module) -> None:
