@@ -25,6 +25,9 @@ def make_model(family: str, alignment: str) -> torch.nn.Module:
         image_size=24, hidden_size=8, num_hidden_layers=3, state_size=2, scan_backend="torch", initializer_range=0.5
     )
     model = AutoModelForImageClassification.from_config(config).double().eval()
+    for name, parameter in model.named_parameters():  # the initial ones of Vim are too small for differences to show
+        if name.endswith(("in_proj.weight", "x_proj.weight", "out_proj.weight")):
+            torch.nn.init.normal_(parameter, std=0.5)
     # By `top`, which cuts where the scores say; those of `local_merge` tie where two are alone in their window.
     model.set_token_pruning({"layers": [1, 2], "keep_ratios": [0.7, 0.6], "alignment": alignment, "method": "top"})
     return model

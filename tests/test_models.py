@@ -198,7 +198,7 @@ def test_samples_do_not_see_each_other(model) -> None:
             for kept, expected in zip(alone.kept_tokens or (), batched.kept_tokens or (), strict=True):
                 assert torch.equal(kept[0], expected[i])
     if batched.kept_tokens is not None:
-        assert not torch.equal(batched.kept_tokens[0][0], batched.kept_tokens[0][1]), "each keeps its own"
+        assert len(set(map(tuple, batched.kept_tokens[0].tolist()))) > 1, "each keeps its own"
 
 
 def test_empty_batch(model) -> None:

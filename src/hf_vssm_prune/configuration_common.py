@@ -59,7 +59,8 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         conv_kernel: size of the mixer's depthwise convolution.
         time_step_rank: rank of the time steps' projection; `"auto"` is ceil(hidden_size / 16).
         time_step_min, time_step_max, time_step_floor: range of the time steps at initialisation.
-        initializer_range: standard deviation of the truncated normal initialisation.
+        initializer_range: standard deviation of the truncated normal initialisation of embeddings, the classifier, and
+            most projections of PlainMamba and VideoMamba. Other weights start as in the official code.
         drop_path_rate: stochastic depth rate of the last layer; it increases linearly from 0 in the first.
         token_pruning: None for a dense model, or a dict with `layers`, `keep_ratios`, `alignment`, `importance`,
             `method` and `block_keep_ratio`, see `pruning_options.check_token_pruning`. Instead of `keep_ratios`, it may
