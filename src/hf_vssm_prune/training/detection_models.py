@@ -20,6 +20,7 @@ from hf_vssm_prune.training.detection_losses import FiniteLoss
 NEW_DETECTORS_SIZE = (640, 640)
 # Image sides must be multiples of this, because RT-DETR's encoder upsamples its coarsest map by 2.
 SIZE_DIVISOR = {"rt_detr": PYRAMID_STRIDES[-1], "deformable_detr": 1}
+CHANNELS_DIVISOR = {"rt_detr": 4, "deformable_detr": 32}  # for sines of positions, and for group norm
 
 
 def check_size(kind: str, size: tuple[int, int] | None) -> None:

@@ -64,7 +64,8 @@ def load_pair_folder(folder: Path) -> DatasetDict:
     Raises:
         ValueError: an image has no mask or several, there are no images, or an image in a list is missing.
     """
-    files = _listed(_describe_files(folder), folder)
+    paths, _ = find_files(folder)
+    files = _listed(_describe_files(folder, paths), paths)
     images = sorted((file for file in files if not file.is_mask), key=lambda file: (file.split, file.key, file.path))
     masks = [file for file in files if file.is_mask]
     if not images or not masks:
@@ -99,12 +100,12 @@ def load_pair_folder(folder: Path) -> DatasetDict:
     return stored_splits(columns, features)
 
 
-def _listed(files: list[_File], folder: Path) -> list[_File]:
+def _listed(files: list[_File], paths: Sequence[Path]) -> list[_File]:
     """The files that Pascal VOC's lists name, in the splits of these lists; all files if there are no lists."""
     by_stem: dict[str, list[_File]] = {}
     for file in files:
         by_stem.setdefault(file.path.stem, []).append(file)
-    lists = listed_images(find_files(folder)[0], "Segmentation", by_stem)
+    lists = listed_images(paths, "Segmentation", by_stem)
     if not lists:
         return files
     found = []
@@ -135,10 +136,10 @@ def _find_partners(images: Sequence[_File], masks: Sequence[_File]) -> dict[Path
     }
 
 
-def _describe_files(folder: Path) -> list[_File]:
+def _describe_files(folder: Path, paths: Sequence[Path]) -> list[_File]:
     paths = sorted(
         file
-        for file in find_files(folder)[0]
+        for file in paths
         if file.suffix.lower() in IMAGES.suffixes() and file.parent.name.lower() not in OTHER_FOLDERS
     )
     trained = {path.with_name(path.name.replace(TRAIN_IDS, ALL_IDS)) for path in paths if TRAIN_IDS in path.name}

@@ -24,6 +24,7 @@ from hf_vssm_prune.training.data.dense_items import fixed_size
 from hf_vssm_prune.training.data.detection import ObjectOptions, load_detection_datasets, load_detection_evaluation
 from hf_vssm_prune.training.detection_losses import detection_distillation, loss_per_box
 from hf_vssm_prune.training.detection_models import (
+    CHANNELS_DIVISOR,
     HEADS,
     NEW_DETECTORS_SIZE,
     DetectionHead,
@@ -114,8 +115,7 @@ class DetectionHeadArguments:
                 f"--head_channels is {self.head_channels}: it must be a multiple of --head_attention_heads "
                 f"{self.head_attention_heads}."
             )
-        multiple = {"rt_detr": 4, "deformable_detr": 32}[self.head]  # for sines of positions, and group norm
-        if self.head_channels % multiple:
+        if self.head_channels % (multiple := CHANNELS_DIVISOR[self.head]):
             raise ValueError(f"--head_channels is {self.head_channels}: {self.head} needs a multiple of {multiple}.")
         if self.head == "deformable_detr" and self.decoder_layers == 1:
             raise ValueError("--decoder_layers is 1: transformers' deformable_detr needs at least 2.")
