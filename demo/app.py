@@ -11,7 +11,6 @@ Hub.
 import argparse
 import base64
 import io
-import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -74,7 +73,13 @@ REAR_CAMERA = gr.WebcamOptions(mirror=False, constraints={"video": {"facingMode"
 # Gradio turns a camera off when it is removed from the page, but not when it is hidden. These run in the browser.
 REMOVE, INSERT = (f"() => ({{__type__: 'update', visible: {visible}}})" for visible in ("false", "true"))
 # While a number is being typed, the slider's value may be null or too large.
-IN_RANGE = f"(session, percent, ...others) => [session, Math.min(Math.max(percent, 0), {MOST_PERCENT}), ...others]"
+IN_RANGE = f"Math.min(Math.max(percent, 0), {MOST_PERCENT})"
+# The browser counts its requests, because two that it sends at once may arrive in the other order.
+COUNTED = (
+    "(session, number, percent, ...others) => "
+    f"[session, window.requests = (window.requests ?? 0) + 1, {IN_RANGE}, ...others]"
+)
+UNCOUNTED = f"(session, percent, ...others) => [session, {IN_RANGE}, ...others]"
 SELECT_EXAMPLE = """element.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (button) {
@@ -102,17 +107,19 @@ class Result:
 @dataclass
 class Session:
     """What one visitor has chosen, and the result that is shown; None while there is none. Several requests of a
-    visitor may be processed at once, and end in any order.
+    visitor may be processed at once, and arrive and end in any order.
 
     Attributes:
-        number: the number of the request that chose.
+        chosen_by: the browser's number of the request that chose.
         chosen: the model's input.
-        moved_to: what the controls of budget and method were last moved to.
+        moved_by: the browser's number of the request after which the controls of budget and method were last moved.
+        moved_to: what they were moved to.
         shown: the result.
     """
 
-    number: int = 0
+    chosen_by: int = 0
     chosen: Tensor | None = None
+    moved_by: int = 0
     moved_to: tuple[int, str] | None = None
     shown: Result | None = None
 
@@ -134,25 +141,26 @@ class Page:
         self.open_input = open_input
         self.sorts_waste = set(model.labels) == KINDS_OF_WASTE
         self.examples = WASTE if self.sorts_waste else PHOTOS
-        self._numbers = itertools.count(1)
 
-    def choose_first(self, session: Session, percent: int, method: str) -> Any:
-        return self._choose(session, self.examples[0], percent, method)
+    def choose_first(self, session: Session, number: int, percent: int, method: str) -> Any:
+        return self._choose(session, number, self.examples[0], percent, method)
 
-    def choose_example(self, session: Session, percent: int, method: str, name: str) -> Any:
+    def choose_example(self, session: Session, number: int, percent: int, method: str, name: str) -> Any:
         # The name comes from the browser.
         by_name = {file.stem: file for file in self.examples}
         if name not in by_name:
             raise gr.Error(f"There is no example {name!r}.", print_exception=False)
-        return self._choose(session, by_name[name], percent, method)
+        return self._choose(session, number, by_name[name], percent, method)
 
-    def upload(self, session: Session, percent: int, method: str, file: str | None) -> Any:
+    def upload(self, session: Session, number: int, percent: int, method: str, file: str | None) -> Any:
         # None: a camera picture was discarded
-        return gr.skip() if file is None else self._choose(session, Path(file), percent, method)
+        return gr.skip() if file is None else self._choose(session, number, Path(file), percent, method)
 
-    def show(self, session: Session, percent: int, method: str) -> Any:
+    def show(self, session: Session, number: int, percent: int, method: str) -> Any:
         """The result for controls that were moved, without times, which are added later."""
-        session.moved_to = (int(percent), method)
+        if number < session.moved_by:
+            return gr.skip()  # they were moved again since
+        session.moved_by, session.moved_to = number, (int(percent), method)
         return self._show(session, session.moved_to)
 
     def add_times(self, session: Session, percent: int, method: str) -> Any:
@@ -179,26 +187,26 @@ class Page:
             how: the controls of budget and method.
             output: displays the result.
         """
-        session = gr.State(Session())
+        session, number = gr.State(Session()), gr.Number(visible=False, precision=0)
         # An event that had to wait takes the values that its inputs have then.
-        options: dict[str, Any] = {"trigger_mode": "always_last", "api_visibility": "private", "js": IN_RANGE}
+        options: dict[str, Any] = {"trigger_mode": "always_last", "api_visibility": "private"}
         quick = options | {"show_progress": "hidden"}
         slow = options | {"show_progress": "minimal"}  # it opens a file
-        shown = [event(action, [session, *how, *inputs], output, **slow) for event, action, inputs in sources]
-        shown.append(gr.on([control.change for control in how], self.show, [session, *how], output, **quick))
+        counted = [session, number, *how]
+        shown = [event(action, [*counted, *inputs], output, js=COUNTED, **slow) for event, action, inputs in sources]
+        shown.append(gr.on([control.change for control in how], self.show, counted, output, js=COUNTED, **quick))
         for each in shown:
-            each.success(self.add_times, [session, *how], output, **quick)
+            each.success(self.add_times, [session, *how], output, js=UNCOUNTED, **quick)
 
-    def _choose(self, session: Session, file: Path, percent: int, method: str) -> Any:
-        number = next(self._numbers)
+    def _choose(self, session: Session, number: int, file: Path, percent: int, method: str) -> Any:
         try:
             image = self.open_input(str(file))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         chosen = self.model.prepare(image)
-        if number < session.number:
-            return gr.skip()  # this file took longer than one that was chosen later
-        session.number, session.chosen = number, chosen
+        if number < session.chosen_by:
+            return gr.skip()  # another was chosen since
+        session.chosen_by, session.chosen = number, chosen
         return self._show(session, (int(percent), method))
 
     def _show(self, session: Session, how: tuple[int, str]) -> Any:

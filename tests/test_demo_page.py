@@ -36,6 +36,21 @@ pytestmark = [
 
 MAX_BYTES = 10 * 1024**2
 PATIENCE = 60  # seconds, on a busy machine
+CLICK = "document.querySelector(`button[aria-label='{}']`).click()"
+# The next request of the page arrives after the one that follows it.
+HOLD_ONE_REQUEST = """
+    const send = window.fetch;
+    let release;
+    const following = new Promise((resolve) => { release = resolve; });
+    window.sent = 0;
+    window.fetch = async (url, ...options) => {
+        if (!String(url).includes("queue/join")) return send(url, ...options);
+        const number = ++window.sent;
+        if (number === 1) await following;
+        const response = await send(url, ...options);
+        if (number === 2) release();
+        return response;
+    };"""
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +153,16 @@ def test_an_example_is_chosen_by_pointer(page) -> None:
     page.change(page.find("button[aria-label='glass 1']").click)
     assert [cell.split()[0] for cell in page.cells[0]] == ["glass", "glass"]
     # Before the first is answered, the second is clicked.
-    click = "document.querySelector(`button[aria-label='{}']`).click()"
-    page.browser.execute_script(";".join(click.format(name) for name in ("metal 1", "paper 1")))
+    page.browser.execute_script(";".join(CLICK.format(name) for name in ("metal 1", "paper 1")))
     page.wait(lambda: page.cells[0][0].startswith("paper"))
+    page.wait_for_times()
+    assert page.cells[0][0].startswith("paper")
+
+
+def test_the_last_click_counts_even_if_it_arrives_first(page) -> None:
+    clicks = ";".join(CLICK.format(name) for name in ("metal 1", "paper 1"))
+    page.browser.execute_script(HOLD_ONE_REQUEST + clicks)
+    page.wait(lambda: page.query("window.sent") == 4)  # both were answered: then the times are asked for
     page.wait_for_times()
     assert page.cells[0][0].startswith("paper")
 

@@ -243,13 +243,13 @@ def test_what_the_browser_sends_is_checked(app, model) -> None:
     page = app.Page(model)
     for name in ("../../app", "bag", None, 3):
         with pytest.raises(app.gr.Error, match="There is no example"):
-            page.choose_example(app.Session(), 30, OWN, name)
+            page.choose_example(app.Session(), 1, 30, OWN, name)
     session = app.Session()
-    page.choose_example(session, 30, OWN, "cat")
+    page.choose_example(session, 1, 30, OWN, "cat")
     with pytest.raises(app.gr.Error, match="There is no method 'all'; the methods are As this model was saved"):
-        page.show(session, 30, "all")
+        page.show(session, 1, 30, "all")
     with pytest.raises(app.gr.Error, match=r"`flops_reduction` is 0\.99"):
-        page.show(session, 99, OWN)
+        page.show(session, 2, 99, OWN)
 
 
 def test_a_model_that_sorts_waste_gets_pictures_of_waste(app) -> None:
@@ -283,7 +283,7 @@ def test_a_photo_of_a_phone_takes_less_than_a_second_of_cpu_time(app, tmp_path) 
     seconds = []
     for _ in range(2):
         start = time.process_time()
-        page.upload(app.Session(), 42, method, str(tmp_path / "photo.jpg"))
+        page.upload(app.Session(), 1, 42, method, str(tmp_path / "photo.jpg"))
         seconds.append(time.process_time() - start)
     assert min(seconds) < 1
 
@@ -301,28 +301,40 @@ def test_the_last_choice_is_shown_even_if_an_earlier_one_takes_longer(app, model
     session = app.Session()
 
     def open_slowly(file: str) -> Image.Image:
-        page.choose_example(session, 30, OWN, "cat")
+        page.choose_example(session, 2, 30, OWN, "cat")
         return Image.new("RGB", (40, 50))
 
     page = app.Page(model, lambda file: open_slowly(file) if file == "slow.png" else open_upload(file))
-    assert page.upload(session, 30, OWN, "slow.png") == app.gr.skip()
+    assert page.upload(session, 1, 30, OWN, "slow.png") == app.gr.skip()
     assert session.shown.chosen.std() > 0.1, "not the grey image"
+
+
+@with_one_model
+def test_the_last_request_counts_even_if_it_arrives_first(app, model) -> None:
+    page, session = app.Page(model), app.Session()
+    page.choose_example(session, 2, 30, OWN, "cat")
+    chosen = session.chosen
+    assert page.choose_first(session, 1, 30, OWN) == app.gr.skip()
+    assert session.chosen is chosen
+    assert fewer(page, session, 40) in page.show(session, 4, 40, OWN)
+    assert page.show(session, 3, 20, OWN) == app.gr.skip()
+    assert session.shown.how == (40, OWN)
 
 
 @with_one_model
 def test_what_was_classified_is_not_shown_after_another_choice(app, model, monkeypatch) -> None:
     page, session = app.Page(model), app.Session()
-    page.choose_first(session, 30, OWN)
+    page.choose_first(session, 1, 30, OWN)
     classify, calls = model.classify, []
 
     def choose_meanwhile(*arguments):
         calls.append(arguments)
         if len(calls) == 1:
-            page.choose_example(session, 30, OWN, "cat")
+            page.choose_example(session, 3, 30, OWN, "cat")
         return classify(*arguments)
 
     monkeypatch.setattr(model, "classify", choose_meanwhile)
-    assert page.show(session, 40, OWN) == app.gr.skip()
+    assert page.show(session, 2, 40, OWN) == app.gr.skip()
     assert session.shown.how == (30, OWN)
     assert fewer(page, session, 40) in page.add_times(session, 40, OWN), "the budget is the slider's after all"
 
@@ -333,12 +345,12 @@ def test_a_budget_chosen_while_a_file_is_opened_is_used(app, model) -> None:
 
     def open_while_the_slider_moves(file: str) -> Image.Image:
         if session.chosen is not None:
-            page.show(session, 40, OWN)
+            page.show(session, 3, 40, OWN)
         return open_upload(file)
 
     page = app.Page(model, open_while_the_slider_moves)
-    page.choose_first(session, 30, OWN)
-    assert fewer(page, session, 30) in page.choose_example(session, 30, OWN, "cat")
+    page.choose_first(session, 1, 30, OWN)
+    assert fewer(page, session, 30) in page.choose_example(session, 2, 30, OWN, "cat")
     assert fewer(page, session, 40) in page.add_times(session, 40, OWN)
 
 
@@ -346,7 +358,7 @@ def test_a_budget_chosen_while_a_file_is_opened_is_used(app, model) -> None:
 def test_times_are_those_of_the_budget_that_is_shown(app, model, monkeypatch) -> None:
     """While the slider moves, it is further than the result."""
     page, session, measured = app.Page(model), app.Session(), []
-    page.choose_first(session, 30, OWN)
+    page.choose_first(session, 1, 30, OWN)
     measure = PrunedModel.measure
     monkeypatch.setattr(model, "measure", lambda *given: measured.append(given[1:]) or measure(model, *given))
     assert fewer(page, session, 30) in page.add_times(session, 40, OWN)
@@ -371,14 +383,14 @@ def test_a_result_is_read_out(app, model) -> None:
 
 def test_times_are_not_measured_for_what_is_no_longer_shown(app, model, monkeypatch) -> None:
     page, session = app.Page(model), app.Session()
-    page.choose_example(session, 30, OWN, "cat")
+    page.choose_example(session, 1, 30, OWN, "cat")
     turns = []
 
     def move_the_slider_meanwhile(*arguments):
         for measurement in PrunedModel.measure(model, *arguments):
             turns.append(measurement)
             if len(turns) == 2:
-                page.show(session, 40, OWN)
+                page.show(session, 2, 40, OWN)
             yield measurement
 
     monkeypatch.setattr(model, "measure", move_the_slider_meanwhile)

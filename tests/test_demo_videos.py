@@ -27,7 +27,7 @@ def test_a_clip_is_classified_and_drawn(model, tmp_path: Path) -> None:
     page = app.Page(model, clips.opener(model))
     how = (30, next(iter(model.methods)))
     session = app.Session()
-    first = page.upload(session, *how, str(tmp_path / "video.mp4"))
+    first = page.upload(session, 1, *how, str(tmp_path / "video.mp4"))
     second = page.add_times(session, *how)
     assert session.chosen.shape == (1, 3, 3, 32, 32)
     assert "48 patches" in first
@@ -59,7 +59,7 @@ def test_a_bad_upload_is_refused_by_name(model, write, message, tmp_path: Path) 
     write(tmp_path / "clip.mp4")
     page = app.Page(model, clips.opener(model))
     with pytest.raises(gr.Error, match=message):
-        page.upload(app.Session(), 30, next(iter(model.methods)), str(tmp_path / "clip.mp4"))
+        page.upload(app.Session(), 1, 30, next(iter(model.methods)), str(tmp_path / "clip.mp4"))
 
 
 def test_a_model_of_videos_is_refused_for_images(model, monkeypatch, capsys) -> None:
