@@ -56,9 +56,10 @@ def distance_in_window(features: Tensor, cells: Tensor, grid: tuple[int, ...]) -
     tokens = empty.scatter(1, places.unsqueeze(-1).expand_as(features), features).unflatten(1, (-1, size))
     there = empty[..., 0].scatter(1, places, 1).unflatten(1, (-1, size))
     distances = torch.zeros_like(there)
-    for turn in range(1, size):
-        difference = (tokens - tokens.roll(turn, dims=2)).square().mean(-1)
-        distances = distances + difference * there.roll(turn, dims=2)
+    for apart in range(1, size):  # pairs of places, each once
+        difference = (tokens[:, :, apart:] - tokens[:, :, :-apart]).square().mean(-1)
+        distances = distances + F.pad(difference * there[..., :-apart], (apart, 0))
+        distances = distances + F.pad(difference * there[..., apart:], (0, apart))
     others = (there.sum(-1, keepdim=True) - 1).clamp(min=1)
     return (distances / others).flatten(1).gather(1, places)
 
