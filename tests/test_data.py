@@ -156,6 +156,14 @@ def test_columns_of_a_table_are_named(tmp_path: Path):
         load_evaluation_dataset(table)
 
 
+def test_a_table_may_have_been_written_on_windows(tmp_path: Path):
+    write_class_folders(tmp_path, {"cat": 2, "dog": 2})
+    table = write_table(tmp_path, "path,label", "{path},{label}")
+    table.write_text(table.read_text().replace("/", "\\"))
+    rows, _ = load_evaluation_dataset(table)
+    assert rows[3]["image"]["path"] == str(tmp_path / "dog" / "1.png")
+
+
 def test_images_that_a_folders_table_does_not_list_are_named(tmp_path: Path, caplog):
     write_class_folders(tmp_path, {"cat": 2, "dog": 2})
     write_table(tmp_path, "path,label", "{path},{label}")
@@ -407,6 +415,14 @@ def test_two_folders_of_one_split_are_named(tmp_path: Path, names: tuple[str, st
         write_class_folders(tmp_path / name, {"cat": 4, "dog": 5})
     with pytest.raises(ValueError, match=rf"/{names[0]}' and '.*/{names[1]}' both belong to split"):
         load_image_dataset(str(tmp_path))
+
+
+def test_a_split_may_have_a_link_with_another_name(tmp_path: Path, caplog):
+    for name in ("train", "validation"):
+        write_class_folders(tmp_path / name, {"cat": 4, "dog": 5})
+    (tmp_path / "val").symlink_to("validation")
+    assert len(load_image_dataset(str(tmp_path)).evaluation) == 9
+    assert not caplog.records
 
 
 def test_classes_that_are_only_evaluated_are_named(tmp_path: Path):

@@ -204,7 +204,7 @@ def test_a_teachers_labels_are_the_students(checkpoint) -> None:
 def test_a_teacher_of_other_labels_does_not_teach_them(checkpoint, names) -> None:
     student = config_of(names)
     with pytest.raises(
-        ValueError, match=r"The teacher .* has 4 labels \('ant'.*, but the model has \d labels .*--kd_weight 0"
+        ValueError, match=r"The teacher .* has 4 labels \('ant'.*, but the model has \d labels .*`kd_weight` of 0"
     ):
         load_teacher(str(checkpoint), student, losses_of(1.0))
     assert load_teacher(str(checkpoint), student, losses_of(0.0, 1.0)).config.label_names == NAMES

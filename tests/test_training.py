@@ -1,6 +1,7 @@
 """Parts of the training loop, and the loop itself, in this process and with a few small images."""
 
 import errno
+import fcntl
 import io
 import json
 import math
@@ -11,14 +12,17 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import MAKE_CONFIG, TOKEN_PRUNING, make_plainmamba_config, make_video_config, make_vim_config
-from filelock import FileLock
+from conftest import MAKE_CONFIG, PATIENCE, TOKEN_PRUNING, make_plainmamba_config, make_video_config, make_vim_config
+from forking import FORK
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -764,25 +768,42 @@ def test_two_runs_do_not_mix_in_a_folder(datasets, tmp_path):
         make_trainer(make_vim_config(), datasets, recipe)
 
 
+def hold(folder: Path, connection: Connection) -> None:
+    """Writes to a run's folder in another process, with a data loader's worker, until it is killed."""
+    with only_run_in(folder, SimpleNamespace(is_main_process=True)):
+        (folder / ".unfinished-checkpoint-1").mkdir()
+        worker = FORK.Process(target=time.sleep, args=(PATIENCE,))
+        worker.start()
+        connection.send(worker.pid)
+        worker.join()
+
+
 def test_two_runs_do_not_write_to_a_folder_at_the_same_time(datasets, tmp_path):
-    """Even before the first one has a checkpoint; and its unfinished one is not removed."""
+    """Even before the first one has a checkpoint; and its unfinished one is not removed. If it is killed, it can be
+    resumed at once."""
     trainer = make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=1))
-    with only_run_in(tmp_path, trainer.accelerator):
-        (tmp_path / ".unfinished-checkpoint-1").mkdir()
-        with pytest.raises(FileExistsError, match=r"another run is writing to this folder"):
-            trainer.train()
-        assert (tmp_path / ".unfinished-checkpoint-1").is_dir()
+    ours, theirs = FORK.Pipe()
+    other = FORK.Process(target=hold, args=(tmp_path, theirs))
+    other.start()
+    worker = ours.recv()
+    with pytest.raises(FileExistsError, match=r"another run is writing .* remove .*/\.run\.lock"):
+        trainer.train()
+    assert (tmp_path / ".unfinished-checkpoint-1").is_dir()
+    other.kill()
+    other.join()
     trainer.train()
-    assert not (tmp_path / ".unfinished-checkpoint-1").exists()
+    os.kill(worker, signal.SIGKILL)
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
-def test_a_file_system_without_locks_is_no_obstacle(datasets, tmp_path, monkeypatch, caplog):
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(FileLock, "acquire", fail)
+def test_a_file_system_without_locks_and_permissions_is_no_obstacle(datasets, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    monkeypatch.setattr(os, "chmod", Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted")))
     make_trainer(make_vim_config(), datasets, make_recipe(tmp_path, max_train_steps=1)).train()
     assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
+    names = {file.name for file in tmp_path.iterdir()}
+    assert {"checkpoint-1", "best", "last"} <= names
+    assert not [name for name in names if name.startswith(".")]
 
 
 def test_going_back_behind_a_later_checkpoint_is_refused(datasets, tmp_path):

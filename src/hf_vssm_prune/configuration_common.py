@@ -58,9 +58,12 @@ class VisionMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         expand: the mixer has `expand * hidden_size` channels.
         conv_kernel: size of the mixer's depthwise convolution.
         time_step_rank: rank of the time steps' projection; `"auto"` is ceil(hidden_size / 16).
-        time_step_min, time_step_max, time_step_floor: range of the time steps at initialisation.
+        time_step_min, time_step_max, time_step_floor: range of the time steps at initialisation, as in Mamba.
+            PlainMamba's start near the squares of such values, because their bias counts twice. The official code later
+            sets this bias to 0 (Vim's: only in the backward scan), so its time steps start near 0.7.
         initializer_range: standard deviation of the truncated normal initialisation of embeddings, the classifier, and
-            most projections of PlainMamba and VideoMamba. Other weights start as in the official code.
+            most projections of PlainMamba and VideoMamba. Other weights start as in the official code, except for the
+            time steps and VideoMamba's class token, which is 0 there.
         drop_path_rate: stochastic depth rate of the last layer; it increases linearly from 0 in the first.
         token_pruning: None for a dense model, or a dict with `layers`, `keep_ratios`, `alignment`, `importance`,
             `method` and `block_keep_ratio`, see `pruning_options.check_token_pruning`. Instead of `keep_ratios`, it may

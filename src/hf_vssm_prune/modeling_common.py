@@ -412,7 +412,8 @@ def init_as_in_torch(weight: Tensor, bias: Tensor | None = None, scale: float = 
 
 
 def init_time_step_projection(projection: TimeStepProjection, config: VisionMambaConfig) -> None:
-    """Mamba's initialisation: time steps spread log-uniformly between `time_step_min` and `time_step_max`.
+    """Mamba's initialisation: time steps spread log-uniformly between `time_step_min` and `time_step_max`, if the bias
+    counts once.
 
     The bias is the inverse softplus of the step: log(exp(step) - 1) = step + log(1 - exp(-step)).
     """

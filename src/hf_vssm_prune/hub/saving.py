@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def complete_folder(
 ) -> None:
     """Adds everything else that a folder with weights and configuration needs: see `save_for_hub`."""
     for weights in folder.glob("*.safetensors"):
-        shutil.copymode(folder / CONFIG, weights)  # safetensors makes files readable only by their owner
+        share_as(folder / CONFIG, weights)
     _complete_config(folder / CONFIG, auto_map(model.config))
     for file in (*code_files(model.config), CODE_LICENSE):
         shutil.copyfile(file, folder / file.name)
@@ -195,6 +196,13 @@ def complete_folder(
         image_processor.save_pretrained(folder)
     if model_card is not None:
         write_card(model, folder, image_processor, model_card)
+
+
+def share_as(like: Path, weights: Path) -> None:
+    """Gives a file written by safetensors, which makes it readable only by its owner, the permissions of another file.
+    Network file systems on which files belong to another user refuse this; there, all files have the same anyway."""
+    with suppress(OSError):
+        shutil.copymode(like, weights)
 
 
 def write_card(

@@ -5,10 +5,13 @@ regardless of the number of processes of the run that wrote it and of whether it
 state, because all randomness in a step depends only on the seed and the position in the run.
 """
 
+import errno
 import json
 import logging
+import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -17,7 +20,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -35,6 +37,9 @@ from hf_vssm_prune.training.distribution import (
 from hf_vssm_prune.training.ema import ExponentialMovingAverage
 from hf_vssm_prune.training.run_settings import compare_settings, with_new_names
 
+
+if sys.platform != "win32":
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -128,26 +133,45 @@ def only_run_in(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
     if not accelerator.is_main_process:
         yield
         return
-    lock_file = output_dir / LOCK
-    lock = FileLock(lock_file)  # the system unlocks it if the process is killed
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise FileExistsError(
-            f"--output_dir {output_dir}: another run is writing to this folder; wait until it ends, or choose another "
-            "folder."
-        ) from error
-    except (OSError, NotImplementedError) as error:
-        logger.warning(
-            "%s cannot be locked (%s), so a second run in this folder would not be noticed.", output_dir, error
-        )
+    lock = _lock(output_dir)
     try:
         remove_unfinished(output_dir)
         yield
     finally:
-        with suppress(OSError):  # Windows keeps files that are open
-            lock_file.unlink()
-        lock.release()
+        if lock is not None:
+            with suppress(OSError):
+                (output_dir / LOCK).unlink()
+            os.close(lock)  # unlocks it
+
+
+def _lock(output_dir: Path) -> int | None:
+    """Locks a run's folder, and returns the lock file's descriptor; None if there is none. If the folder cannot be
+    locked, this is logged.
+
+    The lock belongs to this process alone: the system removes it if the process is killed, even while workers of its
+    data loaders live on.
+
+    Raises:
+        FileExistsError: another process has locked it.
+    """
+    if sys.platform == "win32":
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if descriptor is not None and error.errno in (errno.EACCES, errno.EAGAIN):
+            os.close(descriptor)
+            raise FileExistsError(
+                f"--output_dir {output_dir}: another run is writing to this folder; wait until it ends, or choose "
+                "another folder. If it was on a machine that has crashed since, a network file system may still have "
+                f"its lock: remove {output_dir / LOCK}."
+            ) from error
+        logger.warning(
+            "%s cannot be locked (%s), so a second run in this folder would not be noticed.", output_dir, error
+        )
+    return descriptor
 
 
 def _restore_replaced(output_dir: Path) -> None:
@@ -226,7 +250,7 @@ def save_checkpoint(
             }
             write_json(content, unfinished / STATE)
             for name in files:
-                shutil.copymode(unfinished / STATE, unfinished / name)  # `save_file` lets only the owner read them
+                saving.share_as(unfinished / STATE, unfinished / name)
             _replace_folder(folder, unfinished)
         except (OSError, SafetensorError) as error:  # a full disk raises either, depending on who is writing
             shutil.rmtree(unfinished, ignore_errors=True)

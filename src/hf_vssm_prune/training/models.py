@@ -107,8 +107,8 @@ def match_teacher(
     if match.kind is Match.DIFFERENT:
         raise ValueError(
             f"The teacher {name_or_path} has {say_labels(own_names)}, but the model has {say_labels(names)}: "
-            f"{say_difference(own_names, names)}. Name a --teacher_name_or_path with these labels; `finetune` can also "
-            "compare only hidden states (--kd_weight 0)."
+            f"{say_difference(own_names, names)}. Give a teacher with the model's labels; where there is alignment, a "
+            "`kd_weight` of 0 compares only hidden states."
         )
     return match
 

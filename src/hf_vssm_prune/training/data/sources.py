@@ -144,16 +144,18 @@ def find_saved(folder: Path) -> dict[str, Path]:
 
 
 def _by_split(folders: Iterable[Path]) -> dict[str, Path]:
-    """Those of the folders that have the name of a split, by split.
+    """Those of the folders that have the name of a split, by split. Links to another one of them are left out.
 
     Raises:
         ValueError: two of them belong to the same split.
     """
     found: dict[str, Path] = {}
-    for folder in folders:
+    for folder in sorted(folders, key=Path.is_symlink):
         if (split := SPLIT_NAMES.get(folder.name.lower())) is None:
             continue
         if split in found:
+            if folder.samefile(found[split]):
+                continue
             raise ValueError(
                 f"'{found[split]}' and '{folder}' both belong to split '{split}': put their contents in one of them, "
                 "or remove the other one."

@@ -1,7 +1,8 @@
 """Tables of paths and labels in CSV format, the usual format for lists of videos.
 
 Each line has a path and a label, separated by a comma, semicolon, tab or space. There may be a header line; then, other
-columns are ignored. Paths are relative to the table's folder. Labels are names or numbers.
+columns are ignored. Paths are relative to the table's folder, and may have backslashes, as on Windows. Labels are
+names or numbers.
 """
 
 import csv
@@ -76,10 +77,15 @@ def _read(file: Path, path_column: str | None, label_column: str | None) -> list
             raise ValueError(
                 f"Line {number} of '{file}' is {row}: it must have a path and a label.{NAMED if number == 1 else ''}"
             )
-        rows.append((str(file.parent / local_path(row[path])), row[label]))
+        rows.append((str(_place(file.parent, row[path])), row[label]))
     if not first and len(rows) > 1 and not Path(rows[0][0]).exists() and Path(rows[1][0]).exists():
         raise ValueError(f"Line 1 of '{file}' is {cells[0]}, and there is no file '{rows[0][0]}'.{NAMED}")
     return rows
+
+
+def _place(folder: Path, path: str) -> Path:
+    place = folder / local_path(path)
+    return folder / path.replace("\\", "/") if "\\" in path and not place.exists() else place
 
 
 def _split(lines: Sequence[str]) -> list[list[str]]:
