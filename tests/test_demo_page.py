@@ -183,6 +183,8 @@ def test_a_picture_is_taken(page) -> None:
     page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, ALLOW_CAMERA))
     page.find(ALLOW_CAMERA).click()
     page.wait(lambda: page.query("document.querySelector('#camera video').readyState") == 4)
+    # Gradio looks for other cameras first, and forgets to turn this one off if it is removed meanwhile.
+    page.browser.execute_async_script("navigator.mediaDevices.enumerateDevices().then(() => arguments[0]())")
     page.browser.execute_script("window.stream = document.querySelector('#camera video').srcObject")
     assert page.query("stream.active")
     page.find("#camera button").click()
