@@ -69,7 +69,7 @@ def seed() -> int:
     return 0
 
 
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+def pytest_fixture_setup(fixturedef: Any) -> None:
     """So does a fixture that several tests share: it is made before the first of them is seeded."""
     if fixturedef.scope != "function":
         seed_generators()
