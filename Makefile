@@ -14,9 +14,10 @@ export LC_ALL = C.UTF-8
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
+# All tests of a file run on one worker, so that what they share is made once.
 test: .venv/installed  ## Create .venv, check style and types, build the documentation, run all tests
 	$(MAKE) --jobs=2 lint docs
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed  ## Check style and types
 	.venv/bin/python -m ruff check

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ports import free_port
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
@@ -20,7 +20,7 @@ from selenium.webdriver.chrome.service import Service
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 PHONE_WIDTH, PHONE_HEIGHT = 390, 844
 ALLOW_CAMERA = "#camera [title='grant webcam access'] button"
-START_SECONDS = 120
+START_SECONDS = 600  # on a busy machine
 
 
 def chromium_is_there() -> bool:
@@ -30,9 +30,7 @@ def chromium_is_there() -> bool:
 @contextmanager
 def running_demo(*options: str, folder: Path = DEMO) -> Iterator[str]:
     """Serves a folder's `app.py` on the loopback interface and yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as scratch, (Path(scratch) / "log").open("w+") as log:
         environment = {
             **os.environ,
@@ -47,8 +45,8 @@ def running_demo(*options: str, folder: Path = DEMO) -> Iterator[str]:
             _wait_until_served(url, server, Path(scratch) / "log")
             yield url
         finally:
-            server.terminate()
-            server.wait(timeout=30)
+            server.kill()  # it has nothing to save
+            server.wait()
 
 
 def _wait_until_served(url: str, server: subprocess.Popen, log: Path) -> None:

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -66,10 +65,20 @@ hypothesis.settings.load_profile("deterministic")
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Every test starts from the same random state, whatever ran before."""
+    seed_generators()
+    return 0
+
+
+def pytest_fixture_setup(fixturedef: Any) -> None:
+    """So does a fixture that several tests share: it is made before the first of them is seeded."""
+    if fixturedef.scope != "function":
+        seed_generators()
+
+
+def seed_generators() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    return 0
 
 
 @pytest.fixture(scope="session")
@@ -239,10 +248,3 @@ def hear_signals() -> None:
     background jobs."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-
-
-def free_port() -> int:
-    """A free port, for processes that communicate on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

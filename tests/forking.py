@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from conftest import PATIENCE, free_port
+from conftest import PATIENCE
+from ports import free_port
 
 
 FORK = multiprocessing.get_context("fork")

@@ -274,18 +274,22 @@ def test_a_variable_that_is_set_to_nothing_names_no_model(app, monkeypatch, caps
     assert capsys.readouterr().err == f"error: {EXAMPLE_MODEL}\n"
 
 
-def test_a_photo_of_a_phone_takes_less_than_a_second_of_cpu_time(app, tmp_path) -> None:
-    """CPU time, about 0.35 s, does not depend on what else is running."""
+def test_a_photo_of_a_phone_takes_not_much_longer_than_decoding_it(app, tmp_path) -> None:
+    """Both in turns: CPU times depend on the machine and on what else it does, but their ratio, about 7, hardly."""
     noise = np.random.default_rng(0).integers(0, 256, (504, 378, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((3024, 4032)).save(tmp_path / "photo.jpg", quality=90)
     page = app.Page(PrunedModel(str(EXAMPLE_MODEL)))
     method = next(iter(page.model.methods))
-    seconds = []
-    for _ in range(2):
+    decoding, all_of_it = [], []
+    for _ in range(3):
+        start = time.process_time()
+        with Image.open(tmp_path / "photo.jpg") as image:
+            image.load()
+        decoding.append(time.process_time() - start)
         start = time.process_time()
         page.upload(app.Session(), 1, 42, method, str(tmp_path / "photo.jpg"))
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 1
+        all_of_it.append(time.process_time() - start)
+    assert min(all_of_it) < 16 * min(decoding)
 
 
 # The actions of the page are the same for every model.

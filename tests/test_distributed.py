@@ -20,10 +20,6 @@ from tested_tasks import TESTED, write_box_folder, write_mask_folder
 from videos import write_class_folders
 
 
-# All tests of this file on one worker: what `runs` makes takes minutes.
-pytestmark = pytest.mark.xdist_group("distributed")
-
-
 def write_images(folder: Path) -> None:
     """Writes 146 training and 9 test images of three classes, as files and as Parquet."""
     generator = np.random.default_rng(0)

@@ -25,10 +25,6 @@ from hf_vssm_prune.selective_scan_torch import selective_scan_torch
 from hf_vssm_prune.token_pruning import select_tokens
 
 
-# All tests of this file on one worker: most of them share one exported model.
-pytestmark = pytest.mark.xdist_group("export")
-
-
 def make_small_model(family: str, alignment: str | None) -> nn.Module:
     """A model with two layers and 16 patches; if pruned, the second layer gets 10."""
     schedule = {"layers": [1], "keep_ratios": [0.6], "method": "top", "alignment": alignment} if alignment else None

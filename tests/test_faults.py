@@ -129,7 +129,6 @@ def test_read_only_folder(read_only) -> None:
 def hub(monkeypatch, tmp_path) -> Iterator[HubServer]:
     sleep = time.sleep
     monkeypatch.setattr("time.sleep", lambda seconds: sleep(min(seconds, 0.01)))  # between attempts
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
     with HubServer() as server:
         server.use_in_this_process(monkeypatch, tmp_path / "home")
         yield server
@@ -157,7 +156,9 @@ WEIGHTS = "/resolve/.*safetensors$"
 
 
 @pytest.mark.parametrize("fault", ["cut_after", "stall_after"])
-def test_download_goes_on_where_it_was_cut_or_stood_still(fault, hub, tmp_path) -> None:
+def test_download_goes_on_where_it_was_cut_or_stood_still(fault, hub, tmp_path, monkeypatch) -> None:
+    if fault == "stall_after":  # elsewhere, a busy machine should not be taken for a connection that stands still
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
     model, name = large_model(), f"user/{tmp_path.name}"
     push_model(save_for_hub(model, tmp_path / "pushed"), name)
     hub.fail("GET", WEIGHTS, **{fault: 11_000_000})

@@ -107,6 +107,11 @@ def test_idle_threads_do_not_spin() -> None:
     finally:
         torch.set_num_threads(threads)
     time.sleep(0.1)
-    before = time.process_time()  # of all threads
-    time.sleep(0.3)
-    assert time.process_time() - before < 0.1
+
+    def cpu_time_of_a_pause() -> float:
+        before = time.process_time()  # of all threads
+        time.sleep(0.3)
+        return time.process_time() - before
+
+    # Threads that other tests left may be busy for a moment.
+    assert any(cpu_time_of_a_pause() < 0.1 for _ in range(5))

@@ -1,6 +1,7 @@
 """What is specific to the C++ kernels: vectors, threads, operators, compiling. test_scan_kernels.py and
 test_convolution_kernels.py test what they have in common with other kernels."""
 
+import hashlib
 import multiprocessing
 import os
 import shlex
@@ -536,14 +537,18 @@ def test_a_process_survives_a_library_that_was_cut_short(quick_compiler: Path):
 
 
 @needs_kernel
-def test_looking_at_the_library_takes_no_time_to_speak_of():
+def test_looking_at_the_library_takes_as_long_as_reading_it():
+    """Both in turns, as their times depend on the machine and on what else it does."""
     library, variant = build.library_path(), build.best_variant()
-    times = []
+    looking, reading = [], []
     for _ in range(20):
         start = time.perf_counter()
         assert build.is_whole(library, variant)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1e-3
+        looking.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        hashlib.sha256(library.read_bytes()).digest()
+        reading.append(time.perf_counter() - start)
+    assert min(looking) < 5 * min(reading)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

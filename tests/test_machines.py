@@ -16,7 +16,6 @@ from forking import run_forked
 from test_distributed import write_images
 
 
-pytestmark = pytest.mark.xdist_group("distributed")
 TRAIN = ["train", "--family", "vim", "--image_size", "32", "--patch_size", "8", "--use_cpu", "--workers", "0"]
 TRAIN += ["--config_overrides", "hidden_size=16", "num_hidden_layers=3", "state_size=4"]
 # Nothing random that depends on the process.

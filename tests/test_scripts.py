@@ -7,23 +7,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import PATIENCE, SCRIPTS, free_port, hear_signals, load_script, make_plainmamba_config, make_vim_config
-from forking import Forked, run_forked, start_ranks
+from conftest import PATIENCE, SCRIPTS, hear_signals, load_script, make_plainmamba_config, make_vim_config
+from forking import run_forked, start_ranks
 from PIL import Image
+from ports import free_port
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_vssm_prune.hub import save_for_hub
 from hf_vssm_prune.hub.loading import load_config, new_image_processor
 from hf_vssm_prune.pruning_methods import METHODS
-from hf_vssm_prune.training import jobs
+from hf_vssm_prune.training import jobs, loop
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     DenseModelArguments,
@@ -103,21 +103,25 @@ def run_on_two(script: str, *arguments: str | Path) -> None:
         assert result.returncode == 0, result.stderr[-3000:]
 
 
-def begin_session() -> None:
-    os.setsid()
-    hear_signals()
+def stop(script: str, *arguments: str | Path, after: str, number: signal.Signals) -> subprocess.CompletedProcess:
+    """Runs a script which gets a signal, with its children, when it has saved a checkpoint of this name. It sends it
+    itself: another process might be late, and the run further or over."""
 
+    def prepare() -> None:
+        os.setsid()
+        hear_signals()
+        save = loop.save_checkpoint
 
-def stop(script: str, *arguments: str | Path, awaited: Path, number: signal.Signals) -> subprocess.CompletedProcess:
-    """Starts a script, and sends a signal to it and its children as soon as a file or folder exists."""
-    forked = Forked(SCRIPTS / script, *arguments, environment=ENVIRONMENT, prepare=begin_session)
-    deadline = time.monotonic() + PATIENCE
-    while not awaited.exists():
-        assert forked.process.is_alive(), forked.wait().stderr[-3000:]
-        assert time.monotonic() < deadline, f"{awaited} did not appear"
-        time.sleep(0.002)
-    os.killpg(forked.process.pid, number)  # as launchers and terminals do
-    return forked.wait()
+        def save_and_stop(*given: object) -> Path:
+            folder = save(*given)
+            if folder.name == after:
+                loop.save_checkpoint = save  # a run that stops at the end of an epoch saves it once more
+                os.killpg(0, number)  # as launchers and terminals do
+            return folder
+
+        loop.save_checkpoint = save_and_stop
+
+    return run_forked(SCRIPTS / script, *arguments, environment=ENVIRONMENT, prepare=prepare)
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
@@ -140,11 +144,11 @@ def test_killed_and_resumed_runs_end_with_the_same_weights_to_the_bit(image_fold
     run("finetune.py", *arguments, "--output_dir", whole)
 
     full = ["finetune.py", *arguments, "--output_dir", broken, "--resume", "latest"]
-    killed = stop(*full, awaited=broken / "checkpoint-8", number=signal.SIGKILL)
+    killed = stop(*full, after="checkpoint-8", number=signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     assert not (broken / "last").exists()
 
-    stopped = stop(*full, "--workers", "2", awaited=broken / "checkpoint-12", number=signal.SIGTERM)
+    stopped = stop(*full, "--workers", "2", after="checkpoint-12", number=signal.SIGTERM)
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr[-3000:]
     assert "Stopped by SIGTERM" in stopped.stderr
     assert "--resume latest" in stopped.stderr

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -32,7 +31,7 @@ import hf_vssm_prune
 from hf_vssm_prune.families import FAMILIES
 from hf_vssm_prune.hub.loading import new_image_processor
 from hf_vssm_prune.hub.model_card import ModelCardInfo
-from hf_vssm_prune.training import jobs, resuming
+from hf_vssm_prune.training import interruption, jobs, resuming
 from hf_vssm_prune.training.arguments import (
     DataArguments,
     ElasticArguments,
@@ -545,15 +544,21 @@ def test_gradients_that_no_scale_makes_finite_stop_the_run(datasets, tmp_path):
         trainer.train()
 
 
-def test_a_signal_that_a_launcher_passes_on_is_not_a_second_one():
-    heard = []
+def test_a_signal_that_a_launcher_passes_on_is_not_a_second_one(monkeypatch):
+    """It arrives while the first is handled."""
+    passed_on, heard = [], []
+
+    def pass_on(seconds: float) -> None:
+        passed_on.append(seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(interruption, "time", SimpleNamespace(sleep=pass_on))
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
         with StopRequest() as request:
-            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)
             assert request.received == signal.SIGTERM
+            assert passed_on == [interruption.SAME_SIGNAL]
             assert not heard
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == [signal.SIGTERM]

@@ -5,10 +5,6 @@ import two_process_checks
 from forking import start_ranks
 
 
-# All tests of this file on one worker: the checks run once.
-pytestmark = pytest.mark.xdist_group("two processes")
-
-
 @pytest.fixture(scope="module")
 def passed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
     """The output and errors of each process."""

@@ -19,8 +19,6 @@ from hf_vssm_prune.kernels import build
 from hf_vssm_prune.metrics import METRICS
 
 
-# All tests of this file on one worker: what `installed` compiles takes a minute.
-pytestmark = pytest.mark.xdist_group("wheel")
 ROOT = Path(__file__).resolve().parents[1]
 
 pytest.importorskip("hatchling")

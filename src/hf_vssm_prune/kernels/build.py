@@ -67,7 +67,7 @@ def library_path() -> Path:
 
 
 def is_whole(library: Path, variant: str) -> bool:
-    """Whether a file is a complete library of these sources for `variant`, exactly as it was compiled. Takes 0.1 ms."""
+    """Whether a file is a complete library of these sources for `variant`, exactly as it was compiled. Takes 0.3 ms."""
     try:
         return _checksum_file(library).read_bytes() == _checksum(library, variant)
     except OSError:
