@@ -184,6 +184,13 @@ def test_bad_input(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_torch_without_the_loop_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.7.1+cpu"))
+    with pytest.raises(ImportError, match=r"needs torch 2\.8 or newer; the installed version is 2\.7\.1"):
+        export_classifier(make_small_model("vim", None), tmp_path / "exported")
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="will not be overwritten"):

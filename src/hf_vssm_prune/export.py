@@ -126,8 +126,9 @@ def trace(model: ImageClassifier) -> ExportedProgram:
         ValueError: it is in training mode, half precision or int8, or its configuration names a kernel.
         ImportError: torch is too old.
     """
-    if not hasattr(torch.compiler, "is_exporting"):
-        raise ImportError(f"exporting needs torch 2.7 or newer; the installed version is {torch.__version__}.")
+    # In older versions, neither the ONNX exporter nor inductor knows `torch._higher_order_ops.scan`, the scan's loop.
+    if torch.__version__ < "2.8":
+        raise ImportError(f"exporting needs torch 2.8 or newer; the installed version is {torch.__version__}.")
     if model.training:
         raise ValueError("the model is in training mode; call its `eval()` first.")
     if model.dtype != torch.float32:
