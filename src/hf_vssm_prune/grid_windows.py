@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import at_least_float32
+from .token_pruning import gather_tokens
 
 
 def default_window(grid: tuple[int, ...]) -> tuple[int, ...]:
@@ -50,14 +51,14 @@ def distance_in_window(features: Tensor, cells: Tensor, grid: tuple[int, ...]) -
     features = F.layer_norm(at_least_float32(features), features.shape[-1:])
     window = default_window(grid)
     places = _window_places(cells, grid, window)
-    batch, _, channels = features.shape
-    size = math.prod(window)
-    empty = features.new_zeros(batch, _count_places(grid, window), channels)
-    tokens = empty.scatter(1, places.unsqueeze(-1).expand_as(features), features).unflatten(1, (-1, size))
-    there = empty[..., 0].scatter(1, places, 1).unflatten(1, (-1, size))
+    size, rows = math.prod(window), torch.arange(places.shape[1], device=places.device).expand_as(places)
+    empty = places.new_zeros(places.shape[0], _count_places(grid, window))
+    # A place without a token has a copy of the first one, which does not count.
+    tokens = gather_tokens(features, empty.scatter(1, places, rows)).unflatten(1, (-1, size))
+    there = empty.to(features.dtype).scatter(1, places, 1).unflatten(1, (-1, size))
     distances = torch.zeros_like(there)
     for apart in range(1, size):  # pairs of places, each once
-        difference = (tokens[:, :, apart:] - tokens[:, :, :-apart]).square().mean(-1)
+        difference = F.mse_loss(tokens[:, :, apart:], tokens[:, :, :-apart], reduction="none").mean(-1)
         distances = distances + F.pad(difference * there[..., :-apart], (apart, 0))
         distances = distances + F.pad(difference * there[..., apart:], (0, apart))
     others = (there.sum(-1, keepdim=True) - 1).clamp(min=1)
