@@ -1,8 +1,10 @@
 """A shortened demo: from the example model to a folder that a new process opens."""
 
 import json
+import signal
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import load_script
@@ -10,6 +12,7 @@ from PIL import Image
 from test_training import fresh_accelerator  # noqa: F401
 
 from hf_vssm_prune.commands import demo
+from hf_vssm_prune.training.interruption import TrainingInterruptedError
 
 
 def test_wrong_numbers_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -18,12 +21,20 @@ def test_wrong_numbers_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err.endswith(error)
 
 
+def test_a_demo_that_is_stopped_says_so_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+    stopped = TrainingInterruptedError(signal.SIGINT, tmp_path)
+    monkeypatch.setattr(demo.jobs, "prepare_finetuning", Mock(side_effect=stopped))
+    assert demo.main(["--output_dir", str(tmp_path), "--max_eval_samples", "8"]) == 130
+    assert capsys.readouterr().out.endswith("\nStopped by SIGINT. The next demo begins anew.\n")
+
+
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     small_batches = partial(demo.OptimizationArguments, per_device_train_batch_size=8)
     monkeypatch.setattr(demo, "OptimizationArguments", small_batches)
     short = ["--max_train_samples", "8", "--max_eval_samples", "10", "--epochs", "1"]
     assert load_script("demo").main(["--output_dir", str(tmp_path), *short]) == 0
-    printed = capsys.readouterr().out
+    printed, messages = capsys.readouterr()
+    assert messages.count("epoch 1/1 eval_top1 ") == 2
     rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")]
     assert rows[2:] == [
         "| dense",

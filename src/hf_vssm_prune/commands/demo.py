@@ -44,6 +44,7 @@ from hf_vssm_prune.training.arguments import (
 from hf_vssm_prune.training.data import EvaluationImages, collate, load_evaluation_dataset
 from hf_vssm_prune.training.data.sources import PACKAGED_DATA
 from hf_vssm_prune.training.evaluation import ModelEvaluation, compare_models
+from hf_vssm_prune.training.interruption import TrainingInterruptedError
 from hf_vssm_prune.training.loop import Recipe
 from hf_vssm_prune.training.tasks.classification import AugmentationArguments, ImageClassification
 from hf_vssm_prune.visualization import draw_classification, image_from_pixel_values, image_statistics
@@ -65,8 +66,10 @@ FINETUNINGS: dict[str, dict[str, Any]] = {"top, aligned, fine-tuned": PAPERS, FI
 
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Runs the demo and returns the exit status: 1 if the saved model gives other predictions."""
+    """Runs the demo and returns the exit status: 1 if the saved model gives other predictions, or 128 + the signal's
+    number if a signal stopped it, as in shells."""
     options = make_parser(prog).parse_args(arguments)
+    jobs.show_messages()
     start = time.perf_counter()
     output = Path(options.output_dir)
     dataset, _ = load_evaluation_dataset(DATASET, max_samples=options.max_eval_samples)
@@ -78,7 +81,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         say(f"Fine-tuning the model pruned by {pruning['method']}, with the dense one as its teacher")
         folder = output / "finetuning" / pruning["method"]
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
-        jobs.prepare_finetuning(*recipe(options, folder, pruning)).train()
+        try:
+            jobs.prepare_finetuning(*recipe(options, folder, pruning)).train()
+        except TrainingInterruptedError as interruption:
+            say(f"Stopped by {interruption.signal.name}. The next demo begins anew.")
+            return 128 + interruption.signal
         models[name] = load_classifier(folder / "last")
 
     say(f"Evaluating on {len(images)} test images; all models run on each batch in turn")

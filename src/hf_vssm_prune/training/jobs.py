@@ -362,14 +362,19 @@ def _in_a_line(error: Exception) -> str:
     return str(error).splitlines()[-1] if isinstance(error, ImageError) else str(error)
 
 
-def run(prepare: Callable[[], Trainer]) -> int:
-    """Runs a job and returns the exit status: 0 on success, 1 after an error (printed on one line), or 128 + the
-    signal's number if a signal stopped the run, as in shells."""
+def show_messages() -> None:
+    """Shows what a run logs, such as the results of each epoch."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
     for library in ("accelerate", "httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
     # Progress bars for saving a few megabytes would break up the training's own bar.
     transformers_logging.disable_progress_bar()
+
+
+def run(prepare: Callable[[], Trainer]) -> int:
+    """Runs a job and returns the exit status: 0 on success, 1 after an error (printed on one line), or 128 + the
+    signal's number if a signal stopped the run, as in shells."""
+    show_messages()
     try:
         with lost_processes_named():
             trainer = prepare()
