@@ -33,7 +33,9 @@ pytestmark = pytest.mark.skipif(not chromium_is_there(), reason="there is no chr
 
 MAX_BYTES = 10 * 1024**2
 PATIENCE = 60  # seconds, on a busy machine
-CLICK = "document.querySelector(`button[aria-label='{}']`).click()"
+CLICK_TWO = ";".join(
+    f"document.querySelector(`button[aria-label='{name}']`).click()" for name in ("metal 1", "paper 1")
+)
 # The next request of the page arrives after the one that follows it.
 HOLD_ONE_REQUEST = """
     const send = window.fetch;
@@ -150,15 +152,14 @@ def test_an_example_is_chosen_by_pointer(page) -> None:
     page.change(page.find("button[aria-label='glass 1']").click)
     assert [cell.split()[0] for cell in page.cells[0]] == ["glass", "glass"]
     # Before the first is answered, the second is clicked.
-    page.browser.execute_script(";".join(CLICK.format(name) for name in ("metal 1", "paper 1")))
+    page.browser.execute_script(CLICK_TWO)
     page.wait(lambda: page.cells[0][0].startswith("paper"))
     page.wait_for_times()
     assert page.cells[0][0].startswith("paper")
 
 
 def test_the_last_click_counts_even_if_it_arrives_first(page) -> None:
-    clicks = ";".join(CLICK.format(name) for name in ("metal 1", "paper 1"))
-    page.browser.execute_script(HOLD_ONE_REQUEST + clicks)
+    page.browser.execute_script(HOLD_ONE_REQUEST + CLICK_TWO)
     page.wait(lambda: page.query("window.sent") == 4)  # both were answered: then the times are asked for
     page.wait(lambda: not page.cells[0][0].startswith("cardboard"))
     page.wait_for_times()
